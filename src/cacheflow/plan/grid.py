@@ -1,0 +1,120 @@
+"""The grid a prefix is restored over: chunks of tokens by blocks of layers.
+
+``K`` chunks (column index ``chunk``, 0 is the head of the prefix) by ``B`` layer blocks (row index ``block``, 0 is
+the bottom layer). A *cell* ``(chunk, block)`` is restored once, by compute or by I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cacheflow.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Tile:
+    """A rectangle of cells: chunks ``[chunk_lo, chunk_hi)`` by blocks ``[block_lo, block_hi)``; never empty."""
+
+    chunk_lo: int
+    chunk_hi: int
+    block_lo: int
+    block_hi: int
+
+    def __post_init__(self) -> None:
+        """Reject empty rectangles.
+
+        Raises:
+            ValueError: The rectangle holds no cell or starts below zero.
+        """
+        if not (0 <= self.chunk_lo < self.chunk_hi and 0 <= self.block_lo < self.block_hi):
+            raise ValueError(f"empty or negative tile {self}")
+
+    @property
+    def num_cells(self) -> int:
+        """Number of cells in the rectangle."""
+        return (self.chunk_hi - self.chunk_lo) * (self.block_hi - self.block_lo)
+
+    def cells(self) -> Iterator[tuple[int, int]]:
+        """Yield ``(chunk, block)``, bottom block first within a chunk, head chunk first."""
+        for chunk in range(self.chunk_lo, self.chunk_hi):
+            for block in range(self.block_lo, self.block_hi):
+                yield chunk, block
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Chunk boundaries of a prefix (and of the suffix behind it) by layer blocks.
+
+    Attributes:
+        chunk_ends: Token position at which each prefix chunk ends, ascending; the first chunk starts at 0. These are
+            the boundaries the prefix was saved with: recomputing with others changes the rounding.
+        num_blocks: Number of layer blocks ``B``.
+        suffix_ends: Token position at which each chunk of new tokens ends, ascending; empty for a restoration alone.
+    """
+
+    chunk_ends: tuple[int, ...]
+    num_blocks: int
+    suffix_ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that boundaries ascend and there is at least one block.
+
+        Raises:
+            ConfigError: Boundaries do not ascend strictly from above 0, or there is no block.
+        """
+        if self.num_blocks < 1:
+            raise ConfigError(f"num_blocks is {self.num_blocks}, must be at least 1")
+        last = 0
+        for end in (*self.chunk_ends, *self.suffix_ends):
+            if end <= last:
+                raise ConfigError(f"chunk boundaries must ascend: {end} follows {last}")
+            last = end
+
+    @classmethod
+    def regular(cls, *, num_tokens: int, chunk_tokens: int, num_blocks: int, suffix_tokens: int = 0) -> Grid:
+        """Cut ``num_tokens`` into chunks of ``chunk_tokens`` (the last may be partial), then the suffix likewise.
+
+        Raises:
+            ConfigError: A count is out of range.
+        """
+        if num_tokens < 0 or suffix_tokens < 0 or chunk_tokens < 1:
+            raise ConfigError(
+                f"num_tokens {num_tokens} and suffix_tokens {suffix_tokens} must be 0 or more, "
+                f"chunk_tokens {chunk_tokens} at least 1"
+            )
+        return cls(
+            chunk_ends=regular_ends(0, num_tokens, chunk_tokens),
+            num_blocks=num_blocks,
+            suffix_ends=regular_ends(num_tokens, num_tokens + suffix_tokens, chunk_tokens),
+        )
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of prefix chunks ``K``."""
+        return len(self.chunk_ends)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prefix."""
+        return self.chunk_ends[-1] if self.chunk_ends else 0
+
+    @property
+    def suffix_tokens(self) -> int:
+        """New tokens behind the prefix."""
+        return self.suffix_ends[-1] - self.num_tokens if self.suffix_ends else 0
+
+    def chunk_range(self, chunk: int) -> tuple[int, int]:
+        """Token positions ``[start, end)`` of a prefix chunk."""
+        return (self.chunk_ends[chunk - 1] if chunk else 0), self.chunk_ends[chunk]
+
+    def suffix_range(self, index: int) -> tuple[int, int]:
+        """Token positions ``[start, end)`` of a suffix chunk."""
+        return (self.suffix_ends[index - 1] if index else self.num_tokens), self.suffix_ends[index]
+
+
+def regular_ends(start: int, end: int, chunk_tokens: int) -> tuple[int, ...]:
+    """Boundaries of ``[start, end)`` cut every ``chunk_tokens`` from ``start``; the last chunk may be partial."""
+    if end <= start:
+        return ()
+    return (*range(start + chunk_tokens, end, chunk_tokens), end)

@@ -1,0 +1,167 @@
+"""The load pointer: which cell the link fetches next.
+
+In order: the plan's load order, tile by tile. Behind a suffix (``balance_suffix``) in two phases: chunks from the
+tail, so that the meeting point stays open, then, as soon as what is left takes the link about as long as the suffix
+takes compute, the rest bottom-up by blocks, so that the suffix climbs behind the load.
+Source: the order follows from the TTFT bound in ``bound.py``: the last byte must belong to the top block.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from cacheflow.plan.cells import Cell
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.plan import Share
+from cacheflow.plan.progress import Progress
+
+CLIMB_MARGIN = 1.15
+"""Start loading bottom-up when the link's remaining time is this many suffix times (plus one chunk)."""
+DOUBT = 1.5
+"""Until rates were observed, load only what the link would get even if compute were this much faster than planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Where compute and the link are expected to meet: compute takes chunks below ``chunk`` and its first blocks."""
+
+    chunk: int
+    block: int
+    link_left_s: float
+
+
+class LoadPointer:
+    """Claims cells for the link, one read at a time."""
+
+    def __init__(self, progress: Progress) -> None:
+        """Start at the head of the plan's load order."""
+        self._p = progress
+        self._tile_index = 0
+        self._queue: deque[tuple[int, int]] = deque()
+        self._climbing = False
+
+    def claim(self, now_s: float) -> tuple[int, int] | None:
+        """Claim the next cell as ``LOADING``; None when the link should wait or has nothing left."""
+        p = self._p
+        if p.link_down:
+            self.release()
+            return None
+        if self._queue:
+            return self._queue.popleft()
+        cell = self._behind_suffix(now_s) if p.plan.balance_suffix else self._in_order(now_s)
+        if cell is not None:
+            p.board.set(*cell, Cell.LOADING)
+        return cell
+
+    def release(self) -> None:
+        """Give back cells that were claimed with a whole tile but not started."""
+        while self._queue:
+            self._p.board.set(*self._queue.popleft(), Cell.OPEN)
+
+    def _in_order(self, now_s: float) -> tuple[int, int] | None:
+        p = self._p
+        while self._tile_index < len(p.plan.load_order):
+            tile = p.plan.load_order[self._tile_index]
+            if p.plan.share is Share.LAYERS:
+                block = p.board.top_open_block(tile.chunk_lo, tile.block_lo, tile.block_hi)
+                if block >= 0 and p.loadable(tile.chunk_lo, block):
+                    cell = (tile.chunk_lo, block)
+                    return cell if self._link_is_first(cell, now_s) else None
+            elif self._claim_whole(tile):
+                return self._queue.popleft()
+            self._tile_index += 1
+        return None
+
+    def _claim_whole(self, tile: Tile) -> bool:
+        cells = list(tile.cells())
+        if not all(self._p.loadable(*cell) for cell in cells):
+            return False
+        for cell in cells:
+            self._p.board.set(*cell, Cell.LOADING)
+        self._queue.extend(cells)
+        return True
+
+    def _link_is_first(self, cell: tuple[int, int], now_s: float) -> bool:
+        """Whether the link would have the last open cell before compute got through all open cells."""
+        p = self._p
+        if p.compute_stopped:
+            return True
+        compute_s = p.compute_left_s(now_s) + p.board.open_compute_s * p.rates.compute_factor
+        return p.link_s(p.board.load_bytes(*cell)) <= compute_s
+
+    def _behind_suffix(self, now_s: float) -> tuple[int, int] | None:
+        p = self._p
+        split = self.split(now_s)
+        if not self._climbing and not p.compute_stopped:
+            chunk_s = float(p.problem.load_bytes_KB.sum(axis=1).max()) / p.rates.bytes_per_s
+            if split.link_left_s > CLIMB_MARGIN * p.suffix_left_s() + chunk_s:
+                return self._from_tail(now_s)
+        self._climbing = True
+        cell = self._bottom_up(split)
+        return cell if cell is not None else self._steal(now_s)
+
+    def _from_tail(self, now_s: float) -> tuple[int, int] | None:
+        p = self._p
+        while self._tile_index < len(p.plan.load_order):
+            tile = p.plan.load_order[self._tile_index]
+            block = p.board.top_open_block(tile.chunk_lo, tile.block_lo, tile.block_hi)
+            if block >= 0 and p.loadable(tile.chunk_lo, block):
+                cell = (tile.chunk_lo, block)
+                return cell if self._link_is_first(cell, now_s) else None
+            self._tile_index += 1
+        return None
+
+    def _bottom_up(self, split: Split) -> tuple[int, int] | None:
+        """Lowest block first, tail chunk first within it, among the cells compute is not expected to reach."""
+        p = self._p
+        chunk_lo, block_lo = (0, 0) if p.compute_stopped else (split.chunk, split.block)
+        for block in range(p.board.num_blocks):
+            first = chunk_lo if block >= block_lo else chunk_lo + 1
+            chunk = p.board.last_open_chunk(block, chunk_lo=first)
+            while chunk >= 0 and block < p.demand_K[chunk]:
+                chunk = next((c for c in range(chunk - 1, first - 1, -1) if p.loadable(c, block)), -1)
+            if chunk >= 0:
+                return chunk, block
+        return None
+
+    def _steal(self, now_s: float) -> tuple[int, int] | None:
+        """Take the top of the highest open chunk when the link is ahead of what was expected."""
+        p = self._p
+        for chunk in np.flatnonzero(p.board.open_bytes_K)[::-1].tolist():
+            block = p.board.top_open_block(chunk, p.demand_K[chunk], p.board.num_blocks)
+            if block >= 0:
+                return (chunk, block) if self._link_is_first((chunk, block), now_s) else None
+        return None
+
+    def split(self, now_s: float) -> Split:
+        """Where compute with the suffix behind it and the link with the top block behind it would end together."""
+        p, board = self._p, self._p.board
+        doubt = 1.0 if p.rates.trusted else DOUBT
+        factor, bytes_per_s = p.rates.compute_factor / doubt, p.rates.bytes_per_s / doubt
+        after_s = p.suffix_left_s() + p.compute_left_s(now_s)
+        if p.compute_stopped:
+            return Split(0, 0, p.link_s(board.open_bytes))
+        compute_K = after_s + np.cumsum(board.open_compute_K) * factor
+        tail_K = board.open_bytes - np.cumsum(board.open_bytes_K)
+        link_K = (p.in_flight_bytes + tail_K) / bytes_per_s
+        ends_K = link_K + p.top_suffix_s * factor
+        late = np.flatnonzero(compute_K >= ends_K)
+        if late.size == 0:
+            return Split(board.num_chunks, 0, p.link_s(0))
+        chunk = int(late[0])
+        compute_s, load_s = float(board.open_compute_K[chunk]) * factor, board.open_bytes_K[chunk] / bytes_per_s
+        gap_s = float(ends_K[chunk]) + load_s - (float(compute_K[chunk]) - compute_s)
+        share = min(1.0, max(0.0, gap_s / (compute_s + load_s))) if compute_s + load_s > 0 else 0.0
+        return self._split_at(chunk, share, float(link_K[chunk]) + (1 - share) * load_s)
+
+    def _split_at(self, chunk: int, share: float, link_left_s: float) -> Split:
+        board = self._p.board
+        open_blocks = [block for block in range(board.num_blocks) if board.is_open(chunk, block)]
+        if not open_blocks:
+            return Split(chunk, 0, link_left_s)
+        index = round(share * len(open_blocks))
+        block = open_blocks[index] if index < len(open_blocks) else open_blocks[-1] + 1
+        return Split(chunk, block, link_left_s)

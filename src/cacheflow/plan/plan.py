@@ -1,0 +1,96 @@
+"""What a policy hands to the state machine: two orders over the grid and the rules for meeting.
+
+A plan is a hint. Compute claims the next open tile of ``compute_order``, I/O the next of ``load_order``; where both
+orders hold the same cells, whoever comes first takes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from cacheflow.plan.grid import Tile
+
+
+class Share(Enum):
+    """How the tile in which the two pointers meet changes hands."""
+
+    NONE = "none"
+    """A tile belongs whole to whoever claims it first (Cake)."""
+    LAYERS = "layers"
+    """Compute climbs a tile from its bottom block while I/O comes down from its top block."""
+
+
+class SuffixStart(Enum):
+    """When the new tokens may start."""
+
+    AFTER_RESTORE = "after_restore"
+    """Once every prefix cell is there."""
+    BEHIND_LOAD = "behind_load"
+    """Block by block, as soon as the prefix cells of that block are there."""
+
+
+class Choice(Enum):
+    """What the never-slower guard settled on."""
+
+    HYBRID = "hybrid"
+    RECOMPUTE = "recompute"
+    LOAD = "load"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a plan expects, in seconds from the start of the restoration.
+
+    Attributes:
+        restore_s: When the last prefix cell is there.
+        ttft_s: When the first token is there; equals ``restore_s`` without a suffix.
+        compute_s: Compute seconds spent on prefix cells.
+        load_s: Link seconds spent on prefix cells.
+    """
+
+    restore_s: float
+    ttft_s: float
+    compute_s: float
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardDecision:
+    """Why a plan is a hybrid, or one of the pure ways; the three predictions are times to first token."""
+
+    choice: Choice
+    reason: str
+    hybrid_s: float
+    recompute_s: float
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestorePlan:
+    """Two orders over a grid, and the rules under which they meet.
+
+    Attributes:
+        policy: Name of the policy that made it.
+        compute_order: Tiles compute claims, in order; every prefix of it is a staircase. May be empty.
+        load_order: Tiles I/O claims, in order. May be empty. Together the two orders hold every cell of the grid.
+        share: How tiles that stand in both orders change hands.
+        suffix_start: When the new tokens may start.
+        balance_suffix: Live rule of the ``cacheflow`` policy: stop recomputing when the rest of the load would end
+            with the suffix, and load bottom-up what the suffix will climb behind.
+        kv_only_top: Recompute the topmost cell of a column for keys and values only.
+        levels_K: Planned number of blocks recomputed in each chunk, never increasing along the prefix.
+        predicted: What the plan expects.
+        guard: The never-slower guard's choice; None for policies without one.
+    """
+
+    policy: str
+    compute_order: tuple[Tile, ...]
+    load_order: tuple[Tile, ...]
+    share: Share
+    suffix_start: SuffixStart
+    levels_K: tuple[int, ...]
+    predicted: Prediction
+    balance_suffix: bool = False
+    kv_only_top: bool = True
+    guard: GuardDecision | None = None

@@ -1,0 +1,225 @@
+"""The state machine of one restoration: two pointers over one grid.
+
+Pure: no clock, no threads. Whoever drives it (threads in the embedded engine, engine steps in vLLM, a virtual clock
+in the simulator) passes the time in and holds one lock around every call. A load is claimed, then *placed* (its bytes
+verified and about to be copied into the KV buffer), then complete; compute may take a cell back until it is placed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+
+from cacheflow.plan.cells import Cell
+from cacheflow.plan.compute_pointer import ComputePointer
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.load_pointer import LoadPointer
+from cacheflow.plan.plan import RestorePlan, SuffixStart
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.progress import Progress
+from cacheflow.plan.rates import LiveRates
+from cacheflow.types import LoadOutcome
+
+MAX_FAILED_IN_ROW = 4
+"""After this many failed reads in a row the link counts as down and compute restores the rest."""
+
+
+class ClaimKind(Enum):
+    """What compute is to do next."""
+
+    RECOMPUTE = "recompute"
+    REPAIR = "repair"
+    """Recompute what the link failed to deliver, or what compute took back from it."""
+    SUFFIX = "suffix"
+    WAIT = "wait"
+    """Nothing to do until a load ends or time passes."""
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeClaim:
+    """One order to compute.
+
+    Attributes:
+        kind: What to do.
+        tile: The cells, for ``RECOMPUTE`` and ``REPAIR``.
+        restart: The chunk of ``tile`` starts over at block 0.
+        kv_only_top: The tile's top block needs keys and values only.
+        block_lo: First block, for ``SUFFIX``.
+        block_hi: One past the last block, for ``SUFFIX``.
+        predicted_s: What the profile expects it to take, uncorrected.
+    """
+
+    kind: ClaimKind
+    tile: Tile | None = None
+    restart: bool = False
+    kv_only_top: bool = False
+    block_lo: int = 0
+    block_hi: int = 0
+    predicted_s: float = 0.0
+
+
+class RestoreState:
+    """Which cells are claimed, under way, done or failed, by whom; answers what each side does next.
+
+    Attributes:
+        outcomes: Number of loads by outcome.
+        wasted_bytes: Bytes that were read but not used.
+        num_repaired: Cells recomputed because the link did not deliver them.
+    """
+
+    def __init__(
+        self, problem: RestoreProblem, plan: RestorePlan, rates: LiveRates, *, min_claim_s: float = 0.0
+    ) -> None:
+        """Open every cell.
+
+        Args:
+            problem: What the restoration costs.
+            plan: Orders and rules, of the same grid.
+            rates: Corrected as the restoration goes; may be carried from one restoration to the next.
+            min_claim_s: Let compute claim several blocks at once until they last this long (asynchronous devices).
+        """
+        self.problem, self.plan, self.rates = problem, plan, rates
+        self.outcomes: Counter[LoadOutcome] = Counter()
+        self.wasted_bytes = 0
+        self.num_repaired = 0
+        self._p = Progress(problem, plan, rates, min_claim_s=min_claim_s)
+        self._compute = ComputePointer(self._p)
+        self._load = LoadPointer(self._p)
+        self._failed_in_row = 0
+        if self._p.link_down:
+            self._demand_all()
+
+    @property
+    def restored(self) -> bool:
+        """Whether every prefix cell is resident."""
+        return self._p.board.num_missing == 0
+
+    @property
+    def loads_possible(self) -> bool:
+        """Whether the load pointer may still claim a cell, now or later."""
+        return not self._p.link_down and self._p.board.num_missing > 0
+
+    def cell(self, chunk: int, block: int) -> Cell:
+        """State of one cell."""
+        return self._p.board.state(chunk, block)
+
+    def claim_compute(self, now_s: float) -> ComputeClaim:
+        """What compute does next; claims its cells.
+
+        Args:
+            now_s: Seconds since the restoration started.
+        """
+        tile = self._compute.front(now_s)
+        if tile is not None:
+            return self._claim_tile(ClaimKind.RECOMPUTE, tile, restart=False, now_s=now_s)
+        for _ in range(2):
+            repair = self._compute.repair()
+            if repair is not None:
+                return self._claim_tile(ClaimKind.REPAIR, repair[0], restart=repair[1], now_s=now_s)
+            suffix = self._claim_suffix(now_s)
+            if suffix is not None:
+                return suffix
+            if not self._compute.reclaim():
+                break
+        suffix_done = not self._p.has_suffix or self._p.suffix_next == self._p.board.num_blocks
+        return ComputeClaim(kind=ClaimKind.DONE if self.restored and suffix_done else ClaimKind.WAIT)
+
+    def _claim_tile(self, kind: ClaimKind, tile: Tile, *, restart: bool, now_s: float) -> ComputeClaim:
+        kv_only = self._compute.kv_only_top(tile)
+        if kind is ClaimKind.REPAIR:
+            self.num_repaired += sum(self._p.board.is_open(*cell) for cell in tile.cells())
+        predicted_s = self._compute.claim(tile, kv_only=kv_only)
+        self._p.begin_compute(predicted_s, now_s)
+        return ComputeClaim(kind=kind, tile=tile, restart=restart, kv_only_top=kv_only, predicted_s=predicted_s)
+
+    def _claim_suffix(self, now_s: float) -> ComputeClaim | None:
+        p = self._p
+        if not p.has_suffix or (p.plan.suffix_start is SuffixStart.AFTER_RESTORE and not self.restored):
+            return None
+        block_lo = block_hi = p.suffix_next
+        limit = p.board.num_blocks if self.restored else min(block_lo + 1, p.board.num_blocks)
+        while block_hi < limit and p.board.row_resident(block_hi):
+            block_hi += 1
+        if block_hi == block_lo:
+            return None
+        p.suffix_next = block_hi
+        predicted_s = float(self.problem.suffix_B[block_lo:block_hi].sum())
+        p.begin_compute(predicted_s, now_s)
+        return ComputeClaim(kind=ClaimKind.SUFFIX, block_lo=block_lo, block_hi=block_hi, predicted_s=predicted_s)
+
+    def complete_compute(self, claim: ComputeClaim, *, actual_s: float) -> None:
+        """Note that compute did what it was ordered to; its cells become resident."""
+        self._p.end_compute()
+        self.rates.observe_compute(predicted_s=claim.predicted_s, actual_s=actual_s)
+        if claim.tile is not None:
+            for chunk, block in claim.tile.cells():
+                if self._p.board.state(chunk, block) is Cell.COMPUTING:
+                    self._p.board.set(chunk, block, Cell.COMPUTED)
+
+    def claim_load(self, now_s: float) -> Tile | None:
+        """Claim one cell for the link; None when the link should wait or has nothing left.
+
+        Args:
+            now_s: Seconds since the restoration started.
+        """
+        cell = self._load.claim(now_s)
+        if cell is None:
+            return None
+        self._p.in_flight_bytes += self._p.board.load_bytes(*cell)
+        chunk, block = cell
+        return Tile(chunk, chunk + 1, block, block + 1)
+
+    def expected_load_s(self) -> float:
+        """Seconds until everything in flight should have arrived."""
+        return self._p.link_s(0)
+
+    def begin_place(self, tile: Tile) -> bool:
+        """Take a verified read on to the KV buffer; False when compute has taken the cell back (drop the bytes)."""
+        chunk, block = tile.chunk_lo, tile.block_lo
+        num_bytes = self._p.board.load_bytes(chunk, block)
+        self._p.in_flight_bytes -= num_bytes
+        self._failed_in_row = 0
+        self.outcomes[LoadOutcome.OK] += 1
+        if self._p.board.state(chunk, block) is not Cell.LOADING:
+            self.wasted_bytes += num_bytes
+            return False
+        self._p.board.set(chunk, block, Cell.PLACING)
+        return True
+
+    def complete_load(self, tile: Tile) -> None:
+        """Note that a placed cell is resident."""
+        self._p.board.set(tile.chunk_lo, tile.block_lo, Cell.LOADED)
+
+    def fail_load(self, tile: Tile, outcome: LoadOutcome) -> None:
+        """Note that a read gave nothing usable: the cell, and what lies below it, falls to compute."""
+        p, chunk, block = self._p, tile.chunk_lo, tile.block_lo
+        num_bytes = p.board.load_bytes(chunk, block)
+        p.in_flight_bytes -= num_bytes
+        self.outcomes[outcome] += 1
+        if outcome is LoadOutcome.CORRUPT:
+            self.wasted_bytes += num_bytes
+        self._failed_in_row += 1
+        if p.board.state(chunk, block) is Cell.LOADING:
+            p.board.set(chunk, block, Cell.OPEN)
+            p.demand_K[chunk] = max(p.demand_K[chunk], block + 1)
+        if self._failed_in_row >= MAX_FAILED_IN_ROW:
+            self.close_link()
+
+    def fail_place(self, tile: Tile) -> None:
+        """Note that a verified read could not be copied into the KV buffer: the cell falls to compute."""
+        self.outcomes[LoadOutcome.ERROR] += 1
+        self._p.board.set(tile.chunk_lo, tile.block_lo, Cell.OPEN)
+        self._p.demand_K[tile.chunk_lo] = max(self._p.demand_K[tile.chunk_lo], tile.block_lo + 1)
+
+    def close_link(self) -> None:
+        """Stop loading; what is in flight may still arrive, compute restores the rest."""
+        self._p.link_down = True
+        self._load.release()
+        self._demand_all()
+
+    def _demand_all(self) -> None:
+        for chunk in range(self._p.board.num_chunks):
+            top = self._p.board.top_open_block(chunk, 0, self._p.board.num_blocks)
+            self._p.demand_K[chunk] = max(self._p.demand_K[chunk], top + 1)

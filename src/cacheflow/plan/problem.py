@@ -1,0 +1,106 @@
+"""One restoration as numbers: the grid, what each cell costs either way, and the suffix behind it.
+
+Everything that plans, claims or bounds a restoration reads this one value; nothing here measures.
+Shapes: ``K`` prefix chunks, ``B`` layer blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.grid import Grid
+
+Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkCost:
+    """A link as ``latency + bytes / bandwidth``; reads are pipelined, so latency counts once per restoration.
+
+    Attributes:
+        bytes_per_s: Sustained bandwidth; ``inf`` is allowed (nothing to wait for).
+        latency_s: Time to the first byte.
+    """
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Reject a link that never delivers.
+
+        Raises:
+            ConfigError: Bandwidth is not positive, or latency is negative or not finite.
+        """
+        if not self.bytes_per_s > 0:
+            raise ConfigError(f"link bytes_per_s is {self.bytes_per_s}, must be above 0")
+        if not 0 <= self.latency_s < float("inf"):
+            raise ConfigError(f"link latency_s is {self.latency_s}, must be 0 or more and finite")
+
+    def load_s(self, num_bytes: float) -> float:
+        """Seconds to load ``num_bytes`` in one pipelined go; 0 bytes cost nothing."""
+        return self.latency_s + num_bytes / self.bytes_per_s if num_bytes > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreProblem:
+    """What one restoration costs.
+
+    Attributes:
+        grid: The cells.
+        compute_KB: Seconds to recompute a cell in full (attention and MLP too).
+        kv_only_KB: Seconds to recompute a cell's keys and values only (norm and projections), for a cell with
+            nothing recomputed above it; never more than ``compute_KB``.
+        load_bytes_KB: Bytes a load of the cell moves.
+        link: The link the bytes come over.
+        suffix_B: Seconds to run all suffix tokens through each block, prefix resident; zeros without a suffix.
+        head_s: Seconds for the final norm, LM head and sampling of the first token; 0 without a suffix.
+    """
+
+    grid: Grid
+    compute_KB: Seconds
+    kv_only_KB: Seconds
+    load_bytes_KB: npt.NDArray[np.int64]
+    link: LinkCost
+    suffix_B: Seconds = field(default_factory=lambda: np.zeros(0))
+    head_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check shapes and signs.
+
+        Raises:
+            ConfigError: An array has another shape than the grid, or a cost is negative or not finite.
+        """
+        cells = (self.grid.num_chunks, self.grid.num_blocks)
+        if self.suffix_B.size == 0:
+            object.__setattr__(self, "suffix_B", np.zeros(self.grid.num_blocks))
+        for name, array, shape in (
+            ("compute_KB", self.compute_KB, cells),
+            ("kv_only_KB", self.kv_only_KB, cells),
+            ("load_bytes_KB", self.load_bytes_KB, cells),
+            ("suffix_B", self.suffix_B, (self.grid.num_blocks,)),
+        ):
+            if array.shape != shape:
+                raise ConfigError(f"{name} has shape {array.shape}, the grid needs {shape}")
+            if not np.isfinite(array).all() or (array < 0).any():
+                raise ConfigError(f"{name} holds a negative or non-finite cost")
+        if self.head_s < 0:
+            raise ConfigError(f"head_s is {self.head_s}, must be 0 or more")
+
+    @property
+    def suffix_s(self) -> float:
+        """Seconds from a resident prefix to the first token."""
+        return float(self.suffix_B.sum()) + self.head_s
+
+    @property
+    def recompute_s(self) -> float:
+        """Seconds to recompute the whole prefix, its top row for keys and values only."""
+        return float(self.compute_KB[:, :-1].sum() + self.kv_only_KB[:, -1].sum())
+
+    @property
+    def load_s(self) -> float:
+        """Seconds to load the whole prefix."""
+        return self.link.load_s(float(self.load_bytes_KB.sum()))

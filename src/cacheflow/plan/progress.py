@@ -1,0 +1,78 @@
+"""What both pointers of one restoration know: the board, the plan, live rates and the work still ahead."""
+
+from __future__ import annotations
+
+from cacheflow.plan.cells import CellBoard
+from cacheflow.plan.plan import RestorePlan
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.rates import LiveRates
+
+
+class Progress:
+    """Shared, mutable state of one restoration. Not thread-safe: used under the restoration's lock.
+
+    Attributes:
+        demand_K: Per chunk, the number of bottom blocks that only compute may restore (a load of one of them failed,
+            or compute took the chunk back from a slow link); 0 means none.
+        in_flight_bytes: Bytes of loads that are under way.
+        suffix_next: Lowest block the suffix has not been ordered through.
+        link_down: The load pointer claims nothing any more.
+        compute_stopped: The compute pointer has left the open cells to the link.
+        min_claim_s: Compute claims several blocks at once until they last this long; 0 claims one at a time.
+    """
+
+    def __init__(
+        self, problem: RestoreProblem, plan: RestorePlan, rates: LiveRates, *, min_claim_s: float = 0.0
+    ) -> None:
+        """Start with every cell open."""
+        self.problem, self.plan, self.rates = problem, plan, rates
+        self.min_claim_s = min_claim_s
+        self.board = CellBoard(problem)
+        self.demand_K = [0] * problem.grid.num_chunks
+        self.in_flight_bytes = 0
+        self.suffix_next = 0
+        self.link_down = not plan.load_order
+        self.compute_stopped = not plan.compute_order
+        self.has_suffix = bool(problem.grid.suffix_ends)
+        self.top_suffix_s = float(problem.suffix_B[-1]) + problem.head_s
+        self._suffix_from_B = [*problem.suffix_B[::-1].cumsum()[::-1].tolist(), 0.0]
+        self._claim_s = 0.0
+        self._claimed_at_s = 0.0
+
+    def begin_compute(self, predicted_s: float, now_s: float) -> None:
+        """Note that compute works on something expected to take ``predicted_s`` (uncorrected)."""
+        self._claim_s, self._claimed_at_s = predicted_s, now_s
+
+    def end_compute(self) -> None:
+        """Note that compute is free."""
+        self._claim_s = 0.0
+
+    def compute_left_s(self, now_s: float) -> float:
+        """Corrected seconds until compute is through with what it works on."""
+        return max(0.0, self._claim_s * self.rates.compute_factor - (now_s - self._claimed_at_s))
+
+    def link_s(self, num_bytes: float) -> float:
+        """Seconds the link needs for ``num_bytes`` more, behind what is already in flight."""
+        return (self.in_flight_bytes + num_bytes) / self.rates.bytes_per_s
+
+    def suffix_left_s(self) -> float:
+        """Corrected seconds of suffix work, head included, that has not been ordered yet."""
+        return (self._suffix_from_B[self.suffix_next] + self.problem.head_s) * self.rates.compute_factor
+
+    def loadable(self, chunk: int, block: int) -> bool:
+        """Whether the link may restore a cell: it is open and not demanded of compute."""
+        return self.board.is_open(chunk, block) and block >= self.demand_K[chunk]
+
+    def demanded_open_block(self, chunk: int) -> int:
+        """Highest open block that only compute may restore in a chunk; -1 when there is none."""
+        demand = self.demand_K[chunk]
+        return self.board.top_open_block(chunk, 0, demand) if demand else -1
+
+    def repair_left_s(self) -> float:
+        """Corrected seconds to recompute the chunks demanded of compute, as if each started at block 0."""
+        total = 0.0
+        for chunk, demand in enumerate(self.demand_K):
+            if demand:
+                top = self.demanded_open_block(chunk)
+                total += sum(self.board.compute_s(chunk, block) for block in range(top + 1))
+        return total * self.rates.compute_factor

@@ -1,0 +1,80 @@
+"""Live correction of predicted costs: how fast compute and the link really are.
+
+Both rates are ratios of exponentially decayed sums, so that a long observation weighs more than a short one and a
+change of the hardware's speed shows within a few observations. One ``LiveRates`` outlives its restorations: what one
+request learned, the next one starts with. Not thread-safe: the owner of the restoration's lock calls it.
+"""
+
+from __future__ import annotations
+
+from cacheflow.errors import ConfigError
+
+DECAY = 0.85
+"""Weight an observation keeps when the next one arrives; about seven observations count."""
+PRIOR_OBSERVATIONS = 2.0
+"""How many observations the prediction is worth before anything was observed."""
+
+
+TRUST_OBSERVATIONS = 3
+"""Observations of each side before its rate is trusted with a decision that cannot be taken back."""
+
+
+class LiveRates:
+    """Observed over predicted compute time, and observed bandwidth, as exponentially weighted means."""
+
+    def __init__(self, *, bytes_per_s: float, compute_factor: float = 1.0) -> None:
+        """Start from a prediction.
+
+        Args:
+            bytes_per_s: Bandwidth the profile expects; above 0, may be ``inf``.
+            compute_factor: Seconds that one predicted compute second takes.
+
+        Raises:
+            ConfigError: A rate is not positive.
+        """
+        if not bytes_per_s > 0 or not compute_factor > 0:
+            raise ConfigError(f"rates must be above 0: bytes_per_s {bytes_per_s}, compute_factor {compute_factor}")
+        self._bytes_per_s = bytes_per_s
+        self._compute_factor = compute_factor
+        self._predicted_s = self._actual_s = 0.0
+        self._bytes = self._busy_s = 0.0
+        self._num_computes = self._num_loads = 0
+
+    @property
+    def trusted(self) -> bool:
+        """Whether both sides were observed often enough to commit to a meeting point."""
+        return min(self._num_computes, self._num_loads) >= TRUST_OBSERVATIONS
+
+    @property
+    def compute_factor(self) -> float:
+        """Seconds that one predicted compute second takes now."""
+        return self._compute_factor
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bandwidth of the link now."""
+        return self._bytes_per_s
+
+    def observe_compute(self, *, predicted_s: float, actual_s: float) -> None:
+        """Take in one recomputation; observations without a prediction are ignored."""
+        if predicted_s <= 0 or actual_s <= 0:
+            return
+        self._num_computes += 1
+        if self._predicted_s == 0.0:
+            self._predicted_s = PRIOR_OBSERVATIONS * predicted_s
+            self._actual_s = self._predicted_s * self._compute_factor
+        self._predicted_s = DECAY * self._predicted_s + predicted_s
+        self._actual_s = DECAY * self._actual_s + actual_s
+        self._compute_factor = self._actual_s / self._predicted_s
+
+    def observe_load(self, *, num_bytes: int, busy_s: float) -> None:
+        """Take in one read: ``busy_s`` is the time the link worked on it, not the time it waited in line."""
+        if num_bytes <= 0 or busy_s <= 0:
+            return
+        self._num_loads += 1
+        if self._bytes == 0.0:
+            self._bytes = PRIOR_OBSERVATIONS * num_bytes
+            self._busy_s = self._bytes / self._bytes_per_s
+        self._bytes = DECAY * self._bytes + num_bytes
+        self._busy_s = DECAY * self._busy_s + busy_s
+        self._bytes_per_s = self._bytes / self._busy_s

@@ -1,0 +1,96 @@
+"""Values that cross module lines: model shapes, load outcomes, clocks.
+
+Units are in the names: ``*_s`` seconds, ``*_bytes`` bytes, ``*_bytes_per_s`` rates, ``num_*`` counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from cacheflow.errors import ConfigError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Clock(Protocol):
+    """A monotonic clock; live code passes ``time.perf_counter``, the simulator a virtual one."""
+
+    def __call__(self) -> float:
+        """Return the time in seconds since an arbitrary origin; never goes backwards."""
+        ...
+
+
+class LoadOutcome(Enum):
+    """How one read from a store ended; everything but ``OK`` is recomputed and counted."""
+
+    OK = "ok"
+    MISS = "miss"
+    CORRUPT = "corrupt"
+    ERROR = "error"
+    LATE = "late"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What the cost model and the stores need to know of a decoder-only model.
+
+    Attributes:
+        name: Name for people and profiles, such as ``"Llama-3.1-8B"``.
+        num_layers: Decoder layers that hold a KV cache.
+        hidden_size: Width of the residual stream.
+        num_q_heads: Query heads.
+        num_kv_heads: Key/value heads (grouped-query attention).
+        head_dim: Width of one head.
+        intermediate_size: MLP width (of one expert for mixture-of-experts models).
+        vocab_size: Rows of the LM head.
+        num_experts: Experts per layer; 0 for a dense MLP.
+        num_active_experts: Experts a token is routed to; 0 for a dense MLP.
+        sliding_window: Attention window in tokens; None for full attention.
+        dtype: Name of the KV and weight dtype, a key of ``DTYPE_BYTES``.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    num_experts: int = 0
+    num_active_experts: int = 0
+    sliding_window: int | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Reject shapes that no model can have.
+
+        Raises:
+            ConfigError: A count is not positive, or the dtype is unknown.
+        """
+        for key in (
+            "num_layers", "hidden_size", "num_q_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size",
+        ):  # fmt: skip
+            value = getattr(self, key)
+            if value < 1:
+                raise ConfigError(f"model shape {self.name!r}: {key} is {value}, must be at least 1")
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"model shape {self.name!r}: dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}")
+        if self.num_q_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model shape {self.name!r}: num_q_heads {self.num_q_heads} is no multiple of "
+                f"num_kv_heads {self.num_kv_heads}"
+            )
+
+    @property
+    def kv_bytes_per_token_layer(self) -> int:
+        """Bytes of keys and values of one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in all layers."""
+        return self.kv_bytes_per_token_layer * self.num_layers

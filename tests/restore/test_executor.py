@@ -1,0 +1,143 @@
+"""The executor over fake ports: threads, faults, deadlines, cancellation; no torch."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from support.fake_ports import FakeBuffer, FakeCompute, FakeTransfer
+from support.problems import shared_plan, transformer_problem, whole_chunk_plan
+
+from cacheflow.errors import ConfigError, RestoreCancelled
+from cacheflow.plan.explain import Lane, SpanKind
+from cacheflow.plan.pointers import RestoreState
+from cacheflow.plan.rates import LiveRates
+from cacheflow.restore.executor import execute
+from cacheflow.restore.options import ExecutorOptions
+from cacheflow.types import LoadOutcome
+
+
+class Setup:
+    def __init__(self, *, suffix_tokens=64, cell_s=0.001, load_s=0.001, whole=False, num_tokens=2048, ratio=1.0) -> None:
+        self.problem = transformer_problem(
+            num_tokens=num_tokens, suffix_tokens=suffix_tokens, num_blocks=5, ratio=ratio
+        )
+        self.plan = whole_chunk_plan(self.problem) if whole else shared_plan(self.problem)
+        self.state = RestoreState(
+            self.problem, self.plan, LiveRates(bytes_per_s=self.problem.link.bytes_per_s)
+        )
+        self.buffer = FakeBuffer(self.problem.grid)
+        self.compute = FakeCompute(self.buffer, cell_s=cell_s)
+        self.transfer = FakeTransfer(self.buffer, cell_s=load_s)
+
+    def run(self, **kwargs):
+        report = execute(self.state, self.compute, self.transfer, **kwargs)
+        assert self.buffer.is_right()
+        assert all(ticket.freed for ticket in self.transfer.tickets)
+        assert not [t for t in threading.enumerate() if t.name == "cacheflow-io"]
+        return report
+
+
+@pytest.mark.parametrize("suffix_tokens", [0, 64])
+@pytest.mark.parametrize("whole", [False, True])
+def test_both_sides_restore_a_share_and_the_report_adds_up(suffix_tokens, whole):
+    setup = Setup(suffix_tokens=suffix_tokens, whole=whole)
+    report = setup.run(planning_s=0.5)
+    assert report.recomputed_cells + report.loaded_cells == 20
+    assert report.recomputed_cells and report.loaded_cells
+    letters = "".join(report.cells_KB)
+    assert (letters.count("c"), letters.count("l")) == (report.recomputed_cells, report.loaded_cells)
+    assert report.planning_s == 0.5
+    assert (report.ttft_s is None) == (suffix_tokens == 0)
+    assert report.end_s >= report.restore_s > 0
+    assert 0 < report.compute_busy <= 1 and 0 < report.io_busy <= 1
+    assert setup.compute.finished
+    assert setup.compute.thread_ids == {threading.get_ident()}
+    assert report.as_dict()["recomputed_cells"] == report.recomputed_cells
+    for lane in Lane:
+        spans = [s for s in report.spans if s.lane is lane]
+        assert all(0 <= s.start_s <= s.end_s <= report.end_s + 0.1 for s in spans)
+
+
+@pytest.mark.parametrize("outcome", [LoadOutcome.MISS, LoadOutcome.CORRUPT, LoadOutcome.ERROR])
+def test_a_failed_read_is_recomputed_and_counted(outcome):
+    setup = Setup()
+    failed = []
+
+    def outcome_of(tile):
+        if not failed:
+            failed.append(tile)
+            return outcome
+        return LoadOutcome.OK
+
+    setup.transfer.outcome_of = outcome_of
+    report = setup.run()
+    assert report.failed_loads == {outcome.value: 1}
+    assert report.cells_KB[failed[0].chunk_lo][failed[0].block_lo] == "c"
+    assert any(s.kind is SpanKind.FAILED for s in report.spans)
+
+
+def test_a_read_that_hangs_is_late_and_recomputed():
+    setup = Setup()
+    setup.transfer.outcome_of = lambda tile: None if tile.chunk_lo == 3 else LoadOutcome.OK
+    report = setup.run(options=ExecutorOptions(deadline_floor_s=0.02, deadline_factor=0.1))
+    assert report.failed_loads["late"] >= 1
+    assert report.cells_KB[3].count("l") == 0
+
+
+def test_a_dead_link_leaves_everything_to_compute():
+    setup = Setup(ratio=0.2)
+    setup.transfer.outcome_of = lambda tile: LoadOutcome.ERROR
+    report = setup.run()
+    assert report.loaded_cells == 0
+    assert report.failed_loads["error"] <= 4 + 3
+
+
+@pytest.mark.parametrize("where", ["start", "wait", "place"])
+def test_a_port_that_raises_closes_the_link_and_the_request_is_right(where, caplog):
+    setup = Setup(ratio=0.5, whole=True)
+    setup.transfer.raise_in = where
+    report = setup.run()
+    assert report.failed_loads.get("error", 0) >= 1
+    assert "transfer port raised" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_cancel_leaves_nothing_running(when):
+    setup = Setup(cell_s=0.005)
+    cancel = threading.Event()
+    if when == "before":
+        cancel.set()
+    setup.compute.on_recompute = lambda tile: cancel.set() if setup.buffer.cells.max() > 0 else None
+    with pytest.raises(RestoreCancelled, match="cancelled after"):
+        execute(setup.state, setup.compute, setup.transfer, cancel=cancel)
+    assert all(ticket.freed for ticket in setup.transfer.tickets)
+    assert not [t for t in threading.enumerate() if t.name == "cacheflow-io"]
+    assert not setup.compute.finished
+
+
+def test_compute_that_raises_stops_the_link_and_reaches_the_caller():
+    setup = Setup()
+
+    def fail(tile):
+        raise RuntimeError("device lost")
+
+    setup.compute.on_recompute = fail
+    with pytest.raises(RuntimeError, match="device lost"):
+        execute(setup.state, setup.compute, setup.transfer)
+    assert all(ticket.freed for ticket in setup.transfer.tickets)
+
+
+def test_nothing_to_restore_runs_the_suffix():
+    report = Setup(num_tokens=0, suffix_tokens=32).run()
+    assert report.restore_s == 0.0
+    assert report.ttft_s is not None
+    assert report.cells_KB == ()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_reads_in_flight": 0}, {"poll_s": 0.0}, {"deadline_floor_s": -1.0}, {"deadline_factor": 0.0}]
+)
+def test_options_out_of_range_are_refused(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        ExecutorOptions(**bad)
