@@ -1,0 +1,124 @@
+"""The links a study restores over: a throttled store on the CPU, paced copies from pinned memory on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
+from cacheflow.errors import StoreError
+from cacheflow.plan.keys import Namespace, chain_hashes
+from cacheflow.restore.ports import TransferPort
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkDrop:
+    """The link falls to ``factor`` of its bandwidth once ``after_bytes`` have passed."""
+
+    factor: float
+    after_bytes: int
+
+
+class StudyLink(Protocol):
+    """Keeps one saved prefix and opens a fresh transfer port for every run."""
+
+    def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
+        """Keep every cell of the prefix.
+
+        Raises:
+            StoreError: Not every cell could be written.
+        """
+        ...
+
+    def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
+        """A port into ``kv`` over an idle link of ``bytes_per_s`` (``inf``: as fast as it goes)."""
+        ...
+
+    def close(self) -> None:
+        """Free what was kept."""
+        ...
+
+
+class PinnedStudyLink:
+    """A prefix in host memory (pinned for CUDA), copied at a paced rate; needs no store."""
+
+    def __init__(self) -> None:
+        """Keep nothing yet."""
+        self._prefix: PinnedPrefix | None = None
+
+    def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
+        """See ``StudyLink.save``."""
+        del tokens
+        self._prefix = PinnedPrefix.save(kv, geometry)
+
+    def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
+        """See ``StudyLink.open``; cannot drop."""
+        if self._prefix is None or drop is not None:
+            raise StoreError("a pinned link needs a saved prefix and keeps its bandwidth")
+        return PinnedLinkPort(self._prefix, kv=kv, bytes_per_s=bytes_per_s)
+
+    def close(self) -> None:
+        """Free the host memory."""
+        self._prefix = None
+
+
+class StoreStudyLink:
+    """A store behind a throttled link: bytes are really read, verified and copied, then held to the link's schedule."""
+
+    def __init__(self, namespace: Namespace, *, directory: str | None = None) -> None:
+        """Use memory, or files under ``directory``."""
+        self._namespace, self._directory = namespace, directory
+        self._geometry: CellGeometry | None = None
+        self._chain: tuple[bytes, ...] = ()
+        self._store: Any = None
+
+    def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
+        """See ``StudyLink.save``."""
+        from pathlib import Path
+
+        from cacheflow.engine.saver import PrefixSaver
+        from cacheflow.stores.file import FileStore
+        from cacheflow.stores.memory import MemoryStore
+        from cacheflow.stores.throttled import ThrottledStore
+
+        self.close()
+        grid, shape = geometry.grid, geometry.shape
+        num_bytes = grid.num_tokens * shape.kv_bytes_per_token + grid.num_chunks * grid.num_blocks * 8192
+        inner = (
+            MemoryStore(capacity_bytes=num_bytes + (1 << 20))
+            if self._directory is None
+            else FileStore(Path(self._directory), capacity_bytes=num_bytes + (1 << 30))
+        )
+        self._store = ThrottledStore(inner, 1e12)
+        self._geometry, self._chain = geometry, chain_hashes(tokens, grid.chunk_ends)
+        saver = PrefixSaver(self._store, geometry=geometry, namespace=self._namespace.digest, chain_hashes=self._chain)
+        saver.save_prefix(kv)
+        report = saver.wait()
+        if not report.complete:
+            raise StoreError(f"{report.num_failed} of {grid.num_chunks * grid.num_blocks} cells could not be saved")
+
+    def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
+        """See ``StudyLink.open``."""
+        from cacheflow.engine.transfer_port import StoreTransferPort
+
+        if self._geometry is None:
+            raise StoreError("nothing was saved yet")
+        self._store.set_bandwidth(min(bytes_per_s, 1e12))
+        if drop is not None:
+            self._store.set_bandwidth(bytes_per_s * drop.factor, after_bytes=drop.after_bytes)
+        return StoreTransferPort(
+            self._store,
+            geometry=self._geometry,
+            namespace=self._namespace.digest,
+            chain_hashes=self._chain,
+            kv=kv,
+        )
+
+    def close(self) -> None:
+        """Close the store."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None

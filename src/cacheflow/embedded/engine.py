@@ -1,0 +1,124 @@
+"""The embedded engine: one model, one store, one policy, any number of sessions served one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cacheflow.embedded.restorer import Restorer
+from cacheflow.embedded.session import Session
+from cacheflow.engine.cells import num_blocks
+from cacheflow.engine.model import LoadedModel, load_model
+from cacheflow.engine.runner import LayerRunner
+from cacheflow.engine.selftest import self_test
+from cacheflow.errors import ConfigError
+from cacheflow.plan.costs import CostTable
+from cacheflow.plan.keys import Namespace
+from cacheflow.plan.problem import LinkCost
+from cacheflow.plan.rates import LiveRates
+from cacheflow.policies.registry import make_policy
+from cacheflow.restore.options import ExecutorOptions
+from cacheflow.stores.base import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How an engine saves and restores.
+
+    Attributes:
+        policy: A restore policy by name.
+        chunk_tokens: Tokens of a chunk; part of the store's key, because it decides the rounding.
+        layers_per_block: Layers of one block, which is one store object per chunk.
+        crossover_tokens: Length from which ``cacheflow_v1`` restores token-wise, measured by calibration.
+        lookup_deadline_s: Longest time to ask the store what it holds.
+        executor: Depth and deadlines of reads.
+        self_test: Check the model against its own forward pass at load.
+    """
+
+    policy: str = "cacheflow"
+    chunk_tokens: int = 512
+    layers_per_block: int = 1
+    crossover_tokens: int | None = None
+    lookup_deadline_s: float = 1.0
+    executor: ExecutorOptions = field(default_factory=ExecutorOptions)
+    self_test: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A value is out of range, or the policy is unknown.
+        """
+        if self.chunk_tokens < 1 or self.layers_per_block < 1:
+            raise ConfigError(
+                f"chunk_tokens {self.chunk_tokens} and layers_per_block {self.layers_per_block} must be at least 1"
+            )
+        if not self.lookup_deadline_s > 0:
+            raise ConfigError(f"lookup_deadline_s is {self.lookup_deadline_s}, must be above 0")
+        make_policy(self.policy)
+
+
+class Engine:
+    """Serves sessions of one model; prefixes thrown out of memory come back from a store and from compute at once.
+
+    Not thread-safe: one generation at a time.
+    """
+
+    def __init__(
+        self, model: LoadedModel, *, store: Store, costs: CostTable, link: LinkCost, options: EngineOptions | None = None
+    ) -> None:
+        """Take a loaded model.
+
+        Args:
+            model: See ``load_model``.
+            store: Where KV goes and comes from; stays the caller's to close.
+            costs: Measured on this machine for this model (``cacheflow calibrate``).
+            link: What the profile says of the store's link.
+            options: Policy, chunking, deadlines.
+
+        Raises:
+            ProfileError: ``costs`` was measured for another model, device or dtype.
+            SelfTestError: The engine cannot reproduce the model's own forward pass.
+        """
+        self.options = options or EngineOptions()
+        self.model, self.store, self.costs, self.link = model, store, costs, link
+        costs.identity.require(model_identity(model))
+        self.runner = LayerRunner(model)
+        if self.options.self_test:
+            self_test(model)
+        self.namespace = Namespace(
+            weights_fingerprint=model.fingerprint,
+            dtype=model.shape.dtype,
+            chunk_tokens=self.options.chunk_tokens,
+            extra=(("layers_per_block", str(self.options.layers_per_block)),),
+        )
+        self.num_blocks = num_blocks(model.shape.num_layers, self.options.layers_per_block)
+        self.restorer = Restorer(
+            runner=self.runner,
+            policy=make_policy(self.options.policy, crossover_tokens=self.options.crossover_tokens),
+            rates=LiveRates(bytes_per_s=link.bytes_per_s),
+            options=self.options.executor,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        store: Store,
+        costs: CostTable,
+        link: LinkCost,
+        options: EngineOptions | None = None,
+    ) -> Engine:
+        """Load a model by folder or name, with the device and dtype its costs were measured on.
+
+        Raises:
+            ConfigError: The model cannot be loaded, or see the constructor.
+        """
+        identity = costs.identity
+        loaded = load_model(model, device=identity.device_type, dtype=identity.dtype)
+        return cls(loaded, store=store, costs=costs, link=link, options=options)
+
+    def session(self, *, salt: str = "") -> Session:
+        """Start a conversation; tenants with different salts never read each other's KV."""
+        return Session(self, salt=salt)

@@ -1,0 +1,235 @@
+"""One conversation: its tokens, its KV buffer, and what brings the KV back after it was thrown out.
+
+Keys and values that decode steps made are never saved and never kept over a turn: the next turn prefills the answer
+again, together with its new tokens, in chunks. So every saved cell was made by prefill with known boundaries, and
+recomputing it gives the same bits (docs/decisions/0002).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cacheflow.embedded.restorer import RestoreRequest
+from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.compute_port import EngineComputePort
+from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.sampling import Sampling, TokenSampler, generate
+from cacheflow.engine.saver import PrefixSaver, SaveReport
+from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
+from cacheflow.errors import PromptError
+from cacheflow.plan.costs import build_problem
+from cacheflow.plan.explain import RestoreReport
+from cacheflow.plan.grid import Grid, Tile, regular_ends
+from cacheflow.plan.keys import ObjectKey, chain_hashes, chain_root
+from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_boundary
+
+if TYPE_CHECKING:
+    from cacheflow.embedded.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """An answer and how its prefix came to be there.
+
+    Attributes:
+        tokens: New tokens, in order.
+        logits: ``[V]`` of the last prompt token.
+        ttft_s: Seconds from the call to the first token, lookup and planning included.
+        resident_tokens: Prefix tokens whose KV was still in memory.
+        restored_tokens: Prefix tokens that were restored.
+        suffix_tokens: Prompt tokens that were new.
+        report: The restoration; None when nothing had to be restored.
+        saved: What was written to the store.
+    """
+
+    tokens: tuple[int, ...]
+    logits: torch.Tensor
+    ttft_s: float
+    resident_tokens: int
+    restored_tokens: int
+    suffix_tokens: int
+    report: RestoreReport | None
+    saved: SaveReport
+
+
+class Session:
+    """A conversation of one engine. Not thread-safe, except for the ``cancel`` event of ``generate``."""
+
+    def __init__(self, engine: Engine, *, salt: str) -> None:
+        """Start empty."""
+        self.tokens: list[int] = []
+        self._engine, self._salt = engine, salt
+        self._kv: KVBuffer | None = None
+        self._chunk_ends: tuple[int, ...] = ()
+
+    @property
+    def resident_tokens(self) -> int:
+        """Tokens whose prefill-made KV is in memory."""
+        return self._chunk_ends[-1] if self._chunk_ends else 0
+
+    def evict(self) -> None:
+        """Throw the KV out of memory; the conversation goes on, the next turn restores it."""
+        self._kv = None
+        self._chunk_ends = ()
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_tokens: frozenset[int] = frozenset(),
+        cancel: threading.Event | None = None,
+    ) -> Reply:
+        """Answer the conversation so far plus ``tokens``, restoring what was evicted.
+
+        Args:
+            tokens: New prompt tokens, at least one.
+            max_new_tokens: Longest answer.
+            sampling: Greedy unless told otherwise.
+            stop_tokens: The answer ends after one of these.
+            cancel: Set from any thread to give up before the first token; the session stays as it was.
+
+        Raises:
+            PromptError: No new token, an id outside the vocabulary, or the conversation would be too long.
+            RestoreCancelled: ``cancel`` was set before the first token.
+        """
+        started_s = time.perf_counter()
+        prompt = self._checked_prompt(tokens, max_new_tokens)
+        kv, resident_ends = self._buffer(len(prompt) + max_new_tokens)
+        match = self._lookup(prompt) if not resident_ends else PrefixMatch(chunk_ends=(), chain_hashes=())
+        known_ends = resident_ends or match.chunk_ends
+        grid = self._grid(known_ends, len(prompt))
+        logits, report = self._first_logits(prompt, grid, match, kv, cancel)
+        ttft_s = time.perf_counter() - started_s
+        answer = generate(
+            self._engine.runner,
+            kv,
+            logits,
+            position=len(prompt),
+            max_new_tokens=max_new_tokens,
+            sampler=TokenSampler(sampling),
+            stop_tokens=stop_tokens,
+        )
+        self._kv, self._chunk_ends = kv, (*known_ends, *grid.suffix_ends)
+        self.tokens = [*prompt, *answer]
+        return Reply(
+            tokens=tuple(answer),
+            logits=logits,
+            ttft_s=ttft_s,
+            resident_tokens=resident_ends[-1] if resident_ends else 0,
+            restored_tokens=match.chunk_ends[-1] if match.chunk_ends else 0,
+            suffix_tokens=grid.suffix_tokens,
+            report=report,
+            saved=self._save(prompt, first_chunk=len(known_ends)),
+        )
+
+    def _checked_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
+        if not tokens or max_new_tokens < 1:
+            raise PromptError(f"{len(tokens)} new prompt tokens and max_new_tokens {max_new_tokens}: 1 or more are needed")
+        prompt = [*self.tokens, *tokens]
+        limit = self._engine.model.max_tokens
+        if len(prompt) + max_new_tokens > limit:
+            raise PromptError(
+                f"conversation of {len(prompt)} tokens plus {max_new_tokens} new ones exceeds the model's {limit}"
+            )
+        self._engine.runner.token_tensor(prompt)
+        return prompt
+
+    def _buffer(self, num_tokens: int) -> tuple[KVBuffer, tuple[int, ...]]:
+        """A buffer long enough, and the boundaries of what it still holds."""
+        if self._kv is not None and self._kv.capacity >= num_tokens:
+            return self._kv, self._chunk_ends
+        capacity = min(self._engine.model.max_tokens, max(2 * num_tokens, 1024))
+        grown = self._engine.runner.new_kv(capacity)
+        if self._kv is None:
+            return grown, ()
+        kept = self.resident_tokens
+        grown.kv_L2THD[:, :, :kept].copy_(self._kv.kv_L2THD[:, :, :kept])
+        return grown, self._chunk_ends
+
+    def _lookup(self, prompt: list[int]) -> PrefixMatch:
+        engine = self._engine
+        return find_prefix(
+            engine.store,
+            engine.namespace,
+            prompt,
+            chunk_tokens=engine.options.chunk_tokens,
+            salt=self._salt,
+            max_tokens=len(prompt) - 1,
+            required_keys=self._chunk_keys,
+            deadline_s=engine.options.lookup_deadline_s,
+        )
+
+    def _chunk_keys(self, chunk_hash: bytes) -> list[ObjectKey]:
+        """Every object of one chunk."""
+        grid = Grid(chunk_ends=(1,), num_blocks=self._engine.num_blocks)
+        geometry = self._geometry(grid)
+        name, namespace = chunk_hash.hex(), self._engine.namespace.digest
+        return [cell_key(namespace, name, geometry, Tile(0, 1, b, b + 1)) for b in range(grid.num_blocks)]
+
+    def _geometry(self, grid: Grid) -> CellGeometry:
+        return CellGeometry(
+            grid=grid, shape=self._engine.model.shape, layers_per_block=self._engine.options.layers_per_block
+        )
+
+    def _grid(self, known_ends: tuple[int, ...], num_tokens: int) -> Grid:
+        start = known_ends[-1] if known_ends else 0
+        return Grid(
+            chunk_ends=known_ends,
+            num_blocks=self._engine.num_blocks,
+            suffix_ends=regular_ends(start, num_tokens, self._engine.options.chunk_tokens),
+        )
+
+    def _first_logits(
+        self, prompt: list[int], grid: Grid, match: PrefixMatch, kv: KVBuffer, cancel: threading.Event | None
+    ) -> tuple[torch.Tensor, RestoreReport | None]:
+        """Logits of the last prompt token, over a resident, a restored or no prefix."""
+        engine = self._engine
+        layers_per_block = engine.options.layers_per_block
+        if not match.chunk_ends:
+            port = EngineComputePort(
+                engine.runner, grid=grid, tokens=prompt, kv=kv, layers_per_block=layers_per_block
+            )
+            port.run_suffix(0, grid.num_blocks)
+            port.finish()
+            assert port.logits is not None, "the prompt always has a suffix"
+            return port.logits, None
+        problem = build_problem(
+            engine.costs, grid, engine.model.shape, link=engine.link, layers_per_block=layers_per_block
+        )
+        transfer = StoreTransferPort(
+            engine.store,
+            geometry=self._geometry(grid),
+            namespace=engine.namespace.digest,
+            chain_hashes=match.chain_hashes,
+            kv=kv,
+        )
+        request = RestoreRequest(tokens=prompt, problem=problem, kv=kv, layers_per_block=layers_per_block)
+        restored = engine.restorer.restore(request, transfer, cancel=cancel)
+        assert restored.logits is not None, "the prompt always has a suffix"
+        return restored.logits, restored.report
+
+    def _save(self, prompt: list[int], *, first_chunk: int) -> SaveReport:
+        """Write the chunks this turn prefilled; partial ones are noted, so that a later lookup tries their length."""
+        assert self._kv is not None, "called after the prompt was computed"
+        engine, ends = self._engine, self._chunk_ends
+        hashes = chain_hashes(prompt, ends, salt=self._salt)
+        geometry = self._geometry(Grid(chunk_ends=ends, num_blocks=engine.num_blocks))
+        saver = PrefixSaver(
+            engine.store, geometry=geometry, namespace=engine.namespace.digest, chain_hashes=hashes
+        )
+        saver.save_prefix(self._kv, first_chunk=first_chunk)
+        report = saver.wait()
+        parents, starts = (chain_root(self._salt), *hashes), (0, *ends)
+        for chunk in range(first_chunk, len(ends)):
+            length = ends[chunk] - starts[chunk]
+            if length != engine.options.chunk_tokens:
+                note_boundary(engine.store, engine.namespace, parents[chunk], length)
+        return report

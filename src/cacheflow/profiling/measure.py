@@ -1,0 +1,120 @@
+"""Measures what a model costs on this machine: a chunk at an offset, its keys and values alone, the head.
+
+Keys and values in the buffer are finite random numbers, because denormals and NaN would cost other times. Measurements
+of different points are interleaved round by round, so that a slow spell of a shared machine spreads over all of them;
+each point's value is its median.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cacheflow.engine.kv_buffer import ChunkCache, KVBuffer
+from cacheflow.engine.runner import LayerRunner
+
+KV_ONLY_LAYERS = 4
+"""Layers timed for keys and values only, a call each; they differ too little to time all."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPoint:
+    """A chunk to be timed: ``num_tokens`` tokens at ``offset``, everything before resident."""
+
+    num_tokens: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCost:
+    """Seconds of one layer for one chunk: in full, and for its keys and values only."""
+
+    full_s: float
+    kv_only_s: float
+
+
+class CostMeter:
+    """Times one model on its device, on the calling thread."""
+
+    def __init__(self, runner: LayerRunner, *, max_tokens: int) -> None:
+        """Allocate and fill a KV buffer of ``max_tokens``."""
+        self._runner = runner
+        self._kv: KVBuffer = runner.new_kv(max_tokens)
+        self._kv.kv_L2THD.normal_(generator=torch.Generator(device=self._kv.device).manual_seed(0))
+
+    def measure_chunks(
+        self, points: Sequence[ChunkPoint], *, repeats: int = 3, on_step: Callable[[], None] = lambda: None
+    ) -> dict[ChunkPoint, ChunkCost]:
+        """Median cost of each point over ``repeats`` interleaved rounds, after one warm-up of the shortest.
+
+        Args:
+            points: What to time; ``offset + num_tokens`` at most the meter's ``max_tokens``.
+            repeats: Rounds.
+            on_step: Called after every single measurement, ``len(points) * repeats`` times.
+        """
+        if points:
+            self._time_point(min(points, key=lambda point: point.num_tokens + point.offset))
+        samples: dict[ChunkPoint, list[ChunkCost]] = {point: [] for point in points}
+        for _ in range(repeats):
+            for point in samples:
+                samples[point].append(self._time_point(point))
+                on_step()
+        return {
+            point: ChunkCost(
+                full_s=statistics.median(cost.full_s for cost in costs),
+                kv_only_s=statistics.median(min(cost.kv_only_s, cost.full_s) for cost in costs),
+            )
+            for point, costs in samples.items()
+        }
+
+    def measure_head_s(self, *, repeats: int = 9) -> float:
+        """Median seconds of norm and LM head for one token."""
+        hidden = self._runner.embed(self._runner.token_tensor([0]))
+        return statistics.median(self._seconds(lambda: self._runner.logits(hidden)) for _ in range(repeats))
+
+    def measure_call_overhead_s(self, *, repeats: int = 9) -> float:
+        """Median seconds of one layer for one token without a past: what a call costs however little it does."""
+        samples = [self._time_point(ChunkPoint(1, 0)).full_s for _ in range(repeats)]
+        return statistics.median(samples)
+
+    def measure_big_pass_s(self, num_tokens: int, *, repeats: int = 2) -> float:
+        """Median seconds of one layer for the whole prefix as a single chunk."""
+        samples = [self._time_point(ChunkPoint(num_tokens, 0)).full_s for _ in range(repeats)]
+        return statistics.median(samples)
+
+    def _time_point(self, point: ChunkPoint) -> ChunkCost:
+        runner, end = self._runner, point.offset + point.num_tokens
+        num_layers = runner.num_layers
+        tokens = runner.token_tensor([1 + i % (runner.model.shape.vocab_size - 1) for i in range(point.num_tokens)])
+        hidden = runner.embed(tokens)
+        cache, rope = ChunkCache(self._kv, point.offset, end), runner.rope(point.offset, end)
+        full_s = self._seconds(lambda: runner.run(hidden, cache, rope, layers=(0, num_layers)))
+        timed = min(KV_ONLY_LAYERS, num_layers)
+
+        def keys_and_values() -> None:
+            for layer in range(timed):
+                runner.run(hidden, cache, rope, layers=(layer, layer + 1), kv_only_top=True)
+
+        return ChunkCost(full_s=full_s / num_layers, kv_only_s=self._seconds(keys_and_values) / timed)
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        self._wait()
+        started_s = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - started_s
+
+    def _wait(self) -> None:
+        if self._kv.device.type == "cuda":
+            torch.cuda.current_stream(self._kv.device).synchronize()
+
+
+def chunk_points(boundaries: Sequence[int], *, start: int = 0) -> Iterator[ChunkPoint]:
+    """The points that chunks ending at ``boundaries`` consist of."""
+    for end in boundaries:
+        yield ChunkPoint(end - start, start)
+        start = end
