@@ -18,6 +18,7 @@ from cacheflow.engine.cells import CellGeometry, num_blocks
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.errors import ConfigError
+from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
@@ -173,6 +174,14 @@ class Study:
     def bytes_per_s(self, ratio: float) -> float:
         """Bandwidth at which loading the prefix takes ``ratio`` times as long as recomputing it."""
         return self.grid.num_tokens * self.model.shape.kv_bytes_per_token / (ratio * self.recompute_s())
+
+    def least_restore_s(self, bytes_per_s: float) -> float:
+        """The bound on restoring the prefix over a link of ``bytes_per_s``."""
+        return bound(self.problem(with_suffix=False, bytes_per_s=bytes_per_s)).restore_s
+
+    def close(self) -> None:
+        """Free the saved prefix."""
+        self._link.close()
 
     def run(self, policy: RestorePolicy, *, with_suffix: bool, bytes_per_s: float, wrong: Wrong = CLEAN) -> StudyRun:
         """Restore once from a poisoned buffer and compare with the reference.

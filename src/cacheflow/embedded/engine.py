@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.cells import num_blocks
+from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
 from cacheflow.errors import ConfigError
-from cacheflow.plan.costs import CostTable
+from cacheflow.plan.costs import CostTable, build_problem
+from cacheflow.plan.grid import Grid
 from cacheflow.plan.keys import Namespace
-from cacheflow.plan.problem import LinkCost
+from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.options import ExecutorOptions
@@ -65,7 +68,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: LoadedModel, *, store: Store, costs: CostTable, link: LinkCost, options: EngineOptions | None = None
+        self,
+        model: LoadedModel,
+        *,
+        store: Store,
+        costs: CostTable,
+        link: LinkCost,
+        options: EngineOptions | None = None,
     ) -> None:
         """Take a loaded model.
 
@@ -119,6 +128,21 @@ class Engine:
         loaded = load_model(model, device=identity.device_type, dtype=identity.dtype)
         return cls(loaded, store=store, costs=costs, link=link, options=options)
 
-    def session(self, *, salt: str = "") -> Session:
-        """Start a conversation; tenants with different salts never read each other's KV."""
-        return Session(self, salt=salt)
+    def session(self, *, salt: str = "", history: Sequence[int] = ()) -> Session:
+        """Start a conversation, or go on with one whose tokens are ``history``.
+
+        Args:
+            salt: Tenants with different salts never read each other's KV.
+            history: Tokens of earlier turns; what the store has of them is restored with the next turn.
+        """
+        return Session(self, salt=salt, history=history)
+
+    def problem(self, grid: Grid) -> RestoreProblem:
+        """What restoring a grid costs by the engine's profile.
+
+        Raises:
+            CostRangeError: A chunk lies outside the measured range.
+        """
+        return build_problem(
+            self.costs, grid, self.model.shape, link=self.link, layers_per_block=self.options.layers_per_block
+        )

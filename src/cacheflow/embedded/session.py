@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cacheflow.embedded.restorer import RestoreRequest
+from cacheflow.embedded.restorer import Restored, RestoreRequest
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
@@ -23,7 +23,6 @@ from cacheflow.engine.sampling import Sampling, TokenSampler, generate
 from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
 from cacheflow.errors import PromptError
-from cacheflow.plan.costs import build_problem
 from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.grid import Grid, Tile, regular_ends
 from cacheflow.plan.keys import ObjectKey, chain_hashes, chain_root
@@ -61,10 +60,11 @@ class Reply:
 class Session:
     """A conversation of one engine. Not thread-safe, except for the ``cancel`` event of ``generate``."""
 
-    def __init__(self, engine: Engine, *, salt: str) -> None:
-        """Start empty."""
-        self.tokens: list[int] = []
+    def __init__(self, engine: Engine, *, salt: str, history: Sequence[int] = ()) -> None:
+        """Start with the tokens of an earlier conversation, whose KV only the store may have."""
+        self.tokens: list[int] = list(history)
         self._engine, self._salt = engine, salt
+        self._prompt: list[int] = []
         self._kv: KVBuffer | None = None
         self._chunk_ends: tuple[int, ...] = ()
 
@@ -78,6 +78,31 @@ class Session:
         self._kv = None
         self._chunk_ends = ()
 
+    def warm(self, *, cancel: threading.Event | None = None) -> RestoreReport | None:
+        """Bring back what the store has of the conversation before its next turn comes.
+
+        Returns:
+            The restoration; None when the KV is resident or the store has nothing of it.
+
+        Raises:
+            RestoreCancelled: ``cancel`` was set.
+        """
+        if self._chunk_ends or not self.tokens:
+            return None
+        match = self._lookup(self.tokens)
+        if not match.chunk_ends:
+            return None
+        kv, _ = self._buffer(len(self.tokens))
+        prefix = self.tokens[: match.num_tokens]
+        grid = Grid(chunk_ends=match.chunk_ends, num_blocks=self._engine.num_blocks)
+        report = self._restore(prefix, grid, match, kv, cancel).report
+        self._prompt, self._kv, self._chunk_ends = prefix, kv, match.chunk_ends
+        return report
+
+    def resident_kv(self) -> torch.Tensor | None:
+        """View ``[L, 2, T, H, D]`` of the prefill-made KV in memory; None after ``evict``."""
+        return None if self._kv is None else self._kv.kv_L2THD[:, :, : self.resident_tokens]
+
     def generate(
         self,
         tokens: Sequence[int],
@@ -85,6 +110,7 @@ class Session:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_tokens: frozenset[int] = frozenset(),
+        save: bool = True,
         cancel: threading.Event | None = None,
     ) -> Reply:
         """Answer the conversation so far plus ``tokens``, restoring what was evicted.
@@ -94,6 +120,7 @@ class Session:
             max_new_tokens: Longest answer.
             sampling: Greedy unless told otherwise.
             stop_tokens: The answer ends after one of these.
+            save: Write what this turn prefilled to the store, after the answer; else ``save`` does it later.
             cancel: Set from any thread to give up before the first token; the session stays as it was.
 
         Raises:
@@ -118,7 +145,7 @@ class Session:
             stop_tokens=stop_tokens,
         )
         self._kv, self._chunk_ends = kv, (*known_ends, *grid.suffix_ends)
-        self.tokens = [*prompt, *answer]
+        self._prompt, self.tokens = prompt, [*prompt, *answer]
         return Reply(
             tokens=tuple(answer),
             logits=logits,
@@ -127,12 +154,14 @@ class Session:
             restored_tokens=match.chunk_ends[-1] if match.chunk_ends else 0,
             suffix_tokens=grid.suffix_tokens,
             report=report,
-            saved=self._save(prompt, first_chunk=len(known_ends)),
+            saved=self.save(first_chunk=len(known_ends)) if save else SaveReport(),
         )
 
     def _checked_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
         if not tokens or max_new_tokens < 1:
-            raise PromptError(f"{len(tokens)} new prompt tokens and max_new_tokens {max_new_tokens}: 1 or more are needed")
+            raise PromptError(
+                f"{len(tokens)} new prompt tokens and max_new_tokens {max_new_tokens}: 1 or more are needed"
+            )
         prompt = [*self.tokens, *tokens]
         limit = self._engine.model.max_tokens
         if len(prompt) + max_new_tokens > limit:
@@ -194,16 +223,19 @@ class Session:
         engine = self._engine
         layers_per_block = engine.options.layers_per_block
         if not match.chunk_ends:
-            port = EngineComputePort(
-                engine.runner, grid=grid, tokens=prompt, kv=kv, layers_per_block=layers_per_block
-            )
+            port = EngineComputePort(engine.runner, grid=grid, tokens=prompt, kv=kv, layers_per_block=layers_per_block)
             port.run_suffix(0, grid.num_blocks)
             port.finish()
             assert port.logits is not None, "the prompt always has a suffix"
             return port.logits, None
-        problem = build_problem(
-            engine.costs, grid, engine.model.shape, link=engine.link, layers_per_block=layers_per_block
-        )
+        restored = self._restore(prompt, grid, match, kv, cancel)
+        assert restored.logits is not None, "the prompt always has a suffix"
+        return restored.logits, restored.report
+
+    def _restore(
+        self, tokens: list[int], grid: Grid, match: PrefixMatch, kv: KVBuffer, cancel: threading.Event | None
+    ) -> Restored:
+        engine = self._engine
         transfer = StoreTransferPort(
             engine.store,
             geometry=self._geometry(grid),
@@ -211,20 +243,28 @@ class Session:
             chain_hashes=match.chain_hashes,
             kv=kv,
         )
-        request = RestoreRequest(tokens=prompt, problem=problem, kv=kv, layers_per_block=layers_per_block)
-        restored = engine.restorer.restore(request, transfer, cancel=cancel)
-        assert restored.logits is not None, "the prompt always has a suffix"
-        return restored.logits, restored.report
-
-    def _save(self, prompt: list[int], *, first_chunk: int) -> SaveReport:
-        """Write the chunks this turn prefilled; partial ones are noted, so that a later lookup tries their length."""
-        assert self._kv is not None, "called after the prompt was computed"
-        engine, ends = self._engine, self._chunk_ends
-        hashes = chain_hashes(prompt, ends, salt=self._salt)
-        geometry = self._geometry(Grid(chunk_ends=ends, num_blocks=engine.num_blocks))
-        saver = PrefixSaver(
-            engine.store, geometry=geometry, namespace=engine.namespace.digest, chain_hashes=hashes
+        request = RestoreRequest(
+            tokens=tokens,
+            problem=engine.problem(grid),
+            kv=kv,
+            layers_per_block=engine.options.layers_per_block,
         )
+        return engine.restorer.restore(request, transfer, cancel=cancel)
+
+    def save(self, *, first_chunk: int = 0) -> SaveReport:
+        """Write resident chunks to the store, those it already has left out; waits for the writes.
+
+        Partial chunks are noted, so that a later lookup tries their length.
+
+        Args:
+            first_chunk: Skip the chunks before this one.
+        """
+        engine, ends = self._engine, self._chunk_ends
+        if self._kv is None or first_chunk >= len(ends):
+            return SaveReport()
+        hashes = chain_hashes(self._prompt, ends, salt=self._salt)
+        geometry = self._geometry(Grid(chunk_ends=ends, num_blocks=engine.num_blocks))
+        saver = PrefixSaver(engine.store, geometry=geometry, namespace=engine.namespace.digest, chain_hashes=hashes)
         saver.save_prefix(self._kv, first_chunk=first_chunk)
         report = saver.wait()
         parents, starts = (chain_root(self._salt), *hashes), (0, *ends)

@@ -35,7 +35,7 @@ class Progress:
         self.compute_stopped = not plan.compute_order
         self.has_suffix = bool(problem.grid.suffix_ends)
         self.top_suffix_s = float(problem.suffix_B[-1]) + problem.head_s
-        self._suffix_from_B = [*problem.suffix_B[::-1].cumsum()[::-1].tolist(), 0.0]
+        self._suffix_from_B: list[float] = [*problem.suffix_B[::-1].cumsum()[::-1].tolist(), 0.0]
         self._claim_s = 0.0
         self._claimed_at_s = 0.0
 

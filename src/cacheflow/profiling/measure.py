@@ -40,9 +40,10 @@ class ChunkCost:
 class CostMeter:
     """Times one model on its device, on the calling thread."""
 
-    def __init__(self, runner: LayerRunner, *, max_tokens: int) -> None:
-        """Allocate and fill a KV buffer of ``max_tokens``."""
+    def __init__(self, runner: LayerRunner, *, max_tokens: int, layers: Sequence[int] | None = None) -> None:
+        """Allocate and fill a KV buffer of ``max_tokens``; time the given layers, all of them if None."""
         self._runner = runner
+        self._layers = tuple(range(runner.num_layers)) if layers is None else tuple(layers)
         self._kv: KVBuffer = runner.new_kv(max_tokens)
         self._kv.kv_L2THD.normal_(generator=torch.Generator(device=self._kv.device).manual_seed(0))
 
@@ -88,18 +89,18 @@ class CostMeter:
 
     def _time_point(self, point: ChunkPoint) -> ChunkCost:
         runner, end = self._runner, point.offset + point.num_tokens
-        num_layers = runner.num_layers
         tokens = runner.token_tensor([1 + i % (runner.model.shape.vocab_size - 1) for i in range(point.num_tokens)])
         hidden = runner.embed(tokens)
         cache, rope = ChunkCache(self._kv, point.offset, end), runner.rope(point.offset, end)
-        full_s = self._seconds(lambda: runner.run(hidden, cache, rope, layers=(0, num_layers)))
-        timed = min(KV_ONLY_LAYERS, num_layers)
 
-        def keys_and_values() -> None:
-            for layer in range(timed):
-                runner.run(hidden, cache, rope, layers=(layer, layer + 1), kv_only_top=True)
+        def run_layers(layers: Sequence[int], *, kv_only: bool) -> None:
+            for layer in layers:
+                runner.run(hidden, cache, rope, layers=(layer, layer + 1), kv_only_top=kv_only)
 
-        return ChunkCost(full_s=full_s / num_layers, kv_only_s=self._seconds(keys_and_values) / timed)
+        few = self._layers[:KV_ONLY_LAYERS]
+        full_s = self._seconds(lambda: run_layers(self._layers, kv_only=False))
+        kv_only_s = self._seconds(lambda: run_layers(few, kv_only=True))
+        return ChunkCost(full_s=full_s / len(self._layers), kv_only_s=kv_only_s / len(few))
 
     def _seconds(self, work: Callable[[], object]) -> float:
         self._wait()

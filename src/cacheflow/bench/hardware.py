@@ -1,0 +1,118 @@
+"""Model shapes and GPU peaks that ``cacheflow plan`` knows by name, and files for those it does not.
+
+Source of the tables: model configurations and system files of ai-dynamo/aiconfigurator at commit 095f58a5 (nominal
+peaks, best GEMM measured); vocabulary sizes from the models' published ``config.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.roofline import GpuPeaks
+from cacheflow.types import ModelShape
+
+T = TypeVar("T", ModelShape, GpuPeaks)
+
+MODEL_SHAPES: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        ModelShape(
+            name="Llama-3.1-8B", num_layers=32, hidden_size=4096, num_q_heads=32, num_kv_heads=8, head_dim=128,
+            intermediate_size=14336, vocab_size=128256,
+        ),
+        ModelShape(
+            name="Llama-3.1-70B", num_layers=80, hidden_size=8192, num_q_heads=64, num_kv_heads=8, head_dim=128,
+            intermediate_size=28672, vocab_size=128256,
+        ),
+        ModelShape(
+            name="Qwen3-8B", num_layers=36, hidden_size=4096, num_q_heads=32, num_kv_heads=8, head_dim=128,
+            intermediate_size=12288, vocab_size=151936,
+        ),
+        ModelShape(
+            name="Qwen3-32B", num_layers=64, hidden_size=5120, num_q_heads=64, num_kv_heads=8, head_dim=128,
+            intermediate_size=25600, vocab_size=151936,
+        ),
+        ModelShape(
+            name="Qwen3-30B-A3B", num_layers=48, hidden_size=2048, num_q_heads=32, num_kv_heads=4, head_dim=128,
+            intermediate_size=768, vocab_size=151936, num_experts=128, num_active_experts=8,
+        ),
+    )
+}  # fmt: skip
+
+UNSUPPORTED_MODELS: dict[str, str] = {
+    "Qwen3.5-9B": "24 of its 32 layers keep a recurrent state instead of keys and values",
+    "Qwen3.5-35B-A3B": "30 of its 40 layers keep a recurrent state instead of keys and values",
+    "DeepSeek-V3": "it caches a compressed latent (MLA) instead of keys and values",
+}
+"""Models people ask for whose cache a grid of equal cells does not describe; by name, the reason."""
+
+GPUS: dict[str, GpuPeaks] = {
+    name: GpuPeaks(
+        name=name,
+        memory_bytes=memory_gb * 10**9,
+        memory_bytes_per_s=memory_gb_per_s * 1e9,
+        dense_flops_per_s=gemm_tflops * 1e12,
+        pcie_bytes_per_s=pcie_gb_per_s * 1e9,
+    )
+    for name, memory_gb, memory_gb_per_s, gemm_tflops, pcie_gb_per_s in (
+        ("L40S", 46, 864.0, 297.0, 32.0),
+        ("A100", 80, 2039.0, 299.0, 32.0),
+        ("H100", 80, 3350.0, 956.0, 64.0),
+        ("H200", 141, 4800.0, 940.0, 64.0),
+        ("B200", 180, 7700.0, 2102.0, 64.0),
+    )
+}
+"""SXM boards where there are several; bf16 rates are the best GEMM measured, not the data sheet's peak."""
+
+
+def find_model(name_or_file: str) -> ModelShape:
+    """The shape of a known model, or of a JSON file with the fields of ``ModelShape``.
+
+    Raises:
+        ConfigError: The model is neither known nor a file (known ones are listed), its cache is not supported, or
+            the file is malformed.
+    """
+    for name, reason in UNSUPPORTED_MODELS.items():
+        if name_or_file.lower() == name.lower():
+            raise ConfigError(f"model {name!r} is not supported by plan yet: {reason}")
+    return _find("model", name_or_file, MODEL_SHAPES, ModelShape)
+
+
+def find_gpu(name_or_file: str) -> GpuPeaks:
+    """The peaks of a known GPU, or of a JSON file with the fields of ``GpuPeaks``.
+
+    Raises:
+        ConfigError: The GPU is neither known nor a file (known ones are listed), or the file is malformed.
+    """
+    return _find("gpu", name_or_file, GPUS, GpuPeaks)
+
+
+def _find(kind: str, name_or_file: str, known: Mapping[str, T], cls: type[T]) -> T:
+    by_lower = {name.lower(): value for name, value in known.items()}
+    if (value := by_lower.get(name_or_file.lower())) is not None:
+        return value
+    path = Path(name_or_file)
+    if path.suffix == ".json":
+        return _read(kind, path, cls)
+    raise ConfigError(f"unknown {kind} {name_or_file!r}; known: {', '.join(known)}; or give a .json file")
+
+
+def _read(kind: str, path: Path, cls: type[T]) -> T:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{kind} file {path} cannot be read: {error}") from error
+    allowed = {field.name: field.default is MISSING for field in fields(cls)}
+    if not isinstance(values, dict) or values.keys() - allowed.keys():
+        raise ConfigError(f"{kind} file {path} must be one JSON object with the fields {', '.join(allowed)}")
+    if missing := [name for name, needed in allowed.items() if needed and name not in values]:
+        raise ConfigError(f"{kind} file {path} lacks {', '.join(missing)}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{kind} file {path} holds a value of the wrong type: {error}") from error

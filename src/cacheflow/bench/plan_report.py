@@ -1,0 +1,113 @@
+"""What ``cacheflow plan`` shows: every policy against the bound, the guard's choice, and the split as a grid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from cacheflow.bench.rehearsal import Rehearsal
+from cacheflow.bench.table import seconds, size
+from cacheflow.plan.bound import Bound
+from cacheflow.plan.problem import RestoreProblem
+
+MAX_GRID_ROWS = 16
+MAX_GRID_COLUMNS = 64
+RECOMPUTED, LOADED, MIXED = "█", "░", "▒"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """One restoration predicted under several policies.
+
+    Attributes:
+        title: Model, hardware and lengths, for people.
+        problem: What the restoration costs.
+        bound: The least possible times.
+        rehearsals: One a policy, in the order to show.
+        chosen: The policy whose guard and split are shown; one of the rehearsed.
+    """
+
+    title: str
+    problem: RestoreProblem
+    bound: Bound
+    rehearsals: tuple[Rehearsal, ...]
+    chosen: str
+
+    @property
+    def shown(self) -> Rehearsal:
+        """The rehearsal of the chosen policy."""
+        return next(r for r in self.rehearsals if r.plan.policy == self.chosen)
+
+
+def prediction_table(report: PlanReport) -> Table:
+    """Predicted times of every policy, also over the bound."""
+    table = Table(title=report.title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for head in ("restore", "× bound", "TTFT", "× bound", "recomputed", "loaded"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for rehearsal in report.rehearsals:
+        table.add_row(
+            rehearsal.plan.policy,
+            seconds(rehearsal.restore_s),
+            _over(rehearsal.restore_s, report.bound.restore_s),
+            seconds(rehearsal.ttft_s),
+            _over(rehearsal.ttft_s, report.bound.ttft_s),
+            f"{rehearsal.recomputed_share:.0%}",
+            size(rehearsal.loaded_bytes),
+            style="bold" if rehearsal.plan.policy == report.chosen else None,
+        )
+    table.add_section()
+    table.add_row(
+        "lower bound", seconds(report.bound.restore_s), "1.00", seconds(report.bound.ttft_s), "1.00", style="dim"
+    )
+    return table
+
+
+def guard_line(report: PlanReport) -> str:
+    """What the guard of the chosen policy settled on, and why."""
+    guard = report.shown.plan.guard
+    if guard is None:
+        return f"{report.chosen} has no guard."
+    return f"Guard: {guard.reason}"
+
+
+def split_grid(report: PlanReport) -> Text:
+    """How each cell is restored: chunks from left to right, layers from bottom to top; large grids are scaled down."""
+    cells_KB = report.shown.cells_KB
+    num_chunks, num_blocks = len(cells_KB), len(cells_KB[0])
+    columns = _ranges(num_chunks, MAX_GRID_COLUMNS)
+    rows = _ranges(num_blocks, MAX_GRID_ROWS)
+    text = Text()
+    for block_lo, block_hi in reversed(rows):
+        text.append(f"layer {block_lo:>3} ", style="dim")
+        for chunk_lo, chunk_hi in columns:
+            letters = Counter("".join(cells_KB[chunk][block_lo:block_hi] for chunk in range(chunk_lo, chunk_hi)))
+            text.append(*_mark(letters))
+        text.append("\n")
+    last = f"chunk {num_chunks - 1}"
+    text.append("          chunk 0" + last.rjust(len(columns) - len("chunk 0")) + "\n", style="dim")
+    text.append(f"          {RECOMPUTED} recomputed   {LOADED} loaded   {MIXED} both", style="dim")
+    return text
+
+
+def _mark(letters: Counter[str]) -> tuple[str, str]:
+    if letters["c"] == letters.total():
+        return RECOMPUTED, "dark_orange3"
+    return (LOADED, "dodger_blue2") if letters["c"] == 0 else (MIXED, "magenta")
+
+
+def _ranges(count: int, at_most: int) -> Sequence[tuple[int, int]]:
+    """Cut ``range(count)`` into at most ``at_most`` runs whose lengths differ by one or less."""
+    pieces = min(count, at_most)
+    edges = [count * piece // pieces for piece in range(pieces + 1)]
+    return list(pairwise(edges))
+
+
+def _over(time_s: float, bound_s: float) -> str:
+    return f"{time_s / bound_s:.2f}" if bound_s > 0 else "–"

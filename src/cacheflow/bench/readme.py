@@ -1,0 +1,100 @@
+"""``cacheflow bench readme``: the README's measured table, written from a committed results file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cacheflow.bench.plots import draw_over_bound, studies
+from cacheflow.bench.record import RestoreRecord, read_records
+from cacheflow.bench.summary import Setting, summarise
+from cacheflow.bench.table import markdown_caption, markdown_table
+from cacheflow.errors import ConfigError
+
+BEGIN = "<!-- results:begin -->"
+END = "<!-- results:end -->"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``cacheflow bench readme``."""
+    parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="results.jsonl to read")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="file to fill in")
+    parser.add_argument("--suite", default="restore", help="suite to show (default: restore)")
+    parser.add_argument("--num-tokens", type=int, metavar="N", help="prefix length to show (default: the longest)")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw the study's time over the bound here")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the table is out of date")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fill the table in and draw its picture, or check that the table is up to date.
+
+    Raises:
+        ConfigError: A file cannot be read, the markers are missing, or no run fits.
+    """
+    block = results_block(args.results, suite=args.suite, num_tokens=args.num_tokens)
+    try:
+        text = args.readme.read_text(encoding="utf-8")
+        filled = fill(text, block)
+        if args.check and filled != text:
+            raise ConfigError(f"{args.readme} is out of date: run cacheflow bench readme --results {args.results}")
+        if filled != text:
+            args.readme.write_text(filled, encoding="utf-8")
+        if args.figure is not None and not args.check:
+            records = _clean_runs(args.results, suite=args.suite, num_tokens=args.num_tokens)
+            (sweeps,) = studies(summarise(records)).values()
+            draw_over_bound(sweeps, args.figure)
+    except OSError as error:
+        raise ConfigError(f"a file cannot be read or written: {error}") from error
+    return 0
+
+
+def results_block(results: Path, *, suite: str = "restore", num_tokens: int | None = None) -> str:
+    """Markdown of one sweep over load/compute ratios, with its caption and the command that made it.
+
+    Takes the unperturbed runs of a suite at one prefix length, with the most new tokens.
+
+    Raises:
+        ConfigError: The file is malformed, no run fits, or the runs that fit are of several settings.
+    """
+    records = _clean_runs(results, suite=suite, num_tokens=num_tokens)
+    suffix_tokens = max(record.suffix_tokens for record in records)
+    records = [record for record in records if record.suffix_tokens == suffix_tokens]
+    summaries = summarise(records)
+    command = f"cacheflow bench readme --results {results.as_posix()}"
+    return (
+        f"{markdown_table(summaries)}\n\n{markdown_caption(summaries, records[-1].environment)}\n"
+        f"From [`{results.as_posix()}`]({results.as_posix()}) by `{command}`."
+    )
+
+
+def fill(text: str, block: str) -> str:
+    """Put a block between the markers, replacing what was there.
+
+    Raises:
+        ConfigError: The text does not hold each marker once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ConfigError(f"the text must hold {BEGIN} and {END} once each, in this order")
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
+
+
+def _clean_runs(results: Path, *, suite: str, num_tokens: int | None) -> list[RestoreRecord]:
+    """The unperturbed runs of one study, with and without new tokens."""
+    records = [r for r in read_records(results) if r.suite == suite and not r.perturbation]
+    if num_tokens is None:
+        num_tokens = max((record.num_tokens for record in records), default=0)
+    records = [record for record in records if record.num_tokens == num_tokens]
+    if not records:
+        raise ConfigError(f"{results} holds no clean run of suite {suite!r} with {num_tokens} tokens")
+    _require_one_setting(records, results)
+    return records
+
+
+def _require_one_setting(records: list[RestoreRecord], results: Path) -> None:
+    """All runs must differ in the ratio and the new tokens alone, or one column would hold two studies."""
+    shown = ("model", "device", "dtype", "chunk_tokens")
+    found = {tuple(getattr(Setting.of(record), key) for key in shown) for record in records}
+    if len(found) > 1:
+        listed = "; ".join(", ".join(map(str, values)) for values in sorted(found))
+        raise ConfigError(f"{results} holds several studies ({', '.join(shown)}): {listed}; keep them in files apart")

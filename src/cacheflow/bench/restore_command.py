@@ -1,0 +1,221 @@
+"""``cacheflow bench restore``: every policy over every ratio, alternating in one process, checked run by run."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cacheflow.bench.options import float_list, int_list, name_list
+from cacheflow.bench.record import append_record, environment, read_records
+from cacheflow.bench.summary import summarise
+from cacheflow.bench.table import console_tables
+from cacheflow.errors import ConfigError
+from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+
+if TYPE_CHECKING:
+    from cacheflow.bench.rounds import Round, RoundRun
+    from cacheflow.bench.study import Study, Wrong
+
+SUITE = "restore"
+PERTURBATIONS = {
+    "cost_error=2": {"cost_error": 2.0},
+    "cost_error=0.5": {"cost_error": 0.5},
+    "bandwidth_error=2": {"bandwidth_error": 2.0},
+    "bandwidth_error=0.5": {"bandwidth_error": 0.5},
+    "link_drop=0.25": {"link_drop": 0.25},
+}
+"""Costs or bandwidth told wrongly by 2x either way; the link falling to a quarter half-way through the restoration."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``bench restore``."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.jsonl and figures")
+    parser.add_argument("--model", default="smollm2-135m", help="model folder or name (default: %(default)s)")
+    parser.add_argument("--shape", help="random weights of this shape instead of a model (see `cacheflow plan`)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    parser.add_argument("--ratios", type=float_list, default=(0.25, 0.5, 1.0, 2.0, 4.0), metavar="R,R,...",
+                        help="load time over recompute time (default: 0.25,0.5,1,2,4)")  # fmt: skip
+    parser.add_argument("--gbps", type=float_list, metavar="G,G,...",
+                        help="link bandwidths in gigabits per second instead of ratios; inf for no limit")  # fmt: skip
+    parser.add_argument("--tokens", type=int_list, default=(4096,), metavar="N,N,...", help="prefix (default: 4096)")
+    parser.add_argument("--suffix", type=int, default=256, metavar="N", help="new tokens (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="chunk tokens (default: %(default)s)")
+    parser.add_argument("--layers-per-block", type=int, default=1, metavar="N")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="alternations (default: %(default)s)")
+    parser.add_argument("--policies", type=name_list, default=tuple(RESTORE_POLICIES), metavar="P,P,...",
+                        help=f"default: {','.join(RESTORE_POLICIES)}")  # fmt: skip
+    parser.add_argument("--objectives", type=name_list, default=("restore", "ttft"), metavar="restore,ttft")
+    parser.add_argument("--perturb", action="store_true",
+                        help="run cacheflow with wrong costs, wrong bandwidth and a falling link instead")  # fmt: skip
+    parser.add_argument("--store", choices=("memory", "file"), default="memory", help="where the prefix is saved (CPU)")
+    parser.add_argument("--time-limit-s", type=float, metavar="S",
+                        help="stop after this long; the same command goes on where it stopped")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the study, taking up an earlier one in the same folder; prints the table and draws the figures."""
+    _check(args)
+    console = Console()
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / "results.jsonl"
+    if results.exists():
+        console.print(f"going on with {results}: runs that are in it are not run again")
+    ends_s = time.monotonic() + args.time_limit_s if args.time_limit_s else float("inf")
+    lengths = [_run_length(args, num_tokens, results, ends_s, console) for num_tokens in args.tokens]
+    records = read_records(results) if results.exists() else []
+    console.print(console_tables(summarise(records)))
+    _draw(results, args.out, console)
+    if not all(lengths):
+        console.print(f"stopped at the time limit of {args.time_limit_s:.0f} s; run the same command again to go on")
+    return 0 if all(record.correct for record in records) else 1
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in args.policies:
+        make_policy(name)
+    for key, allowed in (("objectives", ("restore", "ttft")),):
+        if unknown := sorted(set(getattr(args, key)) - set(allowed)):
+            raise ConfigError(f"--{key} {unknown} unknown; known: {', '.join(allowed)}")
+    for key in ("suffix", "chunk", "repeats", "layers_per_block"):
+        if getattr(args, key) < 1:
+            raise ConfigError(f"--{key.replace('_', '-')} is {getattr(args, key)}, must be at least 1")
+    for key, values in (("tokens", args.tokens), ("ratios", args.ratios), ("gbps", args.gbps or (1.0,))):
+        if not values or min(values) <= 0:
+            raise ConfigError(f"--{key} {values} must be above 0")
+    if args.perturb and (args.device != "cpu" or args.gbps):
+        raise ConfigError("--perturb needs the throttled store: --device cpu, and --ratios instead of --gbps")
+
+
+def _run_length(args: argparse.Namespace, num_tokens: int, results: Path, ends_s: float, console: Console) -> bool:
+    """Study one prefix length; False when the time limit ended it."""
+    from cacheflow.bench.rounds import is_done, run_round
+    from cacheflow.bench.setup import open_study
+
+    study = open_study(args, num_tokens)
+    try:
+        with _progress(console) as progress:
+            task = progress.add_task(f"measuring costs, {num_tokens} tokens", total=study.num_cost_steps)
+            study.prepare(lambda: progress.advance(task))
+            done = read_records(results) if results.exists() else []
+            suite = "perturbed" if args.perturb else SUITE
+            rounds = [r for r in _rounds(args, study) if not is_done(r, study, done, suite=suite)]
+            task = progress.add_task("restoring", total=sum(len(r.policies) for r in rounds))
+            named = environment(accelerator=_accelerator(args.device))
+            timelines: dict[str, RoundRun] = {}
+            for round_ in rounds:
+                if time.monotonic() > ends_s:
+                    return False
+
+                def on_run(name: str, ratio: float = round_.ratio) -> None:
+                    progress.update(task, description=f"ratio {ratio:.3g}, {name}", advance=1)
+
+                runs = run_round(study, round_, suite=suite, environment=named, on_run=on_run)
+                for each in runs:
+                    append_record(results, each.record)
+                if round_.with_suffix and not args.perturb:
+                    _keep_timelines(timelines, runs)
+            _write_timelines(timelines, args.out, num_tokens)
+    finally:
+        study.close()
+    return True
+
+
+def _rounds(args: argparse.Namespace, study: Study) -> Iterator[Round]:
+    """Every round of a length: repeats outermost, so that a drifting machine hits all ratios alike."""
+    from cacheflow.bench.rounds import Round
+
+    for repeat in range(args.repeats):
+        for ratio, bytes_per_s in _bandwidths(args, study):
+            for objective in args.objectives:
+                common = {
+                    "ratio": ratio,
+                    "bytes_per_s": bytes_per_s,
+                    "with_suffix": objective == "ttft",
+                    "repeat": repeat,
+                }
+                if not args.perturb:
+                    yield Round(policies=tuple(args.policies), **common)
+                    continue
+                for values in PERTURBATIONS.values():
+                    wrong = _wrong(values, study, bytes_per_s)
+                    policies = tuple(dict.fromkeys(("recompute", *args.policies)))
+                    yield Round(policies=policies, wrong=wrong, perturbation=values, **common)
+
+
+def _bandwidths(args: argparse.Namespace, study: Study) -> Iterator[tuple[float, float]]:
+    """``(ratio, bytes per second)`` of every link to study; an unlimited link has ratio 0."""
+    prefix_bytes = study.grid.num_tokens * study.model.shape.kv_bytes_per_token
+    if not args.gbps:
+        for ratio in args.ratios:
+            yield ratio, study.bytes_per_s(ratio)
+        return
+    for gbps in args.gbps:
+        bytes_per_s = gbps * 1e9 / 8
+        yield float(f"{prefix_bytes / bytes_per_s / study.recompute_s():.3g}"), bytes_per_s
+
+
+def _wrong(values: dict[str, float], study: Study, bytes_per_s: float) -> Wrong:
+    from cacheflow.bench.study import Wrong
+    from cacheflow.bench.study_link import LinkDrop
+
+    drop = None
+    if "link_drop" in values:
+        hybrid_s = study.least_restore_s(bytes_per_s)
+        drop = LinkDrop(factor=values["link_drop"], after_bytes=int(bytes_per_s * hybrid_s / 2))
+    return Wrong(
+        cost_error=values.get("cost_error", 1.0), bandwidth_error=values.get("bandwidth_error", 1.0), drop=drop
+    )
+
+
+def _keep_timelines(kept: dict[str, RoundRun], runs: Sequence[RoundRun]) -> None:
+    """Keep the first timed repeat of the ratio nearest to 1: where load and compute are worth the same."""
+    for run in runs:
+        before = kept.get(run.record.policy)
+        if before is None or abs(run.record.load_compute_ratio - 1) < abs(before.record.load_compute_ratio - 1):
+            kept[run.record.policy] = run
+
+
+def _write_timelines(kept: dict[str, RoundRun], out: Path, num_tokens: int) -> None:
+    from cacheflow.bench.timeline import Timeline, write_timelines
+
+    if kept:
+        lines = [Timeline.of(run.report, bound_s=run.bound.ttft_s) for run in kept.values()]
+        write_timelines(out / f"timelines-{num_tokens}.json", lines)
+
+
+def _draw(results: Path, out: Path, console: Console) -> None:
+    """Draw what can be drawn; says how to install matplotlib when it is missing."""
+    from cacheflow.bench.plots import draw_results
+    from cacheflow.bench.timeline import draw_timelines, read_timelines
+
+    try:
+        written = draw_results(results, out) if results.exists() else []
+        for path in sorted(out.glob("timelines-*.json")):
+            written.append(draw_timelines(read_timelines(path), path.with_suffix(".png")))
+    except ConfigError as error:
+        console.print(f"no figures: {error}")
+        return
+    for path in written:
+        console.print(f"drew {path}")
+    console.print(f"records in {results}")
+
+
+def _accelerator(device: str) -> str | None:
+    if device != "cuda":
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_name())
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )

@@ -1,0 +1,76 @@
+"""Opens what a restore benchmark runs on: the model, the prompt, the link."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from itertools import islice, pairwise
+
+from cacheflow.bench.hardware import find_model
+from cacheflow.bench.study import Study, StudyOptions
+from cacheflow.bench.study_link import PinnedStudyLink, StoreStudyLink, StudyLink
+from cacheflow.engine.model import LoadedModel, load_model
+from cacheflow.engine.random_models import random_weights
+from cacheflow.errors import ConfigError
+from cacheflow.plan.keys import Namespace
+from cacheflow.workloads.coding import source_text
+
+
+def open_study(args: argparse.Namespace, num_tokens: int) -> Study:
+    """A study as ``bench restore`` was asked for, not prepared yet.
+
+    Raises:
+        ConfigError: The model cannot be loaded, the device is missing, or the prompt is too long.
+    """
+    model = open_model(args.model, shape=args.shape, device=args.device, dtype=args.dtype)
+    options = StudyOptions(
+        num_tokens=num_tokens,
+        suffix_tokens=args.suffix,
+        chunk_tokens=args.chunk,
+        layers_per_block=args.layers_per_block,
+    )
+    return Study(model, prompt_tokens(model, num_tokens + args.suffix), options=options, link=_open_link(args, model))
+
+
+@functools.lru_cache(maxsize=1)
+def open_model(name: str, *, shape: str | None, device: str, dtype: str) -> LoadedModel:
+    """Load a model, or random weights of a shape; the last one is kept.
+
+    Raises:
+        ConfigError: No CUDA device, an unknown shape, or see ``load_model``.
+    """
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
+    if shape is not None:
+        return random_weights(find_model(shape), device=device, dtype=dtype)
+    return load_model(name, device=device, dtype=dtype)
+
+
+def prompt_tokens(model: LoadedModel, num_tokens: int) -> list[int]:
+    """Real source text as tokens; for models without a tokenizer, token ids made from its bytes.
+
+    Raises:
+        ConfigError: There is not that much text.
+    """
+    if model.tokenizer is None:
+        raw = "".join(source_text()).encode()
+        tokens = [(a * 256 + b) % model.shape.vocab_size for a, b in pairwise(raw)]
+    else:
+        tokens = []
+        for part in source_text():
+            tokens.extend(model.tokenizer(part)["input_ids"])
+            if len(tokens) >= num_tokens:
+                break
+    if len(tokens) < num_tokens:
+        raise ConfigError(f"{num_tokens} prompt tokens asked for, the bundled text has {len(tokens)}")
+    return list(islice(tokens, num_tokens))
+
+
+def _open_link(args: argparse.Namespace, model: LoadedModel) -> StudyLink:
+    if args.device == "cuda":
+        return PinnedStudyLink()
+    namespace = Namespace(weights_fingerprint=model.fingerprint, dtype=model.shape.dtype, chunk_tokens=args.chunk)
+    return StoreStudyLink(namespace, directory=str(args.out / "store") if args.store == "file" else None)

@@ -1,0 +1,256 @@
+"""What a stored piece of a prefix is called: namespace, chain hash, kind, layers, shard.
+
+Two keys are equal only if the bytes behind them are interchangeable. The *namespace* stands for everything that
+changes the numbers (weights, dtype, layout, chunk size), the *chain hash* for the tokens up to the end of a chunk and
+for the tenant, the rest for which part of the model's cache it is.
+
+Chain hashes are 32 raw ``bytes``; inside a key they are 64 hex digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cacheflow.errors import ConfigError, PromptError
+
+TokenIds = Sequence[int] | npt.NDArray[Any]
+"""Token ids of a prompt or a part of it: one dimension, integers of 0 or more."""
+
+CHAIN_HASH_BYTES = 32
+
+_CHAIN_TAG = b"cacheflow chain 1"
+_ROOT_TAG = b"cacheflow root 1"
+_HEX = re.compile(r"[0-9a-f]+\Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Namespace:
+    """Everything besides the tokens that decides the bytes of a KV cache.
+
+    Attributes:
+        weights_fingerprint: Digest of the weights themselves, not of a model name or path.
+        dtype: Dtype of the KV cache.
+        chunk_tokens: Chunk size of the save; restoration is bit-exact only with the boundaries of the save.
+        layout_version: Version of the order of keys and values inside an object.
+        rope: Canonical description of the rotary embedding, scaling included.
+        quantization: Quantisation of weights and cache, ``"none"`` without.
+        lora: Fingerprint of the adapter; empty without.
+        extra: More ``(name, value)`` pairs that decide the bytes, such as the attention kernel; order does not matter.
+        digest: 128 bits of SHA-256 over the canonical JSON of all of the above, as 32 hex digits.
+    """
+
+    weights_fingerprint: str
+    dtype: str
+    chunk_tokens: int
+    layout_version: int = 1
+    rope: str = ""
+    quantization: str = "none"
+    lora: str = ""
+    extra: tuple[tuple[str, str], ...] = ()
+    digest: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the fields and compute the digest.
+
+        Raises:
+            ConfigError: The fingerprint or dtype is empty, ``chunk_tokens`` is below 1, or a name in ``extra`` repeats.
+        """
+        if not self.weights_fingerprint or not self.dtype:
+            raise ConfigError(
+                f"namespace: weights_fingerprint {self.weights_fingerprint!r} and dtype {self.dtype!r} must be given"
+            )
+        if self.chunk_tokens < 1:
+            raise ConfigError(f"namespace: chunk_tokens is {self.chunk_tokens}, must be at least 1")
+        if len({name for name, _ in self.extra}) != len(self.extra):
+            raise ConfigError(f"namespace: a name repeats in extra {self.extra}")
+        object.__setattr__(self, "extra", tuple(sorted(self.extra)))
+        object.__setattr__(self, "digest", hashlib.sha256(self._canonical_json()).hexdigest()[:32])
+
+    def _canonical_json(self) -> bytes:
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+class ObjectKind(Enum):
+    """What an object holds."""
+
+    KV = "kv"
+    """Keys and values of one chunk in a range of layers."""
+    HIDDEN = "hidden"
+    """Boundary hidden states of one chunk: the input of layer ``layer_lo``."""
+    NEXT = "next"
+    """Lengths of the partial chunks that were saved behind this chain hash (see ``stores.prefix_index``)."""
+
+
+@dataclass(frozen=True, slots=True, order=True, kw_only=True)
+class Shard:
+    """Which rank's part of a layer: tensor-parallel rank, pipeline stage."""
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Reject ranks outside their group.
+
+        Raises:
+            ConfigError: A rank is not in ``[0, size)``.
+        """
+        for name, rank, size in (("tp", self.tp_rank, self.tp_size), ("pp", self.pp_rank, self.pp_size)):
+            if not 0 <= rank < size:
+                raise ConfigError(f"shard: {name}_rank {rank} must be in [0, {name}_size {size})")
+
+    def __str__(self) -> str:
+        """Canonical form, ``tp0of1.pp0of1``."""
+        return f"tp{self.tp_rank}of{self.tp_size}.pp{self.pp_rank}of{self.pp_size}"
+
+
+WHOLE = Shard()
+"""The only shard of a model on one device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectKey:
+    """The name of one stored object, which is one cell of the grid.
+
+    Attributes:
+        namespace: ``Namespace.digest``.
+        chain_hash: Hex of the chain hash at the end of the chunk (for ``NEXT``: at the position it tells about).
+        kind: What the object holds.
+        layer_lo: First layer; 0 for ``NEXT``.
+        layer_hi: One past the last layer; for ``HIDDEN`` and ``NEXT`` equal to ``layer_lo``.
+        shard: Which rank's part.
+        name: Canonical string of letters, digits, ``.``, ``-`` and ``_``: a file name, and what equality rests on.
+    """
+
+    namespace: str
+    chain_hash: str
+    kind: ObjectKind
+    layer_lo: int = 0
+    layer_hi: int = 0
+    shard: Shard = WHOLE
+    name: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ConfigError: A digest is not hex of the right length, or the layer range does not fit the kind.
+        """
+        if len(self.chain_hash) != 2 * CHAIN_HASH_BYTES or not _HEX.match(self.chain_hash):
+            raise ConfigError(f"chain_hash {self.chain_hash!r} is not {2 * CHAIN_HASH_BYTES} lower-case hex digits")
+        if len(self.namespace) < 32 or not _HEX.match(self.namespace):
+            raise ConfigError(f"namespace {self.namespace!r} is not a digest of at least 32 lower-case hex digits")
+        empty_range = self.layer_lo == self.layer_hi
+        if not 0 <= self.layer_lo <= self.layer_hi or empty_range == (self.kind is ObjectKind.KV):
+            raise ConfigError(f"layers [{self.layer_lo}, {self.layer_hi}) do not fit a {self.kind.value} object")
+        object.__setattr__(self, "name", self.path.replace("/", "_"))
+
+    @property
+    def path(self) -> str:
+        """``namespace/chain_hash/kind/layer_lo-layer_hi/shard``, for stores with hierarchical names."""
+        return f"{self.namespace}/{self.chain_hash}/{self.kind.value}/{self.layer_lo}-{self.layer_hi}/{self.shard}"
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical name, 32 bytes; it stands in the record's header."""
+        return hashlib.sha256(self.name.encode()).digest()
+
+
+def chain_root(salt: str = "") -> bytes:
+    """Chain hash of the empty prefix; tenants with different salts share no descendant of it."""
+    encoded = salt.encode()
+    return hashlib.sha256(_ROOT_TAG + len(encoded).to_bytes(8, "little") + encoded).digest()
+
+
+def chain_hash(parent: bytes, tokens: TokenIds, salt: str = "", multimodal_ids: Iterable[str] = ()) -> bytes:
+    """Hash one chunk onto its parent: all 256 bits of SHA-256 over ``(parent, tokens, salt, multimodal_ids)``.
+
+    Every part carries its length, so no two argument lists encode to the same bytes.
+
+    Args:
+        parent: Chain hash of the chunk before, or ``chain_root(salt)``.
+        tokens: Token ids of this chunk alone.
+        salt: Tenant salt, the same as in the root.
+        multimodal_ids: Content hashes of the images or audio whose placeholders lie in this chunk, in order.
+
+    Raises:
+        ConfigError: ``parent`` is not 32 bytes long.
+        PromptError: ``tokens`` is not one-dimensional integers of 0 or more.
+    """
+    if len(parent) != CHAIN_HASH_BYTES:
+        raise ConfigError(f"parent chain hash has {len(parent)} bytes, must have {CHAIN_HASH_BYTES}; see chain_root")
+    return _link(parent, as_token_array(tokens), _tail(salt, multimodal_ids))
+
+
+def chain_hashes(
+    tokens: TokenIds,
+    chunk_ends: Sequence[int],
+    salt: str = "",
+    multimodal_ids: Sequence[Iterable[str]] = (),
+    *,
+    parent: bytes | None = None,
+) -> tuple[bytes, ...]:
+    """Chain hash at the end of each chunk, from the root (or from ``parent``, with positions relative to it).
+
+    Args:
+        tokens: Token ids, at least ``chunk_ends[-1]`` of them.
+        chunk_ends: Ascending positions at which chunks end; the first chunk starts at 0.
+        salt: Tenant salt.
+        multimodal_ids: One entry per chunk, or empty when the prompt has none.
+        parent: Chain hash before ``tokens[0]``; None for the root.
+
+    Raises:
+        ConfigError: Boundaries do not ascend within the tokens, or ``multimodal_ids`` has another length.
+        PromptError: ``tokens`` is not one-dimensional integers of 0 or more.
+    """
+    if multimodal_ids and len(multimodal_ids) != len(chunk_ends):
+        raise ConfigError(f"multimodal_ids has {len(multimodal_ids)} entries for {len(chunk_ends)} chunks")
+    array = as_token_array(tokens)
+    plain_tail = _tail(salt, ())
+    last = chain_root(salt) if parent is None else parent
+    start = 0
+    hashes = []
+    for index, end in enumerate(chunk_ends):
+        if not start < end <= len(array):
+            raise ConfigError(f"chunk boundary {end} must lie in ({start}, {len(array)}]")
+        last = _link(last, array[start:end], _tail(salt, multimodal_ids[index]) if multimodal_ids else plain_tail)
+        hashes.append(last)
+        start = end
+    return tuple(hashes)
+
+
+def as_token_array(tokens: TokenIds) -> npt.NDArray[np.int64]:
+    """Token ids as a contiguous little-endian int64 array; no copy if they are one already.
+
+    Raises:
+        PromptError: Not one-dimensional integers of 0 or more.
+    """
+    array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise PromptError(f"token ids must be one-dimensional integers, got shape {array.shape} of {array.dtype}")
+    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int64).max):
+        raise PromptError(f"token ids must be 0 or more and fit 63 bits, got {array.min()} to {array.max()}")
+    return np.ascontiguousarray(array, dtype="<i8")
+
+
+def _link(parent: bytes, array: npt.NDArray[np.int64], tail: bytes) -> bytes:
+    digest = hashlib.sha256(_CHAIN_TAG + parent + len(array).to_bytes(8, "little"))
+    digest.update(array.data)
+    digest.update(tail)
+    return digest.digest()
+
+
+def _tail(salt: str, multimodal_ids: Iterable[str]) -> bytes:
+    parts = [part.encode() for part in (salt, *multimodal_ids)]
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)

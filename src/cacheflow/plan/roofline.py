@@ -1,0 +1,190 @@
+"""Costs from a model's shape and a GPU's peaks, for hardware nobody here has.
+
+A layer takes the larger of its arithmetic (matrix products and attention at a share of the best GEMM measured) and its
+memory traffic (weights once per call, keys and values of the past), and a fixed overhead per call. With the default
+efficiencies Llama-3.1-8B recomputes 8K tokens on an A100 and 32K on an H100 within 15 % of the figures in DESIGN.md.
+It knows nothing of contention, power limits or tensor parallelism: a first guess until ``cacheflow calibrate`` ran.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.grid import Grid
+from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds
+from cacheflow.types import DTYPE_BYTES, ModelShape
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuPeaks:
+    """What a GPU can do at best.
+
+    Attributes:
+        name: Name for people.
+        memory_bytes: Size of its memory.
+        memory_bytes_per_s: Bandwidth of its memory.
+        dense_flops_per_s: Best dense GEMM rate measured in the KV dtype (not the data sheet's peak).
+        pcie_bytes_per_s: Bandwidth to host memory, one direction.
+    """
+
+    name: str
+    memory_bytes: int
+    memory_bytes_per_s: float
+    dense_flops_per_s: float
+    pcie_bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        """Reject a GPU that can do nothing.
+
+        Raises:
+            ConfigError: A value is not positive.
+        """
+        for key in ("memory_bytes", "memory_bytes_per_s", "dense_flops_per_s", "pcie_bytes_per_s"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"gpu {self.name!r}: {key} is {getattr(self, key)}, must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """What a serving engine reaches of a GPU's peaks, and what a call costs.
+
+    Attributes:
+        gemm: Share of the best GEMM rate in projections and MLP, everything elementwise included.
+        attention: Share of the best GEMM rate in attention.
+        memory: Share of the memory bandwidth.
+        layer_overhead_s: Launches and gaps of one layer in one call.
+    """
+
+    gemm: float = 0.65
+    attention: float = 0.25
+    memory: float = 0.8
+    layer_overhead_s: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Reject shares outside (0, 1] and a negative overhead.
+
+        Raises:
+            ConfigError: A share is not in (0, 1], or the overhead is negative.
+        """
+        for key in ("gemm", "attention", "memory"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ConfigError(f"efficiency {key} is {getattr(self, key)}, must be above 0 and at most 1")
+        if self.layer_overhead_s < 0:
+            raise ConfigError(f"efficiency layer_overhead_s is {self.layer_overhead_s}, must be 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roofline:
+    """Costs of one model on one GPU; every method takes and returns one value a chunk."""
+
+    shape: ModelShape
+    gpu: GpuPeaks
+    efficiency: Efficiency = Efficiency()
+
+    def layer_s(self, tokens: Tokens, offsets: Tokens) -> Seconds:
+        """Seconds of one layer for chunks of ``tokens`` tokens with ``offsets`` tokens before them."""
+        shape, past = self.shape, self._visible_past(tokens, offsets)
+        weights = self._projection_weights + self._mlp_weights(self._active_experts)
+        gemm_flops: Seconds = 2.0 * tokens.astype(np.float64) * weights
+        attention_flops = 4.0 * shape.num_q_heads * shape.head_dim * past
+        compute_s = self._gemm_s(gemm_flops) + attention_flops / (
+            self.efficiency.attention * self.gpu.dense_flops_per_s
+        )
+        read_weights = self._projection_weights + self._mlp_weights(self._touched_experts(tokens))
+        seen = np.minimum(offsets, shape.sliding_window or offsets)
+        moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + (seen + tokens) * shape.kv_bytes_per_token_layer
+        return np.maximum(compute_s, self._memory_s(moved_bytes)) + self.efficiency.layer_overhead_s
+
+    def kv_only_s(self, tokens: Tokens) -> Seconds:
+        """Seconds of one layer's keys and values alone; offsets do not matter."""
+        shape = self.shape
+        weights = 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
+        compute_s = self._gemm_s(2.0 * weights * tokens.astype(np.float64))
+        return np.maximum(compute_s, self._memory_s(weights * DTYPE_BYTES[shape.dtype])) + (
+            self.efficiency.layer_overhead_s
+        )
+
+    def head_s(self) -> float:
+        """Seconds of the LM head for one token: its weights are read once."""
+        shape = self.shape
+        return float(self._memory_s(shape.vocab_size * shape.hidden_size * DTYPE_BYTES[shape.dtype]))
+
+    @property
+    def _projection_weights(self) -> int:
+        shape = self.shape
+        return shape.hidden_size * shape.head_dim * 2 * (shape.num_q_heads + shape.num_kv_heads)
+
+    @property
+    def _active_experts(self) -> int:
+        return self.shape.num_active_experts or 1
+
+    def _mlp_weights(self, num_experts: Seconds | int) -> Seconds:
+        """Weights of gate, up and down projection of that many experts."""
+        return np.asarray(3.0 * self.shape.hidden_size * self.shape.intermediate_size * num_experts)
+
+    def _touched_experts(self, tokens: Tokens) -> Seconds:
+        """Experts of which at least one of the tokens needs the weights, routing taken as uniform."""
+        shape = self.shape
+        if not shape.num_experts:
+            return np.ones(len(tokens))
+        share = self._active_experts / shape.num_experts
+        touched: Seconds = shape.num_experts * (1.0 - (1.0 - share) ** tokens.astype(np.float64))
+        return touched
+
+    def _visible_past(self, tokens: Tokens, offsets: Tokens) -> Seconds:
+        """Pairs of a token and one it attends to, itself included."""
+        pairs: Seconds = tokens * offsets + tokens * (tokens + 1) / 2.0
+        window = self.shape.sliding_window
+        if window is None:
+            return pairs
+        # Each token at position i sees min(i + 1, window): sum the head of that ramp, then the flat part.
+        return _ramp(offsets + tokens, window) - _ramp(offsets, window)
+
+    def _gemm_s(self, flops: Seconds) -> Seconds:
+        return flops / (self.efficiency.gemm * self.gpu.dense_flops_per_s)
+
+    def _memory_s(self, num_bytes: Seconds | float) -> Seconds:
+        return np.asarray(num_bytes) / (self.efficiency.memory * self.gpu.memory_bytes_per_s)
+
+
+def _ramp(positions: Tokens, window: int) -> Seconds:
+    """Sum of ``min(i + 1, window)`` over ``i`` in ``[0, positions)``."""
+    rising = np.minimum(positions, window)
+    ramp: Seconds = rising * (rising + 1) / 2.0 + (positions - rising) * float(window)
+    return ramp
+
+
+def problem_from_roofline(roofline: Roofline, grid: Grid, *, link: LinkCost) -> RestoreProblem:
+    """What restoring a grid costs by a roofline; one layer a block.
+
+    Raises:
+        ConfigError: The grid has another number of blocks than the model layers.
+    """
+    shape = roofline.shape
+    if grid.num_blocks != shape.num_layers:
+        raise ConfigError(f"the grid has {grid.num_blocks} blocks, {shape.name} has {shape.num_layers} layers")
+    tokens, offsets = _chunks([grid.chunk_range(chunk) for chunk in range(grid.num_chunks)])
+    suffix = _chunks([grid.suffix_range(index) for index in range(len(grid.suffix_ends))])
+    ones = np.ones((1, shape.num_layers), dtype=np.int64)
+    compute_K = roofline.layer_s(tokens, offsets)
+    return RestoreProblem(
+        grid=grid,
+        compute_KB=compute_K[:, None] * ones,
+        kv_only_KB=np.minimum(compute_K, roofline.kv_only_s(tokens))[:, None] * ones,
+        load_bytes_KB=(tokens * shape.kv_bytes_per_token_layer)[:, None] * ones,
+        link=link,
+        suffix_B=roofline.layer_s(*suffix).sum() * ones[0],
+        head_s=roofline.head_s() if grid.suffix_ends else 0.0,
+    )
+
+
+def _chunks(ranges: list[tuple[int, int]]) -> tuple[Tokens, Tokens]:
+    """Lengths and offsets of chunks."""
+    starts = np.array([start for start, _ in ranges], dtype=np.int64)
+    return np.array([end for _, end in ranges], dtype=np.int64) - starts, starts

@@ -1,0 +1,117 @@
+"""Profiles: measured costs of one model and one link, as one JSON file by device and model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cacheflow.engine.smollm2 import cache_root
+from cacheflow.errors import ConfigError, ProfileError
+from cacheflow.plan.costs import CostTable
+from cacheflow.plan.problem import LinkCost
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What calibration found.
+
+    Attributes:
+        costs: Compute costs, with what they were measured on.
+        link: The store's link.
+        chunk_tokens: Chunk the crossover was computed for.
+        crossover_tokens: ``L_delta``: up to this length layer-wise restoration is predicted faster than token-wise.
+        break_even_tokens: Shortest prefix for which restoring beats recomputing; None when none in range does.
+        big_pass_s: Seconds of a whole prefix in one pass, by its length, for comparison with chunks.
+    """
+
+    costs: CostTable
+    link: LinkCost
+    chunk_tokens: int
+    crossover_tokens: int
+    break_even_tokens: int | None
+    big_pass_s: dict[int, float]
+
+    def to_json(self) -> str:
+        """The profile as indented JSON."""
+        values = {
+            "format_version": FORMAT_VERSION,
+            "costs": self.costs.to_dict(),
+            "link": {"bytes_per_s": self.link.bytes_per_s, "latency_s": self.link.latency_s},
+            "chunk_tokens": self.chunk_tokens,
+            "crossover_tokens": self.crossover_tokens,
+            "break_even_tokens": self.break_even_tokens,
+            "big_pass_s": {str(length): seconds for length, seconds in self.big_pass_s.items()},
+        }
+        return json.dumps(values, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """Read a profile back.
+
+        Raises:
+            ProfileError: Not a profile of this format, or its golden points are missed.
+        """
+        try:
+            values: Any = json.loads(text)
+            if values["format_version"] != FORMAT_VERSION:
+                raise ProfileError(
+                    f"profile format_version is {values['format_version']!r}, this release reads {FORMAT_VERSION}"
+                )
+            return cls(
+                costs=CostTable.from_dict(values["costs"]),
+                link=LinkCost(**values["link"]),
+                chunk_tokens=int(values["chunk_tokens"]),
+                crossover_tokens=int(values["crossover_tokens"]),
+                break_even_tokens=values["break_even_tokens"],
+                big_pass_s={int(length): float(seconds) for length, seconds in values["big_pass_s"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ProfileError(f"malformed profile ({type(error).__name__}: {error})") from error
+
+
+def profile_path(*, device: str, model: str, dtype: str) -> Path:
+    """Where a profile lives: ``profiles/<device>/<model>-<dtype>.json`` in the cache folder."""
+    return cache_root() / "profiles" / _safe(device) / f"{_safe(model)}-{dtype}.json"
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write a profile so that a reader sees the old one or the new one, never a part.
+
+    Raises:
+        ProfileError: The folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        staging.write_text(profile.to_json(), encoding="utf-8")
+        staging.replace(path)
+    except OSError as error:
+        raise ProfileError(f"profile {path} cannot be written: {error}") from error
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile.
+
+    Raises:
+        ProfileError: The file is missing, unreadable or no profile; the message names it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ProfileError(f"profile {path} cannot be read: {error}; make one with `cacheflow calibrate`") from error
+    try:
+        return Profile.from_json(text)
+    except ConfigError as error:
+        raise ProfileError(f"profile {path}: {error}") from error
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "unknown"
