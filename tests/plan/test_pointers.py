@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.problems import shared_plan, transformer_problem, whole_chunk_plan
-from support.virtual_driver import run_virtual
 
 from cacheflow.plan.cells import Cell
 from cacheflow.plan.grid import Tile
@@ -17,6 +15,8 @@ from cacheflow.plan.plan import Share, SuffixStart
 from cacheflow.plan.pointers import ClaimKind, RestoreState
 from cacheflow.plan.rates import LiveRates
 from cacheflow.types import LoadOutcome
+from support.problems import shared_plan, transformer_problem, whole_chunk_plan
+from support.virtual_driver import run_virtual
 
 
 def fractional_ttft(problem) -> float:
@@ -99,9 +99,7 @@ def test_failed_reads_are_recomputed_and_counted(failing, outcome, suffix_tokens
     plan = whole_chunk_plan(problem) if kind == "whole" else shared_plan(problem)
     if kind == "load":
         plan = replace(whole_chunk_plan(problem), compute_order=())
-    run = run_virtual(
-        problem, plan, fails=lambda k, b: outcome if (k, b) in failing else None, check=StaircaseCheck()
-    )
+    run = run_virtual(problem, plan, fails=lambda k, b: outcome if (k, b) in failing else None, check=StaircaseCheck())
     assert_complete(run.state)
     for cell in failing:
         assert run.state.cell(*cell) is Cell.COMPUTED
@@ -138,9 +136,7 @@ def test_a_slow_link_is_relieved_of_a_chunk_when_the_suffix_waits_for_it():
     problem = transformer_problem(ratio=1)
     full = problem.link.bytes_per_s
     unit_s = run_virtual(problem, shared_plan(problem)).ttft_s
-    run = run_virtual(
-        problem, shared_plan(problem), bandwidth_at=lambda now: full if now < 0.8 * unit_s else full / 20
-    )
+    run = run_virtual(problem, shared_plan(problem), bandwidth_at=lambda now: full if now < 0.8 * unit_s else full / 20)
     assert run.state.num_repaired > 0
     assert run.ttft_s < 2 * unit_s
 

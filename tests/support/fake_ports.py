@@ -59,7 +59,9 @@ class FakeCompute:
     def run_suffix(self, block_lo: int, block_hi: int) -> None:
         assert block_lo == self.suffix_next
         for block in range(block_lo, block_hi):
-            assert all(self.buffer.cells[k, block] == expected_value(k, block) for k in range(self.buffer.grid.num_chunks))
+            assert all(
+                self.buffer.cells[k, block] == expected_value(k, block) for k in range(self.buffer.grid.num_chunks)
+            )
         self.suffix_next = block_hi
 
     def finish(self) -> None:

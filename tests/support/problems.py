@@ -19,7 +19,7 @@ def transformer_problem(
     cost_error: float = 1.0,
     bandwidth_error: float = 1.0,
 ) -> RestoreProblem:
-    """Convex chunk costs, equal blocks; ``ratio`` is load time over recompute time; errors scale what is planned with."""
+    """Convex chunk costs, equal blocks; ``ratio`` is load over recompute time; errors scale what is planned with."""
     grid = Grid.regular(
         num_tokens=num_tokens, chunk_tokens=chunk_tokens, num_blocks=num_blocks, suffix_tokens=suffix_tokens
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cacheflow.embedded.restorer import Restorer
-from cacheflow.embedded.session import Session
+from cacheflow.embedded.session import Chunking, Session
 from cacheflow.engine.cells import num_blocks
 from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
@@ -100,6 +100,11 @@ class Engine:
             dtype=model.shape.dtype,
             chunk_tokens=self.options.chunk_tokens,
             extra=(("layers_per_block", str(self.options.layers_per_block)),),
+        )
+        self.chunking = Chunking(
+            chunk_tokens=self.options.chunk_tokens,
+            layers_per_block=self.options.layers_per_block,
+            lookup_deadline_s=self.options.lookup_deadline_s,
         )
         self.num_blocks = num_blocks(model.shape.num_layers, self.options.layers_per_block)
         self.restorer = Restorer(

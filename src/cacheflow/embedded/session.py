@@ -11,25 +11,78 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-from cacheflow.embedded.restorer import Restored, RestoreRequest
+from cacheflow.embedded.restorer import Restored, Restorer, RestoreRequest
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.model import LoadedModel
+from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.sampling import Sampling, TokenSampler, generate
 from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
 from cacheflow.errors import PromptError
 from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.grid import Grid, Tile, regular_ends
-from cacheflow.plan.keys import ObjectKey, chain_hashes, chain_root
+from cacheflow.plan.keys import Namespace, ObjectKey, chain_hashes, chain_root
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.stores.base import Store
 from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_boundary
 
-if TYPE_CHECKING:
-    from cacheflow.embedded.engine import Engine
+
+class SessionHost(Protocol):
+    """What a session needs of its engine."""
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model."""
+        ...
+
+    @property
+    def runner(self) -> LayerRunner:
+        """Its layers."""
+        ...
+
+    @property
+    def store(self) -> Store:
+        """Where KV is saved."""
+        ...
+
+    @property
+    def namespace(self) -> Namespace:
+        """What KV of this engine is interchangeable with."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Rows of a grid."""
+        ...
+
+    @property
+    def restorer(self) -> Restorer:
+        """Brings prefixes back."""
+        ...
+
+    @property
+    def chunking(self) -> Chunking:
+        """How prompts are cut."""
+        ...
+
+    def problem(self, grid: Grid) -> RestoreProblem:
+        """What restoring a grid costs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunking:
+    """How prompts are cut into objects, and how long a lookup of them may take."""
+
+    chunk_tokens: int
+    layers_per_block: int
+    lookup_deadline_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +113,18 @@ class Reply:
 class Session:
     """A conversation of one engine. Not thread-safe, except for the ``cancel`` event of ``generate``."""
 
-    def __init__(self, engine: Engine, *, salt: str, history: Sequence[int] = ()) -> None:
+    def __init__(self, engine: SessionHost, *, salt: str, history: Sequence[int] = ()) -> None:
         """Start with the tokens of an earlier conversation, whose KV only the store may have."""
         self.tokens: list[int] = list(history)
         self._engine, self._salt = engine, salt
         self._prompt: list[int] = []
         self._kv: KVBuffer | None = None
         self._chunk_ends: tuple[int, ...] = ()
+
+    @property
+    def chunk_ends(self) -> tuple[int, ...]:
+        """Boundaries of the chunks whose prefill-made KV is in memory."""
+        return self._chunk_ends
 
     @property
     def resident_tokens(self) -> int:
@@ -189,11 +247,11 @@ class Session:
             engine.store,
             engine.namespace,
             prompt,
-            chunk_tokens=engine.options.chunk_tokens,
+            chunk_tokens=engine.chunking.chunk_tokens,
             salt=self._salt,
             max_tokens=len(prompt) - 1,
             required_keys=self._chunk_keys,
-            deadline_s=engine.options.lookup_deadline_s,
+            deadline_s=engine.chunking.lookup_deadline_s,
         )
 
     def _chunk_keys(self, chunk_hash: bytes) -> list[ObjectKey]:
@@ -205,7 +263,7 @@ class Session:
 
     def _geometry(self, grid: Grid) -> CellGeometry:
         return CellGeometry(
-            grid=grid, shape=self._engine.model.shape, layers_per_block=self._engine.options.layers_per_block
+            grid=grid, shape=self._engine.model.shape, layers_per_block=self._engine.chunking.layers_per_block
         )
 
     def _grid(self, known_ends: tuple[int, ...], num_tokens: int) -> Grid:
@@ -213,7 +271,7 @@ class Session:
         return Grid(
             chunk_ends=known_ends,
             num_blocks=self._engine.num_blocks,
-            suffix_ends=regular_ends(start, num_tokens, self._engine.options.chunk_tokens),
+            suffix_ends=regular_ends(start, num_tokens, self._engine.chunking.chunk_tokens),
         )
 
     def _first_logits(
@@ -221,7 +279,7 @@ class Session:
     ) -> tuple[torch.Tensor, RestoreReport | None]:
         """Logits of the last prompt token, over a resident, a restored or no prefix."""
         engine = self._engine
-        layers_per_block = engine.options.layers_per_block
+        layers_per_block = engine.chunking.layers_per_block
         if not match.chunk_ends:
             port = EngineComputePort(engine.runner, grid=grid, tokens=prompt, kv=kv, layers_per_block=layers_per_block)
             port.run_suffix(0, grid.num_blocks)
@@ -247,7 +305,7 @@ class Session:
             tokens=tokens,
             problem=engine.problem(grid),
             kv=kv,
-            layers_per_block=engine.options.layers_per_block,
+            layers_per_block=engine.chunking.layers_per_block,
         )
         return engine.restorer.restore(request, transfer, cancel=cancel)
 
@@ -270,6 +328,6 @@ class Session:
         parents, starts = (chain_root(self._salt), *hashes), (0, *ends)
         for chunk in range(first_chunk, len(ends)):
             length = ends[chunk] - starts[chunk]
-            if length != engine.options.chunk_tokens:
+            if length != engine.chunking.chunk_tokens:
                 note_boundary(engine.store, engine.namespace, parents[chunk], length)
         return report

@@ -32,7 +32,10 @@ class CellBoard:
 
     Attributes:
         open_bytes_K: Bytes of the open cells of each chunk.
-        open_compute_K: Predicted seconds to recompute the open cells of each chunk.
+        open_compute_K: Predicted seconds to recompute the open cells of each chunk. Counts the bottom block for its
+            keys and values only: in a chunk recomputed whole the top block saves as much, in any other it is exact.
+        bottom_bytes_K: What the bottom block adds to ``open_bytes_K``; 0 where it is not open.
+        bottom_compute_K: What the bottom block adds to ``open_compute_K``; 0 where it is not open.
         open_bytes: Sum of ``open_bytes_K``.
         open_compute_s: Sum of ``open_compute_K``.
         num_missing: Cells that are not resident yet.
@@ -46,7 +49,12 @@ class CellBoard:
         self._bytes_KB = problem.load_bytes_KB.tolist()
         self._rows_BK = [bytearray(self.num_chunks) for _ in range(self.num_blocks)]
         self.open_bytes_K = problem.load_bytes_KB.sum(axis=1).astype(np.float64)
-        self.open_compute_K = problem.compute_KB.sum(axis=1)
+        price_KB = problem.compute_KB.copy()
+        price_KB[:, 0] = problem.kv_only_KB[:, 0]
+        self._price_KB = price_KB.tolist()
+        self.open_compute_K = price_KB.sum(axis=1)
+        self.bottom_bytes_K = problem.load_bytes_KB[:, 0].astype(np.float64)
+        self.bottom_compute_K = price_KB[:, 0].copy()
         self.open_bytes = float(self.open_bytes_K.sum())
         self.open_compute_s = float(self.open_compute_K.sum())
         self.num_missing = self.num_chunks * self.num_blocks
@@ -82,11 +90,14 @@ class CellBoard:
                 self._head_B[block] = min(self._head_B[block], chunk)
 
     def _count_open(self, chunk: int, block: int, sign: int) -> None:
-        num_bytes, seconds = self._bytes_KB[chunk][block], self._compute_KB[chunk][block]
+        num_bytes, seconds = self._bytes_KB[chunk][block], self._price_KB[chunk][block]
         self.open_bytes_K[chunk] += sign * num_bytes
         self.open_compute_K[chunk] += sign * seconds
         self.open_bytes += sign * num_bytes
         self.open_compute_s += sign * seconds
+        if block == 0:
+            self.bottom_bytes_K[chunk] += sign * num_bytes
+            self.bottom_compute_K[chunk] += sign * seconds
 
     def compute_s(self, chunk: int, block: int) -> float:
         """Predicted seconds to recompute one cell in full."""

@@ -40,6 +40,17 @@ class ComputePointer:
         self._p.compute_stopped = False
         return tile if self._ready(tile) else None
 
+    def bottom(self) -> Tile | None:
+        """Claim the next open cell of the bottom row, where that pays; it is computed for keys and values only."""
+        p = self._p
+        if not p.bottom_row_pays():
+            return None
+        for chunk in range(p.board.num_chunks):
+            if self._climbed_K[chunk] == 0 and p.board.is_open(chunk, 0):
+                tile = Tile(chunk, chunk + 1, 0, 1)
+                return tile if self._ready(tile) else None
+        return None
+
     def _front_tile(self) -> Tile | None:
         order, share = self._p.plan.compute_order, self._p.plan.share
         while self._tile_index < len(order):
@@ -80,12 +91,15 @@ class ComputePointer:
         p = self._p
         if p.link_down or p.plan.share is not Share.LAYERS:
             return True
-        cell_s = sum(p.board.compute_s(*cell) for cell in tile.cells()) * p.rates.compute_factor
+        cell_s = self.predicted_s(tile, kv_only=self.kv_only_top(tile)) * p.rates.compute_factor
         rest_s = p.link_s(p.board.open_bytes)
         if not p.plan.balance_suffix:
             return rest_s >= cell_s
-        top_s = p.top_suffix_s * p.rates.compute_factor
-        return rest_s + top_s > p.suffix_left_s() + cell_s
+        suffix_s = p.suffix_left_s()
+        if p.bottom_row_pays():
+            rest_s = p.link_s(p.board.open_bytes - float(p.board.bottom_bytes_K.sum()))
+            suffix_s += p.bottom_left_s()
+        return rest_s + p.top_suffix_s * p.rates.compute_factor > suffix_s + cell_s
 
     def kv_only_top(self, tile: Tile) -> bool:
         """Whether nothing will be recomputed above the tile, so that its top needs keys and values only."""
@@ -140,13 +154,17 @@ class ComputePointer:
     def claim(self, tile: Tile, *, kv_only: bool) -> float:
         """Mark a tile as being computed; returns its predicted seconds (uncorrected)."""
         p = self._p
-        seconds = 0.0
         for chunk, block in tile.cells():
-            is_top = block == tile.block_hi - 1
-            cost_KB = p.problem.kv_only_KB if kv_only and is_top else p.problem.compute_KB
-            seconds += float(cost_KB[chunk, block])
             if p.board.state(chunk, block) in (Cell.OPEN, Cell.LOADING):
                 p.board.set(chunk, block, Cell.COMPUTING)
         for chunk in range(tile.chunk_lo, tile.chunk_hi):
             self._climbed_K[chunk] = NO_ACTIVATIONS if kv_only else tile.block_hi
+        return self.predicted_s(tile, kv_only=kv_only)
+
+    def predicted_s(self, tile: Tile, *, kv_only: bool) -> float:
+        """Seconds a tile is expected to take, uncorrected."""
+        seconds, problem = 0.0, self._p.problem
+        for chunk, block in tile.cells():
+            cost_KB = problem.kv_only_KB if kv_only and block == tile.block_hi - 1 else problem.compute_KB
+            seconds += float(cost_KB[chunk, block])
         return seconds

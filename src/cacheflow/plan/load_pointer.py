@@ -85,12 +85,16 @@ class LoadPointer:
         return True
 
     def _link_is_first(self, cell: tuple[int, int], now_s: float) -> bool:
-        """Whether the link would have the last open cell before compute got through all open cells."""
+        """Whether taking a cell ends sooner than leaving all open cells to compute, the suffix included."""
         p = self._p
         if p.compute_stopped:
             return True
         compute_s = p.compute_left_s(now_s) + p.board.open_compute_s * p.rates.compute_factor
-        return p.link_s(p.board.load_bytes(*cell)) <= compute_s
+        link_s = p.link_s(p.board.load_bytes(*cell))
+        if p.plan.balance_suffix:
+            compute_s += p.suffix_left_s()
+            link_s += p.suffix_from_s(cell[1])
+        return link_s <= compute_s
 
     def _behind_suffix(self, now_s: float) -> tuple[int, int] | None:
         p = self._p
@@ -101,7 +105,9 @@ class LoadPointer:
                 return self._from_tail(now_s)
         self._climbing = True
         cell = self._bottom_up(split)
-        return cell if cell is not None else self._steal(now_s)
+        if cell is None:
+            return self._steal(now_s)
+        return cell if self._link_is_first(cell, now_s) else None
 
     def _from_tail(self, now_s: float) -> tuple[int, int] | None:
         p = self._p
@@ -117,8 +123,9 @@ class LoadPointer:
     def _bottom_up(self, split: Split) -> tuple[int, int] | None:
         """Lowest block first, tail chunk first within it, among the cells compute is not expected to reach."""
         p = self._p
-        chunk_lo, block_lo = (0, 0) if p.compute_stopped else (split.chunk, split.block)
-        for block in range(p.board.num_blocks):
+        # One block above the split: a cell taken at the split itself would stop compute there for good.
+        chunk_lo, block_lo = (0, 0) if p.compute_stopped else (split.chunk, split.block + 1)
+        for block in range(1 if p.bottom_row_pays() else 0, p.board.num_blocks):
             first = chunk_lo if block >= block_lo else chunk_lo + 1
             chunk = p.board.last_open_chunk(block, chunk_lo=first)
             while chunk >= 0 and block < p.demand_K[chunk]:
@@ -144,15 +151,19 @@ class LoadPointer:
         after_s = p.suffix_left_s() + p.compute_left_s(now_s)
         if p.compute_stopped:
             return Split(0, 0, p.link_s(board.open_bytes))
-        compute_K = after_s + np.cumsum(board.open_compute_K) * factor
-        tail_K = board.open_bytes - np.cumsum(board.open_bytes_K)
+        open_compute_K, open_bytes_K = board.open_compute_K, board.open_bytes_K
+        if p.bottom_row_pays():
+            after_s += float(board.bottom_compute_K.sum()) * factor
+            open_compute_K, open_bytes_K = open_compute_K - board.bottom_compute_K, open_bytes_K - board.bottom_bytes_K
+        compute_K = after_s + np.cumsum(open_compute_K) * factor
+        tail_K = open_bytes_K.sum() - np.cumsum(open_bytes_K)
         link_K = (p.in_flight_bytes + tail_K) / bytes_per_s
         ends_K = link_K + p.top_suffix_s * factor
         late = np.flatnonzero(compute_K >= ends_K)
         if late.size == 0:
             return Split(board.num_chunks, 0, p.link_s(0))
         chunk = int(late[0])
-        compute_s, load_s = float(board.open_compute_K[chunk]) * factor, board.open_bytes_K[chunk] / bytes_per_s
+        compute_s, load_s = float(open_compute_K[chunk]) * factor, float(open_bytes_K[chunk]) / bytes_per_s
         gap_s = float(ends_K[chunk]) + load_s - (float(compute_K[chunk]) - compute_s)
         share = min(1.0, max(0.0, gap_s / (compute_s + load_s))) if compute_s + load_s > 0 else 0.0
         return self._split_at(chunk, share, float(link_K[chunk]) + (1 - share) * load_s)

@@ -79,6 +79,8 @@ class RestorePlan:
         balance_suffix: Live rule of the ``cacheflow`` policy: stop recomputing when the rest of the load would end
             with the suffix, and load bottom-up what the suffix will climb behind.
         kv_only_top: Recompute the topmost cell of a column for keys and values only.
+        bottom_row_by_compute: Let compute restore the bottom block of every chunk, for keys and values only, where
+            the link is the slower side: it needs no cell below and no attention.
         levels_K: Planned number of blocks recomputed in each chunk, never increasing along the prefix.
         predicted: What the plan expects.
         guard: The never-slower guard's choice; None for policies without one.
@@ -93,4 +95,5 @@ class RestorePlan:
     predicted: Prediction
     balance_suffix: bool = False
     kv_only_top: bool = True
+    bottom_row_by_compute: bool = False
     guard: GuardDecision | None = None

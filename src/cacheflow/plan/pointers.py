@@ -114,6 +114,9 @@ class RestoreState:
         tile = self._compute.front(now_s)
         if tile is not None:
             return self._claim_tile(ClaimKind.RECOMPUTE, tile, restart=False, now_s=now_s)
+        bottom = self._compute.bottom()
+        if bottom is not None:
+            return self._claim_tile(ClaimKind.RECOMPUTE, bottom, restart=False, now_s=now_s, kv_only=True)
         for _ in range(2):
             repair = self._compute.repair()
             if repair is not None:
@@ -126,8 +129,10 @@ class RestoreState:
         suffix_done = not self._p.has_suffix or self._p.suffix_next == self._p.board.num_blocks
         return ComputeClaim(kind=ClaimKind.DONE if self.restored and suffix_done else ClaimKind.WAIT)
 
-    def _claim_tile(self, kind: ClaimKind, tile: Tile, *, restart: bool, now_s: float) -> ComputeClaim:
-        kv_only = self._compute.kv_only_top(tile)
+    def _claim_tile(
+        self, kind: ClaimKind, tile: Tile, *, restart: bool, now_s: float, kv_only: bool = False
+    ) -> ComputeClaim:
+        kv_only = kv_only or self._compute.kv_only_top(tile)
         if kind is ClaimKind.REPAIR:
             self.num_repaired += sum(self._p.board.is_open(*cell) for cell in tile.cells())
         predicted_s = self._compute.claim(tile, kv_only=kv_only)

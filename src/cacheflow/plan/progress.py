@@ -57,7 +57,11 @@ class Progress:
 
     def suffix_left_s(self) -> float:
         """Corrected seconds of suffix work, head included, that has not been ordered yet."""
-        return (self._suffix_from_B[self.suffix_next] + self.problem.head_s) * self.rates.compute_factor
+        return self.suffix_from_s(self.suffix_next)
+
+    def suffix_from_s(self, block: int) -> float:
+        """Corrected seconds of the suffix from a block to the first token."""
+        return (self._suffix_from_B[block] + self.problem.head_s) * self.rates.compute_factor
 
     def loadable(self, chunk: int, block: int) -> bool:
         """Whether the link may restore a cell: it is open and not demanded of compute."""
@@ -67,6 +71,16 @@ class Progress:
         """Highest open block that only compute may restore in a chunk; -1 when there is none."""
         demand = self.demand_K[chunk]
         return self.board.top_open_block(chunk, 0, demand) if demand else -1
+
+    def bottom_row_pays(self) -> bool:
+        """Whether compute restores what is open of the bottom row sooner than the link would; the suffix needs it."""
+        if not self.plan.bottom_row_by_compute or self.link_down:
+            return False
+        return self.bottom_left_s() < float(self.board.bottom_bytes_K.sum()) / self.rates.bytes_per_s
+
+    def bottom_left_s(self) -> float:
+        """Corrected seconds to recompute the keys and values of what is open of the bottom row."""
+        return float(self.board.bottom_compute_K.sum()) * self.rates.compute_factor
 
     def repair_left_s(self) -> float:
         """Corrected seconds to recompute the chunks demanded of compute, as if each started at block 0."""

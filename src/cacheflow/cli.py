@@ -1,0 +1,123 @@
+"""The command line: finds the command, hands over to its module, turns errors into one line and an exit code.
+
+A command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the command that was
+called is imported, so that ``cacheflow plan`` needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol, cast
+
+from cacheflow import __version__
+from cacheflow.errors import CacheFlowError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+EXTRA_OF_PACKAGE = {
+    "accelerate": "engine",
+    "gguf": "engine",
+    "safetensors": "engine",
+    "torch": "engine",
+    "transformers": "engine",
+    "matplotlib": "plots",
+}
+"""Which extra brings a package that a command may find missing."""
+
+
+class CommandModule(Protocol):
+    """What a command's module offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's options."""
+        ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work and return the exit code; raises ``CacheFlowError`` for what the user can put right."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: the words that call it, the line that explains it, and its module."""
+
+    words: tuple[str, ...]
+    help: str
+    module: str
+
+
+COMMANDS = (
+    Command(("demo",), "play a coding session on the bundled model under every policy", "cacheflow.bench.demo_command"),
+    Command(("calibrate",), "measure what a model and a store cost on this machine", "cacheflow.profiling.command"),
+    Command(("plan",), "predict and draw a restoration on hardware you do not have", "cacheflow.bench.plan_command"),
+    Command(
+        ("bench", "restore"), "restore one prefix under every policy, side by side", "cacheflow.bench.restore_command"
+    ),
+    Command(("bench", "readme"), "write a measured table into a README", "cacheflow.bench.readme"),
+)
+GROUPS = {"bench": "measure policies side by side, and show results"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message on standard error and leave with code 2."""
+        self.exit(EXIT_ERROR, f"{self.prog}: error: {message}\n")
+
+
+def build_parser(argv: Sequence[str], commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
+    """A parser that knows every command by name, and the options of the one that ``argv`` calls."""
+    parser = Parser(prog="cacheflow", description="KV-cache restoration: recompute and load at once, exactly.")
+    parser.add_argument("--version", action="version", version=f"cacheflow {__version__}")
+    top = parser.add_subparsers(metavar="COMMAND", required=True)
+    groups = {
+        name: top.add_parser(name, help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+        for name, text in GROUPS.items()
+        if any(command.words[0] == name for command in commands)
+    }
+    for command in commands:
+        parent = groups[command.words[0]] if len(command.words) > 1 else top
+        leaf = parent.add_parser(command.words[-1], help=command.help, description=command.help)
+        if tuple(argv[: len(command.words)]) == command.words:
+            module = cast(CommandModule, importlib.import_module(command.module))
+            module.add_arguments(leaf)
+            leaf.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 the user's error, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = build_parser(words).parse_args(words)
+        return int(args.run(args))
+    except CacheFlowError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF_PACKAGE.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"this needs {error.name}: pip install 'cacheflow-kv[{extra}]'")
+    except KeyboardInterrupt:
+        print("cacheflow: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); keep the interpreter's own flush at exit quiet too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(message: str) -> int:
+    print(f"cacheflow: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Where a cell lies: grid indices to layers, tokens and bytes.
+
+A cell's payload is the bytes of ``[layers, 2, n, H, D]`` in C order, layers ascending, keys before values, tokens
+ascending, in the KV dtype: the layout of store objects, of staging buffers and of the pinned prefix alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.grid import Grid, Tile
+from cacheflow.types import DTYPE_BYTES, ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellGeometry:
+    """A grid laid over a model; the top block holds fewer layers when ``layers_per_block`` does not divide them.
+
+    Attributes:
+        grid: Chunks of tokens by layer blocks.
+        shape: The model.
+        layers_per_block: Layers of one block.
+    """
+
+    grid: Grid
+    shape: ModelShape
+    layers_per_block: int = 1
+
+    def __post_init__(self) -> None:
+        """Check that the grid's rows cover the model.
+
+        Raises:
+            ConfigError: ``grid.num_blocks`` is not the model's layers cut by ``layers_per_block``.
+        """
+        expected = num_blocks(self.shape.num_layers, self.layers_per_block)
+        if self.grid.num_blocks != expected:
+            raise ConfigError(
+                f"grid has {self.grid.num_blocks} blocks; {self.shape.num_layers} layers in blocks of "
+                f"{self.layers_per_block} make {expected}"
+            )
+
+    def layers(self, block: int) -> tuple[int, int]:
+        """Layers ``[lo, hi)`` of a block."""
+        lo = block * self.layers_per_block
+        return lo, min(lo + self.layers_per_block, self.shape.num_layers)
+
+    def cell(self, tile: Tile) -> tuple[int, int, int, int]:
+        """``(layer_lo, layer_hi, token_lo, token_hi)`` of a tile one chunk wide."""
+        return self.layers(tile.block_lo)[0], self.layers(tile.block_hi - 1)[1], *self.grid.chunk_range(tile.chunk_lo)
+
+    def num_bytes(self, tile: Tile) -> int:
+        """Payload bytes of a tile one chunk wide."""
+        layer_lo, layer_hi, token_lo, token_hi = self.cell(tile)
+        return (layer_hi - layer_lo) * (token_hi - token_lo) * self.shape.kv_bytes_per_token_layer
+
+    def hidden_bytes(self, chunk: int) -> int:
+        """Bytes of the hidden states of a chunk at one block boundary."""
+        lo, hi = self.grid.chunk_range(chunk)
+        return (hi - lo) * self.shape.hidden_size * DTYPE_BYTES[self.shape.dtype]
+
+    @property
+    def max_cell_bytes(self) -> int:
+        """Payload bytes of the largest single cell; 0 for an empty grid."""
+        tokens = [hi - lo for lo, hi in map(self.grid.chunk_range, range(self.grid.num_chunks))]
+        layers = min(self.layers_per_block, self.shape.num_layers)
+        return max(tokens, default=0) * layers * self.shape.kv_bytes_per_token_layer
+
+
+def num_blocks(num_layers: int, layers_per_block: int) -> int:
+    """Rows of the grid.
+
+    Raises:
+        ConfigError: ``layers_per_block`` is below 1.
+    """
+    if layers_per_block < 1:
+        raise ConfigError(f"layers_per_block is {layers_per_block}, must be at least 1")
+    return -(-num_layers // layers_per_block)

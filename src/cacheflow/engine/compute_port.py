@@ -1,0 +1,168 @@
+"""The compute side of a restoration on one device: recomputes cells, runs the new tokens, yields the first token.
+
+Provides ``restore.ports.ComputePort`` by structure. One port serves one restoration. Shapes: ``n`` tokens of a chunk,
+``C`` hidden_size, ``V`` vocabulary.
+
+On CUDA every call returns once its kernels are queued; ``recompute`` first waits for the tile *before* it, so at most
+one tile is still running and the caller's clock stays close to the device's. Nothing synchronises the whole device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.kv_buffer import ChunkCache, KVBuffer
+from cacheflow.engine.runner import LayerRunner, Rope
+from cacheflow.engine.sampling import TokenSampler
+from cacheflow.errors import ConfigError
+from cacheflow.plan.grid import Grid, Tile
+
+
+class _ChunkState:
+    """Activations of a chunk: ``hidden [1, n, C]`` below block ``next_block``; None once they are spent."""
+
+    __slots__ = ("cache", "hidden", "next_block", "rope")
+
+    def __init__(self, hidden: torch.Tensor, cache: ChunkCache, rope: Rope) -> None:
+        self.hidden: torch.Tensor | None = hidden
+        self.cache = cache
+        self.rope = rope
+        self.next_block = 0
+
+
+class EngineComputePort:
+    """Recomputes prefix cells and runs the suffix, on the thread (and CUDA stream) that calls.
+
+    Attributes:
+        logits: ``[V]`` float32 on the CPU, of the last token; None before ``finish`` or without a suffix.
+        first_token: The first new token; None likewise.
+    """
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        *,
+        grid: Grid,
+        tokens: Sequence[int],
+        kv: KVBuffer,
+        layers_per_block: int = 1,
+        sampler: TokenSampler | None = None,
+    ) -> None:
+        """Prepare to restore ``grid`` over ``tokens`` (prefix, then suffix) into ``kv``.
+
+        Raises:
+            ConfigError: The grid does not fit the model, the tokens or the buffer.
+            PromptError: A token id is outside the vocabulary, or there are too many tokens.
+        """
+        num_tokens = grid.num_tokens + grid.suffix_tokens
+        if num_tokens != len(tokens) or num_tokens > kv.capacity:
+            raise ConfigError(
+                f"grid spans {grid.num_tokens} + {grid.suffix_tokens} tokens; the prompt has {len(tokens)}, "
+                f"the KV buffer holds {kv.capacity}"
+            )
+        self.logits: torch.Tensor | None = None
+        self.first_token: int | None = None
+        self._runner = runner
+        self._grid = grid
+        self._geometry = CellGeometry(grid=grid, shape=runner.model.shape, layers_per_block=layers_per_block)
+        self._kv = kv
+        self._ids = runner.token_tensor(tokens)
+        self._sampler = sampler or TokenSampler()
+        self._chunks: dict[int, _ChunkState] = {}
+        self._suffix: list[_ChunkState] = []
+        self._suffix_block = 0
+        self._running: torch.cuda.Event | None = None
+
+    def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
+        """See ``ComputePort.recompute``.
+
+        Raises:
+            ValueError: The tile is wider than a chunk or does not continue the chunk's activations (a caller's bug).
+        """
+        state = self._chunks.get(tile.chunk_lo)
+        expected = state.next_block if state else 0
+        if tile.chunk_hi - tile.chunk_lo != 1 or tile.block_lo != expected:
+            raise ValueError(f"{tile} does not continue chunk {tile.chunk_lo} at block {expected}")
+        if state is None:
+            state = self._chunks[tile.chunk_lo] = self._begin(*self._grid.chunk_range(tile.chunk_lo))
+        self._advance(state, tile.block_lo, tile.block_hi, kv_only_top=kv_only_top)
+        if tile.block_hi == self._grid.num_blocks:
+            state.hidden = None  # nothing runs above the top block of a prefix chunk
+        self._bound_queue()
+
+    def restart(self, chunk: int) -> None:
+        """Forget the activations of a chunk, so that it can be recomputed from block 0."""
+        self._chunks.pop(chunk, None)
+
+    def seed(self, chunk: int, *, block: int, hidden: torch.Tensor) -> None:
+        """Start a chunk from stored hidden states ``[1, n, C]``, the input of ``block``, instead of from its tokens.
+
+        Raises:
+            ValueError: ``hidden`` has another shape or dtype than the chunk's activations.
+        """
+        lo, hi = self._grid.chunk_range(chunk)
+        if hidden.shape != (1, hi - lo, self._runner.model.shape.hidden_size) or hidden.dtype != self._kv.dtype:
+            raise ValueError(f"hidden states of chunk {chunk} have shape {tuple(hidden.shape)}, dtype {hidden.dtype}")
+        state = _ChunkState(hidden.to(self._kv.device), ChunkCache(self._kv, lo, hi), self._runner.rope(lo, hi))
+        state.next_block = block
+        self._chunks[chunk] = state
+
+    def run_suffix(self, block_lo: int, block_hi: int) -> None:
+        """See ``ComputePort.run_suffix``; within a block the chunks run one after another.
+
+        Raises:
+            ValueError: ``block_lo`` is not where the last call ended (a caller's bug).
+        """
+        if block_lo != self._suffix_block:
+            raise ValueError(f"suffix stands below block {self._suffix_block}, asked for [{block_lo}, {block_hi})")
+        if block_lo == 0:
+            self._suffix = [self._begin(*self._grid.suffix_range(i)) for i in range(len(self._grid.suffix_ends))]
+        for block in range(block_lo, block_hi):
+            for state in self._suffix:
+                self._advance(state, block, block + 1, kv_only_top=self._is_spent(state, block))
+            self._bound_queue()
+        self._suffix_block = block_hi
+
+    def finish(self) -> None:
+        """See ``ComputePort.finish``; sets ``logits`` and ``first_token``.
+
+        Raises:
+            ValueError: The suffix has not run through every block (a caller's bug).
+        """
+        if self._grid.suffix_ends:
+            last = self._suffix[-1].hidden if self._suffix_block == self._grid.num_blocks else None
+            if last is None:
+                raise ValueError(f"suffix stands below block {self._suffix_block} of {self._grid.num_blocks}")
+            self.logits = self._runner.logits(last)
+            self.first_token = self._sampler.choose(self.logits)
+        elif self._running is not None:
+            self._running.synchronize()
+        self._chunks.clear()
+        self._suffix.clear()
+        self._running = None
+
+    def _begin(self, token_lo: int, token_hi: int) -> _ChunkState:
+        hidden = self._runner.embed(self._ids[:, token_lo:token_hi])
+        return _ChunkState(hidden, ChunkCache(self._kv, token_lo, token_hi), self._runner.rope(token_lo, token_hi))
+
+    def _advance(self, state: _ChunkState, block_lo: int, block_hi: int, *, kv_only_top: bool) -> None:
+        if state.hidden is None:
+            raise ValueError(f"activations below block {block_lo} are spent; restart the chunk first")
+        layers = (self._geometry.layers(block_lo)[0], self._geometry.layers(block_hi - 1)[1])
+        state.hidden = self._runner.run(state.hidden, state.cache, state.rope, layers=layers, kv_only_top=kv_only_top)
+        state.next_block = block_hi
+
+    def _is_spent(self, state: _ChunkState, block: int) -> bool:
+        """Above the top layer only the last chunk's last token goes on: the others need keys and values alone."""
+        return block == self._grid.num_blocks - 1 and state is not self._suffix[-1]
+
+    def _bound_queue(self) -> None:
+        if self._kv.device.type != "cuda":
+            return
+        before, self._running = self._running, torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._running.record()
+        if before is not None:
+            before.synchronize()

@@ -1,0 +1,40 @@
+"""What costs of a loaded model depend on: weights, device, dtype, threads, attention."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from cacheflow.engine.attention import ATTENTION_NAME
+from cacheflow.engine.model import LoadedModel
+from cacheflow.plan.costs import CostIdentity
+
+
+def model_identity(model: LoadedModel) -> CostIdentity:
+    """The identity costs of this model have on this machine, now."""
+    on_cuda = model.device.type == "cuda"
+    return CostIdentity(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        num_layers=model.shape.num_layers,
+        device_type=model.device.type,
+        device=device_name(model.device),
+        dtype=model.shape.dtype,
+        num_threads=0 if on_cuda else torch.get_num_threads(),
+        attention=ATTENTION_NAME,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,135 @@
+"""Loading a model: weights, tokenizer, shape and fingerprint, from a folder or by the bundled model's name.
+
+Nothing here opens a network connection: paths are read from disk, hub names only from what is already in the local
+Hugging Face cache.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cacheflow.engine.attention import ATTENTION_NAME
+from cacheflow.engine.families import check_supported, parse_dtype, shape_of
+from cacheflow.engine.fingerprint import weights_fingerprint
+from cacheflow.engine.smollm2 import SMOLLM2_NAME, quiet_transformers, smollm2_folder
+from cacheflow.errors import ConfigError
+from cacheflow.types import ModelShape
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        name: What it was loaded by.
+        module: The transformers causal LM in evaluation mode, its attention ours.
+        tokenizer: The transformers tokenizer; None if the folder has none.
+        shape: Layers, heads, sizes.
+        fingerprint: Hex digest over configuration, dtype and weights; part of every store key.
+        max_tokens: Longest sequence the position embeddings allow.
+        dtype: Dtype of weights, activations and KV.
+        device: Where it runs.
+    """
+
+    name: str
+    module: Any
+    tokenizer: Any | None
+    shape: ModelShape
+    fingerprint: str
+    max_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "bfloat16") -> LoadedModel:
+    """Load a model from a folder (or ``"smollm2-135m"``) onto a device.
+
+    Raises:
+        ConfigError: The folder has no readable model, or the bundled model's package is missing.
+        UnsupportedModelError: The family, rope type, quantisation, device or dtype is not allowed.
+    """
+    torch_dtype = parse_dtype(dtype)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(path_or_name)
+    folder = str(smollm2_folder()) if name == SMOLLM2_NAME else name
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        check_supported(config, device=device, dtype=torch_dtype)
+        with quiet_transformers():
+            module = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, local_files_only=True, device_map=device
+            )
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {name!r} cannot be loaded: {error}; give a folder with config.json and weights, or {SMOLLM2_NAME!r}"
+        ) from error
+    return wrap_module(module, name=Path(name).name, tokenizer=_tokenizer(folder))
+
+
+def wrap_module(
+    module: Any,  # noqa: ANN401 -- a transformers causal LM
+    *,
+    name: str,
+    tokenizer: Any | None = None,  # noqa: ANN401 -- a transformers tokenizer
+    fingerprint: str | None = None,
+) -> LoadedModel:
+    """Take a transformers causal LM that already lies on its device; switches its attention to ours.
+
+    Args:
+        module: The model.
+        name: Name for people and profiles.
+        tokenizer: Passed through.
+        fingerprint: Use this one instead of hashing the weights.
+
+    Raises:
+        UnsupportedModelError: See ``check_supported``.
+    """
+    weight = module.get_input_embeddings().weight
+    check_supported(module.config, device=weight.device.type, dtype=weight.dtype)
+    module.eval().requires_grad_(False)
+    _align(module)
+    module.config._attn_implementation = ATTENTION_NAME  # noqa: SLF001 -- what every layer reads at each call
+    return LoadedModel(
+        name=name,
+        module=module,
+        tokenizer=tokenizer,
+        shape=shape_of(module.config, name=name, dtype=weight.dtype),
+        fingerprint=fingerprint or weights_fingerprint(module),
+        max_tokens=int(module.config.max_position_embeddings),
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+
+
+def _align(module: Any) -> None:  # noqa: ANN401 -- a torch module
+    """Move weights that do not start on a cache line (safetensors maps files as they are) into memory that does.
+
+    A float32 matrix product rounds differently with the alignment: without this, a model just loaded and the same
+    model loaded from another file gave keys that differ in the last bit.
+    """
+    for weight in module.parameters():
+        if weight.device.type == "cpu" and weight.data_ptr() % _ALIGNMENT:
+            weight.data = weight.data.clone()
+
+
+def _tokenizer(folder: str) -> Any | None:  # noqa: ANN401 -- a transformers tokenizer
+    from transformers import AutoTokenizer
+
+    if Path(folder).is_dir() and not any(Path(folder).glob("tokenizer*")):
+        return None  # transformers would make up an empty one
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        return None  # a model without a tokenizer serves token ids

@@ -1,0 +1,148 @@
+"""A prefix in (pinned) host memory behind a paced link: the transfer port of the GPU benchmark, without any store.
+
+Provides ``restore.ports.TransferPort`` by structure. Needs torch and numpy only. On ``device="cpu"`` the link is a
+numpy copy, so that the whole path runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.cuda import CopyLane
+from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.pacing import LinkSchedule
+from cacheflow.plan.grid import Tile
+from cacheflow.types import Clock, LoadOutcome
+
+
+class PinnedPrefix:
+    """Keys and values of a prefix in host memory, cell after cell, each as its payload (see ``cells``)."""
+
+    def __init__(self, geometry: CellGeometry, *, pinned: bool) -> None:
+        """Reserve room for every cell of the grid, page-locked if ``pinned``."""
+        self.geometry = geometry
+        self._spans: dict[tuple[int, int], tuple[int, int]] = {}
+        end = 0
+        for chunk, block in Tile(0, geometry.grid.num_chunks, 0, geometry.grid.num_blocks).cells():
+            start, end = end, end + geometry.num_bytes(Tile(chunk, chunk + 1, block, block + 1))
+            self._spans[chunk, block] = start, end
+        self._bytes = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+
+    @classmethod
+    def save(cls, kv: KVBuffer, geometry: CellGeometry) -> PinnedPrefix:
+        """Copy the grid's prefix out of a KV buffer; pinned when the buffer is on CUDA. Waits for the copies."""
+        prefix = cls(geometry, pinned=kv.device.type == "cuda")
+        for chunk, block in prefix._spans:
+            cell = kv.cell(*geometry.cell(Tile(chunk, chunk + 1, block, block + 1)))
+            prefix.payload(chunk, block).view(cell.dtype).view(cell.shape).copy_(cell)
+        return prefix
+
+    def payload(self, chunk: int, block: int) -> torch.Tensor:
+        """Bytes of one cell, a uint8 view."""
+        start, end = self._spans[chunk, block]
+        return self._bytes[start:end]
+
+
+class PinnedTicket:
+    """One cell on the link; made by ``PinnedLinkPort.start``."""
+
+    __slots__ = ("cell", "due_at_s", "event", "late_at_s", "num_bytes", "staging")
+
+    def __init__(self, *, cell: tuple[int, int, int, int], staging: torch.Tensor, num_bytes: int) -> None:
+        """Hold what the port needs to place or cancel the read."""
+        self.cell = cell
+        self.staging = staging
+        self.num_bytes = num_bytes
+        self.due_at_s = 0.0
+        self.late_at_s = float("inf")
+        self.event: torch.cuda.Event | None = None
+
+
+class PinnedLinkPort:
+    """Loads cells from a ``PinnedPrefix`` over a paced link. All methods on one thread.
+
+    A cell is copied into a staging buffer on the KV buffer's device when its read starts (on CUDA asynchronously, on a
+    stream of its own) and counts as arrived when the copy is through and the link's schedule says so, whichever is
+    later. Placing it is a copy within the device.
+    """
+
+    def __init__(
+        self,
+        prefix: PinnedPrefix,
+        *,
+        kv: KVBuffer,
+        bytes_per_s: float = float("inf"),
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """Serve ``prefix`` into ``kv`` at ``bytes_per_s`` (``inf``: as fast as the copy goes); the link is free now.
+
+        Raises:
+            ConfigError: ``bytes_per_s`` is not above 0.
+        """
+        self._prefix = prefix
+        self._geometry = prefix.geometry
+        self._kv = kv
+        self._clock = clock
+        self._schedule = LinkSchedule(bytes_per_s, clock=clock)
+        self._lane = CopyLane(kv.device) if kv.device.type == "cuda" else None
+        self._free: list[torch.Tensor] = []
+
+    def start(self, tile: Tile, *, deadline_s: float) -> PinnedTicket:
+        """See ``TransferPort.start``; on the CPU the copy into staging happens here."""
+        now_s = self._clock()
+        payload = self._prefix.payload(tile.chunk_lo, tile.block_lo)
+        staging = self._take()
+        ticket = PinnedTicket(cell=self._geometry.cell(tile), staging=staging, num_bytes=payload.numel())
+        ticket.due_at_s = self._schedule.reserve(ticket.num_bytes)
+        ticket.late_at_s = now_s + deadline_s
+        if self._lane is None:
+            staging.numpy()[: ticket.num_bytes] = payload.numpy()
+        else:
+            ticket.event = self._lane.copy(staging[: ticket.num_bytes], payload)
+        return ticket
+
+    def wait(self, ticket: PinnedTicket, *, timeout_s: float) -> LoadOutcome | None:
+        """See ``TransferPort.wait``."""
+        until_s = min(self._clock() + timeout_s, ticket.late_at_s)
+        while not self._arrived(ticket):
+            now_s = self._clock()
+            if now_s >= until_s:
+                return LoadOutcome.LATE if now_s >= ticket.late_at_s else None
+            time.sleep(max(0.0, min(ticket.due_at_s, until_s) - now_s))
+        return LoadOutcome.OK
+
+    def place(self, ticket: PinnedTicket) -> None:
+        """See ``TransferPort.place``."""
+        if self._lane is None:
+            self._kv.write_payload(ticket.staging.numpy()[: ticket.num_bytes], ticket.cell)
+        else:
+            target = self._kv.cell(*ticket.cell)
+            source = ticket.staging[: ticket.num_bytes].view(target.dtype).view(target.shape)
+            self._lane.copy(target, source).synchronize()
+        self._free.append(ticket.staging)
+
+    def cancel(self, ticket: PinnedTicket) -> None:
+        """See ``TransferPort.cancel``; the bytes it was given on the link stay spent."""
+        if ticket.event is not None:
+            ticket.event.synchronize()
+        self._free.append(ticket.staging)
+
+    def close(self) -> None:
+        """Drop the staging buffers."""
+        self._free.clear()
+
+    def _arrived(self, ticket: PinnedTicket) -> bool:
+        if self._clock() < ticket.due_at_s:
+            return False
+        if ticket.event is not None:
+            ticket.event.synchronize()  # microseconds: asking again after a sleep would cost more than the copy
+        return True
+
+    def _take(self) -> torch.Tensor:
+        if self._free:
+            return self._free.pop()
+        num_bytes = max(1, self._geometry.max_cell_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8) if self._lane is None else self._lane.empty(num_bytes)

@@ -1,0 +1,83 @@
+"""Writes a prefilled prefix to a store: one object per cell, and on request the hidden states between blocks.
+
+Objects: ``KV`` holds ``[layers, 2, n, H, D]``, ``HIDDEN`` holds ``[n, C]`` (the input of its layer), both in the KV
+dtype, C order; see ``cells``. Keys and values are copied out of the KV buffer at submission, so the buffer may be used,
+or evicted, right after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.transfer_port import cell_key, hidden_key
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.keys import ObjectKey
+from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveReport:
+    """How the writes of a save ended, in objects."""
+
+    num_written: int = 0
+    num_existing: int = 0
+    num_failed: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every object is in the store (unless evicted since)."""
+        return self.num_failed == 0
+
+
+class PrefixSaver:
+    """Saves one prefix; call from one thread. Writes run on the store's threads."""
+
+    def __init__(self, store: Store, *, geometry: CellGeometry, namespace: str, chain_hashes: Sequence[bytes]) -> None:
+        """Save under ``namespace`` (``Namespace.digest``) and one chain hash per chunk of the geometry's grid."""
+        self._store = store
+        self._geometry = geometry
+        self._namespace = namespace
+        self._chain = [each.hex() for each in chain_hashes]
+        self._handles: list[PutHandle] = []
+
+    def save_chunk(self, kv: KVBuffer, chunk: int) -> None:
+        """Start writing every cell of a chunk that is wholly in ``kv``."""
+        requests = []
+        for block in range(self._geometry.grid.num_blocks):
+            tile = Tile(chunk, chunk + 1, block, block + 1)
+            key = cell_key(self._namespace, self._chain[chunk], self._geometry, tile)
+            requests.append(self._request(key, kv.cell(*self._geometry.cell(tile))))
+        self._handles.append(self._store.submit_put(requests))
+
+    def save_prefix(self, kv: KVBuffer, *, first_chunk: int = 0) -> None:
+        """Start writing every chunk of the grid from ``first_chunk`` on."""
+        for chunk in range(first_chunk, self._geometry.grid.num_chunks):
+            self.save_chunk(kv, chunk)
+
+    def save_hidden(self, chunk: int, layer: int, hidden: torch.Tensor) -> None:
+        """Start writing the input ``[1, n, C]`` of ``layer``; fits ``LayerRunner.prefill``'s ``on_hidden``."""
+        key = hidden_key(self._namespace, self._chain[chunk], layer)
+        self._handles.append(self._store.submit_put([self._request(key, hidden[0])]))
+
+    def wait(self, timeout_s: float | None = None) -> SaveReport:
+        """Wait for every write started so far; one that is still pending after ``timeout_s`` each counts as failed."""
+        outcomes = [outcome for handle in self._handles for outcome in handle.wait(timeout_s)]
+        written, existing = outcomes.count(PutOutcome.STORED), outcomes.count(PutOutcome.EXISTS)
+        return SaveReport(num_written=written, num_existing=existing, num_failed=len(outcomes) - written - existing)
+
+    def _request(self, key: ObjectKey, values: torch.Tensor) -> PutRequest:
+        shape = tuple(values.shape)
+        return PutRequest(key, [_bytes(values)], shape=shape, dtype=self._geometry.shape.dtype)
+
+
+def _bytes(values: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """A private copy of the values as bytes on the host."""
+    copied = torch.empty(values.shape, dtype=values.dtype).copy_(values)
+    return copied.view(-1).view(torch.uint8).numpy()

@@ -1,0 +1,108 @@
+"""The I/O side of a restoration from a store: reads a cell into a staging buffer, then places it in the KV buffer.
+
+Provides ``restore.ports.TransferPort`` by structure. Two phases, because a read that comes late must not touch a cell
+that compute has taken over. Payload: see ``cells``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.cuda import CopyLane
+from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.staging import StagingBuffer, StagingPool
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.keys import ObjectKey, ObjectKind
+from cacheflow.stores.base import GetHandle, GetRequest, Store
+from cacheflow.types import LoadOutcome
+
+
+class StoreTicket:
+    """One read of one cell under way; made by ``StoreTransferPort.start``."""
+
+    __slots__ = ("cell", "handle", "num_bytes", "staging")
+
+    def __init__(
+        self, *, cell: tuple[int, int, int, int], num_bytes: int, staging: StagingBuffer, handle: GetHandle
+    ) -> None:
+        """Hold what the port needs to place or cancel the read."""
+        self.cell = cell
+        self.num_bytes = num_bytes
+        self.staging = staging
+        self.handle = handle
+
+
+class StoreTransferPort:
+    """Reads cells from a store. All methods on one thread; any number of reads may be under way."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        geometry: CellGeometry,
+        namespace: str,
+        chain_hashes: Sequence[bytes],
+        kv: KVBuffer,
+        priority: int = 0,
+    ) -> None:
+        """Read the prefix whose chunks have ``chain_hashes`` (one per chunk of the grid) into ``kv``.
+
+        Args:
+            store: Where the cells are.
+            geometry: The grid laid over the model.
+            namespace: ``Namespace.digest`` of the save.
+            chain_hashes: ``plan.keys.chain_hashes`` of the prefix.
+            kv: Where they go.
+            priority: Passed to the store with every read.
+        """
+        self._store = store
+        self._geometry = geometry
+        self._namespace = namespace
+        self._chain = [each.hex() for each in chain_hashes]
+        self._kv = kv
+        self._priority = priority
+        self._lane = CopyLane(kv.device) if kv.device.type == "cuda" else None
+        self._pool = StagingPool(geometry.max_cell_bytes, pinned=self._lane is not None)
+
+    def start(self, tile: Tile, *, deadline_s: float) -> StoreTicket:
+        """See ``TransferPort.start``."""
+        num_bytes = self._geometry.num_bytes(tile)
+        staging = self._pool.take()
+        key = cell_key(self._namespace, self._chain[tile.chunk_lo], self._geometry, tile)
+        request = GetRequest(key, staging.array[:num_bytes])
+        handle = self._store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
+        return StoreTicket(cell=self._geometry.cell(tile), num_bytes=num_bytes, staging=staging, handle=handle)
+
+    def wait(self, ticket: StoreTicket, *, timeout_s: float) -> LoadOutcome | None:
+        """See ``TransferPort.wait``."""
+        return ticket.handle.wait(timeout_s)[0]
+
+    def place(self, ticket: StoreTicket) -> None:
+        """See ``TransferPort.place``; numpy's single-threaded copy on the CPU, a copy stream on CUDA."""
+        if self._lane is None:
+            self._kv.write_payload(ticket.staging.array[: ticket.num_bytes], ticket.cell)
+        else:
+            self._lane.upload(ticket.staging.tensor[: ticket.num_bytes], self._kv.cell(*ticket.cell))
+        self._pool.give(ticket.staging)
+
+    def cancel(self, ticket: StoreTicket) -> None:
+        """See ``TransferPort.cancel``."""
+        ticket.handle.cancel()
+        self._pool.give(ticket.staging)
+
+    def close(self) -> None:
+        """Nothing to end: the store belongs to the caller."""
+
+
+def cell_key(namespace: str, chain_hash: str, geometry: CellGeometry, tile: Tile) -> ObjectKey:
+    """Store key of one cell; ``chain_hash`` in hex, at the end of the cell's chunk."""
+    layer_lo, layer_hi = geometry.cell(tile)[:2]
+    return ObjectKey(
+        namespace=namespace, chain_hash=chain_hash, kind=ObjectKind.KV, layer_lo=layer_lo, layer_hi=layer_hi
+    )
+
+
+def hidden_key(namespace: str, chain_hash: str, layer: int) -> ObjectKey:
+    """Store key of a chunk's hidden states below ``layer``; ``chain_hash`` in hex."""
+    return ObjectKey(namespace=namespace, chain_hash=chain_hash, kind=ObjectKind.HIDDEN, layer_lo=layer, layer_hi=layer)

@@ -1,0 +1,36 @@
+"""What a restore policy is: a problem in, a plan out; and the plan of a prefix with nothing in it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from cacheflow.plan.plan import Prediction, RestorePlan, Share, SuffixStart
+from cacheflow.plan.problem import RestoreProblem
+
+
+class RestorePolicy(Protocol):
+    """Decides the orders in which compute and the link restore a prefix; pure, so it may be called from any thread."""
+
+    name: ClassVar[str]
+    """What the policy is called in configuration, records and plots."""
+
+    def plan(self, problem: RestoreProblem) -> RestorePlan:
+        """Plan one restoration.
+
+        Promises that the two orders together hold every cell of the grid and that every prefix of the compute order
+        is a staircase. A grid without chunks gets a plan without tiles.
+        """
+        ...
+
+
+def empty_plan(policy: str, problem: RestoreProblem) -> RestorePlan:
+    """The plan of a grid without chunks: only the suffix is left to do."""
+    return RestorePlan(
+        policy=policy,
+        compute_order=(),
+        load_order=(),
+        share=Share.NONE,
+        suffix_start=SuffixStart.AFTER_RESTORE,
+        levels_K=(),
+        predicted=Prediction(restore_s=0.0, ttft_s=problem.suffix_s, compute_s=0.0, load_s=0.0),
+    )

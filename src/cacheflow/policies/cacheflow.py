@@ -1,0 +1,180 @@
+"""Ours: recompute from the head, load from the tail, share the meeting chunk by layers, let the suffix climb behind.
+
+The planned staircase is a hint. Where a split by tokens is as good, compute simply takes the columns in order and the
+link takes them in reverse, so that the meeting point can move freely. Where a wider staircase is clearly better, its
+cells come first in compute's order and last in the link's. The never-slower guard compares the hybrid with recompute
+and load on equal terms (keys and values only in the top row, suffix behind the load) and states its choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.plan import Choice, GuardDecision, Prediction, RestorePlan, Share, SuffixStart
+from cacheflow.plan.planner import Objective, plan_levels, plan_token_wise
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.staircase import Levels, compute_tiles, upper_tiles
+from cacheflow.policies.base import empty_plan
+from cacheflow.policies.predict import climb
+
+MIN_GAIN = 0.01
+"""Load nothing unless that is predicted to end this much sooner than recomputing, plus ``MIN_GAIN_S``."""
+MIN_GAIN_S = 0.001
+WIDE_GAIN = 0.02
+"""A wider staircase must promise this much over a split by tokens, because it follows a wrong prediction less well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """A staircase and what it promises; ``wide`` when it is not a split by tokens."""
+
+    levels_K: Levels
+    predicted: Prediction
+    wide: bool = False
+
+
+class CacheFlow:
+    """Hybrid restoration, with the pure ways where they are better."""
+
+    name: ClassVar[str] = "cacheflow"
+
+    def __init__(self, *, interference: float = 1.0) -> None:
+        """Take what was measured of compute and link together.
+
+        Args:
+            interference: How many times as long compute takes while the link is busy; at least 1.
+
+        Raises:
+            ConfigError: ``interference`` is below 1 or not finite.
+        """
+        if not 1.0 <= interference < float("inf"):
+            raise ConfigError(f"interference is {interference}, must be at least 1 and finite")
+        self._interference = interference
+
+    def plan(self, problem: RestoreProblem) -> RestorePlan:
+        """Plan the hybrid, and fall back to a pure way where the hybrid promises nothing over it."""
+        if problem.grid.num_chunks == 0:
+            return empty_plan(self.name, problem)
+        load = self._candidate(problem, np.zeros(problem.grid.num_chunks, dtype=np.int64))
+        mixed = self._best_mixed(problem)
+        hybrid = mixed if mixed.predicted.ttft_s < load.predicted.ttft_s else load
+        guard = _guard(problem, hybrid, load)
+        if guard.choice is Choice.RECOMPUTE:
+            return _recompute_plan(self.name, problem, guard)
+        return _shared_plan(self.name, problem, hybrid, guard)
+
+    def _candidate(self, problem: RestoreProblem, levels_K: Levels, *, wide: bool = False) -> _Candidate:
+        predicted = climb(problem, levels_K, interference=self._interference)
+        return _Candidate(levels_K=levels_K, predicted=predicted, wide=wide)
+
+    def _best_mixed(self, problem: RestoreProblem) -> _Candidate:
+        """The best staircase; a split by tokens when that is about as good and no fixed staircase is better."""
+        slowed = _slowed(problem, self._interference)
+        if np.ptp(slowed.compute_KB, axis=1).max() == 0:
+            # Equal blocks: a split by tokens, and the bottom row for keys and values, is the best staircase there is.
+            objective = Objective.TTFT if problem.suffix_s else Objective.RESTORE
+            return self._candidate(problem, np.array(plan_levels(slowed, objective).levels_K))
+        objectives = (Objective.TTFT, Objective.RESTORE) if problem.suffix_s else (Objective.RESTORE,)
+        narrow = _earliest([
+            self._candidate(problem, np.array(plan_token_wise(slowed, objective).levels_K)) for objective in objectives
+        ])  # fmt: skip
+        wide = _earliest([
+            self._candidate(problem, np.array(plan_levels(slowed, objective).levels_K), wide=True)
+            for objective in objectives
+        ])  # fmt: skip
+        if narrow.predicted.ttft_s <= wide.predicted.ttft_s:
+            return narrow
+        if narrow.predicted.ttft_s > wide.predicted.ttft_s * (1 + WIDE_GAIN):
+            return wide
+        # The best that a staircase of full cells could do with the suffix after it (CacheFlow v2).
+        fixed_s = plan_levels(slowed, kv_only_top=False).predicted.ttft_s
+        return narrow if narrow.predicted.ttft_s <= fixed_s else wide
+
+
+def _slowed(problem: RestoreProblem, factor: float) -> RestoreProblem:
+    if factor == 1.0:
+        return problem
+    return replace(problem, compute_KB=problem.compute_KB * factor, kv_only_KB=problem.kv_only_KB * factor)
+
+
+def _earliest(candidates: list[_Candidate]) -> _Candidate:
+    return min(candidates, key=lambda candidate: candidate.predicted.ttft_s)
+
+
+def _guard(problem: RestoreProblem, hybrid: _Candidate, load: _Candidate) -> GuardDecision:
+    hybrid_s, load_s = hybrid.predicted.ttft_s, load.predicted.ttft_s
+    recompute_s = problem.recompute_s + problem.suffix_s
+    if hybrid_s > recompute_s * (1 - MIN_GAIN) - MIN_GAIN_S:
+        choice = Choice.RECOMPUTE
+        why = f"it takes {_ms(recompute_s)}, the best hybrid {_ms(hybrid_s)}: not {MIN_GAIN:.0%} and 1 ms sooner"
+    elif not hybrid.levels_K.any():
+        choice = Choice.LOAD
+        why = f"recomputing anything would not end before the load alone ({_ms(load_s)}; recompute {_ms(recompute_s)})"
+    else:
+        choice = Choice.HYBRID
+        share = float(hybrid.levels_K.sum()) / (problem.grid.num_chunks * problem.grid.num_blocks)
+        why = (
+            f"recomputing {share:.0%} of the cells and loading the rest takes {_ms(hybrid_s)}, "
+            f"recompute {_ms(recompute_s)}, load {_ms(load_s)}"
+        )
+    return GuardDecision(
+        choice=choice,
+        reason=f"{choice.value}: {why}",
+        hybrid_s=hybrid_s,
+        recompute_s=recompute_s,
+        load_s=load_s,
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def _columns(problem: RestoreProblem) -> tuple[Tile, ...]:
+    return tuple(Tile(chunk, chunk + 1, 0, problem.grid.num_blocks) for chunk in range(problem.grid.num_chunks))
+
+
+def _recompute_plan(policy: str, problem: RestoreProblem, guard: GuardDecision) -> RestorePlan:
+    return RestorePlan(
+        policy=policy,
+        compute_order=_columns(problem),
+        load_order=(),
+        share=Share.LAYERS,
+        suffix_start=SuffixStart.AFTER_RESTORE,
+        levels_K=(problem.grid.num_blocks,) * problem.grid.num_chunks,
+        predicted=Prediction(
+            restore_s=problem.recompute_s, ttft_s=guard.recompute_s, compute_s=problem.recompute_s, load_s=0.0
+        ),
+        guard=guard,
+    )
+
+
+def _shared_plan(policy: str, problem: RestoreProblem, hybrid: _Candidate, guard: GuardDecision) -> RestorePlan:
+    """The hybrid, or the load with compute standing by: it may still rescue a slow link."""
+    order = _columns(problem)
+    load_order = order[::-1]
+    bottom_row = not hybrid.wide and problem.grid.num_blocks > 1
+    if bottom_row:
+        upper = tuple(Tile(t.chunk_lo, t.chunk_hi, 1, t.block_hi) for t in load_order)
+        load_order = (*upper, *(Tile(t.chunk_lo, t.chunk_hi, 0, 1) for t in load_order))
+    if hybrid.wide:
+        order = (*compute_tiles(hybrid.levels_K), *upper_tiles(hybrid.levels_K, problem.grid.num_blocks))
+        load_order = order[::-1]
+    has_suffix = bool(problem.grid.suffix_ends)
+    return RestorePlan(
+        policy=policy,
+        compute_order=order,
+        load_order=load_order,
+        share=Share.LAYERS,
+        suffix_start=SuffixStart.BEHIND_LOAD if has_suffix else SuffixStart.AFTER_RESTORE,
+        levels_K=tuple(hybrid.levels_K.tolist()),
+        predicted=hybrid.predicted,
+        balance_suffix=has_suffix,
+        bottom_row_by_compute=bottom_row,
+        guard=guard,
+    )

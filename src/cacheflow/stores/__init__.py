@@ -1,0 +1,1 @@
+"""Bytes: where KV-cache objects are kept, verified and found again. No torch."""

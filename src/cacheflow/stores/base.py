@@ -1,0 +1,277 @@
+"""What a store promises: whole objects in, verified whole objects out, every item with its own outcome.
+
+An object is one cell of the grid (one chunk in one layer block), so there are no partial reads: the checksum covers a
+whole payload, and a part of it could not be verified.
+
+Buffers: between submission and an item's outcome the store owns the item's buffer. ``OK``, ``MISS``, ``CORRUPT`` and
+``ERROR`` give it back at once. ``LATE`` and ``CANCELLED`` tell the caller not to wait any longer, but a transfer may
+still be under way: the buffer may be reused, or freed, only after ``Handle.cancel()`` returned. After anything but
+``OK`` its content is undefined.
+
+Threads: every method of a store and of its handles may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar, cast
+
+import numpy.typing as npt
+
+from cacheflow.plan.keys import ObjectKey
+from cacheflow.types import LoadOutcome
+
+ByteBuffer = bytes | bytearray | memoryview | npt.NDArray[Any]
+"""A C-contiguous, non-empty buffer; dtypes Python's buffer protocol lacks (bfloat16) are passed viewed as uint8."""
+
+
+class PutOutcome(Enum):
+    """How one write ended; everything but ``STORED`` and ``EXISTS`` means the key may not be there, and is counted."""
+
+    STORED = "stored"
+    """The object is visible under its key (unless evicted or deleted since)."""
+    EXISTS = "exists"
+    """The key was there already and nothing was written."""
+    FULL = "full"
+    """It does not fit: larger than the store, or too little that is not pinned could be evicted. Nothing changed."""
+    ERROR = "error"
+    """The disk is full, the connection broke, the store is closed. Nothing is visible under the key."""
+    LATE = "late"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadTap:
+    """For fault injection only: what a read does to a record before it is verified."""
+
+    flip_byte: int
+    """Position in header plus payload, modulo their length, of the byte in which one bit is flipped."""
+
+    def apply(self, header: memoryview, payload: memoryview) -> None:
+        """Flip the bit, in place."""
+        position = self.flip_byte % (header.nbytes + payload.nbytes)
+        if position < header.nbytes:
+            header[position] ^= 1
+        else:
+            payload[position - header.nbytes] ^= 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GetRequest:
+    """One object to read.
+
+    Attributes:
+        key: The object.
+        buffer: Receives the payload alone, without the record's header; writable, as long as the payload.
+        tap: Fault injection; None in production.
+    """
+
+    key: ObjectKey
+    buffer: ByteBuffer
+    tap: ReadTap | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PutRequest:
+    """One object to write.
+
+    Attributes:
+        key: The object.
+        buffers: Its payload in parts, stored one behind the other.
+        shape: Shape of the tensor, for people and tools; at most 8 dimensions.
+        dtype: Name of its dtype, at most 16 ASCII characters.
+        replace: Overwrite an existing object; for ``ObjectKind.NEXT``, since the others never change.
+    """
+
+    key: ObjectKey
+    buffers: Sequence[ByteBuffer]
+    shape: tuple[int, ...]
+    dtype: str
+    replace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What kind of store this is.
+
+    Attributes:
+        name: For people and metrics.
+        persistent: Objects survive the process.
+        shared: Other processes may see and change the same objects.
+        capacity_bytes: Bound on records held, headers included; None when the store itself does not bound them.
+        max_parallel_reads: Reads that make progress at the same time; more than that queue up.
+    """
+
+    name: str
+    persistent: bool
+    shared: bool
+    capacity_bytes: int | None
+    max_parallel_reads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreStats:
+    """Counts since the store was opened, and live estimates.
+
+    Attributes:
+        get_outcomes: Reads that ended, by outcome; every outcome is a key.
+        put_outcomes: Writes that ended, by outcome; every outcome is a key.
+        read_bytes: Payload bytes of the reads that were ``OK``.
+        written_bytes: Payload bytes of the writes that were ``STORED``.
+        read_bytes_per_s: Recent bandwidth while at least one read was under way (EWMA); None before the first.
+        read_latency_s: Recent time from submission to outcome of one read, queueing included (EWMA); None before.
+        num_objects: Objects held, as far as this process knows.
+        used_bytes: Bytes of their records.
+        num_evicted: Objects evicted by this process.
+    """
+
+    get_outcomes: Mapping[LoadOutcome, int]
+    put_outcomes: Mapping[PutOutcome, int]
+    read_bytes: int = 0
+    written_bytes: int = 0
+    read_bytes_per_s: float | None = None
+    read_latency_s: float | None = None
+    num_objects: int = 0
+    used_bytes: int = 0
+    num_evicted: int = 0
+    injected: Mapping[str, int] = field(default_factory=dict)
+    """Faults injected by a ``FaultyStore``, by kind; empty in production."""
+
+
+O_co = TypeVar("O_co", bound=Enum, covariant=True)
+
+
+class Handle(Protocol[O_co]):
+    """A batch of reads or writes under way."""
+
+    def poll(self) -> tuple[O_co | None, ...]:
+        """Outcome of each item in the order of the requests, None while it is pending; an outcome never changes.
+
+        An item is ``LATE`` from its deadline on, even while a hung transfer still holds its buffer.
+        """
+        ...
+
+    def wait(self, timeout_s: float | None = None) -> tuple[O_co | None, ...]:
+        """Wait until every item has an outcome, or for ``timeout_s`` seconds; returns what ``poll`` would."""
+        ...
+
+    def cancel(self) -> None:
+        """Give up what is pending (``CANCELLED``); returns once no transfer touches any of the buffers.
+
+        Calling it again, or after everything ended, does nothing.
+        """
+        ...
+
+
+GetHandle = Handle[LoadOutcome]
+PutHandle = Handle[PutOutcome]
+
+
+class Store(ABC):
+    """A key-value store of KV-cache objects; see the module's docstring for buffers and threads.
+
+    A failing store costs time, never correctness: once it is open, none of its methods raises for a failure of the
+    disk or the network. ``ValueError`` is for bugs of the caller.
+    """
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What kind of store this is; constant."""
+
+    @abstractmethod
+    def contains(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
+        """Whether each object is there: a hint, a read may still miss. A failing store holds nothing."""
+
+    @abstractmethod
+    def submit_get(
+        self, requests: Sequence[GetRequest], *, priority: int = 0, deadline_s: float | None = None
+    ) -> GetHandle:
+        """Start reading objects into the callers' buffers and return at once.
+
+        Items start in order within a priority and may end in any order. An item is ``OK`` only if the payload in its
+        buffer verified against the record written for this key.
+
+        Args:
+            requests: What to read; no two may share a buffer.
+            priority: Larger values start before what is still queued.
+            deadline_s: Seconds from now after which an item without outcome is ``LATE``; None for no deadline.
+
+        Raises:
+            ValueError: A buffer is read-only, empty or not contiguous.
+        """
+
+    @abstractmethod
+    def submit_put(
+        self, requests: Sequence[PutRequest], *, priority: int = 0, deadline_s: float | None = None
+    ) -> PutHandle:
+        """Start writing objects and return at once; the buffers must not change until their outcome.
+
+        An object becomes visible whole, after its write succeeded, or not at all. A key that is there is not written
+        again (``EXISTS``) unless the request says ``replace`` or the last read of it was ``CORRUPT``.
+
+        Args:
+            requests: What to write.
+            priority: Larger values start before what is still queued.
+            deadline_s: Seconds from now after which an item without outcome is ``LATE``; it may become visible later.
+
+        Raises:
+            ValueError: A buffer is empty or not contiguous, or shape or dtype do not fit the record's header.
+        """
+
+    @abstractmethod
+    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[bool, ...]:
+        """Keep objects from being evicted for ``ttl_s`` seconds; whether each is held and now pinned.
+
+        Pinning again moves the end. A pin binds this process's evictions only, and not ``delete``.
+        """
+
+    @abstractmethod
+    def unpin(self, keys: Sequence[ObjectKey]) -> None:
+        """End pins early; keys without a pin are ignored."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[ObjectKey]) -> int:
+        """Remove objects; returns how many were there. Reads under way end as if the object were still there."""
+
+    @abstractmethod
+    def stats(self) -> StoreStats:
+        """Counts since the store was opened, and live estimates."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cancel what is pending and end the threads; later operations end as ``ERROR``. Closing again does nothing."""
+
+    def __enter__(self) -> Self:
+        """Return the store."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the store."""
+        self.close()
+
+
+def byte_view(buffer: ByteBuffer, *, writable: bool = False) -> memoryview:
+    """A buffer as a flat ``memoryview`` of bytes.
+
+    Raises:
+        ValueError: It is empty, not C-contiguous, of objects or of a dtype without buffer format, or read-only where
+            ``writable`` is asked for.
+    """
+    try:
+        typed = memoryview(cast("bytes", buffer))  # numpy's types miss the buffer protocol before 3.12
+        view = typed.cast("B")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"not a non-empty contiguous buffer of plain numbers: {error}; pass a uint8 view") from error
+    if "O" in typed.format:
+        raise ValueError("the buffer holds Python objects, whose bytes mean nothing elsewhere")
+    if view.nbytes == 0:
+        raise ValueError("the buffer is empty; an object has at least one byte")
+    if writable and view.readonly:
+        raise ValueError(f"the buffer of {view.nbytes} bytes is read-only; a read needs a writable one")
+    return view

@@ -1,0 +1,208 @@
+"""The directory of a file store: its marker, where records lie, and how one becomes visible.
+
+::
+
+    <root>/cacheflow-store.json            record version and checksum; written once, by the first process
+    <root>/objects/<2 hex>/<2 hex>/<name>  records, by the first digits of the chain hash
+    <root>/staging/<pid>-<unique>          records being written
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cacheflow.errors import StoreError
+from cacheflow.plan.keys import ObjectKey
+from cacheflow.stores.record import RECORD_VERSION, ChecksumAlgorithm, best_algorithm, require
+
+STALE_STAGING_S = 3600.0
+"""Age at which a staging file is taken for the remains of a dead writer; a live one takes seconds."""
+
+_MARKER = "cacheflow-store.json"
+_MAX_PARTS = 512
+"""Buffers per system call; the kernel allows 1,024."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFile:
+    """What a scan finds: an ``ObjectKey.name``, the bytes of its record, and when it was written or last read."""
+
+    name: str
+    num_bytes: int
+    modified_s: float
+
+
+class RecordDirectory:
+    """One directory of records, shared by any number of processes of one record version."""
+
+    def __init__(self, root: Path, *, algorithm: ChecksumAlgorithm | None = None) -> None:
+        """Open or create the directory and remove stale staging files.
+
+        Args:
+            root: Created if it does not exist.
+            algorithm: Checksum for a new directory; None for the fastest this process has. An existing directory
+                keeps its own.
+
+        Raises:
+            StoreError: The directory cannot be created or written, is marked for another record version, or has
+                checksums this process cannot compute.
+        """
+        self.root = root
+        self._objects = f"{root}/objects"
+        self._staging = f"{root}/staging"
+        try:
+            for folder in (self._objects, self._staging):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            self._probe_writing()
+            self.algorithm = self._agree(algorithm or best_algorithm())
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"store directory {root} cannot be used: {error}; choose a directory this process can create and write"
+            ) from error
+        require(self.algorithm, where=f"store directory {root}")
+        self._remove_stale_staging()
+
+    def path(self, key: ObjectKey) -> str:
+        """Where a key's record lies."""
+        digits = key.chain_hash
+        return f"{self._objects}/{digits[:2]}/{digits[2:4]}/{key.name}"
+
+    def path_of_name(self, name: str) -> str:
+        """Where the record of a ``ObjectKey.name`` lies."""
+        digits = name.split("_", 2)[1]
+        return f"{self._objects}/{digits[:2]}/{digits[2:4]}/{name}"
+
+    def write(self, name: str, parts: Sequence[memoryview], *, sync: bool) -> None:
+        """Write a record aside, then make it visible under ``name`` in one step, replacing what was there.
+
+        Args:
+            name: ``ObjectKey.name``.
+            parts: The record's bytes.
+            sync: Flush the record to the disk before it becomes visible.
+
+        Raises:
+            OSError: The disk is full or failing; nothing is left behind and nothing changed under ``name``.
+        """
+        staged = Path(f"{self._staging}/{os.getpid()}-{uuid.uuid4().hex}")
+        try:
+            descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                _write_all(descriptor, parts)
+                if sync:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            target = Path(self.path_of_name(name))
+            try:
+                staged.replace(target)
+            except FileNotFoundError:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                staged.replace(target)
+        except BaseException:
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
+            raise
+
+    def remove(self, name: str) -> bool:
+        """Remove a record; whether it was there.
+
+        Raises:
+            OSError: It is there and cannot be removed.
+        """
+        try:
+            Path(self.path_of_name(name)).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def scan(self) -> list[RecordFile]:
+        """Every record, in no particular order."""
+        return [
+            RecordFile(entry.name, status.st_size, status.st_mtime)
+            for outer in _entries(self._objects)
+            for inner in _entries(outer.path)
+            for entry in _entries(inner.path)
+            if (status := _status(entry)) is not None
+        ]
+
+    def free_bytes(self) -> int:
+        """Bytes free on the disk for this process."""
+        status = os.statvfs(self.root)
+        return status.f_bavail * status.f_frsize
+
+    def _probe_writing(self) -> None:
+        # by doing it: permission bits say nothing about root, read-only mounts or quotas
+        probe = Path(f"{self._staging}/probe-{uuid.uuid4().hex}")
+        probe.write_bytes(b"cacheflow")
+        probe.unlink()
+
+    def _agree(self, wanted: ChecksumAlgorithm) -> ChecksumAlgorithm:
+        """Read the marker, or be the one process that creates it."""
+        marker = self.root / _MARKER
+        if not marker.exists():
+            staged = Path(f"{self._staging}/marker-{uuid.uuid4().hex}")
+            staged.write_text(json.dumps({"record_version": RECORD_VERSION, "checksum": wanted.name}) + "\n")
+            with suppress(FileExistsError):
+                marker.hardlink_to(staged)  # unlike a rename, fails when another process was first
+            staged.unlink()
+        text = marker.read_text(errors="replace")
+        try:
+            values = json.loads(text)
+            version, algorithm = values["record_version"], ChecksumAlgorithm[values["checksum"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{marker} is not a store marker: {text[:100]!r}; use another directory") from error
+        if version != RECORD_VERSION:
+            raise StoreError(
+                f"store directory {self.root} holds records of version {version}, this is version {RECORD_VERSION}; "
+                f"use another directory, or delete this one (a cache, nothing else is lost)"
+            )
+        return algorithm
+
+    def _remove_stale_staging(self) -> None:
+        oldest_s = time.time() - STALE_STAGING_S
+        for entry in _entries(self._staging):
+            status = _status(entry)
+            if status is not None and status.st_mtime < oldest_s:
+                with suppress(OSError):
+                    Path(entry.path).unlink()
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Entries of a folder; none when it vanished or is no folder."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        yield from entries
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Status of a file; None when it vanished meanwhile or is no file."""
+    try:
+        return entry.stat(follow_symlinks=False) if entry.is_file(follow_symlinks=False) else None
+    except OSError:
+        return None
+
+
+def _write_all(descriptor: int, parts: Sequence[memoryview]) -> None:
+    pending = list(parts)
+    offset = 0
+    while pending:
+        written = os.pwritev(descriptor, pending[:_MAX_PARTS], offset)
+        offset += written
+        pending = drop_front(pending, written)
+
+
+def drop_front(parts: list[memoryview], num_bytes: int) -> list[memoryview]:
+    """What is left of a list of buffers after its first ``num_bytes`` bytes were transferred."""
+    for index, part in enumerate(parts):
+        if num_bytes < part.nbytes:
+            return [part[num_bytes:], *parts[index + 1 :]]
+        num_bytes -= part.nbytes
+    return []

@@ -1,0 +1,214 @@
+"""One file per object, read with ``preadv`` straight into the caller's buffer.
+
+The page cache does the caching; nothing here reads ahead or keeps file descriptors open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from cacheflow.plan.keys import ObjectKey
+from cacheflow.stores.base import Capabilities, PutOutcome
+from cacheflow.stores.bounded import BoundedStore
+from cacheflow.stores.directory import RecordDirectory, RecordFile, drop_front
+from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm
+from cacheflow.types import Clock
+
+logger = logging.getLogger(__name__)
+
+_SCANS_PER_CAPACITY = 8
+"""A process looks at the whole directory again each time it has written this fraction of the capacity."""
+
+_TOUCH_S = 60.0
+"""A file's modification time follows its last read at this resolution; a system call on each read would cost more."""
+
+
+class FileStore(BoundedStore):
+    """A bounded store in a directory, which processes on one host may share.
+
+    Capacity: each process evicts the least recently used objects it knows of. What others wrote becomes known by
+    reading it or by a scan of the directory, at open and after every eighth of the capacity written; so ``n``
+    processes may exceed the bound by ``(n - 1) / 8`` of it for a while. The order of use survives the process to
+    within a minute, as the files' modification times.
+
+    A put is written aside, flushed, and renamed: a crash leaves a whole record or none. With ``fsync=False`` it is
+    not flushed; then a power failure (not a crash of the process) may leave damaged records, which read as
+    ``CORRUPT``.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        capacity_bytes: int,
+        fsync: bool = True,
+        num_threads: int = 3,
+        algorithm: ChecksumAlgorithm | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """Open or create a directory of records and scan what it holds.
+
+        Args:
+            root: The directory.
+            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
+            fsync: Flush each record to the disk before it becomes visible.
+            num_threads: Reads and writes carried out at the same time.
+            algorithm: Checksum for a new directory; None for the fastest this process has.
+            clock: Monotonic clock, for deadlines, pins and statistics.
+
+        Raises:
+            ConfigError: A count is below 1.
+            StoreError: The directory is not writable, is marked for another record version, or needs a checksum
+                package that is not installed.
+        """
+        self._directory = RecordDirectory(Path(root), algorithm=algorithm)
+        super().__init__(
+            capacity_bytes=capacity_bytes, num_threads=num_threads, algorithm=self._directory.algorithm, clock=clock
+        )
+        self._fsync = fsync
+        self._unscanned_bytes = 0
+        self._warned = False
+        self._used_s: dict[str, float] = {}  # wall time at which this process last used an object
+        self._learn(self._directory.scan())
+        logger.info(
+            "file store %s: capacity %d bytes, %d objects in %d bytes, %d bytes free on the disk, %s checksums",
+            root, capacity_bytes, len(self._index), self._index.used_bytes, self._directory.free_bytes(),
+            self._algorithm.name,
+        )  # fmt: skip
+
+    def capabilities(self) -> Capabilities:
+        """See ``Store.capabilities``."""
+        return Capabilities(
+            name="file",
+            persistent=True,
+            shared=True,
+            capacity_bytes=self._index.capacity_bytes,
+            max_parallel_reads=self._num_threads,
+        )
+
+    def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
+        """See ``ThreadedStore.read_record``.
+
+        Raises:
+            OSError: The file is there and cannot be read.
+        """
+        try:
+            descriptor = os.open(self._directory.path(key), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            with self._lock:
+                self._index.discard(key.name)
+            return None
+        try:
+            status = os.fstat(descriptor)
+            record_bytes = status.st_size
+            fits = record_bytes == HEADER_BYTES + payload.nbytes
+            num_read = _read_all(descriptor, [header, payload] if fits else [header])
+            now_s = time.time()
+            if now_s - status.st_mtime > _TOUCH_S:
+                with suppress(OSError):  # a file of another owner keeps its time
+                    os.utime(descriptor)
+        finally:
+            os.close(descriptor)
+        with self._lock:
+            self._index.add(key.name, record_bytes)
+            self._used_s[key.name] = now_s
+        # truncated between fstat and the end of the read: what was read, not what was announced
+        return (num_read if fits else record_bytes) - HEADER_BYTES
+
+    def write_record(self, key: ObjectKey, parts: Sequence[memoryview], *, replace: bool) -> PutOutcome:
+        """See ``ThreadedStore.write_record``; two writers of one key write the same bytes, the last rename stays."""
+        del replace  # the rename replaces; existing keys were sorted out before
+        num_bytes = sum(part.nbytes for part in parts)
+        self._scan_if_due(num_bytes)
+        with self._lock:
+            victims = self._index.reserve(num_bytes, now_s=self._clock())
+        if victims is None:
+            return PutOutcome.FULL
+        try:
+            for name in victims:
+                with suppress(OSError):  # counted as gone; the next scan finds it again
+                    self._directory.remove(name)
+            self._directory.write(key.name, parts, sync=self._fsync)
+        except OSError as error:
+            with self._lock:
+                self._index.release(num_bytes)
+            self._warn_once(error)
+            return PutOutcome.ERROR
+        with self._lock:
+            self._index.commit(key.name, num_bytes)
+            self._used_s[key.name] = time.time()
+        return PutOutcome.STORED
+
+    def holds(self, key: ObjectKey) -> bool:
+        """See ``ThreadedStore.holds``; asks the file system, since other processes write and evict."""
+        return os.access(self._directory.path(key), os.F_OK)
+
+    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[bool, ...]:
+        """See ``Store.pin``; also for objects that other processes wrote.
+
+        Raises:
+            ConfigError: ``ttl_s`` is not above 0.
+        """
+        for key in keys:
+            with suppress(OSError):
+                num_bytes = Path(self._directory.path(key)).stat().st_size
+                with self._lock:
+                    if key.name not in self._index:
+                        self._index.add(key.name, num_bytes)
+        return super().pin(keys, ttl_s=ttl_s)
+
+    def remove(self, key: ObjectKey) -> bool:
+        """See ``ThreadedStore.remove``.
+
+        Raises:
+            OSError: The file is there and cannot be removed.
+        """
+        removed = self._directory.remove(key.name)
+        with self._lock:
+            self._index.discard(key.name)
+        return removed
+
+    def _scan_if_due(self, num_bytes: int) -> None:
+        """Learn what other processes wrote, used and evicted."""
+        with self._lock:
+            self._unscanned_bytes += num_bytes
+            due = self._unscanned_bytes * _SCANS_PER_CAPACITY >= self._index.capacity_bytes
+            if due:
+                self._unscanned_bytes = 0
+        if due:
+            self._learn(self._directory.scan())  # not under the lock: reads go on meanwhile
+
+    def _learn(self, found: list[RecordFile]) -> None:
+        """Take over what a scan found, in the order of the last use by any process."""
+        with self._lock:
+            files = {each.name: (each.modified_s, each.num_bytes) for each in found}
+            for name, num_bytes in self._index.sizes().items():
+                if name not in files and os.access(self._directory.path_of_name(name), os.F_OK):
+                    files[name] = (time.time(), num_bytes)  # written since the scan
+            used_s = {name: max(modified_s, self._used_s.get(name, 0.0)) for name, (modified_s, _) in files.items()}
+            by_use = sorted(files, key=lambda name: (used_s[name], name))
+            self._index.rebuild((name, files[name][1]) for name in by_use)
+            self._used_s = {name: used_s[name] for name in self._used_s if name in files}
+
+    def _warn_once(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("file store %s: a write failed, later failures are only counted: %s",
+                           self._directory.root, error)  # fmt: skip
+
+
+def _read_all(descriptor: int, parts: list[memoryview]) -> int:
+    """Fill the buffers from the start of the file; returns the bytes read, fewer only at the end of the file."""
+    offset = 0
+    while parts:
+        num_read = os.preadv(descriptor, parts, offset)
+        if num_read == 0:
+            break
+        offset += num_read
+        parts = drop_front(parts, num_read)
+    return offset

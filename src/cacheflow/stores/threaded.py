@@ -1,0 +1,282 @@
+"""Base of stores whose backend reads and writes one record at a time: a small pool of threads does the rest.
+
+A backend implements five methods on whole records; queueing, priorities, deadlines, cancellation, checksums,
+statistics and the repair of damaged objects live here. Calls that release the GIL (file and socket I/O,
+``numpy.copyto``, xxHash) leave the compute thread alone; ``memoryview`` assignment does not and is for headers only.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from threading import Condition, Thread
+from typing import Any, Generic, TypeVar
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.keys import ObjectKey
+from cacheflow.stores.base import (
+    GetHandle,
+    GetRequest,
+    PutHandle,
+    PutOutcome,
+    PutRequest,
+    Store,
+    StoreStats,
+    byte_view,
+)
+from cacheflow.stores.handle import READS, WRITES, O, OperationHandle, Verdicts
+from cacheflow.stores.meter import Meter
+from cacheflow.stores.record import (
+    HEADER_BYTES,
+    ChecksumAlgorithm,
+    check_description,
+    decode_header,
+    encode_header,
+    verify,
+)
+from cacheflow.types import Clock, LoadOutcome
+
+logger = logging.getLogger(__name__)
+
+_JOIN_TIMEOUT_S = 5.0
+
+T = TypeVar("T")
+_Queued = tuple[int, int, "_Transfer[Any]"]
+"""Negative priority, sequence number (ties are first come, first served), what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a backend holds: objects, bytes of their records, and how many objects it evicted."""
+
+    num_objects: int = 0
+    used_bytes: int = 0
+    num_evicted: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Transfer(Generic[O]):
+    """One item of a batch; ``carry_out`` takes the index and the thread's header scratch."""
+
+    handle: OperationHandle[O]
+    index: int
+    carry_out: Callable[[int, memoryview], O]
+    verdicts: Verdicts[O]
+
+    def run(self, header: memoryview) -> None:
+        if self.handle.begin(self.index):
+            outcome = _guarded(lambda: self.carry_out(self.index, header), self.verdicts.error)
+            self.handle.finish(self.index, outcome)
+
+
+def _guarded(call: Callable[[], T], failed: T) -> T:
+    """The door between a backend and its callers: a failure of the backend is a value."""
+    try:
+        return call()
+    except OSError as error:
+        logger.debug("store operation failed: %s", error)
+    except Exception:  # a bug in a backend must not kill the pool or a request
+        logger.exception("bug in a store backend")
+    return failed
+
+
+class ThreadedStore(Store):
+    """A store on a pool of daemon threads, started with the first operation.
+
+    The five backend methods are called from several threads at once and may raise ``OSError``, which becomes
+    ``ERROR``.
+    """
+
+    def __init__(self, *, num_threads: int, algorithm: ChecksumAlgorithm, clock: Clock = time.perf_counter) -> None:
+        """Prepare the pool.
+
+        Args:
+            num_threads: Reads and writes carried out at the same time.
+            algorithm: Checksum of the records written.
+            clock: Monotonic clock, for deadlines, pins and statistics.
+
+        Raises:
+            ConfigError: ``num_threads`` is below 1.
+        """
+        if num_threads < 1:
+            raise ConfigError(f"num_threads is {num_threads}, must be at least 1")
+        self._num_threads = num_threads
+        self._algorithm = algorithm
+        self._clock = clock
+        self._meter = Meter()
+        self._queue: list[_Queued] = []
+        self._queue_changed = Condition()
+        self._sequence = itertools.count()
+        self._threads: list[Thread] = []
+        self._closed = False
+        self._suspects: set[ObjectKey] = set()
+
+    @abstractmethod
+    def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
+        """Fill the two buffers from a record and return how many payload bytes it has; None when it is not there.
+
+        ``header`` has ``HEADER_BYTES`` bytes. A record of another length than asked for need not be copied beyond its
+        header, one shorter than a header not at all (return a negative count).
+        """
+
+    @abstractmethod
+    def write_record(self, key: ObjectKey, parts: Sequence[memoryview], *, replace: bool) -> PutOutcome:
+        """Make a record of ``parts`` (the header first) visible under ``key``, whole or not at all."""
+
+    @abstractmethod
+    def holds(self, key: ObjectKey) -> bool:
+        """Whether the record is there."""
+
+    @abstractmethod
+    def remove(self, key: ObjectKey) -> bool:
+        """Remove a record; whether it was there."""
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """What the backend holds."""
+
+    def contains(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
+        """See ``Store.contains``; an object whose last read was ``CORRUPT`` counts as absent."""
+        return tuple(key not in self._suspects and _guarded(partial(self.holds, key), False) for key in keys)
+
+    def delete(self, keys: Sequence[ObjectKey]) -> int:
+        """See ``Store.delete``."""
+        self._suspects.difference_update(keys)
+        return sum(_guarded(partial(self.remove, key), False) for key in keys)
+
+    def stats(self) -> StoreStats:
+        """See ``Store.stats``."""
+        usage = self.usage()
+        return self._meter.snapshot(
+            num_objects=usage.num_objects, used_bytes=usage.used_bytes, num_evicted=usage.num_evicted
+        )
+
+    def submit_get(
+        self, requests: Sequence[GetRequest], *, priority: int = 0, deadline_s: float | None = None
+    ) -> GetHandle:
+        """See ``Store.submit_get``."""
+        payloads = [byte_view(request.buffer, writable=True) for request in requests]
+        start_s = self._clock()
+
+        def count(index: int, outcome: LoadOutcome, end_s: float) -> None:
+            self._meter.record_get(outcome, payloads[index].nbytes, start_s=start_s, end_s=end_s)
+
+        def carry_out(index: int, header: memoryview) -> LoadOutcome:
+            return self._get(requests[index], payloads[index], header)
+
+        handle = OperationHandle(len(requests), READS, deadline_s=deadline_s, clock=self._clock, on_outcome=count)
+        self._enqueue(handle, len(requests), carry_out, READS, priority)
+        return handle
+
+    def submit_put(
+        self, requests: Sequence[PutRequest], *, priority: int = 0, deadline_s: float | None = None
+    ) -> PutHandle:
+        """See ``Store.submit_put``."""
+        payloads = [[byte_view(buffer) for buffer in request.buffers] for request in requests]
+        for request, parts in zip(requests, payloads, strict=True):
+            check_description(request.shape, request.dtype)
+            if not parts:
+                raise ValueError(f"put of {request.key.name} has no buffer; an object has at least one byte")
+
+        def count(index: int, outcome: PutOutcome, _end_s: float) -> None:
+            self._meter.record_put(outcome, sum(part.nbytes for part in payloads[index]))
+
+        def carry_out(index: int, header: memoryview) -> PutOutcome:
+            return self._put(requests[index], payloads[index], header)
+
+        handle = OperationHandle(len(requests), WRITES, deadline_s=deadline_s, clock=self._clock, on_outcome=count)
+        self._enqueue(handle, len(requests), carry_out, WRITES, priority)
+        return handle
+
+    def close(self) -> None:
+        """See ``Store.close``; a thread hung in the backend is left behind after 5 s, with a warning."""
+        with self._queue_changed:
+            self._closed = True
+            abandoned, self._queue = self._queue, []
+            self._queue_changed.notify_all()
+        for _, _, transfer in abandoned:
+            transfer.handle.abandon(transfer.verdicts.cancelled)
+        for thread in self._threads:
+            thread.join(_JOIN_TIMEOUT_S)
+            if thread.is_alive():
+                logger.warning("%s: a thread is hung in the backend and was left behind", self.capabilities().name)
+        self._threads = []
+
+    def _enqueue(
+        self,
+        handle: OperationHandle[O],
+        num_items: int,
+        carry_out: Callable[[int, memoryview], O],
+        verdicts: Verdicts[O],
+        priority: int,
+    ) -> None:
+        with self._queue_changed:
+            closed = self._closed
+            if not closed:
+                self._start_threads()
+                for index in range(num_items):
+                    transfer = _Transfer(handle, index, carry_out, verdicts)
+                    heapq.heappush(self._queue, (-priority, next(self._sequence), transfer))
+                self._queue_changed.notify(num_items)
+        if closed:
+            handle.abandon(verdicts.error)
+
+    def _start_threads(self) -> None:
+        while len(self._threads) < self._num_threads:
+            thread = Thread(target=self._work, name=f"cacheflow-store-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        header = memoryview(bytearray(HEADER_BYTES))
+        while True:
+            with self._queue_changed:
+                while not self._queue and not self._closed:
+                    self._queue_changed.wait()
+                if self._closed:
+                    return
+                _, _, transfer = heapq.heappop(self._queue)
+            transfer.run(header)
+            del transfer  # or the buffers of the last transfer would live until the next one
+
+    def _get(self, request: GetRequest, payload: memoryview, header: memoryview) -> LoadOutcome:
+        num_found = self.read_record(request.key, header, payload)
+        if num_found is None:
+            self._suspects.discard(request.key)
+            return LoadOutcome.MISS
+        if request.tap is not None:
+            request.tap.apply(header, payload)
+        if num_found == payload.nbytes:
+            outcome = verify(header, payload, request.key)
+        else:
+            outcome = self._length_outcome(request.key, header, num_found, payload.nbytes)
+        if outcome is LoadOutcome.CORRUPT:
+            self._suspects.add(request.key)
+        elif outcome is LoadOutcome.OK and self._suspects:
+            self._suspects.discard(request.key)
+        return outcome
+
+    def _length_outcome(self, key: ObjectKey, header: memoryview, num_found: int, num_asked: int) -> LoadOutcome:
+        found = decode_header(header) if num_found >= 0 else None
+        if found is None or found.key_digest != key.digest or found.payload_bytes != num_found:
+            return LoadOutcome.CORRUPT
+        logger.warning("%s holds %d bytes, a buffer of %d was passed", key.name, num_found, num_asked)
+        return LoadOutcome.ERROR
+
+    def _put(self, request: PutRequest, parts: Sequence[memoryview], header: memoryview) -> PutOutcome:
+        replace = request.replace or request.key in self._suspects
+        if not replace and self.holds(request.key):
+            return PutOutcome.EXISTS
+        encode_header(
+            header, request.key, parts, shape=request.shape, dtype=request.dtype, algorithm=self._algorithm
+        )  # fmt: skip
+        outcome = self.write_record(request.key, (header, *parts), replace=replace)
+        if outcome is PutOutcome.STORED:
+            self._suspects.discard(request.key)
+        return outcome

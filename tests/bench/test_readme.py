@@ -1,0 +1,84 @@
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+from cacheflow.bench import readme
+from cacheflow.bench.record import append_record
+from cacheflow.errors import ConfigError
+from support.sample_records import sample_record, sample_sweep
+
+TEXT = f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nMore.\n"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    results, text = tmp_path / "results.jsonl", tmp_path / "README.md"
+    for record in sample_sweep():
+        append_record(results, record)
+    text.write_text(TEXT)
+    return results, text
+
+
+def run(results: Path, text: Path, *options: str) -> int:
+    parser = ArgumentParser()
+    readme.add_arguments(parser)
+    return readme.run(parser.parse_args(["--results", str(results), "--readme", str(text), *options]))
+
+
+def test_the_block_is_replaced_and_the_rest_is_kept(files: tuple[Path, Path]):
+    assert run(*files) == 0
+    text = files[1].read_text()
+    assert text.startswith(f"# Title\n\n{readme.BEGIN}\n| load time")
+    assert text.endswith(f"{readme.END}\n\nMore.\n")
+    assert "old" not in text
+    assert "cacheflow bench readme --results" in text
+
+
+def test_filling_in_again_changes_nothing(files: tuple[Path, Path]):
+    run(*files)
+    before = files[1].read_text()
+    run(*files)
+    assert files[1].read_text() == before
+    assert run(*files, "--check") == 0
+
+
+def test_check_fails_on_a_table_out_of_date_and_writes_nothing(files: tuple[Path, Path]):
+    with pytest.raises(ConfigError, match="out of date"):
+        run(*files, "--check")
+    assert files[1].read_text() == TEXT
+
+
+def test_perturbed_runs_and_other_lengths_stay_out(files: tuple[Path, Path]):
+    append_record(files[0], sample_record(perturbation={"cost_error": 2.0}, policy="spoiled"))
+    append_record(files[0], sample_record(num_tokens=512, policy="short"))
+    block = readme.results_block(files[0])
+    assert "spoiled" not in block
+    assert "short" not in block
+
+
+def test_time_to_first_token_is_preferred_to_restoration_alone(files: tuple[Path, Path]):
+    append_record(files[0], sample_record(suffix_tokens=0, ttft_s=None, bound_ttft_s=None, policy="alone"))
+    assert "alone" not in readme.results_block(files[0])
+
+
+def test_the_picture_comes_from_the_same_runs(files: tuple[Path, Path], tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    append_record(files[0], sample_record(num_tokens=512, policy="short"))
+    figure = tmp_path / "images" / "over-bound.png"
+    assert run(*files, "--figure", str(figure)) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_studies_in_one_file_are_refused(files: tuple[Path, Path]):
+    append_record(files[0], sample_record(dtype="bfloat16"))
+    with pytest.raises(ConfigError, match="several studies"):
+        run(*files)
+
+
+def test_missing_runs_and_markers_are_named(files: tuple[Path, Path]):
+    with pytest.raises(ConfigError, match="no clean run of suite 'other'"):
+        run(*files, "--suite", "other")
+    files[1].write_text("no markers")
+    with pytest.raises(ConfigError, match="results:begin"):
+        run(*files)

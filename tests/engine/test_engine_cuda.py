@@ -1,0 +1,79 @@
+"""The same promises on a CUDA device."""
+
+import pytest
+import torch
+
+from cacheflow.engine.families import FAMILIES
+from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
+from cacheflow.engine.random_models import tiny_model
+from cacheflow.engine.saver import PrefixSaver
+from cacheflow.engine.selftest import self_test
+from cacheflow.engine.transfer_port import StoreTransferPort
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.keys import Namespace, chain_hashes
+from cacheflow.stores.memory import MemoryStore
+from cacheflow.types import LoadOutcome
+from support.engine_cases import prefilled, restore, same_kv
+
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_test_passes(family, dtype):
+    assert self_test(tiny_model(family, dtype=dtype, device="cuda")).passed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("levels", [[3, 3, 3, 3], [3, 2, 1, 0], [0, 0, 0, 0]])
+def test_staircases_are_bit_equal(levels, dtype):
+    case = prefilled("llama", dtype, device="cuda")
+    kv, port = restore(case, levels)
+    assert same_kv(case, kv)
+    assert torch.equal(port.logits, case.logits)
+
+
+def all_cells(case):
+    return [Tile(c, c + 1, b, b + 1) for c, b in Tile(0, case.grid.num_chunks, 0, case.grid.num_blocks).cells()]
+
+
+def restore_through(case, kv, port):
+    tickets = [port.start(tile, deadline_s=10.0) for tile in all_cells(case)]
+    for ticket in tickets:
+        assert port.wait(ticket, timeout_s=10.0) is LoadOutcome.OK
+        port.place(ticket)
+    compute = case.new_port(kv)
+    compute.run_suffix(0, case.grid.num_blocks)
+    compute.finish()
+    return compute.logits
+
+
+@pytest.mark.parametrize("bytes_per_s", [float("inf"), 1e6])
+def test_pinned_link_restores_on_its_own_stream(bytes_per_s):
+    case = prefilled("llama", "bfloat16", device="cuda")
+    prefix = PinnedPrefix.save(case.saved, case.geometry)
+    assert prefix.payload(0, 0).is_pinned()
+    kv = case.runner.new_kv(case.saved.capacity)
+    logits = restore_through(case, kv, PinnedLinkPort(prefix, kv=kv, bytes_per_s=bytes_per_s))
+    assert torch.equal(logits, case.logits)
+    assert same_kv(case, kv)
+
+
+def test_store_round_trip_through_pinned_staging():
+    case = prefilled("llama", "bfloat16", device="cuda")
+    names = {
+        "namespace": Namespace(weights_fingerprint="w", dtype="bfloat16", chunk_tokens=40).digest,
+        "chain_hashes": chain_hashes(case.tokens, case.grid.chunk_ends),
+    }
+    with MemoryStore(capacity_bytes=64 << 20) as store:
+        saver = PrefixSaver(store, geometry=case.geometry, **names)
+        saver.save_prefix(case.saved)
+        assert saver.wait(10.0).complete
+        kv = case.runner.new_kv(case.saved.capacity)
+        port = StoreTransferPort(store, geometry=case.geometry, kv=kv, **names)
+        assert torch.equal(restore_through(case, kv, port), case.logits)
+        assert same_kv(case, kv)

@@ -1,0 +1,175 @@
+"""Saving a prefix and loading it back: the store port, the saver, the pinned link."""
+
+import time
+
+import pytest
+import torch
+
+from cacheflow.engine.pacing import LinkSchedule
+from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
+from cacheflow.engine.saver import PrefixSaver, SaveReport
+from cacheflow.engine.transfer_port import StoreTransferPort, hidden_key
+from cacheflow.errors import ConfigError
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.keys import Namespace, chain_hashes
+from cacheflow.stores.base import GetRequest
+from cacheflow.stores.memory import MemoryStore
+from cacheflow.types import LoadOutcome
+from support.engine_cases import prefilled, same_kv
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture
+def store():
+    with MemoryStore(capacity_bytes=64 << 20, num_threads=1) as store:
+        yield store
+
+
+def names(case):
+    namespace = Namespace(weights_fingerprint=case.runner.model.fingerprint, dtype="x", chunk_tokens=40).digest
+    return {"namespace": namespace, "chain_hashes": chain_hashes(case.tokens, case.grid.chunk_ends)}
+
+
+def cells(case):
+    return [Tile(c, c + 1, b, b + 1) for c, b in Tile(0, case.grid.num_chunks, 0, case.grid.num_blocks).cells()]
+
+
+def load(port, tile):
+    ticket = port.start(tile, deadline_s=5.0)
+    assert port.wait(ticket, timeout_s=5.0) is LoadOutcome.OK
+    port.place(ticket)
+    return ticket.num_bytes
+
+
+def finish(case, kv):
+    port = case.new_port(kv)
+    port.run_suffix(0, case.grid.num_blocks)
+    port.finish()
+    return port.logits
+
+
+@pytest.mark.parametrize("layers_per_block", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_and_loaded_is_bit_equal(store, dtype, layers_per_block):
+    case = prefilled("llama", dtype, layers_per_block=layers_per_block)
+    saver = PrefixSaver(store, geometry=case.geometry, **names(case))
+    saver.save_prefix(case.saved)
+    num_cells = len(cells(case))
+    assert saver.wait(5.0) == SaveReport(num_written=num_cells)
+    again = PrefixSaver(store, geometry=case.geometry, **names(case))
+    again.save_prefix(case.saved, first_chunk=1)
+    assert again.wait(5.0).num_existing == num_cells - case.grid.num_blocks
+
+    kv = case.runner.new_kv(case.saved.capacity)
+    port = StoreTransferPort(store, geometry=case.geometry, kv=kv, **names(case))
+    moved = sum(load(port, tile) for tile in reversed(cells(case)))
+    assert moved == case.grid.num_tokens * case.runner.model.shape.kv_bytes_per_token
+    assert torch.equal(finish(case, kv), case.logits)
+    assert same_kv(case, kv)
+
+
+def test_saving_copies_so_that_the_buffer_may_be_evicted(store):
+    case = prefilled("llama", "float32")
+    kv = case.runner.new_kv(case.saved.capacity)
+    kv.kv_L2THD.copy_(case.saved.kv_L2THD)
+    saver = PrefixSaver(store, geometry=case.geometry, **names(case))
+    saver.save_prefix(kv)
+    kv.poison()
+    assert saver.wait(5.0).complete
+    port = StoreTransferPort(store, geometry=case.geometry, kv=kv, **names(case))
+    for tile in cells(case):
+        load(port, tile)
+    assert torch.equal(finish(case, kv), case.logits)
+
+
+def test_a_missing_cell_is_a_miss_and_touches_nothing(store):
+    case = prefilled("llama", "float32")
+    kv = case.runner.new_kv(case.saved.capacity)
+    port = StoreTransferPort(store, geometry=case.geometry, kv=kv, **names(case))
+    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=5.0)
+    assert port.wait(ticket, timeout_s=5.0) is LoadOutcome.MISS
+    port.cancel(ticket)
+    assert kv.kv_L2THD.isnan().all()
+
+
+def test_a_failed_write_is_counted(store):
+    case = prefilled("llama", "float32")
+    store.close()
+    saver = PrefixSaver(store, geometry=case.geometry, **names(case))
+    saver.save_chunk(case.saved, 0)
+    report = saver.wait(5.0)
+    assert report == SaveReport(num_failed=3)
+    assert not report.complete
+
+
+def test_boundary_hidden_states_are_saved(store):
+    case = prefilled("llama", "bfloat16")
+    saver = PrefixSaver(store, geometry=case.geometry, **names(case))
+    seen = {}
+
+    def keep(chunk, layer, hidden):
+        if chunk < case.grid.num_chunks:
+            seen[chunk, layer] = hidden.clone()
+            saver.save_hidden(chunk, layer, hidden)
+
+    ends = (*case.grid.chunk_ends, *case.grid.suffix_ends)
+    kv = case.runner.new_kv(len(case.tokens))
+    case.runner.prefill(case.tokens, ends, kv, boundary_layers=(1, 2), on_hidden=keep)
+    assert saver.wait(5.0) == SaveReport(num_written=8)
+    lo, hi = case.grid.chunk_range(2)
+    read = torch.empty(case.geometry.hidden_bytes(2), dtype=torch.uint8)
+    key = hidden_key(names(case)["namespace"], names(case)["chain_hashes"][2].hex(), 1)
+    assert store.submit_get([GetRequest(key, read.numpy())]).wait(5.0) == (LoadOutcome.OK,)
+    assert torch.equal(read.view(torch.bfloat16).view(1, hi - lo, 64), seen[2, 1])
+
+
+def test_pinned_link_restores_what_it_holds():
+    case = prefilled("qwen3", "bfloat16", layers_per_block=2)
+    prefix = PinnedPrefix.save(case.saved, case.geometry)
+    kv = case.runner.new_kv(case.saved.capacity)
+    port = PinnedLinkPort(prefix, kv=kv)
+    tickets = [port.start(tile, deadline_s=5.0) for tile in cells(case)]
+    for ticket in reversed(tickets):
+        assert port.wait(ticket, timeout_s=1.0) is LoadOutcome.OK
+        port.place(ticket)
+    port.close()
+    assert torch.equal(finish(case, kv), case.logits)
+    assert same_kv(case, kv)
+
+
+def test_pinned_link_keeps_its_pace():
+    case = prefilled("llama", "float32")
+    prefix = PinnedPrefix.save(case.saved, case.geometry)
+    kv = case.runner.new_kv(case.saved.capacity)
+    tile = Tile(0, 1, 0, 1)
+    rate = case.geometry.num_bytes(tile) / 0.02
+    port = PinnedLinkPort(prefix, kv=kv, bytes_per_s=rate)
+    started_s = time.perf_counter()
+    first, second = (port.start(Tile(0, 1, block, block + 1), deadline_s=5.0) for block in (0, 1))
+    assert port.wait(first, timeout_s=0.001) is None
+    assert port.wait(second, timeout_s=5.0) is LoadOutcome.OK
+    assert 0.04 <= time.perf_counter() - started_s < 0.5
+    assert port.wait(first, timeout_s=0.0) is LoadOutcome.OK
+
+
+def test_a_late_cell_on_the_pinned_link_touches_nothing():
+    case = prefilled("llama", "float32")
+    kv = case.runner.new_kv(case.saved.capacity)
+    port = PinnedLinkPort(PinnedPrefix.save(case.saved, case.geometry), kv=kv, bytes_per_s=1.0)
+    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=0.005)
+    assert port.wait(ticket, timeout_s=5.0) is LoadOutcome.LATE
+    port.cancel(ticket)
+    assert kv.kv_L2THD.isnan().all()
+
+
+def test_link_schedule_is_absolute():
+    now = [10.0]
+    link = LinkSchedule(100.0, clock=lambda: now[0])
+    assert link.reserve(50) == 10.5
+    now[0] = 10.2
+    assert link.reserve(50) == 11.0
+    now[0] = 20.0
+    assert link.reserve(100) == 21.0
+    with pytest.raises(ConfigError, match="bytes_per_s is 0"):
+        LinkSchedule(0.0)

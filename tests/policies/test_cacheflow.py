@@ -1,0 +1,75 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cacheflow.plan.bound import bound
+from cacheflow.plan.plan import Choice, SuffixStart
+from cacheflow.policies.cacheflow import CacheFlow
+from support.random_problems import equal_blocks
+
+
+def test_equal_blocks_keep_the_meeting_point_free():
+    problem = equal_blocks(num_chunks=8, num_blocks=30, suffix_s=0.02)
+    plan = CacheFlow().plan(problem)
+    assert [tile.chunk_lo for tile in plan.compute_order] == list(range(8))
+    tail_first = plan.compute_order[::-1]
+    assert plan.load_order[:8] == tuple(replace(tile, block_lo=1) for tile in tail_first)
+    assert plan.load_order[8:] == tuple(replace(tile, block_hi=1) for tile in tail_first)
+    assert plan.bottom_row_by_compute
+    assert plan.suffix_start is SuffixStart.BEHIND_LOAD
+    assert plan.balance_suffix
+    assert plan.guard.choice is Choice.HYBRID
+    assert plan.predicted.ttft_s <= bound(problem).ttft_s * 1.04
+
+
+def test_a_wide_staircase_is_claimed_first():
+    problem = equal_blocks(num_chunks=8, num_blocks=6, growth=0.0, kv_share=1.0)
+    rows = np.array([0.1, 0.1, 0.1, 2.0, 2.0, 2.0])
+    problem = replace(problem, compute_KB=problem.compute_KB * rows, kv_only_KB=problem.kv_only_KB * rows)
+    plan = CacheFlow().plan(problem)
+    planned = sum(level > 0 for level in plan.levels_K)
+    assert plan.levels_K[-1] > 0, "cheap bottom blocks are recomputed in every chunk"
+    assert [tile.block_hi for tile in plan.compute_order[:planned]] == list(plan.levels_K)
+    tail_first = plan.compute_order[::-1]
+    assert plan.load_order[:8] == tuple(replace(tile, block_lo=1) for tile in tail_first)
+    assert plan.load_order[8:] == tuple(replace(tile, block_hi=1) for tile in tail_first)
+    assert plan.bottom_row_by_compute
+
+
+def test_a_slow_link_is_not_used():
+    plan = CacheFlow().plan(equal_blocks(load_ratio=1e4))
+    assert plan.guard.choice is Choice.RECOMPUTE
+    assert plan.load_order == ()
+    assert "not 1% and 1 ms sooner" in plan.guard.reason
+
+
+def test_a_fast_link_loads_everything_and_compute_stands_by():
+    problem = equal_blocks(load_ratio=0.01, suffix_s=0.5)
+    plan = CacheFlow().plan(problem)
+    assert plan.guard.choice is Choice.LOAD
+    assert set(plan.levels_K) == {0}
+    assert len(plan.compute_order) == problem.grid.num_chunks
+    assert plan.guard.reason.startswith("load: ")
+
+
+def test_recompute_counts_its_top_row_for_keys_and_values_only_on_both_sides_of_the_guard():
+    problem = equal_blocks(load_ratio=1e4, kv_share=0.1)
+    plan = CacheFlow().plan(problem)
+    assert plan.predicted.restore_s == pytest.approx(problem.recompute_s)
+    assert problem.recompute_s < problem.compute_KB.sum()
+
+
+@pytest.mark.parametrize("load_ratio", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("suffix_s", [0.0, 0.05])
+def test_interference_makes_the_hybrid_less_attractive(load_ratio, suffix_s):
+    problem = equal_blocks(load_ratio=load_ratio, suffix_s=suffix_s)
+    hybrids = [CacheFlow(interference=factor).plan(problem).guard.hybrid_s for factor in (1.0, 1.3, 2.0)]
+    assert hybrids == sorted(hybrids)
+    assert hybrids[0] < hybrids[-1]
+
+
+def test_interference_slows_compute_only_while_the_link_is_busy():
+    problem = equal_blocks(load_ratio=1e-6, suffix_s=0.5)
+    idle, busy = (CacheFlow(interference=factor).plan(problem).predicted.ttft_s for factor in (1.0, 3.0))
+    assert busy == pytest.approx(idle, rel=1e-3)

@@ -1,0 +1,279 @@
+"""Files: damage, crashes, other processes, directories that cannot be used."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cacheflow
+from cacheflow.errors import StoreError
+from cacheflow.stores import record
+from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.directory import STALE_STAGING_S, drop_front
+from cacheflow.stores.file import FileStore
+from cacheflow.types import LoadOutcome
+from support.store_objects import get, key, payload, put, put_request
+
+CAPACITY = 1 << 20
+RECORD = 4096 + 1000
+OK, MISS, CORRUPT = LoadOutcome.OK, LoadOutcome.MISS, LoadOutcome.CORRUPT
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "store"
+
+
+def opened(root, **options):
+    return FileStore(root, **({"capacity_bytes": CAPACITY} | options))
+
+
+def file_of(root, number):
+    (path,) = root.glob(f"objects/*/*/*{number:064x}*")
+    return path
+
+
+def staged(root):
+    return list((root / "staging").iterdir())
+
+
+def test_objects_survive_the_process_and_staging_is_empty(root):
+    with opened(root) as store:
+        put(store, 1, 2)
+    assert not staged(root)
+    with opened(root) as store:
+        assert store.stats().num_objects == 2
+        outcome, buffer = get(store, 1)
+        assert outcome is OK
+        assert np.array_equal(buffer, payload(1))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 100, 4095, 4096, 4097, RECORD - 1, RECORD + 1])
+def test_a_record_cut_short_or_grown_is_corrupt(root, num_bytes):
+    with opened(root) as store:
+        put(store, 1)
+        assert get(store, 1)[0] is OK  # so that the thread's header scratch holds the right header
+        os.truncate(file_of(root, 1), num_bytes)
+        assert get(store, 1)[0] is CORRUPT
+
+
+@pytest.mark.parametrize("position", [0, 8, 13, 2000, 4090, 4096, 5000, RECORD - 1])
+def test_a_flipped_bit_is_corrupt_and_repaired_by_the_next_put(root, position):
+    with opened(root) as store:
+        put(store, 1)
+        data = bytearray(file_of(root, 1).read_bytes())
+        data[position] ^= 16
+        file_of(root, 1).write_bytes(data)
+        assert get(store, 1)[0] is CORRUPT
+        assert put(store, 1) == (PutOutcome.STORED,)
+        assert get(store, 1)[0] is OK
+        assert store.stats().num_objects == 1
+
+
+def test_another_keys_record_under_this_name_is_corrupt(root):
+    with opened(root) as store:
+        put(store, 1, 2)
+        shutil.copy(file_of(root, 2), file_of(root, 1))
+        assert get(store, 1)[0] is CORRUPT
+        assert get(store, 2)[0] is OK
+
+
+def test_a_file_that_cannot_be_read_is_an_error(root):
+    with opened(root) as store:
+        put(store, 1)
+        path = file_of(root, 1)
+        path.unlink()
+        path.mkdir()
+        assert get(store, 1)[0] is LoadOutcome.ERROR
+
+
+def test_a_put_that_cannot_be_written_is_an_error_and_costs_no_space(root, caplog):
+    with opened(root) as store:
+        shutil.rmtree(root / "staging")
+        for number in (1, 2):
+            assert put(store, number) == (PutOutcome.ERROR,)
+        assert caplog.text.count("a write failed") == 1
+        (root / "staging").mkdir()
+        assert get(store, 1)[0] is MISS
+        assert put(store, *range(100, 100 + CAPACITY // RECORD)).count(PutOutcome.STORED) == CAPACITY // RECORD
+        assert store.stats().num_evicted == 0
+
+
+def test_the_order_of_use_survives_the_process(root):
+    with opened(root) as store:
+        put(store, 1, 2, 3)
+    long_ago_s = time.time() - 7200
+    for age, number in enumerate((1, 2, 3)):
+        os.utime(file_of(root, number), (long_ago_s + age, long_ago_s + age))
+    with opened(root) as store:
+        get(store, 1)
+    with opened(root, capacity_bytes=3 * RECORD) as store:
+        put(store, 4)
+        assert store.contains([key(number) for number in (1, 2, 3, 4)]) == (True, False, True, True)
+
+
+def test_a_directory_over_capacity_is_brought_below_it_by_the_next_put(root):
+    with opened(root) as store:
+        put(store, *range(10))
+    with opened(root, capacity_bytes=4 * RECORD) as store:
+        put(store, 50)
+        assert store.stats().num_objects == 4
+    assert len(list(root.glob("objects/*/*/*"))) == 4
+
+
+def test_capacity_is_logged_at_start(root, caplog):
+    with caplog.at_level(logging.INFO):
+        opened(root, capacity_bytes=54321).close()
+    assert "54321" in caplog.text
+
+
+# Directories that cannot be used.
+
+
+def test_a_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="choose a directory"):
+        opened(tmp_path / "file" / "store")
+
+
+def test_a_path_nobody_can_write_is_refused():
+    with pytest.raises(StoreError, match="choose a directory"):
+        opened(Path("/proc/cacheflow-store"))
+
+
+def test_a_directory_of_another_record_version_is_refused(root):
+    opened(root).close()
+    marker = root / "cacheflow-store.json"
+    values = json.loads(marker.read_text())
+    marker.write_text(json.dumps(values | {"record_version": 99}))
+    with pytest.raises(StoreError, match=r"version 99.*use another directory"):
+        opened(root)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"record_version": 1}', '{"record_version": 1, "checksum": "md5"}'])
+def test_a_damaged_marker_is_refused(root, text):
+    root.mkdir()
+    (root / "cacheflow-store.json").write_text(text)
+    with pytest.raises(StoreError, match="not a store marker"):
+        opened(root)
+
+
+def test_a_directory_whose_checksums_cannot_be_computed_is_refused(root, monkeypatch):
+    opened(root, algorithm=record.ChecksumAlgorithm.XXH3_128).close()
+    monkeypatch.setattr(record, "_xxhash", lambda: None)
+    with pytest.raises(StoreError, match="pip install xxhash"):
+        opened(root)
+
+
+def test_a_directory_keeps_the_checksum_it_was_created_with(root):
+    opened(root, algorithm=record.ChecksumAlgorithm.BLAKE2B_128).close()
+    with opened(root) as store:
+        put(store, 1)
+        header = record.decode_header(memoryview(file_of(root, 1).read_bytes()))
+        assert header.algorithm is record.ChecksumAlgorithm.BLAKE2B_128
+        assert get(store, 1)[0] is OK
+
+
+# Other processes.
+
+
+def start(program, root):
+    prelude = (
+        "import os, sys, time\n"
+        f"sys.path[:0] = [{str(Path(cacheflow.__file__).parents[1])!r}, {str(Path(__file__).parents[1])!r}]\n"
+        "from cacheflow.stores.file import FileStore\n"
+        "from support.store_objects import put\n"
+        f"store = FileStore({str(root)!r}, capacity_bytes={CAPACITY})\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", prelude + program], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_writer_killed_in_mid_put_leaves_nothing_visible(root):
+    program = (
+        "def stall(descriptor):\n    print('written', flush=True)\n    time.sleep(600)\n"
+        "put(store, 1)\nos.fsync = stall\nput(store, 2)\n"
+    )
+    with start(program, root) as writer:
+        assert writer.stdout.readline() == "written\n"
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    with opened(root) as store:
+        assert store.contains([key(1), key(2)]) == (True, False)
+        assert get(store, 2)[0] is MISS
+        (remains,) = staged(root)  # young: its writer might live
+        assert put(store, 2) == (PutOutcome.STORED,)
+        assert get(store, 2)[0] is OK
+    os.utime(remains, (time.time() - STALE_STAGING_S - 60,) * 2)
+    opened(root).close()
+    assert not staged(root)
+
+
+def test_two_processes_share_a_directory(root):
+    with opened(root) as store:
+        put(store, 1)
+        with start("print(*(each.value for each in put(store, *range(40))))", root) as other:
+            put(store, *range(39, -1, -1))
+            printed = other.stdout.read()
+            assert other.wait() == 0
+        assert set(printed.split()) <= {"stored", "exists"}
+        for number in range(40):
+            assert get(store, number)[0] is OK
+        assert len(list(root.glob("objects/*/*/*"))) == store.stats().num_objects == 40
+
+
+def test_what_another_store_wrote_and_removed_is_learned(root):
+    with opened(root) as mine, opened(root) as theirs:
+        put(theirs, 1, 2)
+        assert mine.contains([key(1)]) == (True,)
+        assert get(mine, 1)[0] is OK
+        assert mine.stats().num_objects == 1  # known by reading it
+        theirs.delete([key(1)])
+        assert get(mine, 1)[0] is MISS
+        assert mine.stats().num_objects == 0
+        put(mine, 3, num_bytes=CAPACITY // 8)  # enough written to look at the directory again
+        assert mine.stats().num_objects == 2
+
+
+def test_what_another_store_wrote_can_be_pinned(root):
+    with opened(root, capacity_bytes=2 * RECORD) as mine, opened(root) as theirs:
+        put(theirs, 1)
+        assert mine.pin([key(1), key(2)], ttl_s=60.0) == (True, False)
+        for number in (2, 3, 4):
+            put(mine, number)
+        assert mine.contains([key(1), key(3), key(4)]) == (True, False, True)
+
+
+def test_two_stores_stay_near_the_capacity_together(root):
+    capacity = 40 * RECORD
+    with opened(root, capacity_bytes=capacity, fsync=False) as mine:
+        with opened(root, capacity_bytes=capacity, fsync=False) as theirs:
+            for number in range(60):
+                put(mine, number)
+                put(theirs, 1000 + number)
+        total = sum(path.stat().st_size for path in root.glob("objects/*/*/*"))
+        assert total <= capacity * (1 + 1 / 8)
+
+
+def test_drop_front_takes_bytes_off_a_list_of_buffers():
+    parts = [memoryview(b"abc"), memoryview(b"de"), memoryview(b"f")]
+    for count in range(7):
+        assert b"".join(drop_front(parts, count)) == b"abcdef"[count:]
+
+
+def test_more_parts_than_a_system_call_takes(root):
+    data = payload(1, 3000)
+    with opened(root) as store:
+        request = put_request(1, data)
+        many = type(request)(request.key, [data[i : i + 2] for i in range(0, 3000, 2)], (3000,), "uint8")
+        assert store.submit_put([many]).wait() == (PutOutcome.STORED,)
+        outcome, buffer = get(store, 1, 3000)
+        assert outcome is OK
+        assert np.array_equal(buffer, data)
