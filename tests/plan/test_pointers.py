@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cacheflow.plan.bound import bound
 from cacheflow.plan.cells import Cell
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import Share, SuffixStart
@@ -16,18 +16,7 @@ from cacheflow.plan.pointers import ClaimKind, RestoreState
 from cacheflow.plan.rates import LiveRates
 from cacheflow.types import LoadOutcome
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
-from support.virtual_driver import run_virtual
-
-
-def fractional_ttft(problem) -> float:
-    """Least over splits at cell granularity of DESIGN's TTFT formula, kv-only top included; ignores whole cells."""
-    column_K = problem.compute_KB[:, :-1].sum(axis=1) + problem.kv_only_KB[:, -1]
-    steps = np.linspace(0, len(column_K), 2001)
-    compute = np.interp(steps, range(len(column_K) + 1), np.r_[0, column_K.cumsum()])
-    loads = np.r_[0, problem.load_bytes_KB.sum(axis=1).cumsum()] / problem.link.bytes_per_s
-    load = loads[-1] - np.interp(steps, range(len(loads)), loads)
-    top_s = problem.suffix_B[-1] + problem.head_s
-    return float(np.maximum(compute + problem.suffix_s, load + top_s).min())
+from support.virtual_driver import Conditions, run_virtual
 
 
 def assert_complete(state: RestoreState) -> None:
@@ -73,16 +62,16 @@ class StaircaseCheck:
     depth=st.integers(1, 5),
     cost_error=st.floats(0.3, 3),
     claim_s=st.sampled_from([0.0, 0.02]),
-    whole=st.booleans(),
+    kind=st.sampled_from(["shared", "bottom row", "whole"]),
 )
 def test_every_cell_is_restored_and_every_claim_is_a_staircase(
-    num_tokens, suffix_tokens, ratio, num_blocks, depth, cost_error, claim_s, whole
+    num_tokens, suffix_tokens, ratio, num_blocks, depth, cost_error, claim_s, kind
 ):
     args = {"num_tokens": num_tokens, "suffix_tokens": suffix_tokens, "ratio": ratio, "num_blocks": num_blocks}
     truth = transformer_problem(**args)
     planned = transformer_problem(**args, cost_error=cost_error)
-    plan = whole_chunk_plan(planned) if whole else shared_plan(planned)
-    run = run_virtual(planned, plan, truth=truth, depth=depth, min_claim_s=claim_s, check=StaircaseCheck())
+    plan = whole_chunk_plan(planned) if kind == "whole" else shared_plan(planned, bottom_row=kind == "bottom row")
+    run = run_virtual(planned, plan, Conditions(truth=truth, check=StaircaseCheck()), depth=depth, min_claim_s=claim_s)
     assert_complete(run.state)
 
 
@@ -92,14 +81,18 @@ def test_every_cell_is_restored_and_every_claim_is_a_staircase(
     outcome=st.sampled_from([LoadOutcome.MISS, LoadOutcome.CORRUPT, LoadOutcome.ERROR, LoadOutcome.LATE]),
     suffix_tokens=st.sampled_from([0, 100]),
     ratio=st.sampled_from([0.2, 1.0, 4.0]),
-    kind=st.sampled_from(["shared", "whole", "load"]),
+    kind=st.sampled_from(["shared", "bottom row", "whole", "load"]),
 )
 def test_failed_reads_are_recomputed_and_counted(failing, outcome, suffix_tokens, ratio, kind):
     problem = transformer_problem(num_tokens=3000, suffix_tokens=suffix_tokens, ratio=ratio, num_blocks=6)
-    plan = whole_chunk_plan(problem) if kind == "whole" else shared_plan(problem)
+    plan = whole_chunk_plan(problem) if kind == "whole" else shared_plan(problem, bottom_row=kind == "bottom row")
     if kind == "load":
         plan = replace(whole_chunk_plan(problem), compute_order=())
-    run = run_virtual(problem, plan, fails=lambda k, b: outcome if (k, b) in failing else None, check=StaircaseCheck())
+    run = run_virtual(
+        problem,
+        plan,
+        Conditions(fails=lambda k, b: outcome if (k, b) in failing else None, check=StaircaseCheck()),
+    )
     assert_complete(run.state)
     for cell in failing:
         assert run.state.cell(*cell) is Cell.COMPUTED
@@ -109,8 +102,8 @@ def test_failed_reads_are_recomputed_and_counted(failing, outcome, suffix_tokens
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1, 2, 4])
 def test_ttft_stays_near_the_bound_when_costs_are_right(ratio):
     problem = transformer_problem(ratio=ratio)
-    run = run_virtual(problem, shared_plan(problem))
-    assert run.ttft_s <= 1.02 * fractional_ttft(problem)
+    run = run_virtual(problem, shared_plan(problem, bottom_row=True))
+    assert run.ttft_s <= 1.02 * bound(problem).ttft_s
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1, 2])
@@ -118,8 +111,8 @@ def test_ttft_stays_near_the_bound_when_costs_are_right(ratio):
 def test_wrong_costs_cost_little(ratio, cost_error, bandwidth_error):
     truth = transformer_problem(ratio=ratio)
     planned = transformer_problem(ratio=ratio, cost_error=cost_error, bandwidth_error=bandwidth_error)
-    run = run_virtual(planned, shared_plan(planned), truth=truth)
-    assert run.ttft_s <= 1.10 * fractional_ttft(truth)
+    run = run_virtual(planned, shared_plan(planned, bottom_row=True), Conditions(truth=truth))
+    assert run.ttft_s <= 1.10 * bound(truth).ttft_s
 
 
 @pytest.mark.parametrize("suffix_tokens", [0, 256])
@@ -128,7 +121,9 @@ def test_a_link_that_falls_to_a_quarter_never_costs_more_than_recomputing(suffix
     problem = transformer_problem(suffix_tokens=suffix_tokens)
     full = problem.link.bytes_per_s
     fall_s = drop_at * problem.recompute_s / 2
-    run = run_virtual(problem, shared_plan(problem), bandwidth_at=lambda now: full if now < fall_s else full / 4)
+    run = run_virtual(
+        problem, shared_plan(problem), Conditions(bandwidth_at=lambda now: full if now < fall_s else full / 4)
+    )
     assert run.ttft_s <= 1.02 * (problem.recompute_s + problem.suffix_s)
 
 
@@ -136,14 +131,16 @@ def test_a_slow_link_is_relieved_of_a_chunk_when_the_suffix_waits_for_it():
     problem = transformer_problem(ratio=1)
     full = problem.link.bytes_per_s
     unit_s = run_virtual(problem, shared_plan(problem)).ttft_s
-    run = run_virtual(problem, shared_plan(problem), bandwidth_at=lambda now: full if now < 0.8 * unit_s else full / 20)
+    run = run_virtual(
+        problem, shared_plan(problem), Conditions(bandwidth_at=lambda now: full if now < 0.8 * unit_s else full / 20)
+    )
     assert run.state.num_repaired > 0
     assert run.ttft_s < 2 * unit_s
 
 
 def test_link_closes_after_failures_in_a_row_and_compute_restores_the_rest():
     problem = transformer_problem(num_tokens=2048, ratio=0.25)
-    run = run_virtual(problem, shared_plan(problem), fails=lambda k, b: LoadOutcome.ERROR)
+    run = run_virtual(problem, shared_plan(problem), Conditions(fails=lambda k, b: LoadOutcome.ERROR))
     assert_complete(run.state)
     assert not run.state.loads_possible
     assert run.state.outcomes[LoadOutcome.ERROR] <= 4 + 3

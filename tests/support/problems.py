@@ -44,20 +44,26 @@ def transformer_problem(
     )
 
 
-def shared_plan(problem: RestoreProblem) -> RestorePlan:
+def shared_plan(problem: RestoreProblem, *, bottom_row: bool = False) -> RestorePlan:
     """Column tiles shared by layers, the suffix behind the load: the rules of the ``cacheflow`` policy."""
     grid = problem.grid
     columns = tuple(Tile(k, k + 1, 0, grid.num_blocks) for k in range(grid.num_chunks))
     has_suffix = bool(grid.suffix_ends)
+    bottom_row = bottom_row and grid.num_blocks > 1
+    load_order = columns[::-1]
+    if bottom_row:
+        upper = tuple(Tile(t.chunk_lo, t.chunk_hi, 1, t.block_hi) for t in load_order)
+        load_order = (*upper, *(Tile(t.chunk_lo, t.chunk_hi, 0, 1) for t in load_order))
     return RestorePlan(
         policy="cacheflow",
         compute_order=columns,
-        load_order=columns[::-1],
+        load_order=load_order,
         share=Share.LAYERS,
         suffix_start=SuffixStart.BEHIND_LOAD if has_suffix else SuffixStart.AFTER_RESTORE,
         levels_K=(0,) * grid.num_chunks,
         predicted=Prediction(restore_s=0.0, ttft_s=0.0, compute_s=0.0, load_s=0.0),
         balance_suffix=has_suffix,
+        bottom_row_by_compute=bottom_row,
     )
 
 
