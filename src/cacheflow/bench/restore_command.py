@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from cacheflow.bench.study import Study, Wrong
 
 SUITE = "restore"
+CUDA_GBPS = (10.0, 40.0, 80.0, float("inf"))
+"""Links studied on a GPU unless told otherwise: those of the paper, and no limit."""
 PERTURBATIONS = {
     "cost_error=2": {"cost_error": 2.0},
     "cost_error=0.5": {"cost_error": 0.5},
@@ -43,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratios", type=float_list, default=(0.25, 0.5, 1.0, 2.0, 4.0), metavar="R,R,...",
                         help="load time over recompute time (default: 0.25,0.5,1,2,4)")  # fmt: skip
     parser.add_argument("--gbps", type=float_list, metavar="G,G,...",
-                        help="link bandwidths in gigabits per second instead of ratios; inf for no limit")  # fmt: skip
+                        help="link bandwidths in gigabits per second instead of ratios; inf for no limit "
+                        "(default with --device cuda: 10,40,80,inf)")  # fmt: skip
     parser.add_argument("--tokens", type=int_list, default=(4096,), metavar="N,N,...", help="prefix (default: 4096)")
     parser.add_argument("--suffix", type=int, default=256, metavar="N", help="new tokens (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=512, metavar="N", help="chunk tokens (default: %(default)s)")
@@ -107,7 +110,7 @@ def _run_length(args: argparse.Namespace, num_tokens: int, results: Path, ends_s
             suite = "perturbed" if args.perturb else SUITE
             rounds = [r for r in _rounds(args, study) if not is_done(r, study, done, suite=suite)]
             task = progress.add_task("restoring", total=sum(len(r.policies) for r in rounds))
-            named = environment(accelerator=_accelerator(args.device))
+            named = {**environment(accelerator=_accelerator(args.device)), **_timing_check(study)}
             timelines: dict[str, RoundRun] = {}
             for round_ in rounds:
                 if time.monotonic() > ends_s:
@@ -150,15 +153,16 @@ def _rounds(args: argparse.Namespace, study: Study) -> Iterator[Round]:
 
 
 def _bandwidths(args: argparse.Namespace, study: Study) -> Iterator[tuple[float, float]]:
-    """``(ratio, bytes per second)`` of every link to study; an unlimited link has ratio 0."""
+    """``(ratio, bytes per second)`` of every link to study."""
     prefix_bytes = study.grid.num_tokens * study.model.shape.kv_bytes_per_token
-    if not args.gbps:
+    gbps = args.gbps or (CUDA_GBPS if args.device == "cuda" else ())
+    if not gbps:
         for ratio in args.ratios:
             yield ratio, study.bytes_per_s(ratio)
-        return
-    for gbps in args.gbps:
-        bytes_per_s = gbps * 1e9 / 8
-        yield float(f"{prefix_bytes / bytes_per_s / study.recompute_s():.3g}"), bytes_per_s
+    for each in gbps:
+        bytes_per_s = each * 1e9 / 8
+        load_s = prefix_bytes / study.link_bytes_per_s(bytes_per_s)
+        yield float(f"{load_s / study.recompute_s():.2g}"), bytes_per_s
 
 
 def _wrong(values: dict[str, float], study: Study, bytes_per_s: float) -> Wrong:
@@ -205,6 +209,11 @@ def _draw(results: Path, out: Path, console: Console) -> None:
     for path in written:
         console.print(f"drew {path}")
     console.print(f"records in {results}")
+
+
+def _timing_check(study: Study) -> dict[str, float]:
+    """On CUDA, device time between events over wall time of the cost measurements; nothing on the CPU."""
+    return {} if study.events_over_wall is None else {"events_over_wall": round(study.events_over_wall, 4)}
 
 
 def _accelerator(device: str) -> str | None:

@@ -54,8 +54,8 @@ def run_round(
     """Run every policy of a round once and put the runs on record.
 
     The bound uses the costs measured when the study was prepared, corrected by how long the round's own ``recompute``
-    run took; without one it uses them as they are. A link without a limit counts as fast as the round's ``load`` run
-    found it.
+    run took; without one it uses them as they are. A link without a limit counts as fast as one load of the whole
+    prefix found it.
 
     Args:
         study: A prepared study.
@@ -76,7 +76,8 @@ def run_round(
         )
     recompute = runs.get("recompute")
     drift = 1.0 if recompute is None else recompute_seconds(recompute.restored.report) / study.recompute_s()
-    problem = study.problem(with_suffix=round_.with_suffix, bytes_per_s=round_.bytes_per_s, drift=drift)
+    delivered_bytes_per_s = study.link_bytes_per_s(round_.bytes_per_s)
+    problem = study.problem(with_suffix=round_.with_suffix, bytes_per_s=delivered_bytes_per_s, drift=drift)
     drop = round_.wrong.drop
     least = bound(problem) if drop is None else bound_with_drop(problem, drop)
     context = RunContext(

@@ -6,6 +6,8 @@ measures what each chunk costs. Every run then starts from a poisoned buffer and
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +25,7 @@ from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.base import RestorePolicy
+from cacheflow.policies.registry import make_policy
 from cacheflow.profiling.measure import ChunkCost, ChunkPoint, CostMeter, chunk_points
 from cacheflow.restore.options import ExecutorOptions
 
@@ -121,6 +124,8 @@ class Study:
         self._logits: torch.Tensor | None = None
         self._costs: dict[ChunkPoint, ChunkCost] = {}
         self._head_s = 0.0
+        self._unlimited_bytes_per_s: float | None = None
+        self.events_over_wall: float | None = None
 
     @property
     def num_cost_steps(self) -> int:
@@ -139,6 +144,8 @@ class Study:
         meter = CostMeter(self.runner, max_tokens=len(self.tokens))
         self._costs = meter.measure_chunks(self._points(), repeats=self.options.cost_repeats, on_step=on_step)
         self._head_s = meter.measure_head_s()
+        if meter.events_over_wall:
+            self.events_over_wall = statistics.median(meter.events_over_wall)
 
     def problem(self, *, with_suffix: bool, bytes_per_s: float, drift: float = 1.0) -> RestoreProblem:
         """What a restoration costs, as measured here, over a link of ``bytes_per_s``.
@@ -175,6 +182,16 @@ class Study:
         """Bandwidth at which loading the prefix takes ``ratio`` times as long as recomputing it."""
         return self.grid.num_tokens * self.model.shape.kv_bytes_per_token / (ratio * self.recompute_s())
 
+    def link_bytes_per_s(self, asked_bytes_per_s: float) -> float:
+        """What a link of ``asked_bytes_per_s`` delivers: itself, or for ``inf`` what loading the prefix once shows."""
+        if math.isfinite(asked_bytes_per_s):
+            return asked_bytes_per_s
+        if self._unlimited_bytes_per_s is None:
+            self._unlimited_bytes_per_s = 1e12  # a guess, for the run that replaces it; load plans without it
+            run = self.run(make_policy("load"), with_suffix=False, bytes_per_s=asked_bytes_per_s)
+            self._unlimited_bytes_per_s = run.restored.report.loaded_bytes / run.restored.report.restore_s
+        return self._unlimited_bytes_per_s
+
     def least_restore_s(self, bytes_per_s: float) -> float:
         """The bound on restoring the prefix over a link of ``bytes_per_s``."""
         return bound(self.problem(with_suffix=False, bytes_per_s=bytes_per_s)).restore_s
@@ -189,10 +206,10 @@ class Study:
         Args:
             policy: Who plans.
             with_suffix: Plan and run for the first token; else for the prefix alone.
-            bytes_per_s: What the link delivers.
+            bytes_per_s: Bandwidth asked of the link; ``inf`` for as fast as it goes.
             wrong: Errors planted in the costs and bandwidth that the policy is given.
         """
-        told_bytes_per_s = bytes_per_s * wrong.bandwidth_error
+        told_bytes_per_s = self.link_bytes_per_s(bytes_per_s) * wrong.bandwidth_error
         problem = self.problem(with_suffix=with_suffix, bytes_per_s=told_bytes_per_s, drift=wrong.cost_error)
         restorer = Restorer(
             runner=self.runner,

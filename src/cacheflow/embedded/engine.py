@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
-from cacheflow.embedded.session import Chunking, Session
+from cacheflow.embedded.session import Session
 from cacheflow.engine.cells import num_blocks
 from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model

@@ -11,78 +11,22 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from cacheflow.embedded.restorer import Restored, Restorer, RestoreRequest
+from cacheflow.embedded.host import SessionHost
+from cacheflow.embedded.restorer import Restored, RestoreRequest
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
-from cacheflow.engine.model import LoadedModel
-from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.sampling import Sampling, TokenSampler, generate
 from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
 from cacheflow.errors import PromptError
 from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.grid import Grid, Tile, regular_ends
-from cacheflow.plan.keys import Namespace, ObjectKey, chain_hashes, chain_root
-from cacheflow.plan.problem import RestoreProblem
-from cacheflow.stores.base import Store
+from cacheflow.plan.keys import ObjectKey, chain_hashes, chain_root
 from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_boundary
-
-
-class SessionHost(Protocol):
-    """What a session needs of its engine."""
-
-    @property
-    def model(self) -> LoadedModel:
-        """The model."""
-        ...
-
-    @property
-    def runner(self) -> LayerRunner:
-        """Its layers."""
-        ...
-
-    @property
-    def store(self) -> Store:
-        """Where KV is saved."""
-        ...
-
-    @property
-    def namespace(self) -> Namespace:
-        """What KV of this engine is interchangeable with."""
-        ...
-
-    @property
-    def num_blocks(self) -> int:
-        """Rows of a grid."""
-        ...
-
-    @property
-    def restorer(self) -> Restorer:
-        """Brings prefixes back."""
-        ...
-
-    @property
-    def chunking(self) -> Chunking:
-        """How prompts are cut."""
-        ...
-
-    def problem(self, grid: Grid) -> RestoreProblem:
-        """What restoring a grid costs."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunking:
-    """How prompts are cut into objects, and how long a lookup of them may take."""
-
-    chunk_tokens: int
-    layers_per_block: int
-    lookup_deadline_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,10 +38,16 @@ class ChunkCost:
 
 
 class CostMeter:
-    """Times one model on its device, on the calling thread."""
+    """Times one model on its device, on the calling thread.
+
+    Attributes:
+        events_over_wall: CUDA only: device time between events over wall time, one value a measurement; far from 1
+            means that launching, not computing, was timed, or that the clocks disagree.
+    """
 
     def __init__(self, runner: LayerRunner, *, max_tokens: int, layers: Sequence[int] | None = None) -> None:
         """Allocate and fill a KV buffer of ``max_tokens``; time the given layers, all of them if None."""
+        self.events_over_wall: list[float] = []
         self._runner = runner
         self._layers = tuple(range(runner.num_layers)) if layers is None else tuple(layers)
         self._kv: KVBuffer = runner.new_kv(max_tokens)
@@ -103,15 +109,26 @@ class CostMeter:
         return ChunkCost(full_s=full_s / len(self._layers), kv_only_s=kv_only_s / len(few))
 
     def _seconds(self, work: Callable[[], object]) -> float:
-        self._wait()
+        if self._kv.device.type == "cuda":
+            return self._cuda_seconds(work)
         started_s = time.perf_counter()
         work()
-        self._wait()
         return time.perf_counter() - started_s
 
-    def _wait(self) -> None:
-        if self._kv.device.type == "cuda":
-            torch.cuda.current_stream(self._kv.device).synchronize()
+    def _cuda_seconds(self, work: Callable[[], object]) -> float:
+        """Wall time of work on the current stream; the events' own time is kept beside it as a check."""
+        stream = torch.cuda.current_stream(self._kv.device)
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        stream.synchronize()
+        started_s = time.perf_counter()
+        begin.record(stream)
+        work()
+        end.record(stream)
+        end.synchronize()
+        wall_s = time.perf_counter() - started_s
+        self.events_over_wall.append(begin.elapsed_time(end) / 1e3 / wall_s)
+        return wall_s
 
 
 def chunk_points(boundaries: Sequence[int], *, start: int = 0) -> Iterator[ChunkPoint]:

@@ -1,0 +1,66 @@
+"""What a session needs of the engine that serves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from cacheflow.embedded.restorer import Restorer
+from cacheflow.engine.model import LoadedModel
+from cacheflow.engine.runner import LayerRunner
+from cacheflow.plan.grid import Grid
+from cacheflow.plan.keys import Namespace
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.stores.base import Store
+
+
+class SessionHost(Protocol):
+    """What a session needs of its engine."""
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model."""
+        ...
+
+    @property
+    def runner(self) -> LayerRunner:
+        """Its layers."""
+        ...
+
+    @property
+    def store(self) -> Store:
+        """Where KV is saved."""
+        ...
+
+    @property
+    def namespace(self) -> Namespace:
+        """What KV of this engine is interchangeable with."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Rows of a grid."""
+        ...
+
+    @property
+    def restorer(self) -> Restorer:
+        """Brings prefixes back."""
+        ...
+
+    @property
+    def chunking(self) -> Chunking:
+        """How prompts are cut."""
+        ...
+
+    def problem(self, grid: Grid) -> RestoreProblem:
+        """What restoring a grid costs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunking:
+    """How prompts are cut into objects, and how long a lookup of them may take."""
+
+    chunk_tokens: int
+    layers_per_block: int
+    lookup_deadline_s: float
