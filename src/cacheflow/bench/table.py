@@ -18,11 +18,17 @@ BREAKS = "‼"
 """Ours is further behind than the promise allows."""
 WRONG = "wrong"
 NOTHING = "–"
+LEGEND = (
+    "×: over the lower bound; ×rival: over the best other policy; busy C/IO: compute and link while restoring;\n"
+    "equal: KV cache, logits and tokens equal the reference bit for bit, in every run"
+)
 
 
 def console_tables(summaries: Sequence[SettingSummary]) -> RenderableType:
     """One table a setting, with a legend when something in them needs one."""
     parts: list[RenderableType] = [_console_table(summary) for summary in summaries]
+    if parts:
+        parts.append(Text(LEGEND, style="dim"))
     if any(flag(policy) for summary in summaries for policy in summary.policies):
         parts.append(Text(f"{LOSES} behind the best rival   {BREAKS} by more than 2 % + 5 ms", style="dim"))
     return Group(*parts)
@@ -103,39 +109,50 @@ def _console_table(summary: SettingSummary) -> Table:
     )
     if setting.perturbation != "{}":
         title += f", {setting.perturbation}"
+    num_runs = max((policy.num_runs for policy in summary.policies), default=0)
+    title += f", {num_runs} run{'' if num_runs == 1 else 's'}"
+    columns = _columns(summary, with_spread=num_runs > 2)
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("policy", no_wrap=True)
-    for head in ("restore", "×bound", "TTFT", "×bound", "spread", "×rival", "busy C/IO", "loaded", "recomp."):
+    for head in columns[1:]:
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("exact")
-    table.add_column("runs", justify="right")
     for policy in summary.policies:
-        table.add_row(*_console_row(policy, summary.metric), style="bold" if policy.policy == OURS else None)
-    bounds = [NOTHING if b is None else seconds(b) for b in (summary.bound_restore_s, summary.bound_ttft_s)]
+        row = _console_row(policy, summary.metric)
+        table.add_row(*(row[head] for head in columns), style="bold" if policy.policy == OURS else None)
+    bounds = {"restore": summary.bound_restore_s, "TTFT": summary.bound_ttft_s}
+    shown = {head: seconds(bound_s) for head, bound_s in bounds.items() if bound_s is not None}
     table.add_section()
-    table.add_row("lower bound", bounds[0], "1.00", bounds[1], NOTHING if bounds[1] == NOTHING else "1.00", style="dim")
+    row = {"policy": "lower bound", **shown, **{f"{head} ×": "1.00" for head in shown}}
+    table.add_row(*(row.get(head, "") for head in columns), style="dim")
     return table
 
 
-def _console_row(policy: PolicySummary, metric: Metric) -> list[str]:
+def _columns(summary: SettingSummary, *, with_spread: bool) -> list[str]:
+    """Heads of a console table; those that would say nothing are left out, so that most fit 80 characters."""
+    times = ["restore", "restore ×", "TTFT", "TTFT ×"] if summary.metric == "ttft" else ["restore", "restore ×"]
+    return ["policy", *times, *(["spread"] if with_spread else []), "×rival", "busy C/IO", "loaded", "equal"]
+
+
+def _console_row(policy: PolicySummary, metric: Metric) -> dict[str, str]:
+    """Cells by head."""
     if not policy.exact:
-        runs = f"{policy.num_wrong} of {policy.num_runs}"
-        return [policy.policy, *[WRONG] * 6, *[NOTHING] * 3, "[red]no[/red]", runs]
+        heads = ("restore", "restore ×", "TTFT", "TTFT ×", "spread", "×rival")
+        equal = f"[red]no, {policy.num_wrong} of {policy.num_runs}[/red]"
+        blank = {**dict.fromkeys(heads, WRONG), "busy C/IO": NOTHING, "loaded": NOTHING}
+        return {"policy": policy.policy, **blank, "equal": equal}
     rival = NOTHING if policy.over_rival is None else f"{policy.over_rival.median:.2f}{flag(policy)}"
-    return [
-        policy.policy,
-        _time(policy.restore_s),
-        _ratio(policy.restore_over_bound),
-        _time(policy.ttft_s),
-        _ratio(policy.ttft_over_bound),
-        _span(policy.over_bound(metric)),
-        rival,
-        f"{_percent(policy.compute_busy)} / {_percent(policy.io_busy)}",
-        NOTHING if policy.loaded_bytes is None else size(policy.loaded_bytes),
-        _percent(policy.recomputed_share),
-        "yes",
-        str(policy.num_runs),
-    ]
+    return {
+        "policy": policy.policy,
+        "restore": _time(policy.restore_s),
+        "restore ×": _ratio(policy.restore_over_bound),
+        "TTFT": _time(policy.ttft_s),
+        "TTFT ×": _ratio(policy.ttft_over_bound),
+        "spread": _span(policy.over_bound(metric)),
+        "×rival": rival,
+        "busy C/IO": f"{_percent(policy.compute_busy)}/{_percent(policy.io_busy)}",
+        "loaded": NOTHING if policy.loaded_bytes is None else size(policy.loaded_bytes),
+        "equal": "yes",
+    }
 
 
 def _markdown_row(name: str, cells: list[tuple[SettingSummary, PolicySummary | None]], metric: Metric) -> list[str]:
