@@ -146,7 +146,8 @@ class LoadPointer:
     def split(self, now_s: float) -> Split:
         """Where compute with the suffix behind it and the link with the top block behind it would end together."""
         p, board = self._p, self._p.board
-        doubt = 1.0 if p.rates.trusted else DOUBT
+        # A plan that leaves all to the link has no meeting point to doubt: the suffix needs the bottom rows at once.
+        doubt = 1.0 if p.rates.trusted or not any(p.plan.levels_K) else DOUBT
         factor, bytes_per_s = p.rates.compute_factor / doubt, p.rates.bytes_per_s / doubt
         after_s = p.suffix_left_s() + p.compute_left_s(now_s)
         if p.compute_stopped:
