@@ -88,6 +88,7 @@ class RestoreState:
         self._compute = ComputePointer(self._p)
         self._load = LoadPointer(self._p)
         self._failed_in_row = 0
+        self._num_placing = 0
         if self._p.link_down:
             self._demand_all()
 
@@ -127,7 +128,18 @@ class RestoreState:
             if not self._compute.reclaim():
                 break
         suffix_done = not self._p.has_suffix or self._p.suffix_next == self._p.board.num_blocks
-        return ComputeClaim(kind=ClaimKind.DONE if self.restored and suffix_done else ClaimKind.WAIT)
+        if self.restored and suffix_done:
+            return ComputeClaim(kind=ClaimKind.DONE)
+        self._leave_no_deadlock()
+        return ComputeClaim(kind=ClaimKind.WAIT)
+
+    def _leave_no_deadlock(self) -> None:
+        """With compute waiting and nothing under way, one side must be made to move, whatever the rates say."""
+        if self._p.in_flight_bytes or self._num_placing:
+            return
+        self._p.compute_stopped = True
+        if self._p.link_down:
+            self._demand_all()
 
     def _claim_tile(
         self, kind: ClaimKind, tile: Tile, *, restart: bool, now_s: float, kv_only: bool = False
@@ -191,10 +203,12 @@ class RestoreState:
             self.wasted_bytes += num_bytes
             return False
         self._p.board.set(chunk, block, Cell.PLACING)
+        self._num_placing += 1
         return True
 
     def complete_load(self, tile: Tile) -> None:
         """Note that a placed cell is resident."""
+        self._num_placing -= 1
         self._p.board.set(tile.chunk_lo, tile.block_lo, Cell.LOADED)
 
     def fail_load(self, tile: Tile, outcome: LoadOutcome) -> None:
@@ -214,6 +228,7 @@ class RestoreState:
 
     def fail_place(self, tile: Tile) -> None:
         """Note that a verified read could not be copied into the KV buffer: the cell falls to compute."""
+        self._num_placing -= 1
         self.outcomes[LoadOutcome.ERROR] += 1
         self._p.board.set(tile.chunk_lo, tile.block_lo, Cell.OPEN)
         self._p.demand_K[tile.chunk_lo] = max(self._p.demand_K[tile.chunk_lo], tile.block_lo + 1)
