@@ -95,6 +95,7 @@ def build_parser(argv: Sequence[str], commands: Sequence[Command] = COMMANDS) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user's error, 130 interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries below would tear ours
     try:
         args = build_parser(words).parse_args(words)
         return int(args.run(args))
@@ -105,13 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         return _fail(f"this needs {error.name}: pip install 'cacheflow-kv[{extra}]'")
+    except OSError as error:
+        # Standard output: full, or closed by its reader (`| head`). Keep the interpreter's own flush at exit quiet too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1 if isinstance(error, BrokenPipeError) else _fail(str(error))
     except KeyboardInterrupt:
         print("cacheflow: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); keep the interpreter's own flush at exit quiet too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _fail(message: str) -> int:

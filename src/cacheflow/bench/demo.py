@@ -116,17 +116,25 @@ class Demo:
         if not report.complete:
             raise StoreError(f"{report.num_failed} objects could not be saved")
 
-    def restore_everywhere(self, turn: Turn, *, repeats: int, on_step: OnStep) -> list[RestoreRecord]:
-        """Answer the turn from an evicted state under every policy, ``repeats`` times, policies alternating."""
+    def restore_everywhere(self, turn: Turn, *, repeats: int, alone: bool, on_step: OnStep) -> Iterator[RestoreRecord]:
+        """Answer the turn from an evicted state under every policy, ``repeats`` times, policies alternating.
+
+        Args:
+            turn: The turn that was just answered with the KV in memory.
+            repeats: Alternations.
+            alone: Also restore the prefix without the turn's new tokens.
+            on_step: Called with what runs, before and after each run.
+        """
         prefix = Grid(chunk_ends=self._saved_ends, num_blocks=self._engine.num_blocks)
         self.last_prefix_tokens, self.timelines = prefix.num_tokens, []
         problem = self._engine.problem(prefix)
         bytes_per_s = float(problem.load_bytes_KB.sum() / problem.compute_KB.sum())
         self._store.set_bandwidth(bytes_per_s)
         self._engine.link = LinkCost(bytes_per_s=bytes_per_s)
-        records, done, total = [], 0, 2 * repeats * len(self.policies)
+        objectives = (False, True) if alone else (True,)
+        done, total = 0, len(objectives) * repeats * len(self.policies)
         for repeat in range(repeats):
-            for with_suffix in (False, True):
+            for with_suffix in objectives:
                 runs: dict[str, tuple[RestoreReport, bool]] = {}
                 shift = repeat % len(self.policies)
                 for name in (*self.policies[shift:], *self.policies[:shift]):
@@ -134,8 +142,7 @@ class Demo:
                     runs[name] = self._run(turn, name, with_suffix=with_suffix)
                     done += 1
                     on_step(f"{prefix.num_tokens} evicted tokens, {name}", done, total)
-                records += self._records(runs, prefix, turn, repeat=repeat, with_suffix=with_suffix)
-        return records
+                yield from self._records(runs, prefix, turn, repeat=repeat, with_suffix=with_suffix)
 
     def _run(self, turn: Turn, policy: str, *, with_suffix: bool) -> tuple[RestoreReport, bool]:
         """Restore the conversation in a fresh session; the report, and whether everything equalled the reference."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from cacheflow.bench.options import make_folder
 from cacheflow.bench.record import append_record, read_records
 from cacheflow.bench.summary import summarise
 from cacheflow.bench.table import console_tables
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=MODEL, help="model folder or name (default: %(default)s)")
     parser.add_argument("--policy", action="append", dest="policies", metavar="NAME",
                         help="only this policy; may be repeated (default: all)")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="alternations (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="alternations (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,15 +46,15 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise ConfigError(f"--repeats is {args.repeats}, must be at least 1")
     console, started_s = Console(), time.monotonic()
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = args.out / "results.jsonl"
-    results.unlink(missing_ok=True)
+    make_folder("--out", args.out)
+    results = args.out / "demo.jsonl"
     console.print(f"loading {args.model} (the first time it is converted, about 20 s)")
     from cacheflow.bench.demo import Demo
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         demo = Demo.open(args.model, policies=policies, num_turns=len(TURN_CHARS))
+        results.unlink(missing_ok=True)
         _play(demo, args.repeats, results, progress, console)
     console.print(console_tables(summarise(read_records(results))))
     _draw(demo, results, args.out, console)
@@ -68,10 +69,16 @@ def run(args: argparse.Namespace) -> int:
 def _play(demo: Demo, repeats: int, results: Path, progress: Progress, console: Console) -> None:
     task: TaskID = progress.add_task("measuring this machine", total=None)
 
+    shown: list[str] = []
+
     def on_step(what: str, done: int, total: int) -> None:
         progress.update(task, description=what, completed=done, total=total)
+        if not console.is_terminal and shown[-1:] != [what]:
+            shown.append(what)
+            console.print(f"  {what}")
 
     demo.calibrate(on_step)
+    last = len(TURN_CHARS) - 1
     for index, turn in enumerate(demo.turns(TURN_CHARS)):
         reply = demo.answer_resident(turn)
         console.print(
@@ -79,7 +86,8 @@ def _play(demo: Demo, repeats: int, results: Path, progress: Progress, console: 
             f"the model answers: {demo.text(reply.tokens)!r}"
         )
         if index:
-            for record in demo.restore_everywhere(turn, repeats=repeats, on_step=on_step):
+            alone = index == last  # the last turn is also restored without its new tokens
+            for record in demo.restore_everywhere(turn, repeats=repeats, alone=alone, on_step=on_step):
                 append_record(results, record)
         demo.save()
         console.print(f"turn {index + 1}: KV saved, then evicted")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from cacheflow.errors import ConfigError
 
 
 def float_list(text: str) -> tuple[float, ...]:
@@ -27,6 +30,18 @@ def int_list(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of whole numbers") from error
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Create the folder that an option names, parents included; one that is there is taken as it is.
+
+    Raises:
+        ConfigError: It cannot be created; names the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {folder} cannot be used: {error}") from error
 
 
 def name_list(text: str) -> tuple[str, ...]:

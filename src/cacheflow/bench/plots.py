@@ -242,7 +242,7 @@ def _stretch_near_bound(axes: Axes) -> None:
 
 def _draw_bars(axes: Axes, summary: SettingSummary, names: Sequence[str], metric: Metric) -> None:
     bound_s = summary.bound_ttft_s if metric == "ttft" else summary.bound_restore_s
-    longest = max((s.median for p in summary.policies if (s := p.time_s(metric)) is not None), default=1.0)
+    longest = max((s.high for p in summary.policies if (s := p.time_s(metric)) is not None), default=1.0)
     for row, name in enumerate(names):
         policy = summary.of(name)
         spread = policy.time_s(metric) if policy else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cacheflow.bench.options import float_list, int_list, name_list
-from cacheflow.bench.record import append_record, environment, read_records
+from cacheflow.bench.options import float_list, int_list, make_folder, name_list
+from cacheflow.bench.record import RestoreRecord, append_record, environment, read_records
 from cacheflow.bench.summary import summarise
 from cacheflow.bench.table import console_tables
 from cacheflow.errors import ConfigError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cacheflow.bench.study import Study, Wrong
 
 SUITE = "restore"
+OBJECTIVES = ("restore", "ttft")
 CUDA_GBPS = (10.0, 40.0, 80.0, float("inf"))
 """Links studied on a GPU unless told otherwise: those of the paper, and no limit."""
 PERTURBATIONS = {
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="alternations (default: %(default)s)")
     parser.add_argument("--policies", type=name_list, default=tuple(RESTORE_POLICIES), metavar="P,P,...",
                         help=f"default: {','.join(RESTORE_POLICIES)}")  # fmt: skip
-    parser.add_argument("--objectives", type=name_list, default=("restore", "ttft"), metavar="restore,ttft")
+    parser.add_argument("--objectives", type=name_list, default=OBJECTIVES, metavar=",".join(OBJECTIVES))
     parser.add_argument("--perturb", action="store_true",
                         help="run cacheflow with wrong costs, wrong bandwidth and a falling link instead")  # fmt: skip
     parser.add_argument("--store", choices=("memory", "file"), default="memory", help="where the prefix is saved (CPU)")
@@ -66,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the study, taking up an earlier one in the same folder; prints the table and draws the figures."""
     _check(args)
     console = Console()
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", args.out)
     results = args.out / "results.jsonl"
     if results.exists():
         console.print(f"going on with {results}: runs that are in it are not run again")
-    ends_s = time.monotonic() + args.time_limit_s if args.time_limit_s else float("inf")
+    ends_s = float("inf") if args.time_limit_s is None else time.monotonic() + args.time_limit_s
     lengths = [_run_length(args, num_tokens, results, ends_s, console) for num_tokens in args.tokens]
     records = read_records(results) if results.exists() else []
     console.print(console_tables(summarise(records)))
@@ -81,19 +83,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    for key, known in (("policies", tuple(RESTORE_POLICIES)), ("objectives", OBJECTIVES)):
+        if not getattr(args, key):
+            raise ConfigError(f"--{key} is empty; known: {', '.join(known)}")
     for name in args.policies:
         make_policy(name)
-    for key, allowed in (("objectives", ("restore", "ttft")),):
-        if unknown := sorted(set(getattr(args, key)) - set(allowed)):
-            raise ConfigError(f"--{key} {unknown} unknown; known: {', '.join(allowed)}")
+    if unknown := sorted(set(args.objectives) - set(OBJECTIVES)):
+        raise ConfigError(f"--objectives {unknown} unknown; known: {', '.join(OBJECTIVES)}")
+    _check_numbers(args)
+    if args.perturb and (args.device != "cpu" or args.gbps):
+        raise ConfigError("--perturb needs the throttled store: --device cpu, and --ratios instead of --gbps")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
     for key in ("suffix", "chunk", "repeats", "layers_per_block"):
         if getattr(args, key) < 1:
             raise ConfigError(f"--{key.replace('_', '-')} is {getattr(args, key)}, must be at least 1")
     for key, values in (("tokens", args.tokens), ("ratios", args.ratios), ("gbps", args.gbps or (1.0,))):
-        if not values or min(values) <= 0:
+        if not all(value > 0 for value in values):
             raise ConfigError(f"--{key} {values} must be above 0")
-    if args.perturb and (args.device != "cpu" or args.gbps):
-        raise ConfigError("--perturb needs the throttled store: --device cpu, and --ratios instead of --gbps")
+    if math.inf in args.ratios:
+        raise ConfigError(f"--ratios {args.ratios} must be finite; a link without a limit is --gbps inf")
+    if args.time_limit_s is not None and not args.time_limit_s > 0:
+        raise ConfigError(f"--time-limit-s is {args.time_limit_s}, must be above 0")
 
 
 def _run_length(args: argparse.Namespace, num_tokens: int, results: Path, ends_s: float, console: Console) -> bool:
@@ -101,6 +113,8 @@ def _run_length(args: argparse.Namespace, num_tokens: int, results: Path, ends_s
     from cacheflow.bench.rounds import is_done, run_round
     from cacheflow.bench.setup import open_study
 
+    if time.monotonic() > ends_s:
+        return False
     study = open_study(args, num_tokens)
     try:
         with _progress(console) as progress:
@@ -108,13 +122,14 @@ def _run_length(args: argparse.Namespace, num_tokens: int, results: Path, ends_s
             study.prepare(lambda: progress.advance(task))
             done = read_records(results) if results.exists() else []
             suite = "perturbed" if args.perturb else SUITE
-            rounds = [r for r in _rounds(args, study) if not is_done(r, study, done, suite=suite)]
+            rounds = [r for r in _rounds(args, study, done, suite) if not is_done(r, study, done, suite=suite)]
             task = progress.add_task("restoring", total=sum(len(r.policies) for r in rounds))
             named = {**environment(accelerator=_accelerator(args.device)), **_timing_check(study)}
             timelines: dict[str, RoundRun] = {}
+            finished = False
             for round_ in rounds:
                 if time.monotonic() > ends_s:
-                    return False
+                    break
 
                 def on_run(name: str, ratio: float = round_.ratio) -> None:
                     progress.update(task, description=f"ratio {ratio:.3g}, {name}", advance=1)
@@ -124,18 +139,20 @@ def _run_length(args: argparse.Namespace, num_tokens: int, results: Path, ends_s
                     append_record(results, each.record)
                 if round_.with_suffix and not args.perturb:
                     _keep_timelines(timelines, runs)
+            else:
+                finished = True
             _write_timelines(timelines, args.out, num_tokens)
     finally:
         study.close()
-    return True
+    return finished
 
 
-def _rounds(args: argparse.Namespace, study: Study) -> Iterator[Round]:
+def _rounds(args: argparse.Namespace, study: Study, done: Sequence[RestoreRecord], suite: str) -> Iterator[Round]:
     """Every round of a length: repeats outermost, so that a drifting machine hits all ratios alike."""
     from cacheflow.bench.rounds import Round
 
     for repeat in range(args.repeats):
-        for ratio, bytes_per_s in _bandwidths(args, study):
+        for ratio, bytes_per_s in _bandwidths(args, study, done, suite):
             for objective in args.objectives:
                 common = {
                     "ratio": ratio,
@@ -152,8 +169,15 @@ def _rounds(args: argparse.Namespace, study: Study) -> Iterator[Round]:
                     yield Round(policies=policies, wrong=wrong, perturbation=values, **common)
 
 
-def _bandwidths(args: argparse.Namespace, study: Study) -> Iterator[tuple[float, float]]:
-    """``(ratio, bytes per second)`` of every link to study."""
+def _bandwidths(
+    args: argparse.Namespace, study: Study, done: Sequence[RestoreRecord], suite: str
+) -> Iterator[tuple[float, float]]:
+    """``(ratio, bytes per second)`` of every link to study; a bandwidth keeps the ratio it has on record.
+
+    Measured again it would differ in the second digit, and a study that is taken up would begin anew.
+    """
+    from cacheflow.bench.rounds import ratio_on_record
+
     prefix_bytes = study.grid.num_tokens * study.model.shape.kv_bytes_per_token
     gbps = args.gbps or (CUDA_GBPS if args.device == "cuda" else ())
     if not gbps:
@@ -161,8 +185,11 @@ def _bandwidths(args: argparse.Namespace, study: Study) -> Iterator[tuple[float,
             yield ratio, study.bytes_per_s(ratio)
     for each in gbps:
         bytes_per_s = each * 1e9 / 8
-        load_s = prefix_bytes / study.link_bytes_per_s(bytes_per_s)
-        yield float(f"{load_s / study.recompute_s():.2g}"), bytes_per_s
+        ratio = ratio_on_record(study, done, suite=suite, bytes_per_s=bytes_per_s)
+        if ratio is None:
+            load_s = prefix_bytes / study.link_bytes_per_s(bytes_per_s)
+            ratio = float(f"{load_s / study.recompute_s():.2g}")
+        yield ratio, bytes_per_s
 
 
 def _wrong(values: dict[str, float], study: Study, bytes_per_s: float) -> Wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -107,14 +108,29 @@ def is_done(round_: Round, study: Study, records: Sequence[RestoreRecord], *, su
     done = {
         record.policy
         for record in records
-        if record.suite == suite
-        and record.model == study.model.name
-        and record.dtype == study.model.shape.dtype
-        and record.num_tokens == study.grid.num_tokens
-        and record.chunk_tokens == study.options.chunk_tokens
+        if _is_of(record, study, suite)
         and record.suffix_tokens == (study.grid.suffix_tokens if round_.with_suffix else 0)
         and abs(record.load_compute_ratio - round_.ratio) < 1e-9 * max(1.0, round_.ratio)
         and record.repeat == round_.repeat
         and dict(record.perturbation) == dict(round_.perturbation)
     }
     return done >= set(round_.policies)
+
+
+def ratio_on_record(study: Study, records: Sequence[RestoreRecord], *, suite: str, bytes_per_s: float) -> float | None:
+    """The ratio under which a results file has this study's runs over a link of ``bytes_per_s``; None without any."""
+    link = bytes_per_s if math.isfinite(bytes_per_s) else None
+    ratios = (r.load_compute_ratio for r in records if _is_of(r, study, suite) and r.link_bytes_per_s == link)
+    return next(ratios, None)
+
+
+def _is_of(record: RestoreRecord, study: Study, suite: str) -> bool:
+    """Whether a record is of this model, on this kind of device, with this prefix."""
+    return (
+        record.suite == suite
+        and record.model == study.model.name
+        and record.device == study.model.device.type
+        and record.dtype == study.model.shape.dtype
+        and record.num_tokens == study.grid.num_tokens
+        and record.chunk_tokens == study.options.chunk_tokens
+    )

@@ -9,6 +9,8 @@ from itertools import islice, pairwise
 from cacheflow.bench.hardware import find_model
 from cacheflow.bench.study import Study, StudyOptions
 from cacheflow.bench.study_link import PinnedStudyLink, StoreStudyLink, StudyLink
+from cacheflow.engine.fingerprint import kernel_identity
+from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.random_models import random_weights
 from cacheflow.errors import ConfigError
@@ -72,5 +74,10 @@ def prompt_tokens(model: LoadedModel, num_tokens: int) -> list[int]:
 def _open_link(args: argparse.Namespace, model: LoadedModel) -> StudyLink:
     if args.device == "cuda":
         return PinnedStudyLink()
-    namespace = Namespace(weights_fingerprint=model.fingerprint, dtype=model.shape.dtype, chunk_tokens=args.chunk)
+    namespace = Namespace(
+        weights_fingerprint=model.fingerprint,
+        dtype=model.shape.dtype,
+        chunk_tokens=args.chunk,
+        extra=(*kernel_identity(model.device), ("num_threads", str(model_identity(model).num_threads))),
+    )
     return StoreStudyLink(namespace, directory=str(args.out / "store") if args.store == "file" else None)

@@ -73,7 +73,7 @@ class StoreStudyLink:
         self._namespace, self._directory = namespace, directory
         self._geometry: CellGeometry | None = None
         self._chain: tuple[bytes, ...] = ()
-        self._store: Any = None
+        self._inner: Any = None
 
     def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
         """See ``StudyLink.save``."""
@@ -82,7 +82,6 @@ class StoreStudyLink:
         from cacheflow.engine.saver import PrefixSaver
         from cacheflow.stores.file import FileStore
         from cacheflow.stores.memory import MemoryStore
-        from cacheflow.stores.throttled import ThrottledStore
 
         self.close()
         grid, shape = geometry.grid, geometry.shape
@@ -92,9 +91,9 @@ class StoreStudyLink:
             if self._directory is None
             else FileStore(Path(self._directory), capacity_bytes=num_bytes + (1 << 30))
         )
-        self._store = ThrottledStore(inner, 1e12)
+        self._inner = inner
         self._geometry, self._chain = geometry, chain_hashes(tokens, grid.chunk_ends)
-        saver = PrefixSaver(self._store, geometry=geometry, namespace=self._namespace.digest, chain_hashes=self._chain)
+        saver = PrefixSaver(inner, geometry=geometry, namespace=self._namespace.digest, chain_hashes=self._chain)
         saver.save_prefix(kv)
         report = saver.wait()
         if not report.complete:
@@ -103,14 +102,16 @@ class StoreStudyLink:
     def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
         """See ``StudyLink.open``."""
         from cacheflow.engine.transfer_port import StoreTransferPort
+        from cacheflow.stores.throttled import ThrottledStore
 
         if self._geometry is None:
             raise StoreError("nothing was saved yet")
-        self._store.set_bandwidth(min(bytes_per_s, 1e12))
+        # A link of its own: a drop that the run before did not reach must not strike this one.
+        link = ThrottledStore(self._inner, min(bytes_per_s, 1e12))
         if drop is not None:
-            self._store.set_bandwidth(bytes_per_s * drop.factor, after_bytes=drop.after_bytes)
+            link.set_bandwidth(bytes_per_s * drop.factor, after_bytes=drop.after_bytes)
         return StoreTransferPort(
-            self._store,
+            link,
             geometry=self._geometry,
             namespace=self._namespace.digest,
             chain_hashes=self._chain,
@@ -119,6 +120,6 @@ class StoreStudyLink:
 
     def close(self) -> None:
         """Close the store."""
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        if self._inner is not None:
+            self._inner.close()
+            self._inner = None

@@ -20,6 +20,11 @@ PROMISE_FACTOR = 1.02
 """A policy of ours may be this much slower than its best rival, plus ``PROMISE_S``."""
 PROMISE_S = 0.005
 
+IMPOSSIBLE = 0.95
+"""A ratio to the lower bound under this comes from a bound and a run measured at different speeds of the machine."""
+MAX_UNEVEN = 1.33
+"""Slowest over fastest pure recomputation of one setting, above which the machine counts as disturbed."""
+
 Metric = Literal["restore", "ttft"]
 
 
@@ -130,6 +135,18 @@ class SettingSummary:
     policies: tuple[PolicySummary, ...]
     bound_restore_s: float | None
     bound_ttft_s: float | None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the machine changed its speed under the runs, so that their times say little.
+
+        Either a median lies clearly under its bound, which nothing can, or compute alone varied by more than a third.
+        """
+        recompute = self.of("recompute")
+        times = recompute.restore_s if recompute else None
+        ratios = [ratio for policy in self.policies if (ratio := policy.over_bound(self.metric)) is not None]
+        uneven = times is not None and times.high > MAX_UNEVEN * times.low
+        return uneven or any(ratio.median < IMPOSSIBLE for ratio in ratios)
 
     @property
     def metric(self) -> Metric:

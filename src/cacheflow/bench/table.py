@@ -18,6 +18,7 @@ BREAKS = "‼"
 """Ours is further behind than the promise allows."""
 WRONG = "wrong"
 NOTHING = "–"
+DISTURBED = "~: the machine was busy with something else during these runs; measure again on a quiet one"
 LEGEND = (
     "×: over the lower bound; ×rival: over the best other policy; busy C/IO: compute and link while restoring;\n"
     "equal: KV cache, logits and tokens equal the reference bit for bit, in every run"
@@ -29,6 +30,8 @@ def console_tables(summaries: Sequence[SettingSummary]) -> RenderableType:
     parts: list[RenderableType] = [_console_table(summary) for summary in summaries]
     if parts:
         parts.append(Text(LEGEND, style="dim"))
+    if any(summary.disturbed for summary in summaries):
+        parts.append(Text(DISTURBED, style="yellow"))
     if any(flag(policy) for summary in summaries for policy in summary.policies):
         parts.append(Text(f"{LOSES} behind the best rival   {BREAKS} by more than 2 % + 5 ms", style="dim"))
     return Group(*parts)
@@ -110,7 +113,7 @@ def _console_table(summary: SettingSummary) -> Table:
     if setting.perturbation != "{}":
         title += f", {setting.perturbation}"
     num_runs = max((policy.num_runs for policy in summary.policies), default=0)
-    title += f", {num_runs} run{'' if num_runs == 1 else 's'}"
+    title += f", {num_runs} run{'' if num_runs == 1 else 's'}{' ~' if summary.disturbed else ''}"
     columns = _columns(summary, with_spread=num_runs > 2)
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("policy", no_wrap=True)

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.cells import num_blocks
+from cacheflow.engine.fingerprint import kernel_identity
 from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
-from cacheflow.errors import ConfigError
+from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.costs import CostTable, build_problem
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.keys import Namespace
@@ -88,11 +91,15 @@ class Engine:
 
         Raises:
             ProfileError: ``costs`` was measured for another model, device or dtype.
+            CostRangeError: ``costs`` was measured for shorter chunks.
             SelfTestError: The engine cannot reproduce the model's own forward pass.
         """
         self.options = options or EngineOptions()
         self.model, self.store, self.costs, self.link = model, store, costs, link
-        costs.identity.require(model_identity(model))
+        identity = model_identity(model)
+        costs.identity.require(identity)
+        for kind in costs.kinds.values():
+            kind.full_s(self.options.chunk_tokens, 0)  # refuse a chunk nobody measured now, not at the first eviction
         self.runner = LayerRunner(model)
         if self.options.self_test:
             self_test(model)
@@ -100,7 +107,12 @@ class Engine:
             weights_fingerprint=model.fingerprint,
             dtype=model.shape.dtype,
             chunk_tokens=self.options.chunk_tokens,
-            extra=(("layers_per_block", str(self.options.layers_per_block)),),
+            extra=(
+                *kernel_identity(model.device),
+                # a float32 product of a few rows rounds differently when more threads share it
+                ("num_threads", str(identity.num_threads)),
+                ("layers_per_block", str(self.options.layers_per_block)),
+            ),
         )
         self.chunking = Chunking(
             chunk_tokens=self.options.chunk_tokens,
@@ -128,9 +140,12 @@ class Engine:
         """Load a model by folder or name, with the device and dtype its costs were measured on.
 
         Raises:
-            ConfigError: The model cannot be loaded, or see the constructor.
+            ConfigError: The model cannot be loaded.
+            ProfileError: The costs' device is not there, or see the constructor.
         """
         identity = costs.identity
+        if identity.device_type == "cuda" and not torch.cuda.is_available():
+            raise ProfileError(f"costs were measured on {identity.device}; this machine has no CUDA device: calibrate")
         loaded = load_model(model, device=identity.device_type, dtype=identity.dtype)
         return cls(loaded, store=store, costs=costs, link=link, options=options)
 
@@ -140,7 +155,13 @@ class Engine:
         Args:
             salt: Tenants with different salts never read each other's KV.
             history: Tokens of earlier turns; what the store has of them is restored with the next turn.
+
+        Raises:
+            ConfigError: ``salt`` is no string.
+            PromptError: ``history`` holds no token ids.
         """
+        if not isinstance(salt, str):
+            raise ConfigError(f"salt is {salt!r}, must be a string")
         return Session(self, salt=salt, history=history)
 
     def problem(self, grid: Grid) -> RestoreProblem:

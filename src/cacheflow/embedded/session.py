@@ -7,6 +7,7 @@ recomputing it gives the same bits (docs/decisions/0002).
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -22,11 +23,14 @@ from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.sampling import Sampling, TokenSampler, generate
 from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
-from cacheflow.errors import PromptError
+from cacheflow.errors import CostRangeError, PromptError, RestoreCancelled
 from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.grid import Grid, Tile, regular_ends
-from cacheflow.plan.keys import ObjectKey, chain_hashes, chain_root
+from cacheflow.plan.keys import ObjectKey, as_token_array, chain_hashes, chain_root
 from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_boundary
+from cacheflow.types import LoadOutcome
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +63,12 @@ class Session:
 
     def __init__(self, engine: SessionHost, *, salt: str, history: Sequence[int] = ()) -> None:
         """Start with the tokens of an earlier conversation, whose KV only the store may have."""
-        self.tokens: list[int] = list(history)
+        self.tokens: list[int] = as_token_array(history).tolist() if len(history) else []
         self._engine, self._salt = engine, salt
         self._prompt: list[int] = []
         self._kv: KVBuffer | None = None
         self._chunk_ends: tuple[int, ...] = ()
+        self._evicted_ends: tuple[int, ...] = ()
 
     @property
     def chunk_ends(self) -> tuple[int, ...]:
@@ -76,9 +81,12 @@ class Session:
         return self._chunk_ends[-1] if self._chunk_ends else 0
 
     def evict(self) -> None:
-        """Throw the KV out of memory; the conversation goes on, the next turn restores it."""
+        """Throw the KV out of memory; the conversation goes on, the next turn restores it.
+
+        The boundaries are kept: what the store has lost meanwhile is prefilled in the same chunks, so to the same bits.
+        """
         self._kv = None
-        self._chunk_ends = ()
+        self._evicted_ends, self._chunk_ends = self._chunk_ends or self._evicted_ends, ()
 
     def warm(self, *, cancel: threading.Event | None = None) -> RestoreReport | None:
         """Bring back what the store has of the conversation before its next turn comes.
@@ -156,15 +164,16 @@ class Session:
             restored_tokens=match.chunk_ends[-1] if match.chunk_ends else 0,
             suffix_tokens=grid.suffix_tokens,
             report=report,
-            saved=self.save(first_chunk=len(known_ends)) if save else SaveReport(),
+            saved=self.save(first_chunk=_first_unsaved(known_ends, report)) if save else SaveReport(),
         )
 
     def _checked_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
-        if not tokens or max_new_tokens < 1:
+        new_tokens = as_token_array(tokens).tolist()
+        if not new_tokens or max_new_tokens < 1:
             raise PromptError(
-                f"{len(tokens)} new prompt tokens and max_new_tokens {max_new_tokens}: 1 or more are needed"
+                f"{len(new_tokens)} new prompt tokens and max_new_tokens {max_new_tokens}: 1 or more are needed"
             )
-        prompt = [*self.tokens, *tokens]
+        prompt = [*self.tokens, *new_tokens]
         limit = self._engine.model.max_tokens
         if len(prompt) + max_new_tokens > limit:
             raise PromptError(
@@ -187,7 +196,7 @@ class Session:
 
     def _lookup(self, prompt: list[int]) -> PrefixMatch:
         engine = self._engine
-        return find_prefix(
+        match = find_prefix(
             engine.store,
             engine.namespace,
             prompt,
@@ -197,6 +206,16 @@ class Session:
             required_keys=self._chunk_keys,
             deadline_s=engine.chunking.lookup_deadline_s,
         )
+        return match if self._is_priced(match, len(prompt)) else PrefixMatch(chunk_ends=(), chain_hashes=())
+
+    def _is_priced(self, match: PrefixMatch, num_tokens: int) -> bool:
+        """Whether the profile knows what restoring a match costs; what it does not know is prefilled instead."""
+        try:
+            self._engine.problem(self._grid(match.chunk_ends, num_tokens))
+        except CostRangeError as error:
+            logger.warning("%d cached tokens are prefilled, not restored: %s", match.num_tokens, error)
+            return False
+        return True
 
     def _chunk_keys(self, chunk_hash: bytes) -> list[ObjectKey]:
         """Every object of one chunk."""
@@ -211,11 +230,13 @@ class Session:
         )
 
     def _grid(self, known_ends: tuple[int, ...], num_tokens: int) -> Grid:
-        start = known_ends[-1] if known_ends else 0
+        evicted, known = self._evicted_ends, len(known_ends)
+        lost_ends = evicted[known:] if evicted[:known] == known_ends else ()
+        start = (0, *known_ends, *lost_ends)[-1]
         return Grid(
             chunk_ends=known_ends,
             num_blocks=self._engine.num_blocks,
-            suffix_ends=regular_ends(start, num_tokens, self._engine.chunking.chunk_tokens),
+            suffix_ends=(*lost_ends, *regular_ends(start, num_tokens, self._engine.chunking.chunk_tokens)),
         )
 
     def _first_logits(
@@ -226,7 +247,10 @@ class Session:
         layers_per_block = engine.chunking.layers_per_block
         if not match.chunk_ends:
             port = EngineComputePort(engine.runner, grid=grid, tokens=prompt, kv=kv, layers_per_block=layers_per_block)
-            port.run_suffix(0, grid.num_blocks)
+            for block in range(grid.num_blocks):
+                if cancel is not None and cancel.is_set():
+                    raise RestoreCancelled(f"prefill cancelled before block {block} of {grid.num_blocks}")
+                port.run_suffix(block, block + 1)
             port.finish()
             assert port.logits is not None, "the prompt always has a suffix"
             return port.logits, None
@@ -275,3 +299,9 @@ class Session:
             if length != engine.chunking.chunk_tokens:
                 note_boundary(engine.store, engine.namespace, parents[chunk], length)
         return report
+
+
+def _first_unsaved(known_ends: tuple[int, ...], report: RestoreReport | None) -> int:
+    """First chunk to write after a turn: the first new one, or all when the store lost or damaged a cell."""
+    damaged = report is not None and {LoadOutcome.MISS.value, LoadOutcome.CORRUPT.value} & report.failed_loads.keys()
+    return 0 if damaged else len(known_ends)

@@ -72,6 +72,10 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str | to
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
+        if not Path(folder).exists():
+            raise ConfigError(
+                f"model {name!r}: there is no such folder; give one with config.json and weights, or {SMOLLM2_NAME!r}"
+            ) from error
         raise ConfigError(
             f"model {name!r} cannot be loaded: {error}; give a folder with config.json and weights, or {SMOLLM2_NAME!r}"
         ) from error

@@ -61,6 +61,15 @@ class Calibration:
     options: CalibrationOptions
     on_step: OnStep = field(default=lambda what, done, total: None)
 
+    def __post_init__(self) -> None:
+        """Check that a chunk fits the model.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        if self.options.chunk_tokens > self.max_tokens:
+            raise ConfigError(f"chunk_tokens {self.options.chunk_tokens} exceeds the model's {self.max_tokens} tokens")
+
     def run(self, link: LinkCost) -> Profile:
         """Measure compute, then work out crossover and break-even over ``link``."""
         costs = self.measure_costs()

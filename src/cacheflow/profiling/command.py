@@ -37,16 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure with a progress bar, write the profile, print what it says."""
+    import torch
+
     from cacheflow.engine.identity import device_name
     from cacheflow.engine.model import load_model
     from cacheflow.profiling.calibrate import Calibration, CalibrationOptions
-    from cacheflow.profiling.profile import profile_path, save_profile
+    from cacheflow.profiling.profile import profile_path, require_place, save_profile
 
     options = CalibrationOptions(chunk_tokens=args.chunk, max_tokens=args.max_tokens, repeats=args.repeats)
     if args.bandwidth_gbps is not None and not args.bandwidth_gbps > 0:
         raise ConfigError(f"--bandwidth-gbps is {args.bandwidth_gbps}, must be above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
     console = Console()
     model = load_model(args.model, device=args.device, dtype=args.dtype)
+    path = args.out or profile_path(device=device_name(model.device), model=model.name, dtype=args.dtype)
+    require_place(path)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, TaskID] = {}
@@ -56,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
 
+        calibration = Calibration(model, options, on_step)
         on_step("link", 0, 1)
         link = _measure_store(args, args.chunk * model.shape.kv_bytes_per_token_layer)
         on_step("link", 1, 1)
-        profile = Calibration(model, options, on_step).run(link)
-    path = args.out or profile_path(device=device_name(model.device), model=model.name, dtype=args.dtype)
+        profile = calibration.run(link)
     save_profile(profile, path)
     _print(profile, console)
     console.print(f"wrote {path}")

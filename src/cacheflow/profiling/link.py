@@ -63,12 +63,16 @@ def _read_all_s(store: Store, keys: list[ObjectKey], num_bytes: int) -> float:
     buffers = [np.empty(num_bytes, np.uint8) for _ in range(_DEPTH)]
     under_way: deque[GetHandle] = deque()
     started_s = time.perf_counter()
-    for index, key in enumerate(keys):
-        if len(under_way) == _DEPTH:
+    try:
+        for index, key in enumerate(keys):
+            if len(under_way) == _DEPTH:
+                _finish(under_way.popleft())
+            under_way.append(store.submit_get([GetRequest(key, buffers[index % _DEPTH])]))
+        while under_way:
             _finish(under_way.popleft())
-        under_way.append(store.submit_get([GetRequest(key, buffers[index % _DEPTH])]))
-    while under_way:
-        _finish(under_way.popleft())
+    finally:
+        for handle in under_way:
+            handle.cancel()
     return time.perf_counter() - started_s
 
 

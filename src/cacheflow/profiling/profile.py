@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,37 @@ def profile_path(*, device: str, model: str, dtype: str) -> Path:
     return cache_root() / "profiles" / _safe(device) / f"{_safe(model)}-{dtype}.json"
 
 
+def require_place(path: Path) -> None:
+    """Refuse a place that no profile can be written to, before minutes of measuring.
+
+    Raises:
+        ProfileError: Its folder cannot be created or written, or ``path`` is a folder itself.
+    """
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ProfileError(f"profile {path} cannot be written: {error}") from error
+    if path.is_dir():
+        raise ProfileError(f"profile {path} cannot be written: it is a folder")
+
+
 def save_profile(profile: Profile, path: Path) -> None:
     """Write a profile so that a reader sees the old one or the new one, never a part.
 
     Raises:
         ProfileError: The folder cannot be written.
     """
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
         staging.write_text(profile.to_json(), encoding="utf-8")
         staging.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
         raise ProfileError(f"profile {path} cannot be written: {error}") from error
 
 
@@ -105,7 +125,7 @@ def load_profile(path: Path) -> Profile:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"profile {path} cannot be read: {error}; make one with `cacheflow calibrate`") from error
     try:
         return Profile.from_json(text)
