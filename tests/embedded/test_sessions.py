@@ -3,6 +3,7 @@
 import threading
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.saver import SaveReport
-from cacheflow.errors import CostRangeError, PromptError, RestoreCancelled
+from cacheflow.errors import ConfigError, CostRangeError, PromptError, RestoreCancelled
 from cacheflow.plan.keys import ObjectKind
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
@@ -334,7 +335,7 @@ def test_cancel_set_before_the_turn(store, model, state):
         ([], 4, "0 new prompt tokens"),
         ([1], 0, "max_new_tokens 0"),
         ([1], -3, "max_new_tokens -3"),
-        ([5, -1], 4, "-1 to 5"),
+        ([5, -1], 4, "0 or more .* got -1 to 5"),
         ([320], 4, "vocabulary is 0 to 319"),
         ([1] * 2045, 4, "2045 tokens plus 4 new ones exceeds the model's 2048"),
         ([1], 2048, "exceeds the model's 2048"),
@@ -422,14 +423,40 @@ def test_a_chunk_longer_than_any_measured_is_refused_at_the_door(store, model):
         Engine(model, store=store, costs=costs, link=link, options=EngineOptions(chunk_tokens=64, self_test=False))
 
 
-def test_a_conversation_beyond_the_measured_range_says_so_and_stays_whole(store, model):
-    link = LinkCost(bytes_per_s=1e9)
+@pytest.mark.parametrize("whose", ["an evicted session", "another process"])
+def test_a_conversation_beyond_the_measured_range_is_prefilled_to_the_same_bits(store, model, caplog, whose):
     costs = cost_table(model, max_tokens=64)
     options = EngineOptions(chunk_tokens=CHUNK, self_test=False)
-    session = Engine(model, store=store, costs=costs, link=link, options=options).session()
+    engine = Engine(model, store=store, costs=costs, link=LinkCost(bytes_per_s=1e9), options=options)
+    session = engine.session()
     answer(session, PROMPT)
-    session.evict()
-    before = list(session.tokens)
-    with pytest.raises(CostRangeError, match=r"offset 96 is outside the measured 0\.\.64: calibrate"):
-        session.generate(QUESTION, max_new_tokens=NEW_TOKENS)
-    assert session.tokens == before
+    if whose == "an evicted session":
+        session.evict()
+    else:
+        session = engine.session(history=session.tokens)
+    played = answer(session, QUESTION)
+    assert played.reply.report is None
+    assert played.reply.restored_tokens == 0
+    assert "118 cached tokens are prefilled, not restored: offset 96 is outside the measured 0..64" in caplog.text
+    assert_same(played, fresh_answer(model, PROMPT, QUESTION))
+
+
+def test_a_long_new_prompt_has_nothing_to_price_and_warns_of_nothing(store, model, caplog):
+    costs = cost_table(model, max_tokens=64)
+    options = EngineOptions(chunk_tokens=CHUNK, self_test=False)
+    engine = Engine(model, store=store, costs=costs, link=LinkCost(bytes_per_s=1e9), options=options)
+    assert_same(answer(engine.session(), PROMPT), fresh_answer(model, [], PROMPT))
+    assert caplog.text == ""
+
+
+def test_prompts_may_be_arrays_and_must_be_token_ids(store, model):
+    engine = make_engine(model, store)
+    session = engine.session(history=np.array(PROMPT))
+    assert_same(answer(session, np.array(QUESTION)), fresh_answer(model, [], [*PROMPT, *QUESTION]))
+    for bad in ([0.5], ["a"], [[1, 2]], np.zeros((2, 2), np.int64)):
+        with pytest.raises(PromptError, match="one-dimensional integers"):
+            session.generate(bad, max_new_tokens=1)
+        with pytest.raises(PromptError, match="one-dimensional integers"):
+            engine.session(history=bad)
+    with pytest.raises(ConfigError, match="salt is 7, must be a string"):
+        engine.session(salt=7)

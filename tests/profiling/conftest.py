@@ -4,8 +4,11 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def torch_threads():
+def torch_threads(request):
     """Tiny models are fastest on one thread; yields the number torch would use by itself."""
+    if request.node.get_closest_marker("torch") is None:
+        yield None
+        return
     from support.embedded_cases import one_torch_thread
 
     with one_torch_thread() as usual:

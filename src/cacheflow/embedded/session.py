@@ -206,7 +206,10 @@ class Session:
             required_keys=self._chunk_keys,
             deadline_s=engine.chunking.lookup_deadline_s,
         )
-        return match if self._is_priced(match, len(prompt)) else PrefixMatch(chunk_ends=(), chain_hashes=())
+        if not match.chunk_ends or self._is_priced(match, len(prompt)):
+            return match
+        self._evicted_ends = self._evicted_ends or match.chunk_ends  # prefilled in the chunks it was saved in
+        return PrefixMatch(chunk_ends=(), chain_hashes=())
 
     def _is_priced(self, match: PrefixMatch, num_tokens: int) -> bool:
         """Whether the profile knows what restoring a match costs; what it does not know is prefilled instead."""
