@@ -69,14 +69,21 @@ class ModelShape:
         """Reject shapes that no model can have.
 
         Raises:
-            ConfigError: A count is not positive, or the dtype is unknown.
+            ConfigError: A count is no whole number in range, or the dtype is unknown.
         """
         for key in (
             "num_layers", "hidden_size", "num_q_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size",
         ):  # fmt: skip
-            value = getattr(self, key)
-            if value < 1:
-                raise ConfigError(f"model shape {self.name!r}: {key} is {value}, must be at least 1")
+            _require_count(self.name, key, getattr(self, key), least=1)
+        for key in ("num_experts", "num_active_experts"):
+            _require_count(self.name, key, getattr(self, key), least=0)
+        if self.sliding_window is not None:
+            _require_count(self.name, "sliding_window", self.sliding_window, least=1)
+        if not (self.num_experts > 0) == (self.num_active_experts > 0) or self.num_active_experts > self.num_experts:
+            raise ConfigError(
+                f"model shape {self.name!r}: {self.num_active_experts} active of {self.num_experts} experts; "
+                "both are 0 for a dense model"
+            )
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"model shape {self.name!r}: dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}")
         if self.num_q_heads % self.num_kv_heads:
@@ -94,3 +101,8 @@ class ModelShape:
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in all layers."""
         return self.kv_bytes_per_token_layer * self.num_layers
+
+
+def _require_count(name: str, key: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"model shape {name!r}: {key} is {value!r}, must be a whole number of at least {least}")

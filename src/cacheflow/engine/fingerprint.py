@@ -54,7 +54,7 @@ def kernel_identity(device: torch.device) -> tuple[tuple[str, str], ...]:
     """What besides weights and tokens decides the bits of a forward on this machine; for ``Namespace.extra``.
 
     A prefix saved by another torch or on another processor is close, not equal: it must be a miss. The number of
-    threads does not belong here (SmolLM2 in bf16 and fp32 gave the same bits with one and two).
+    threads is the caller's to add: a float32 product of a few rows rounds differently when more threads share it.
     """
     import transformers
 

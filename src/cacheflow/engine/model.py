@@ -7,6 +7,7 @@ Hugging Face cache.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str | to
     torch_dtype = parse_dtype(dtype)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name = str(path_or_name)
@@ -66,12 +68,17 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str | to
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         check_supported(config, device=device, dtype=torch_dtype)
         with quiet_transformers():
-            module = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, local_files_only=True, device_map=device
+            module, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch_dtype,
+                attn_implementation=ATTENTION_NAME,
+                local_files_only=True,
+                device_map=device,
+                output_loading_info=True,
             )
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if not Path(folder).exists():
             raise ConfigError(
                 f"model {name!r}: there is no such folder; give one with config.json and weights, or {SMOLLM2_NAME!r}"
@@ -79,7 +86,16 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str | to
         raise ConfigError(
             f"model {name!r} cannot be loaded: {error}; give a folder with config.json and weights, or {SMOLLM2_NAME!r}"
         ) from error
+    _require_all_weights(name, loading)
     return wrap_module(module, name=Path(name).name, tokenizer=_tokenizer(folder))
+
+
+def _require_all_weights(name: str, loading: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that left weights at random values; transformers only reports it."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, loading.get(problem) or ())):
+            shown = ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
+            raise ConfigError(f"model {name!r}: its weights are not whole, {len(keys)} {problem}: {shown}")
 
 
 def wrap_module(

@@ -124,7 +124,7 @@ class CostTable:
         costs = self.kinds[point.kind]
         ask = costs.kv_only_s if point.kv_only else costs.full_s
         actual_s = ask(point.chunk_tokens, point.offset)
-        if abs(actual_s - point.expected_s) > GOLDEN_TOLERANCE * point.expected_s:
+        if not abs(actual_s - point.expected_s) <= GOLDEN_TOLERANCE * point.expected_s:
             raise ProfileError(f"cost table: golden point {point} gives {actual_s} s: the table is damaged")
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class CacheFlowV1:
         """Take the crossover length.
 
         Args:
-            crossover_tokens: Shorter prefixes go layer-wise, others token-wise; None compares both predictions for
+            crossover_tokens: Prefixes up to this length go layer-wise, longer ones token-wise; None compares both
+                predictions for
                 each problem, which is never worse than one measured length.
 
         Raises:
@@ -41,7 +42,7 @@ class CacheFlowV1:
         if problem.grid.num_chunks == 0:
             return empty_plan(self.name, problem)
         if self._crossover_tokens is not None:
-            layer_wise = problem.grid.num_tokens < self._crossover_tokens
+            layer_wise = problem.grid.num_tokens <= self._crossover_tokens
             return layer_wise_plan(self.name, problem) if layer_wise else token_wise_plan(self.name, problem)
         plans = (token_wise_plan(self.name, problem), layer_wise_plan(self.name, problem))
         return min(plans, key=lambda plan: plan.predicted.restore_s)
