@@ -48,8 +48,8 @@ def test_cake_meets_on_a_whole_chunk():
 
 def test_v1_follows_the_measured_crossover():
     tokens = PROBLEM.grid.num_tokens
-    layer_wise = CacheFlowV1(crossover_tokens=tokens + 1).plan(PROBLEM)
-    token_wise = CacheFlowV1(crossover_tokens=tokens).plan(PROBLEM)
+    layer_wise = CacheFlowV1(crossover_tokens=tokens).plan(PROBLEM)
+    token_wise = CacheFlowV1(crossover_tokens=tokens - 1).plan(PROBLEM)
     assert layer_wise.compute_order[0] == layer_wise.load_order[-1] == Tile(0, 6, 0, 1)
     assert token_wise.compute_order[0] == token_wise.load_order[-1] == Tile(0, 1, 0, 4)
     assert len(set(layer_wise.levels_K)) == 1
@@ -57,7 +57,7 @@ def test_v1_follows_the_measured_crossover():
 
 def test_v1_without_a_measured_crossover_takes_the_better_prediction():
     tokens = PROBLEM.grid.num_tokens
-    both = [CacheFlowV1(crossover_tokens=tokens + more).plan(PROBLEM).predicted.restore_s for more in (0, 1)]
+    both = [CacheFlowV1(crossover_tokens=tokens - more).plan(PROBLEM).predicted.restore_s for more in (0, 1)]
     assert CacheFlowV1().plan(PROBLEM).predicted.restore_s == min(both)
 
 

@@ -27,8 +27,7 @@ class CacheFlowV1:
 
         Args:
             crossover_tokens: Prefixes up to this length go layer-wise, longer ones token-wise; None compares both
-                predictions for
-                each problem, which is never worse than one measured length.
+                predictions for each problem, which is never worse than one measured length.
 
         Raises:
             ConfigError: The length is negative.
