@@ -80,14 +80,9 @@ def _measure_store(args: argparse.Namespace, object_bytes: int) -> LinkCost:
     from cacheflow.stores.throttled import ThrottledStore
 
     num_objects = 64 if args.bandwidth_gbps is None else 16
-    if args.store is not None:
-        try:
-            args.store.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--store {args.store} cannot be used: {error}") from error
-    # Beside the user's records, not among them: a store evicts what does not fit.
-    with tempfile.TemporaryDirectory(prefix="cacheflow-probe-", dir=args.store) as scratch:
-        store: Store = FileStore(Path(scratch), capacity_bytes=1 << 34)
+    with tempfile.TemporaryDirectory(prefix="cacheflow-") as scratch:
+        # Without a bound of its own, so that the probes push out nothing of the user's.
+        store: Store = FileStore(args.store or Path(scratch), capacity_bytes=1 << 62)
         if args.bandwidth_gbps is not None:
             store = ThrottledStore(store, args.bandwidth_gbps * 1e9 / 8)
         with store:
