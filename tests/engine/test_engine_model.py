@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from cacheflow.engine import smollm2
-from cacheflow.engine.fingerprint import kernel_identity, weights_fingerprint
 from cacheflow.engine.model import load_model
 from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
 from cacheflow.errors import ConfigError
+from cacheflow.tensors.fingerprint import kernel_identity, weights_fingerprint
 
 pytestmark = pytest.mark.torch
 
@@ -23,7 +23,7 @@ needs_smollm2 = pytest.mark.skipif(
 @pytest.mark.parametrize("full", [True, False])
 def test_fingerprint_tells_weights_and_configurations_apart(full):
     digests = {
-        name: weights_fingerprint(model.module, full=full)
+        name: weights_fingerprint(model.module, model.module.config.to_dict(), full=full)
         for name, model in {
             "one": tiny_model("llama"),
             "same": tiny_model("llama"),
@@ -38,10 +38,10 @@ def test_fingerprint_tells_weights_and_configurations_apart(full):
 
 def test_one_changed_weight_changes_the_full_fingerprint():
     model = tiny_model("qwen3")
-    before = weights_fingerprint(model.module)
+    before = weights_fingerprint(model.module, model.module.config.to_dict())
     with torch.no_grad():
         model.module.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
-    assert weights_fingerprint(model.module) != before
+    assert weights_fingerprint(model.module, model.module.config.to_dict()) != before
 
 
 def test_a_folder_loads_as_what_was_saved(tmp_path):
@@ -67,7 +67,7 @@ def test_weights_start_on_a_cache_line(tmp_path, dtype):
 
 
 def test_kernel_identity_names_the_processor_and_the_versions():
-    identity = dict(kernel_identity(torch.device("cpu")))
+    identity = dict(kernel_identity(torch.device("cpu"), library="transformers"))
     assert identity["torch"] == torch.__version__
     assert identity["device"].startswith("cpu:")
 

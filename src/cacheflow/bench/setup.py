@@ -9,12 +9,12 @@ from itertools import islice, pairwise
 from cacheflow.bench.hardware import find_model
 from cacheflow.bench.study import Study, StudyOptions
 from cacheflow.bench.study_link import PinnedStudyLink, StoreStudyLink, StudyLink
-from cacheflow.engine.fingerprint import kernel_identity
 from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.random_models import random_weights
 from cacheflow.errors import ConfigError
 from cacheflow.plan.keys import Namespace
+from cacheflow.tensors.fingerprint import kernel_identity
 from cacheflow.workloads.coding import source_text
 
 
@@ -78,6 +78,9 @@ def _open_link(args: argparse.Namespace, model: LoadedModel) -> StudyLink:
         weights_fingerprint=model.fingerprint,
         dtype=model.shape.dtype,
         chunk_tokens=args.chunk,
-        extra=(*kernel_identity(model.device), ("num_threads", str(model_identity(model).num_threads))),
+        extra=(
+            *kernel_identity(model.device, library="transformers"),
+            ("num_threads", str(model_identity(model).num_threads)),
+        ),
     )
     return StoreStudyLink(namespace, directory=str(args.out / "store") if args.store == "file" else None)

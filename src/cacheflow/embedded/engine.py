@@ -12,7 +12,6 @@ from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.cells import num_blocks
-from cacheflow.engine.fingerprint import kernel_identity
 from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.runner import LayerRunner
@@ -26,6 +25,7 @@ from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.stores.base import Store
+from cacheflow.tensors.fingerprint import kernel_identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class Engine:
             dtype=model.shape.dtype,
             chunk_tokens=self.options.chunk_tokens,
             extra=(
-                *kernel_identity(model.device),
+                *kernel_identity(model.device, library="transformers"),
                 # a float32 product of a few rows rounds differently when more threads share it
                 ("num_threads", str(identity.num_threads)),
                 ("layers_per_block", str(self.options.layers_per_block)),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-
 import torch
 
 from cacheflow.engine.attention import ATTENTION_NAME
 from cacheflow.engine.model import LoadedModel
 from cacheflow.plan.costs import CostIdentity
+from cacheflow.tensors.device import device_name
 
 
 def model_identity(model: LoadedModel) -> CostIdentity:
@@ -25,16 +23,3 @@ def model_identity(model: LoadedModel) -> CostIdentity:
         num_threads=0 if on_cuda else torch.get_num_threads(),
         attention=ATTENTION_NAME,
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or of the processor."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -16,9 +16,9 @@ import torch
 
 from cacheflow.engine.attention import ATTENTION_NAME
 from cacheflow.engine.families import check_supported, parse_dtype, shape_of
-from cacheflow.engine.fingerprint import weights_fingerprint
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
+from cacheflow.tensors.fingerprint import weights_fingerprint
 from cacheflow.types import ModelShape
 
 _ALIGNMENT = 64
@@ -126,7 +126,7 @@ def wrap_module(
         module=module,
         tokenizer=tokenizer,
         shape=shape_of(module.config, name=name, dtype=weight.dtype),
-        fingerprint=fingerprint or weights_fingerprint(module),
+        fingerprint=fingerprint or weights_fingerprint(module, module.config.to_dict()),
         max_tokens=int(module.config.max_position_embeddings),
         dtype=weight.dtype,
         device=weight.device,

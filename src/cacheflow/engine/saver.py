@@ -7,6 +7,7 @@ or evicted, right after.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,8 +68,11 @@ class PrefixSaver:
         self._handles.append(self._store.submit_put([self._request(key, hidden[0])]))
 
     def wait(self, timeout_s: float | None = None) -> SaveReport:
-        """Wait for every write started so far; one that is still pending after ``timeout_s`` each counts as failed."""
-        outcomes = [outcome for handle in self._handles for outcome in handle.wait(timeout_s)]
+        """Wait for every write started so far; those still pending after ``timeout_s`` in all count as failed."""
+        ends_s = None if timeout_s is None else time.monotonic() + timeout_s
+        outcomes: list[PutOutcome | None] = []
+        for handle in self._handles:
+            outcomes += handle.wait(None if ends_s is None else max(0.0, ends_s - time.monotonic()))
         written, existing = outcomes.count(PutOutcome.STORED), outcomes.count(PutOutcome.EXISTS)
         return SaveReport(num_written=written, num_existing=existing, num_failed=len(outcomes) - written - existing)
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.cuda import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
-from cacheflow.engine.staging import StagingBuffer, StagingPool
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.keys import ObjectKey, ObjectKind
 from cacheflow.stores.base import GetHandle, GetRequest, Store
+from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
 
 

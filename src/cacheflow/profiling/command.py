@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure with a progress bar, write the profile, print what it says."""
     import torch
 
-    from cacheflow.engine.identity import device_name
     from cacheflow.engine.model import load_model
     from cacheflow.profiling.calibrate import Calibration, CalibrationOptions
     from cacheflow.profiling.profile import profile_path, require_place, save_profile
+    from cacheflow.tensors.device import device_name
 
     options = CalibrationOptions(chunk_tokens=args.chunk, max_tokens=args.max_tokens, repeats=args.repeats)
     if args.bandwidth_gbps is not None and not args.bandwidth_gbps > 0:
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure_store(args: argparse.Namespace, object_bytes: int) -> LinkCost:
-    from cacheflow.profiling.link import measure_link
     from cacheflow.stores.base import Store
     from cacheflow.stores.file import FileStore
+    from cacheflow.stores.probe import measure_link
     from cacheflow.stores.throttled import ThrottledStore
 
     num_objects = 64 if args.bandwidth_gbps is None else 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import uuid
 from collections import deque
 
 import numpy as np
@@ -22,6 +23,8 @@ _DEPTH = 3
 def measure_link(store: Store, *, object_bytes: int, num_objects: int = 64, rounds: int = 3) -> LinkCost:
     """Write probe objects, read them back in pipelined rounds, delete them.
 
+    Several processes may measure one shared store at once: no two calls use the same names.
+
     Args:
         store: The store to measure; its capacity must hold the probes.
         object_bytes: Size of a probe, that of a cell.
@@ -31,7 +34,8 @@ def measure_link(store: Store, *, object_bytes: int, num_objects: int = 64, roun
     Raises:
         StoreError: A probe could not be written or read back.
     """
-    keys = [_probe_key(index) for index in range(num_objects + 1)]
+    salt = uuid.uuid4().hex
+    keys = [_probe_key(index, salt) for index in range(num_objects + 1)]
     sizes = [object_bytes] * num_objects + [_SMALL_BYTES]
     payload = np.arange(max(sizes), dtype=np.uint64).astype(np.uint8)
     try:
@@ -48,8 +52,8 @@ def measure_link(store: Store, *, object_bytes: int, num_objects: int = 64, roun
     return LinkCost(bytes_per_s=num_objects * object_bytes / busy_s, latency_s=latency_s)
 
 
-def _probe_key(index: int) -> ObjectKey:
-    chain = chain_hash(chain_root("cacheflow link probe"), [index])
+def _probe_key(index: int, salt: str) -> ObjectKey:
+    chain = chain_hash(chain_root(f"cacheflow link probe {salt}"), [index])
     return ObjectKey(namespace=_NAMESPACE, chain_hash=chain.hex(), kind=ObjectKind.KV, layer_lo=0, layer_hi=1)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,11 +18,13 @@ _SAMPLES = 256
 _VOLATILE = {"transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
-def weights_fingerprint(module: Any, *, full: bool | None = None) -> str:  # noqa: ANN401 -- a torch module with config
+def weights_fingerprint(module: torch.nn.Module, config: Mapping[str, Any], *, full: bool | None = None) -> str:
     """SHA-256 over configuration, and name, shape, dtype and bytes of every parameter and buffer; 64 hex digits.
 
     Args:
-        module: A transformers model; weights may lie on any device.
+        module: Any torch module; weights may lie on any device.
+        config: Its configuration as a dict; names that start with ``_`` and those that change with the library that
+            wrote them are left out.
         full: Hash every byte; False hashes 256 evenly spaced pieces of 4 KiB of each larger weight (a fine-tuned or
             merged matrix differs in all of them; a change to a few rows may be missed). None decides by size.
     """
@@ -28,7 +32,7 @@ def weights_fingerprint(module: Any, *, full: bool | None = None) -> str:  # noq
     total = sum(weight.nbytes for weight in weights.values())
     whole = total <= FULL_LIMIT_BYTES if full is None else full
     digest = hashlib.sha256(b"full" if whole else b"sampled")
-    digest.update(json.dumps(_stable_config(module.config), sort_keys=True, default=str).encode())
+    digest.update(json.dumps(_stable(config), sort_keys=True, default=str).encode())
     for name in sorted(weights):
         weight = weights[name].detach()
         digest.update(f"{name}|{tuple(weight.shape)}|{weight.dtype}".encode())
@@ -36,9 +40,8 @@ def weights_fingerprint(module: Any, *, full: bool | None = None) -> str:  # noq
     return digest.hexdigest()
 
 
-def _stable_config(config: Any) -> dict[str, Any]:  # noqa: ANN401 -- a transformers config
-    values: dict[str, Any] = config.to_dict()
-    return {key: value for key, value in values.items() if not key.startswith("_") and key not in _VOLATILE}
+def _stable(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in _VOLATILE}
 
 
 def _bytes(weight: torch.Tensor, *, whole: bool) -> memoryview:
@@ -50,17 +53,19 @@ def _bytes(weight: torch.Tensor, *, whole: bool) -> memoryview:
     return flat.cpu().numpy().data
 
 
-def kernel_identity(device: torch.device) -> tuple[tuple[str, str], ...]:
+def kernel_identity(device: torch.device, *, library: str) -> tuple[tuple[str, str], ...]:
     """What besides weights and tokens decides the bits of a forward on this machine; for ``Namespace.extra``.
 
     A prefix saved by another torch or on another processor is close, not equal: it must be a miss. The number of
     threads is the caller's to add: a float32 product of a few rows rounds differently when more threads share it.
-    """
-    import transformers
 
+    Args:
+        device: Where the forward runs.
+        library: Module whose ``__version__`` decides too, since it holds the model's code: ``transformers``, ``vllm``.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return (
         ("device", f"{device.type}:{name}"),
         ("torch", torch.__version__),
-        ("transformers", transformers.__version__),
+        (library, str(importlib.import_module(library).__version__)),
     )

@@ -3,10 +3,10 @@
 import pytest
 
 from cacheflow.errors import StoreError
-from cacheflow.profiling.link import measure_link
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.probe import measure_link
 from cacheflow.stores.throttled import ThrottledStore
 
 OBJECT_BYTES = 20_000

@@ -1,0 +1,112 @@
+"""Copies whole blocks between layers' tensors and flat bytes on the host, on the CPU and on CUDA.
+
+Shapes: a view is ``[N, ...]``, blocks first; a payload is ``[layers, blocks, ...]`` in C order, as bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Payload = npt.NDArray[np.uint8]
+Ids = npt.NDArray[np.int64]
+
+_AS_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class HostCopies:
+    """numpy's copies: single-threaded (a torch copy would take the threads that compute) and without the GIL."""
+
+    def __init__(self, views: Sequence[torch.Tensor]) -> None:
+        """Keep numpy views of the tensors; bfloat16 has no numpy dtype, so elements become integers of their size."""
+        self._layers = [view.view(_AS_BYTES[view.element_size()]).numpy() for view in views]
+
+    def fence(self) -> None:
+        """Nothing to order: computation on the CPU is over when its call returns."""
+
+    def gather(self, layer_lo: int, layer_hi: int, ids: Ids, out: Payload) -> None:
+        """Copy blocks ``ids`` of each layer into ``out``."""
+        target = self._shaped(out, layer_hi - layer_lo, len(ids))
+        for index, layer in enumerate(self._layers[layer_lo:layer_hi]):
+            for position, block in enumerate(ids):
+                np.copyto(target[index, position], layer[block])
+
+    def scatter(self, layer_lo: int, layer_hi: int, ids: Ids, payload: Payload, skip: int) -> None:
+        """Copy the payload into blocks ``ids`` of each layer, without its first ``skip`` blocks."""
+        source = self._shaped(payload, layer_hi - layer_lo, len(ids))
+        for index, layer in enumerate(self._layers[layer_lo:layer_hi]):
+            for position in range(skip, len(ids)):
+                np.copyto(layer[ids[position]], source[index, position])
+
+    def _shaped(self, payload: Payload, num_layers: int, num_blocks: int) -> npt.NDArray[np.generic]:
+        first = self._layers[0]
+        shaped: npt.NDArray[np.generic] = payload.view(first.dtype).reshape(num_layers, num_blocks, *first.shape[1:])
+        return shaped
+
+
+class DeviceCopies:
+    """Copies on a CUDA stream of their own, through pinned host memory; never synchronises the device.
+
+    One call at a time: the stream, the device buffer and the pinned buffer are shared under a lock.
+    """
+
+    def __init__(self, views: Sequence[torch.Tensor]) -> None:
+        """Create the stream; buffers grow to the largest payload seen."""
+        self._layers = [view.view(_AS_BYTES[view.element_size()]) for view in views]
+        self._device = views[0].device
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()
+        self._pinned = torch.empty(0, dtype=torch.uint8)
+        self._fence: torch.cuda.Event | None = None
+
+    def fence(self) -> None:
+        """Order later copies behind what the calling thread's current stream has queued so far."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        self._fence = event
+
+    def gather(self, layer_lo: int, layer_hi: int, ids: Ids, out: Payload) -> None:
+        """Select blocks on the device, copy them once to pinned memory, then into ``out``."""
+        with self._lock, torch.cuda.stream(self._stream):
+            self._wait_fence()
+            index = torch.from_numpy(ids).to(self._device, non_blocking=True)
+            picked = torch.stack([layer.index_select(0, index) for layer in self._layers[layer_lo:layer_hi]])
+            pinned = self._pinned_bytes(out.nbytes)
+            pinned.copy_(picked.view(-1).view(torch.uint8), non_blocking=True)
+            self._finish()
+            np.copyto(out, pinned.numpy())
+
+    def scatter(self, layer_lo: int, layer_hi: int, ids: Ids, payload: Payload, skip: int) -> None:
+        """Copy the payload to the device once, then into blocks ``ids``; a pinned payload is not copied again."""
+        with self._lock, torch.cuda.stream(self._stream):
+            source = torch.from_numpy(payload)
+            if not source.is_pinned():
+                pinned = self._pinned_bytes(payload.nbytes)
+                np.copyto(pinned.numpy(), payload)
+                source = pinned
+            self._wait_fence()
+            first = self._layers[0]
+            moved = source.to(self._device, non_blocking=True).view(first.dtype)
+            moved = moved.view(layer_hi - layer_lo, len(ids), *first.shape[1:])
+            index = torch.from_numpy(ids[skip:].copy()).to(self._device, non_blocking=True)
+            for layer, blocks in zip(self._layers[layer_lo:layer_hi], moved, strict=True):
+                layer.index_copy_(0, index, blocks[skip:])
+            self._finish()
+
+    def _wait_fence(self) -> None:
+        if self._fence is not None:
+            self._stream.wait_event(self._fence)
+
+    def _pinned_bytes(self, num_bytes: int) -> torch.Tensor:
+        if self._pinned.numel() < num_bytes:
+            self._pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return self._pinned[:num_bytes]
+
+    def _finish(self) -> None:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        event.synchronize()
