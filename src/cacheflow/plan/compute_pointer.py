@@ -10,13 +10,10 @@ from __future__ import annotations
 from cacheflow.plan.cells import Cell
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import Share
-from cacheflow.plan.progress import Progress
+from cacheflow.plan.progress import NO_ACTIVATIONS, Progress
 
-NO_ACTIVATIONS = -1
 CLAIM_SHARE = 32
 """At most one part in this many of the open work is claimed at once, so that the meeting point stays fine."""
-RECLAIM_GAIN = 0.95
-"""Take a chunk back from the link only when that is expected to end this much sooner."""
 
 
 class ComputePointer:
@@ -26,7 +23,6 @@ class ComputePointer:
         """Start at the head of the plan's compute order."""
         self._p = progress
         self._tile_index = 0
-        self._climbed_K = [0] * progress.problem.grid.num_chunks
 
     def front(self, now_s: float) -> Tile | None:
         """Claim the next part of the compute order; None when it is exhausted, not ready, or left to the link."""
@@ -46,7 +42,7 @@ class ComputePointer:
         if not p.bottom_row_pays():
             return None
         for chunk in range(p.board.num_chunks):
-            if self._climbed_K[chunk] == 0 and p.board.is_open(chunk, 0):
+            if self._p.climbed_K[chunk] == 0 and p.board.is_open(chunk, 0):
                 tile = Tile(chunk, chunk + 1, 0, 1)
                 return tile if self._ready(tile) else None
         return None
@@ -65,7 +61,7 @@ class ComputePointer:
         return None
 
     def _next_block(self, tile: Tile) -> Tile | None:
-        chunk, block = tile.chunk_lo, self._climbed_K[tile.chunk_lo]
+        chunk, block = tile.chunk_lo, self._p.climbed_K[tile.chunk_lo]
         if not (tile.block_lo <= block < tile.block_hi and self._p.board.is_open(chunk, block)):
             return None
         block_hi, limit = block + 1, min(tile.block_hi, block + self._claim_blocks(chunk, block))
@@ -81,7 +77,7 @@ class ComputePointer:
         return max(1, int(budget_s / cell_s)) if cell_s > 0 else 1
 
     def _continues(self, tile: Tile) -> bool:
-        return all(self._climbed_K[chunk] == tile.block_lo for chunk in range(tile.chunk_lo, tile.chunk_hi))
+        return all(self._p.climbed_K[chunk] == tile.block_lo for chunk in range(tile.chunk_lo, tile.chunk_hi))
 
     def _ready(self, tile: Tile) -> bool:
         return all(self._p.board.head_resident(tile.chunk_lo, b) for b in range(tile.block_lo, tile.block_hi))
@@ -92,14 +88,20 @@ class ComputePointer:
         if p.link_down or p.plan.share is not Share.LAYERS:
             return True
         cell_s = self.predicted_s(tile, kv_only=self.kv_only_top(tile)) * p.rates.compute_factor
-        rest_s = p.link_s(p.board.open_bytes)
+        open_bytes = p.board.open_bytes - p.demanded_bytes()
+        rest_s = p.link_s(open_bytes)
         if not p.plan.balance_suffix:
-            return rest_s >= cell_s
+            return rest_s >= p.compute_left_s(now_s) + cell_s
         suffix_s = p.suffix_left_s()
         if p.bottom_row_pays():
-            rest_s = p.link_s(p.board.open_bytes - float(p.board.bottom_bytes_K.sum()))
+            rest_s = p.link_s(open_bytes - float(p.board.bottom_bytes_K.sum()))
             suffix_s += p.bottom_left_s()
         return rest_s + p.top_suffix_s * p.rates.compute_factor > suffix_s + cell_s
+
+    def leaves_behind(self, tile: Tile) -> bool:
+        """Whether the tile ends its chunk, activations and all, below cells that are open."""
+        board = self._p.board
+        return board.top_open_block(tile.chunk_lo, tile.block_hi, board.num_blocks) >= 0 and self.kv_only_top(tile)
 
     def kv_only_top(self, tile: Tile) -> bool:
         """Whether nothing will be recomputed above the tile, so that its top needs keys and values only."""
@@ -117,39 +119,13 @@ class ComputePointer:
         for chunk in range(p.board.num_chunks):
             if p.demanded_open_block(chunk) < 0:
                 continue
-            block = self._climbed_K[chunk]
+            block = self._p.climbed_K[chunk]
             lowest_open = next(b for b in range(p.demand_K[chunk]) if p.board.is_open(chunk, b))
             restart = block > lowest_open or block == NO_ACTIVATIONS
             block = 0 if restart else block
             tile = Tile(chunk, chunk + 1, block, block + 1)
             return (tile, restart) if self._ready(tile) else None
         return None
-
-    def reclaim(self) -> bool:
-        """Take the lowest chunk with open cells back from the link, when the suffix would otherwise wait longer."""
-        p = self._p
-        if p.link_down or not p.plan.balance_suffix:
-            return False
-        for chunk in range(p.board.num_chunks):
-            top = p.board.top_open_block(chunk, p.demand_K[chunk], p.board.num_blocks)
-            if top >= 0:
-                return self._reclaim_chunk(chunk, top)
-        return False
-
-    def _reclaim_chunk(self, chunk: int, top: int) -> bool:
-        p = self._p
-        factor = p.rates.compute_factor
-        start = max(0, self._climbed_K[chunk])
-        if any(p.board.is_open(chunk, block) for block in range(start)):
-            start = 0
-        column_s = sum(p.board.compute_s(chunk, block) for block in range(start, top + 1)) * factor
-        top_s = p.top_suffix_s * factor
-        waiting_s = p.link_s(p.board.open_bytes) + top_s
-        without_s = p.link_s(p.board.open_bytes - p.board.open_bytes_K[chunk]) + top_s
-        if max(column_s + p.repair_left_s() + p.suffix_left_s(), without_s) >= RECLAIM_GAIN * waiting_s:
-            return False
-        p.demand_K[chunk] = top + 1
-        return True
 
     def claim(self, tile: Tile, *, kv_only: bool) -> float:
         """Mark a tile as being computed; returns its predicted seconds (uncorrected)."""
@@ -158,7 +134,7 @@ class ComputePointer:
             if p.board.state(chunk, block) in (Cell.OPEN, Cell.LOADING):
                 p.board.set(chunk, block, Cell.COMPUTING)
         for chunk in range(tile.chunk_lo, tile.chunk_hi):
-            self._climbed_K[chunk] = NO_ACTIVATIONS if kv_only else tile.block_hi
+            self._p.climbed_K[chunk] = NO_ACTIVATIONS if kv_only else tile.block_hi
         return self.predicted_s(tile, kv_only=kv_only)
 
     def predicted_s(self, tile: Tile, *, kv_only: bool) -> float:

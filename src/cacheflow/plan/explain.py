@@ -9,6 +9,7 @@ from enum import Enum
 from cacheflow.plan.cells import Cell
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.pointers import RestoreState
+from cacheflow.types import LoadOutcome
 
 
 class Lane(Enum):
@@ -139,4 +140,33 @@ def cell_letters(state: RestoreState) -> tuple[str, ...]:
     return tuple(
         "".join(letters.get(state.cell(chunk, block), ".") for block in range(grid.num_blocks))
         for chunk in range(grid.num_chunks)
+    )
+
+
+def restoration_report(
+    state: RestoreState,
+    *,
+    restore_s: float,
+    spans: Iterable[Span],
+    ttft_s: float | None = None,
+    planning_s: float = 0.0,
+    overhead_s: float = 0.0,
+) -> RestoreReport:
+    """The record of a restoration; what is not resident counts as neither loaded nor recomputed."""
+    letters = cell_letters(state)
+    loaded = [(chunk, block) for chunk, row in enumerate(letters) for block, cell in enumerate(row) if cell == "l"]
+    return RestoreReport(
+        plan=state.plan,
+        cells_KB=letters,
+        restore_s=restore_s,
+        ttft_s=ttft_s,
+        recomputed_cells=sum(row.count("c") for row in letters),
+        loaded_cells=len(loaded),
+        repaired_cells=state.num_repaired,
+        failed_loads={outcome.value: n for outcome, n in state.outcomes.items() if outcome is not LoadOutcome.OK},
+        loaded_bytes=sum(int(state.problem.load_bytes_KB[cell]) for cell in loaded),
+        wasted_bytes=state.wasted_bytes,
+        planning_s=planning_s,
+        overhead_s=overhead_s,
+        spans=tuple(spans),
     )

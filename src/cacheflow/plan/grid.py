@@ -47,25 +47,27 @@ class Grid:
     """Chunk boundaries of a prefix (and of the suffix behind it) by layer blocks.
 
     Attributes:
-        chunk_ends: Token position at which each prefix chunk ends, ascending; the first chunk starts at 0. These are
-            the boundaries the prefix was saved with: recomputing with others changes the rounding.
+        chunk_ends: Token position at which each prefix chunk ends, ascending; the first chunk starts at ``start``.
+            These are the boundaries the prefix was saved with: recomputing with others changes the rounding.
         num_blocks: Number of layer blocks ``B``.
         suffix_ends: Token position at which each chunk of new tokens ends, ascending; empty for a restoration alone.
+        start: Tokens before the first chunk, which are resident already.
     """
 
     chunk_ends: tuple[int, ...]
     num_blocks: int
     suffix_ends: tuple[int, ...] = ()
+    start: int = 0
 
     def __post_init__(self) -> None:
         """Check that boundaries ascend and there is at least one block.
 
         Raises:
-            ConfigError: Boundaries do not ascend strictly from above 0, or there is no block.
+            ConfigError: Boundaries do not ascend strictly from above ``start``, or there is no block.
         """
-        if self.num_blocks < 1:
-            raise ConfigError(f"num_blocks is {self.num_blocks}, must be at least 1")
-        last = 0
+        if self.num_blocks < 1 or self.start < 0:
+            raise ConfigError(f"num_blocks is {self.num_blocks}, must be at least 1; start {self.start} at least 0")
+        last = self.start
         for end in (*self.chunk_ends, *self.suffix_ends):
             if end <= last:
                 raise ConfigError(f"chunk boundaries must ascend: {end} follows {last}")
@@ -96,8 +98,8 @@ class Grid:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prefix."""
-        return self.chunk_ends[-1] if self.chunk_ends else 0
+        """Tokens of the prefix, those before the first chunk included."""
+        return self.chunk_ends[-1] if self.chunk_ends else self.start
 
     @property
     def suffix_tokens(self) -> int:
@@ -106,7 +108,7 @@ class Grid:
 
     def chunk_range(self, chunk: int) -> tuple[int, int]:
         """Token positions ``[start, end)`` of a prefix chunk."""
-        return (self.chunk_ends[chunk - 1] if chunk else 0), self.chunk_ends[chunk]
+        return (self.chunk_ends[chunk - 1] if chunk else self.start), self.chunk_ends[chunk]
 
     def suffix_range(self, index: int) -> tuple[int, int]:
         """Token positions ``[start, end)`` of a suffix chunk."""

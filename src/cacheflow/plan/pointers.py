@@ -19,6 +19,7 @@ from cacheflow.plan.plan import RestorePlan, SuffixStart
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.progress import Progress
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.take_back import take_back
 from cacheflow.types import LoadOutcome
 
 MAX_FAILED_IN_ROW = 4
@@ -102,6 +103,11 @@ class RestoreState:
         """Whether the load pointer may still claim a cell, now or later."""
         return not self._p.link_down and self._p.board.num_missing > 0
 
+    @property
+    def open_compute_s(self) -> float:
+        """Seconds that recomputing every open cell should take, corrected."""
+        return self._p.board.open_compute_s * self.rates.compute_factor
+
     def cell(self, chunk: int, block: int) -> Cell:
         """State of one cell."""
         return self._p.board.state(chunk, block)
@@ -112,7 +118,10 @@ class RestoreState:
         Args:
             now_s: Seconds since the restoration started.
         """
+        self._p.note_time(now_s)
         tile = self._compute.front(now_s)
+        if (tile is None or self._compute.leaves_behind(tile)) and take_back(self._p, now_s, idle=False):
+            tile = self._compute.front(now_s)
         if tile is not None:
             return self._claim_tile(ClaimKind.RECOMPUTE, tile, restart=False, now_s=now_s)
         bottom = self._compute.bottom()
@@ -125,7 +134,7 @@ class RestoreState:
             suffix = self._claim_suffix(now_s)
             if suffix is not None:
                 return suffix
-            if not self._compute.reclaim():
+            if not take_back(self._p, now_s, idle=True):
                 break
         suffix_done = not self._p.has_suffix or self._p.suffix_next == self._p.board.num_blocks
         if self.restored and suffix_done:
@@ -170,6 +179,23 @@ class RestoreState:
         """Note that compute did what it was ordered to; its cells become resident."""
         self._p.end_compute()
         self.rates.observe_compute(predicted_s=claim.predicted_s, actual_s=actual_s)
+        self._make_resident(claim)
+
+    def assume_compute(self, claim: ComputeClaim, now_s: float) -> None:
+        """Count a claim as done that was only ordered, for workers that carry out their orders strictly in order.
+
+        Whatever compute claims next may build on its cells. Its seconds stay ahead of compute until ``note_computed``.
+        """
+        self._p.end_compute()
+        self._p.order_compute(claim.predicted_s, now_s)
+        self._make_resident(claim)
+
+    def note_computed(self, now_s: float, *, predicted_s: float, actual_s: float) -> None:
+        """Note that ordered work, or a part of it, was done after all; the cells were resident already."""
+        self._p.report_compute(predicted_s, now_s)
+        self.rates.observe_compute(predicted_s=predicted_s, actual_s=actual_s)
+
+    def _make_resident(self, claim: ComputeClaim) -> None:
         if claim.tile is not None:
             for chunk, block in claim.tile.cells():
                 if self._p.board.state(chunk, block) is Cell.COMPUTING:
@@ -181,10 +207,11 @@ class RestoreState:
         Args:
             now_s: Seconds since the restoration started.
         """
+        self._p.note_time(now_s)
         cell = self._load.claim(now_s)
         if cell is None:
             return None
-        self._p.in_flight_bytes += self._p.board.load_bytes(*cell)
+        self._p.begin_load(self._p.board.load_bytes(*cell))
         chunk, block = cell
         return Tile(chunk, chunk + 1, block, block + 1)
 
@@ -192,14 +219,24 @@ class RestoreState:
         """Seconds until everything in flight should have arrived."""
         return self._p.link_s(0)
 
+    def expected_left_s(self, now_s: float) -> float:
+        """Seconds to the end of the restoration if compute and link shared what is open so as to end together."""
+        p = self._p
+        compute_s, open_s = p.compute_left_s(now_s), p.board.open_compute_s * p.rates.compute_factor
+        if p.link_down:
+            return max(p.link_s(0), compute_s + open_s)
+        link_s, total_s = p.link_s(p.board.open_bytes), open_s + p.link_s(p.board.open_bytes) - p.link_s(0)
+        share = min(1.0, max(0.0, (link_s - compute_s) / total_s)) if total_s > 0 else 0.0
+        return max(p.link_s(0), compute_s + share * open_s)
+
     def begin_place(self, tile: Tile) -> bool:
         """Take a verified read on to the KV buffer; False when compute has taken the cell back (drop the bytes)."""
         chunk, block = tile.chunk_lo, tile.block_lo
         num_bytes = self._p.board.load_bytes(chunk, block)
-        self._p.in_flight_bytes -= num_bytes
+        self._p.end_load(num_bytes)
         self._failed_in_row = 0
         self.outcomes[LoadOutcome.OK] += 1
-        if self._p.board.state(chunk, block) is not Cell.LOADING:
+        if self._p.board.state(chunk, block) not in (Cell.LOADING, Cell.OPEN):
             self.wasted_bytes += num_bytes
             return False
         self._p.board.set(chunk, block, Cell.PLACING)
@@ -215,23 +252,37 @@ class RestoreState:
         """Note that a read gave nothing usable: the cell, and what lies below it, falls to compute."""
         p, chunk, block = self._p, tile.chunk_lo, tile.block_lo
         num_bytes = p.board.load_bytes(chunk, block)
-        p.in_flight_bytes -= num_bytes
+        p.end_load(num_bytes)
         self.outcomes[outcome] += 1
         if outcome is LoadOutcome.CORRUPT:
             self.wasted_bytes += num_bytes
         self._failed_in_row += 1
-        if p.board.state(chunk, block) is Cell.LOADING:
-            p.board.set(chunk, block, Cell.OPEN)
-            p.demand_K[chunk] = max(p.demand_K[chunk], block + 1)
+        if p.board.state(chunk, block) in (Cell.LOADING, Cell.OPEN):  # open: demanded of compute, which is not there yet
+            self._leave_to_compute(chunk, block)
         if self._failed_in_row >= MAX_FAILED_IN_ROW:
             self.close_link()
+
+    def drop_load(self, tile: Tile) -> None:
+        """Note that a read was given up on purpose: no fault of the link; its bytes moved for nothing or not at all.
+
+        A cell that nobody has taken over falls to compute.
+        """
+        p, chunk, block = self._p, tile.chunk_lo, tile.block_lo
+        p.end_load(p.board.load_bytes(chunk, block))
+        self.outcomes[LoadOutcome.CANCELLED] += 1
+        if p.board.state(chunk, block) is Cell.LOADING:
+            self._leave_to_compute(chunk, block)
+
+    def _leave_to_compute(self, chunk: int, block: int) -> None:
+        self._p.board.set(chunk, block, Cell.OPEN)
+        for blocks_K in (self._p.demand_K, self._p.failed_K):
+            blocks_K[chunk] = max(blocks_K[chunk], block + 1)
 
     def fail_place(self, tile: Tile) -> None:
         """Note that a verified read could not be copied into the KV buffer: the cell falls to compute."""
         self._num_placing -= 1
         self.outcomes[LoadOutcome.ERROR] += 1
-        self._p.board.set(tile.chunk_lo, tile.block_lo, Cell.OPEN)
-        self._p.demand_K[tile.chunk_lo] = max(self._p.demand_K[tile.chunk_lo], tile.block_lo + 1)
+        self._leave_to_compute(tile.chunk_lo, tile.block_lo)
 
     def close_link(self) -> None:
         """Stop loading; what is in flight may still arrive, compute restores the rest."""
@@ -242,4 +293,5 @@ class RestoreState:
     def _demand_all(self) -> None:
         for chunk in range(self._p.board.num_chunks):
             top = self._p.board.top_open_block(chunk, 0, self._p.board.num_blocks)
-            self._p.demand_K[chunk] = max(self._p.demand_K[chunk], top + 1)
+            for blocks_K in (self._p.demand_K, self._p.failed_K):
+                blocks_K[chunk] = max(blocks_K[chunk], top + 1)

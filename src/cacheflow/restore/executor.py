@@ -10,15 +10,13 @@ import threading
 from typing import TypeVar
 
 from cacheflow.errors import RestoreCancelled
-from cacheflow.plan.cells import Cell
-from cacheflow.plan.explain import Lane, RestoreReport, Span, SpanKind, cell_letters
+from cacheflow.plan.explain import Lane, RestoreReport, Span, SpanKind, restoration_report
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.pointers import ClaimKind, ComputeClaim, RestoreState
 from cacheflow.restore.io_loop import IoLoop
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import ComputePort, Ticket, TransferPort
 from cacheflow.restore.shared import Shared
-from cacheflow.types import LoadOutcome
 
 T = TypeVar("T", bound=Ticket)
 
@@ -125,28 +123,14 @@ def _span(kind: SpanKind, start_s: float, end_s: float, tile: Tile, *, chunk: in
 
 
 def _report(shared: Shared, *, planning_s: float, overhead_s: float, end_s: float) -> RestoreReport:
-    state = shared.state
-    grid = state.problem.grid
-    loaded = [
-        (chunk, block)
-        for chunk in range(grid.num_chunks)
-        for block in range(grid.num_blocks)
-        if state.cell(chunk, block) is Cell.LOADED
-    ]
+    grid = shared.state.problem.grid
     has_suffix = bool(grid.suffix_ends)
     restored_s = shared.restored_at_s if has_suffix and shared.restored_at_s is not None else end_s
-    return RestoreReport(
-        plan=state.plan,
-        cells_KB=cell_letters(state),
+    return restoration_report(
+        shared.state,
         restore_s=restored_s if grid.num_chunks else 0.0,
         ttft_s=end_s if has_suffix else None,
-        recomputed_cells=grid.num_chunks * grid.num_blocks - len(loaded),
-        loaded_cells=len(loaded),
-        repaired_cells=state.num_repaired,
-        failed_loads={o.value: n for o, n in state.outcomes.items() if o is not LoadOutcome.OK},
-        loaded_bytes=sum(int(state.problem.load_bytes_KB[cell]) for cell in loaded),
-        wasted_bytes=state.wasted_bytes,
         planning_s=planning_s,
         overhead_s=overhead_s,
-        spans=tuple(shared.spans),
+        spans=shared.spans,
     )

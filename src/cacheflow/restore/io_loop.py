@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from cacheflow.plan.explain import Lane, Span, SpanKind
 from cacheflow.plan.grid import Tile
+from cacheflow.restore.link_clock import LinkClock
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import Ticket, TransferPort
 from cacheflow.restore.shared import Shared
@@ -36,7 +37,7 @@ class IoLoop(Generic[T]):
         self._shared, self._transfer, self._options = shared, transfer, options
         self._reads: list[_Read[T]] = []
         self._abandoned: list[T] = []
-        self._last_end_s = 0.0
+        self._link = LinkClock()
 
     def run(self) -> None:
         """Read until nothing is left to load or the restoration is over; leaves no read under way."""
@@ -102,9 +103,8 @@ class IoLoop(Generic[T]):
         shared = self._shared
         with shared.changed:
             wanted = shared.state.begin_place(read.tile)
-            busy_s = now_s - max(read.started_s, self._last_end_s)
+            busy_s = self._note(read, SpanKind.LOAD if wanted else SpanKind.WASTED, now_s)
             shared.state.rates.observe_load(num_bytes=read.ticket.num_bytes, busy_s=busy_s)
-            self._note(read, SpanKind.LOAD if wanted else SpanKind.WASTED, now_s)
         if not wanted:
             self._transfer.cancel(read.ticket)
             return
@@ -120,15 +120,15 @@ class IoLoop(Generic[T]):
             shared.note_restored()
             shared.changed.notify_all()
 
-    def _note(self, read: _Read[T], kind: SpanKind, end_s: float) -> None:
+    def _note(self, read: _Read[T], kind: SpanKind, end_s: float) -> float:
+        """Note how a read ended; returns the seconds the link worked on it."""
         tile = read.tile
-        start_s = max(read.started_s, self._last_end_s)
-        self._last_end_s = max(self._last_end_s, end_s)
+        busy_s = self._link.end(read.started_s, end_s)
         self._shared.spans.append(
             Span(
                 lane=Lane.IO,
                 kind=kind,
-                start_s=min(start_s, end_s),
+                start_s=end_s - busy_s,
                 end_s=end_s,
                 chunk=tile.chunk_lo,
                 block_lo=tile.block_lo,
@@ -136,6 +136,7 @@ class IoLoop(Generic[T]):
             )
         )
         self._shared.changed.notify_all()
+        return busy_s
 
     def _give_up(self, outcome: LoadOutcome) -> None:
         with self._shared.changed:

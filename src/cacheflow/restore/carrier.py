@@ -1,0 +1,165 @@
+"""The worker's side of restorations that are decided elsewhere: carries out orders over the two ports, and reports.
+
+Orders come once per engine step and are carried out strictly in order, so that whoever gave them may count what was
+ordered earlier as done. Compute runs on the calling thread, reads on one I/O thread for all restorations.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cacheflow.restore.ordered_reads import OrderedReads
+from cacheflow.restore.orders import ComputeOrder, ComputeReport, RankReport, RestoreOrders, RestoreTarget
+from cacheflow.restore.ports import ComputePort, TransferPort
+from cacheflow.types import Clock
+
+logger = logging.getLogger(__name__)
+
+Ports = tuple[ComputePort, TransferPort[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class _Restoration:
+    """One restoration under way; without ports when they could not be made, broken once compute failed."""
+
+    ports: Ports | None
+    origin_s: float
+    num_computed: int = 0
+    broken: bool = False
+
+
+class OrderCarrier:
+    """Obeys ``RestoreOrders`` and tells what came of them. Every method is called on one thread.
+
+    A port that raises costs its own restoration only. ``TransferPort.cancel`` is called from threads of its own, so
+    that a store that hangs holds up nobody; all other methods of a transfer port are called on the I/O thread.
+    """
+
+    def __init__(
+        self,
+        make_ports: Callable[[RestoreTarget], Ports],
+        *,
+        clock: Clock = time.perf_counter,
+        poll_s: float = 0.005,
+    ) -> None:
+        """Start no thread before the first read.
+
+        Args:
+            make_ports: Makes the ports of one restoration; called by ``begin``.
+            clock: Monotonic seconds.
+            poll_s: Longest time the I/O thread waits for one read before it looks at the others.
+        """
+        self._make_ports, self._clock = make_ports, clock
+        self._reads = OrderedReads(clock=clock, poll_s=poll_s)
+        self._active: dict[int, _Restoration] = {}
+        self._computes: list[ComputeReport] = []
+        self._finished: list[int] = []
+
+    def begin(self, target: RestoreTarget) -> None:
+        """Take a restoration on, before its first order. One whose ports cannot be made is reported as failed."""
+        assert target.restore_id not in self._active, f"restoration {target.restore_id} was begun before"
+        restoration = _Restoration(None, self._clock())
+        self._active[target.restore_id] = restoration
+        try:
+            restoration.ports = self._make_ports(target)
+        except Exception as error:
+            logger.exception("restoration %d of request %s cannot begin", target.restore_id, target.request_id)
+            self._break(target.restore_id, restoration, (), error)
+
+    def carry_out(self, orders: Sequence[RestoreOrders], *, wait_s: float = 0.0) -> None:
+        """Carry out one step's orders; orders of a restoration that is over, or never began, are ignored.
+
+        Args:
+            orders: At most one per restoration.
+            wait_s: How long to wait for a read to end when there was nothing to compute.
+        """
+        for each in orders:
+            restoration = self._active.get(each.restore_id)
+            if restoration is not None:
+                self._drop_and_read(each, restoration)
+        computed = False
+        for each in orders:
+            restoration = self._active.get(each.restore_id)
+            if restoration is not None:
+                computed = self._compute(each, restoration) or computed
+                if each.finish and not restoration.broken:
+                    self._finish(each.restore_id, restoration)
+        if wait_s > 0 and not computed and not (self._computes or self._finished) and self._reads.under_way:
+            self._reads.wait(wait_s)
+
+    def _drop_and_read(self, orders: RestoreOrders, restoration: _Restoration) -> None:
+        if orders.cancel:
+            self._end(orders.restore_id)
+            return
+        if orders.drops:
+            self._reads.drop(orders.restore_id, frozenset(orders.drops))
+        if orders.reads and restoration.ports is not None:
+            transfer = restoration.ports[1]
+            self._reads.start(orders.restore_id, transfer, orders.reads, origin_s=restoration.origin_s)
+
+    def _compute(self, orders: RestoreOrders, restoration: _Restoration) -> bool:
+        if not orders.compute or restoration.broken or restoration.ports is None:
+            return False
+        port = restoration.ports[0]
+        seconds: list[float] = []
+        for order in orders.compute:
+            before_s = self._clock()
+            try:
+                _recompute(port, order)
+            except Exception as error:
+                logger.exception("restoration %d: compute failed on %s", orders.restore_id, order.tile)
+                self._break(orders.restore_id, restoration, tuple(seconds), error)
+                return True
+            seconds.append(self._clock() - before_s)
+        self._note(orders.restore_id, restoration, tuple(seconds))
+        return True
+
+    def _finish(self, restore_id: int, restoration: _Restoration) -> None:
+        assert restoration.ports is not None, "a restoration without ports is broken"
+        try:
+            restoration.ports[0].finish()
+        except Exception as error:
+            logger.exception("restoration %d: compute failed at the end", restore_id)
+            self._break(restore_id, restoration, (), error)
+            return
+        self._end(restore_id)
+
+    def _end(self, restore_id: int) -> None:
+        """Report a restoration finished; nothing of it touches the KV cache from now on."""
+        self._reads.drop(restore_id)
+        del self._active[restore_id]
+        self._finished.append(restore_id)
+
+    def _break(self, restore_id: int, restoration: _Restoration, seconds: tuple[float, ...], error: Exception) -> None:
+        restoration.broken = True
+        self._note(restore_id, restoration, seconds, error=f"{type(error).__name__}: {error}")
+
+    def _note(self, restore_id: int, restoration: _Restoration, seconds: tuple[float, ...], *, error: str = "") -> None:
+        end_s = self._clock() - restoration.origin_s
+        first = restoration.num_computed
+        restoration.num_computed += len(seconds)
+        self._computes.append(
+            ComputeReport(restore_id=restore_id, first=first, seconds=seconds, end_s=end_s, error=error)
+        )
+
+    def take_report(self) -> RankReport:
+        """What was done since the last call; end of a read that ``OK`` reports included."""
+        # Finished first: a read of a restoration that is over must not be reported after its end.
+        finished, self._finished = tuple(self._finished), []
+        computes, self._computes = tuple(self._computes), []
+        return RankReport(loads=self._reads.take(), computes=computes, finished=finished)
+
+    def close(self) -> None:
+        """End the I/O thread; every restoration is over. Does not wait for a store that hangs."""
+        self._active.clear()
+        self._reads.close()
+
+
+def _recompute(port: ComputePort, order: ComputeOrder) -> None:
+    if order.restart:
+        port.restart(order.tile.chunk_lo)
+    port.recompute(order.tile, kv_only_top=order.kv_only_top)

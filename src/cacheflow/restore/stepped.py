@@ -1,0 +1,316 @@
+"""The scheduler's side of one restoration whose workers meet it once per engine step.
+
+Pure: time is passed in. Each step it takes the workers' reports in and turns the state machine's claims into orders of
+counted units. Workers carry orders out strictly in order, so what was ordered to compute counts as resident for what
+is ordered behind it; what the link brings counts once every rank has reported it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.cells import RESIDENT, Cell
+from cacheflow.plan.explain import RestoreReport, Span, SpanKind, restoration_report
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.pointers import RestoreState
+from cacheflow.restore.ledgers import CellIndex, ComputeLedger, ReadLedger
+from cacheflow.restore.orders import (
+    ComputeOrder,
+    ComputeReport,
+    LoadReport,
+    ReadOrder,
+    RestoreOrders,
+    RestoreTarget,
+    StepReport,
+)
+from cacheflow.restore.step_spans import compute_span, load_span
+from cacheflow.restore.units import Unit, cut, join
+from cacheflow.types import LoadOutcome
+
+IDLE_COMPUTE_BUDGET_S = 0.05
+"""Recommended compute per step while nobody decodes: with 1.2 ms of overhead a step, restorations end at 1.03 of the
+bound; with half of it at 1.05; with more, a request that arrives in the middle waits longer for little."""
+READ_AHEAD_S = 0.12
+"""Recommended reads under way, in seconds of the link: two such steps and a bit, because orders may be made a step
+before the reports they lack; one step less, and the link idles (1.3 of the bound)."""
+REST_SHARE = 0.25
+"""Compute at most this share of what is left at once, so that both sides end together. Little is lost where costs are
+right; where compute takes twice as long as planned and reports come late, all at once ended at 1.6 of the bound."""
+MIN_READS = 2
+"""Reads kept under way however long one takes, so that the link never waits for an order."""
+MAX_READS = 128
+"""Reads under way at most, however short one is: each holds a staging buffer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadDeadline:
+    """When a read counts as late.
+
+    Attributes:
+        floor_s: A read may always take this long.
+        factor: ... plus this many times what everything under way should take.
+    """
+
+    floor_s: float = 0.25
+    factor: float = 8.0
+
+
+class SteppedRestoration:
+    """Turns one restoration's state machine into orders, and reports back into its state.
+
+    Attributes:
+        target: What the workers were told of the restoration.
+        error: Why compute failed on a worker; empty when it did not.
+        waiting: The last step's budget found nothing for compute to do.
+    """
+
+    def __init__(
+        self,
+        target: RestoreTarget,
+        state: RestoreState,
+        *,
+        num_ranks: int = 1,
+        can_compute: bool = True,
+        deadline: ReadDeadline | None = None,
+    ) -> None:
+        """Wrap a fresh state machine.
+
+        Args:
+            target: Of the same chunks as the state's grid.
+            state: A fresh state machine without a suffix: the engine runs the new tokens itself.
+            num_ranks: Workers that get the orders and report.
+            can_compute: Whether workers can recompute; if not, the plan must leave every cell to the link.
+            deadline: When a read is late.
+
+        Raises:
+            ConfigError: Target, plan and state do not fit each other.
+        """
+        grid, plan = state.problem.grid, state.plan
+        if grid.suffix_ends or grid.num_chunks != len(target.chunk_ends):
+            raise ConfigError(
+                f"a stepped restoration of {len(target.chunk_ends)} chunks needs a grid of as many, without a suffix; "
+                f"it has {grid.num_chunks}, and {grid.suffix_tokens} suffix tokens"
+            )
+        if not can_compute and plan.compute_order:
+            raise ConfigError(f"policy {plan.policy!r} recomputes, but the workers of this model may only load")
+        self.target, self.error, self.waiting = target, "", False
+        self._state, self._num_ranks, self._can_compute = state, num_ranks, can_compute
+        self._deadline = deadline or ReadDeadline()
+        self._computes, self._reads = ComputeLedger(num_ranks), ReadLedger(num_ranks)
+        self._units: deque[Unit] = deque()
+        self._drops: list[CellIndex] = []
+        self._spans: list[Span] = []
+        self._finished: set[int] = set()
+        self._giving_up = self._told_cancel = self._closing = self._failed = False
+        self._chunk_limit = grid.num_chunks
+        self._start_s: float | None = None
+        self._end_s: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ends, or ended, without every cell resident although nobody cancelled it."""
+        return self._failed
+
+    @property
+    def restored(self) -> bool:
+        """Whether nothing is left to order: every cell is resident once the orders given are carried out."""
+        return self._state.restored and not self._units and not self._giving_up
+
+    @property
+    def done(self) -> bool:
+        """Whether every rank has reported the restoration finished: nothing of it touches the KV cache any more."""
+        return self._end_s is not None
+
+    @property
+    def loads_under_way(self) -> bool:
+        """Whether reads are under way that were not dropped."""
+        return len(self._reads) > 0
+
+    @property
+    def only_compute_left(self) -> bool:
+        """Whether what is missing can only be recomputed: no read is under way, and none will be ordered."""
+        return not self._reads and not self._state.loads_possible
+
+    @property
+    def compute_left_s(self) -> float:
+        """Seconds that recomputing every open cell should take."""
+        return self._state.open_compute_s
+
+    def resident_tokens(self) -> int:
+        """Token position up to which the prefix is completely resident on every rank, as far as reports tell."""
+        pending = {
+            *self._computes.cells_under_way(),
+            *(cell for unit in self._units for cell in unit.order.tile.cells()),
+        }
+        grid, reached = self._state.problem.grid, self.target.start
+        for chunk, end in enumerate(self.target.chunk_ends):
+            cells = [(chunk, block) for block in range(grid.num_blocks)]
+            if any(cell in pending or self._state.cell(*cell) not in RESIDENT for cell in cells):
+                break
+            reached = end
+        return reached
+
+    def cancel(self) -> None:
+        """Give the restoration up; the next orders tell the workers, unless they were told to finish."""
+        self._giving_up = True
+
+    def close_link(self) -> None:
+        """Order no more reads; what is under way may still arrive, compute restores the rest."""
+        self._state.close_link()
+
+    def orders(self, now_s: float, *, compute_budget_s: float, read_ahead_s: float) -> RestoreOrders:
+        """What the workers do in this step; what it claims counts as ordered, so it must be sent.
+
+        Args:
+            now_s: Seconds on the caller's clock.
+            compute_budget_s: Seconds of compute to order, by prediction: 0 for none; otherwise at least one unit if
+                there is one, and never more than the budget beyond that; ``inf`` for all there is.
+            read_ahead_s: Seconds of the link to keep under way: 0 for no further reads, otherwise at least
+                ``MIN_READS``.
+        """
+        if self._start_s is None:
+            self._start_s = now_s
+        restore_id = self.target.restore_id
+        if self._closing:
+            return RestoreOrders(restore_id=restore_id)
+        compute: tuple[ComputeOrder, ...] = ()
+        reads: tuple[ReadOrder, ...] = ()
+        if not self._giving_up:
+            # Compute first: a read ordered in this step must not be dropped in it, drops are carried out before reads.
+            compute = self._order_compute(now_s, compute_budget_s)
+            reads = self._order_reads(now_s, read_ahead_s)
+            self._give_up_without_compute(read_ahead_s)
+        if self._giving_up:
+            self._closing = self._told_cancel = True
+            return RestoreOrders(restore_id=restore_id, cancel=True)
+        drops, self._drops = tuple(self._drops), []
+        self._closing = self.restored
+        return RestoreOrders(restore_id=restore_id, drops=drops, reads=reads, compute=compute, finish=self._closing)
+
+    def _give_up_without_compute(self, read_ahead_s: float) -> None:
+        if not self._can_compute and read_ahead_s > 0 and not self._state.restored and not len(self._reads):
+            self._failed = self._giving_up = True
+
+    def _order_compute(self, now_s: float, budget_s: float) -> tuple[ComputeOrder, ...]:
+        self.waiting = False
+        if budget_s <= 0 or not self._can_compute:
+            return ()
+        if len(self._reads) or self._state.loads_possible:
+            budget_s = min(budget_s, REST_SHARE * self._state.expected_left_s(now_s))
+        units: list[Unit] = []
+        spent_s, factor = 0.0, self._state.rates.compute_factor
+        while self._units or self._claim(now_s):
+            seconds = self._units[0].predicted_s * factor
+            if units and spent_s + seconds > budget_s:
+                break
+            units.append(self._units.popleft())
+            spent_s += seconds
+        self.waiting = not units and not self._state.restored
+        joined = join(units)
+        for unit in joined:
+            self._computes.add(unit.order, unit.predicted_s)
+        return tuple(unit.order for unit in joined)
+
+    def _claim(self, now_s: float) -> bool:
+        """Claim the next tile for compute and cut it into units."""
+        claim = self._state.claim_compute(now_s)
+        if claim.tile is None:
+            return False
+        self._drops.extend(cell for cell in claim.tile.cells() if self._reads.drop(cell))
+        self._state.assume_compute(claim, now_s)
+        self._units.extend(cut(claim, self._state.problem))
+        return True
+
+    def _order_reads(self, now_s: float, read_ahead_s: float) -> tuple[ReadOrder, ...]:
+        reads: list[ReadOrder] = []
+        state = self._state
+        while read_ahead_s > 0 and len(self._reads) < MAX_READS:
+            if len(self._reads) >= MIN_READS and state.expected_load_s() >= read_ahead_s:
+                break
+            tile = state.claim_load(now_s)
+            if tile is None:
+                break
+            cell = (tile.chunk_lo, tile.block_lo)
+            if state.cell(*cell) is not Cell.LOADING or tile.chunk_lo >= self._chunk_limit:
+                state.drop_load(tile)
+                continue
+            self._reads.add(cell)
+            deadline_s = self._deadline.floor_s + self._deadline.factor * state.expected_load_s()
+            reads.append(ReadOrder(*cell, deadline_s))
+        return tuple(reads)
+
+    def apply(self, report: StepReport, now_s: float) -> None:
+        """Take in what the ranks did; reports of what is settled, or of other restorations, change nothing.
+
+        Args:
+            report: Of all ranks, or of some; each says what it did since its last one.
+            now_s: Seconds on the caller's clock.
+        """
+        restore_id = self.target.restore_id
+        for rank, each in report.by_rank.items():
+            for load in each.loads:
+                if load.restore_id == restore_id:
+                    self._take_load(rank, load)
+            for compute in each.computes:
+                if compute.restore_id == restore_id:
+                    self._take_compute(rank, compute, now_s)
+            if restore_id in each.finished:
+                self._finished.add(rank)
+        if self._end_s is None and len(self._finished) >= self._num_ranks:
+            self._end_s = now_s
+
+    def _take_compute(self, rank: int, report: ComputeReport, now_s: float) -> None:
+        for done in self._computes.take(rank, report):
+            self._state.note_computed(now_s, predicted_s=done.predicted_s, actual_s=done.actual_s)
+            self._spans.append(compute_span(done))
+        if report.error and not self.done:
+            self.error = self.error or report.error
+            self._failed = self._failed or not self._giving_up
+            self._giving_up = True
+            self._closing = self._told_cancel
+
+    def _take_load(self, rank: int, report: LoadReport) -> None:
+        cell = (report.chunk, report.block)
+        ended = self._reads.take(rank, report)
+        if ended is None:
+            return
+        tile = Tile(report.chunk, report.chunk + 1, report.block, report.block + 1)
+        outcomes = {each.outcome for each in ended}
+        if outcomes == {LoadOutcome.OK}:
+            slowest = max(ended, key=lambda each: each.busy_s)
+            self._state.rates.observe_load(num_bytes=slowest.num_bytes, busy_s=slowest.busy_s)
+            kind = SpanKind.WASTED
+            if self._state.begin_place(tile):
+                self._state.complete_load(tile)
+                kind = SpanKind.LOAD
+            self._spans.append(load_span(kind, slowest))
+            return
+        if report.outcome in (LoadOutcome.OK, LoadOutcome.CANCELLED):
+            self._state.drop_load(tile)
+        else:
+            self._state.fail_load(tile, report.outcome)
+            self._spans.append(load_span(SpanKind.FAILED, report))
+        if len(ended) < self._num_ranks:
+            self._drops.append(cell)
+        if not self._can_compute:
+            self._load_only_below(report.chunk)
+
+    def _load_only_below(self, chunk: int) -> None:
+        """Without compute nothing behind a hole is of use: only the chunks before it are still read."""
+        self._chunk_limit = min(self._chunk_limit, chunk)
+        for cell in self._reads.wanted:
+            if cell[0] >= self._chunk_limit and self._reads.drop(cell):
+                self._drops.append(cell)
+
+    def report(self, now_s: float, *, planning_s: float = 0.0) -> RestoreReport:
+        """What was planned and what came of it so far; spans are on the clock of the slowest worker.
+
+        Args:
+            now_s: Seconds on the caller's clock, for a restoration that has not ended.
+            planning_s: Seconds the plan took.
+        """
+        start_s = now_s if self._start_s is None else self._start_s
+        restore_s = (now_s if self._end_s is None else self._end_s) - start_s
+        return restoration_report(self._state, restore_s=restore_s, spans=self._spans, planning_s=planning_s)
