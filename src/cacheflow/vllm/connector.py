@@ -1,0 +1,263 @@
+"""The connector vLLM loads: translates vLLM's calls for the scheduler side and the worker side, and nothing else.
+
+``--kv-transfer-config '{"kv_connector": "CacheFlowConnector", "kv_connector_module_path": "cacheflow.vllm.connector",
+"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'``
+"""
+
+# ruff: noqa: ANN401 -- vLLM's objects: its types are not seen where CacheFlow is checked
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from cacheflow.errors import ConfigError
+from cacheflow.restore.orders import StepReport
+from cacheflow.vllm.compat import check_environment
+from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.open_store import acquire_store, release_store
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
+from cacheflow.vllm.request_prefix import MediaSpan
+from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.step import NOTHING, StepOrders
+from cacheflow.vllm.worker_side import WorkerSide
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CacheFlowMetadata(KVConnectorMetadata):
+    """Scheduler to worker, every step."""
+
+    orders: StepOrders
+
+
+@dataclass
+class CacheFlowWorkerMetadata(KVConnectorWorkerMetadata):
+    """Worker to scheduler, on steps that have something to tell."""
+
+    report: StepReport
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> CacheFlowWorkerMetadata:
+        """Reports of several ranks as one."""
+        assert isinstance(other, CacheFlowWorkerMetadata)
+        return CacheFlowWorkerMetadata(self.report.merged(other.report))
+
+
+@dataclass
+class CacheFlowHandshake(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, once at start."""
+
+    facts: EngineFacts
+
+
+class CacheFlowConnector(KVConnectorBase_V1):
+    """Restores evicted prefixes by recomputing and loading at once; see ``docs/vllm.md``."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        """Check the configuration and open the store.
+
+        Raises:
+            ConfigError: An option is unknown or out of range, or the engine is configured in a way CacheFlow cannot
+                serve; the message says what to change.
+            StoreError: The store cannot be opened.
+        """
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self._options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
+        if transfer.kv_load_failure_policy != "recompute":
+            raise ConfigError(
+                f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}: a failed load would end the request; "
+                'set "kv_load_failure_policy": "recompute" in --kv-transfer-config'
+            )
+        check_environment(vllm_config, kv_cache_config)
+        self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+        self._options.require_block_size(self._block_size)
+        self._engine_id = str(transfer.engine_id)
+        store = acquire_store(self._engine_id, self._options)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(self._options, store, clock=time.perf_counter)
+        else:
+            self._worker = WorkerSide(self._options, store, vllm_config, kv_cache_config)
+
+    # Scheduler side
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A lost save is a later miss, never a wrong answer."""
+        return False
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Any]) -> None:
+        """Take in what the workers found out at start."""
+        self._scheduler_side.set_facts([metadata[rank].facts for rank in sorted(metadata)])
+
+    def on_new_request(self, request: Any) -> None:
+        """Start the lookup as soon as a request arrives."""
+        self._scheduler_side.new_request(_view(request))
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens to restore beyond vLLM's own prefix cache."""
+        scheduler = self._scheduler_side
+        scheduler.new_request(_view(request))  # where vLLM has no on_new_request, and after a preemption
+        matched = scheduler.num_matched(request.request_id, num_computed_tokens)
+        return matched, bool(matched)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Begin the restoration vLLM has set blocks aside for."""
+        if num_external_tokens:
+            self._scheduler_side.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> CacheFlowMetadata:
+        """Order this step's work."""
+        orders = self._scheduler_side.step(
+            _scheduled(scheduler_output),
+            lambda request_id: self._block_ids(scheduler_output, request_id),
+            num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
+        )
+        return CacheFlowMetadata(orders)
+
+    def _block_ids(self, scheduler_output: Any, request_id: str) -> list[int]:
+        state = getattr(scheduler_output, "kv_connector_block_state", None)
+        block_ids = state.get_block_ids(request_id) if state is not None else None
+        if block_ids is None:
+            assert self._kv_cache_manager is not None, "vLLM binds its cache manager before the first step"
+            block_ids = self._kv_cache_manager.get_block_ids(request_id)
+        return list(block_ids[0])
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Take in what the workers did."""
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, CacheFlowWorkerMetadata):
+            self._scheduler_side.take_report(meta.report)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Forget a request; vLLM itself keeps the blocks of one that is being restored until the worker is through."""
+        return False, self._scheduler_side.finished(request.request_id)
+
+    # Worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Learn where the KV blocks are."""
+        self._worker_side.register(kv_caches)
+
+    def get_handshake_metadata(self) -> CacheFlowHandshake:
+        """Self-test and calibration; runs once, before the first request."""
+        return CacheFlowHandshake(self._worker_side.find_facts())
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Carry out this step's orders; vLLM calls it every step, after the forward."""
+        self._worker_side.carry_out(self._orders())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request is parked until all of its prefix is there."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: chunks are saved whole, after the forward."""
+
+    def wait_for_save(self) -> None:
+        """Copy the chunks this step completed; they are written in the background."""
+        self._worker_side.save(self._orders().saves)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose restoration ended."""
+        return None, self._worker_side.take_finished() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """KV blocks of restorations that could not be completed."""
+        return self._worker_side.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> CacheFlowWorkerMetadata | None:
+        """What this rank did in this step."""
+        report = self._worker_side.take_report()
+        return None if report is None else CacheFlowWorkerMetadata(report)
+
+    def _orders(self) -> StepOrders:
+        metadata = self._connector_metadata
+        return metadata.orders if isinstance(metadata, CacheFlowMetadata) else NOTHING
+
+    # Both
+
+    def get_kv_connector_stats(self) -> CacheFlowStats | None:
+        """Counts of this side since the last call."""
+        counts = self._scheduler.counts if self._scheduler is not None else self._worker_side.counts
+        data = counts.take()
+        return CacheFlowStats(data) if data else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheFlowStats:
+        """Stats as they arrive in the frontend."""
+        return CacheFlowStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> CacheFlowPromMetrics:
+        """Register ``vllm:cacheflow_*``."""
+        return CacheFlowPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        """End threads and give the store back; what is under way is given up."""
+        if self._scheduler is not None:
+            self._scheduler.close()
+        if self._worker is not None:
+            self._worker.close()
+        if self._engine_id:
+            release_store(self._engine_id)
+            self._engine_id = ""
+
+    @property
+    def _scheduler_side(self) -> SchedulerSide:
+        assert self._scheduler is not None, "a scheduler's call on the worker's half"
+        return self._scheduler
+
+    @property
+    def _worker_side(self) -> WorkerSide:
+        assert self._worker is not None, "a worker's call on the scheduler's half"
+        return self._worker
+
+
+def _view(request: Any) -> RequestView:
+    lora = request.lora_request
+    return RequestView(
+        request_id=request.request_id,
+        tokens=request.all_token_ids,
+        num_prompt_tokens=request.num_prompt_tokens,
+        salt=request.cache_salt or "",
+        adapter=(lora.lora_name, lora.lora_path) if lora else None,
+        media=[_media(feature) for feature in request.mm_features],
+        params=request.kv_transfer_params,
+        hashable=request.prompt_embeds is None and request.pooling_params is None,
+    )
+
+
+def _media(feature: Any) -> MediaSpan:
+    start = feature.mm_position.offset
+    return MediaSpan(start=start, end=start + feature.mm_position.length, content_id=feature.identifier)
+
+
+def _scheduled(scheduler_output: Any) -> Iterator[ScheduledRequest]:
+    num_scheduled = scheduler_output.num_scheduled_tokens
+    for new in scheduler_output.scheduled_new_reqs:
+        yield ScheduledRequest(new.req_id, new.num_computed_tokens + num_scheduled[new.req_id])
+    cached = scheduler_output.scheduled_cached_reqs
+    for request_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        yield ScheduledRequest(request_id, num_computed + num_scheduled[request_id])

@@ -1,0 +1,61 @@
+"""What a worker finds out at start and the scheduler side needs to decide by; crosses once, when the engine starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.costs import CostTable, build_problem
+from cacheflow.plan.grid import Grid
+from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.types import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """One rank's part of the engine.
+
+    Attributes:
+        rank: Its number among the engine's ranks.
+        namespace: ``Namespace.digest`` of what its KV is interchangeable with; without an adapter.
+        shape: Its share of the model, for the bytes of the KV cache.
+        layers_per_block: Layers of one stored object and of one row of the grid.
+        block_size: Tokens of one KV block.
+        costs: Measured costs; None when this engine only loads.
+        load_only_reason: Why it only loads; empty when it recomputes too.
+        link: The store as this rank reads it.
+    """
+
+    rank: int
+    namespace: str
+    shape: ModelShape
+    layers_per_block: int
+    block_size: int
+    costs: CostTable | None
+    link: LinkCost
+    load_only_reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that a load-only engine says why.
+
+        Raises:
+            ConfigError: Costs and the reason contradict each other.
+        """
+        if (self.costs is None) != bool(self.load_only_reason):
+            raise ConfigError("an engine without costs only loads and must say why, one with costs recomputes")
+
+    @property
+    def num_blocks(self) -> int:
+        """Rows of the grid."""
+        return -(-self.shape.num_layers // self.layers_per_block)
+
+    def problem(self, grid: Grid, link: LinkCost) -> RestoreProblem:
+        """What restoring a grid costs on this rank.
+
+        Raises:
+            CostRangeError: A chunk lies outside the measured range.
+            ConfigError: This engine has no costs.
+        """
+        if self.costs is None:
+            raise ConfigError(f"no costs: this engine only loads ({self.load_only_reason})")
+        return build_problem(self.costs, grid, self.shape, link=link, layers_per_block=self.layers_per_block)

@@ -1,0 +1,77 @@
+"""What is counted, after it happened, and how it reaches vLLM's Prometheus endpoint as ``vllm:cacheflow_*``.
+
+Plain numbers in here, so that they cross from the engine to the frontend as vLLM's ``KVConnectorStats`` do;
+``prometheus.py`` turns them into metrics.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Counts:
+    """Counts since the last ``take``; one thread.
+
+    Attributes:
+        tokens: Tokens (a cell counts its share of the layers) by source: ``recomputed``, ``loaded``,
+            ``wasted`` (read, not used) and ``failed`` (read in vain).
+        restorations: Restorations ended, by outcome: ``done``, ``failed``, ``cancelled``.
+        guard: Decisions of the never-slower guard, by choice.
+        chunks_saved: Chunks written, by outcome: ``stored``, ``exists``, ``failed``.
+        loaded_bytes: Bytes that reads moved into the KV cache.
+        restore_s: Seconds of each restoration.
+        bound_ratio: Seconds over the lower bound of each restoration.
+        overlap: Share of the shorter side's busy time during which both sides worked, of each restoration.
+        lookup_timeouts: Prompts computed because the store did not answer in time.
+        link_bytes_per_s: Live estimate of the link's bandwidth; 0 before the first.
+    """
+
+    tokens: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    restorations: Counter[str] = field(default_factory=Counter)
+    guard: Counter[str] = field(default_factory=Counter)
+    chunks_saved: Counter[str] = field(default_factory=Counter)
+    loaded_bytes: int = 0
+    restore_s: list[float] = field(default_factory=list)
+    bound_ratio: list[float] = field(default_factory=list)
+    overlap: list[float] = field(default_factory=list)
+    lookup_timeouts: int = 0
+    link_bytes_per_s: float = 0.0
+
+    def take(self) -> dict[str, Any]:
+        """What was counted since the last call, as plain data; empty when nothing was."""
+        data: dict[str, Any] = {}
+        for name in ("tokens", "restorations", "guard", "chunks_saved"):
+            if values := getattr(self, name):
+                data[name] = dict(values)
+                values.clear()
+        for name in ("restore_s", "bound_ratio", "overlap"):
+            if series := getattr(self, name):
+                data[name] = list(series)
+                series.clear()
+        for name in ("loaded_bytes", "lookup_timeouts"):
+            if value := getattr(self, name):
+                data[name] = value
+                setattr(self, name, 0)
+        if data and self.link_bytes_per_s:
+            data["link_bytes_per_s"] = self.link_bytes_per_s
+        return data
+
+
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two ``take`` results as one: counts added, series joined, the later gauge kept."""
+    result = {key: _copied(value) for key, value in one.items()}
+    for key, value in other.items():
+        if key not in result or key == "link_bytes_per_s":
+            result[key] = _copied(value)
+        elif isinstance(value, dict):
+            result[key] = {name: result[key].get(name, 0) + value.get(name, 0) for name in {*result[key], *value}}
+        else:
+            result[key] = result[key] + value
+    return result
+
+
+def _copied(value: Any) -> Any:  # noqa: ANN401 -- plain data
+    return value.copy() if isinstance(value, dict | list) else value

@@ -1,0 +1,172 @@
+"""How a connector comes to its worker's model, and which models it may recompute with.
+
+vLLM gives a connector the KV cache but not the model. ``plugin`` wraps ``Worker.load_model`` so that this module knows
+the worker; ``open_model`` then checks everything that recomputation relies on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cacheflow.errors import ConfigError, UnsupportedModelError
+from cacheflow.plan.keys import Shard
+from cacheflow.vllm.compat import RunnerKind, is_compiled, require_runner, runner_kind
+from cacheflow.vllm.families import FAMILIES, Family
+from cacheflow.vllm.refusals import load_refusals, recompute_refusals
+
+_workers: dict[int, weakref.ref[Any]] = {}
+"""Workers of this process, by the identity of their ``VllmConfig`` object."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelHandle:
+    """The worker's model as recomputation needs it.
+
+    Attributes:
+        runner: vLLM's model runner.
+        model: The whole model, ``runner.model``.
+        inner: Its decoder stack: embedding, layers, norm; None where recomputation is refused.
+        family: How its layers are called; None where recomputation is refused.
+        refusal: Why this model cannot be recomputed with (loads work); empty when it can.
+        vllm_config: vLLM's configuration.
+        runner_kind: First or second generation of the runner.
+        compiled: Whether the engine runs the model through ``torch.compile``: then only whole passes are bit-exact.
+        start_layer: First layer of this pipeline stage.
+        end_layer: One past its last.
+        layer_names: vLLM's name of each of these layers' attention, bottom first: keys of the KV caches.
+        shard: Tensor-parallel rank and pipeline stage.
+        block_size: Tokens of one KV block.
+        num_blocks: KV blocks of this worker.
+        device: Where the model is.
+        dtype: Its activations' dtype.
+        hidden_size: Width of the residual stream.
+    """
+
+    runner: Any
+    model: Any
+    inner: Any
+    family: Family | None
+    refusal: str
+    vllm_config: Any
+    runner_kind: RunnerKind
+    compiled: bool
+    start_layer: int
+    end_layer: int
+    layer_names: tuple[str, ...]
+    shard: Shard
+    block_size: int
+    num_blocks: int
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of this stage."""
+        return self.end_layer - self.start_layer
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this stage starts from tokens; others start from boundary hidden states."""
+        return self.shard.pp_rank == 0
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether partial forwards are possible."""
+        return not self.refusal
+
+
+def remember(worker: Any) -> None:  # noqa: ANN401 -- a vLLM worker
+    """Note a worker that has loaded its model; called by the plugin's wrapper."""
+    _workers[id(worker.vllm_config)] = weakref.ref(worker)
+
+
+def runner_of(vllm_config: Any) -> Any:  # noqa: ANN401 -- vLLM's objects
+    """The model runner of the worker that was built with this configuration.
+
+    Raises:
+        ConfigError: No such worker loaded a model after the plugin was registered.
+    """
+    reference = _workers.get(id(vllm_config))
+    worker = reference() if reference is not None else None
+    if worker is None:
+        raise ConfigError(
+            "CacheFlow does not know this worker's model: its vLLM plugin did not run before the model was loaded. "
+            "Install CacheFlow in the environment of every vLLM process (entry point vllm.general_plugins: cacheflow) "
+            "and, where VLLM_PLUGINS is set, name `cacheflow` in it"
+        )
+    return worker.model_runner
+
+
+def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = False) -> ModelHandle:  # noqa: ANN401
+    """Check the worker's model and describe it; call once KV caches are registered.
+
+    Args:
+        vllm_config: The connector's ``VllmConfig``.
+        kv_cache_config: The connector's ``KVCacheConfig``.
+        load_only: Accept a model that can be loaded but not recomputed; the handle's ``refusal`` then says why.
+
+    Raises:
+        UnsupportedModelError: The model, its attention or its configuration is not supported; lists every reason.
+        ConfigError: The plugin did not run, or vLLM's runner lacks something this module relies on.
+    """
+    reasons = load_refusals(vllm_config, kv_cache_config)
+    if reasons:
+        raise UnsupportedModelError("CacheFlow cannot restore this model's KV cache: " + "; ".join(reasons))
+    runner = runner_of(vllm_config)
+    require_runner(runner)
+    model = runner.get_model()
+    reasons = recompute_refusals(runner, vllm_config)
+    if reasons and not load_only:
+        raise UnsupportedModelError(
+            f"CacheFlow cannot recompute with {type(model).__name__}: {'; '.join(reasons)}. Supported are "
+            f"{', '.join(FAMILIES)}; unsupported_models=load_only restores by loading alone"
+        )
+    return _describe(runner, vllm_config, kv_cache_config, refusal="; ".join(reasons))
+
+
+def _describe(runner: Any, vllm_config: Any, kv_cache_config: Any, *, refusal: str) -> ModelHandle:  # noqa: ANN401
+    from cacheflow.vllm.layout import layer_number
+
+    model = runner.get_model()
+    group = kv_cache_config.kv_cache_groups[0]
+    layer_names = tuple(sorted(group.layer_names, key=layer_number))
+    family = None if refusal else FAMILIES[type(model).__name__]
+    inner = None if family is None else model.model
+    start = 0 if inner is None else int(inner.start_layer)
+    return ModelHandle(
+        runner=runner,
+        model=model,
+        inner=inner,
+        family=family,
+        refusal=refusal,
+        vllm_config=vllm_config,
+        runner_kind=runner_kind(runner),
+        compiled=is_compiled(vllm_config),
+        start_layer=start,
+        end_layer=start + len(layer_names) if inner is None else int(inner.end_layer),
+        layer_names=layer_names,
+        shard=shard_of(vllm_config),
+        block_size=int(group.kv_cache_spec.block_size),
+        num_blocks=int(kv_cache_config.num_blocks),
+        device=torch.device(runner.device),
+        dtype=vllm_config.model_config.dtype,
+        hidden_size=int(vllm_config.model_config.get_hidden_size()),
+    )
+
+
+def shard_of(vllm_config: Any) -> Shard:  # noqa: ANN401
+    """This process's tensor-parallel rank and pipeline stage; call in a worker."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+
+    parallel = vllm_config.parallel_config
+    return Shard(
+        tp_rank=get_tensor_model_parallel_rank(),
+        tp_size=parallel.tensor_parallel_size,
+        pp_rank=get_pp_group().rank_in_group,
+        pp_size=parallel.pipeline_parallel_size,
+    )

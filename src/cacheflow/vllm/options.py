@@ -1,0 +1,168 @@
+"""Options of the connector: ``kv_connector_extra_config`` in, a checked value out.
+
+Named as vLLM and its ecosystem name them (``cpu_bytes_to_use``, ``max_load_tokens``). Everything is checked at start:
+an unknown key, a value out of range or a contradiction is refused with what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from cacheflow.errors import ConfigError
+from cacheflow.policies.registry import RESTORE_POLICIES
+
+STORES = ("memory", "file")
+UNSUPPORTED = ("refuse", "load_only")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectorOptions:
+    """How CacheFlow behaves inside vLLM.
+
+    Attributes:
+        store: Where saved KV lives: ``memory`` (this process's, lost with it) or ``file`` (survives, shared by replicas
+            that see the directory).
+        store_path: Directory of the file store; required for it, refused otherwise.
+        cpu_bytes_to_use: Capacity of the store in bytes, on this node.
+        chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size.
+        layers_per_block: Layers in one stored object; None: 1 in an eager engine, all in a compiled one.
+        policy: Restore policy, a name of ``policies.registry``.
+        throttle_bytes_per_s: Read the store through a link of this bandwidth (bytes are really read and copied, only
+            slower); for measurements. None: as fast as it is.
+        throttle_latency_s: ... and this latency per read.
+        recompute_budget_ms: Recomputation per engine step while other requests run, in milliseconds, at least one
+            layer of one chunk. None: a tenth of what a chunk takes (vLLM's chunked
+            prefill would put a whole one into a step).
+        itl_slo_ms: Keep the inter-token latency of running requests below this by shrinking the budget, down to loading
+            alone where not even one layer of one chunk fits; None: no bound.
+        max_load_tokens: Never restore more than this many tokens of a request; None: no limit.
+        lookup_timeout_s: A request waits at most this long for the store to say what it holds, then it is computed.
+        restore_timeout_s: After this long a restoration stops loading and recomputes what is missing.
+        profile_dir: Directory of cost profiles measured on this machine.
+        calibrate: Measure costs at start where no profile fits (seconds); off: a profile is required.
+        calibrate_budget_s: Roughly how long that may take.
+        save: Save computed KV.
+        save_decode_kv: Save chunks that contain tokens made by decode steps too.
+        unsupported_models: What to do with a model CacheFlow cannot recompute: ``refuse`` or ``load_only``.
+        self_test: Check at start that restored KV equals the engine's own, bit for bit.
+        explain: Attach the explain record to every request's ``kv_transfer_params``; one request can ask for it alone.
+    """
+
+    store: str = "memory"
+    store_path: str | None = None
+    cpu_bytes_to_use: int = 4 << 30
+    chunk_tokens: int = 512
+    layers_per_block: int | None = None
+    policy: str = "cacheflow"
+    throttle_bytes_per_s: float | None = None
+    throttle_latency_s: float = 0.0
+    recompute_budget_ms: float | None = None
+    itl_slo_ms: float | None = None
+    max_load_tokens: int | None = None
+    lookup_timeout_s: float = 0.05
+    restore_timeout_s: float = 60.0
+    profile_dir: str | None = None
+    calibrate: bool = True
+    calibrate_budget_s: float = 8.0
+    save: bool = True
+    save_decode_kv: bool = True
+    unsupported_models: str = "refuse"
+    self_test: bool = True
+    explain: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges and contradictions.
+
+        Raises:
+            ConfigError: Names the key, the value and what is allowed.
+        """
+        _one_of("store", self.store, STORES)
+        _one_of("policy", self.policy, tuple(RESTORE_POLICIES))
+        _one_of("unsupported_models", self.unsupported_models, UNSUPPORTED)
+        if (self.store == "file") != (self.store_path is not None):
+            raise ConfigError(
+                f"store is {self.store!r} and store_path is {self.store_path!r}: the file store needs a store_path, "
+                "the memory store takes none"
+            )
+        for key in _POSITIVE:
+            value = getattr(self, key)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{key} is {value}, must be above 0 and finite")
+        if not 0 <= self.throttle_latency_s < float("inf"):
+            raise ConfigError(f"throttle_latency_s is {self.throttle_latency_s}, must be 0 or more and finite")
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any]) -> ConnectorOptions:
+        """Check and take over ``kv_connector_extra_config``.
+
+        Raises:
+            ConfigError: An unknown key (the message lists the known ones), a value of the wrong type or out of range.
+        """
+        hints = get_type_hints(cls)
+        unknown = sorted(set(extra_config) - set(hints))
+        if unknown:
+            raise ConfigError(
+                f"kv_connector_extra_config: unknown {', '.join(map(repr, unknown))}; known are {', '.join(hints)}"
+            )
+        return cls(**{key: _typed(key, value, hints[key]) for key, value in extra_config.items()})
+
+    def require_block_size(self, block_size: int) -> None:
+        """Pass if chunks end where KV blocks end.
+
+        Raises:
+            ConfigError: ``chunk_tokens`` is not a multiple: loads and recomputation would write the same block.
+        """
+        if self.chunk_tokens % block_size:
+            lower = self.chunk_tokens // block_size * block_size or block_size
+            raise ConfigError(
+                f"chunk_tokens is {self.chunk_tokens}, must be a multiple of vLLM's KV block size of "
+                f"{block_size} tokens, such as {lower} or {lower + block_size}"
+            )
+
+    @property
+    def profile_path(self) -> Path:
+        """Directory of cost profiles: the option, or ``$XDG_CACHE_HOME/cacheflow/profiles``."""
+        if self.profile_dir is not None:
+            return Path(self.profile_dir)
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return Path(cache) / "cacheflow" / "profiles"
+
+    def as_extra_config(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as ``kv_connector_extra_config`` would give them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+_POSITIVE = (
+    "cpu_bytes_to_use",
+    "chunk_tokens",
+    "layers_per_block",
+    "throttle_bytes_per_s",
+    "recompute_budget_ms",
+    "itl_slo_ms",
+    "max_load_tokens",
+    "lookup_timeout_s",
+    "restore_timeout_s",
+    "calibrate_budget_s",
+)
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key} is {value!r}, must be one of {', '.join(allowed)}")
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:  # noqa: ANN401 -- JSON in, a field's type out
+    """A JSON value as the type of its field; no value is reinterpreted silently."""
+    kinds = get_args(hint) or (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if isinstance(value, bool) == (bool in kinds) and isinstance(value, kinds):
+        return value
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ConfigError(f"{key} is {value!r}, must be {names}")

@@ -1,0 +1,76 @@
+"""How much of an engine step may go to recomputation: all of it while nobody runs, a budget while others decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cacheflow.restore.stepped import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
+
+IDLE_WAIT_S = 0.002
+"""With nothing to compute and nobody running, a worker waits this long for a read to end before the step ends."""
+DECAY = 0.8
+"""Weight that older steps keep in the estimate of a step's own time."""
+CHUNK_SHARE = 0.1
+"""Part of what a chunk takes that recomputation may use in a step while others decode, unless told otherwise."""
+HEADROOM = 0.85
+"""Part of what ``itl_slo_ms`` leaves beside the engine's own step that recomputation may use: steps vary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBudget:
+    """What one step may do for restorations.
+
+    Attributes:
+        compute_s: Seconds of recomputation; 0 for none.
+        read_ahead_s: Seconds of the link to keep under way.
+        wait_s: How long a worker with nothing to compute may wait for a read.
+    """
+
+    compute_s: float
+    read_ahead_s: float
+    wait_s: float
+
+
+class Pace:
+    """Sets the budget of each step from what recent steps took. Time is passed in."""
+
+    def __init__(self, *, recompute_budget_ms: float | None, itl_slo_ms: float | None) -> None:
+        """Take the operator's limits."""
+        self._budget_s = None if recompute_budget_ms is None else recompute_budget_ms * 1e-3
+        self._itl_s = None if itl_slo_ms is None else itl_slo_ms * 1e-3
+        self._own_step_s = 0.0
+        self._last_s: float | None = None
+        self._computed_s = 0.0
+
+    def note_computed(self, seconds: float) -> None:
+        """Note recomputation that was done in the last steps."""
+        self._computed_s += seconds
+
+    def budget(self, now_s: float, *, busy: bool, chunk_s: float, unit_s: float) -> StepBudget:
+        """The budget of the step that is being ordered.
+
+        Args:
+            now_s: Seconds.
+            busy: Other requests run in this step.
+            chunk_s: Seconds one chunk takes to recompute.
+            unit_s: Seconds the least that can be ordered takes.
+        """
+        self._observe(now_s, busy=busy)
+        if not busy:
+            return StepBudget(compute_s=IDLE_COMPUTE_BUDGET_S, read_ahead_s=READ_AHEAD_S, wait_s=IDLE_WAIT_S)
+        compute_s = CHUNK_SHARE * chunk_s if self._budget_s is None else self._budget_s
+        if self._itl_s is not None:
+            compute_s = min(compute_s, max(0.0, HEADROOM * (self._itl_s - self._own_step_s)))
+            if compute_s < unit_s:
+                compute_s = 0.0
+        return StepBudget(
+            compute_s=compute_s, read_ahead_s=max(READ_AHEAD_S, 3 * (self._own_step_s + compute_s)), wait_s=0.0
+        )
+
+    def _observe(self, now_s: float, *, busy: bool) -> None:
+        """Learn from the time since the last step, without the recomputation in it."""
+        if busy and self._last_s is not None:
+            own_s = max(0.0, now_s - self._last_s - self._computed_s)
+            self._own_step_s = own_s if not self._own_step_s else DECAY * self._own_step_s + (1 - DECAY) * own_s
+        self._last_s = now_s if busy else None
+        self._computed_s = 0.0

@@ -1,0 +1,100 @@
+"""What CacheFlow refuses to serve inside vLLM, and why: each reason is a sentence for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from cacheflow.vllm.families import FAMILIES
+
+Config = Any
+"""vLLM's configuration objects, whose types this package does not rely on."""
+
+PLAIN_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def load_refusals(vllm_config: Config, kv_cache_config: Config) -> list[str]:
+    """Why blocks cannot even be saved and loaded; empty when they can. Works in the scheduler and in workers."""
+    return [*_cache_refusals(kv_cache_config), *_engine_refusals(vllm_config)]
+
+
+def recompute_refusals(runner: Any, vllm_config: Config) -> list[str]:  # noqa: ANN401 -- a vLLM model runner
+    """Why cells cannot be recomputed bit for bit in this worker; empty when they can."""
+    model = runner.get_model()
+    name = type(model).__name__
+    if name not in FAMILIES:
+        return [f"the model {name} is not on the list of families that were proved"]
+    reasons = [*_configured(vllm_config), *_layer_refusals(model)]
+    return list(dict.fromkeys(reasons))
+
+
+def _cache_refusals(kv_cache_config: Config) -> Iterator[str]:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        yield (
+            f"its KV cache has {len(groups)} groups (hybrid attention); only one is supported, "
+            "try --disable-hybrid-kv-cache-manager"
+        )
+    for group in groups:
+        if type(group.kv_cache_spec) is not FullAttentionSpec:
+            yield f"its KV cache is of kind {type(group.kv_cache_spec).__name__}, only FullAttentionSpec is supported"
+
+
+def _engine_refusals(vllm_config: Config) -> Iterator[str]:
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    if model.is_encoder_decoder:
+        yield "it is an encoder-decoder model: cross-attention KV depends on more than the tokens"
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding is on: the drafter's KV cache would not be restored"
+    if getattr(cache, "calculate_kv_scales", False):
+        yield "calculate_kv_scales is on: quantised KV then depends on what was served before"
+    if getattr(cache, "kv_sharing_fast_prefill", False):
+        yield "kv_sharing_fast_prefill is on: prefill leaves out layers"
+    for key in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, key, 1) > 1:
+            yield f"{key} is {getattr(parallel, key)}: a rank's KV blocks then hold other tokens than their ids say"
+
+
+def _configured(vllm_config: Config) -> Iterator[str]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if vllm_config.cache_config.cache_dtype not in PLAIN_CACHE_DTYPES:
+        yield f"its KV cache is quantised ({vllm_config.cache_config.cache_dtype})"
+    if vllm_config.lora_config is not None:
+        yield "LoRA is on: adapters take their assignment of tokens from the engine's batch"
+    if model.is_multimodal_model or getattr(model, "uses_mrope", False):
+        yield "it is multimodal: tokens alone do not say what was embedded"
+    if parallel.data_parallel_size > 1 and getattr(parallel, "is_moe_model", None) is not False:
+        yield "data parallelism with experts: every forward is a collective of all replicas"
+    if getattr(parallel, "enable_eplb", False):
+        yield "expert load balancing is on: experts move between forwards"
+    if getattr(parallel, "use_ubatching", False):
+        yield "dual-batch overlap is on: forwards are split into micro-batches"
+
+
+def _layer_refusals(model: Any) -> Iterator[str]:  # noqa: ANN401 -- a vLLM model
+    family, inner = FAMILIES[type(model).__name__], model.model
+    for layer in list(inner.layers)[inner.start_layer : inner.end_layer]:
+        if type(layer).__name__ != family.layer_class:
+            yield f"its layers are {type(layer).__name__}, expected {family.layer_class}"
+            continue
+        if getattr(layer, "ada_rms_norm_t_cond", None) is not None:
+            yield "its norms depend on a condition besides the tokens"
+        if getattr(layer.self_attn, "dual_chunk_attention_config", None):
+            yield "it uses dual chunk attention"
+        yield from _attention_refusals(layer.self_attn.attn)
+
+
+def _attention_refusals(attention: Any) -> Iterator[str]:  # noqa: ANN401 -- vLLM's Attention
+    if str(getattr(attention.attn_type, "value", attention.attn_type)) != "decoder":
+        yield f"its attention is of type {attention.attn_type}, not causal"
+    if getattr(attention, "kv_sharing_target_layer_name", None):
+        yield "layers share their KV cache"
+    impl = attention.impl
+    if getattr(impl, "alibi_slopes", None) is not None:
+        yield "its attention uses ALiBi"
+    if getattr(impl, "sinks", None) is not None:
+        yield "its attention has sinks"
+    if getattr(impl, "logits_soft_cap", None):
+        yield "its attention has a soft cap"

@@ -1,0 +1,256 @@
+"""The restorations under way in one engine: shares each step's budget among them, watches their deadlines, counts."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+
+from cacheflow.plan.bound import bound
+from cacheflow.plan.explain import Lane, RestoreReport
+from cacheflow.plan.pointers import RestoreState
+from cacheflow.restore.orders import RestoreOrders, RestoreTarget, StepReport
+from cacheflow.restore.stepped import SteppedRestoration
+from cacheflow.types import Clock
+from cacheflow.vllm.decide import Decider
+from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.pace import Pace, StepBudget
+from cacheflow.vllm.step import SaveOrder, StepOrders
+from cacheflow.vllm.tracked import Decision, TrackedRequest
+
+logger = logging.getLogger(__name__)
+
+LEAST_BUDGET_S = 1e-9
+"""Orders one unit of compute."""
+
+
+class _Active:
+    """One restoration under way, with the request it serves."""
+
+    __slots__ = ("decision", "request", "stepped", "timed_out")
+
+    def __init__(self, stepped: SteppedRestoration, request: TrackedRequest, decision: Decision) -> None:
+        self.stepped, self.request, self.decision = stepped, request, decision
+        self.timed_out = False
+
+
+class Restorations:
+    """First come, first served: an earlier restoration takes what it can of a step's budget, a later one the rest."""
+
+    def __init__(
+        self, options: ConnectorOptions, decider: Decider, *, num_ranks: int, clock: Clock, counts: Counts
+    ) -> None:
+        """Start with none."""
+        self._options, self._decider, self._counts, self._clock = options, decider, counts, clock
+        self._num_ranks = num_ranks
+        self._pace = Pace(recompute_budget_ms=options.recompute_budget_ms, itl_slo_ms=options.itl_slo_ms)
+        self._active: dict[int, _Active] = {}
+        self._began_s: dict[int, float] = {}
+        self._new: list[RestoreTarget] = []
+        self._ids = itertools.count()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._active
+
+    def shares(self, request: TrackedRequest, decision: Decision) -> bool:
+        """Whether to wait for another restoration, because it brings what this one lacks.
+
+        Waits only where that is expected to end before this request could restore the shared part on its own.
+        """
+        first = decision.start // self._options.chunk_tokens
+        wanted = request.prefix.hashes[first : decision.end // self._options.chunk_tokens]
+        for active in self._active.values():
+            if active.request.prefix.namespace != request.prefix.namespace or active.stepped.done:
+                continue
+            offset = first - active.stepped.target.object_start // self._options.chunk_tokens
+            coming = active.stepped.target.chain_hashes[offset:] if offset >= 0 else ()
+            shared = sum(1 for own, other in zip(wanted, coming, strict=False) if own.hex() == other)
+            if shared and self._waiting_pays(active, decision, shared=shared, wanted=len(wanted)):
+                return True
+        return False
+
+    def _waiting_pays(self, active: _Active, decision: Decision, *, shared: int, wanted: int) -> bool:
+        assert decision.plan is not None, "it restores something"
+        assert active.decision.plan is not None, "so does the other"
+        elapsed_s = self._clock() - self._began_s[active.stepped.target.restore_id]
+        left_s = max(0.0, active.decision.plan.predicted.restore_s - elapsed_s)
+        # Its own restoration would have to queue behind the other one as well.
+        return left_s <= left_s * 0.5 + decision.plan.predicted.restore_s * shared / wanted
+
+    def start(self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int]) -> None:
+        """Begin a restoration into blocks that vLLM has set aside."""
+        assert decision.problem is not None, "a decision to restore has a problem"
+        assert decision.plan is not None, "and a plan"
+        chunk_tokens = self._options.chunk_tokens
+        first = decision.start // chunk_tokens
+        ends = decision.problem.grid.chunk_ends
+        facts = self._decider.facts
+        target = RestoreTarget(
+            restore_id=next(self._ids),
+            request_id=request.request_id,
+            start=decision.start,
+            object_start=first * chunk_tokens,
+            chunk_ends=ends,
+            tokens=tuple(request.tokens[decision.start : decision.end]),
+            block_ids=tuple(block_ids[: decision.end // facts.block_size]),
+            namespace=request.prefix.namespace,
+            chain_hashes=tuple(value.hex() for value in request.prefix.hashes[first : decision.end // chunk_tokens]),
+            layers_per_block=facts.layers_per_block,
+        )
+        state = RestoreState(decision.problem, decision.plan, self._decider.rates)
+        stepped = SteppedRestoration(target, state, num_ranks=self._num_ranks, can_compute=facts.costs is not None)
+        request.restoration = stepped
+        self._active[target.restore_id] = _Active(stepped, request, decision)
+        self._began_s[target.restore_id] = self._clock()
+        self._new.append(target)
+        if decision.plan.guard is not None:
+            self._counts.guard[decision.plan.guard.choice.value] += 1
+
+    def cancel(self, request: TrackedRequest) -> None:
+        """Give a request's restoration up; the workers are told with the next step."""
+        if request.restoration is not None:
+            request.restoration.cancel()
+
+    def step(self, saves: tuple[SaveOrder, ...], *, busy: bool) -> StepOrders:
+        """Order one step's work."""
+        if not self._active:
+            return StepOrders(saves=saves)
+        now_s = self._clock()
+        budget = self._budget(now_s, busy=busy)
+        compute_s, read_ahead_s = budget.compute_s, budget.read_ahead_s
+        restorations, failed_blocks = [], {}
+        for restore_id, active in self._active.items():
+            # Nobody waits for ever, whatever the budget: what only compute can bring goes on by a unit a step.
+            least_s = LEAST_BUDGET_S if self._watch(active, now_s) or active.stepped.only_compute_left else 0.0
+            orders = active.stepped.orders(now_s, compute_budget_s=max(compute_s, least_s), read_ahead_s=read_ahead_s)
+            compute_s = max(0.0, compute_s - self._predicted_s(active, orders))
+            read_ahead_s = 0.0 if active.stepped.loads_under_way else read_ahead_s
+            if orders.cancel and active.stepped.failed:
+                failed_blocks[restore_id] = self._undefined_blocks(active)
+            if not orders.idle:
+                restorations.append(orders)
+        targets, self._new = tuple(self._new), []
+        return StepOrders(
+            targets=targets,
+            restorations=tuple(restorations),
+            failed_blocks=failed_blocks,
+            saves=saves,
+            wait_s=budget.wait_s,
+        )
+
+    def _budget(self, now_s: float, *, busy: bool) -> StepBudget:
+        """The step's budget, by the costs of the first restoration."""
+        first = next(iter(self._active.values()))
+        assert first.decision.problem is not None, "a restoration has a problem"
+        compute_KB, factor = first.decision.problem.compute_KB, self._decider.rates.compute_factor
+        return self._pace.budget(
+            now_s,
+            busy=busy,
+            chunk_s=float(compute_KB.sum(axis=1).mean()) * factor,
+            unit_s=float(compute_KB.mean()) * factor,
+        )
+
+    def _watch(self, active: _Active, now_s: float) -> bool:
+        """Close the link of a restoration past its deadline; whether it is."""
+        elapsed_s = now_s - self._began_s[active.stepped.target.restore_id]
+        if elapsed_s <= self._options.restore_timeout_s:
+            return False
+        if not active.timed_out:
+            active.timed_out = True
+            active.stepped.close_link()
+            logger.warning(
+                "request %s: restoring %d tokens has taken %.1f s (restore_timeout_s is %g): loading stops, the "
+                "rest is recomputed",
+                active.request.request_id, active.decision.end - active.decision.start, elapsed_s,
+                self._options.restore_timeout_s,
+            )  # fmt: skip
+        return True
+
+    def _predicted_s(self, active: _Active, orders: RestoreOrders) -> float:
+        problem, factor = active.decision.problem, self._decider.rates.compute_factor
+        assert problem is not None, "a restoration has a problem"
+        return factor * sum(
+            float(problem.compute_KB[each.tile.chunk_lo, each.tile.block_lo : each.tile.block_hi].sum())
+            for each in orders.compute
+        )
+
+    def _undefined_blocks(self, active: _Active) -> tuple[int, ...]:
+        first = active.stepped.resident_tokens() // self._decider.facts.block_size
+        return active.stepped.target.block_ids[first:]
+
+    def apply(self, report: StepReport) -> None:
+        """Take in what the workers did; ends what every rank has finished."""
+        now_s = self._clock()
+        # Ranks compute side by side: the step lasted as long as the slowest of them.
+        self._pace.note_computed(
+            max((sum(sum(each.seconds) for each in rank.computes) for rank in report.by_rank.values()), default=0.0)
+        )
+        for restore_id, active in list(self._active.items()):
+            active.stepped.apply(report, now_s)
+            if active.stepped.done:
+                del self._active[restore_id]
+                del self._began_s[restore_id]
+                self._end(active, now_s)
+
+    def _end(self, active: _Active, now_s: float) -> None:
+        stepped, request = active.stepped, active.request
+        if request.restoration is stepped:
+            request.restoration = None
+        report = stepped.report(now_s, planning_s=active.decision.planning_s)
+        outcome = "failed" if stepped.failed else "done" if stepped.restored else "cancelled"
+        self._counts.restorations[outcome] += 1
+        self._counts.link_bytes_per_s = self._decider.rates.bytes_per_s
+        self._count_cells(active, report)
+        if outcome != "done":
+            if stepped.failed:
+                logger.warning(
+                    "request %s: restored up to token %d of %d, vLLM computes the rest%s",
+                    request.request_id, stepped.resident_tokens(), active.decision.end,
+                    f" ({stepped.error})" if stepped.error else "",
+                )  # fmt: skip
+            return
+        assert active.decision.problem is not None, "a restoration has a problem"
+        bound_s = bound(active.decision.problem).restore_s
+        self._counts.restore_s.append(report.restore_s)
+        if bound_s > 0:
+            self._counts.bound_ratio.append(report.restore_s / bound_s)
+        self._counts.overlap.append(_overlap(report))
+        record = report.as_dict() | {
+            "start": active.decision.start,
+            "end": active.decision.end,
+            "outcome": outcome,
+            "bound_restore_s": bound_s,
+        }
+        request.records.append(record)
+
+    def _count_cells(self, active: _Active, report: RestoreReport) -> None:
+        """Cells as tokens: a cell is its chunk's tokens times its share of the layers."""
+        tokens, num_blocks = self._counts.tokens, self._decider.facts.num_blocks
+        for chunk, letters in enumerate(report.cells_KB):
+            start, end = active.stepped.target.chunk_range(chunk)
+            for name, letter in (("recomputed", "c"), ("loaded", "l")):
+                if count := letters.count(letter):
+                    tokens[name] += (end - start) * count / num_blocks
+        per_cell = self._options.chunk_tokens / num_blocks
+        if failed := sum(n for outcome, n in report.failed_loads.items() if outcome != "cancelled"):
+            tokens["failed"] += failed * per_cell
+        if report.wasted_bytes and report.loaded_bytes + report.wasted_bytes:
+            bytes_per_token = self._decider.facts.shape.kv_bytes_per_token
+            tokens["wasted"] += report.wasted_bytes / bytes_per_token
+        self._counts.loaded_bytes += report.loaded_bytes
+
+
+def _overlap(report: RestoreReport) -> float:
+    """Share of the shorter side's busy time during which the other worked too; 0 when one side did nothing."""
+    busy = {lane: sum(s.end_s - s.start_s for s in report.spans if s.lane is lane) for lane in Lane}
+    shorter_s = min(busy.values())
+    if shorter_s <= 0:
+        return 0.0
+    union_s, reached_s = 0.0, 0.0
+    for span in sorted(report.spans, key=lambda s: s.start_s):
+        union_s += max(0.0, span.end_s - max(span.start_s, reached_s))
+        reached_s = max(reached_s, span.end_s)
+    return min(1.0, max(0.0, (sum(busy.values()) - union_s) / shorter_s))

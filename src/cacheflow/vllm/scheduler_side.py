@@ -1,0 +1,232 @@
+"""The scheduler side: looks prefixes up, decides, orders each step's work, and takes in what came of it.
+
+One object per engine, on the scheduler's thread alone; nothing in here waits for a store or a worker. It does not
+import vLLM: the connector translates.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cacheflow.plan.keys import ObjectKey
+from cacheflow.restore.orders import StepReport
+from cacheflow.stores.base import Store
+from cacheflow.types import Clock
+from cacheflow.vllm.decide import Decider
+from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.identity import lora_namespace, shared_namespace
+from cacheflow.vllm.lookup import PrefixLookup
+from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.request_prefix import MediaSpan, RequestPrefix
+from cacheflow.vllm.restorations import Restorations
+from cacheflow.vllm.step import NOTHING, SaveOrder, StepOrders
+from cacheflow.vllm.tracked import BlockIdsOf, Decision, TrackedRequest
+from cacheflow.vllm.wishes import Mode, Wishes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestView:
+    """What a connector passes on of vLLM's request.
+
+    Attributes:
+        request_id: vLLM's.
+        tokens: Known token ids, prompt and output; a live view that grows.
+        num_prompt_tokens: Tokens of the prompt.
+        salt: ``cache_salt``.
+        adapter: Name and path of the LoRA adapter; None without.
+        media: Images and sounds in the prompt.
+        params: ``kv_transfer_params``.
+        hashable: Whether the token ids say what the prompt is (not so for prompt embeddings).
+    """
+
+    request_id: str
+    tokens: Sequence[int]
+    num_prompt_tokens: int
+    salt: str = ""
+    adapter: tuple[str, str] | None = None
+    media: Sequence[MediaSpan] = ()
+    params: Mapping[str, Any] | None = None
+    hashable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request of a step, and how many of its tokens are computed when the step is through."""
+
+    request_id: str
+    num_computed: int
+
+
+class SchedulerSide:
+    """Everything that is decided, in one process, once per step."""
+
+    def __init__(self, options: ConnectorOptions, store: Store, *, clock: Clock) -> None:
+        """Wait for the workers' facts; until then nothing is restored or saved."""
+        self._options, self._store, self._clock = options, store, clock
+        self._requests: dict[str, TrackedRequest] = {}
+        self._lookup = PrefixLookup(store, timeout_s=options.lookup_timeout_s, clock=clock)
+        self._decider: Decider | None = None
+        self._restorations: Restorations | None = None
+        self._facts: EngineFacts | None = None
+        self._namespace = ""
+        self.counts = Counts()
+
+    def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
+        """Take in what the workers found out; called once, before the first request."""
+        slowest = min(facts_by_rank, key=lambda facts: facts.link.bytes_per_s)
+        self._facts = slowest
+        self._namespace = shared_namespace({facts.rank: facts.namespace for facts in facts_by_rank})
+        self._decider = Decider(slowest, self._options, clock=self._clock)
+        self._restorations = Restorations(
+            self._options, self._decider, num_ranks=len(facts_by_rank), clock=self._clock, counts=self.counts
+        )
+
+    def new_request(self, view: RequestView) -> None:
+        """Note a request and ask the store for its prefix; a second call for the same request changes nothing."""
+        if self._facts is None or view.request_id in self._requests or not view.hashable:
+            return
+        wishes = Wishes.of(view.params)
+        if wishes.complaint:
+            logger.warning("request %s: kv_transfer_params: %s", view.request_id, wishes.complaint)
+        namespace = self._namespace
+        if view.adapter is not None:
+            name, path = view.adapter
+            namespace = lora_namespace(namespace, name=name, path=path)
+        request = TrackedRequest(
+            request_id=view.request_id,
+            tokens=view.tokens,
+            num_prompt_tokens=view.num_prompt_tokens,
+            wishes=wishes,
+            prefix=RequestPrefix(
+                namespace=namespace,
+                chunk_tokens=self._options.chunk_tokens,
+                salt=view.salt,
+                media=view.media,
+            ),
+        )
+        self._requests[view.request_id] = request
+        if wishes.mode is not Mode.OFF:
+            self._ask(request)
+
+    def _ask(self, request: TrackedRequest) -> None:
+        num_chunks = request.prefix.extend(request.tokens)
+        if num_chunks:
+            request.lookup = self._lookup.start([self._probe_keys(request, chunk) for chunk in range(num_chunks)])
+
+    def _probe_keys(self, request: TrackedRequest, chunk: int) -> list[ObjectKey]:
+        """The bottom and the top object of a chunk: the first and the last that a save writes."""
+        assert self._facts is not None
+        layers, step = self._facts.shape.num_layers, self._facts.layers_per_block
+        top_lo = (layers - 1) // step * step
+        keys = [request.prefix.key(chunk, layer_lo=0, layer_hi=min(step, layers))]
+        if top_lo:
+            keys.append(request.prefix.key(chunk, layer_lo=top_lo, layer_hi=layers))
+        return keys
+
+    def num_matched(self, request_id: str, num_computed: int) -> int | None:
+        """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
+        request = self._requests.get(request_id)
+        if request is None or self._decider is None or self._restorations is None:
+            return 0
+        if request.wishes.mode is Mode.OFF or request.lookup is None:
+            return 0
+        num_stored = request.lookup.poll()
+        if num_stored is None:
+            return None
+        self.counts.lookup_timeouts += request.lookup.timed_out and request.num_stored == 0
+        request.num_stored = num_stored
+        decision = request.decision
+        if decision is None or decision.start != num_computed:
+            decision = self._decider.decide(
+                request, start=num_computed, num_tokens=len(request.tokens), num_stored=num_stored
+            )
+            request.decision = decision
+        if decision.end > decision.start and self._restorations.shares(request, decision):
+            return None
+        return decision.end - decision.start
+
+    def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
+        """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens; 0 is none."""
+        request = self._requests.get(request_id)
+        if num_external == 0 or request is None or self._restorations is None:
+            return
+        decision = request.decision
+        if decision is None or decision.end - decision.start != num_external:
+            raise AssertionError(f"vLLM allocated {num_external} tokens for {request_id}, decided was {decision}")
+        self._restorations.start(request, decision, block_ids)
+        request.decision = None
+
+    def step(
+        self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, *, num_scheduled_tokens: int
+    ) -> StepOrders:
+        """Order the work of one step: restorations go on, computed chunks are saved.
+
+        Args:
+            scheduled: The requests of the step.
+            block_ids_of: KV blocks of a request of the step; asked only where a chunk is to be saved.
+            num_scheduled_tokens: Tokens of the step's forward; 0 when nobody runs.
+        """
+        if self._restorations is None:
+            return NOTHING
+        saves = self._saves(scheduled, block_ids_of) if self._options.save else []
+        if not saves and self._restorations.idle:
+            return NOTHING
+        return self._restorations.step(tuple(saves), busy=num_scheduled_tokens > 0)
+
+    def _saves(self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf) -> list[SaveOrder]:
+        assert self._facts is not None
+        saves: list[SaveOrder] = []
+        for each in scheduled:
+            request = self._requests.get(each.request_id)
+            if request is None or request.wishes.mode is Mode.OFF:
+                continue
+            saves += request.saves(
+                num_computed=each.num_computed,
+                block_ids_of=block_ids_of,
+                block_size=self._facts.block_size,
+                decode_too=self._options.save_decode_kv,
+            )
+        return saves
+
+    def take_report(self, report: StepReport) -> None:
+        """Take in what the workers did."""
+        if self._restorations is not None:
+            self._restorations.apply(report)
+
+    def finished(self, request_id: str) -> dict[str, Any] | None:
+        """A request ended or was aborted; what is under way for it is cancelled.
+
+        Returns:
+            What the response's ``kv_transfer_params`` are to hold; None for nothing.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        if request.restoration is not None and self._restorations is not None:
+            self._restorations.cancel(request)
+        answer: dict[str, Any] = {}
+        if request.wishes.complaint:
+            answer["cacheflow_error"] = request.wishes.complaint
+        if request.wishes.explain or self._options.explain:
+            answer["cacheflow"] = request.records
+        return answer or None
+
+    def decision(self, request_id: str) -> Decision | None:
+        """The last decision for a request that waits; for tests and explanations."""
+        request = self._requests.get(request_id)
+        return request.decision if request else None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a restoration is under way."""
+        return self._restorations is not None and not self._restorations.idle
+
+    def close(self) -> None:
+        """End the lookups."""
+        self._lookup.close()

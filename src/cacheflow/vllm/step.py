@@ -1,0 +1,51 @@
+"""What the scheduler side sends to the workers in one engine step, and what comes back. Plain data; pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cacheflow.restore.orders import RestoreOrders, RestoreTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOrder:
+    """Write one chunk once this step's forward is through.
+
+    Attributes:
+        namespace: ``Namespace.digest``.
+        chain_hash: Chain hash (hex) at the end of the chunk.
+        block_ids: KV blocks of the chunk, in order.
+    """
+
+    namespace: str
+    chain_hash: str
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOrders:
+    """One engine step's work beside the forward.
+
+    Attributes:
+        targets: Restorations that start with this step.
+        restorations: What to do for each of them and for earlier ones.
+        failed_blocks: For restorations that are cancelled because they cannot be completed: the KV blocks whose content
+            is undefined, which vLLM must recompute.
+        saves: Chunks to write after the forward.
+        wait_s: With nothing to compute, wait up to this long for a read to end before the step ends.
+    """
+
+    targets: tuple[RestoreTarget, ...] = ()
+    restorations: tuple[RestoreOrders, ...] = ()
+    failed_blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    saves: tuple[SaveOrder, ...] = ()
+    wait_s: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.targets or self.restorations or self.saves)
+
+
+NOTHING = StepOrders()

@@ -1,0 +1,100 @@
+"""What the scheduler side keeps of one request, from its arrival to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cacheflow.plan.plan import RestorePlan
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.restore.stepped import SteppedRestoration
+from cacheflow.vllm.lookup import Lookup
+from cacheflow.vllm.request_prefix import RequestPrefix
+from cacheflow.vllm.step import SaveOrder
+from cacheflow.vllm.wishes import Wishes
+
+BlockIdsOf = Callable[[str], Sequence[int]]
+"""KV blocks of a request, in order, by its id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """How a prefix is to be restored, for one state of the local prefix cache.
+
+    Attributes:
+        start: Tokens that are in the KV cache already.
+        end: Tokens that will be there after the restoration; equals ``start`` when nothing is restored.
+        problem: Costs; None when nothing is restored.
+        plan: The policy's plan; None when nothing is restored.
+        planning_s: Seconds the plan took.
+    """
+
+    start: int
+    end: int
+    problem: RestoreProblem | None = None
+    plan: RestorePlan | None = None
+    planning_s: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class TrackedRequest:
+    """One request. Only the scheduler's thread touches it.
+
+    Attributes:
+        request_id: vLLM's.
+        tokens: Its known token ids, a live view.
+        num_prompt_tokens: Tokens of the prompt.
+        wishes: What it asked for.
+        prefix: Its chunks.
+        lookup: The question to the store; None before it was asked.
+        num_stored: Leading chunks the store is known to hold.
+        decision: The last decision; None before the first.
+        restoration: What is under way; None otherwise.
+        records: Explain records of its restorations.
+    """
+
+    request_id: str
+    tokens: Sequence[int]
+    num_prompt_tokens: int
+    wishes: Wishes
+    prefix: RequestPrefix
+    lookup: Lookup | None = None
+    num_stored: int = 0
+    next_save: int = 0
+    decision: Decision | None = None
+    restoration: SteppedRestoration | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def saves(
+        self, *, num_computed: int, block_ids_of: BlockIdsOf, block_size: int, decode_too: bool
+    ) -> list[SaveOrder]:
+        """Chunks that are wholly computed and were not saved before; they count as saved from now on.
+
+        Args:
+            num_computed: Tokens whose KV is there when this step's forward is through.
+            block_ids_of: KV blocks of a request; asked only when there is something to save.
+            block_size: Tokens of a block.
+            decode_too: Save chunks with tokens behind the prompt.
+        """
+        chunk_tokens = self.prefix.chunk_tokens
+        limit = min(num_computed, len(self.tokens) if decode_too else self.num_prompt_tokens)
+        end = (max(self.next_save, self.num_stored) + 1) * chunk_tokens
+        if end > limit:
+            return []
+        self.next_save = max(self.next_save, self.num_stored)
+        self.prefix.extend(self.tokens)
+        block_ids = block_ids_of(self.request_id)
+        orders = []
+        while end <= limit:
+            first, last = (end - chunk_tokens) // block_size, end // block_size
+            orders.append(
+                SaveOrder(
+                    namespace=self.prefix.namespace,
+                    chain_hash=self.prefix.hashes[self.next_save].hex(),
+                    block_ids=tuple(block_ids[first:last]),
+                )
+            )
+            self.next_save += 1
+            end += chunk_tokens
+        return orders

@@ -1,0 +1,133 @@
+"""The I/O side of a restoration inside vLLM: reads a cell into staging memory, then places it in the KV blocks.
+
+Provides ``restore.ports.TransferPort`` by structure. Two phases, because a read that comes late must not touch blocks
+that compute has taken over. An object holds whole KV blocks: see ``layout``.
+"""
+
+from __future__ import annotations
+
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.keys import WHOLE, ObjectKey, ObjectKind, Shard
+from cacheflow.restore.orders import RestoreTarget
+from cacheflow.stores.base import GetHandle, GetRequest, Store
+from cacheflow.tensors.staging import StagingBuffer, StagingPool
+from cacheflow.types import LoadOutcome
+from cacheflow.vllm.layout import BlockLayout
+
+
+class VllmTicket:
+    """One read of one cell under way; made by ``VllmTransferPort.start``."""
+
+    __slots__ = ("handle", "num_bytes", "staging", "tile")
+
+    def __init__(self, *, tile: Tile, num_bytes: int, staging: StagingBuffer, handle: GetHandle) -> None:
+        """Hold what the port needs to place or cancel the read."""
+        self.tile = tile
+        self.num_bytes = num_bytes
+        self.staging = staging
+        self.handle = handle
+
+
+class VllmTransferPort:
+    """Reads the cells of one restoration. All methods on one thread; any number of reads may be under way."""
+
+    def __init__(
+        self,
+        store: Store,
+        layout: BlockLayout,
+        target: RestoreTarget,
+        *,
+        pool: StagingPool,
+        shard: Shard = WHOLE,
+        priority: int = 0,
+    ) -> None:
+        """Read ``target``'s objects.
+
+        Args:
+            store: Where they are.
+            layout: Where they go.
+            target: Chunks, blocks, names.
+            pool: From ``staging_pool``; shared by all ports of the I/O thread.
+            shard: This rank's.
+            priority: Passed to the store with every read.
+
+        Raises:
+            ValueError: The target's positions do not fall on block boundaries (a caller's bug).
+        """
+        positions = (target.object_start, target.start, *target.chunk_ends)
+        if any(position % layout.block_size for position in positions):
+            raise ValueError(f"positions {positions} are not multiples of the block size {layout.block_size}")
+        self._store = store
+        self._layout = layout
+        self._target = target
+        self._pool = pool
+        self._shard = shard
+        self._priority = priority
+
+    def start(self, tile: Tile, *, deadline_s: float) -> VllmTicket:
+        """See ``TransferPort.start``; reads the whole object, also where only its end is wanted."""
+        layers = self._layers(tile)
+        blocks, _ = self._blocks(tile.chunk_lo)
+        num_bytes = self._layout.num_bytes(layers[1] - layers[0], len(blocks))
+        staging = self._pool.take()
+        chain_hash = self._target.chain_hashes[tile.chunk_lo]
+        key = object_key(self._target.namespace, chain_hash, layers=layers, shard=self._shard)
+        request = GetRequest(key, staging.array[:num_bytes])
+        handle = self._store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
+        return VllmTicket(tile=tile, num_bytes=num_bytes, staging=staging, handle=handle)
+
+    def wait(self, ticket: VllmTicket, *, timeout_s: float) -> LoadOutcome | None:
+        """See ``TransferPort.wait``."""
+        return ticket.handle.wait(timeout_s)[0]
+
+    def place(self, ticket: VllmTicket) -> None:
+        """See ``TransferPort.place``; blocks before the target's start keep what they hold."""
+        blocks, skip_blocks = self._blocks(ticket.tile.chunk_lo)
+        payload = ticket.staging.array[: ticket.num_bytes]
+        self._layout.scatter(*self._layers(ticket.tile), blocks, payload, skip_blocks=skip_blocks)
+        self._pool.give(ticket.staging)
+
+    def cancel(self, ticket: VllmTicket) -> None:
+        """See ``TransferPort.cancel``."""
+        ticket.handle.cancel()
+        self._pool.give(ticket.staging)
+
+    def _layers(self, tile: Tile) -> tuple[int, int]:
+        return block_layers(tile.block_lo, self._target.layers_per_block, self._layout.num_layers)
+
+    def _blocks(self, chunk: int) -> tuple[tuple[int, ...], int]:
+        """KV blocks of a chunk's object, and how many of them lie before what is to be restored."""
+        size = self._layout.block_size
+        object_start, end = self._target.object_range(chunk)
+        start, _ = self._target.chunk_range(chunk)
+        return self._target.block_ids[object_start // size : end // size], (start - object_start) // size
+
+
+def staging_pool(layout: BlockLayout, *, chunk_tokens: int, layers_per_block: int) -> StagingPool:
+    """Staging buffers that hold any object of this layout; pinned where the KV cache is on CUDA. One thread."""
+    num_bytes = layout.num_bytes(min(layers_per_block, layout.num_layers), chunk_tokens // layout.block_size)
+    return StagingPool(num_bytes, pinned=layout.device.type == "cuda")
+
+
+def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[int, int]:
+    """Layers ``[lo, hi)`` of a layer block; the top one holds what is left."""
+    return block * layers_per_block, min((block + 1) * layers_per_block, num_layers)
+
+
+def object_key(namespace: str, chain_hash: str, *, layers: tuple[int, int], shard: Shard = WHOLE) -> ObjectKey:
+    """Store key of one cell.
+
+    Args:
+        namespace: ``Namespace.digest`` of the save.
+        chain_hash: Hex, at the end of the cell's chunk.
+        layers: ``[lo, hi)``, counted from the stage's first layer.
+        shard: The rank whose part it is.
+    """
+    return ObjectKey(
+        namespace=namespace,
+        chain_hash=chain_hash,
+        kind=ObjectKind.KV,
+        layer_lo=layers[0],
+        layer_hi=layers[1],
+        shard=shard,
+    )

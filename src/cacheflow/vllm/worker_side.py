@@ -1,0 +1,144 @@
+"""The worker side: obeys the step's orders on this rank, saves chunks, finds out at start what the engine can do."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+
+from cacheflow.plan.grid import Tile
+from cacheflow.restore.carrier import OrderCarrier, Ports
+from cacheflow.restore.orders import RankReport, RestoreTarget, StepReport
+from cacheflow.restore.ports import ComputePort
+from cacheflow.stores.base import Store
+from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.find_facts import FoundEngine, find_engine
+from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.recompute import VllmComputePort
+from cacheflow.vllm.saver import ChunkSaver
+from cacheflow.vllm.step import SaveOrder, StepOrders
+from cacheflow.vllm.transfer import VllmTransferPort, staging_pool
+
+logger = logging.getLogger(__name__)
+
+NOTHING_DONE = RankReport()
+
+
+class NoComputePort:
+    """The compute side of an engine that only loads: it is never ordered to compute."""
+
+    def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
+        """Never called.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"an engine that only loads was ordered to recompute {tile}, keys only: {kv_only_top}")
+
+    def restart(self, chunk: int) -> None:
+        """Nothing to forget."""
+
+    def run_suffix(self, block_lo: int, block_hi: int) -> None:
+        """Never called: vLLM runs the new tokens."""
+        raise ValueError(f"an engine that only loads was ordered to run blocks [{block_lo}, {block_hi})")
+
+    def finish(self) -> None:
+        """Nothing to wait for."""
+
+
+class WorkerSide:
+    """One rank of one engine; every method is called on the worker's main thread."""
+
+    def __init__(self, options: ConnectorOptions, store: Store, vllm_config: Any, kv_cache_config: Any) -> None:  # noqa: ANN401
+        """Wait for the KV caches."""
+        self._options, self._store = options, store
+        self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
+        self._kv_caches: dict[str, torch.Tensor] = {}
+        self._engine: FoundEngine | None = None
+        self._carrier = OrderCarrier(self._ports, clock=time.perf_counter)
+        self._saver: ChunkSaver | None = None
+        self._request_of: dict[int, str] = {}
+        self._report = NOTHING_DONE
+        self._failed_blocks: set[int] = set()
+        self.counts = Counts()
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Note where the KV blocks are."""
+        self._kv_caches = kv_caches
+
+    def find_facts(self) -> EngineFacts:
+        """Check the model, test restoration and measure costs; once, before the first request.
+
+        Raises:
+            UnsupportedModelError: The model cannot be recomputed and the user did not ask for ``load_only``.
+            SelfTestError: Restored KV differs from the engine's own.
+            ConfigError: The KV cache is laid out in a way CacheFlow does not know.
+        """
+        engine = find_engine(self._options, self._store, self._vllm_config, self._kv_cache_config, self._kv_caches)
+        facts = engine.facts
+        self._engine = engine
+        self._pool = staging_pool(
+            engine.layout, chunk_tokens=self._options.chunk_tokens, layers_per_block=facts.layers_per_block
+        )
+        self._saver = ChunkSaver(
+            self._store,
+            engine.layout,
+            layers_per_block=facts.layers_per_block,
+            dtype=facts.shape.dtype,
+            shard=engine.handle.shard,
+            counts=self.counts,
+        )
+        return facts
+
+    def _ports(self, target: RestoreTarget) -> Ports:
+        engine = self._engine
+        assert engine is not None, "orders come after the facts were found"
+        engine.layout.fence()
+        transfer = VllmTransferPort(
+            self._store, engine.layout, target, pool=self._pool, shard=engine.handle.shard, priority=1
+        )
+        compute: ComputePort = NoComputePort() if engine.forward is None else VllmComputePort(engine.forward, target)
+        return compute, transfer
+
+    def carry_out(self, orders: StepOrders) -> None:
+        """Begin, drop, read, recompute, finish: as ordered."""
+        if orders.idle:
+            return
+        for target in orders.targets:
+            self._request_of[target.restore_id] = target.request_id
+            self._carrier.begin(target)
+        for block_ids in orders.failed_blocks.values():
+            self._failed_blocks.update(block_ids)
+        self._carrier.carry_out(orders.restorations, wait_s=orders.wait_s)
+
+    def save(self, orders: tuple[SaveOrder, ...]) -> None:
+        """Copy the chunks that this step's forward completed."""
+        if self._saver is not None:
+            self._saver.save(orders)
+
+    def take_finished(self) -> set[str]:
+        """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""
+        report = self._carrier.take_report()
+        self._report = report
+        return {self._request_of.pop(restore_id) for restore_id in report.finished}
+
+    def take_report(self) -> StepReport | None:
+        """What was done up to the last ``take_finished``; None when nothing was."""
+        report, self._report = self._report, NOTHING_DONE
+        if self._engine is None or report.idle:
+            return None
+        return StepReport({self._engine.facts.rank: report})
+
+    def take_failed_blocks(self) -> set[int]:
+        """KV blocks whose content is undefined, of restorations that ended since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def close(self) -> None:
+        """End the threads; nothing touches the KV blocks any more."""
+        self._carrier.close()
+        if self._saver is not None:
+            self._saver.close()

@@ -1,0 +1,300 @@
+"""An in-process vLLM engine on the CPU with CacheFlow's connector, or without it to compare with."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support.vllm_models import TINY
+
+NUM_KV_BLOCKS = 64
+POISON = 0x42
+"""48.5 in bf16 and in fp32: wrong, but finite. vLLM's attention on the CPU multiplies what a block holds behind the last
+token by zero, so NaN there would show although nobody may have written it."""
+
+
+@dataclass
+class Answer:
+    """What came of one request.
+
+    Attributes:
+        tokens: Output tokens.
+        kv: KV bytes ``[L, blocks, P]`` of the prompt's whole blocks, when its first token was there.
+        params: The response's ``kv_transfer_params``.
+        finish_reason: ``length``, ``abort``; None while it runs.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    kv: np.ndarray | None = None
+    params: dict | None = None
+    finish_reason: str | None = None
+
+    @property
+    def records(self) -> list[dict]:
+        """Explain records of its restorations."""
+        return (self.params or {}).get("cacheflow", [])
+
+    @property
+    def record(self) -> dict:
+        """The explain record of its only restoration."""
+        (record,) = self.records
+        return record
+
+
+@dataclass
+class ServingEngine:
+    """An engine, stepped by the test."""
+
+    llm: object
+    layout: object
+    num_requests: int = 0
+    answers: dict[str, Answer] = field(default_factory=dict)
+    _prompts: dict[str, list[int]] = field(default_factory=dict)
+    _internal: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def engine(self):
+        return self.llm.llm_engine
+
+    @property
+    def core(self):
+        return self.engine.engine_core.engine_core
+
+    @property
+    def scheduler(self):
+        return self.core.scheduler
+
+    @property
+    def connector(self):
+        """The scheduler's half."""
+        return self.scheduler.connector
+
+    @property
+    def side(self):
+        return self.connector._scheduler
+
+    @property
+    def worker(self):
+        """The worker's half."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker
+
+    @property
+    def store(self):
+        return self.side._store
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def submit(self, tokens: Sequence[int], *, num_tokens: int = 32, params: dict | None = None, salt: str | None = None,
+               seed_lora=None) -> str:  # fmt: skip
+        """Add a request; returns the name its answer has in ``answers``."""
+        from vllm import SamplingParams
+
+        self.num_requests += 1
+        name = f"r{self.num_requests}"
+        extra = None if params is None else {"kv_transfer_params": params}
+        sampling = SamplingParams(
+            max_tokens=num_tokens, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra
+        )
+        prompt = {"prompt_token_ids": list(tokens)}
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        before = set(self.scheduler.requests)
+        self.engine.add_request(name, prompt, sampling, lora_request=seed_lora)
+        (internal,) = set(self.scheduler.requests) - before
+        self.answers[name], self._prompts[name], self._internal[name] = Answer(), list(tokens), internal
+        return name
+
+    def abort(self, name: str) -> None:
+        self.engine.abort_request([name])
+        self.answers[name].finish_reason = "abort"
+
+    def step(self) -> None:
+        """One engine step; captures the KV of prompts whose first token came."""
+        for output in self.engine.step():
+            answer = self.answers[output.request_id]
+            completion = output.outputs[0]
+            answer.tokens = list(completion.token_ids)
+            if answer.kv is None and not output.finished:
+                block_ids = self.block_ids(output.request_id)
+                answer.kv = self.gather(block_ids[: len(self._prompts[output.request_id]) // self.layout.block_size])
+            if output.finished:
+                answer.finish_reason = completion.finish_reason
+                answer.params = output.kv_transfer_params
+
+    def block_ids(self, name: str) -> list[int]:
+        return list(self.scheduler.kv_cache_manager.get_block_ids(self._internal[name])[0])
+
+    def request(self, name: str):
+        """VLLM's request; None once it ended."""
+        return self.scheduler.requests.get(self._internal[name])
+
+    def run(self, *, until: Callable[[], bool] | None = None, timeout_s: float = 120.0) -> None:
+        """Step until nothing is left, or a condition holds."""
+        end_s = time.monotonic() + timeout_s
+        while self.busy and not (until is not None and until()):
+            assert time.monotonic() < end_s, f"the engine did not come to an end in {timeout_s} s: it hangs"
+            self.step()
+
+    @property
+    def busy(self) -> bool:
+        return self.engine.has_unfinished_requests() or bool(self.scheduler.requests)
+
+    def ask(self, tokens: Sequence[int], **wishes) -> Answer:
+        """One request from its arrival to its end."""
+        name = self.submit(tokens, **wishes)
+        self.run()
+        return self.answers[name]
+
+    def settle(self) -> None:
+        """Wait until what was saved is in the store."""
+        assert self.worker._saver.wait(20.0)
+
+    def evict(self) -> None:
+        """Forget every cached prefix and fill the whole KV cache with wrong numbers."""
+        assert not self.busy
+        self.settle()
+        assert self.scheduler.reset_prefix_cache()
+        self.poison()
+
+    def poison(self, block_ids: Sequence[int] | None = None) -> None:
+        ids = list(range(self.layout.num_blocks)) if block_ids is None else list(block_ids)
+        payload = np.full(self.layout.num_bytes(1, len(ids)), POISON, dtype=np.uint8)
+        for layer in range(self.layout.num_layers):
+            self.layout.scatter(layer, layer + 1, ids, payload)
+
+    def gather(self, block_ids: Sequence[int]) -> np.ndarray:
+        layout = self.layout
+        out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)
+        layout.gather(0, layout.num_layers, list(block_ids), out)
+        return out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
+
+    def configure(self, **changes) -> None:
+        """Start the connector's two halves anew with other options, on the same store, as an engine start would."""
+        from cacheflow.vllm.scheduler_side import SchedulerSide
+
+        self.evict()  # the worker's half tries things out in the KV cache
+        connector = self.connector
+        options = dataclasses.replace(connector._options, **changes)
+        self.worker.close()
+        self.side.close()
+        fresh = type(self.worker)(
+            options, self.store, self.worker._vllm_config, self.worker._kv_cache_config
+        )  # fmt: skip
+        fresh.register(self.worker._kv_caches)
+        side = SchedulerSide(options, self.store, clock=time.perf_counter)
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        get_kv_transfer_group()._worker = fresh
+        connector._scheduler, connector._options = side, options
+        side.set_facts([fresh.find_facts()])
+        if "chunk_tokens" in changes:
+            self.scheduler.max_num_scheduled_tokens = options.chunk_tokens
+
+    def balance_link(self, num_tokens: int, *, ratio: float = 1.0) -> None:
+        """Throttle the link so that loading so many tokens takes ``ratio`` times what recomputing them takes."""
+        from cacheflow.plan.rates import LiveRates
+
+        decider = self.side._decider
+        problem = decider._problem(0, num_tokens // decider._options.chunk_tokens * decider._options.chunk_tokens)
+        compute_s = float(problem.compute_KB.sum()) * decider.rates.compute_factor
+        bytes_per_s = float(problem.load_bytes_KB.sum()) / (ratio * compute_s)
+        self.throttled.set_bandwidth(bytes_per_s)
+        decider.rates = LiveRates(bytes_per_s=bytes_per_s, compute_factor=decider.rates.compute_factor)
+
+    @property
+    def throttled(self):
+        """The store's link."""
+        from cacheflow.stores.throttled import ThrottledStore
+
+        store = self.store
+        while not isinstance(store, ThrottledStore):
+            store = store.inner
+        return store
+
+    def set_rate(self, bytes_per_s: float) -> None:
+        """Change the link, and what is expected of it."""
+        from cacheflow.plan.rates import LiveRates
+
+        self.throttled.set_bandwidth(bytes_per_s)
+        self.side._decider.rates = LiveRates(bytes_per_s=bytes_per_s)
+
+
+def random_tokens(count: int, *, seed: int = 3) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, TINY["vocab_size"], (count,), generator=generator).tolist()
+
+
+def our_threads() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("cacheflow"))
+
+
+def kv_transfer_config(profile_dir: Path, options: dict) -> dict:
+    return {
+        "kv_connector": "CacheFlowConnector",
+        "kv_connector_module_path": "cacheflow.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "profile_dir": str(profile_dir), "calibrate_budget_s": 1.0, "self_test": False, "explain": True,
+            "lookup_timeout_s": 20.0, **options,
+        },
+    }  # fmt: skip
+
+
+def new_llm(folder: Path, *, dtype: str, chunk_tokens: int, transfer: dict | None = None, **overrides):
+    """Start an engine in this process."""
+    from vllm import LLM
+
+    from cacheflow.vllm.plugin import register
+
+    register()
+    arguments = {
+        "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 8, "enable_prefix_caching": True, "seed": 0,
+        "num_gpu_blocks_override": NUM_KV_BLOCKS, "max_num_batched_tokens": chunk_tokens, **overrides,
+    }  # fmt: skip
+    return LLM(model=str(folder), dtype=dtype, skip_tokenizer_init=True, kv_transfer_config=transfer, **arguments)
+
+
+@contextmanager
+def serving_engine(
+    folder: Path, *, dtype: str, chunk_tokens: int = 128, options: dict | None = None, **overrides
+):
+    """An engine with the connector; ``options=None``: without. Nothing is left of it afterwards."""
+    from cacheflow.vllm.layout import BlockLayout, layer_number
+
+    transfer = None
+    if options is not None:
+        transfer = kv_transfer_config(folder / "profiles", {"chunk_tokens": chunk_tokens, **options})
+    llm = new_llm(folder, dtype=dtype, chunk_tokens=chunk_tokens, transfer=transfer, **overrides)
+    try:
+        core = llm.llm_engine.engine_core.engine_core
+        runner = core.model_executor.driver_worker.worker.model_runner
+        context = runner.vllm_config.compilation_config.static_forward_context
+        names = sorted(runner.kv_cache_config.kv_cache_groups[0].layer_names, key=layer_number)
+        caches = {name: context[name].kv_cache for name in names}
+        yield ServingEngine(llm, BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=names))
+    finally:
+        stop(llm)
+
+
+def stop(llm) -> None:
+    """End an engine and give back what it holds of this process."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    gc.collect()

@@ -1,0 +1,145 @@
+"""Tiny models in an in-process vLLM engine on the CPU, and the KV that the engine's own prefill leaves behind."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+TINY_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+POISON = 0xFF
+
+
+def write_model(folder: Path, family: str, *, seed: int = 0, **overrides) -> Path:
+    """A random model whose attention is far from uniform: near-uniform attention would hide errors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    extra = TINY_MOE if family == "qwen3_moe" else {}
+    config = AutoConfig.for_model(family, **{**TINY, **extra, **overrides})
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight.copy_((1.6 if "q_norm" in name or "k_norm" in name else 1.0) + 0.2 * noise)
+            elif weight.ndim == 1:
+                weight.copy_(0.3 * noise)
+            else:
+                gain = 1.8 if "q_proj" in name or "k_proj" in name else 1.0
+                weight.copy_(noise * gain / (1 if "embed" in name else weight.shape[-1] ** 0.5))
+    module.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class TinyEngine:
+    """An engine that has served nothing but what the tests ask for."""
+
+    llm: object
+    handle: object
+    layout: object
+    num_requests: int = field(default=0)
+
+    @property
+    def core(self):
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def size(self) -> int:
+        return self.layout.block_size
+
+    def tokens(self, count: int, *, seed: int = 3) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(2, TINY["vocab_size"], (count,), generator=generator).tolist()
+
+    def prefill(self, tokens: list[int], *, chunk_tokens: int) -> np.ndarray:
+        """Have vLLM prefill in chunks; returns KV bytes ``[L, blocks, P]`` of the prompt's whole blocks."""
+        from vllm import SamplingParams
+
+        self.core.scheduler.max_num_scheduled_tokens = chunk_tokens
+        self.num_requests += 1
+        params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, detokenize=False)
+        engine = self.llm.llm_engine
+        request_id = engine.add_request(str(self.num_requests), {"prompt_token_ids": tokens}, params)
+        request_id = request_id or str(self.num_requests)
+        while not any(output.outputs[0].token_ids for output in engine.step()):
+            pass
+        (internal_id,) = self.core.scheduler.requests
+        block_ids = list(self.core.scheduler.kv_cache_manager.get_block_ids(internal_id)[0])
+        kv = self.gather(block_ids[: len(tokens) // self.size])
+        while engine.has_unfinished_requests():
+            engine.step()
+        return kv
+
+    def gather(self, block_ids: list[int]) -> np.ndarray:
+        layout = self.layout
+        out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)
+        layout.gather(0, layout.num_layers, block_ids, out)
+        return out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
+
+    def place(self, kv: np.ndarray, block_ids: list[int], *, layers: tuple[int, int], blocks: tuple[int, int]) -> None:
+        """Put part of ``kv`` where it belongs, as a load would."""
+        (lo, hi), (first, last) = layers, blocks
+        payload = np.ascontiguousarray(kv[lo:hi, first:last]).reshape(-1)
+        self.layout.scatter(lo, hi, block_ids[first:last], payload)
+
+    def poisoned(self, count: int, *, skip: int = 0) -> list[int]:
+        """Blocks at the end of the KV cache, in descending order, full of NaN."""
+        last = self.layout.num_blocks - skip
+        block_ids = list(range(last - 1, last - 1 - count, -1))
+        poison = np.full(self.layout.num_bytes(self.layout.num_layers, count), POISON, dtype=np.uint8)
+        self.layout.scatter(0, self.layout.num_layers, block_ids, poison)
+        return block_ids
+
+    def differing(self, kv: np.ndarray, block_ids: list[int]) -> float:
+        """Share of bytes in which blocks differ from ``kv``."""
+        return float((self.gather(block_ids) != kv).mean())
+
+
+@contextmanager
+def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overrides):
+    """Start an engine on a model folder and open it as the connector would; nothing is left of it afterwards."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    from cacheflow.vllm.layout import BlockLayout
+    from cacheflow.vllm.model_access import open_model, remember
+    from vllm import LLM
+
+    llm = LLM(
+        model=str(folder), dtype=dtype, skip_tokenizer_init=True, enforce_eager=enforce_eager, max_model_len=2048,
+        max_num_batched_tokens=512, max_num_seqs=4, enable_prefix_caching=False, seed=0, **overrides,
+    )  # fmt: skip
+    core = llm.llm_engine.engine_core.engine_core
+    worker = core.model_executor.driver_worker.worker
+    remember(worker)
+    runner = worker.model_runner
+    handle = open_model(worker.vllm_config, runner.kv_cache_config)
+    context = worker.vllm_config.compilation_config.static_forward_context
+    caches = {name: context[name].kv_cache for name in handle.layer_names}
+    layout = BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=handle.layer_names)
+    try:
+        yield TinyEngine(llm, handle, layout)
+    finally:
+        core.shutdown()
+        del llm, core, worker, runner, handle, context, caches, layout
+        cleanup_dist_env_and_memory()
+        gc.collect()

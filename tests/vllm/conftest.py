@@ -1,0 +1,46 @@
+"""Engines of the vLLM suite: one start for each family, shared by the tests of that family."""
+
+import os
+
+import pytest
+
+ENGINES = {
+    "qwen3-bf16": ("qwen3", "bfloat16", True),
+    "llama-fp32": ("llama", "float32", True),
+    "qwen2-bf16": ("qwen2", "bfloat16", True),
+    "mistral-fp32": ("mistral", "float32", True),
+    "qwen3_moe-bf16": ("qwen3_moe", "bfloat16", True),
+    "llama-bf16-compiled": ("llama", "bfloat16", False),
+}
+EAGER = [name for name, (_, _, eager) in ENGINES.items() if eager]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            # vLLM, torch and their dependencies warn about each other; those warnings are not ours to fail on.
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture(scope="session")
+def _single_process_vllm():
+    """Engines run in this process, so that tests reach the model; set before vLLM is imported."""
+    for key, value in (
+        ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+        ("VLLM_CPU_KVCACHE_SPACE", "1"),
+        ("VLLM_LOGGING_LEVEL", "ERROR"),
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("HF_HUB_OFFLINE", "1"),
+    ):
+        os.environ.setdefault(key, value)
+
+
+@pytest.fixture(scope="session", params=EAGER)
+def tiny(request, tmp_path_factory, _single_process_vllm):
+    """One engine; pytest runs all tests of one before it starts the next. Ask for a certain one indirectly."""
+    from support.vllm_models import tiny_engine, write_model
+
+    family, dtype, eager = ENGINES[request.param]
+    folder = write_model(tmp_path_factory.mktemp(request.param), family)
+    with tiny_engine(folder, dtype=dtype, enforce_eager=eager) as engine:
+        yield engine

@@ -1,0 +1,156 @@
+"""Everything that cannot be reproduced is refused, with the reason; needs vLLM for its KV cache specs, no engine."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+def specs(kind="FullAttentionSpec", groups=1, **arguments):
+    import torch
+    from vllm.v1 import kv_cache_interface
+
+    spec = getattr(kv_cache_interface, kind)(
+        block_size=128, num_kv_heads=2, head_size=32, dtype=torch.bfloat16, **arguments
+    )
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups)
+
+
+def config(**changes):
+    """A plain engine; ``a__b=value`` changes one of its attributes."""
+    made = SimpleNamespace(
+        model_config=SimpleNamespace(is_encoder_decoder=False, is_multimodal_model=False, uses_mrope=False),
+        cache_config=SimpleNamespace(cache_dtype="auto", calculate_kv_scales=False, kv_sharing_fast_prefill=False),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, data_parallel_size=1, is_moe_model=False,
+            enable_eplb=False, use_ubatching=False,
+        ),
+        speculative_config=None,
+        lora_config=None,
+    )  # fmt: skip
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        owner = made
+        for parent in parents:
+            owner = getattr(owner, parent)
+        setattr(owner, name, value)
+    return made
+
+
+def attention(**impl):
+    return SimpleNamespace(attn_type="decoder", kv_sharing_target_layer_name=None, impl=SimpleNamespace(**impl))
+
+
+def runner(*, layer_class="LlamaDecoderLayer", model_class="LlamaForCausalLM", core=None, **layer):
+    module = SimpleNamespace(attn=core or attention(alibi_slopes=None, logits_soft_cap=0, sinks=None))
+    made = type(layer_class, (), {})()
+    made.self_attn = module
+    for name, value in layer.items():
+        setattr(made, name, value)
+    model = type(model_class, (), {})()
+    model.model = SimpleNamespace(layers=[None, made, made, None], start_layer=1, end_layer=3)
+    return SimpleNamespace(get_model=lambda: model)
+
+
+def test_a_plain_engine_is_accepted():
+    from cacheflow.vllm.refusals import load_refusals, recompute_refusals
+
+    assert load_refusals(config(), specs()) == []
+    assert recompute_refusals(runner(), config()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"cache_config__calculate_kv_scales": True}, "calculate_kv_scales"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size is 2"),
+        ({"parallel_config__prefill_context_parallel_size": 4}, "prefill_context_parallel_size is 4"),
+    ],
+)
+def test_what_cannot_even_be_loaded(changes, reason):
+    from cacheflow.vllm.refusals import load_refusals
+
+    (found,) = load_refusals(config(**changes), specs())
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("caches", "reason"),
+    [
+        ({"groups": 2}, "2 groups"),
+        ({"kind": "SlidingWindowSpec", "sliding_window": 64}, "SlidingWindowSpec"),
+        ({"kind": "MLAAttentionSpec"}, "MLAAttentionSpec"),
+    ],
+)
+def test_kv_caches_of_other_kinds(caches, reason):
+    from cacheflow.vllm.refusals import load_refusals
+
+    assert any(reason in each for each in load_refusals(config(), specs(**caches)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"cache_config__cache_dtype": "fp8"}, "quantised (fp8)"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"model_config__is_multimodal_model": True}, "multimodal"),
+        ({"parallel_config__enable_eplb": True}, "expert load balancing"),
+        ({"parallel_config__use_ubatching": True}, "dual-batch"),
+        ({"parallel_config__data_parallel_size": 2, "parallel_config__is_moe_model": True}, "data parallelism"),
+    ],
+)
+def test_engines_that_only_load(changes, reason):
+    from cacheflow.vllm.refusals import load_refusals, recompute_refusals
+
+    assert load_refusals(config(**changes), specs()) == []
+    (found,) = recompute_refusals(runner(), config(**changes))
+    assert reason in found
+
+
+def test_dense_replicas_may_recompute():
+    from cacheflow.vllm.refusals import recompute_refusals
+
+    assert recompute_refusals(runner(), config(parallel_config__data_parallel_size=2)) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"model_class": "GptOssForCausalLM"}, "GptOssForCausalLM is not on the list"),
+        ({"layer_class": "NewLayer"}, "layers are NewLayer, expected LlamaDecoderLayer"),
+        ({"ada_rms_norm_t_cond": object()}, "condition"),
+        ({"core": {"alibi_slopes": [1.0]}}, "ALiBi"),
+        ({"core": {"sinks": object()}}, "sinks"),
+        ({"core": {"logits_soft_cap": 30.0}}, "soft cap"),
+    ],
+)
+def test_models_that_only_load(arguments, reason):
+    from cacheflow.vllm.refusals import recompute_refusals
+
+    if "core" in arguments:
+        arguments = {**arguments, "core": attention(**arguments["core"])}
+    (found,) = recompute_refusals(runner(**arguments), config())
+    assert reason in found
+
+
+def test_the_user_is_told_all_reasons_and_the_way_out():
+    from cacheflow.errors import UnsupportedModelError
+    from cacheflow.vllm.compat import check_environment
+
+    bad = config(model_config__is_encoder_decoder=True, speculative_config=object())
+    with pytest.raises(UnsupportedModelError, match=r"encoder-decoder.*; speculative"):
+        check_environment(bad, specs())
+
+
+def test_a_vllm_that_lacks_something_is_named():
+    from cacheflow.errors import ConfigError
+    from cacheflow.vllm.compat import require_runner, runner_kind
+
+    with pytest.raises(ConfigError, match="SimpleNamespace lacks attn_groups, device"):
+        require_runner(SimpleNamespace(model=None))
+    with pytest.raises(ConfigError, match="no model runner CacheFlow knows"):
+        runner_kind(object())

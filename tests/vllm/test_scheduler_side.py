@@ -1,0 +1,265 @@
+"""The scheduler side without vLLM: lookups, decisions, orders, deadlines, saves, counts."""
+
+import threading
+
+import pytest
+
+pytest.importorskip("torch")
+
+from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, facts, tokens
+
+from cacheflow.plan.problem import LinkCost
+from cacheflow.types import LoadOutcome
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.scheduler_side import ScheduledRequest
+
+pytestmark = pytest.mark.torch
+
+
+def options(**changes):
+    return ConnectorOptions(**{"chunk_tokens": CHUNK, "lookup_timeout_s": 20.0, "explain": True, **changes})
+
+
+def test_a_prefix_in_the_store_is_restored_by_both_sides_and_reported():
+    case = Case()
+    prompt = case.saved_prompt(10 * CHUNK + 5, 10)
+    case.arrive("a", prompt)
+    assert case.begin("a") == 10 * CHUNK
+    worker = Worker(case)
+    worker.run()
+    (restore_id,) = worker.finished
+    assert worker.restored[restore_id] == {(chunk, layer) for chunk in range(10) for layer in range(LAYERS)}
+    (record,) = case.side.finished("a")["cacheflow"]
+    assert record["outcome"] == "done"
+    assert record["recomputed_cells"] > 0
+    assert record["loaded_cells"] > 0
+    assert record["recomputed_cells"] + record["loaded_cells"] == 10 * LAYERS
+    counted = case.side.counts.take()
+    assert counted["restorations"] == {"done": 1}
+    assert counted["tokens"]["recomputed"] + counted["tokens"]["loaded"] == pytest.approx(10 * CHUNK)
+
+
+def test_the_last_token_is_never_restored():
+    case = Case()
+    case.arrive("a", case.saved_prompt(4 * CHUNK, 4))
+    assert case.matched("a") == 3 * CHUNK
+
+
+def test_a_local_hit_that_ends_inside_a_chunk_leaves_the_rest_of_it():
+    case = Case()
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6))
+    assert case.begin("a", num_computed=2 * CHUNK + BLOCK) == 4 * CHUNK - BLOCK
+    (target,) = case.step().targets
+    assert (target.start, target.object_start) == (2 * CHUNK + BLOCK, 2 * CHUNK)
+    assert target.chunk_ends == tuple(CHUNK * n for n in (3, 4, 5, 6))
+    assert len(target.tokens) == 4 * CHUNK - BLOCK
+
+
+def test_nothing_is_restored_that_the_store_lacks_or_another_tenant_saved():
+    case = Case()
+    prompt = case.saved_prompt(6 * CHUNK + 1, 6, salt="one")
+    case.arrive("other salt", prompt, salt="two")
+    case.arrive("no salt", prompt)
+    case.arrive("same salt", prompt, salt="one")
+    case.arrive("adapter", prompt, salt="one", adapter=("name", "path"))
+    case.arrive("other text", tokens(6 * CHUNK + 1, seed=9), salt="one")
+    case.arrive("embeddings", prompt, salt="one", hashable=False)
+    assert [case.matched(name) for name in ("other salt", "no salt", "adapter", "other text", "embeddings")] == [0] * 5
+    assert case.matched("same salt") == 6 * CHUNK
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"cacheflow": "off"}, 0),
+        ({"cacheflow": "recompute"}, 0),
+        ({"cacheflow": "load"}, 6 * CHUNK),
+        ({"max_load_tokens": 3 * CHUNK + 1}, 3 * CHUNK),
+        ({"max_load_tokens": 0}, 0),
+        ({"someone_elses": 1}, 6 * CHUNK),
+    ],
+)
+def test_a_request_may_say_how_it_is_restored(params, expected):
+    case = Case()
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6), params=params)
+    assert case.matched("a") == expected
+
+
+def test_what_a_request_says_wrongly_is_answered():
+    case = Case()
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6), params={"cacheflow": "fast", "max_load_tokens": -1})
+    assert case.matched("a") == 6 * CHUNK
+    error = case.side.finished("a")["cacheflow_error"]
+    assert "'fast'" in error
+    assert "auto, load, recompute, off" in error
+    assert "-1" in error
+
+
+def test_a_link_that_cannot_help_leaves_the_prompt_to_vllm():
+    case = Case(facts_by_rank=(facts(ratio=500.0),))
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6))
+    assert case.matched("a") == 0
+
+
+def test_a_store_that_does_not_answer_costs_its_deadline_and_no_more():
+    case = Case(options=options(lookup_timeout_s=0.05))
+    release = threading.Event()
+    case.store.contains = lambda keys: release.wait(20) and (True,) * len(keys)
+    try:
+        case.arrive("a", tokens(6 * CHUNK + 1))
+        assert case.side.num_matched("a", 0) is None
+        case.now_s = 0.06
+        assert case.side.num_matched("a", 0) == 0
+        assert case.side.counts.take()["lookup_timeouts"] == 1
+    finally:
+        release.set()
+
+
+def test_failed_reads_are_recomputed():
+    case = Case()
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    worker = Worker(case, outcome={(9, 3): LoadOutcome.CORRUPT, (8, 1): LoadOutcome.MISS})
+    worker.run()
+    assert worker.restored[worker.finished[0]] == {(c, layer) for c in range(10) for layer in range(LAYERS)}
+    counted = case.side.counts.take()
+    assert counted["restorations"] == {"done": 1}
+    assert counted["tokens"]["failed"] > 0
+
+
+def test_a_compute_failure_hands_the_rest_to_vllm():
+    case = Case()
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    worker = Worker(case, compute_error="boom")
+    worker.run()
+    (blocks,) = worker.failed_blocks.values()
+    assert blocks == tuple(range(100, 100 + 10 * CHUNK // BLOCK))  # nothing was resident from the start
+    assert case.side.counts.take()["restorations"] == {"failed": 1}
+
+
+def test_a_load_only_engine_gives_back_what_is_behind_a_hole():
+    only = facts(costs=None, load_only_reason="a test")
+    case = Case(facts_by_rank=(only,))
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    worker = Worker(case, outcome={(6, 2): LoadOutcome.MISS})
+    worker.run()
+    (blocks,) = worker.failed_blocks.values()
+    assert blocks == tuple(range(100 + 6 * CHUNK // BLOCK, 100 + 10 * CHUNK // BLOCK))
+
+
+def test_an_overdue_restoration_stops_loading_and_ends():
+    case = Case(options=options(restore_timeout_s=0.5))
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    case.step()  # the workers begin and say nothing: the store hangs
+    case.now_s = 1.0
+    orders = case.step()
+    assert not any(each.reads for each in orders.restorations)
+
+
+def test_a_store_whose_reads_are_all_late_costs_recomputation():
+    case = Case(options=options(restore_timeout_s=0.5))
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    worker = Worker(case, default=LoadOutcome.LATE, step_s=0.2)
+    worker.run()
+    assert worker.restored[worker.finished[0]] == {(c, layer) for c in range(10) for layer in range(LAYERS)}
+    assert case.side.counts.take()["tokens"]["recomputed"] == pytest.approx(10 * CHUNK)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+def test_an_aborted_request_is_cancelled_on_the_workers(steps_before):
+    case = Case()
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    worker = Worker(case)
+    for _ in range(steps_before):
+        worker.carry_out(case.step())
+    assert case.side.has_work
+    case.side.finished("a")
+    worker.run(max_steps=2)
+    assert len(worker.finished) == 1
+    assert case.side.counts.take()["restorations"] == {"cancelled": 1}
+
+
+def test_two_requests_for_the_same_prefix_load_it_once():
+    case = Case()
+    prompt = case.saved_prompt(10 * CHUNK + 5, 10)
+    case.arrive("a", prompt)
+    case.arrive("b", [*prompt[: 10 * CHUNK], 1, 2, 3])
+    case.begin("a")
+    assert case.matched("b") is None
+    Worker(case).run()
+    assert case.matched("b", 10 * CHUNK) == 0  # vLLM's own prefix cache has it now
+
+
+def test_ranks_finish_together():
+    case = Case(facts_by_rank=(facts(), facts(rank=1, link=LinkCost(bytes_per_s=1e5))))
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    worker = Worker(case, ranks=(0,))
+    for _ in range(30):
+        worker.carry_out(case.step())
+    assert case.side.has_work, "rank 1 has not reported"
+
+
+def test_compute_stays_within_the_budget_while_others_decode():
+    case = Case(options=options(recompute_budget_ms=20.0))
+    case.arrive("a", case.saved_prompt(40 * CHUNK + 5, 40))
+    case.begin("a")
+    orders = case.step(busy=3)
+    cells = sum(order.tile.num_cells for each in orders.restorations for order in each.compute)
+    assert cells == 2  # of 10 ms each
+    assert orders.wait_s == 0
+
+
+def test_itl_slo_shrinks_the_budget():
+    case = Case(options=options(recompute_budget_ms=50.0, itl_slo_ms=40.0))
+    case.arrive("a", case.saved_prompt(40 * CHUNK + 5, 40))
+    case.begin("a")
+    for _ in range(40):  # the engine's own step takes 30 ms
+        case.step(busy=3)
+        case.now_s += 0.03
+    orders = case.step(busy=3)
+    assert sum(order.tile.num_cells for each in orders.restorations for order in each.compute) <= 1
+
+
+def test_chunks_are_saved_once_when_they_are_complete():
+    case = Case()
+    prompt = tokens(3 * CHUNK + 10)
+    case.arrive("a", prompt)
+    assert case.matched("a") == 0
+    saved = []
+    for num_computed in (CHUNK // 2, CHUNK, CHUNK, 3 * CHUNK + 10):
+        saved.append([order.block_ids for order in case.step(ScheduledRequest("a", num_computed), busy=1).saves])
+    per_chunk = CHUNK // BLOCK
+    blocks = [tuple(range(chunk * per_chunk, (chunk + 1) * per_chunk)) for chunk in range(3)]
+    assert saved == [[], [blocks[0]], [], blocks[1:]]
+
+
+def test_decoded_tokens_are_saved_once_they_are_known_unless_forbidden():
+    for decode_too in (True, False):
+        case = Case(options=options(save_decode_kv=decode_too))
+        known = tokens(CHUNK - 1)
+        case.arrive("a", known)
+        assert case.matched("a") == 0
+        assert case.step(ScheduledRequest("a", CHUNK), busy=1).saves == ()  # its last token is not sampled yet
+        known.append(5)
+        assert len(case.step(ScheduledRequest("a", CHUNK), busy=1).saves) == decode_too
+
+
+def test_what_the_store_has_is_not_saved_again():
+    case = Case()
+    case.arrive("a", case.saved_prompt(4 * CHUNK + 1, 3))
+    case.matched("a")
+    orders = case.step(ScheduledRequest("a", 4 * CHUNK + 1), busy=1)
+    assert len(orders.saves) == 1
+
+
+def test_with_nothing_to_do_a_step_orders_nothing():
+    case = Case()
+    case.arrive("a", tokens(CHUNK // 2))
+    assert case.matched("a") == 0
+    assert case.step(ScheduledRequest("a", CHUNK // 2), busy=1).idle

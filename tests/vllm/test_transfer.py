@@ -1,0 +1,118 @@
+"""Reads land in staging, then in the KV blocks; no vLLM needed."""
+
+import numpy as np
+import pytest
+import torch
+
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.keys import Shard
+from cacheflow.restore.orders import RestoreTarget
+from cacheflow.stores.base import PutRequest
+from cacheflow.stores.memory import MemoryStore
+from cacheflow.types import LoadOutcome
+from cacheflow.vllm.layout import BlockLayout, LayerView
+from cacheflow.vllm.transfer import VllmTransferPort, block_layers, object_key, staging_pool
+
+pytestmark = pytest.mark.torch
+
+NAMESPACE, CHAIN = "a" * 32, tuple(f"{index}" * 64 for index in range(2))
+CHUNK, SIZE, LAYERS, PER_BLOCK = 8, 4, 5, 2
+SHARD = Shard(tp_rank=1, tp_size=2)
+
+
+@pytest.fixture
+def layout():
+    views = [LayerView(f"layers.{index}", torch.zeros(9, 2, SIZE, 3, dtype=torch.bfloat16)) for index in range(LAYERS)]
+    return BlockLayout(views, block_size=SIZE, layout_name="LBHNC")
+
+
+@pytest.fixture
+def saved(layout):
+    """A store with two chunks of random bytes, and the bytes by cell."""
+    random = np.random.default_rng(2)
+    with MemoryStore(capacity_bytes=1 << 20) as store:
+        cells = {}
+        for chunk in range(2):
+            for block in range(3):
+                layers = block_layers(block, PER_BLOCK, LAYERS)
+                size = layout.num_bytes(layers[1] - layers[0], CHUNK // SIZE)
+                cells[chunk, block] = random.integers(0, 256, size, dtype=np.uint8)
+                key = object_key(NAMESPACE, CHAIN[chunk], layers=layers, shard=SHARD)
+                store.submit_put([PutRequest(key, [cells[chunk, block]], (size,), "uint8")]).wait(5)
+        yield store, cells
+
+
+def new_port(store, layout, *, start=0, shard=SHARD):
+    target = RestoreTarget(
+        restore_id=0, request_id="r", start=start, object_start=0, chunk_ends=(8, 16), tokens=tuple(range(start, 16)),
+        block_ids=(7, 2, 5, 3), namespace=NAMESPACE, chain_hashes=CHAIN, layers_per_block=PER_BLOCK,
+    )  # fmt: skip
+    pool = staging_pool(layout, chunk_tokens=CHUNK, layers_per_block=PER_BLOCK)
+    return VllmTransferPort(store, layout, target, pool=pool, shard=shard)
+
+
+def gathered(layout, layers, block_ids):
+    out = np.empty(layout.num_bytes(layers[1] - layers[0], len(block_ids)), dtype=np.uint8)
+    layout.gather(*layers, block_ids, out)
+    return out
+
+
+def test_cells_land_in_their_blocks_and_nowhere_else(layout, saved):
+    store, cells = saved
+    port = new_port(store, layout)
+    ticket = port.start(Tile(1, 2, 2, 3), deadline_s=5)
+    assert ticket.num_bytes == layout.num_bytes(1, 2)  # the top block holds the one layer that is left
+    assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
+    assert not gathered(layout, (0, LAYERS), range(9)).any()
+    port.place(ticket)
+    assert np.array_equal(gathered(layout, (4, 5), [5, 3]), cells[1, 2])
+    assert not gathered(layout, (0, 4), range(9)).any()
+    assert not gathered(layout, (4, 5), [0, 1, 2, 4, 6, 7, 8]).any()
+
+
+def test_a_first_chunk_that_is_partly_there_keeps_its_blocks(layout, saved):
+    store, cells = saved
+    port = new_port(store, layout, start=4)
+    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=5)
+    assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
+    port.place(ticket)
+    whole = cells[0, 0].reshape(2, 2, -1)
+    assert np.array_equal(gathered(layout, (0, 2), [2]).reshape(2, -1), whole[:, 1])
+    assert not gathered(layout, (0, 2), [7]).any()
+
+
+def test_every_cell_of_a_prefix(layout, saved):
+    store, cells = saved
+    port = new_port(store, layout)
+    tickets = [port.start(Tile(chunk, chunk + 1, block, block + 1), deadline_s=5) for chunk, block in cells]
+    for ticket in tickets:
+        assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
+        port.place(ticket)
+    for (chunk, block), payload in cells.items():
+        block_ids = [(7, 2), (5, 3)][chunk]
+        assert np.array_equal(gathered(layout, block_layers(block, PER_BLOCK, LAYERS), block_ids), payload)
+
+
+def test_another_ranks_objects_are_misses(layout, saved):
+    store, _ = saved
+    port = new_port(store, layout, shard=Shard(tp_rank=0, tp_size=2))
+    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=5)
+    assert port.wait(ticket, timeout_s=5) is LoadOutcome.MISS
+    port.cancel(ticket)
+
+
+def test_staging_is_used_again(layout, saved):
+    store, _ = saved
+    port = new_port(store, layout)
+    first = port.start(Tile(0, 1, 0, 1), deadline_s=5)
+    port.wait(first, timeout_s=5)
+    port.cancel(first)
+    second = port.start(Tile(0, 1, 1, 2), deadline_s=5)
+    assert second.staging is first.staging
+    port.wait(second, timeout_s=5)
+    port.place(second)
+
+
+def test_positions_inside_a_block_are_a_bug(layout, saved):
+    with pytest.raises(ValueError, match="multiples of the block size 4"):
+        new_port(saved[0], layout, start=3)
