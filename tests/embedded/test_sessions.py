@@ -174,6 +174,24 @@ def test_saving_later_and_twice(store, model):
     assert answer(session, QUESTION).reply.restored_tokens == 118
 
 
+def test_a_save_with_a_timeout_does_not_wait_for_a_slow_link(model):
+    with ThrottledStore(MemoryStore(capacity_bytes=CAPACITY), 1e3, throttle_puts=True) as store:
+        session = make_engine(model, store).session()
+        answer(session, PROMPT, save=False)
+        assert session.save(timeout_s=0.02) == SaveReport(num_failed=12)
+        with pytest.raises(ConfigError, match="timeout_s is -1"):
+            session.save(timeout_s=-1)
+
+
+@pytest.mark.parametrize(("deadline_s", "timed_out"), [(1e-9, True), (60.0, False)])
+def test_a_reply_says_that_the_lookup_timed_out(store, model, deadline_s, timed_out):
+    answer(make_engine(model, store).session(), PROMPT)
+    session = make_engine(model, store, lookup_deadline_s=deadline_s).session()
+    reply = answer(session, PROMPT).reply
+    assert reply.lookup_timed_out is timed_out
+    assert (reply.restored_tokens == 0) is timed_out
+
+
 def test_evict_leaves_the_conversation_and_nothing_else(store, model):
     session = make_engine(model, store).session()
     first = answer(session, PROMPT)

@@ -15,19 +15,18 @@ from dataclasses import dataclass
 
 import torch
 
+from cacheflow.embedded.archive import PrefixArchive
 from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.restorer import Restored, RestoreRequest
-from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.sampling import Sampling, TokenSampler, generate
-from cacheflow.engine.saver import PrefixSaver, SaveReport
-from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
-from cacheflow.errors import CostRangeError, PromptError, RestoreCancelled
+from cacheflow.engine.saver import SaveReport
+from cacheflow.errors import ConfigError, CostRangeError, PromptError, RestoreCancelled
 from cacheflow.plan.explain import RestoreReport
-from cacheflow.plan.grid import Grid, Tile, regular_ends
-from cacheflow.plan.keys import ObjectKey, as_token_array, chain_hashes, chain_root
-from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_boundary
+from cacheflow.plan.grid import Grid, regular_ends
+from cacheflow.plan.keys import as_token_array
+from cacheflow.stores.prefix_index import PrefixMatch
 from cacheflow.types import LoadOutcome
 
 logger = logging.getLogger(__name__)
@@ -46,6 +45,7 @@ class Reply:
         suffix_tokens: Prompt tokens that were new.
         report: The restoration; None when nothing had to be restored.
         saved: What was written to the store.
+        lookup_timed_out: The store took too long to say what it holds; it may hold more than was restored.
     """
 
     tokens: tuple[int, ...]
@@ -56,6 +56,7 @@ class Reply:
     suffix_tokens: int
     report: RestoreReport | None
     saved: SaveReport
+    lookup_timed_out: bool = False
 
 
 class Session:
@@ -64,7 +65,7 @@ class Session:
     def __init__(self, engine: SessionHost, *, salt: str, history: Sequence[int] = ()) -> None:
         """Start with the tokens of an earlier conversation, whose KV only the store may have."""
         self.tokens: list[int] = as_token_array(history).tolist() if len(history) else []
-        self._engine, self._salt = engine, salt
+        self._engine, self._archive = engine, PrefixArchive(engine, salt=salt)
         self._prompt: list[int] = []
         self._kv: KVBuffer | None = None
         self._chunk_ends: tuple[int, ...] = ()
@@ -165,6 +166,7 @@ class Session:
             suffix_tokens=grid.suffix_tokens,
             report=report,
             saved=self.save(first_chunk=_first_unsaved(known_ends, report)) if save else SaveReport(),
+            lookup_timed_out=match.timed_out,
         )
 
     def _checked_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -195,21 +197,11 @@ class Session:
         return grown, self._chunk_ends
 
     def _lookup(self, prompt: list[int]) -> PrefixMatch:
-        engine = self._engine
-        match = find_prefix(
-            engine.store,
-            engine.namespace,
-            prompt,
-            chunk_tokens=engine.chunking.chunk_tokens,
-            salt=self._salt,
-            max_tokens=len(prompt) - 1,
-            required_keys=self._chunk_keys,
-            deadline_s=engine.chunking.lookup_deadline_s,
-        )
+        match = self._archive.find(prompt)
         if not match.chunk_ends or self._is_priced(match, len(prompt)):
             return match
         self._evicted_ends = self._evicted_ends or match.chunk_ends  # prefilled in the chunks it was saved in
-        return PrefixMatch(chunk_ends=(), chain_hashes=())
+        return PrefixMatch(chunk_ends=(), chain_hashes=(), timed_out=match.timed_out)
 
     def _is_priced(self, match: PrefixMatch, num_tokens: int) -> bool:
         """Whether the profile knows what restoring a match costs; what it does not know is prefilled instead."""
@@ -219,18 +211,6 @@ class Session:
             logger.warning("%d cached tokens are prefilled, not restored: %s", match.num_tokens, error)
             return False
         return True
-
-    def _chunk_keys(self, chunk_hash: bytes) -> list[ObjectKey]:
-        """Every object of one chunk."""
-        grid = Grid(chunk_ends=(1,), num_blocks=self._engine.num_blocks)
-        geometry = self._geometry(grid)
-        name, namespace = chunk_hash.hex(), self._engine.namespace.digest
-        return [cell_key(namespace, name, geometry, Tile(0, 1, b, b + 1)) for b in range(grid.num_blocks)]
-
-    def _geometry(self, grid: Grid) -> CellGeometry:
-        return CellGeometry(
-            grid=grid, shape=self._engine.model.shape, layers_per_block=self._engine.chunking.layers_per_block
-        )
 
     def _grid(self, known_ends: tuple[int, ...], num_tokens: int) -> Grid:
         evicted, known = self._evicted_ends, len(known_ends)
@@ -265,43 +245,33 @@ class Session:
         self, tokens: list[int], grid: Grid, match: PrefixMatch, kv: KVBuffer, cancel: threading.Event | None
     ) -> Restored:
         engine = self._engine
-        transfer = StoreTransferPort(
-            engine.store,
-            geometry=self._geometry(grid),
-            namespace=engine.namespace.digest,
-            chain_hashes=match.chain_hashes,
-            kv=kv,
-        )
         request = RestoreRequest(
             tokens=tokens,
             problem=engine.problem(grid),
             kv=kv,
             layers_per_block=engine.chunking.layers_per_block,
         )
-        return engine.restorer.restore(request, transfer, cancel=cancel)
+        return engine.restorer.restore(request, self._archive.open(grid, match, kv), cancel=cancel)
 
-    def save(self, *, first_chunk: int = 0) -> SaveReport:
+    def save(self, *, first_chunk: int = 0, timeout_s: float | None = None) -> SaveReport:
         """Write resident chunks to the store, those it already has left out; waits for the writes.
 
         Partial chunks are noted, so that a later lookup tries their length.
 
         Args:
             first_chunk: Skip the chunks before this one.
+            timeout_s: Longest wait, about; writes still pending then are reported as failed and go on. None waits.
+
+        Raises:
+            ConfigError: ``timeout_s`` is below 0.
         """
-        engine, ends = self._engine, self._chunk_ends
-        if self._kv is None or first_chunk >= len(ends):
+        if timeout_s is not None and not timeout_s >= 0:
+            raise ConfigError(f"timeout_s is {timeout_s}, must be 0 or more")
+        if self._kv is None or first_chunk >= len(self._chunk_ends):
             return SaveReport()
-        hashes = chain_hashes(self._prompt, ends, salt=self._salt)
-        geometry = self._geometry(Grid(chunk_ends=ends, num_blocks=engine.num_blocks))
-        saver = PrefixSaver(engine.store, geometry=geometry, namespace=engine.namespace.digest, chain_hashes=hashes)
-        saver.save_prefix(self._kv, first_chunk=first_chunk)
-        report = saver.wait()
-        parents, starts = (chain_root(self._salt), *hashes), (0, *ends)
-        for chunk in range(first_chunk, len(ends)):
-            length = ends[chunk] - starts[chunk]
-            if length != engine.chunking.chunk_tokens:
-                note_boundary(engine.store, engine.namespace, parents[chunk], length)
-        return report
+        return self._archive.save(
+            self._kv, self._prompt, self._chunk_ends, first_chunk=first_chunk, timeout_s=timeout_s
+        )
 
 
 def _first_unsaved(known_ends: tuple[int, ...], report: RestoreReport | None) -> int:

@@ -119,6 +119,10 @@ class CellBoard:
         self._head_B[block] = head
         return head >= chunk
 
+    def num_in(self, state: Cell) -> int:
+        """Number of cells in a state."""
+        return sum(row.count(state) for row in self._rows_BK)
+
     def last_open_chunk(self, block: int, *, chunk_lo: int = 0) -> int:
         """Highest open chunk of a block at or above ``chunk_lo``; -1 when there is none."""
         return self._rows_BK[block].rfind(0, chunk_lo)

@@ -41,7 +41,7 @@ class LoadPointer:
         self._p = progress
         self._tile_index = 0
         self._queue: deque[tuple[int, int]] = deque()
-        self._climbing = False
+        self._chunk_bytes = float(progress.problem.load_bytes_KB.sum(axis=1).max(initial=0))
 
     def claim(self, now_s: float) -> tuple[int, int] | None:
         """Claim the next cell as ``LOADING``; None when the link should wait or has nothing left."""
@@ -98,15 +98,18 @@ class LoadPointer:
 
     def _behind_suffix(self, now_s: float) -> tuple[int, int] | None:
         p = self._p
-        split = self.split(now_s)
-        if not self._climbing and not p.compute_stopped:
-            chunk_s = float(p.problem.load_bytes_KB.sum(axis=1).max()) / p.rates.bytes_per_s
-            if split.link_left_s > CLIMB_MARGIN * p.suffix_left_s() + chunk_s:
-                return self._from_tail(now_s)
-        self._climbing = True
+        split = self.split(now_s, doubt=1.0)
+        far_s = CLIMB_MARGIN * p.suffix_left_s() + self._chunk_bytes / p.bytes_per_s
+        in_order = self._tile_index < len(p.plan.load_order)
+        if in_order and not p.compute_stopped and split.link_left_s > far_s:
+            return self._from_tail(now_s)
+        p.link_climbs = True
+        # A plan that leaves all to the link has no meeting point to doubt: the suffix needs the bottom rows at once.
+        if not p.rates.trusted and any(p.plan.levels_K):
+            split = self.split(now_s, doubt=DOUBT)
         cell = self._bottom_up(split)
         if cell is None:
-            return self._steal(now_s)
+            return self._steal(now_s) or self._steal_demanded(now_s)
         return cell if self._link_is_first(cell, now_s) else None
 
     def _from_tail(self, now_s: float) -> tuple[int, int] | None:
@@ -143,12 +146,24 @@ class LoadPointer:
                 return (chunk, block) if self._link_is_first((chunk, block), now_s) else None
         return None
 
-    def split(self, now_s: float) -> Split:
+    def _steal_demanded(self, now_s: float) -> tuple[int, int] | None:
+        """Take the top of the highest chunk that compute took back, when compute would not get to it sooner."""
+        p = self._p
+        for chunk in range(p.board.num_chunks - 1, -1, -1):
+            block = p.board.top_open_block(chunk, p.failed_K[chunk], p.demand_K[chunk])
+            if block < 0:
+                continue
+            compute_s = p.compute_left_s(now_s) + p.repair_left_s() + p.suffix_left_s()
+            if p.link_s(p.board.load_bytes(chunk, block)) + p.suffix_from_s(block) > compute_s:
+                return None
+            p.demand_K[chunk] = block
+            return chunk, block
+        return None
+
+    def split(self, now_s: float, *, doubt: float) -> Split:
         """Where compute with the suffix behind it and the link with the top block behind it would end together."""
         p, board = self._p, self._p.board
-        # A plan that leaves all to the link has no meeting point to doubt: the suffix needs the bottom rows at once.
-        doubt = 1.0 if p.rates.trusted or not any(p.plan.levels_K) else DOUBT
-        factor, bytes_per_s = p.rates.compute_factor / doubt, p.rates.bytes_per_s / doubt
+        factor, bytes_per_s = p.rates.compute_factor / doubt, p.bytes_per_s / doubt
         after_s = p.suffix_left_s() + p.compute_left_s(now_s)
         if p.compute_stopped:
             return Split(0, 0, p.link_s(board.open_bytes))

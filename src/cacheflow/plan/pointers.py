@@ -230,7 +230,7 @@ class RestoreState:
         return max(p.link_s(0), compute_s + share * open_s)
 
     def begin_place(self, tile: Tile) -> bool:
-        """Take a verified read on to the KV buffer; False when compute has taken the cell back (drop the bytes)."""
+        """Take a verified read on to the KV buffer; False when compute is at or through the cell: drop the bytes."""
         chunk, block = tile.chunk_lo, tile.block_lo
         num_bytes = self._p.board.load_bytes(chunk, block)
         self._p.end_load(num_bytes)
@@ -257,7 +257,8 @@ class RestoreState:
         if outcome is LoadOutcome.CORRUPT:
             self.wasted_bytes += num_bytes
         self._failed_in_row += 1
-        if p.board.state(chunk, block) in (Cell.LOADING, Cell.OPEN):  # open: demanded of compute, which is not there yet
+        # Open: demanded of compute, which has not got there.
+        if p.board.state(chunk, block) in (Cell.LOADING, Cell.OPEN):
             self._leave_to_compute(chunk, block)
         if self._failed_in_row >= MAX_FAILED_IN_ROW:
             self.close_link()

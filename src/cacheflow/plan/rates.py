@@ -11,6 +11,12 @@ from cacheflow.errors import ConfigError
 
 DECAY = 0.85
 """Weight an observation keeps when the next one arrives; about seven observations count."""
+SLOW = 1.5
+"""A read this many times slower than the known bandwidth, right after another such, is a falling link, not noise."""
+VERY_SLOW = 2.5
+"""... and one alone when it is this many times slower."""
+FALLEN_DECAY = 0.2
+"""``DECAY`` when the link has fallen: what was observed before hardly counts."""
 PRIOR_OBSERVATIONS = 2.0
 """How many observations the prediction is worth before anything was observed."""
 
@@ -39,6 +45,7 @@ class LiveRates:
         self._predicted_s = self._actual_s = 0.0
         self._bytes = self._busy_s = 0.0
         self._num_computes = self._num_loads = 0
+        self._last_was_slow = False
 
     @property
     def trusted(self) -> bool:
@@ -75,6 +82,25 @@ class LiveRates:
         if self._bytes == 0.0:
             self._bytes = PRIOR_OBSERVATIONS * num_bytes
             self._busy_s = self._bytes / self._bytes_per_s
-        self._bytes = DECAY * self._bytes + num_bytes
-        self._busy_s = DECAY * self._busy_s + busy_s
+        decay = self._decay(num_bytes, busy_s)
+        self._last_was_slow = busy_s * self._bytes_per_s > SLOW * num_bytes
+        self._bytes = decay * self._bytes + num_bytes
+        self._busy_s = decay * self._busy_s + busy_s
         self._bytes_per_s = self._bytes / self._busy_s
+
+    def bytes_per_s_while(self, *, num_bytes: float, age_s: float) -> float:
+        """Bandwidth while a read of ``num_bytes`` is not done after ``age_s``: as if it ended now, if slower."""
+        if num_bytes <= 0 or age_s <= 0 or age_s * self._bytes_per_s <= num_bytes:
+            return self._bytes_per_s
+        known_bytes, known_s = self._bytes, self._busy_s
+        if known_bytes == 0.0:
+            known_bytes = PRIOR_OBSERVATIONS * num_bytes
+            known_s = known_bytes / self._bytes_per_s
+        decay = self._decay(num_bytes, age_s)
+        return (decay * known_bytes + num_bytes) / (decay * known_s + age_s)
+
+    def _decay(self, num_bytes: float, busy_s: float) -> float:
+        """What earlier observations weigh; a rising link may be learned slowly, a falling one decides what to load."""
+        times_slower = busy_s * self._bytes_per_s / num_bytes
+        fallen = times_slower > VERY_SLOW or (times_slower > SLOW and self._last_was_slow)
+        return FALLEN_DECAY if fallen else DECAY

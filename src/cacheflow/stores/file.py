@@ -112,11 +112,12 @@ class FileStore(BoundedStore):
             if now_s - status.st_mtime > _TOUCH_S:
                 with suppress(OSError):  # a file of another owner keeps its time
                     os.utime(descriptor)
+            with self._lock:
+                if os.fstat(descriptor).st_nlink:  # not deleted or replaced since it was opened
+                    self._index.add(key.name, record_bytes)
+                    self._used_s[key.name] = now_s
         finally:
             os.close(descriptor)
-        with self._lock:
-            self._index.add(key.name, record_bytes)
-            self._used_s[key.name] = now_s
         # truncated between fstat and the end of the read: what was read, not what was announced
         return (num_read if fits else record_bytes) - HEADER_BYTES
 
@@ -133,6 +134,7 @@ class FileStore(BoundedStore):
             for name in victims:
                 with suppress(OSError):  # counted as gone; the next scan finds it again
                     self._directory.remove(name)
+                self._forget_removed(name)
             self._directory.write(key.name, parts, sync=self._fsync)
         except OSError as error:
             with self._lock:
@@ -172,6 +174,12 @@ class FileStore(BoundedStore):
         with self._lock:
             self._index.discard(key.name)
         return removed
+
+    def _forget_removed(self, name: str) -> None:
+        """Drop what a read, begun before the file was removed, has noted of it meanwhile."""
+        with self._lock:
+            if name in self._index and not os.access(self._directory.path_of_name(name), os.F_OK):
+                self._index.discard(name)
 
     def _scan_if_due(self, num_bytes: int) -> None:
         """Learn what other processes wrote, used and evicted."""

@@ -1,0 +1,90 @@
+"""What a store has of one conversation: finds it, opens reads of it, adds to it."""
+
+from __future__ import annotations
+
+from cacheflow.embedded.host import SessionHost
+from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.saver import PrefixSaver, SaveReport
+from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
+from cacheflow.plan.grid import Grid, Tile
+from cacheflow.plan.keys import ObjectKey, chain_hashes, chain_root
+from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_boundary
+
+NOTE_TIMEOUT_S = 1.0
+"""For reading and for writing the note of a partial chunk, each."""
+
+
+class PrefixArchive:
+    """One tenant's view of an engine's store. Not thread-safe; every method blocks but ``open``."""
+
+    def __init__(self, engine: SessionHost, *, salt: str) -> None:
+        """Look at the engine's store under a salt."""
+        self._engine, self._salt = engine, salt
+
+    def find(self, prompt: list[int]) -> PrefixMatch:
+        """The longest saved prefix of a prompt, its last token left out; within the engine's lookup deadline."""
+        engine = self._engine
+        return find_prefix(
+            engine.store,
+            engine.namespace,
+            prompt,
+            chunk_tokens=engine.chunking.chunk_tokens,
+            salt=self._salt,
+            max_tokens=len(prompt) - 1,
+            required_keys=self._chunk_keys,
+            deadline_s=engine.chunking.lookup_deadline_s,
+        )
+
+    def open(self, grid: Grid, match: PrefixMatch, kv: KVBuffer) -> StoreTransferPort:
+        """Reads of what ``find`` found, into a buffer."""
+        return StoreTransferPort(
+            self._engine.store,
+            geometry=self._geometry(grid),
+            namespace=self._engine.namespace.digest,
+            chain_hashes=match.chain_hashes,
+            kv=kv,
+        )
+
+    def save(
+        self,
+        kv: KVBuffer,
+        prompt: list[int],
+        ends: tuple[int, ...],
+        *,
+        first_chunk: int,
+        timeout_s: float | None,
+    ) -> SaveReport:
+        """Write chunks to the store, those it already has left out; partial ones are noted for later lookups.
+
+        Args:
+            kv: Holds the chunks.
+            prompt: Tokens up to the last chunk's end, at least.
+            ends: Where each chunk ends.
+            first_chunk: Skip the chunks before this one.
+            timeout_s: Longest wait for the writes; what is still pending counts as failed and goes on.
+        """
+        engine = self._engine
+        hashes = chain_hashes(prompt, ends, salt=self._salt)
+        geometry = self._geometry(Grid(chunk_ends=ends, num_blocks=engine.num_blocks))
+        saver = PrefixSaver(engine.store, geometry=geometry, namespace=engine.namespace.digest, chain_hashes=hashes)
+        saver.save_prefix(kv, first_chunk=first_chunk)
+        report = saver.wait(timeout_s)
+        parents, starts = (chain_root(self._salt), *hashes), (0, *ends)
+        note_s = NOTE_TIMEOUT_S if timeout_s is None else min(timeout_s, NOTE_TIMEOUT_S)
+        for chunk in range(first_chunk, len(ends)):
+            length = ends[chunk] - starts[chunk]
+            if length != engine.chunking.chunk_tokens:
+                note_boundary(engine.store, engine.namespace, parents[chunk], length, timeout_s=note_s)
+        return report
+
+    def _chunk_keys(self, chunk_hash: bytes) -> list[ObjectKey]:
+        """Every object of one chunk."""
+        grid = Grid(chunk_ends=(1,), num_blocks=self._engine.num_blocks)
+        geometry = self._geometry(grid)
+        name, namespace = chunk_hash.hex(), self._engine.namespace.digest
+        return [cell_key(namespace, name, geometry, Tile(0, 1, b, b + 1)) for b in range(grid.num_blocks)]
+
+    def _geometry(self, grid: Grid) -> CellGeometry:
+        chunking = self._engine.chunking
+        return CellGeometry(grid=grid, shape=self._engine.model.shape, layers_per_block=chunking.layers_per_block)
