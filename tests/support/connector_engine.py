@@ -98,7 +98,7 @@ class ServingEngine:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def submit(self, tokens: Sequence[int], *, num_tokens: int = 32, params: dict | None = None, salt: str | None = None,
-               seed_lora=None) -> str:  # fmt: skip
+               ) -> str:  # fmt: skip
         """Add a request; returns the name its answer has in ``answers``."""
         from vllm import SamplingParams
 
@@ -112,7 +112,7 @@ class ServingEngine:
         if salt is not None:
             prompt["cache_salt"] = salt
         before = set(self.scheduler.requests)
-        self.engine.add_request(name, prompt, sampling, lora_request=seed_lora)
+        self.engine.add_request(name, prompt, sampling)
         (internal,) = set(self.scheduler.requests) - before
         self.answers[name], self._prompts[name], self._internal[name] = Answer(), list(tokens), internal
         return name
@@ -141,7 +141,7 @@ class ServingEngine:
         """VLLM's request; None once it ended."""
         return self.scheduler.requests.get(self._internal[name])
 
-    def run(self, *, until: Callable[[], bool] | None = None, timeout_s: float = 120.0) -> None:
+    def run(self, *, until: Callable[[], bool] | None = None, timeout_s: float = 30.0) -> None:
         """Step until nothing is left, or a condition holds."""
         end_s = time.monotonic() + timeout_s
         while self.busy and not (until is not None and until()):
@@ -157,6 +157,24 @@ class ServingEngine:
         name = self.submit(tokens, **wishes)
         self.run()
         return self.answers[name]
+
+    def own(self, tokens: Sequence[int], **wishes) -> Answer:
+        """What vLLM answers by itself; the KV cache holds nothing before and after."""
+        self.evict()
+        answer = self.ask(tokens, params={"cacheflow": "off"}, **wishes)
+        self.evict()
+        return answer
+
+    def saved(self, tokens: Sequence[int], **wishes) -> Answer:
+        """VLLM's own answer, of which the chunks are in the store and nothing is in the KV cache afterwards."""
+        self.evict()
+        answer = self.ask(tokens, params={"cacheflow": "recompute"}, **wishes)
+        self.evict()
+        return answer
+
+    def numbers(self, kv: np.ndarray) -> np.ndarray:
+        """KV bytes as floats."""
+        return torch.from_numpy(kv.copy()).view(self.layout.dtype).double().numpy()
 
     def settle(self) -> None:
         """Wait until what was saved is in the store."""
@@ -178,7 +196,8 @@ class ServingEngine:
     def gather(self, block_ids: Sequence[int]) -> np.ndarray:
         layout = self.layout
         out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)
-        layout.gather(0, layout.num_layers, list(block_ids), out)
+        if block_ids:
+            layout.gather(0, layout.num_layers, list(block_ids), out)
         return out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
 
     def configure(self, **changes) -> None:

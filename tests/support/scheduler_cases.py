@@ -8,7 +8,7 @@ import numpy as np
 
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable
-from cacheflow.plan.keys import ObjectKey, ObjectKind
+from cacheflow.plan.keys import WHOLE, ObjectKey, ObjectKind
 from cacheflow.plan.problem import LinkCost
 from cacheflow.restore.orders import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.stores.base import PutRequest
@@ -44,7 +44,7 @@ def facts(*, ratio: float = 1.0, **changes) -> EngineFacts:
     """``ratio``: seconds to load a chunk over seconds to recompute it."""
     chunk_bytes = CHUNK * SHAPE.kv_bytes_per_token
     values = {
-        "rank": 0, "namespace": NAMESPACE, "shape": SHAPE, "layers_per_block": 1, "block_size": BLOCK,
+        "shard": WHOLE, "namespace": NAMESPACE, "shape": SHAPE, "layers_per_block": 1, "block_size": BLOCK,
         "costs": costs(), "link": LinkCost(bytes_per_s=chunk_bytes / (0.01 * LAYERS * ratio)),
     }  # fmt: skip
     return EngineFacts(**{**values, **changes})
@@ -80,11 +80,12 @@ class Case:
         requests = []
         for chunk in range(num_chunks):
             for layer in range(LAYERS):
-                key = ObjectKey(
-                    namespace=prefix.namespace, chain_hash=prefix.hashes[chunk].hex(), kind=ObjectKind.KV,
-                    layer_lo=layer, layer_hi=layer + 1,
-                )  # fmt: skip
-                requests.append(PutRequest(key, [np.zeros(64, np.uint8)], shape=(64,), dtype="bfloat16"))
+                for facts in self.facts_by_rank:
+                    key = ObjectKey(
+                        namespace=prefix.namespace, chain_hash=prefix.hashes[chunk].hex(), kind=ObjectKind.KV,
+                        layer_lo=layer, layer_hi=layer + 1, shard=facts.shard,
+                    )  # fmt: skip
+                    requests.append(PutRequest(key, [np.zeros(64, np.uint8)], shape=(64,), dtype="bfloat16"))
         self.store.submit_put(requests).wait(20)
 
     def saved_prompt(self, count: int, num_chunks: int, *, seed: int = 0, **kwargs) -> list[int]:

@@ -56,3 +56,88 @@ def test_restored_as_computed(setting, chunk_tokens, policy):
     assert record["recomputed_cells"] + record["loaded_cells"] == NUM_CHUNKS * MODEL["num_hidden_layers"]
     assert np.array_equal(again.kv, first.kv)
     assert again.tokens == first.tokens
+
+
+def layer_wise(record):
+    """Whether some chunk was recomputed in its lower layers only, although the chunk after it was recomputed too."""
+    heights = [row.count("c") for row in record["cells"]]
+    return any(0 < height < len(row) and after for height, row, after in zip(heights, record["cells"], heights[1:]))
+
+
+def test_staircases_of_all_kinds_are_exact(setting):
+    """Whatever the meeting point: fast links, slow links, and objects of several layers."""
+    engine, own = setting
+    for layers_per_block in (1, 4):
+        engine.configure(chunk_tokens=128, policy="cacheflow_v1", layers_per_block=layers_per_block)
+        prompt = prompt_of(128)
+        engine.saved(prompt)
+        for ratio in (0.2, 0.6, 2.0, 5.0):
+            engine.balance_link(len(prompt), ratio=ratio)
+            again = engine.ask(prompt)
+            assert again.record["outcome"] == "done"
+            assert np.array_equal(again.kv, own[128].kv)
+            assert again.tokens == own[128].tokens
+            engine.evict()
+    engine.configure(layers_per_block=None)
+
+
+def replaced(engine, prompt, chunk, layer, change):
+    """Put other bytes in the place of a stored object, checksum and all."""
+    from cacheflow.plan.keys import chain_hashes
+    from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest
+    from cacheflow.types import LoadOutcome
+    from cacheflow.vllm.transfer import object_key
+
+    chunk_tokens = engine.connector._options.chunk_tokens
+    hashes = chain_hashes(prompt, list(range(chunk_tokens, (chunk + 1) * chunk_tokens + 1, chunk_tokens)))
+    key = object_key(engine.side._namespace, hashes[chunk].hex(), layers=(layer, layer + 1))
+    payload = np.empty(engine.layout.num_bytes(1, chunk_tokens // engine.layout.block_size), dtype=np.uint8)
+    assert engine.store.submit_get([GetRequest(key, payload)]).wait() == (LoadOutcome.OK,)
+    change(payload)
+    request = PutRequest(key, [payload], shape=payload.shape, dtype="uint8", replace=True)
+    assert engine.store.submit_put([request]).wait() == (PutOutcome.STORED,)
+
+
+def test_wrong_bytes_in_the_store_show(setting):
+    """Negative control: what is loaded is what is used."""
+    engine, own = setting
+    engine.configure(chunk_tokens=128, policy="load")
+    prompt = [*prompt_of(128)[::-1]]
+    first = engine.saved(prompt)
+    engine.balance_link(len(prompt), ratio=0.1)
+
+    def change(payload):
+        payload[1::8] ^= 0x0F
+
+    replaced(engine, prompt, 1, 2, change)
+    again = engine.ask(prompt)
+    per_chunk = 128 // engine.layout.block_size
+    different = (again.kv != first.kv).any(axis=2)
+    assert different[2, per_chunk : 2 * per_chunk].all()
+    assert different.sum() == per_chunk
+    assert again.tokens != first.tokens
+
+
+def test_blocks_that_were_not_restored_show(setting, monkeypatch):
+    """Negative control: the KV cache really is empty before a restoration."""
+    from cacheflow.vllm.transfer import VllmTransferPort
+
+    engine, own = setting
+    engine.configure(chunk_tokens=128, policy="load")
+    prompt = prompt_of(128)
+    engine.saved(prompt)
+    engine.balance_link(len(prompt), ratio=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(VllmTransferPort, "place", VllmTransferPort.cancel)
+        again = engine.ask(prompt)
+    assert (again.kv != own[128].kv).mean() > 0.9
+    assert again.tokens != own[128].tokens
+    engine.evict()
+    assert engine.ask(prompt).tokens == own[128].tokens
+
+
+def test_vllm_itself_answers_the_same_on_a_poisoned_cache(setting):
+    """Control of the control: poison alone changes nothing that is computed."""
+    engine, own = setting
+    engine.configure(chunk_tokens=128)
+    assert engine.own(prompt_of(128)).tokens == own[128].tokens

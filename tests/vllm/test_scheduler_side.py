@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("torch")
 
-from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, facts, tokens
-
+from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler_side import ScheduledRequest
+from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, facts, tokens
 
 pytestmark = pytest.mark.torch
 
@@ -196,7 +196,8 @@ def test_two_requests_for_the_same_prefix_load_it_once():
 
 
 def test_ranks_finish_together():
-    case = Case(facts_by_rank=(facts(), facts(rank=1, link=LinkCost(bytes_per_s=1e5))))
+    slow = facts(shard=Shard(tp_rank=1, tp_size=2), link=LinkCost(bytes_per_s=1e5))
+    case = Case(facts_by_rank=(facts(shard=Shard(tp_rank=0, tp_size=2)), slow))
     case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
     case.begin("a")
     worker = Worker(case, ranks=(0,))
@@ -263,3 +264,37 @@ def test_with_nothing_to_do_a_step_orders_nothing():
     case.arrive("a", tokens(CHUNK // 2))
     assert case.matched("a") == 0
     assert case.step(ScheduledRequest("a", CHUNK // 2), busy=1).idle
+
+
+@pytest.mark.parametrize(
+    ("params", "num_saved", "said"),
+    [
+        ({}, 0, "the store holds 0"),
+        ({"cacheflow": "recompute"}, 6, "'recompute'"),
+        ({"cacheflow": "off"}, 6, "'off'"),
+        ({"max_load_tokens": 0}, 6, "0 may be restored"),
+    ],
+    ids=str,
+)
+def test_why_nothing_was_restored_is_answered(params, num_saved, said):
+    case = Case()
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, num_saved), params=params)
+    case.side.num_matched("a", 0) if "off" in said else case.matched("a")
+    answer = case.side.finished("a")
+    assert answer["cacheflow"] == []
+    assert said in answer["cacheflow_reason"]
+
+
+def test_the_guards_choice_of_recomputation_is_answered_and_counted():
+    case = Case(facts_by_rank=(facts(ratio=500.0),))
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6))
+    assert case.matched("a") == 0
+    assert case.side.counts.take()["guard"] == {"recompute": 1}
+    assert case.side.finished("a")["cacheflow_reason"].startswith("recompute: ")
+
+
+def test_a_prompt_without_a_whole_chunk_says_so():
+    case = Case()
+    case.arrive("a", tokens(CHUNK - 1))
+    assert case.side.num_matched("a", 0) == 0
+    assert f"no whole chunk of {CHUNK} tokens" in case.side.finished("a")["cacheflow_reason"]

@@ -27,8 +27,10 @@ from cacheflow.errors import ConfigError
 from cacheflow.restore.orders import StepReport
 from cacheflow.vllm.compat import check_environment
 from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.logs import log_beside_vllm
 from cacheflow.vllm.open_store import acquire_store, release_store
 from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.plugin import register
 from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
 from cacheflow.vllm.request_prefix import MediaSpan
 from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
@@ -36,6 +38,8 @@ from cacheflow.vllm.step import NOTHING, StepOrders
 from cacheflow.vllm.worker_side import WorkerSide
 
 logger = logging.getLogger(__name__)
+
+register()  # for a checkout on PYTHONPATH, whose entry point vLLM cannot see; does nothing the second time
 
 
 @dataclass
@@ -83,7 +87,9 @@ class CacheFlowConnector(KVConnectorBase_V1):
                 f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}: a failed load would end the request; "
                 'set "kv_load_failure_policy": "recompute" in --kv-transfer-config'
             )
+        log_beside_vllm()
         check_environment(vllm_config, kv_cache_config)
+        self._options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
         self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self._options.require_block_size(self._block_size)
         self._engine_id = str(transfer.engine_id)
@@ -100,6 +106,11 @@ class CacheFlowConnector(KVConnectorBase_V1):
     @property
     def requires_kv_delivery(self) -> bool:
         """A lost save is a later miss, never a wrong answer."""
+        return False
+
+    @property
+    def supports_sleep_mode(self) -> bool:
+        """KV blocks must stay where they were registered (vLLM 0.33 and later ask)."""
         return False
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cacheflow.errors import CostRangeError
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.plan import Choice
+from cacheflow.plan.plan import Choice, RestorePlan
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.base import RestorePolicy
@@ -57,30 +57,35 @@ class Decider:
             num_tokens: Tokens of the request; the last is always computed, for its logits.
             num_stored: Leading chunks the store holds.
         """
-        end = self._end(request, num_tokens=num_tokens, num_stored=num_stored)
-        if end <= start or request.wishes.mode in (Mode.OFF, Mode.RECOMPUTE):
-            return Decision(start=start, end=start)
+        end = self._end(request, start=start, num_tokens=num_tokens, num_stored=num_stored)
+        if request.wishes.mode in (Mode.OFF, Mode.RECOMPUTE):
+            return Decision(start=start, end=start, reason=f"the request asked for {request.wishes.mode.value!r}")
+        if end <= start:
+            reason = (
+                f"nothing to restore: of {num_tokens} tokens {start} are in the KV cache, the store holds "
+                f"{num_stored * self._options.chunk_tokens}, and {end} may be restored"
+            )
+            return Decision(start=start, end=start, reason=reason)
         began_s = self._clock()
         try:
             problem = self._problem(start, end)
         except CostRangeError as error:
             logger.warning("request %s is computed, not restored: %s", request.request_id, error)
-            return Decision(start=start, end=start)
+            return Decision(start=start, end=start, reason=str(error))
         policy = Load() if request.wishes.mode is Mode.LOAD else self._policy
         plan = policy.plan(self._corrected(problem))
-        if self._guarded and request.wishes.mode is Mode.AUTO:
-            guard = plan.guard
-            too_little = guard is not None and plan.predicted.restore_s + STEP_OVERHEAD_S > guard.recompute_s
-            if too_little or (guard is not None and guard.choice is Choice.RECOMPUTE):
-                # vLLM's own prefill recomputes at least as fast, and batches with what else there is.
-                return Decision(start=start, end=start, problem=problem, plan=plan)
+        if self._guarded and request.wishes.mode is Mode.AUTO and (reason := _why_not(plan)):
+            # vLLM's own prefill recomputes at least as fast, and batches with what else there is.
+            return Decision(start=start, end=start, problem=problem, plan=plan, reason=reason)
         return Decision(start=start, end=end, problem=problem, plan=plan, planning_s=self._clock() - began_s)
 
-    def _end(self, request: TrackedRequest, *, num_tokens: int, num_stored: int) -> int:
+    def _end(self, request: TrackedRequest, *, start: int, num_tokens: int, num_stored: int) -> int:
         chunk_tokens = self._options.chunk_tokens
         limits = [num_stored * chunk_tokens, num_tokens - 1, self._max_tokens]
         limits += [
-            limit for limit in (self._options.max_load_tokens, request.wishes.max_load_tokens) if limit is not None
+            start + limit
+            for limit in (self._options.max_load_tokens, request.wishes.max_load_tokens)
+            if limit is not None
         ]
         return min(limits) // chunk_tokens * chunk_tokens
 
@@ -105,6 +110,18 @@ class Decider:
         return dataclasses.replace(
             problem, compute_KB=problem.compute_KB * factor, kv_only_KB=problem.kv_only_KB * factor
         )
+
+
+def _why_not(plan: RestorePlan) -> str:
+    """Why vLLM's own prefill is to compute the prompt; empty when restoring pays."""
+    guard = plan.guard
+    if guard is None:
+        return ""
+    if guard.choice is Choice.RECOMPUTE:
+        return guard.reason
+    if plan.predicted.restore_s + STEP_OVERHEAD_S <= guard.recompute_s:
+        return ""
+    return f"{guard.reason}; the steps of a restoration add {STEP_OVERHEAD_S * 1e3:g} ms, so vLLM computes it"
 
 
 def _load_only(grid: Grid, facts: EngineFacts, link: LinkCost, *, object_tokens: int) -> RestoreProblem:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cacheflow.errors import ConfigError
 from cacheflow.plan.costs import CostTable, build_problem
 from cacheflow.plan.grid import Grid
+from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.types import ModelShape
 
@@ -16,7 +17,7 @@ class EngineFacts:
     """One rank's part of the engine.
 
     Attributes:
-        rank: Its number among the engine's ranks.
+        shard: Its tensor-parallel rank and pipeline stage; names its objects.
         namespace: ``Namespace.digest`` of what its KV is interchangeable with; without an adapter.
         shape: Its share of the model, for the bytes of the KV cache.
         layers_per_block: Layers of one stored object and of one row of the grid.
@@ -26,7 +27,7 @@ class EngineFacts:
         link: The store as this rank reads it.
     """
 
-    rank: int
+    shard: Shard
     namespace: str
     shape: ModelShape
     layers_per_block: int
@@ -43,6 +44,11 @@ class EngineFacts:
         """
         if (self.costs is None) != bool(self.load_only_reason):
             raise ConfigError("an engine without costs only loads and must say why, one with costs recomputes")
+
+    @property
+    def rank(self) -> int:
+        """Its number among the engine's ranks."""
+        return self.shard.pp_rank * self.shard.tp_size + self.shard.tp_rank
 
     @property
     def num_blocks(self) -> int:

@@ -14,6 +14,7 @@ from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
 from cacheflow.types import ModelShape
 from cacheflow.vllm.calibration import calibrate, load_costs, measure_link, profile_path, save_costs
+from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.identity import cost_identity, worker_namespace
 from cacheflow.vllm.layout import BlockLayout
@@ -61,6 +62,10 @@ def find_engine(
     layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names)
     layers_per_block = _layers_per_block(options, handle)
     forward = PartialForward(handle) if handle.can_recompute else None
+    if not options.self_test and not vllm_version().known:
+        raise ConfigError(
+            f"self_test is off, but CacheFlow does not know vLLM {vllm_version().text}: leave it on, it takes a second"
+        )
     if options.self_test:
         report = self_test(layout, forward, chunk_tokens=options.chunk_tokens)
         logger.info(
@@ -74,7 +79,7 @@ def find_engine(
     object_bytes = layout.num_bytes(min(layers_per_block, layout.num_layers), options.chunk_tokens // layout.block_size)
     link = _link(options, store, object_bytes=object_bytes)
     facts = EngineFacts(
-        rank=handle.shard.pp_rank * handle.shard.tp_size + handle.shard.tp_rank,
+        shard=handle.shard,
         namespace=namespace.digest,
         shape=_shape(handle, layout, vllm_config, kv_cache_config),
         layers_per_block=layers_per_block,

@@ -79,7 +79,7 @@ def kv_cache_gib(
 ) -> int | None:
     """GiB for the KV cache where vLLM on the CPU would refuse to start for want of memory; None where it would not.
 
-    A quarter of what is available, at least 1: weights, activations and the store need memory too.
+    A quarter of what is available, from 1 to 16: weights, activations and the store need memory too.
     """
     names = [word.partition("=")[0].replace("_", "-") for word in passed_on]
     if not installed.on_cpu or environment.get("VLLM_CPU_KVCACHE_SPACE") or any(name in names for name in _SIZED_BY):
@@ -91,4 +91,4 @@ def kv_cache_gib(
         return None
     if available - PROCESSES_BYTES > MEMORY_SHARE * total:
         return None
-    return max(1, available // 4 >> 30)
+    return min(16, max(1, available // 4 >> 30))

@@ -123,6 +123,21 @@ class ConnectorOptions:
                 f"{block_size} tokens, such as {lower} or {lower + block_size}"
             )
 
+    def require_reachable_store(self, executor: str) -> None:
+        """Pass if the scheduler can see what workers save.
+
+        Args:
+            executor: vLLM's ``distributed_executor_backend``; with ``uni`` the worker lives in the scheduler's process.
+
+        Raises:
+            ConfigError: The store is this process's memory, and workers are processes of their own.
+        """
+        if self.store == "memory" and executor != "uni":
+            raise ConfigError(
+                f"store is 'memory', but vLLM's executor {executor!r} runs workers in other processes, into which "
+                "the scheduler cannot look: set store to 'file' and a store_path (in /dev/shm it stays in memory)"
+            )
+
     @property
     def profile_path(self) -> Path:
         """Directory of cost profiles: the option, or ``$XDG_CACHE_HOME/cacheflow/profiles``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cacheflow.plan.keys import ObjectKey, ObjectKind, chain_hashes, chain_root
+from cacheflow.plan.keys import ObjectKey, ObjectKind, Shard, chain_hashes, chain_root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class RequestPrefix:
         spans = [span for span in self.media if span.start < end and span.end > start]
         return [f"{span.content_id}@{span.start - start}" for span in spans]
 
-    def key(self, chunk: int, *, layer_lo: int, layer_hi: int) -> ObjectKey:
+    def key(self, chunk: int, *, layer_lo: int, layer_hi: int, shard: Shard) -> ObjectKey:
         """Store key of one cell of a chunk whose hash is known."""
         return ObjectKey(
             namespace=self.namespace,
@@ -60,4 +60,5 @@ class RequestPrefix:
             kind=ObjectKind.KV,
             layer_lo=layer_lo,
             layer_hi=layer_hi,
+            shard=shard,
         )

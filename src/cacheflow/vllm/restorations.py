@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from cacheflow.plan.bound import bound
-from cacheflow.plan.explain import Lane, RestoreReport
+from cacheflow.plan.explain import Lane, RestoreReport, SpanKind
 from cacheflow.plan.pointers import RestoreState
 from cacheflow.restore.orders import RestoreOrders, RestoreTarget, StepReport
 from cacheflow.restore.stepped import SteppedRestoration
@@ -204,7 +204,12 @@ class Restorations:
         self._counts.restorations[outcome] += 1
         self._counts.link_bytes_per_s = self._decider.rates.bytes_per_s
         self._count_cells(active, report)
+        request.given_up = request.given_up or stepped.failed
+        failed_chunks = [span.chunk for span in report.spans if span.kind is SpanKind.FAILED]
+        if failed_chunks:
+            request.save_again(stepped.target.object_start // self._options.chunk_tokens + min(failed_chunks))
         if outcome != "done":
+            request.reason = f"the restoration was {outcome}" + (f": {stepped.error}" if stepped.error else "")
             if stepped.failed:
                 logger.warning(
                     "request %s: restored up to token %d of %d, vLLM computes the rest%s",

@@ -51,19 +51,22 @@ class ChunkSaver:
             self._save_chunk(order)
 
     def _save_chunk(self, order: SaveOrder) -> None:
-        num_bytes = self._layout.num_bytes(self._layout.num_layers, len(order.block_ids))
-        if self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
-            self._counts.chunks_saved["skipped"] += 1
-            return
         layers_of = [
             block_layers(block, self._layers_per_block, self._layout.num_layers) for block in range(self._num_blocks)
         ]
         keys = [object_key(order.namespace, order.chain_hash, layers=layers, shard=self._shard) for layers in layers_of]
-        if all(self._store.contains([keys[0], keys[-1]])):
+        there = self._store.contains(keys)
+        if all(there):
             self._counts.chunks_saved["exists"] += 1
             return
+        num_bytes = self._layout.num_bytes(self._layout.num_layers, len(order.block_ids))
+        if self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
+            self._counts.chunks_saved["skipped"] += 1
+            return
         requests = []
-        for key, (layer_lo, layer_hi) in zip(keys, layers_of, strict=True):
+        for key, (layer_lo, layer_hi), found in zip(keys, layers_of, there, strict=True):
+            if found:  # of a chunk that lost some of its objects only those are written
+                continue
             payload = np.empty(self._layout.num_bytes(layer_hi - layer_lo, len(order.block_ids)), dtype=np.uint8)
             self._layout.gather(layer_lo, layer_hi, order.block_ids, payload)
             shape = (layer_hi - layer_lo, len(order.block_ids), self._layout.block_bytes)

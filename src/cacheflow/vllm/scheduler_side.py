@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cacheflow.plan.keys import ObjectKey
+from cacheflow.plan.plan import Choice
 from cacheflow.restore.orders import StepReport
 from cacheflow.stores.base import Store
 from cacheflow.types import Clock
@@ -74,13 +75,14 @@ class SchedulerSide:
         self._decider: Decider | None = None
         self._restorations: Restorations | None = None
         self._facts: EngineFacts | None = None
+        self._ranks: tuple[EngineFacts, ...] = ()
         self._namespace = ""
         self.counts = Counts()
 
     def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
         """Take in what the workers found out; called once, before the first request."""
         slowest = min(facts_by_rank, key=lambda facts: facts.link.bytes_per_s)
-        self._facts = slowest
+        self._facts, self._ranks = slowest, tuple(facts_by_rank)
         self._namespace = shared_namespace({facts.rank: facts.namespace for facts in facts_by_rank})
         self._decider = Decider(slowest, self._options, clock=self._clock)
         self._restorations = Restorations(
@@ -111,22 +113,27 @@ class SchedulerSide:
             ),
         )
         self._requests[view.request_id] = request
-        if wishes.mode is not Mode.OFF:
+        if wishes.mode is Mode.OFF:
+            request.reason = "the request asked for 'off'"
+        else:
             self._ask(request)
 
     def _ask(self, request: TrackedRequest) -> None:
         num_chunks = request.prefix.extend(request.tokens)
         if num_chunks:
             request.lookup = self._lookup.start([self._probe_keys(request, chunk) for chunk in range(num_chunks)])
+        else:
+            request.reason = f"the prompt has no whole chunk of {self._options.chunk_tokens} tokens"
 
     def _probe_keys(self, request: TrackedRequest, chunk: int) -> list[ObjectKey]:
-        """The bottom and the top object of a chunk: the first and the last that a save writes."""
-        assert self._facts is not None
-        layers, step = self._facts.shape.num_layers, self._facts.layers_per_block
-        top_lo = (layers - 1) // step * step
-        keys = [request.prefix.key(chunk, layer_lo=0, layer_hi=min(step, layers))]
-        if top_lo:
-            keys.append(request.prefix.key(chunk, layer_lo=top_lo, layer_hi=layers))
+        """The bottom and the top object of a chunk on every rank: the first and the last that a save writes."""
+        keys = []
+        for facts in self._ranks:
+            layers, step = facts.shape.num_layers, facts.layers_per_block
+            top_lo = (layers - 1) // step * step
+            keys.append(request.prefix.key(chunk, layer_lo=0, layer_hi=min(step, layers), shard=facts.shard))
+            if top_lo:
+                keys.append(request.prefix.key(chunk, layer_lo=top_lo, layer_hi=layers, shard=facts.shard))
         return keys
 
     def num_matched(self, request_id: str, num_computed: int) -> int | None:
@@ -134,7 +141,7 @@ class SchedulerSide:
         request = self._requests.get(request_id)
         if request is None or self._decider is None or self._restorations is None:
             return 0
-        if request.wishes.mode is Mode.OFF or request.lookup is None:
+        if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
             return 0
         num_stored = request.lookup.poll()
         if num_stored is None:
@@ -143,13 +150,21 @@ class SchedulerSide:
         request.num_stored = num_stored
         decision = request.decision
         if decision is None or decision.start != num_computed:
-            decision = self._decider.decide(
-                request, start=num_computed, num_tokens=len(request.tokens), num_stored=num_stored
-            )
-            request.decision = decision
+            decision = self._decide(request, self._decider, num_computed)
         if decision.end > decision.start and self._restorations.shares(request, decision):
             return None
         return decision.end - decision.start
+
+    def _decide(self, request: TrackedRequest, decider: Decider, num_computed: int) -> Decision:
+        decision = decider.decide(
+            request, start=num_computed, num_tokens=len(request.tokens), num_stored=request.num_stored
+        )
+        request.decision, request.reason = decision, decision.reason
+        if request.lookup is not None and request.lookup.timed_out:
+            request.reason = f"the store did not answer within {self._options.lookup_timeout_s:g} s"
+        if decision.end == decision.start and decision.plan is not None and decision.plan.guard is not None:
+            self.counts.guard[Choice.RECOMPUTE.value] += 1
+        return decision
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
         """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens; 0 is none."""
@@ -215,6 +230,8 @@ class SchedulerSide:
             answer["cacheflow_error"] = request.wishes.complaint
         if request.wishes.explain or self._options.explain:
             answer["cacheflow"] = request.records
+            if not request.records and request.reason:
+                answer["cacheflow_reason"] = request.reason
         return answer or None
 
     def decision(self, request_id: str) -> Decision | None:

@@ -26,7 +26,7 @@ OWN_VLLM_FLAGS = {
 }
 """vLLM's options that contradict ours, and why."""
 
-Replace = Callable[[str, Sequence[str], Mapping[str, str]], Any]
+Replace = Callable[[str, list[str], Mapping[str, str]], object]
 """``os.execve``: becomes another program and does not return."""
 
 
@@ -157,6 +157,6 @@ def serve(
 def _require_reachable_store(options: ConnectorOptions, installed: InstalledVllm) -> None:
     if installed.on_cpu and options.store == "memory":
         raise ConfigError(
-            "store is 'memory', but vLLM on the CPU runs its worker in a process of its own, which the scheduler cannot "
-            "look into: give --store-path DIR (a folder in /dev/shm stays in memory)"
+            "store is 'memory', but vLLM on the CPU runs its worker in a process of its own, which the scheduler "
+            "cannot look into: give --store-path DIR (a folder in /dev/shm stays in memory)"
         )

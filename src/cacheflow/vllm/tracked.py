@@ -28,6 +28,7 @@ class Decision:
         problem: Costs; None when nothing is restored.
         plan: The policy's plan; None when nothing is restored.
         planning_s: Seconds the plan took.
+        reason: Why nothing is restored; empty when something is.
     """
 
     start: int
@@ -35,6 +36,7 @@ class Decision:
     problem: RestoreProblem | None = None
     plan: RestorePlan | None = None
     planning_s: float = 0.0
+    reason: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +53,10 @@ class TrackedRequest:
         num_stored: Leading chunks the store is known to hold.
         decision: The last decision; None before the first.
         restoration: What is under way; None otherwise.
+        given_up: A restoration failed: vLLM asks again for a request of which nothing was restored, and whatever broke
+            the first attempt would break every other.
         records: Explain records of its restorations.
+        reason: Why nothing was restored when it was last looked at; empty when something was.
     """
 
     request_id: str
@@ -64,7 +69,13 @@ class TrackedRequest:
     next_save: int = 0
     decision: Decision | None = None
     restoration: SteppedRestoration | None = None
+    given_up: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
+    reason: str = ""
+
+    def save_again(self, chunk: int) -> None:
+        """Count a chunk as not stored: it could not be read, and is written again unless the store has it after all."""
+        self.num_stored, self.next_save = min(self.num_stored, chunk), min(self.next_save, chunk)
 
     def saves(
         self, *, num_computed: int, block_ids_of: BlockIdsOf, block_size: int, decode_too: bool

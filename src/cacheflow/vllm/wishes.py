@@ -38,13 +38,15 @@ class Wishes:
     complaint: str = ""
 
     @classmethod
-    def of(cls, params: Mapping[str, Any] | None) -> Wishes:
+    def of(cls, params: Any) -> Wishes:  # noqa: ANN401 -- JSON from a client
         """Read ``kv_transfer_params``; keys of other connectors are left alone.
 
         A request cannot be refused from inside the engine, so what is wrong is answered, not raised.
         """
         if not params:
             return NO_WISHES
+        if not isinstance(params, Mapping):  # it comes from the network, where vLLM does not check its type everywhere
+            return cls(complaint=f"kv_transfer_params is {params!r}, must be an object")
         complaints = []
         mode, limit, explain = params.get("cacheflow", "auto"), params.get("max_load_tokens"), params.get("explain")
         if mode not in [each.value for each in Mode]:

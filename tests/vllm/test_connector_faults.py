@@ -1,0 +1,331 @@
+"""Stores and workers that fail: the answer stays vLLM's own, nothing hangs, nothing is lost of the KV cache."""
+
+import threading
+
+import pytest
+
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+from cacheflow.types import LoadOutcome
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+CHUNK = 128
+LAYERS = 4
+NUM_CHUNKS = 6
+READ_FAULTS = [Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.LATE, Fault.HANG]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory, _single_process_vllm):
+    from support.connector_engine import serving_engine
+    from support.vllm_models import write_model
+
+    folder = write_model(tmp_path_factory.mktemp("faults"), "llama", num_hidden_layers=LAYERS)
+    options = {"throttle_bytes_per_s": 1e8, "policy": "cake"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cacheflow.vllm.open_store.open_store", faulty_store)
+        with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
+            yield engine
+
+
+def faulty_store(options):
+    from cacheflow.stores.memory import MemoryStore
+    from cacheflow.stores.throttled import ThrottledStore
+
+    store = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), FaultPlan())
+    return ThrottledStore(store, options.throttle_bytes_per_s)
+
+
+@pytest.fixture
+def engine(started):
+    """The engine with nothing cached, a fast link, and no faults."""
+    started.evict()
+    started.set_rate(1e8)
+    free_blocks = started.free_blocks
+    yield started
+    inject(started)
+    started.run()
+    started.evict()
+    assert started.free_blocks == free_blocks
+
+
+def inject(engine, *rules):
+    """From now on the store fails by these rules."""
+    faulty = engine.store.inner
+    with faulty._draw_lock:
+        faulty._plan = FaultPlan(rules=rules)
+        faulty._seen, faulty._struck = [0] * len(rules), [0] * len(rules)
+
+
+def tokens(count=NUM_CHUNKS * CHUNK + 21, seed=1):
+    from support.connector_engine import random_tokens
+
+    return random_tokens(count, seed=seed)
+
+
+@pytest.mark.parametrize("policy", ["cake", "load", "cacheflow_v1"])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("fault", READ_FAULTS)
+def test_reads_that_fail(engine, fault, every, policy):
+    engine.configure(policy=policy)
+    prompt = tokens()
+    own = engine.saved(prompt)
+    engine.balance_link(len(prompt), ratio=0.2 if policy == "load" else 1.0)
+    inject(engine, FaultRule(fault=fault, every=every))
+    again = engine.ask(prompt)
+    assert engine.store.inner.injected()[fault] > 0
+    assert again.tokens == own.tokens
+    assert again.record["outcome"] == "done"
+    assert again.record["end"] == NUM_CHUNKS * CHUNK
+    if policy == "load" or every == 1:
+        assert sum(again.record["failed_loads"].values()) > 0
+
+
+def test_a_damaged_object_is_written_anew(engine):
+    """In a middle layer: neither the lookup nor a save looks there first."""
+    engine.configure(policy="load")
+    prompt = tokens(seed=2)
+    own = engine.saved(prompt)
+    engine.balance_link(len(prompt), ratio=0.1)
+    records = engine.store.inner.inner._records
+    (name,) = [each for each in records if "_2-3_" in each and chain_of(prompt, 1) in each]
+    records[name][-5] ^= 1
+    damaged = engine.ask(prompt)
+    assert damaged.record["failed_loads"]["corrupt"] == 1
+    assert damaged.record["repaired_cells"] > 0
+    engine.evict()
+    healed = engine.ask(prompt)
+    assert set(healed.record["failed_loads"]) <= {"cancelled"}
+    assert healed.record["loaded_cells"] == NUM_CHUNKS * LAYERS
+    assert own.tokens == damaged.tokens == healed.tokens
+
+
+def chain_of(prompt, chunk):
+    from cacheflow.plan.keys import chain_hashes
+
+    return chain_hashes(prompt, list(range(CHUNK, (chunk + 1) * CHUNK + 1, CHUNK)))[chunk].hex()
+
+
+def test_objects_that_were_evicted_between_lookup_and_read(engine):
+    engine.configure(policy="load")
+    prompt = tokens(seed=3)
+    own = engine.saved(prompt)
+    records = engine.store.inner.inner._records
+    for name in [each for each in records if "_1-2_" in each]:
+        del records[name]
+    again = engine.ask(prompt)
+    assert again.tokens == own.tokens
+    assert again.record["failed_loads"]["miss"] > 0
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_a_store_that_cannot_be_asked(engine, monkeypatch, how):
+    engine.configure(policy="load", lookup_timeout_s=0.05)
+    prompt = tokens(seed=4)
+    own = engine.saved(prompt)
+    release = threading.Event()
+
+    def contains(keys):
+        if how == "raises":
+            raise RuntimeError("a bug in a store")
+        release.wait(30.0)
+        return (False,) * len(keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.side._lookup, "_store", type("Store", (), {"contains": staticmethod(contains)}))
+        again = engine.ask(prompt)
+        assert again.tokens == own.tokens
+        assert again.records == []
+        release.set()
+    engine.evict()
+    engine.configure(lookup_timeout_s=20.0)
+    assert engine.ask(prompt).record["end"] == NUM_CHUNKS * CHUNK
+
+
+def test_saves_that_fail(engine):
+    prompt = tokens(seed=5)
+    inject(engine, FaultRule(fault=Fault.PUT_ERROR, every=2))
+    own = engine.saved(prompt)
+    inject(engine)
+    again = engine.ask(prompt)
+    assert again.tokens == own.tokens
+    engine.evict()
+    assert engine.ask(prompt).record["end"] == NUM_CHUNKS * CHUNK
+
+
+def failing(port, *, first, times):
+    """``port.recompute`` that raises from its ``first`` call on, so many times."""
+    calls, recompute = [], port.recompute
+
+    def instead(self, tile, *, kv_only_top):
+        calls.append(tile)
+        if first <= len(calls) < first + times:
+            raise RuntimeError("an injected failure of compute")
+        recompute(self, tile, kv_only_top=kv_only_top)
+
+    return instead, calls
+
+
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("times", [1, 1000])
+def test_compute_that_fails_leaves_the_rest_to_vllm(engine, monkeypatch, first, times):
+    from cacheflow.vllm.recompute import VllmComputePort
+
+    engine.configure(policy="cake")
+    prompt = tokens(seed=6)
+    own = engine.saved(prompt)
+    engine.balance_link(len(prompt), ratio=2.0)
+    with monkeypatch.context() as patch:
+        instead, calls = failing(VllmComputePort, first=first, times=times)
+        patch.setattr(VllmComputePort, "recompute", instead)
+        again = engine.ask(prompt)
+        assert calls
+    assert again.tokens == own.tokens
+    assert again.records == []
+    assert "an injected failure of compute" in again.params["cacheflow_reason"]
+    engine.evict()
+    assert engine.ask(prompt).record["outcome"] == "done"
+
+
+def test_compute_that_fails_at_the_very_end(engine, monkeypatch):
+    """On a device that reports late nobody knows which of the cells are good."""
+    from cacheflow.vllm.recompute import VllmComputePort
+
+    engine.configure(policy="cake")
+    prompt = tokens(seed=7)
+    own = engine.saved(prompt)
+    engine.balance_link(len(prompt), ratio=2.0)
+
+    def finish(self):
+        engine.poison(self._target.block_ids)
+        raise RuntimeError("an injected failure of the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VllmComputePort, "finish", finish)
+        again = engine.ask(prompt)
+    assert again.tokens == own.tokens
+    assert "an injected failure of the device" in again.params["cacheflow_reason"]
+
+
+def test_ports_that_cannot_be_made(engine, monkeypatch):
+    engine.configure(policy="cake")
+    prompt = tokens(seed=8)
+    own = engine.saved(prompt)
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("an injected failure at the start")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cacheflow.vllm.worker_side.VllmTransferPort", refuse)
+        again = engine.ask(prompt)
+    assert again.tokens == own.tokens
+    assert "an injected failure at the start" in again.params["cacheflow_reason"]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("fault", READ_FAULTS)
+def test_an_engine_that_only_loads_gives_the_rest_to_vllm(engine, monkeypatch, fault, every):
+    with monkeypatch.context() as patch:
+        patch.setattr("cacheflow.vllm.model_access.recompute_refusals", lambda *_: ["for the test"])
+        engine.configure(unsupported_models="load_only", policy="cacheflow")
+    prompt = tokens(seed=9)
+    own = engine.saved(prompt)
+    again = engine.ask(prompt)
+    assert again.record["loaded_cells"] == NUM_CHUNKS * LAYERS
+    assert again.tokens == own.tokens
+    engine.evict()
+    inject(engine, FaultRule(fault=fault, every=every))
+    again = engine.ask(prompt)
+    assert again.tokens == own.tokens
+    assert "failed" in again.params["cacheflow_reason"]
+    inject(engine)
+    engine.configure(unsupported_models="refuse", policy="cake")
+
+
+def test_a_restoration_that_takes_too_long_is_recomputed(engine):
+    engine.configure(policy="load", restore_timeout_s=0.3)
+    prompt = tokens(seed=10)
+    own = engine.saved(prompt)
+    engine.set_rate(3e5)
+    again = engine.ask(prompt)
+    assert again.tokens == own.tokens
+    assert again.record["recomputed_cells"] > 0
+    engine.configure(restore_timeout_s=60.0)
+
+
+def test_a_restoration_that_may_not_compute_beside_others_ends_all_the_same(engine):
+    """No time per step is left for recomputation, and the link is down: the deadline comes before the operator's pace."""
+    engine.configure(policy="cake", restore_timeout_s=0.3, itl_slo_ms=0.01)
+    prompt = tokens(seed=11)
+    own = engine.saved(prompt)
+    other = engine.submit(tokens(40, seed=12), num_tokens=1500)
+    for _ in range(5):
+        engine.step()
+    inject(engine, FaultRule(fault=Fault.ERROR))
+    name = engine.submit(prompt)
+    engine.run(until=lambda: engine.answers[name].finish_reason is not None)
+    assert engine.answers[other].finish_reason is None
+    assert engine.answers[name].tokens == own.tokens
+    engine.abort(other)
+    engine.run()
+    engine.configure(restore_timeout_s=60.0, itl_slo_ms=None)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5, 8, 13])
+def test_an_abort_in_the_middle_frees_everything(engine, num_steps):
+    engine.configure(policy="cake")
+    prompt = tokens(seed=13)
+    own = engine.saved(prompt)
+    engine.balance_link(len(prompt), ratio=2.0)
+    free_blocks = engine.free_blocks
+    name = engine.submit(prompt)
+    for _ in range(num_steps):
+        engine.step()
+    engine.abort(name)
+    engine.run()
+    assert engine.free_blocks == free_blocks
+    assert not engine.side.has_work
+    assert engine.side._requests == {}
+    engine.evict()
+    again = engine.ask(prompt)
+    assert again.record["outcome"] == "done"
+    assert again.tokens == own.tokens
+
+
+def test_an_abort_while_others_go_on(engine):
+    """The blocks of the aborted one go to others: nothing of it may be written into them any more."""
+    engine.configure(policy="load")
+    prompts = [tokens(seed=20 + n) for n in range(3)]
+    own = [engine.saved(prompt).tokens for prompt in prompts]
+    fresh = tokens(8 * CHUNK, seed=25)
+    expected = engine.own(fresh).tokens
+    engine.set_rate(4e6)
+    names = [engine.submit(prompt) for prompt in prompts]
+    for _ in range(4):
+        engine.step()
+    engine.abort(names[1])
+    last = engine.submit(fresh)
+    engine.run()
+    assert [engine.answers[name].tokens for name in (names[0], names[2])] == [own[0], own[2]]
+    assert engine.answers[last].tokens == expected
+
+
+def test_a_hanging_read_does_not_hold_up_an_abort(engine):
+    engine.configure(policy="load")
+    prompt = tokens(seed=30)
+    engine.saved(prompt)
+    free_blocks = engine.free_blocks
+    inject(engine, FaultRule(fault=Fault.HANG))
+    name = engine.submit(prompt)
+    for _ in range(3):
+        engine.step()
+    engine.abort(name)
+    for _ in range(3):
+        engine.step()
+    assert engine.free_blocks == free_blocks
+
+
+def test_faults_were_really_counted(engine):
+    """What the store says of itself agrees with what the tests did to it."""
+    outcomes = engine.store.stats().get_outcomes
+    assert min(outcomes[each] for each in (LoadOutcome.MISS, LoadOutcome.CORRUPT, LoadOutcome.ERROR)) > 0
