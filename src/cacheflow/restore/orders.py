@@ -31,6 +31,8 @@ class RestoreTarget:
         namespace: ``Namespace.digest`` of the stored objects.
         chain_hashes: Chain hash (hex) at the end of each chunk.
         layers_per_block: Layers of one block of the grid.
+        copied_from: KV blocks of another restoration, whose content is copied first over the blocks right before
+            ``start``: what both share is restored once.
     """
 
     restore_id: int
@@ -43,6 +45,7 @@ class RestoreTarget:
     namespace: str
     chain_hashes: tuple[str, ...]
     layers_per_block: int = 1
+    copied_from: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the parts fit each other.

@@ -103,7 +103,7 @@ class SteppedRestoration:
         self._drops: list[CellIndex] = []
         self._spans: list[Span] = []
         self._finished: set[int] = set()
-        self._giving_up = self._told_cancel = self._closing = self._failed = False
+        self._giving_up = self._told_cancel = self._closing = self._failed = self._undefined = False
         self._chunk_limit = grid.num_chunks
         self._start_s: float | None = None
         self._end_s: float | None = None
@@ -122,6 +122,11 @@ class SteppedRestoration:
     def done(self) -> bool:
         """Whether every rank has reported the restoration finished: nothing of it touches the KV cache any more."""
         return self._end_s is not None
+
+    @property
+    def giving_up(self) -> bool:
+        """Whether it was cancelled or has failed: what it brought may be overwritten soon."""
+        return self._giving_up
 
     @property
     def loads_under_way(self) -> bool:
@@ -145,6 +150,8 @@ class SteppedRestoration:
             *(cell for unit in self._units for cell in unit.order.tile.cells()),
         }
         grid, reached = self._state.problem.grid, self.target.start
+        if self._undefined:
+            return reached
         for chunk, end in enumerate(self.target.chunk_ends):
             cells = [(chunk, block) for block in range(grid.num_blocks)]
             if any(cell in pending or self._state.cell(*cell) not in RESIDENT for cell in cells):
@@ -269,6 +276,8 @@ class SteppedRestoration:
             self.error = self.error or report.error
             self._failed = self._failed or not self._giving_up
             self._giving_up = True
+            # A device may report late, at the end, what failed anywhere: then no cell is known to be good.
+            self._undefined = self._undefined or (self._closing and not self._told_cancel)
             self._closing = self._told_cancel
 
     def _take_load(self, rank: int, report: LoadReport) -> None:

@@ -42,6 +42,12 @@ class HostCopies:
             for position in range(skip, len(ids)):
                 np.copyto(layer[ids[position]], source[index, position])
 
+    def copy(self, source: Ids, target: Ids) -> None:
+        """Copy blocks ``source`` of every layer over blocks ``target``."""
+        for layer in self._layers:
+            for source_block, target_block in zip(source, target, strict=True):
+                np.copyto(layer[target_block], layer[source_block])
+
     def _shaped(self, payload: Payload, num_layers: int, num_blocks: int) -> npt.NDArray[np.generic]:
         first = self._layers[0]
         shaped: npt.NDArray[np.generic] = payload.view(first.dtype).reshape(num_layers, num_blocks, *first.shape[1:])
@@ -96,6 +102,13 @@ class DeviceCopies:
             for layer, blocks in zip(self._layers[layer_lo:layer_hi], moved, strict=True):
                 layer.index_copy_(0, index, blocks[skip:])
             self._finish()
+
+    def copy(self, source: Ids, target: Ids) -> None:
+        """Copy blocks ``source`` of every layer over blocks ``target``, on the caller's stream."""
+        source_index = torch.from_numpy(source).to(self._device, non_blocking=True)
+        target_index = torch.from_numpy(target).to(self._device, non_blocking=True)
+        for layer in self._layers:
+            layer.index_copy_(0, target_index, layer.index_select(0, source_index))
 
     def _wait_fence(self) -> None:
         if self._fence is not None:

@@ -124,8 +124,10 @@ class CacheFlowConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens to restore beyond vLLM's own prefix cache."""
         scheduler = self._scheduler_side
-        scheduler.new_request(_view(request))  # where vLLM has no on_new_request, and after a preemption
-        matched = scheduler.num_matched(request.request_id, num_computed_tokens)
+        scheduler.new_request(_view(request))  # where vLLM has no on_new_request
+        matched = scheduler.num_matched(
+            request.request_id, num_computed_tokens, num_preemptions=request.num_preemptions
+        )
         return matched, bool(matched)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:

@@ -18,6 +18,7 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.sharing import Shared
 from cacheflow.vllm.tracked import Decision, TrackedRequest
 from cacheflow.vllm.wishes import Mode
 
@@ -47,6 +48,20 @@ class Decider:
         self._policy: RestorePolicy = make_policy(options.policy) if facts.costs is not None else Load()
         self._guarded = options.policy == "cacheflow" and facts.costs is not None
         self._max_tokens = _measured_tokens(facts)
+
+    def behind_copy(self, decision: Decision, shared: Shared) -> Decision:
+        """The decision to copy what another restoration has brought and to restore only what lies behind it."""
+        began_s = self._clock()
+        problem = self._problem(shared.end, decision.end)
+        policy = Load() if decision.plan is not None and decision.plan.policy == Load.name else self._policy
+        return Decision(
+            start=decision.start,
+            end=decision.end,
+            problem=problem,
+            plan=policy.plan(self._corrected(problem)),
+            planning_s=self._clock() - began_s,
+            copied_from=shared.source_blocks,
+        )
 
     def decide(self, request: TrackedRequest, *, start: int, num_tokens: int, num_stored: int) -> Decision:
         """How to restore a request whose first ``start`` tokens are in the KV cache.

@@ -155,6 +155,16 @@ class BlockLayout:
         self._require(layer_lo, layer_hi, block_ids, payload, skip_blocks)
         self._copies.scatter(layer_lo, layer_hi, _ids(block_ids), payload, skip_blocks)
 
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy whole blocks of all layers; call on the worker's main thread.
+
+        Raises:
+            ValueError: Blocks do not fit, or are not as many (a caller's bug).
+        """
+        if len(source) != len(target) or not 0 <= min(*source, *target) <= max(*source, *target) < self.num_blocks:
+            raise ValueError(f"cannot copy blocks {list(source)} over {list(target)} of {self.num_blocks}")
+        self._copies.copy(_ids(source), _ids(target))
+
     def _require(self, layer_lo: int, layer_hi: int, ids: Sequence[int], payload: Payload, skip: int = 0) -> None:
         if not 0 <= layer_lo < layer_hi <= self.num_layers:
             raise ValueError(f"layers [{layer_lo}, {layer_hi}) are not within this stage's {self.num_layers}")

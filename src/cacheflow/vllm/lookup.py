@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import Future, TimeoutError
+from queue import SimpleQueue
+from threading import Thread
 
 from cacheflow.plan.keys import ObjectKey
 from cacheflow.stores.base import Store
@@ -14,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 INLINE_WAIT_S = 0.001
 """A lookup that a local store answers at once is waited for; a slow one is asked about again in the next step."""
+NUM_THREADS = 2
 CHUNKS_PER_PROBE = 64
 """Chunks asked for in one ``contains``; bounds what is asked in vain behind a divergence."""
 
@@ -43,12 +46,25 @@ class PrefixLookup:
     def __init__(self, store: Store, *, timeout_s: float, clock: Clock) -> None:
         """Ask ``store``; a question is given up after ``timeout_s``."""
         self._store, self._timeout_s, self._clock = store, timeout_s, clock
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="cacheflow-lookup")
+        self._closed = False
+        self._questions: SimpleQueue[tuple[Future[int], Sequence[Sequence[ObjectKey]]] | None] = SimpleQueue()
+        self._threads: list[Thread] = []
 
     def start(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> Lookup:
         """Ask for the objects of each chunk, in order."""
-        future = self._threads.submit(self._count_leading, keys_by_chunk)
+        # Daemons, which a pool's threads are not: a store that hangs must not keep the process from ending.
+        while len(self._threads) < NUM_THREADS:
+            name = f"cacheflow-lookup-{len(self._threads)}"
+            self._threads.append(Thread(target=self._answer, name=name, daemon=True))
+            self._threads[-1].start()
+        future: Future[int] = Future()
+        self._questions.put((future, keys_by_chunk))
         return Lookup(future, deadline_at_s=self._clock() + self._timeout_s, clock=self._clock)
+
+    def _answer(self) -> None:
+        while (question := self._questions.get()) is not None:
+            future, keys_by_chunk = question
+            future.set_result(0 if self._closed else self._count_leading(keys_by_chunk))
 
     def _count_leading(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> int:
         try:
@@ -66,4 +82,6 @@ class PrefixLookup:
 
     def close(self) -> None:
         """End the threads; a store that hangs is left behind."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
+        for _ in self._threads:
+            self._questions.put(None)

@@ -16,6 +16,7 @@ from cacheflow.vllm.decide import Decider
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.pace import Pace, StepBudget
+from cacheflow.vllm.sharing import NOTHING_SHARED, Shared, Wanted, find_shared
 from cacheflow.vllm.step import SaveOrder, StepOrders
 from cacheflow.vllm.tracked import Decision, TrackedRequest
 
@@ -36,7 +37,7 @@ class _Active:
 
 
 class Restorations:
-    """First come, first served: an earlier restoration takes what it can of a step's budget, a later one the rest."""
+    """Shortest first, with age: who comes first takes what it can of a step's budget, the next the rest."""
 
     def __init__(
         self, options: ConnectorOptions, decider: Decider, *, num_ranks: int, clock: Clock, counts: Counts
@@ -55,50 +56,43 @@ class Restorations:
         """Whether nothing is under way."""
         return not self._active
 
-    def shares(self, request: TrackedRequest, decision: Decision) -> bool:
-        """Whether to wait for another restoration, because it brings what this one lacks.
-
-        Waits only where that is expected to end before this request could restore the shared part on its own.
-        """
-        first = decision.start // self._options.chunk_tokens
-        wanted = request.prefix.hashes[first : decision.end // self._options.chunk_tokens]
-        for active in self._active.values():
-            if active.request.prefix.namespace != request.prefix.namespace or active.stepped.done:
-                continue
-            offset = first - active.stepped.target.object_start // self._options.chunk_tokens
-            coming = active.stepped.target.chain_hashes[offset:] if offset >= 0 else ()
-            shared = sum(1 for own, other in zip(wanted, coming, strict=False) if own.hex() == other)
-            if shared and self._waiting_pays(active, decision, shared=shared, wanted=len(wanted)):
-                return True
-        return False
-
-    def _waiting_pays(self, active: _Active, decision: Decision, *, shared: int, wanted: int) -> bool:
-        assert decision.plan is not None, "it restores something"
-        assert active.decision.plan is not None, "so does the other"
-        elapsed_s = self._clock() - self._began_s[active.stepped.target.restore_id]
-        left_s = max(0.0, active.decision.plan.predicted.restore_s - elapsed_s)
-        # Its own restoration would have to queue behind the other one as well.
-        return left_s <= left_s * 0.5 + decision.plan.predicted.restore_s * shared / wanted
+    def shared(self, request: TrackedRequest, decision: Decision) -> Shared:
+        """What to do about chunks that other restorations are bringing."""
+        if not self._active:
+            return NOTHING_SHARED
+        chunk_tokens = self._options.chunk_tokens
+        hashes = request.prefix.hashes[decision.start // chunk_tokens : decision.end // chunk_tokens]
+        wanted = Wanted(
+            start=decision.start,
+            namespace=request.prefix.namespace,
+            chain_hashes=tuple(value.hex() for value in hashes),
+        )
+        others = (
+            (active.stepped.target, active.stepped.resident_tokens)
+            for active in self._active.values()
+            if not (active.stepped.done or active.stepped.giving_up)
+        )
+        return find_shared(wanted, others, chunk_tokens=chunk_tokens, block_size=self._decider.facts.block_size)
 
     def start(self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int]) -> None:
         """Begin a restoration into blocks that vLLM has set aside."""
         assert decision.problem is not None, "a decision to restore has a problem"
         assert decision.plan is not None, "and a plan"
         chunk_tokens = self._options.chunk_tokens
-        first = decision.start // chunk_tokens
-        ends = decision.problem.grid.chunk_ends
-        facts = self._decider.facts
+        grid, facts = decision.problem.grid, self._decider.facts
+        first = grid.start // chunk_tokens
         target = RestoreTarget(
             restore_id=next(self._ids),
             request_id=request.request_id,
-            start=decision.start,
+            start=grid.start,
             object_start=first * chunk_tokens,
-            chunk_ends=ends,
-            tokens=tuple(request.tokens[decision.start : decision.end]),
+            chunk_ends=grid.chunk_ends,
+            tokens=tuple(request.tokens[grid.start : decision.end]),
             block_ids=tuple(block_ids[: decision.end // facts.block_size]),
             namespace=request.prefix.namespace,
             chain_hashes=tuple(value.hex() for value in request.prefix.hashes[first : decision.end // chunk_tokens]),
             layers_per_block=facts.layers_per_block,
+            copied_from=decision.copied_from,
         )
         state = RestoreState(decision.problem, decision.plan, self._decider.rates)
         stepped = SteppedRestoration(target, state, num_ranks=self._num_ranks, can_compute=facts.costs is not None)
@@ -122,7 +116,7 @@ class Restorations:
         budget = self._budget(now_s, busy=busy)
         compute_s, read_ahead_s = budget.compute_s, budget.read_ahead_s
         restorations, failed_blocks = [], {}
-        for restore_id, active in self._active.items():
+        for restore_id, active in sorted(self._active.items(), key=lambda item: self._rank(item[1], now_s)):
             # Nobody waits for ever, whatever the budget: what only compute can bring goes on by a unit a step.
             least_s = LEAST_BUDGET_S if self._watch(active, now_s) or active.stepped.only_compute_left else 0.0
             orders = active.stepped.orders(now_s, compute_budget_s=max(compute_s, least_s), read_ahead_s=read_ahead_s)
@@ -140,6 +134,12 @@ class Restorations:
             saves=saves,
             wait_s=budget.wait_s,
         )
+
+    def _rank(self, active: _Active, now_s: float) -> float:
+        """Its predicted seconds less those it has waited: short ones pass long ones, and nobody is passed for ever."""
+        assert active.decision.plan is not None, "a restoration has a plan"
+        waited_s = now_s - self._began_s[active.stepped.target.restore_id]
+        return active.decision.plan.predicted.restore_s - waited_s
 
     def _budget(self, now_s: float, *, busy: bool) -> StepBudget:
         """The step's budget, by the costs of the first restoration."""

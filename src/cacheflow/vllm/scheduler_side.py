@@ -24,6 +24,7 @@ from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.request_prefix import MediaSpan, RequestPrefix
 from cacheflow.vllm.restorations import Restorations
+from cacheflow.vllm.sharing import Sharing
 from cacheflow.vllm.step import NOTHING, SaveOrder, StepOrders
 from cacheflow.vllm.tracked import BlockIdsOf, Decision, TrackedRequest
 from cacheflow.vllm.wishes import Mode, Wishes
@@ -136,11 +137,15 @@ class SchedulerSide:
                 keys.append(request.prefix.key(chunk, layer_lo=top_lo, layer_hi=layers, shard=facts.shard))
         return keys
 
-    def num_matched(self, request_id: str, num_computed: int) -> int | None:
+    def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
         """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
         request = self._requests.get(request_id)
         if request is None or self._decider is None or self._restorations is None:
             return 0
+        if num_preemptions != request.num_preemptions:
+            request.num_preemptions, request.decision = num_preemptions, None
+            if request.wishes.mode is not Mode.OFF:
+                self._ask(request)  # by now the store may hold what the request itself has computed
         if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
             return 0
         num_stored = request.lookup.poll()
@@ -151,8 +156,15 @@ class SchedulerSide:
         decision = request.decision
         if decision is None or decision.start != num_computed:
             decision = self._decide(request, self._decider, num_computed)
-        if decision.end > decision.start and self._restorations.shares(request, decision):
-            return None
+        if decision.end > decision.start:
+            shared = self._restorations.shared(request, decision)
+            if shared.sharing is Sharing.WAIT:
+                return None
+            if shared.sharing is Sharing.COPY:
+                # Not kept: the blocks are the other's only as long as it is under way. vLLM allocates in this step.
+                request.allocating = self._decider.behind_copy(decision, shared)
+            else:
+                request.allocating = decision
         return decision.end - decision.start
 
     def _decide(self, request: TrackedRequest, decider: Decider, num_computed: int) -> Decision:
@@ -171,11 +183,11 @@ class SchedulerSide:
         request = self._requests.get(request_id)
         if num_external == 0 or request is None or self._restorations is None:
             return
-        decision = request.decision
+        decision = request.allocating
         if decision is None or decision.end - decision.start != num_external:
             raise AssertionError(f"vLLM allocated {num_external} tokens for {request_id}, decided was {decision}")
         self._restorations.start(request, decision, block_ids)
-        request.decision = None
+        request.decision = request.allocating = None
 
     def step(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, *, num_scheduled_tokens: int

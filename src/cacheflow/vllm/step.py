@@ -45,7 +45,7 @@ class StepOrders:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.targets or self.restorations or self.saves)
+        return not (self.targets or self.restorations or self.saves or self.wait_s)
 
 
 NOTHING = StepOrders()

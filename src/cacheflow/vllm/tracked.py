@@ -28,6 +28,8 @@ class Decision:
         problem: Costs; None when nothing is restored.
         plan: The policy's plan; None when nothing is restored.
         planning_s: Seconds the plan took.
+        copied_from: KV blocks of another restoration that hold the tokens behind ``start``; they are copied, the rest
+            is restored.
         reason: Why nothing is restored; empty when something is.
     """
 
@@ -36,6 +38,7 @@ class Decision:
     problem: RestoreProblem | None = None
     plan: RestorePlan | None = None
     planning_s: float = 0.0
+    copied_from: tuple[int, ...] = ()
     reason: str = ""
 
 
@@ -52,7 +55,9 @@ class TrackedRequest:
         lookup: The question to the store; None before it was asked.
         num_stored: Leading chunks the store is known to hold.
         decision: The last decision; None before the first.
+        allocating: The decision vLLM was told of in this step, with what can be copied now; None otherwise.
         restoration: What is under way; None otherwise.
+        num_preemptions: How often vLLM had preempted it when the store was last asked.
         given_up: A restoration failed: vLLM asks again for a request of which nothing was restored, and whatever broke
             the first attempt would break every other.
         records: Explain records of its restorations.
@@ -68,7 +73,9 @@ class TrackedRequest:
     num_stored: int = 0
     next_save: int = 0
     decision: Decision | None = None
+    allocating: Decision | None = None
     restoration: SteppedRestoration | None = None
+    num_preemptions: int = 0
     given_up: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""

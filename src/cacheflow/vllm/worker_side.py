@@ -109,10 +109,18 @@ class WorkerSide:
             return
         for target in orders.targets:
             self._request_of[target.restore_id] = target.request_id
+            self._copy_shared(target)
             self._carrier.begin(target)
         for block_ids in orders.failed_blocks.values():
             self._failed_blocks.update(block_ids)
         self._carrier.carry_out(orders.restorations, wait_s=orders.wait_s)
+
+    def _copy_shared(self, target: RestoreTarget) -> None:
+        """Copy what another restoration has brought; its blocks are held at least until the end of this step."""
+        if target.copied_from:
+            assert self._engine is not None, "orders come after the facts were found"
+            end = target.start // self._engine.facts.block_size
+            self._engine.layout.copy(target.copied_from, target.block_ids[end - len(target.copied_from) : end])
 
     def save(self, orders: tuple[SaveOrder, ...]) -> None:
         """Copy the chunks that this step's forward completed."""
