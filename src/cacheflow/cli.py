@@ -45,11 +45,15 @@ class CommandModule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command: the words that call it, the line that explains it, and its module."""
+    """One command: the words that call it, the line that explains it, and its module.
+
+    One that ``passes_on`` gets what stands behind ``--`` unread, as ``args.passed_on``.
+    """
 
     words: tuple[str, ...]
     help: str
     module: str
+    passes_on: bool = False
 
 
 COMMANDS = (
@@ -57,7 +61,15 @@ COMMANDS = (
     Command(("calibrate",), "measure what a model and a store cost on this machine", "cacheflow.profiling.command"),
     Command(("plan",), "predict and draw a restoration on hardware you do not have", "cacheflow.bench.plan_command"),
     Command(
+        ("serve",), "run stock vLLM's OpenAI server with CacheFlow", "cacheflow.bench.serve_command", passes_on=True
+    ),
+    Command(
         ("bench", "restore"), "restore one prefix under every policy, side by side", "cacheflow.bench.restore_command"
+    ),
+    Command(
+        ("bench", "vllm"),
+        "restore inside stock vLLM, beside its own prefill and others",
+        "cacheflow.bench.vllm_command",
     ),
     Command(("bench", "readme"), "write a measured table into a README", "cacheflow.bench.readme"),
 )
@@ -97,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries below would tear ours
     try:
-        args = build_parser(words).parse_args(words)
+        args = _parse(words)
         return int(args.run(args))
     except CacheFlowError as error:
         return _fail(str(error))
@@ -113,6 +125,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cacheflow: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    passed_on: list[str] = []
+    if "--" in words and any(each.passes_on and each.words == tuple(words[: len(each.words)]) for each in COMMANDS):
+        index = words.index("--")
+        words, passed_on = words[:index], words[index + 1 :]
+    parser = build_parser(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'unknown_hint', '')}")
+    args.passed_on = passed_on
+    return args
 
 
 def _fail(message: str) -> int:

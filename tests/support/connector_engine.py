@@ -158,6 +158,17 @@ class ServingEngine:
         self.run()
         return self.answers[name]
 
+    def log_gap(self, tokens: Sequence[int], one: int, other: int) -> float:
+        """How far the log-probabilities of two next tokens are apart; ``inf`` when one is not among the likeliest."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=10, detokenize=False)
+        (output,) = self.llm.generate([{"prompt_token_ids": list(tokens)}], sampling, use_tqdm=False)
+        likely = output.outputs[0].logprobs[0]
+        if one not in likely or other not in likely:
+            return float("inf")
+        return abs(likely[one].logprob - likely[other].logprob)
+
     def own(self, tokens: Sequence[int], **wishes) -> Answer:
         """What vLLM answers by itself; the KV cache holds nothing before and after."""
         self.evict()

@@ -1,0 +1,94 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cacheflow.bench.vllm_client import ServerError
+from cacheflow.bench.vllm_lmcache import LMCacheMissingError, lmcache_python
+from cacheflow.bench.vllm_server import VllmServer, group_cpu_s, start_process, stop_process
+from cacheflow.bench.vllm_workload import open_model, read_model
+from cacheflow.cli import main
+from cacheflow.errors import ConfigError
+
+PYTHON = Path(sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--policies", "magic"], "--policies magic unknown"),
+        (["--ratios", "0"], "--ratios (0.0,) must be above 0"),
+        (["--ratios", "inf"], "must be above 0 and finite"),
+        (["--tokens", "1000"], "must be a multiple of --chunk 512"),
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--load", "-1"], "--load is -1.0"),
+        (["--vllm-python", "/no/python"], "--vllm-python /no/python cannot be started"),
+    ],
+)
+def test_bad_options_are_one_line(options: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "vllm", "--out", str(tmp_path), *options]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_an_interpreter_without_vllm_is_told_how_to_get_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # no site-packages
+    bare.chmod(0o755)
+    assert main(["bench", "vllm", "--out", str(tmp_path), "--vllm-python", str(bare)]) == 2
+    assert "has no vLLM: pip install vllm" in capsys.readouterr().err
+
+
+def test_an_interpreter_without_lmcache_is_named():
+    with pytest.raises(LMCacheMissingError, match="does not import both lmcache and vllm"):
+        lmcache_python(Path("/no/python"), PYTHON)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="unknown; known: smollm2-135m, tiny-qwen3"):
+        open_model("smollm9")
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    with pytest.raises(ConfigError, match="cannot be used"):
+        read_model(tmp_path, "m")
+
+
+def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(tmp_path: Path):
+    command = [sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"]
+    process, log = start_process("vllm", command, {}, tmp_path)
+    with VllmServer("vllm", process, port=1, log=log) as server, pytest.raises(ServerError, match="out of memory"):
+        server.wait_ready(timeout_s=60.0)
+
+
+def test_a_frozen_server_uses_no_processor_and_closing_ends_its_children(tmp_path: Path):
+    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'while True: pass'])"
+    spin = child + "\nprint('up', flush=True)\nwhile True: pass"
+    process, log = start_process("spin", [sys.executable, "-c", spin], {}, tmp_path)
+    server = VllmServer("spin", process, port=1, log=log)
+    try:
+        while "up" not in log.read_text() or server.cpu_s() == 0.0:
+            assert process.poll() is None
+        server.freeze()
+        subprocess.run([sys.executable, "-c", "pass"], check=True)  # gives the stop time to arrive
+        frozen_s = server.cpu_s()
+        for _ in range(10):
+            subprocess.run([sys.executable, "-c", "pass"], check=True)
+        assert server.cpu_s() == frozen_s
+        server.thaw()
+        while server.cpu_s() == frozen_s:
+            pass
+    finally:
+        server.close()
+    assert process.poll() is not None
+    while group_cpu_s(process.pid):  # the child is killed, its parent is gone: reaped in a moment
+        pass
+
+
+def test_stopping_what_has_ended_is_no_error(tmp_path: Path):
+    process, _ = start_process("done", [sys.executable, "-c", "pass"], {}, tmp_path)
+    process.wait()
+    stop_process(process)
+
+
+def test_a_program_that_is_missing_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="/no/program cannot be started"):
+        start_process("x", ["/no/program"], {}, tmp_path)
