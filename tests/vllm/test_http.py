@@ -5,6 +5,7 @@ which greedy tokens in bfloat16 may part.
 """
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -208,6 +209,17 @@ def test_the_server_says_what_it_checked_and_ends_when_asked(smollm):
 
     wait_for(smollm.server.group_is_gone, "the server's other processes")
     assert torn(smollm.folder / "store") == []
+
+
+def test_the_documented_metrics_and_families_are_those_there_are():
+    from cacheflow.vllm.families import FAMILIES
+    from cacheflow.vllm.prometheus import BANDWIDTH, COUNTERS, HISTOGRAMS
+
+    text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| `(vllm:cacheflow_\w+?)(?:_total)?(?:\{\w+\})?` \|", text, flags=re.MULTILINE))
+    assert documented == {each[0] for each in (*COUNTERS.values(), *HISTOGRAMS.values(), BANDWIDTH)}
+    names = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
+    assert f"families other than {names.replace('Moe', '-MoE')};" in text
 
 
 SESSION = (2048, 200, 300)

@@ -10,6 +10,9 @@ IDLE_WAIT_S = 0.002
 """With nothing to compute and nobody running, a worker waits this long for a read to end before the step ends."""
 DECAY = 0.8
 """Weight that older steps keep in the estimate of a step's own time."""
+IDLE_CHUNK_SHARE = 0.25
+"""Part of what a chunk takes that a step orders while nobody runs: where chunks are slow, steps cost more as well. A
+request that arrives then waits less than it would for a step of vLLM's own prefill."""
 CHUNK_SHARE = 0.1
 """Part of what a chunk takes that recomputation may use in a step while others decode, unless told otherwise."""
 HEADROOM = 0.85
@@ -57,7 +60,9 @@ class Pace:
         """
         self._observe(now_s, busy=busy)
         if not busy:
-            return StepBudget(compute_s=IDLE_COMPUTE_BUDGET_S, read_ahead_s=READ_AHEAD_S, wait_s=IDLE_WAIT_S)
+            compute_s = max(IDLE_COMPUTE_BUDGET_S, IDLE_CHUNK_SHARE * chunk_s)
+            read_ahead_s = READ_AHEAD_S * compute_s / IDLE_COMPUTE_BUDGET_S
+            return StepBudget(compute_s=compute_s, read_ahead_s=read_ahead_s, wait_s=IDLE_WAIT_S)
         compute_s = CHUNK_SHARE * chunk_s if self._budget_s is None else self._budget_s
         if self._itl_s is not None:
             compute_s = min(compute_s, max(0.0, HEADROOM * (self._itl_s - self._own_step_s)))
