@@ -18,8 +18,8 @@ from support.vllm_models import TINY
 
 NUM_KV_BLOCKS = 64
 POISON = 0x42
-"""48.5 in bf16 and in fp32: wrong, but finite. vLLM's attention on the CPU multiplies what a block holds behind the last
-token by zero, so NaN there would show although nobody may have written it."""
+"""48.5 in bf16 and in fp32: wrong, but finite. vLLM's attention on the CPU multiplies what a block holds behind the
+last token by zero, so NaN there would show although nobody may have written it."""
 
 
 @dataclass
@@ -57,6 +57,7 @@ class ServingEngine:
     llm: object
     layout: object
     num_requests: int = 0
+    keeps_kv: bool = True
     answers: dict[str, Answer] = field(default_factory=dict)
     _prompts: dict[str, list[int]] = field(default_factory=dict)
     _internal: dict[str, str] = field(default_factory=dict)
@@ -97,8 +98,9 @@ class ServingEngine:
     def free_blocks(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def submit(self, tokens: Sequence[int], *, num_tokens: int = 32, params: dict | None = None, salt: str | None = None,
-               ) -> str:  # fmt: skip
+    def submit(
+        self, tokens: Sequence[int], *, num_tokens: int = 32, params: dict | None = None, salt: str | None = None
+    ) -> str:
         """Add a request; returns the name its answer has in ``answers``."""
         from vllm import SamplingParams
 
@@ -127,7 +129,7 @@ class ServingEngine:
             answer = self.answers[output.request_id]
             completion = output.outputs[0]
             answer.tokens = list(completion.token_ids)
-            if answer.kv is None and not output.finished:
+            if self.keeps_kv and answer.kv is None and not output.finished:
                 block_ids = self.block_ids(output.request_id)
                 answer.kv = self.gather(block_ids[: len(self._prompts[output.request_id]) // self.layout.block_size])
             if output.finished:
@@ -286,9 +288,8 @@ def kv_transfer_config(profile_dir: Path, options: dict) -> dict:
 
 def new_llm(folder: Path, *, dtype: str, chunk_tokens: int, transfer: dict | None = None, **overrides):
     """Start an engine in this process."""
-    from vllm import LLM
-
     from cacheflow.vllm.plugin import register
+    from vllm import LLM
 
     register()
     arguments = {
@@ -299,9 +300,7 @@ def new_llm(folder: Path, *, dtype: str, chunk_tokens: int, transfer: dict | Non
 
 
 @contextmanager
-def serving_engine(
-    folder: Path, *, dtype: str, chunk_tokens: int = 128, options: dict | None = None, **overrides
-):
+def serving_engine(folder: Path, *, dtype: str, chunk_tokens: int = 128, options: dict | None = None, **overrides):
     """An engine with the connector; ``options=None``: without. Nothing is left of it afterwards."""
     from cacheflow.vllm.layout import BlockLayout, layer_number
 

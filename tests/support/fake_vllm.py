@@ -81,5 +81,3 @@ def fake_vllm() -> Iterator[VllmClient]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-

@@ -16,9 +16,7 @@ def engine(tmp_path_factory, _single_process_vllm):
 
     folder = write_model(tmp_path_factory.mktemp("compiled"), "llama", num_hidden_layers=6)
     options = {"throttle_bytes_per_s": 1e9, "self_test": True}
-    with serving_engine(
-        folder, dtype="bfloat16", chunk_tokens=CHUNK, options=options, enforce_eager=False
-    ) as engine:
+    with serving_engine(folder, dtype="bfloat16", chunk_tokens=CHUNK, options=options, enforce_eager=False) as engine:
         yield engine
 
 

@@ -166,7 +166,7 @@ def failing(port, *, first, times):
     return instead, calls
 
 
-@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("first", [1, 2])
 @pytest.mark.parametrize("times", [1, 1000])
 def test_compute_that_fails_leaves_the_rest_to_vllm(engine, monkeypatch, first, times):
     from cacheflow.vllm.recompute import VllmComputePort
@@ -179,7 +179,7 @@ def test_compute_that_fails_leaves_the_rest_to_vllm(engine, monkeypatch, first, 
         instead, calls = failing(VllmComputePort, first=first, times=times)
         patch.setattr(VllmComputePort, "recompute", instead)
         again = engine.ask(prompt)
-        assert calls
+        assert len(calls) >= first
     assert again.tokens == own.tokens
     assert again.records == []
     assert "an injected failure of compute" in again.params["cacheflow_reason"]
@@ -254,7 +254,7 @@ def test_a_restoration_that_takes_too_long_is_recomputed(engine):
 
 
 def test_a_restoration_that_may_not_compute_beside_others_ends_all_the_same(engine):
-    """No time per step is left for recomputation, and the link is down: the deadline comes before the operator's pace."""
+    """No time per step is left for recomputation, and the link is down: somebody who waits for ever is worse."""
     engine.configure(policy="cake", restore_timeout_s=0.3, itl_slo_ms=0.01)
     prompt = tokens(seed=11)
     own = engine.saved(prompt)

@@ -126,6 +126,40 @@ def test_two_requests_with_the_same_missing_prefix_load_it_once(engine):
     assert [len(engine.answers[name].records) for name in names] == [1, 0]
 
 
+@pytest.mark.parametrize("abort_first", [False, True])
+def test_what_another_restoration_has_brought_is_copied(engine, abort_first):
+    """Both go on alone behind the part they share; the first one's blocks may be given away as soon as it is over."""
+    engine.configure(policy="cake")
+    shared = tokens(4 * CHUNK, seed=53)
+    one, two = [*shared, *tokens(3 * CHUNK + 30, seed=54)], [*shared, *tokens(CHUNK + 20, seed=55)]
+    own_one, own_two = engine.saved(one), engine.saved(two)
+    engine.balance_link(len(one), ratio=3.0)
+    names = [engine.submit(one), engine.submit(two)]
+    engine.run(until=lambda: copying(engine, names[1]))
+    if abort_first:
+        engine.abort(names[0])
+        engine.step()
+        engine.poison(free_blocks_of(engine))
+    engine.run()
+    again = engine.answers[names[1]]
+    assert [len(record["cells"]) for record in again.records] == [1]
+    assert np.array_equal(again.kv, own_two.kv)
+    assert again.tokens == own_two.tokens
+    if not abort_first:
+        assert engine.answers[names[0]].tokens == own_one.tokens
+
+
+def copying(engine, name):
+    """Whether a request's restoration has begun; what it copies is copied in the same step."""
+    request = engine.side._requests.get(engine._internal[name])
+    return request is not None and request.restoration is not None
+
+
+def free_blocks_of(engine):
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    return [block.block_id for block in pool.blocks if block.ref_cnt == 0 and not block.is_null]
+
+
 def test_the_one_that_was_waited_for_is_aborted(engine):
     engine.configure(policy="load")
     prompt = tokens(4 * CHUNK, seed=55)

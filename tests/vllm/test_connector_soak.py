@@ -1,0 +1,191 @@
+"""Hours in minutes: chats that come, go, are aborted, preempted and served from a failing store; every answer is right.
+
+``CACHEFLOW_SOAK_REQUESTS`` scales it.
+"""
+
+import os
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(3600)]
+
+NUM_REQUESTS = int(os.environ.get("CACHEFLOW_SOAK_REQUESTS", "60"))
+SEED = int(os.environ.get("CACHEFLOW_SOAK_SEED", "0"))
+CHUNK = 128
+MAX_HISTORY = 1400
+MAX_LIVE = 7
+ENGINE = {"max_model_len": 2048, "num_gpu_blocks_override": 22}
+READ_FAULTS = (Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.LATE, Fault.HANG)
+THREADS = {f"cacheflow-{name}" for name in ("io", "lookup-0", "lookup-1", "reaper", "store-0", "store-1")}
+TIE = 3e-4
+"""Log-probabilities this close may swap: another batch or chunk grid rounds differently, also without a connector."""
+
+
+@dataclass
+class Session:
+    """A chat: what was said so far, and the request under way."""
+
+    history: list[int]
+    live: str | None = None
+
+
+@dataclass
+class Traffic:
+    """Random chats over a few shared openings; what they asked and were answered."""
+
+    engine: object
+    random: random.Random
+    counts: Counter = field(default_factory=Counter)
+    answered: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
+    restored: int = 0
+
+    def words(self, low, high):
+        from support.vllm_models import TINY
+
+        return [self.random.randrange(2, TINY["vocab_size"]) for _ in range(self.random.randint(low, high))]
+
+    def serve(self, num_requests):
+        openings = [self.words(150, 500) for _ in range(3)]
+        self.sessions = [Session(list(self.random.choice(openings))) for _ in range(10)]
+        prompts = {}
+        while self.counts["completed"] + self.counts["aborted"] < num_requests:
+            live = [session for session in self.sessions if session.live]
+            idle = [session for session in self.sessions if not session.live]
+            if len(live) < MAX_LIVE and idle and self.random.random() < 0.4:
+                session = self.random.choice(idle)
+                if len(session.history) > MAX_HISTORY:
+                    session.history = list(self.random.choice(openings))
+                prompt = session.history + self.words(10, 160)
+                session.live = self.engine.submit(prompt, num_tokens=self.random.randint(4, 160))
+                prompts[session.live] = prompt
+            self.engine.step()
+            for session in live:
+                self.look_at(session, prompts)
+        self.engine.run(timeout_s=120)
+        for session in self.sessions:
+            if session.live:
+                self.look_at(session, prompts)
+
+    def look_at(self, session, prompts):
+        answer = self.engine.answers[session.live]
+        if answer.finish_reason is None:
+            if self.random.random() < 0.004:
+                self.engine.abort(session.live)
+                self.counts["aborted"] += 1
+                session.live = None
+            return
+        assert answer.finish_reason == "length"
+        self.counts["completed"] += 1
+        self.counts["restored"] += len(answer.records)
+        self.counts["cells"] += sum(r["recomputed_cells"] + r["loaded_cells"] for r in answer.records)
+        self.counts["recomputed cells"] += sum(record["recomputed_cells"] for record in answer.records)
+        self.counts["given up"] += "failed" in (answer.params or {}).get("cacheflow_reason", "")
+        prompt = prompts[session.live]
+        self.answered.append((prompt, answer.tokens))
+        session.history, session.live = [*prompt, *answer.tokens], None
+
+
+def faulty_store(options):
+    from cacheflow.stores.memory import MemoryStore
+    from cacheflow.stores.throttled import ThrottledStore
+
+    rules = [FaultRule(fault=fault, probability=0.01) for fault in READ_FAULTS]
+    plan = FaultPlan(rules=(*rules, FaultRule(fault=Fault.PUT_ERROR, probability=0.01)), seed=SEED)
+    store = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), plan)
+    return ThrottledStore(store, options.throttle_bytes_per_s, 0.0005)
+
+
+def sometimes_failing(recompute, chances):
+    def instead(self, tile, *, kv_only_top):
+        if chances.random() < 0.005:
+            raise RuntimeError("an injected failure of compute")
+        recompute(self, tile, kv_only_top=kv_only_top)
+
+    return instead
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, _single_process_vllm):
+    from support.vllm_models import write_model
+
+    return write_model(tmp_path_factory.mktemp("soak"), "llama")
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_every_answer_is_vllms_own(folder, monkeypatch, capsys):
+    from cacheflow.vllm.recompute import VllmComputePort
+    from support.connector_engine import our_threads, serving_engine
+
+    monkeypatch.setattr("cacheflow.vllm.open_store.open_store", faulty_store)
+    monkeypatch.setattr(VllmComputePort, "recompute", sometimes_failing(VllmComputePort.recompute, random.Random(SEED)))
+    options = {
+        "throttle_bytes_per_s": 3e7, "policy": "cake", "cpu_bytes_to_use": 12 << 20, "restore_timeout_s": 1.0,
+    }  # fmt: skip
+    with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options, **ENGINE) as engine:
+        free_blocks, preempted = engine.free_blocks, count_preemptions(engine)
+        traffic = Traffic(engine, random.Random(SEED))
+        engine.keeps_kv = False
+        traffic.serve(NUM_REQUESTS // 3)
+        before = resident_bytes()
+        traffic.serve(NUM_REQUESTS)
+        grown = resident_bytes() - before
+        traffic.counts["preempted"] = len(preempted)
+        nothing_is_left(engine)
+        engine.evict()
+        assert engine.free_blocks == free_blocks
+        assert set(our_threads()) <= THREADS
+        injected = {fault.value: n for fault, n in engine.store.inner.injected().items() if n}
+    assert grown < 64 << 20, f"grew by {grown} bytes"
+    with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, **ENGINE) as plain:
+        ties = [tie for prompt, tokens in traffic.answered if (tie := compared(plain, prompt, tokens)) is not None]
+    with capsys.disabled():
+        print(f"\nsoak: {dict(traffic.counts)}, injected {injected}, ties {ties}, grew {grown >> 20} MiB")  # noqa: T201
+    assert traffic.counts["restored"] > 0
+    assert 0 < traffic.counts["recomputed cells"] < traffic.counts["cells"]
+    assert sum(injected.values()) > 0
+    assert max(ties, default=0.0) < TIE
+    assert len(ties) <= 1 + NUM_REQUESTS // 50
+
+
+def count_preemptions(engine):
+    preempted, preempt = [], engine.scheduler._preempt_request
+
+    def noting(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    engine.scheduler._preempt_request = noting
+    return preempted
+
+
+def nothing_is_left(engine):
+    engine.settle()
+    side, worker = engine.side, engine.worker
+    assert side._requests == {}
+    assert not side.has_work
+    assert side._restorations._began_s == {}
+    assert worker._request_of == {}
+    assert worker._carrier._active == {}
+    assert worker._failed_blocks == set()
+    assert not worker._carrier._reads.under_way
+    assert engine.scheduler.failed_recving_kv_req_ids == set()
+    assert engine.scheduler.finished_recving_kv_req_ids == set()
+
+
+def compared(plain, prompt, tokens):
+    """None where vLLM by itself answers the same; otherwise how close the first two tokens that differ are."""
+    own = plain.ask(prompt, num_tokens=len(tokens)).tokens
+    if own == tokens:
+        return None
+    first = next(index for index, (one, other) in enumerate(zip(own, tokens, strict=True)) if one != other)
+    return plain.log_gap([*prompt, *own[:first]], own[first], tokens[first])
