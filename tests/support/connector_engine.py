@@ -303,6 +303,7 @@ def new_llm(folder: Path, *, dtype: str, chunk_tokens: int, transfer: dict | Non
 def serving_engine(folder: Path, *, dtype: str, chunk_tokens: int = 128, options: dict | None = None, **overrides):
     """An engine with the connector; ``options=None``: without. Nothing is left of it afterwards."""
     from cacheflow.vllm.layout import BlockLayout, layer_number
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     transfer = None
     if options is not None:
@@ -314,16 +315,13 @@ def serving_engine(folder: Path, *, dtype: str, chunk_tokens: int = 128, options
         context = runner.vllm_config.compilation_config.static_forward_context
         names = sorted(runner.kv_cache_config.kv_cache_groups[0].layer_names, key=layer_number)
         caches = {name: context[name].kv_cache for name in names}
-        yield ServingEngine(llm, BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=names))
+        serving = ServingEngine(llm, BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=names))
+        del core, runner, context, caches
+        yield serving
+        serving.llm = None
     finally:
-        stop(llm)
-
-
-def stop(llm) -> None:
-    """End an engine and give back what it holds of this process."""
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    llm.llm_engine.engine_core.engine_core.shutdown()
-    del llm
-    cleanup_dist_env_and_memory()
-    gc.collect()
+        llm.llm_engine.engine_core.engine_core.shutdown()
+        # Now, not when the collector comes by: an engine's end takes vLLM's process groups with it, of the next one too.
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
