@@ -302,8 +302,9 @@ def new_llm(folder: Path, *, dtype: str, chunk_tokens: int, transfer: dict | Non
 @contextmanager
 def serving_engine(folder: Path, *, dtype: str, chunk_tokens: int = 128, options: dict | None = None, **overrides):
     """An engine with the connector; ``options=None``: without. Nothing is left of it afterwards."""
-    from cacheflow.vllm.layout import BlockLayout, layer_number
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    from cacheflow.vllm.layout import BlockLayout, layer_number
 
     transfer = None
     if options is not None:
@@ -321,7 +322,7 @@ def serving_engine(folder: Path, *, dtype: str, chunk_tokens: int = 128, options
         serving.llm = None
     finally:
         llm.llm_engine.engine_core.engine_core.shutdown()
-        # Now, not when the collector comes by: an engine's end takes vLLM's process groups with it, of the next one too.
+        # Now, not when the collector comes by: an engine's end takes vLLM's process groups with it, the next one's too.
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
