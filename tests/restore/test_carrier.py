@@ -307,6 +307,7 @@ def test_a_step_with_nothing_to_compute_waits_for_one_read(worker):
 
 
 def test_close_gives_everything_up():
+    before = set(threading.enumerate())  # other tests' stores may still have threads of their own
     worker = Worker(1, 2)
     worker.begin()
     worker.transfers[1].outcome_of = lambda tile: None
@@ -316,7 +317,7 @@ def test_close_gives_everything_up():
     worker.carrier.close()
     tickets = [ticket for transfer in worker.transfers.values() for ticket in transfer.tickets]
     eventually(lambda: all(ticket.freed for ticket in tickets))
-    eventually(lambda: not [each for each in threading.enumerate() if each.name.startswith("cacheflow-")])
+    eventually(lambda: not [t for t in set(threading.enumerate()) - before if t.name.startswith("cacheflow-")])
 
 
 def test_a_carrier_that_read_nothing_starts_no_thread():
