@@ -24,7 +24,7 @@ def config(**changes):
         cache_config=SimpleNamespace(cache_dtype="auto", calculate_kv_scales=False, kv_sharing_fast_prefill=False),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1, data_parallel_size=1, is_moe_model=False,
-            enable_eplb=False, use_ubatching=False,
+            enable_eplb=False, use_ubatching=False, pipeline_parallel_size=1,
         ),
         speculative_config=None,
         lora_config=None,
@@ -100,6 +100,7 @@ def test_kv_caches_of_other_kinds(caches, reason):
         ({"model_config__is_multimodal_model": True}, "multimodal"),
         ({"parallel_config__enable_eplb": True}, "expert load balancing"),
         ({"parallel_config__use_ubatching": True}, "dual-batch"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "boundary hidden states"),
         ({"parallel_config__data_parallel_size": 2, "parallel_config__is_moe_model": True}, "data parallelism"),
     ],
 )
