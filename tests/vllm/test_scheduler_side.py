@@ -109,7 +109,8 @@ def test_a_store_that_does_not_answer_costs_its_deadline_and_no_more():
         case.arrive("a", tokens(6 * CHUNK + 1))
         assert case.side.num_matched("a", 0) is None
         case.now_s = 0.06
-        assert case.side.num_matched("a", 0) == 0
+        for _ in range(3):  # vLLM asks in every step in which it cannot place the request
+            assert case.side.num_matched("a", 0) == 0
         assert case.side.counts.take()["lookup_timeouts"] == 1
     finally:
         release.set()

@@ -103,11 +103,6 @@ class RestoreState:
         """Whether the load pointer may still claim a cell, now or later."""
         return not self._p.link_down and self._p.board.num_missing > 0
 
-    @property
-    def open_compute_s(self) -> float:
-        """Seconds that recomputing every open cell should take, corrected."""
-        return self._p.board.open_compute_s * self.rates.compute_factor
-
     def cell(self, chunk: int, block: int) -> Cell:
         """State of one cell."""
         return self._p.board.state(chunk, block)

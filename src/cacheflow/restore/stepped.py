@@ -138,11 +138,6 @@ class SteppedRestoration:
         """Whether what is missing can only be recomputed: no read is under way, and none will be ordered."""
         return not self._reads and not self._state.loads_possible
 
-    @property
-    def compute_left_s(self) -> float:
-        """Seconds that recomputing every open cell should take."""
-        return self._state.open_compute_s
-
     def resident_tokens(self) -> int:
         """Token position up to which the prefix is completely resident on every rank, as far as reports tell."""
         pending = {

@@ -18,7 +18,10 @@ class StagingBuffer:
 
 
 class StagingPool:
-    """Hands out buffers of one size and takes them back; grows to what is in flight at once. One thread."""
+    """Hands out buffers of one size and takes them back; grows to what is in flight at once.
+
+    ``take`` on one thread; ``give`` on any.
+    """
 
     def __init__(self, num_bytes: int, *, pinned: bool = False) -> None:
         """Allocate nothing yet.

@@ -242,7 +242,7 @@ class Restorations:
         per_cell = self._options.chunk_tokens / num_blocks
         if failed := sum(n for outcome, n in report.failed_loads.items() if outcome != "cancelled"):
             tokens["failed"] += failed * per_cell
-        if report.wasted_bytes and report.loaded_bytes + report.wasted_bytes:
+        if report.wasted_bytes:
             bytes_per_token = self._decider.facts.shape.kv_bytes_per_token
             tokens["wasted"] += report.wasted_bytes / bytes_per_token
         self._counts.loaded_bytes += report.loaded_bytes

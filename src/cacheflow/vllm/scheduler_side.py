@@ -151,7 +151,6 @@ class SchedulerSide:
         num_stored = request.lookup.poll()
         if num_stored is None:
             return None
-        self.counts.lookup_timeouts += request.lookup.timed_out and request.num_stored == 0
         request.num_stored = num_stored
         decision = request.decision
         if decision is None or decision.start != num_computed:
@@ -173,6 +172,7 @@ class SchedulerSide:
         )
         request.decision, request.reason = decision, decision.reason
         if request.lookup is not None and request.lookup.timed_out:
+            self.counts.lookup_timeouts += 1  # once a decision: vLLM asks in every step while the request waits
             request.reason = f"the store did not answer within {self._options.lookup_timeout_s:g} s"
         if decision.end == decision.start and decision.plan is not None and decision.plan.guard is not None:
             self.counts.guard[Choice.RECOMPUTE.value] += 1
@@ -245,11 +245,6 @@ class SchedulerSide:
             if not request.records and request.reason:
                 answer["cacheflow_reason"] = request.reason
         return answer or None
-
-    def decision(self, request_id: str) -> Decision | None:
-        """The last decision for a request that waits; for tests and explanations."""
-        request = self._requests.get(request_id)
-        return request.decision if request else None
 
     @property
     def has_work(self) -> bool:

@@ -29,7 +29,10 @@ class VllmTicket:
 
 
 class VllmTransferPort:
-    """Reads the cells of one restoration. All methods on one thread; any number of reads may be under way."""
+    """Reads the cells of one restoration; any number of reads may be under way.
+
+    All methods on the I/O thread, but ``cancel`` on any.
+    """
 
     def __init__(
         self,
@@ -104,7 +107,7 @@ class VllmTransferPort:
 
 
 def staging_pool(layout: BlockLayout, *, chunk_tokens: int, layers_per_block: int) -> StagingPool:
-    """Staging buffers that hold any object of this layout; pinned where the KV cache is on CUDA. One thread."""
+    """Staging buffers that hold any object of this layout; pinned where the KV cache is on CUDA."""
     num_bytes = layout.num_bytes(min(layers_per_block, layout.num_layers), chunk_tokens // layout.block_size)
     return StagingPool(num_bytes, pinned=layout.device.type == "cuda")
 
