@@ -173,7 +173,7 @@ class LoadPointer:
             open_compute_K, open_bytes_K = open_compute_K - board.bottom_compute_K, open_bytes_K - board.bottom_bytes_K
         compute_K = after_s + np.cumsum(open_compute_K) * factor
         tail_K = open_bytes_K.sum() - np.cumsum(open_bytes_K)
-        link_K = (p.in_flight_bytes + tail_K) / bytes_per_s
+        link_K = (p.in_flight_bytes + tail_K) / bytes_per_s + p.others_link_s
         ends_K = link_K + p.top_suffix_s * factor
         late = np.flatnonzero(compute_K >= ends_K)
         if late.size == 0:

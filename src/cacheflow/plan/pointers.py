@@ -19,6 +19,7 @@ from cacheflow.plan.plan import RestorePlan, SuffixStart
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.progress import Progress
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.remaining import Remaining, expected_left_s, remaining
 from cacheflow.plan.take_back import take_back
 from cacheflow.types import LoadOutcome
 
@@ -212,17 +213,19 @@ class RestoreState:
 
     def expected_load_s(self) -> float:
         """Seconds until everything in flight should have arrived."""
-        return self._p.link_s(0)
+        return self._p.link_s(0) - self._p.others_link_s
 
     def expected_left_s(self, now_s: float) -> float:
         """Seconds to the end of the restoration if compute and link shared what is open so as to end together."""
-        p = self._p
-        compute_s, open_s = p.compute_left_s(now_s), p.board.open_compute_s * p.rates.compute_factor
-        if p.link_down:
-            return max(p.link_s(0), compute_s + open_s)
-        link_s, total_s = p.link_s(p.board.open_bytes), open_s + p.link_s(p.board.open_bytes) - p.link_s(0)
-        share = min(1.0, max(0.0, (link_s - compute_s) / total_s)) if total_s > 0 else 0.0
-        return max(p.link_s(0), compute_s + share * open_s)
+        return expected_left_s(self._p, now_s)
+
+    def remaining(self, now_s: float) -> Remaining:
+        """What is left to do, for whoever chooses among several restorations."""
+        return remaining(self._p, now_s)
+
+    def yield_to(self, *, compute_s: float, link_s: float) -> None:
+        """Note how many seconds of compute and of the link other restorations come first with."""
+        self._p.others_compute_s, self._p.others_link_s = compute_s, link_s
 
     def begin_place(self, tile: Tile) -> bool:
         """Take a verified read on to the KV buffer; False when compute is at or through the cell: drop the bytes."""

@@ -27,6 +27,8 @@ class Progress:
         link_climbs: The load pointer has begun to load chunks from their bottom blocks.
         compute_stopped: The compute pointer has left the open cells to the link.
         min_claim_s: Compute claims several blocks at once until they last this long; 0 claims one at a time.
+        others_link_s: Seconds of the link that other restorations come first with.
+        others_compute_s: Seconds of compute that other restorations come first with.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Progress:
         self.link_down = not plan.load_order
         self.compute_stopped = not plan.compute_order
         self.link_climbs = False
+        self.others_link_s = self.others_compute_s = 0.0
         self.has_suffix = bool(problem.grid.suffix_ends)
         self.top_suffix_s = float(problem.suffix_B[-1]) + problem.head_s
         self._suffix_from_B: list[float] = [*problem.suffix_B[::-1].cumsum()[::-1].tolist(), 0.0]
@@ -108,11 +111,12 @@ class Progress:
         """Corrected seconds until compute is through with what it works on and what it was ordered to do."""
         factor = self.rates.compute_factor
         claim_s = max(0.0, self._claim_s * factor - (now_s - self._claimed_at_s))
-        return claim_s + max(0.0, self._ordered_s * factor - (now_s - self._ordered_at_s))
+        ordered_s = max(0.0, self._ordered_s * factor - (now_s - self._ordered_at_s))
+        return claim_s + ordered_s + self.others_compute_s
 
     def link_s(self, num_bytes: float) -> float:
-        """Seconds the link needs for ``num_bytes`` more, behind what is already in flight."""
-        return (self.in_flight_bytes + num_bytes) / self.bytes_per_s
+        """Seconds the link needs for ``num_bytes`` more, behind what is already in flight and what comes first."""
+        return (self.in_flight_bytes + num_bytes) / self.bytes_per_s + self.others_link_s
 
     def suffix_left_s(self) -> float:
         """Corrected seconds of suffix work, head included, that has not been ordered yet."""

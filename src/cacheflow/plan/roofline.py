@@ -115,6 +115,29 @@ class Roofline:
         shape = self.shape
         return float(self._memory_s(shape.vocab_size * shape.hidden_size * DTYPE_BYTES[shape.dtype]))
 
+    def decode_s(self, num_requests: int, context_tokens: int) -> float:
+        """Seconds of one step in which every request decodes one token.
+
+        The weights, LM head included, are read once a step; keys and values of the context once for each request.
+
+        Args:
+            num_requests: Requests that decode; 0 costs nothing.
+            context_tokens: Tokens that all of them attend to, in sum. A sliding window is not taken off it.
+        """
+        if num_requests == 0:
+            return 0.0
+        shape = self.shape
+        one_layer = np.array([num_requests], dtype=np.int64)
+        weights = self._projection_weights + float(self._mlp_weights(self._active_experts))
+        attention_flops = 4.0 * shape.num_q_heads * shape.head_dim * context_tokens
+        compute_s = float(self._gemm_s(np.asarray(2.0 * num_requests * weights))) + attention_flops / (
+            self.efficiency.attention * self.gpu.dense_flops_per_s
+        )
+        read_weights = self._projection_weights + float(self._mlp_weights(self._touched_experts(one_layer))[0])
+        moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + context_tokens * shape.kv_bytes_per_token_layer
+        layer_s = max(compute_s, float(self._memory_s(moved_bytes))) + self.efficiency.layer_overhead_s
+        return shape.num_layers * layer_s + self.head_s()
+
     @property
     def _projection_weights(self) -> int:
         shape = self.shape

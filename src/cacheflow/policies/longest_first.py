@@ -1,0 +1,43 @@
+"""Compute in the order of arrival, the link to whom it saves most: CacheFlow v1's batch-aware two-pointer scheduler.
+
+Source: CacheFlow v1 (arXiv 2604.25080v1), as summarised in NUMBERS.md: I/O goes first to the request with the largest
+marginal recompute saving. Where attention makes later tokens dearer that is the longest request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from cacheflow.plan.batch import BatchOrder, WaitingRequest
+from cacheflow.plan.plan import RestorePlan
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.policies.base import RestorePolicy
+
+
+class LongestFirst:
+    """The link goes to the request that still has most to recompute for each second of loading."""
+
+    name: ClassVar[str] = "longest_first"
+
+    def __init__(self, restore: RestorePolicy) -> None:
+        """Take the policy that plans each restoration."""
+        self._restore = restore
+
+    def order(self, now_s: float, waiting: Sequence[WaitingRequest]) -> BatchOrder:
+        """Compute by arrival, the link by saving; of equal savings the one with more left to recompute."""
+        by_saving = sorted(waiting, key=_saving, reverse=True)
+        return BatchOrder(
+            compute=tuple(request.request_id for request in waiting),
+            link=tuple(request.request_id for request in by_saving),
+        )
+
+    def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
+        """As if it were alone."""
+        return {request_id: self._restore.plan(problems[request_id])}
+
+
+def _saving(request: WaitingRequest) -> tuple[float, float]:
+    """Recompute seconds that a second of the link saves, to a hundredth, and the recompute seconds left."""
+    left = request.remaining
+    return (round(left.compute_s / left.load_s, 2) if left.load_s > 0 else 0.0, left.compute_s)
