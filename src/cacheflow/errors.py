@@ -6,7 +6,8 @@
     ├── ConfigError          a value given at the door is wrong: names the key, the value and what is allowed
     │   ├── UnsupportedModelError   the model's family, attention or dtype is not on the allow-list
     │   ├── ProfileError            a cost profile is malformed, or of another model, device or dtype
-    │   └── UnknownPolicyError      lists the known policies
+    │   ├── UnknownPolicyError      lists the known policies
+    │   └── TraceError              a request trace is malformed: names the file, the line, the field, what is expected
     ├── CostRangeError       a cost was asked for outside the measured range
     ├── PromptError          a prompt that cannot be served: empty, negative ids, too long
     ├── StoreError           a store cannot be opened or written at all (never a single failed read)
@@ -36,6 +37,10 @@ class ProfileError(ConfigError):
 
 class UnknownPolicyError(ConfigError):
     """The policy name is not known; the message lists the known ones."""
+
+
+class TraceError(ConfigError):
+    """A request trace is malformed; the message names the file, the line, the field and what is expected."""
 
 
 class CostRangeError(CacheFlowError, ValueError):

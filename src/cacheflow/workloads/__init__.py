@@ -1,1 +1,1 @@
-"""Prompts and sessions made of real text, for the demo, the benchmarks and the simulator."""
+"""What is asked of a server: traces from files, generated sessions, arrival times, and prompts of real text."""
