@@ -1,10 +1,12 @@
 from argparse import ArgumentParser
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from cacheflow.bench import readme
 from cacheflow.bench.record import append_record
+from cacheflow.bench.vllm_record import VllmRecord
 from cacheflow.errors import ConfigError
 from support.sample_records import sample_record, sample_sweep
 
@@ -82,3 +84,17 @@ def test_missing_runs_and_markers_are_named(files: tuple[Path, Path]):
     files[1].write_text("no markers")
     with pytest.raises(ConfigError, match="results:begin"):
         run(*files)
+
+
+def test_runs_inside_vllm_have_a_table_of_their_own(files: tuple[Path, Path]):
+    values = asdict(sample_record(policy="cacheflow", compute_busy=None, io_busy=None)) | {"suite": "vllm"}
+    del values["guard"]
+    record = VllmRecord(**values, cached_tokens=512, equal_tokens=16, compared_tokens=16)
+    append_record(files[0], record)
+    files[1].write_text(f"{TEXT}{readme.VLLM_BEGIN}\n{readme.VLLM_END}\n")
+    assert run(*files, "--suite", "vllm") == 0
+    text = files[1].read_text()
+    assert text.startswith(TEXT), "the other table is left alone"
+    assert "**cacheflow**" in text.partition(readme.VLLM_BEGIN)[2]
+    assert f"cacheflow bench readme --suite vllm --results {files[0].as_posix()}" in text
+    assert run(*files, "--suite", "vllm", "--check") == 0

@@ -1,18 +1,24 @@
-"""``cacheflow bench readme``: the README's measured table, written from a committed results file."""
+"""``cacheflow bench readme``: the README's measured tables, written from committed results files."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from cacheflow.bench.plots import draw_over_bound, studies
 from cacheflow.bench.record import RestoreRecord, read_records
 from cacheflow.bench.summary import Setting, summarise
 from cacheflow.bench.table import markdown_caption, markdown_table
+from cacheflow.bench.vllm_record import SUITE as VLLM
+from cacheflow.bench.vllm_record import read_vllm_records
 from cacheflow.errors import ConfigError
 
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
+VLLM_BEGIN = "<!-- vllm-results:begin -->"
+VLLM_END = "<!-- vllm-results:end -->"
+"""Around the table of the suite ``vllm``; every other suite's goes between ``BEGIN`` and ``END``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +40,10 @@ def run(args: argparse.Namespace) -> int:
     block = results_block(args.results, suite=args.suite, num_tokens=args.num_tokens)
     try:
         text = args.readme.read_text(encoding="utf-8")
-        filled = fill(text, block)
+        markers = (VLLM_BEGIN, VLLM_END) if args.suite == VLLM else (BEGIN, END)
+        filled = fill(text, block, markers=markers)
         if args.check and filled != text:
-            raise ConfigError(f"{args.readme} is out of date: run cacheflow bench readme --results {args.results}")
+            raise ConfigError(f"{args.readme} is out of date: run {_command(args.results, args.suite)}")
         if filled != text:
             args.readme.write_text(filled, encoding="utf-8")
         if args.figure is not None and not args.check:
@@ -60,28 +67,33 @@ def results_block(results: Path, *, suite: str = "restore", num_tokens: int | No
     suffix_tokens = max(record.suffix_tokens for record in records)
     records = [record for record in records if record.suffix_tokens == suffix_tokens]
     summaries = summarise(records)
-    command = f"cacheflow bench readme --results {results.as_posix()}"
     return (
         f"{markdown_table(summaries)}\n\n{markdown_caption(summaries, records[-1].environment)}\n"
-        f"From [`{results.as_posix()}`]({results.as_posix()}) by `{command}`."
+        f"From [`{results.as_posix()}`]({results.as_posix()}) by `{_command(results, suite)}`."
     )
 
 
-def fill(text: str, block: str) -> str:
-    """Put a block between the markers, replacing what was there.
+def _command(results: Path, suite: str) -> str:
+    return f"cacheflow bench readme{f' --suite {suite}' if suite == VLLM else ''} --results {results.as_posix()}"
+
+
+def fill(text: str, block: str, *, markers: tuple[str, str] = (BEGIN, END)) -> str:
+    """Put a block between two markers, replacing what was there.
 
     Raises:
         ConfigError: The text does not hold each marker once, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ConfigError(f"the text must hold {BEGIN} and {END} once each, in this order")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ConfigError(f"the text must hold {begin} and {end} once each, in this order")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
 
 
 def _clean_runs(results: Path, *, suite: str, num_tokens: int | None) -> list[RestoreRecord]:
     """The unperturbed runs of one study, with and without new tokens."""
-    records = [r for r in read_records(results) if r.suite == suite and not r.perturbation]
+    read: Sequence[RestoreRecord] = read_vllm_records(results) if suite == VLLM else read_records(results)
+    records = [record for record in read if record.suite == suite and not record.perturbation]
     if num_tokens is None:
         num_tokens = max((record.num_tokens for record in records), default=0)
     records = [record for record in records if record.num_tokens == num_tokens]

@@ -18,6 +18,8 @@ BREAKS = "‼"
 """Ours is further behind than the promise allows."""
 WRONG = "wrong"
 NOTHING = "–"
+_CHECKED = "the KV cache and the tokens of the reference, bit for bit"
+_CHECKED_BY_CLIENT = "the tokens of stock vLLM"
 DISTURBED = "~: the machine was busy with something else during these runs; measure again on a quiet one"
 LEGEND = (
     "×: over the lower bound; ×rival: over the best other policy; busy C/IO: compute and link while restoring;\n"
@@ -75,10 +77,14 @@ def markdown_caption(summaries: Sequence[SettingSummary], environment: Environme
     return (
         f"{what}, median of {repeats} alternating runs, and in brackets its ratio to the lower bound. "
         f"{setting.model}, {setting.dtype}, {setting.num_tokens:,} cached and {setting.suffix_tokens:,} new tokens, "
-        f"on {device}{threads}, torch {environment.get('torch')}, "
-        f"transformers {environment.get('transformers')}. Every run shown gave the KV cache and the tokens of the "
-        f"reference, bit for bit.{legend}"
+        f"on {device}{threads}, {_versions(environment)}. Every run shown gave "
+        f"{_CHECKED_BY_CLIENT if environment.get('vllm') else _CHECKED}.{legend}"
     )
+
+
+def _versions(environment: Environment) -> str:
+    names = ("torch", "vllm" if environment.get("vllm") else "transformers")
+    return ", ".join(f"{name} {environment.get(name)}" for name in names)
 
 
 def flag(policy: PolicySummary) -> str:
