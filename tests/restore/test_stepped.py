@@ -19,14 +19,8 @@ from cacheflow.plan.progress import Progress
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.restore.orders import ComputeReport, LoadReport, RankReport, StepReport
-from cacheflow.restore.stepped import (
-    IDLE_COMPUTE_BUDGET_S,
-    MAX_READS,
-    MIN_READS,
-    READ_AHEAD_S,
-    ReadDeadline,
-    SteppedRestoration,
-)
+from cacheflow.restore.step_reads import MAX_READS, MIN_READS, ReadDeadline
+from cacheflow.restore.stepped import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S, SteppedRestoration
 from cacheflow.types import LoadOutcome
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
 from support.virtual_steps import VirtualSteps, run_steps, stepped_for, target_for
@@ -412,6 +406,17 @@ def test_a_step_without_reads_does_not_fail_a_load_only_restoration():
     assert scheduler.orders(read_ahead_s=0.0).idle
     assert not scheduler.stepped.failed
     assert scheduler.orders().reads
+
+
+def test_without_compute_and_link_it_is_given_up_though_others_read():
+    """Not only when it would be its turn to read: who cannot read any more never gets a turn."""
+    scheduler = Scheduler(plan=load_plan, can_compute=False)
+    reads = cells_of(scheduler.orders().reads)
+    scheduler.stepped.close_link()
+    assert not scheduler.orders(read_ahead_s=0.0).cancel, "what is under way may still come"
+    scheduler.loaded(*reads)
+    assert scheduler.orders(read_ahead_s=0.0).cancel
+    assert scheduler.stepped.failed
 
 
 @pytest.mark.parametrize("problem", [small_problem(suffix_tokens=32), small_problem(num_tokens=512)])

@@ -18,7 +18,8 @@ from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.restore.carrier import OrderCarrier
 from cacheflow.restore.orders import ComputeOrder, ComputeReport, LoadReport, RankReport, RestoreOrders, StepReport
-from cacheflow.restore.stepped import ReadDeadline, SteppedRestoration
+from cacheflow.restore.step_reads import ReadDeadline
+from cacheflow.restore.stepped import SteppedRestoration
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTransfer
 from support.problems import transformer_problem

@@ -171,6 +171,17 @@ class ServingEngine:
             return float("inf")
         return abs(likely[one].logprob - likely[other].logprob)
 
+    def count_preemptions(self) -> list[str]:
+        """Names of the requests that vLLM preempts from now on; grows."""
+        preempted, preempt = [], self.scheduler._preempt_request
+
+        def noting(request, *args, **kwargs):
+            preempted.append(request.request_id)
+            return preempt(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = noting
+        return preempted
+
     def own(self, tokens: Sequence[int], **wishes) -> Answer:
         """What vLLM answers by itself; the KV cache holds nothing before and after."""
         self.evict()

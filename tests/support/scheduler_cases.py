@@ -54,6 +54,10 @@ def tokens(count: int, *, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 100, count).tolist()
 
 
+OPEN_CASES: list[Case] = []
+"""What a test has opened; the suite closes it when the test ends."""
+
+
 @dataclass
 class Case:
     """A scheduler side, its store and its clock."""
@@ -68,6 +72,12 @@ class Case:
         self.store = MemoryStore(capacity_bytes=1 << 28)
         self.side = SchedulerSide(self.options, self.store, clock=lambda: self.now_s)
         self.side.set_facts(self.facts_by_rank)
+        OPEN_CASES.append(self)
+
+    def close(self) -> None:
+        """End the threads of the side and of its store."""
+        self.side.close()
+        self.store.close()
 
     def arrive(self, request_id: str, prompt: list[int], **kwargs) -> None:
         self.side.new_request(

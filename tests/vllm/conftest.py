@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from support.scheduler_cases import OPEN_CASES
+
 ENGINES = {
     "qwen3-bf16": ("qwen3", "bfloat16", True),
     "llama-fp32": ("llama", "float32", True),
@@ -20,6 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("vllm"):
             # vLLM, torch and their dependencies warn about each other; those warnings are not ours to fail on.
             item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture(autouse=True)
+def _no_case_outlives_its_test():
+    """Threads of a scheduler side and its store end with the test that made them."""
+    yield
+    while OPEN_CASES:
+        OPEN_CASES.pop().close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Stores and workers that fail: the answer stays vLLM's own, nothing hangs, nothing is lost of the KV cache."""
 
 import threading
+from dataclasses import dataclass
 
 import pytest
 
@@ -142,6 +143,40 @@ def test_a_store_that_cannot_be_asked(engine, monkeypatch, how):
     assert engine.ask(prompt).record["end"] == NUM_CHUNKS * CHUNK
 
 
+def test_a_store_that_hangs_where_saves_ask_it_holds_no_step_up(engine, monkeypatch):
+    prompt = tokens(seed=14)
+    own = engine.own(prompt)
+    go_on, asking, contains = threading.Event(), threading.Event(), engine.store.contains
+
+    def hanging(keys):
+        asking.set()
+        go_on.wait(30.0)
+        return contains(keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.worker._saver, "_store", Hanging(engine.store, hanging))
+        again = engine.ask(prompt, params={"cacheflow": "recompute"})
+        assert asking.wait(10.0)
+        assert not go_on.is_set()
+        assert again.tokens == own.tokens
+        assert not engine.worker._saver.wait(0.1)
+        go_on.set()
+        engine.settle()
+    engine.evict()
+    assert engine.ask(prompt).record["end"] == NUM_CHUNKS * CHUNK
+
+
+@dataclass
+class Hanging:
+    """A store of which ``contains`` is another's."""
+
+    inner: object
+    contains: object
+
+    def submit_put(self, requests, *, priority):
+        return self.inner.submit_put(requests, priority=priority)
+
+
 def test_saves_that_fail(engine):
     prompt = tokens(seed=5)
     inject(engine, FaultRule(fault=Fault.PUT_ERROR, every=2))
@@ -181,7 +216,9 @@ def test_compute_that_fails_leaves_the_rest_to_vllm(engine, monkeypatch, first, 
         again = engine.ask(prompt)
         assert len(calls) >= first
     assert again.tokens == own.tokens
-    assert again.records == []
+    assert again.record["outcome"] == "failed"
+    assert "an injected failure of compute" in again.record["error"]
+    assert again.record["recomputed_cells"] < NUM_CHUNKS * LAYERS
     assert "an injected failure of compute" in again.params["cacheflow_reason"]
     engine.evict()
     assert engine.ask(prompt).record["outcome"] == "done"
@@ -205,6 +242,7 @@ def test_compute_that_fails_at_the_very_end(engine, monkeypatch):
         again = engine.ask(prompt)
     assert again.tokens == own.tokens
     assert "an injected failure of the device" in again.params["cacheflow_reason"]
+    assert again.record["outcome"] == "failed"
 
 
 def test_ports_that_cannot_be_made(engine, monkeypatch):
@@ -220,6 +258,7 @@ def test_ports_that_cannot_be_made(engine, monkeypatch):
         again = engine.ask(prompt)
     assert again.tokens == own.tokens
     assert "an injected failure at the start" in again.params["cacheflow_reason"]
+    assert again.record["outcome"] == "failed"
 
 
 @pytest.mark.parametrize("every", [1, 5])
@@ -238,6 +277,8 @@ def test_an_engine_that_only_loads_gives_the_rest_to_vllm(engine, monkeypatch, f
     again = engine.ask(prompt)
     assert again.tokens == own.tokens
     assert "failed" in again.params["cacheflow_reason"]
+    assert again.record["outcome"] == "failed"
+    assert again.record["loaded_cells"] < NUM_CHUNKS * LAYERS
     inject(engine)
     engine.configure(unsupported_models="refuse", policy="cake")
 

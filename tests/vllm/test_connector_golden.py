@@ -1,20 +1,28 @@
 """Save, evict, poison, restore: KV and tokens equal those of an engine without the connector, in every bit."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
+from cacheflow.plan.plan import Prediction, RestorePlan, Share, SuffixStart
+from cacheflow.plan.staircase import compute_tiles, load_tiles
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-CHUNKS = (128, 256, 512)
-NUM_CHUNKS = 5
+NUM_CHUNKS = {128: 5, 256: 5, 512: 5, 1024: 3}
+"""By chunk size; what the model's positions have room for."""
 POLICIES = ("cacheflow", "cake", "load", "cacheflow_v1", "cacheflow_v2")
-MODEL = {"num_hidden_layers": 6}
+LAYERS = 6
+STAIRCASES = {128: (6, 4, 3, 1, 0), 1024: (5, 3, 1)}
+"""By chunk size: blocks of each chunk that are recomputed, those above are loaded."""
 
 
 def prompt_of(chunk_tokens):
     from support.connector_engine import random_tokens
 
-    return random_tokens(NUM_CHUNKS * chunk_tokens + 37, seed=chunk_tokens)
+    return random_tokens(NUM_CHUNKS[chunk_tokens] * chunk_tokens + 37, seed=chunk_tokens)
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
@@ -23,20 +31,20 @@ def setting(request, tmp_path_factory, _single_process_vllm):
     from support.connector_engine import serving_engine
     from support.vllm_models import write_model
 
-    folder = write_model(tmp_path_factory.mktemp("golden"), "qwen3", **MODEL)
+    folder = write_model(tmp_path_factory.mktemp("golden"), "qwen3", num_hidden_layers=LAYERS)
     own = {}
-    with serving_engine(folder, dtype=request.param, chunk_tokens=512) as plain:
-        for chunk_tokens in CHUNKS:
+    with serving_engine(folder, dtype=request.param, chunk_tokens=max(NUM_CHUNKS)) as plain:
+        for chunk_tokens in NUM_CHUNKS:
             plain.scheduler.max_num_scheduled_tokens = chunk_tokens
             own[chunk_tokens] = plain.ask(prompt_of(chunk_tokens))
             plain.scheduler.reset_prefix_cache()
     options = {"throttle_bytes_per_s": 1e9}
-    with serving_engine(folder, dtype=request.param, chunk_tokens=512, options=options) as engine:
+    with serving_engine(folder, dtype=request.param, chunk_tokens=max(NUM_CHUNKS), options=options) as engine:
         yield engine, own
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+@pytest.mark.parametrize("chunk_tokens", NUM_CHUNKS)
 def test_restored_as_computed(setting, chunk_tokens, policy):
     engine, own = setting
     engine.configure(chunk_tokens=chunk_tokens, policy=policy)
@@ -50,10 +58,10 @@ def test_restored_as_computed(setting, chunk_tokens, policy):
     record = again.record
     assert record["outcome"] == "done"
     assert record["policy"] == policy
-    assert (record["start"], record["end"]) == (0, NUM_CHUNKS * chunk_tokens)
+    assert (record["start"], record["end"]) == (0, NUM_CHUNKS[chunk_tokens] * chunk_tokens)
     assert record["loaded_cells"] > 0
     assert (record["recomputed_cells"] > 0) == (policy != "load")
-    assert record["recomputed_cells"] + record["loaded_cells"] == NUM_CHUNKS * MODEL["num_hidden_layers"]
+    assert record["recomputed_cells"] + record["loaded_cells"] == NUM_CHUNKS[chunk_tokens] * LAYERS
     assert np.array_equal(again.kv, first.kv)
     assert again.tokens == first.tokens
 
@@ -73,6 +81,62 @@ def test_staircases_of_all_kinds_are_exact(setting):
             assert again.tokens == own[128].tokens
             engine.evict()
     engine.configure(layers_per_block=None)
+
+
+@dataclass(frozen=True)
+class FixedStaircase:
+    """The same cells are recomputed whatever the two sides take."""
+
+    levels_K: tuple[int, ...]
+    kv_only_top: bool
+    name: ClassVar[str] = "fixed_staircase"
+
+    def plan(self, problem):
+        return RestorePlan(
+            policy=self.name, compute_order=compute_tiles(self.levels_K),
+            load_order=load_tiles(self.levels_K, problem.grid.num_blocks), share=Share.NONE,
+            suffix_start=SuffixStart.AFTER_RESTORE, levels_K=self.levels_K, kv_only_top=self.kv_only_top,
+            predicted=Prediction(restore_s=1.0, ttft_s=1.0, compute_s=1.0, load_s=1.0),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_only_top", [False, True])
+@pytest.mark.parametrize("chunk_tokens", STAIRCASES)
+def test_a_staircase_of_heights_that_fall_with_the_block(setting, chunk_tokens, kv_only_top):
+    """The lower layers of a chunk recomputed and its upper layers loaded, as planned, with nothing left to chance."""
+    engine, own = setting
+    engine.configure(chunk_tokens=chunk_tokens, policy="cake")
+    prompt, levels_K = prompt_of(chunk_tokens), STAIRCASES[chunk_tokens]
+    engine.saved(prompt)
+    engine.balance_link(len(prompt))
+    engine.side._decider._policy = FixedStaircase(levels_K, kv_only_top)
+    again = engine.ask(prompt)
+    assert again.record["outcome"] == "done"
+    assert again.record["policy"] == FixedStaircase.name
+    assert again.record["cells"] == ["c" * level + "l" * (LAYERS - level) for level in levels_K]
+    assert np.array_equal(again.kv, own[chunk_tokens].kv)
+    assert again.tokens == own[chunk_tokens].tokens
+
+
+def test_what_decoding_computed_comes_back_bit_for_bit(setting):
+    """Against vLLM's own prefix cache, which holds what decode steps computed, not what a prefill would."""
+    from support.connector_engine import random_tokens
+
+    engine, _ = setting
+    engine.configure(chunk_tokens=128, policy="load")
+    engine.evict()
+    prompt = random_tokens(128 + 60, seed=27)
+    first = engine.ask(prompt, num_tokens=2 * 128 + 50)
+    chat = [*prompt, *first.tokens, *random_tokens(70, seed=28)]
+    own = engine.ask(chat)
+    assert own.records == []
+    assert "384 are in the KV cache" in own.params["cacheflow_reason"]
+    engine.evict()
+    engine.balance_link(len(chat), ratio=0.1)
+    again = engine.ask(chat)
+    assert (again.record["start"], again.record["end"]) == (0, 4 * 128)  # the last chunk is the second turn's
+    assert np.array_equal(again.kv, own.kv)
+    assert again.tokens == own.tokens
 
 
 def replaced(engine, prompt, chunk, layer, change):

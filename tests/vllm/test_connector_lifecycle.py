@@ -1,6 +1,7 @@
 """Preemption, engines that end with work in flight, the next one on the same store, and starts that are refused."""
 
 import copy
+import threading
 import time
 from dataclasses import replace
 
@@ -24,17 +25,24 @@ def tokens(count, seed):
     return random_tokens(count, seed=seed)
 
 
-def threads_gone(timeout_s=15.0):
-    """Whether no thread of ours is left, now or soon."""
-    from support.connector_engine import our_threads
+@pytest.fixture
+def threads_left():
+    """Names of our threads that began in this test and do not end soon."""
+    before = set(threading.enumerate())
 
-    end_s = time.monotonic() + timeout_s
-    while our_threads() and time.monotonic() < end_s:
-        time.sleep(0.02)
-    return not our_threads()
+    def left():
+        return [each.name for each in set(threading.enumerate()) - before if each.name.startswith("cacheflow")]
+
+    def wait(timeout_s=15.0):
+        end_s = time.monotonic() + timeout_s
+        while left() and time.monotonic() < end_s:
+            time.sleep(0.02)
+        return left()
+
+    return wait
 
 
-def test_a_store_of_files_outlives_an_engine_that_ends_in_the_middle(folder, tmp_path):
+def test_a_store_of_files_outlives_an_engine_that_ends_in_the_middle(folder, tmp_path, threads_left):
     """Restored requests that are preempted; shutdown with restorations, saves and a queue; then a second engine."""
     from support.connector_engine import serving_engine
 
@@ -47,7 +55,7 @@ def test_a_store_of_files_outlives_an_engine_that_ends_in_the_middle(folder, tmp
     ) as engine:
         own = [engine.saved(prompt, num_tokens=200).tokens for prompt in prompts]
         free_blocks = engine.free_blocks
-        preempted = count_preemptions(engine)
+        preempted = engine.count_preemptions()
         engine.balance_link(len(prompts[0]))
         names = [engine.submit(prompt, num_tokens=200) for prompt in prompts]
         engine.run()
@@ -66,7 +74,7 @@ def test_a_store_of_files_outlives_an_engine_that_ends_in_the_middle(folder, tmp
             engine.step()
         assert engine.side.has_work
         began_s = time.monotonic()
-    assert threads_gone()
+    assert threads_left() == []
     assert time.monotonic() - began_s < 30, "the engine did not end"
     assert restored_twice or preempted
 
@@ -77,19 +85,7 @@ def test_a_store_of_files_outlives_an_engine_that_ends_in_the_middle(folder, tmp
         assert again.tokens == own[1]
         refusals(engine)
         long_answers_outgrow_the_prompt(engine)
-    assert threads_gone()
-
-
-def count_preemptions(engine):
-    """Names of requests that vLLM preempts from now on."""
-    preempted, preempt = [], engine.scheduler._preempt_request
-
-    def noting(request, *args, **kwargs):
-        preempted.append(request.request_id)
-        return preempt(request, *args, **kwargs)
-
-    engine.scheduler._preempt_request = noting
-    return preempted
+    assert threads_left() == []
 
 
 def long_answers_outgrow_the_prompt(engine):
@@ -139,7 +135,7 @@ def refusals(engine):
 
 
 @pytest.mark.usefixtures("_single_process_vllm")
-def test_a_model_that_cannot_be_recomputed_is_refused_at_start(tmp_path):
+def test_a_model_that_cannot_be_recomputed_is_refused_at_start(tmp_path, threads_left):
     """Through a whole start; the same model is served by loading alone where that is asked for."""
     from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -165,4 +161,4 @@ def test_a_model_that_cannot_be_recomputed_is_refused_at_start(tmp_path):
         assert again.record["recomputed_cells"] == 0
         assert (again.kv == own.kv).all()
         assert again.tokens == own.tokens
-    assert threads_gone()
+    assert threads_left() == []

@@ -299,3 +299,70 @@ def test_a_prompt_without_a_whole_chunk_says_so():
     case.arrive("a", tokens(CHUNK - 1))
     assert case.side.num_matched("a", 0) == 0
     assert f"no whole chunk of {CHUNK} tokens" in case.side.finished("a")["cacheflow_reason"]
+
+
+def test_a_prefix_that_many_ask_for_at_once_is_saved_once():
+    """The store told all of them that it is missing: the first had not computed it yet."""
+    case = Case()
+    prompt = tokens(3 * CHUNK)
+    names = ("a", "b", "c")
+    for name in names:
+        case.arrive(name, [*prompt, *tokens(CHUNK, seed=ord(name))])
+        assert case.matched(name) == 0
+    saved = {}
+    for name in names:
+        saved[name] = len(case.step(ScheduledRequest(name, 4 * CHUNK), busy=1).saves)
+    assert saved == {"a": 4, "b": 1, "c": 1}
+
+
+def test_a_chunk_that_is_missing_after_it_was_saved_is_saved_again():
+    """Its write failed, or the store has evicted it since."""
+    case = Case()
+    prompt = tokens(3 * CHUNK)
+    for name in ("a", "b"):
+        case.arrive(name, prompt)
+        assert case.matched(name) == 0
+        assert len(case.step(ScheduledRequest(name, 3 * CHUNK), busy=1).saves) == 3
+
+
+def test_a_failed_restoration_leaves_a_record_and_its_reason():
+    case = Case()
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    Worker(case, compute_error="boom").run()
+    answer = case.side.finished("a")
+    (record,) = answer["cacheflow"]
+    assert (record["outcome"], record["error"]) == ("failed", "boom")
+    assert (record["start"], record["end"]) == (0, 10 * CHUNK)
+    assert record["recomputed_cells"] + record["loaded_cells"] < 10 * LAYERS
+    assert answer["cacheflow_reason"] == "the restoration was failed: boom"
+
+
+def test_a_request_that_is_restored_after_all_gives_no_reason():
+    """Preempted after a failure, as far as the answer goes: what counts is that something was restored."""
+    case = Case()
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    Worker(case).run()
+    case.side._requests["a"].reason = "of a later look"
+    answer = case.side.finished("a")
+    assert [record["outcome"] for record in answer["cacheflow"]] == ["done"]
+    assert "cacheflow_reason" not in answer
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+def test_a_cancelled_restoration_leaves_one_record_of_what_it_had_done(steps_before):
+    case = Case()
+    case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
+    case.begin("a")
+    worker = Worker(case)
+    for _ in range(steps_before):
+        worker.carry_out(case.step())
+    request = case.side._requests["a"]
+    answer = case.side.finished("a")
+    (record,) = answer["cacheflow"]
+    assert (record["outcome"], record["error"]) == ("cancelled", "")
+    assert (record["restore_s"] > 0) == (steps_before > 0)
+    assert (record["recomputed_cells"] > 0) == (steps_before > 0)
+    worker.run(max_steps=2)
+    assert request.records == [record]

@@ -8,26 +8,23 @@ is ordered behind it; what the link brings counts once every rank has reported i
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.cells import RESIDENT, Cell
-from cacheflow.plan.explain import RestoreReport, Span, SpanKind, restoration_report
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.cells import RESIDENT
+from cacheflow.plan.explain import RestoreReport, Span, restoration_report
 from cacheflow.plan.pointers import RestoreState
-from cacheflow.restore.ledgers import CellIndex, ComputeLedger, ReadLedger
+from cacheflow.restore.ledgers import ComputeLedger
 from cacheflow.restore.orders import (
     ComputeOrder,
     ComputeReport,
-    LoadReport,
     ReadOrder,
     RestoreOrders,
     RestoreTarget,
     StepReport,
 )
-from cacheflow.restore.step_spans import compute_span, load_span
+from cacheflow.restore.step_reads import ReadDeadline, StepReads
+from cacheflow.restore.step_spans import compute_span
 from cacheflow.restore.units import Unit, cut, join
-from cacheflow.types import LoadOutcome
 
 IDLE_COMPUTE_BUDGET_S = 0.05
 """Recommended compute per step while nobody decodes: with 1.2 ms of overhead a step, restorations end at 1.03 of the
@@ -38,23 +35,6 @@ before the reports they lack; one step less, and the link idles (1.3 of the boun
 REST_SHARE = 0.25
 """Compute at most this share of what is left at once, so that both sides end together. Little is lost where costs are
 right; where compute takes twice as long as planned and reports come late, all at once ended at 1.6 of the bound."""
-MIN_READS = 2
-"""Reads kept under way however long one takes, so that the link never waits for an order."""
-MAX_READS = 128
-"""Reads under way at most, however short one is: each holds a staging buffer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadDeadline:
-    """When a read counts as late.
-
-    Attributes:
-        floor_s: A read may always take this long.
-        factor: ... plus this many times what everything under way should take.
-    """
-
-    floor_s: float = 0.25
-    factor: float = 8.0
 
 
 class SteppedRestoration:
@@ -97,14 +77,12 @@ class SteppedRestoration:
             raise ConfigError(f"policy {plan.policy!r} recomputes, but the workers of this model may only load")
         self.target, self.error, self.waiting = target, "", False
         self._state, self._num_ranks, self._can_compute = state, num_ranks, can_compute
-        self._deadline = deadline or ReadDeadline()
-        self._computes, self._reads = ComputeLedger(num_ranks), ReadLedger(num_ranks)
+        self._computes = ComputeLedger(num_ranks)
+        self._reads = StepReads(state, num_ranks=num_ranks, can_compute=can_compute, deadline=deadline)
         self._units: deque[Unit] = deque()
-        self._drops: list[CellIndex] = []
         self._spans: list[Span] = []
         self._finished: set[int] = set()
         self._giving_up = self._told_cancel = self._closing = self._failed = self._undefined = False
-        self._chunk_limit = grid.num_chunks
         self._start_s: float | None = None
         self._end_s: float | None = None
 
@@ -132,6 +110,11 @@ class SteppedRestoration:
     def loads_under_way(self) -> bool:
         """Whether reads are under way that were not dropped."""
         return len(self._reads) > 0
+
+    @property
+    def loads_under_way_s(self) -> float:
+        """Seconds of the link that its reads under way take."""
+        return self._state.expected_load_s()
 
     @property
     def only_compute_left(self) -> bool:
@@ -182,17 +165,24 @@ class SteppedRestoration:
         if not self._giving_up:
             # Compute first: a read ordered in this step must not be dropped in it, drops are carried out before reads.
             compute = self._order_compute(now_s, compute_budget_s)
-            reads = self._order_reads(now_s, read_ahead_s)
+            reads = self._reads.order(now_s, read_ahead_s)
             self._give_up_without_compute(read_ahead_s)
         if self._giving_up:
             self._closing = self._told_cancel = True
             return RestoreOrders(restore_id=restore_id, cancel=True)
-        drops, self._drops = tuple(self._drops), []
         self._closing = self.restored
-        return RestoreOrders(restore_id=restore_id, drops=drops, reads=reads, compute=compute, finish=self._closing)
+        return RestoreOrders(
+            restore_id=restore_id,
+            drops=self._reads.take_drops(),
+            reads=reads,
+            compute=compute,
+            finish=self._closing,
+        )
 
     def _give_up_without_compute(self, read_ahead_s: float) -> None:
-        if not self._can_compute and read_ahead_s > 0 and not self._state.restored and not len(self._reads):
+        if self._can_compute or self._state.restored or self.loads_under_way:
+            return
+        if read_ahead_s > 0 or not self._state.loads_possible:  # otherwise it is not this one's turn to read
             self._failed = self._giving_up = True
 
     def _order_compute(self, now_s: float, budget_s: float) -> tuple[ComputeOrder, ...]:
@@ -220,28 +210,10 @@ class SteppedRestoration:
         claim = self._state.claim_compute(now_s)
         if claim.tile is None:
             return False
-        self._drops.extend(cell for cell in claim.tile.cells() if self._reads.drop(cell))
+        self._reads.drop(claim.tile.cells())
         self._state.assume_compute(claim, now_s)
         self._units.extend(cut(claim, self._state.problem))
         return True
-
-    def _order_reads(self, now_s: float, read_ahead_s: float) -> tuple[ReadOrder, ...]:
-        reads: list[ReadOrder] = []
-        state = self._state
-        while read_ahead_s > 0 and len(self._reads) < MAX_READS:
-            if len(self._reads) >= MIN_READS and state.expected_load_s() >= read_ahead_s:
-                break
-            tile = state.claim_load(now_s)
-            if tile is None:
-                break
-            cell = (tile.chunk_lo, tile.block_lo)
-            if state.cell(*cell) is not Cell.LOADING or tile.chunk_lo >= self._chunk_limit:
-                state.drop_load(tile)
-                continue
-            self._reads.add(cell)
-            deadline_s = self._deadline.floor_s + self._deadline.factor * state.expected_load_s()
-            reads.append(ReadOrder(*cell, deadline_s))
-        return tuple(reads)
 
     def apply(self, report: StepReport, now_s: float) -> None:
         """Take in what the ranks did; reports of what is settled, or of other restorations, change nothing.
@@ -253,8 +225,8 @@ class SteppedRestoration:
         restore_id = self.target.restore_id
         for rank, each in report.by_rank.items():
             for load in each.loads:
-                if load.restore_id == restore_id:
-                    self._take_load(rank, load)
+                if load.restore_id == restore_id and (span := self._reads.take(rank, load)) is not None:
+                    self._spans.append(span)
             for compute in each.computes:
                 if compute.restore_id == restore_id:
                     self._take_compute(rank, compute, now_s)
@@ -274,39 +246,6 @@ class SteppedRestoration:
             # A device may report late, at the end, what failed anywhere: then no cell is known to be good.
             self._undefined = self._undefined or (self._closing and not self._told_cancel)
             self._closing = self._told_cancel
-
-    def _take_load(self, rank: int, report: LoadReport) -> None:
-        cell = (report.chunk, report.block)
-        ended = self._reads.take(rank, report)
-        if ended is None:
-            return
-        tile = Tile(report.chunk, report.chunk + 1, report.block, report.block + 1)
-        outcomes = {each.outcome for each in ended}
-        if outcomes == {LoadOutcome.OK}:
-            slowest = max(ended, key=lambda each: each.busy_s)
-            self._state.rates.observe_load(num_bytes=slowest.num_bytes, busy_s=slowest.busy_s)
-            kind = SpanKind.WASTED
-            if self._state.begin_place(tile):
-                self._state.complete_load(tile)
-                kind = SpanKind.LOAD
-            self._spans.append(load_span(kind, slowest))
-            return
-        if report.outcome in (LoadOutcome.OK, LoadOutcome.CANCELLED):
-            self._state.drop_load(tile)
-        else:
-            self._state.fail_load(tile, report.outcome)
-            self._spans.append(load_span(SpanKind.FAILED, report))
-        if len(ended) < self._num_ranks:
-            self._drops.append(cell)
-        if not self._can_compute:
-            self._load_only_below(report.chunk)
-
-    def _load_only_below(self, chunk: int) -> None:
-        """Without compute nothing behind a hole is of use: only the chunks before it are still read."""
-        self._chunk_limit = min(self._chunk_limit, chunk)
-        for cell in self._reads.wanted:
-            if cell[0] >= self._chunk_limit and self._reads.drop(cell):
-                self._drops.append(cell)
 
     def report(self, now_s: float, *, planning_s: float = 0.0) -> RestoreReport:
         """What was planned and what came of it so far; spans are on the clock of the slowest worker.

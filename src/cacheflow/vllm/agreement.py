@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch.distributed
+
 T = TypeVar("T")
 
 
@@ -25,7 +27,9 @@ def everyone(flag: bool) -> bool:
     group = _group()
     if group is None:
         return flag
-    flags = [group.broadcast_object(flag, src=rank) for rank in range(group.world_size)]  # all of them, on every rank
+    # Not broadcast_object from each rank in turn: vLLM's tensor-parallel group broadcasts from its first rank alone.
+    flags = [False] * group.world_size
+    torch.distributed.all_gather_object(flags, flag, group=group.cpu_group)
     return all(flags)
 
 

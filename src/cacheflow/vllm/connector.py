@@ -124,7 +124,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens to restore beyond vLLM's own prefix cache."""
         scheduler = self._scheduler_side
-        scheduler.new_request(_view(request))  # where vLLM has no on_new_request
+        if not scheduler.knows(request.request_id):  # where vLLM has no on_new_request
+            scheduler.new_request(_view(request))
         matched = scheduler.num_matched(
             request.request_id, num_computed_tokens, num_preemptions=request.num_preemptions
         )

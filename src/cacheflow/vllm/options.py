@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cacheflow.errors import ConfigError
+from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
 
 STORES = ("memory", "file")
@@ -31,6 +32,10 @@ class ConnectorOptions:
         chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size.
         layers_per_block: Layers in one stored object; None: 1 in an eager engine, all in a compiled one.
         policy: Restore policy, a name of ``policies.registry``.
+        objective: Order of several restorations, a name of ``policies.batch_registry``: ``mean_ttft``, ``p99_ttft``,
+            ``makespan``, ``slo`` (as many first tokens within ``ttft_slo_ms`` as can be) or a published way.
+        starvation_s: A restoration that has waited this long goes before all that came after it.
+        ttft_slo_ms: Time from the start of a restoration in which it should end, for ``slo``; None: no matter.
         throttle_bytes_per_s: Read the store through a link of this bandwidth (bytes are really read and copied, only
             slower); for measurements. None: as fast as it is.
         throttle_latency_s: ... and this latency per read.
@@ -58,6 +63,9 @@ class ConnectorOptions:
     chunk_tokens: int = 512
     layers_per_block: int | None = None
     policy: str = "cacheflow"
+    objective: str = "mean_ttft"
+    starvation_s: float = 10.0
+    ttft_slo_ms: float | None = None
     throttle_bytes_per_s: float | None = None
     throttle_latency_s: float = 0.0
     recompute_budget_ms: float | None = None
@@ -82,11 +90,17 @@ class ConnectorOptions:
         """
         _one_of("store", self.store, STORES)
         _one_of("policy", self.policy, tuple(RESTORE_POLICIES))
+        _one_of("objective", self.objective, BATCH_POLICY_NAMES)
         _one_of("unsupported_models", self.unsupported_models, UNSUPPORTED)
         if (self.store == "file") != (self.store_path is not None):
             raise ConfigError(
                 f"store is {self.store!r} and store_path is {self.store_path!r}: the file store needs a store_path, "
                 "the memory store takes none"
+            )
+        if (self.objective == "slo") != (self.ttft_slo_ms is not None):
+            raise ConfigError(
+                f"objective is {self.objective!r} and ttft_slo_ms is {self.ttft_slo_ms}: the objective slo needs a "
+                "ttft_slo_ms, the others take none"
             )
         for key in _POSITIVE:
             value = getattr(self, key)
@@ -156,6 +170,8 @@ _POSITIVE = (
     "chunk_tokens",
     "layers_per_block",
     "throttle_bytes_per_s",
+    "starvation_s",
+    "ttft_slo_ms",
     "recompute_budget_ms",
     "itl_slo_ms",
     "max_load_tokens",

@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
+from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.bound import bound
 from cacheflow.plan.explain import Lane, RestoreReport, SpanKind
 from cacheflow.plan.pointers import RestoreState
+from cacheflow.policies.batch_registry import make_batch_policy
+from cacheflow.policies.registry import make_policy
 from cacheflow.restore.orders import RestoreOrders, RestoreTarget, StepReport
 from cacheflow.restore.stepped import SteppedRestoration
 from cacheflow.types import Clock
@@ -37,7 +41,7 @@ class _Active:
 
 
 class Restorations:
-    """Shortest first, with age: who comes first takes what it can of a step's budget, the next the rest."""
+    """Who is first by the batch policy takes what it can of a step's budget, the next the rest."""
 
     def __init__(
         self, options: ConnectorOptions, decider: Decider, *, num_ranks: int, clock: Clock, counts: Counts
@@ -46,6 +50,11 @@ class Restorations:
         self._options, self._decider, self._counts, self._clock = options, decider, counts, clock
         self._num_ranks = num_ranks
         self._pace = Pace(recompute_budget_ms=options.recompute_budget_ms, itl_slo_ms=options.itl_slo_ms)
+        self._scheduler = BatchScheduler(
+            make_batch_policy(options.objective, make_policy(options.policy)),
+            decider.rates,
+            starvation_s=options.starvation_s,
+        )
         self._active: dict[int, _Active] = {}
         self._began_s: dict[int, float] = {}
         self._new: list[RestoreTarget] = []
@@ -97,16 +106,24 @@ class Restorations:
         state = RestoreState(decision.problem, decision.plan, self._decider.rates)
         stepped = SteppedRestoration(target, state, num_ranks=self._num_ranks, can_compute=facts.costs is not None)
         request.restoration = stepped
+        now_s, slo_ms = self._clock(), self._options.ttft_slo_ms
         self._active[target.restore_id] = _Active(stepped, request, decision)
-        self._began_s[target.restore_id] = self._clock()
+        self._began_s[target.restore_id] = now_s
+        self._scheduler.adopt(
+            target.restore_id, state, arrival_s=now_s, deadline_s=None if slo_ms is None else now_s + slo_ms * 1e-3
+        )
         self._new.append(target)
         if decision.plan.guard is not None:
             self._counts.guard[decision.plan.guard.choice.value] += 1
 
     def cancel(self, request: TrackedRequest) -> None:
-        """Give a request's restoration up; the workers are told with the next step."""
-        if request.restoration is not None:
-            request.restoration.cancel()
+        """Give a request's restoration up; the workers are told with the next step, its record ends here."""
+        if (stepped := request.restoration) is not None:
+            stepped.cancel()
+            request.restoration = None
+            active = self._active[stepped.target.restore_id]
+            report = stepped.report(self._clock(), planning_s=active.decision.planning_s)
+            request.records.append(_record(active, report, "cancelled"))
 
     def step(self, saves: tuple[SaveOrder, ...], *, busy: bool) -> StepOrders:
         """Order one step's work."""
@@ -116,12 +133,19 @@ class Restorations:
         budget = self._budget(now_s, busy=busy)
         compute_s, read_ahead_s = budget.compute_s, budget.read_ahead_s
         restorations, failed_blocks = [], {}
-        for restore_id, active in sorted(self._active.items(), key=lambda item: self._rank(item[1], now_s)):
+        order = self._scheduler.order(now_s)
+        reader = next((each for each in order.link if not self._active[each].stepped.only_compute_left), None)
+        reads = False
+        for restore_id in order.compute:
+            active = self._active[restore_id]
             # Nobody waits for ever, whatever the budget: what only compute can bring goes on by a unit a step.
             least_s = LEAST_BUDGET_S if self._watch(active, now_s) or active.stepped.only_compute_left else 0.0
-            orders = active.stepped.orders(now_s, compute_budget_s=max(compute_s, least_s), read_ahead_s=read_ahead_s)
+            reads = reads or restore_id == reader
+            orders = active.stepped.orders(
+                now_s, compute_budget_s=max(compute_s, least_s), read_ahead_s=read_ahead_s if reads else 0.0
+            )
             compute_s = max(0.0, compute_s - self._predicted_s(active, orders))
-            read_ahead_s = 0.0 if active.stepped.loads_under_way else read_ahead_s
+            read_ahead_s = max(0.0, read_ahead_s - active.stepped.loads_under_way_s)
             if orders.cancel and active.stepped.failed:
                 failed_blocks[restore_id] = self._undefined_blocks(active)
             if not orders.idle:
@@ -134,12 +158,6 @@ class Restorations:
             saves=saves,
             wait_s=budget.wait_s,
         )
-
-    def _rank(self, active: _Active, now_s: float) -> float:
-        """Its predicted seconds less those it has waited: short ones pass long ones, and nobody is passed for ever."""
-        assert active.decision.plan is not None, "a restoration has a plan"
-        waited_s = now_s - self._began_s[active.stepped.target.restore_id]
-        return active.decision.plan.predicted.restore_s - waited_s
 
     def _budget(self, now_s: float, *, busy: bool) -> StepBudget:
         """The step's budget, by the costs of the first restoration."""
@@ -193,14 +211,17 @@ class Restorations:
             if active.stepped.done:
                 del self._active[restore_id]
                 del self._began_s[restore_id]
+                self._scheduler.remove(restore_id)
                 self._end(active, now_s)
 
     def _end(self, active: _Active, now_s: float) -> None:
         stepped, request = active.stepped, active.request
-        if request.restoration is stepped:
-            request.restoration = None
         report = stepped.report(now_s, planning_s=active.decision.planning_s)
         outcome = "failed" if stepped.failed else "done" if stepped.restored else "cancelled"
+        record = _record(active, report, outcome)
+        if request.restoration is stepped:  # otherwise it was recorded when it was cancelled
+            request.restoration = None
+            request.records.append(record)
         self._counts.restorations[outcome] += 1
         self._counts.link_bytes_per_s = self._decider.rates.bytes_per_s
         self._count_cells(active, report)
@@ -217,19 +238,10 @@ class Restorations:
                     f" ({stepped.error})" if stepped.error else "",
                 )  # fmt: skip
             return
-        assert active.decision.problem is not None, "a restoration has a problem"
-        bound_s = bound(active.decision.problem).restore_s
         self._counts.restore_s.append(report.restore_s)
-        if bound_s > 0:
-            self._counts.bound_ratio.append(report.restore_s / bound_s)
+        if record["bound_restore_s"] > 0:
+            self._counts.bound_ratio.append(report.restore_s / record["bound_restore_s"])
         self._counts.overlap.append(_overlap(report))
-        record = report.as_dict() | {
-            "start": active.decision.start,
-            "end": active.decision.end,
-            "outcome": outcome,
-            "bound_restore_s": bound_s,
-        }
-        request.records.append(record)
 
     def _count_cells(self, active: _Active, report: RestoreReport) -> None:
         """Cells as tokens: a cell is its chunk's tokens times its share of the layers."""
@@ -246,6 +258,18 @@ class Restorations:
             bytes_per_token = self._decider.facts.shape.kv_bytes_per_token
             tokens["wasted"] += report.wasted_bytes / bytes_per_token
         self._counts.loaded_bytes += report.loaded_bytes
+
+
+def _record(active: _Active, report: RestoreReport, outcome: str) -> dict[str, Any]:
+    """What a response says of a restoration."""
+    assert active.decision.problem is not None, "a restoration has a problem"
+    return report.as_dict() | {
+        "start": active.decision.start,
+        "end": active.decision.end,
+        "outcome": outcome,
+        "error": active.stepped.error,
+        "bound_restore_s": bound(active.decision.problem).restore_s,
+    }
 
 
 def _overlap(report: RestoreReport) -> float:

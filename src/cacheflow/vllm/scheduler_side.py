@@ -22,6 +22,7 @@ from cacheflow.vllm.identity import lora_namespace, shared_namespace
 from cacheflow.vllm.lookup import PrefixLookup
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.ordered_saves import OrderedSaves
 from cacheflow.vllm.request_prefix import MediaSpan, RequestPrefix
 from cacheflow.vllm.restorations import Restorations
 from cacheflow.vllm.sharing import Sharing
@@ -78,6 +79,7 @@ class SchedulerSide:
         self._facts: EngineFacts | None = None
         self._ranks: tuple[EngineFacts, ...] = ()
         self._namespace = ""
+        self._ordered_saves = OrderedSaves()
         self.counts = Counts()
 
     def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
@@ -89,6 +91,10 @@ class SchedulerSide:
         self._restorations = Restorations(
             self._options, self._decider, num_ranks=len(facts_by_rank), clock=self._clock, counts=self.counts
         )
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request was noted and has not ended; one whose token ids do not say what it is never is."""
+        return request_id in self._requests
 
     def new_request(self, view: RequestView) -> None:
         """Note a request and ask the store for its prefix; a second call for the same request changes nothing."""
@@ -121,6 +127,7 @@ class SchedulerSide:
 
     def _ask(self, request: TrackedRequest) -> None:
         num_chunks = request.prefix.extend(request.tokens)
+        request.asked_at = self._ordered_saves.now
         if num_chunks:
             request.lookup = self._lookup.start([self._probe_keys(request, chunk) for chunk in range(num_chunks)])
         else:
@@ -213,12 +220,13 @@ class SchedulerSide:
             request = self._requests.get(each.request_id)
             if request is None or request.wishes.mode is Mode.OFF:
                 continue
-            saves += request.saves(
+            orders = request.saves(
                 num_computed=each.num_computed,
                 block_ids_of=block_ids_of,
                 block_size=self._facts.block_size,
                 decode_too=self._options.save_decode_kv,
             )
+            saves += self._ordered_saves.new(orders, asked_at=request.asked_at)
         return saves
 
     def take_report(self, report: StepReport) -> None:
@@ -242,7 +250,7 @@ class SchedulerSide:
             answer["cacheflow_error"] = request.wishes.complaint
         if request.wishes.explain or self._options.explain:
             answer["cacheflow"] = request.records
-            if not request.records and request.reason:
+            if request.reason and not any(record["outcome"] == "done" for record in request.records):
                 answer["cacheflow_reason"] = request.reason
         return answer or None
 

@@ -53,7 +53,9 @@ class TrackedRequest:
         wishes: What it asked for.
         prefix: Its chunks.
         lookup: The question to the store; None before it was asked.
+        asked_at: When it was asked, as ``OrderedSaves`` counts.
         num_stored: Leading chunks the store is known to hold.
+        next_save: The first chunk that was not ordered to be saved.
         decision: The last decision; None before the first.
         allocating: The decision vLLM was told of in this step, with what can be copied now; None otherwise.
         restoration: What is under way; None otherwise.
@@ -61,7 +63,8 @@ class TrackedRequest:
         given_up: A restoration failed: vLLM asks again for a request of which nothing was restored, and whatever broke
             the first attempt would break every other.
         records: Explain records of its restorations.
-        reason: Why nothing was restored when it was last looked at; empty when something was.
+        reason: Why nothing was restored when it was last looked at, or why what was begun did not end well; empty when
+            something was restored.
     """
 
     request_id: str
@@ -70,6 +73,7 @@ class TrackedRequest:
     wishes: Wishes
     prefix: RequestPrefix
     lookup: Lookup | None = None
+    asked_at: int = 0
     num_stored: int = 0
     next_save: int = 0
     decision: Decision | None = None

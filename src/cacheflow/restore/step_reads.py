@@ -1,0 +1,123 @@
+"""The link's side of a stepped restoration: which reads are ordered, which are dropped, and what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cacheflow.plan.cells import Cell
+from cacheflow.plan.explain import Span, SpanKind
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.pointers import RestoreState
+from cacheflow.restore.ledgers import CellIndex, ReadLedger
+from cacheflow.restore.orders import LoadReport, ReadOrder
+from cacheflow.restore.step_spans import load_span
+from cacheflow.types import LoadOutcome
+
+MIN_READS = 2
+"""Reads kept under way however long one takes, so that the link never waits for an order."""
+MAX_READS = 128
+"""Reads under way at most, however short one is: each holds a staging buffer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadDeadline:
+    """When a read counts as late.
+
+    Attributes:
+        floor_s: A read may always take this long.
+        factor: ... plus this many times what everything under way should take.
+    """
+
+    floor_s: float = 0.25
+    factor: float = 8.0
+
+
+class StepReads:
+    """Orders reads a step at a time and settles them by the ranks' reports; pure."""
+
+    def __init__(
+        self, state: RestoreState, *, num_ranks: int, can_compute: bool, deadline: ReadDeadline | None = None
+    ) -> None:
+        """Nothing was ordered yet.
+
+        Args:
+            state: The restoration's state machine; claims and outcomes of the link go into it.
+            num_ranks: Workers that get the orders and report.
+            can_compute: Whether workers can recompute what is missing; if not, nothing behind a hole is read.
+            deadline: When a read is late.
+        """
+        self._state, self._num_ranks, self._can_compute = state, num_ranks, can_compute
+        self._deadline = deadline or ReadDeadline()
+        self._ledger = ReadLedger(num_ranks)
+        self._drops: list[CellIndex] = []
+        self._chunk_limit = state.problem.grid.num_chunks
+
+    def __len__(self) -> int:
+        """Reads under way that were not dropped."""
+        return len(self._ledger)
+
+    def order(self, now_s: float, read_ahead_s: float) -> tuple[ReadOrder, ...]:
+        """Reads to start in this step.
+
+        Args:
+            now_s: Seconds on the caller's clock.
+            read_ahead_s: Seconds of the link to keep under way: 0 for no further reads, otherwise at least
+                ``MIN_READS`` reads.
+        """
+        reads: list[ReadOrder] = []
+        state = self._state
+        while read_ahead_s > 0 and len(self._ledger) < MAX_READS:
+            if len(self._ledger) >= MIN_READS and state.expected_load_s() >= read_ahead_s:
+                break
+            tile = state.claim_load(now_s)
+            if tile is None:
+                break
+            cell = (tile.chunk_lo, tile.block_lo)
+            if state.cell(*cell) is not Cell.LOADING or tile.chunk_lo >= self._chunk_limit:
+                state.drop_load(tile)
+                continue
+            self._ledger.add(cell)
+            deadline_s = self._deadline.floor_s + self._deadline.factor * state.expected_load_s()
+            reads.append(ReadOrder(*cell, deadline_s))
+        return tuple(reads)
+
+    def drop(self, cells: Iterable[CellIndex]) -> None:
+        """Compute takes these cells over: the next drops hold those of them whose reads are under way."""
+        self._drops.extend(cell for cell in cells if self._ledger.drop(cell))
+
+    def take_drops(self) -> tuple[CellIndex, ...]:
+        """Reads to drop in this step; asked once a step, before the reads it starts are carried out."""
+        drops, self._drops = tuple(self._drops), []
+        return drops
+
+    def take(self, rank: int, report: LoadReport) -> Span | None:
+        """Note how a read ended on a rank; the read's span once that settles it, unless it just ended unused."""
+        cell = (report.chunk, report.block)
+        ended = self._ledger.take(rank, report)
+        if ended is None:
+            return None
+        tile = Tile(report.chunk, report.chunk + 1, report.block, report.block + 1)
+        if all(each.outcome is LoadOutcome.OK for each in ended):
+            slowest = max(ended, key=lambda each: each.busy_s)
+            self._state.rates.observe_load(num_bytes=slowest.num_bytes, busy_s=slowest.busy_s)
+            if not self._state.begin_place(tile):
+                return load_span(SpanKind.WASTED, slowest)
+            self._state.complete_load(tile)
+            return load_span(SpanKind.LOAD, slowest)
+        span = None
+        if report.outcome in (LoadOutcome.OK, LoadOutcome.CANCELLED):
+            self._state.drop_load(tile)
+        else:
+            self._state.fail_load(tile, report.outcome)
+            span = load_span(SpanKind.FAILED, report)
+        if len(ended) < self._num_ranks:
+            self._drops.append(cell)
+        if not self._can_compute:
+            self._load_only_below(report.chunk)
+        return span
+
+    def _load_only_below(self, chunk: int) -> None:
+        """Without compute nothing behind a hole is of use: only the chunks before it are still read."""
+        self._chunk_limit = min(self._chunk_limit, chunk)
+        self.drop([cell for cell in self._ledger.wanted if cell[0] >= self._chunk_limit])
