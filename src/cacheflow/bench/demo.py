@@ -12,7 +12,8 @@ from cacheflow.bench.make_record import RunContext, make_record, recompute_secon
 from cacheflow.bench.record import RestoreRecord, environment
 from cacheflow.bench.timeline import Timeline
 from cacheflow.embedded.engine import Engine, EngineOptions
-from cacheflow.embedded.session import Reply, Session
+from cacheflow.embedded.reply import Reply
+from cacheflow.embedded.session import Session
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.plan.bound import bound

@@ -262,3 +262,31 @@ def _draw_bars(axes: Axes, summary: SettingSummary, names: Sequence[str], metric
     if bound_s is not None:
         axes.axvline(bound_s, color=BOUND_COLOUR, linewidth=1.2, linestyle="--", zorder=4)
         axes.text(bound_s, -0.62, " bound", fontsize=7, color=BOUND_COLOUR, ha="left", va="center")
+
+
+def draw_ttft_cdf(results: Path, path: Path) -> Path:
+    """Distribution of the time to first token of the last simulation of every policy in a results file.
+
+    Raises:
+        ConfigError: The file holds no simulation, or matplotlib is not installed.
+    """
+    from cacheflow.bench.simulate_report import read_simulations
+
+    same_style = {"vllm": "recompute", "lmcache": "load", "hicache": "layerwise_load"}
+    last = {each["policy"]: each for each in read_simulations(results)}
+    figure, [axes] = new_figure(num_panels=1, num_columns=1, panel_size=(6.5, 4.1))
+    for name, each in last.items():
+        points = sorted((float(percent), ttft_s) for percent, ttft_s in each["ttft_percentiles_s"].items())
+        colour, _ = policy_style(same_style.get(name, name))
+        width = 2.4 if name == OURS else 1.3
+        # Steps: a percentile is the least value that so many do not exceed.
+        ttfts_s, percents = [s for _, s in points], [p for p, _ in points]
+        axes.step(ttfts_s, percents, where="post", color=colour, linewidth=width, label=name)
+    axes.set_xscale("log")
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("time to first token [s]")
+    axes.set_ylabel("requests [%]")
+    axes.legend(frameon=False, fontsize=8)
+    first = next(iter(last.values()))
+    figure.suptitle(f"{first['workload']}: {first['model']}, costs {first['costs']}", fontsize=10, color=INK)
+    return save_figure(figure, path)

@@ -15,8 +15,28 @@ NOTE_TIMEOUT_S = 1.0
 """For reading and for writing the note of a partial chunk, each."""
 
 
+class PendingSave:
+    """A save under way; ``wait`` may be called on any thread, once."""
+
+    def __init__(self, saver: PrefixSaver, engine: SessionHost, partial: list[tuple[bytes, int]]) -> None:
+        """Made by ``PrefixArchive.save``."""
+        self._saver, self._engine, self._partial = saver, engine, partial
+
+    def wait(self, timeout_s: float | None) -> SaveReport:
+        """Wait for the writes, then note the partial chunks for later lookups.
+
+        Args:
+            timeout_s: Longest wait for the writes; what is still pending counts as failed and goes on.
+        """
+        report = self._saver.wait(timeout_s)
+        note_s = NOTE_TIMEOUT_S if timeout_s is None else min(timeout_s, NOTE_TIMEOUT_S)
+        for parent, length in self._partial:
+            note_boundary(self._engine.store, self._engine.namespace, parent, length, timeout_s=note_s)
+        return report
+
+
 class PrefixArchive:
-    """One tenant's view of an engine's store. Not thread-safe; every method blocks but ``open``."""
+    """One tenant's view of an engine's store. Not thread-safe; ``find`` blocks."""
 
     def __init__(self, engine: SessionHost, *, salt: str) -> None:
         """Look at the engine's store under a salt."""
@@ -37,12 +57,13 @@ class PrefixArchive:
         )
 
     def open(self, grid: Grid, match: PrefixMatch, kv: KVBuffer) -> StoreTransferPort:
-        """Reads of what ``find`` found, into a buffer."""
+        """Reads of what ``find`` found, or of its last chunks, into a buffer."""
+        num_before = len(match.chain_hashes) - grid.num_chunks
         return StoreTransferPort(
             self._engine.store,
             geometry=self._geometry(grid),
             namespace=self._engine.namespace.digest,
-            chain_hashes=match.chain_hashes,
+            chain_hashes=match.chain_hashes[num_before:],
             kv=kv,
         )
 
@@ -53,30 +74,26 @@ class PrefixArchive:
         ends: tuple[int, ...],
         *,
         first_chunk: int,
-        timeout_s: float | None,
-    ) -> SaveReport:
-        """Write chunks to the store, those it already has left out; partial ones are noted for later lookups.
+    ) -> PendingSave:
+        """Start writing chunks to the store, those it already has left out.
+
+        They are copied out of the buffer before this returns.
 
         Args:
             kv: Holds the chunks.
             prompt: Tokens up to the last chunk's end, at least.
             ends: Where each chunk ends.
             first_chunk: Skip the chunks before this one.
-            timeout_s: Longest wait for the writes; what is still pending counts as failed and goes on.
         """
         engine = self._engine
         hashes = chain_hashes(prompt, ends, salt=self._salt)
         geometry = self._geometry(Grid(chunk_ends=ends, num_blocks=engine.num_blocks))
         saver = PrefixSaver(engine.store, geometry=geometry, namespace=engine.namespace.digest, chain_hashes=hashes)
         saver.save_prefix(kv, first_chunk=first_chunk)
-        report = saver.wait(timeout_s)
         parents, starts = (chain_root(self._salt), *hashes), (0, *ends)
-        note_s = NOTE_TIMEOUT_S if timeout_s is None else min(timeout_s, NOTE_TIMEOUT_S)
-        for chunk in range(first_chunk, len(ends)):
-            length = ends[chunk] - starts[chunk]
-            if length != engine.chunking.chunk_tokens:
-                note_boundary(engine.store, engine.namespace, parents[chunk], length, timeout_s=note_s)
-        return report
+        lengths = [(parents[chunk], ends[chunk] - starts[chunk]) for chunk in range(first_chunk, len(ends))]
+        partial = [(parent, length) for parent, length in lengths if length != engine.chunking.chunk_tokens]
+        return PendingSave(saver, engine, partial)
 
     def _chunk_keys(self, chunk_hash: bytes) -> list[ObjectKey]:
         """Every object of one chunk."""

@@ -1,13 +1,16 @@
-"""The embedded engine: one model, one store, one policy, any number of sessions served one at a time."""
+"""The embedded engine: one model, one store, one policy, any number of sessions, one at a time or concurrently."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from cacheflow.embedded.batch_options import BatchOptions
+from cacheflow.embedded.concurrent import ConcurrentBatch
 from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
@@ -68,7 +71,7 @@ class EngineOptions:
 class Engine:
     """Serves sessions of one model; prefixes thrown out of memory come back from a store and from compute at once.
 
-    Not thread-safe: one generation at a time.
+    Not thread-safe: one generation at a time, or one ``concurrent`` batch of them.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Engine:
                 ("layers_per_block", str(self.options.layers_per_block)),
             ),
         )
+        self._in_batch = threading.Lock()
         self.chunking = Chunking(
             chunk_tokens=self.options.chunk_tokens,
             layers_per_block=self.options.layers_per_block,
@@ -163,6 +167,37 @@ class Engine:
         if not isinstance(salt, str):
             raise ConfigError(f"salt is {salt!r}, must be a string")
         return Session(self, salt=salt, history=history)
+
+    def concurrent(
+        self,
+        *,
+        objective: str = "mean_ttft",
+        starvation_s: float = 10.0,
+        recompute_budget_ms: float = 50.0,
+        itl_slo_ms: float | None = None,
+        kv_capacity_tokens: int | None = None,
+    ) -> ConcurrentBatch:
+        """Serve many sessions at once; nothing else may use the engine until the batch is closed.
+
+        >>> with engine.concurrent(objective="mean_ttft") as batch:      # doctest: +SKIP
+        ...     tickets = [batch.submit(session, tokens, max_new_tokens=64) for session, tokens in asked]
+        ...     replies = [ticket.result() for ticket in tickets]
+
+        For the arguments see ``BatchOptions``.
+
+        Raises:
+            ConfigError: An option is out of range, or a batch is open already.
+        """
+        options = BatchOptions(
+            objective=objective,
+            starvation_s=starvation_s,
+            recompute_budget_ms=recompute_budget_ms,
+            itl_slo_ms=itl_slo_ms,
+            kv_capacity_tokens=kv_capacity_tokens,
+        )
+        if not self._in_batch.acquire(blocking=False):
+            raise ConfigError("this engine has an open batch; close it first")
+        return ConcurrentBatch(self, options, on_close=self._in_batch.release)
 
     def problem(self, grid: Grid) -> RestoreProblem:
         """What restoring a grid costs by the engine's profile.

@@ -11,13 +11,14 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from cacheflow.embedded.archive import PrefixArchive
+from cacheflow.embedded.archive import PendingSave, PrefixArchive
 from cacheflow.embedded.host import SessionHost
+from cacheflow.embedded.reply import Reply
 from cacheflow.embedded.restorer import Restored, RestoreRequest
+from cacheflow.embedded.turn import Turn, first_unsaved
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.sampling import Sampling, TokenSampler, generate
@@ -27,36 +28,8 @@ from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.keys import as_token_array
 from cacheflow.stores.prefix_index import PrefixMatch
-from cacheflow.types import LoadOutcome
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """An answer and how its prefix came to be there.
-
-    Attributes:
-        tokens: New tokens, in order.
-        logits: ``[V]`` of the last prompt token.
-        ttft_s: Seconds from the call to the first token, lookup and planning included.
-        resident_tokens: Prefix tokens whose KV was still in memory.
-        restored_tokens: Prefix tokens that were restored.
-        suffix_tokens: Prompt tokens that were new.
-        report: The restoration; None when nothing had to be restored.
-        saved: What was written to the store.
-        lookup_timed_out: The store took too long to say what it holds; it may hold more than was restored.
-    """
-
-    tokens: tuple[int, ...]
-    logits: torch.Tensor
-    ttft_s: float
-    resident_tokens: int
-    restored_tokens: int
-    suffix_tokens: int
-    report: RestoreReport | None
-    saved: SaveReport
-    lookup_timed_out: bool = False
 
 
 class Session:
@@ -103,7 +76,7 @@ class Session:
         match = self._lookup(self.tokens)
         if not match.chunk_ends:
             return None
-        kv, _ = self._buffer(len(self.tokens))
+        kv = self.buffer(len(self.tokens))
         prefix = self.tokens[: match.num_tokens]
         grid = Grid(chunk_ends=match.chunk_ends, num_blocks=self._engine.num_blocks)
         report = self._restore(prefix, grid, match, kv, cancel).report
@@ -138,36 +111,55 @@ class Session:
             PromptError: No new token, an id outside the vocabulary, or the conversation would be too long.
             RestoreCancelled: ``cancel`` was set before the first token.
         """
-        started_s = time.perf_counter()
-        prompt = self._checked_prompt(tokens, max_new_tokens)
-        kv, resident_ends = self._buffer(len(prompt) + max_new_tokens)
-        match = self._lookup(prompt) if not resident_ends else PrefixMatch(chunk_ends=(), chain_hashes=())
-        known_ends = resident_ends or match.chunk_ends
-        grid = self._grid(known_ends, len(prompt))
-        logits, report = self._first_logits(prompt, grid, match, kv, cancel)
-        ttft_s = time.perf_counter() - started_s
+        turn = self.begin(tokens, max_new_tokens=max_new_tokens)
+        kv = self.buffer(turn.num_tokens)
+        logits, report = self._first_logits(turn, kv, cancel)
+        ttft_s = time.perf_counter() - turn.started_s
         answer = generate(
             self._engine.runner,
             kv,
             logits,
-            position=len(prompt),
+            position=len(turn.prompt),
             max_new_tokens=max_new_tokens,
             sampler=TokenSampler(sampling),
             stop_tokens=stop_tokens,
         )
-        self._kv, self._chunk_ends = kv, (*known_ends, *grid.suffix_ends)
-        self._prompt, self.tokens = prompt, [*prompt, *answer]
+        self.end(turn, kv, answer)
         return Reply(
             tokens=tuple(answer),
             logits=logits,
             ttft_s=ttft_s,
-            resident_tokens=resident_ends[-1] if resident_ends else 0,
-            restored_tokens=match.chunk_ends[-1] if match.chunk_ends else 0,
-            suffix_tokens=grid.suffix_tokens,
+            resident_tokens=turn.resident_tokens,
+            restored_tokens=turn.match.num_tokens,
+            suffix_tokens=turn.grid.suffix_tokens,
             report=report,
-            saved=self.save(first_chunk=_first_unsaved(known_ends, report)) if save else SaveReport(),
-            lookup_timed_out=match.timed_out,
+            saved=self.save(first_chunk=first_unsaved(turn, report)) if save else SaveReport(),
+            lookup_timed_out=turn.match.timed_out,
         )
+
+    def begin(self, tokens: Sequence[int], *, max_new_tokens: int) -> Turn:
+        """Check a prompt and look for its prefix; asks the store, computes nothing.
+
+        Raises:
+            PromptError: See ``generate``.
+        """
+        started_s = time.perf_counter()
+        prompt = self._checked_prompt(tokens, max_new_tokens)
+        resident_ends = self._chunk_ends
+        match = self._lookup(prompt) if not resident_ends else PrefixMatch(chunk_ends=(), chain_hashes=())
+        return Turn(
+            started_s=started_s,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            resident_ends=resident_ends,
+            match=match,
+            grid=self._grid(resident_ends or match.chunk_ends, len(prompt)),
+        )
+
+    def end(self, turn: Turn, kv: KVBuffer, answer: Sequence[int]) -> None:
+        """Go on from an answered turn, whose keys and values are in ``kv``."""
+        self._kv, self._chunk_ends = kv, (*turn.known_ends, *turn.grid.suffix_ends)
+        self._prompt, self.tokens = turn.prompt, [*turn.prompt, *answer]
 
     def _checked_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
         new_tokens = as_token_array(tokens).tolist()
@@ -184,17 +176,31 @@ class Session:
         self._engine.runner.token_tensor(prompt)
         return prompt
 
-    def _buffer(self, num_tokens: int) -> tuple[KVBuffer, tuple[int, ...]]:
-        """A buffer long enough, and the boundaries of what it still holds."""
+    def buffer(self, num_tokens: int, *, spare: bool = True) -> KVBuffer:
+        """A buffer long enough that holds what is resident: the one in use, or a new one.
+
+        Args:
+            num_tokens: What it must hold.
+            spare: Make a new one longer than that, so that later turns fit too.
+        """
         if self._kv is not None and self._kv.capacity >= num_tokens:
-            return self._kv, self._chunk_ends
-        capacity = min(self._engine.model.max_tokens, max(2 * num_tokens, 1024))
-        grown = self._engine.runner.new_kv(capacity)
-        if self._kv is None:
-            return grown, ()
-        kept = self.resident_tokens
-        grown.kv_L2THD[:, :, :kept].copy_(self._kv.kv_L2THD[:, :, :kept])
-        return grown, self._chunk_ends
+            return self._kv
+        roomy = min(self._engine.model.max_tokens, max(2 * num_tokens, 1024))
+        grown = self._engine.runner.new_kv(roomy if spare else num_tokens)
+        if self._kv is not None:
+            kept = self.resident_tokens
+            grown.kv_L2THD[:, :, :kept].copy_(self._kv.kv_L2THD[:, :, :kept])
+        return grown
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the buffer in memory has room for; 0 without one."""
+        return 0 if self._kv is None else self._kv.capacity
+
+    @property
+    def archive(self) -> PrefixArchive:
+        """What the store has of this conversation."""
+        return self._archive
 
     def _lookup(self, prompt: list[int]) -> PrefixMatch:
         match = self._archive.find(prompt)
@@ -223,13 +229,15 @@ class Session:
         )
 
     def _first_logits(
-        self, prompt: list[int], grid: Grid, match: PrefixMatch, kv: KVBuffer, cancel: threading.Event | None
+        self, turn: Turn, kv: KVBuffer, cancel: threading.Event | None
     ) -> tuple[torch.Tensor, RestoreReport | None]:
         """Logits of the last prompt token, over a resident, a restored or no prefix."""
-        engine = self._engine
+        engine, grid = self._engine, turn.grid
         layers_per_block = engine.chunking.layers_per_block
-        if not match.chunk_ends:
-            port = EngineComputePort(engine.runner, grid=grid, tokens=prompt, kv=kv, layers_per_block=layers_per_block)
+        if not turn.match.chunk_ends:
+            port = EngineComputePort(
+                engine.runner, grid=grid, tokens=turn.prompt, kv=kv, layers_per_block=layers_per_block
+            )
             for block in range(grid.num_blocks):
                 if cancel is not None and cancel.is_set():
                     raise RestoreCancelled(f"prefill cancelled before block {block} of {grid.num_blocks}")
@@ -237,7 +245,7 @@ class Session:
             port.finish()
             assert port.logits is not None, "the prompt always has a suffix"
             return port.logits, None
-        restored = self._restore(prompt, grid, match, kv, cancel)
+        restored = self._restore(turn.prompt, grid, turn.match, kv, cancel)
         assert restored.logits is not None, "the prompt always has a suffix"
         return restored.logits, restored.report
 
@@ -267,14 +275,11 @@ class Session:
         """
         if timeout_s is not None and not timeout_s >= 0:
             raise ConfigError(f"timeout_s is {timeout_s}, must be 0 or more")
+        pending = self.start_save(first_chunk=first_chunk)
+        return SaveReport() if pending is None else pending.wait(timeout_s)
+
+    def start_save(self, *, first_chunk: int = 0) -> PendingSave | None:
+        """Start writing resident chunks; they are copied out, so the buffer may be used at once. None for nothing."""
         if self._kv is None or first_chunk >= len(self._chunk_ends):
-            return SaveReport()
-        return self._archive.save(
-            self._kv, self._prompt, self._chunk_ends, first_chunk=first_chunk, timeout_s=timeout_s
-        )
-
-
-def _first_unsaved(known_ends: tuple[int, ...], report: RestoreReport | None) -> int:
-    """First chunk to write after a turn: the first new one, or all when the store lost or damaged a cell."""
-    damaged = report is not None and {LoadOutcome.MISS.value, LoadOutcome.CORRUPT.value} & report.failed_loads.keys()
-    return 0 if damaged else len(known_ends)
+            return None
+        return self._archive.save(self._kv, self._prompt, self._chunk_ends, first_chunk=first_chunk)

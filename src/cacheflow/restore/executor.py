@@ -7,6 +7,7 @@ the same lock around every call into the state machine and hold it nowhere else.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TypeVar
 
 from cacheflow.errors import RestoreCancelled
@@ -16,7 +17,7 @@ from cacheflow.plan.pointers import ClaimKind, ComputeClaim, RestoreState
 from cacheflow.restore.io_loop import IoLoop
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import ComputePort, Ticket, TransferPort
-from cacheflow.restore.shared import Shared
+from cacheflow.restore.shared import Restoration, Shared
 
 T = TypeVar("T", bound=Ticket)
 
@@ -46,8 +47,8 @@ def execute(
         RestoreCancelled: ``cancel`` was set before the first token was there.
     """
     options = options or ExecutorOptions()
-    shared = Shared(state, options.clock)
-    io_loop = IoLoop(shared, transfer, options)
+    shared = Shared(Restoration(state, transfer), options.clock)
+    io_loop = IoLoop(shared, options)
     thread = threading.Thread(target=io_loop.run, name="cacheflow-io", daemon=True)
     thread.start()
     try:
@@ -59,20 +60,20 @@ def execute(
         with shared.changed:
             shared.changed.notify_all()
         thread.join()
-    return _report(shared, planning_s=planning_s, overhead_s=overhead_s, end_s=end_s)
+    return _report(shared.restoration, planning_s=planning_s, overhead_s=overhead_s, end_s=end_s)
 
 
 def _drive_compute(
-    shared: Shared, compute: ComputePort, options: ExecutorOptions, cancel: threading.Event | None
+    shared: Shared[T], compute: ComputePort, options: ExecutorOptions, cancel: threading.Event | None
 ) -> float:
     """Carry out claims until everything is restored and the suffix is through; returns the overhead in seconds."""
-    overhead_s = 0.0
+    overhead_s, restoration = 0.0, shared.restoration
     while True:
         if cancel is not None and cancel.is_set():
             raise RestoreCancelled(f"restoration cancelled after {shared.now_s():.3f} s")
         before_s = shared.now_s()
         with shared.changed:
-            claim = shared.state.claim_compute(shared.now_s())
+            claim = restoration.state.claim_compute(shared.now_s())
             if claim.kind is ClaimKind.WAIT:
                 shared.changed.notify_all()
                 shared.changed.wait(options.poll_s)
@@ -80,23 +81,23 @@ def _drive_compute(
         if claim.kind is ClaimKind.DONE:
             return overhead_s
         start_s = shared.now_s()
-        spans = _carry_out(claim, compute, shared)
+        spans = carry_out(claim, compute, shared.now_s)
         end_s = shared.now_s()
         with shared.changed:
-            shared.state.complete_compute(claim, actual_s=end_s - start_s)
-            shared.note_restored()
-            shared.spans.extend(spans)
+            restoration.state.complete_compute(claim, actual_s=end_s - start_s)
+            restoration.note_restored(shared.now_s())
+            restoration.spans.extend(spans)
             shared.changed.notify_all()
         overhead_s += shared.now_s() - before_s - (end_s - start_s)
 
 
-def _carry_out(claim: ComputeClaim, compute: ComputePort, shared: Shared) -> list[Span]:
-    """Do what a claim orders, chunk by chunk; one span each."""
-    start_s = shared.now_s()
+def carry_out(claim: ComputeClaim, compute: ComputePort, now_s: Callable[[], float]) -> list[Span]:
+    """Do what a claim orders, chunk by chunk; one span each, on the clock that ``now_s`` reads."""
+    start_s = now_s()
     if claim.tile is None:
         compute.run_suffix(claim.block_lo, claim.block_hi)
         suffix = Tile(0, 1, claim.block_lo, claim.block_hi)
-        return [_span(SpanKind.SUFFIX, start_s, shared.now_s(), suffix, chunk=-1)]
+        return [_span(SpanKind.SUFFIX, start_s, now_s(), suffix, chunk=-1)]
     tile, spans = claim.tile, []
     if claim.restart:
         compute.restart(tile.chunk_lo)
@@ -104,7 +105,7 @@ def _carry_out(claim: ComputeClaim, compute: ComputePort, shared: Shared) -> lis
     kind = SpanKind.REPAIR if claim.kind is ClaimKind.REPAIR else kind
     for chunk in range(tile.chunk_lo, tile.chunk_hi):
         compute.recompute(Tile(chunk, chunk + 1, tile.block_lo, tile.block_hi), kv_only_top=claim.kv_only_top)
-        end_s = shared.now_s()
+        end_s = now_s()
         spans.append(_span(kind, start_s, end_s, tile, chunk=chunk))
         start_s = end_s
     return spans
@@ -122,15 +123,15 @@ def _span(kind: SpanKind, start_s: float, end_s: float, tile: Tile, *, chunk: in
     )
 
 
-def _report(shared: Shared, *, planning_s: float, overhead_s: float, end_s: float) -> RestoreReport:
-    grid = shared.state.problem.grid
+def _report(restoration: Restoration[T], *, planning_s: float, overhead_s: float, end_s: float) -> RestoreReport:
+    grid = restoration.state.problem.grid
     has_suffix = bool(grid.suffix_ends)
-    restored_s = shared.restored_at_s if has_suffix and shared.restored_at_s is not None else end_s
+    restored_s = restoration.restored_at_s if has_suffix and restoration.restored_at_s is not None else end_s
     return restoration_report(
-        shared.state,
+        restoration.state,
         restore_s=restored_s if grid.num_chunks else 0.0,
         ttft_s=end_s if has_suffix else None,
         planning_s=planning_s,
         overhead_s=overhead_s,
-        spans=shared.spans,
+        spans=restoration.spans,
     )

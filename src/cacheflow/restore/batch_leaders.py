@@ -1,0 +1,40 @@
+"""The order of a batch policy, in which nobody waits behind a stranger for what a leader restores for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+from cacheflow.plan.batch import BatchOrder, BatchPolicy, WaitingRequest
+from cacheflow.plan.plan import RestorePlan
+from cacheflow.plan.problem import RestoreProblem
+
+
+class LeadersFirst:
+    """Orders as another policy does, with each leader moved before the first of its followers."""
+
+    name: ClassVar[str] = "leaders_first"
+
+    def __init__(self, policy: BatchPolicy, leader_of: Callable[[int], int | None]) -> None:
+        """Take the policy, and who restores something for a request; None for nobody."""
+        self._policy, self._leader_of = policy, leader_of
+
+    def order(self, now_s: float, waiting: Sequence[WaitingRequest]) -> BatchOrder:
+        """See ``BatchPolicy.order``."""
+        order = self._policy.order(now_s, waiting)
+        return BatchOrder(compute=self._leaders_first(order.compute), link=self._leaders_first(order.link))
+
+    def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
+        """See ``BatchPolicy.plans``."""
+        return self._policy.plans(request_id, problems)
+
+    def _leaders_first(self, order: tuple[int, ...]) -> tuple[int, ...]:
+        there, ordered = frozenset(order), dict[int, None]()
+        for request_id in order:
+            chain: list[int] = []
+            name: int | None = request_id
+            while name is not None and name in there and name not in ordered:
+                chain.append(name)
+                name = self._leader_of(name)
+            ordered.update(dict.fromkeys(reversed(chain)))
+        return tuple(ordered)
