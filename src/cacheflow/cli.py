@@ -61,15 +61,26 @@ COMMANDS = (
     Command(("calibrate",), "measure what a model and a store cost on this machine", "cacheflow.profiling.command"),
     Command(("plan",), "predict and draw a restoration on hardware you do not have", "cacheflow.bench.plan_command"),
     Command(
+        ("simulate",), "replay a trace on a simulated cluster under every policy", "cacheflow.bench.simulate_command"
+    ),
+    Command(
         ("serve",), "run stock vLLM's OpenAI server with CacheFlow", "cacheflow.bench.serve_command", passes_on=True
     ),
     Command(
         ("bench", "restore"), "restore one prefix under every policy, side by side", "cacheflow.bench.restore_command"
     ),
     Command(
+        ("bench", "batch"), "restore many prefixes at once under every batch policy", "cacheflow.bench.batch_command"
+    ),
+    Command(
         ("bench", "vllm"),
         "restore inside stock vLLM, beside its own prefill and others",
         "cacheflow.bench.vllm_command",
+    ),
+    Command(
+        ("bench", "figures"),
+        "redraw the figures of the CacheFlow paper, and ours, by simulation",
+        "cacheflow.bench.figures.command",
     ),
     Command(("bench", "readme"), "write a measured table into a README", "cacheflow.bench.readme"),
 )

@@ -115,6 +115,14 @@ class Roofline:
         shape = self.shape
         return float(self._memory_s(shape.vocab_size * shape.hidden_size * DTYPE_BYTES[shape.dtype]))
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights: every expert, embedding and LM head apart."""
+        shape = self.shape
+        layer = self._projection_weights + float(self._mlp_weights(shape.num_experts or 1))
+        weights = shape.num_layers * int(layer) + 2 * shape.vocab_size * shape.hidden_size
+        return weights * DTYPE_BYTES[shape.dtype]
+
     def decode_s(self, num_requests: int, context_tokens: int) -> float:
         """Seconds of one step in which every request decodes one token.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from cacheflow.plan.batch_scheduler import BatchClaim, BatchLoad, BatchScheduler
 from cacheflow.plan.pointers import ClaimKind, ComputeClaim
@@ -13,7 +14,42 @@ from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.link import SimulatedLink
 
 READS_IN_FLIGHT = 3
-"""As the live executor keeps them."""
+"""As the live executor keeps them. With 1 a read stands for many small ones: see ``SimulatedLink.read``."""
+
+
+class Compute(Protocol):
+    """The compute resource: carries out one order at a time, maybe with work of its own in between."""
+
+    def acquire(self) -> bool:
+        """Whether an order may start now; when it may not, whoever owns the resource says when it may."""
+        ...
+
+    def run(self, seconds: float, done: Callable[[], None]) -> None:
+        """Carry out an order of so many seconds, then call back."""
+        ...
+
+    def leave(self) -> None:
+        """There is no order now."""
+        ...
+
+
+class BareCompute:
+    """Takes as long as the order says."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        """Start idle."""
+        self._loop = loop
+
+    def acquire(self) -> bool:
+        """Always."""
+        return True
+
+    def run(self, seconds: float, done: Callable[[], None]) -> None:
+        """See ``Compute``."""
+        self._loop.at(self._loop.now_s + seconds, done, priority=1)
+
+    def leave(self) -> None:
+        """Nothing to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +61,16 @@ class Restored:
         arrival_s: When it was submitted.
         restored_at_s: When its last prefix cell was there.
         first_token_at_s: When its first token was there; equals ``restored_at_s`` without new tokens.
+        loaded_bytes: Bytes that were read and used.
+        wasted_bytes: Bytes that were read in vain, those of reads still under way at its end included.
     """
 
     request_id: int
     arrival_s: float
     restored_at_s: float
     first_token_at_s: float
+    loaded_bytes: int = 0
+    wasted_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -39,6 +79,8 @@ class _Job:
     arrival_s: float
     done: Callable[[Restored], None]
     restored_at_s: float | None = None
+    asked_bytes: int = 0
+    loaded_bytes: int = 0
 
 
 class SimulatedDevice:
@@ -55,6 +97,8 @@ class SimulatedDevice:
         link: SimulatedLink,
         *,
         reads_in_flight: int = READS_IN_FLIGHT,
+        compute: Compute | None = None,
+        link_of: Callable[[int, int], SimulatedLink] | None = None,
     ) -> None:
         """Start idle.
 
@@ -62,10 +106,14 @@ class SimulatedDevice:
             loop: The virtual clock.
             scheduler: Decides; no other device may use it.
             link: May be shared with other devices.
-            reads_in_flight: Reads asked of the link at once.
+            reads_in_flight: Reads asked of links at once.
+            compute: Carries out orders; bare unless given.
+            link_of: Where the bytes of a request's chunk come from; ``link`` unless given.
         """
-        self._loop, self._scheduler, self._link = loop, scheduler, link
+        self._loop, self._scheduler = loop, scheduler
+        self._link_of = link_of or (lambda request_id, chunk: link)
         self._depth = reads_in_flight
+        self._compute = compute or BareCompute(loop)
         self._jobs: dict[int, _Job] = {}
         self._computing = False
         self._num_reads = 0
@@ -79,6 +127,7 @@ class SimulatedDevice:
         *,
         truth: RestoreProblem | None = None,
         deadline_s: float | None = None,
+        arrival_s: float | None = None,
     ) -> None:
         """Restore a request and run its new tokens.
 
@@ -88,28 +137,30 @@ class SimulatedDevice:
             done: Called when its first token is there.
             truth: What it really costs; as believed unless given.
             deadline_s: When its first token should be there.
+            arrival_s: When it came, if it has waited elsewhere since.
         """
-        now_s = self._loop.now_s
-        self._jobs[request_id] = _Job(truth or problem, now_s, done)
-        self._scheduler.add(request_id, problem, arrival_s=now_s, deadline_s=deadline_s)
+        arrival_s = self._loop.now_s if arrival_s is None else arrival_s
+        self._jobs[request_id] = _Job(truth or problem, arrival_s, done)
+        self._scheduler.add(request_id, problem, arrival_s=arrival_s, deadline_s=deadline_s)
         self.pump()
 
     def pump(self) -> None:
         """Give compute and the link what there is to do."""
         self._start_reads()
-        if not self._computing:
+        if not self._computing and self._compute.acquire():
             self._start_compute()
             self._start_reads()
 
     def _start_compute(self) -> None:
         work = self._scheduler.claim_compute(self._loop.now_s)
         if work is None:
+            self._compute.leave()
             return
         truth = self._jobs[work.request_id].truth
         seconds = truth.head_s if work.claim.kind is ClaimKind.DONE else true_s(truth, work.claim)
         self._computing = True
         self.compute_busy_s += seconds
-        self._loop.at(self._loop.now_s + seconds, lambda: self._end_compute(work, seconds), priority=1)
+        self._compute.run(seconds, partial(self._end_compute, work, seconds))
 
     def _end_compute(self, work: BatchClaim, seconds: float) -> None:
         self._computing = False
@@ -131,6 +182,8 @@ class SimulatedDevice:
                 arrival_s=job.arrival_s,
                 restored_at_s=restored_at_s,
                 first_token_at_s=now_s,
+                loaded_bytes=job.loaded_bytes,
+                wasted_bytes=job.asked_bytes - job.loaded_bytes,
             )
         )
 
@@ -144,10 +197,13 @@ class SimulatedDevice:
             load = self._scheduler.claim_load(self._loop.now_s)
             if load is None:
                 return
-            tile = load.tile
-            num_bytes = int(self._jobs[load.request_id].truth.load_bytes_KB[tile.chunk_lo, tile.block_lo])
+            job, chunk = self._jobs[load.request_id], load.tile.chunk_lo
+            num_bytes = int(job.truth.load_bytes_KB[chunk, load.tile.block_lo])
+            job.asked_bytes += num_bytes
             self._num_reads += 1
-            self._link.read(num_bytes, partial(self._end_read, load, num_bytes))
+            self._link_of(load.request_id, chunk).read(
+                num_bytes, partial(self._end_read, load, num_bytes), follows=self._depth == 1
+            )
 
     def _end_read(self, load: BatchLoad, num_bytes: int, busy_s: float) -> None:
         self._num_reads -= 1
@@ -157,6 +213,7 @@ class SimulatedDevice:
             state.rates.observe_load(num_bytes=num_bytes, busy_s=busy_s)
             if state.begin_place(load.tile):
                 state.complete_load(load.tile)
+                self._jobs[load.request_id].loaded_bytes += num_bytes
             self._note_restored(load.request_id)
         self.pump()
 

@@ -1,0 +1,163 @@
+"""From options and a cluster file to the cluster that is simulated, and its costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from cacheflow.bench.hardware import GPUS, find_gpu, find_model
+from cacheflow.errors import ConfigError
+from cacheflow.plan.published import published_gpus, read_published
+from cacheflow.plan.roofline import Roofline
+from cacheflow.sim.cluster import ClusterConfig
+from cacheflow.sim.costs import ChunkCosts, measured_costs, published_costs, roofline_costs
+from cacheflow.types import ModelShape
+
+CLUSTER_DEFAULTS: dict[str, Any] = {
+    "num_replicas": 8,
+    "model": "Llama-3.1-8B",
+    "gpu": "H100",
+    "bandwidth_gbps": 10.0,
+    "latency_s": 5e-4,
+    "store_gb": 10_000.0,
+    "store_gbps": math.inf,
+    "host_gb": 0.0,
+    "host_gbps": None,
+    "kv_tokens": None,
+    "block_tokens": 512,
+    "max_num_seqs": 256,
+    "recompute_budget_s": 0.05,
+    "router": "affinity",
+}
+"""Keys of a cluster file, and what holds where it is silent: eight H100 before a store of 10 TB at 10 Gbit/s each.
+
+``None`` means: from the GPU (its host link, and what its memory leaves beside the weights).
+"""
+TEXT_KEYS = ("model", "gpu", "router")
+MEMORY_SHARE = 0.9
+"""Share of a GPU's memory that an engine uses, weights included (vLLM's default)."""
+PUBLISHED_MEMORY_GB = {"rtxpro6000": 96, "rtx4090": 24}
+"""Memory of GPUs that have published measurements but no peaks here."""
+DEFAULT_HOST_GBPS = 256.0
+"""PCIe 4 x16, for GPUs whose host link is not known."""
+
+
+def cluster_values(path: Path | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Every key of a cluster file: the option where one was given, else the file, else the default.
+
+    Raises:
+        ConfigError: The file cannot be read, or has a key or a value that it must not have.
+    """
+    values = CLUSTER_DEFAULTS | (_read_cluster(path) if path is not None else {})
+    return values | {key: value for key, value in overrides.items() if value is not None}
+
+
+def _read_cluster(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--cluster {path} cannot be read: {error}") from error
+    if not isinstance(values, dict) or values.keys() - CLUSTER_DEFAULTS.keys():
+        raise ConfigError(f"--cluster {path} must be one table with the keys {', '.join(CLUSTER_DEFAULTS)}")
+    for key, value in values.items():
+        wanted: tuple[type, ...] = (str,) if key in TEXT_KEYS else (int, float)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ConfigError(
+                f"--cluster {path}: {key} is {value!r}, must be a {'name' if key in TEXT_KEYS else 'number'}"
+            )
+    return values
+
+
+def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: float) -> ClusterConfig:
+    """The cluster that these values describe.
+
+    Raises:
+        ConfigError: A value is out of range, or the weights do not leave room for keys and values.
+    """
+    for key in ("num_replicas", "block_tokens", "max_num_seqs", "kv_tokens"):
+        if values[key] is not None and not (float(values[key]).is_integer() and values[key] >= 1):
+            raise ConfigError(f"{key} is {values[key]}, must be a whole number of at least 1")
+    for key, least in (("bandwidth_gbps", 0), ("store_gbps", 0), ("host_gbps", 0)):
+        if values[key] is not None and not values[key] > least:
+            raise ConfigError(f"{key} is {values[key]:g}, must be above 0")
+    token_bytes = shape.kv_bytes_per_token
+    kv_tokens = values["kv_tokens"] or _kv_tokens(values["gpu"], shape)
+    return ClusterConfig(
+        num_replicas=int(values["num_replicas"]),
+        kv_tokens=int(kv_tokens),
+        nic_bytes_per_s=values["bandwidth_gbps"] * 1e9 / 8,
+        nic_latency_s=values["latency_s"],
+        store_tokens=int(values["store_gb"] * 1e9 / token_bytes),
+        store_bytes_per_s=values["store_gbps"] * 1e9 / 8,
+        host_tokens=int(values["host_gb"] * 1e9 / token_bytes),
+        host_bytes_per_s=_host_gbps(values) * 1e9 / 8,
+        block_tokens=int(values["block_tokens"]),
+        max_num_seqs=int(values["max_num_seqs"]),
+        recompute_budget_s=values["recompute_budget_s"],
+        router=values["router"],
+        slo_ttft_s=slo_ttft_s,
+    )
+
+
+def _host_gbps(values: dict[str, Any]) -> float:
+    if values["host_gbps"] is not None:
+        return float(values["host_gbps"])
+    known = {name.lower(): gpu for name, gpu in GPUS.items()}.get(values["gpu"].lower())
+    return known.pcie_bytes_per_s * 8 / 1e9 if known else DEFAULT_HOST_GBPS
+
+
+def _kv_tokens(gpu_name: str, shape: ModelShape) -> int:
+    """Tokens that a GPU's memory holds beside the weights."""
+    memory_gb = PUBLISHED_MEMORY_GB.get(gpu_name.lower())
+    memory_bytes = memory_gb * 10**9 if memory_gb else find_gpu(gpu_name).memory_bytes
+    weight_bytes = Roofline(shape=shape, gpu=GPUS["H100"]).weight_bytes
+    kv_bytes = MEMORY_SHARE * memory_bytes - weight_bytes
+    if kv_bytes < shape.kv_bytes_per_token:
+        raise ConfigError(
+            f"the weights of {shape.name} take {weight_bytes / 1e9:.0f} GB, "
+            f"{gpu_name} has {memory_bytes / 1e9:.0f} GB: "
+            "choose a larger GPU or a smaller model; one model over several GPUs is not simulated"
+        )
+    return int(kv_bytes / shape.kv_bytes_per_token)
+
+
+def find_costs(
+    source: str, values: dict[str, Any], shape: ModelShape, *, measured: Path | None, extrapolate: bool
+) -> ChunkCosts:
+    """The costs that ``--costs`` names.
+
+    Raises:
+        ConfigError: Nothing of that name, or it does not fit the model or the GPU; says what there is.
+    """
+    chunk_tokens = int(values["block_tokens"])
+    if source == "roofline":
+        roofline = Roofline(shape=shape, gpu=find_gpu(values["gpu"]))
+        return roofline_costs(roofline, chunk_tokens=chunk_tokens)
+    if source == "published":
+        if measured is None or not measured.is_dir():
+            raise ConfigError(
+                f"--costs published needs --measured, a folder of LLMServingSim's CSV files; got {measured}"
+            )
+        gpu = values["gpu"]
+        if gpu.lower() not in (each.lower() for each in published_gpus(measured)):
+            known = ", ".join(published_gpus(measured)) or "none"
+            raise ConfigError(f"--measured {measured} has no measurements of gpu {gpu!r}; known: {known}")
+        costs = read_published(measured, gpu=gpu, shape=shape, extrapolate=extrapolate)
+        return published_costs(costs, shape, chunk_tokens=chunk_tokens)
+    # Imported here: profiles live beside code that needs the engine's packages.
+    from cacheflow.profiling.profile import load_profile
+
+    return measured_costs(load_profile(Path(source)).costs, shape, path=source, chunk_tokens=chunk_tokens)
+
+
+def find_shape(name: str) -> ModelShape:
+    """The model by name, or from a file.
+
+    Raises:
+        ConfigError: Not known; lists those that are.
+    """
+    return find_model(name)

@@ -1,0 +1,119 @@
+"""The systems that a simulation compares: how each restores, and whom it serves first.
+
+Rivals as their papers and releases describe them, at their best: no inefficiency of an implementation is put in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from cacheflow.errors import UnknownPolicyError
+from cacheflow.plan.batch import BatchPolicy
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.policies.batch_registry import make_batch_policy
+from cacheflow.policies.cacheflow_v1 import CacheFlowV1
+from cacheflow.policies.objective import Objective
+from cacheflow.policies.registry import make_policy
+from cacheflow.sim.granularity import CELLS, COLUMNS, EXACT, MAX_CELLS, ROWS, Grain
+
+GrainOf = Callable[[RestoreProblem], Grain]
+
+
+def _longer_way(problem: RestoreProblem) -> Grain:
+    """What v1 hands over: whole chunks or whole layers, as it chooses on the exact grid."""
+    order = CacheFlowV1().plan(problem).compute_order
+    return COLUMNS if not order or order[0].block_hi == problem.grid.num_blocks else ROWS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """One system.
+
+    Attributes:
+        restore: Name of its restore policy.
+        batch: Name of its batch policy; None for the objective that the operator chose.
+        grain_of: How coarse a grid of its restorations may be.
+        about: One line for people.
+    """
+
+    restore: str
+    batch: str | None
+    grain_of: GrainOf
+    about: str
+
+
+SYSTEMS: Mapping[str, System] = MappingProxyType({
+    "vllm": System(
+        restore="recompute", batch="fcfs", grain_of=lambda _: COLUMNS, about="recomputes what left GPU memory"
+    ),
+    "lmcache": System(
+        restore="load", batch="fcfs", grain_of=lambda _: COLUMNS, about="loads the prefix whole, then prefills"
+    ),
+    "hicache": System(
+        restore="layerwise_load", batch="fcfs", grain_of=lambda _: ROWS,
+        about="loads layer by layer, new tokens behind it",
+    ),
+    "cake": System(restore="cake", batch="fcfs", grain_of=lambda _: COLUMNS, about="chunks from both ends"),
+    "cacheflow_v1": System(
+        restore="cacheflow_v1", batch="longest_first", grain_of=_longer_way,
+        about="chunks or layers from both ends, the link to the largest saving",
+    ),
+    "cacheflow_v2": System(
+        restore="cacheflow_v2", batch="dp", grain_of=lambda _: CELLS, about="one dynamic program over all requests"
+    ),
+    "cacheflow": System(
+        restore="cacheflow", batch=None, grain_of=lambda _: CELLS,
+        about="ours: chunks shared by layers, new tokens behind the load, order by objective",
+    ),
+})  # fmt: skip
+"""By name, in the order of tables and plots."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimPolicy:
+    """A system made ready to run.
+
+    Attributes:
+        name: Of the system.
+        batch: Its batch policy; keeps no state.
+        grain_of: How coarse a grid of one restoration may be.
+    """
+
+    name: str
+    batch: BatchPolicy
+    grain_of: GrainOf
+
+
+def make_system(
+    name: str, *, objective: str = Objective.MEAN_TTFT.value, exact: bool = False, max_cells: int = MAX_CELLS
+) -> SimPolicy:
+    """A system by name.
+
+    Args:
+        name: One of ``SYSTEMS``.
+        objective: What ``cacheflow`` minimises over the requests that wait.
+        exact: Restore on exact grids, one layer and one chunk a cell.
+        max_cells: Cells of a restoration otherwise.
+
+    Raises:
+        UnknownPolicyError: No such system or objective; lists the known ones.
+    """
+    if name not in SYSTEMS:
+        raise UnknownPolicyError(f"policy {name!r} is not known; known are {', '.join(SYSTEMS)}")
+    known = [each.value for each in Objective]
+    if objective not in known:
+        raise UnknownPolicyError(f"objective {objective!r} is not known; known are {', '.join(known)}")
+    system = SYSTEMS[name]
+    return SimPolicy(
+        name=name,
+        batch=make_batch_policy(system.batch or objective, make_policy(system.restore)),
+        grain_of=(lambda _: EXACT) if exact else _limited(system.grain_of, max_cells),
+    )
+
+
+def _limited(grain_of: GrainOf, max_cells: int) -> GrainOf:
+    if max_cells == MAX_CELLS:
+        return grain_of
+    return lambda problem: replace(grain_of(problem), max_cells=max_cells)
