@@ -97,6 +97,12 @@ def read_simulations(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+_LEGEND = (
+    "TTFT: mean time to first token, p50 and p99 of it; TTLT: mean time to last token; in SLO: share of first tokens\n"
+    "in time; GPU, link: busy; loaded, recomp: prefix tokens restored from a store, and recomputed"
+)
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Policies side by side, best mean first to the eye: in bold."""
     first = records[0]
@@ -107,10 +113,18 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
         f"prompts {first['hit_tokens'] / 1e6:.1f}M tokens in GPU memory, {first['new_tokens'] / 1e6:.1f}M new"
     )
     shown = Table(
-        title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        title=title,
+        title_style="bold",
+        title_justify="left",
+        caption=_LEGEND,
+        caption_style="dim",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
     )
     shown.add_column("policy", no_wrap=True)
-    for name in ("TTFT", "p50", "p99", "TTLT", "in time", "GPU", "link", "loaded", "recomp."):
+    for name in ("TTFT", "p50", "p99", "TTLT", "in SLO", "GPU", "link", "loaded", "recomp"):
         shown.add_column(name, justify="right", no_wrap=True)
     best_s = min(each["ttft_mean_s"] for each in records)
     for each in records:
