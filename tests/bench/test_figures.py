@@ -124,3 +124,26 @@ def test_the_command_refuses_an_unknown_figure_in_one_line(tmp_path: Path, capsy
     assert main(["bench", "figures", "--out", str(tmp_path / "out"), "--only", "2"]) == 2
     assert "there is no figure 2; known are 3, 4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_another_figure_in_the_same_folder_leaves_the_first_ones_records(tmp_path: Path):
+    for number in ("3", "6", "3"):
+        assert main(["bench", "figures", "--out", str(tmp_path), "--only", number, "--fast"]) == 0
+    records = read_records(tmp_path / "results.jsonl")
+    assert {record.suite for record in records} == {"figure-3", "figure-6"}
+    assert len({record.to_json() for record in records}) == len(records)
+    assert (
+        main(
+            [
+                "bench",
+                "figures",
+                "--out",
+                str(tmp_path / "x"),
+                "--only",
+                "8",
+                "--results",
+                str(tmp_path / "results.jsonl"),
+            ]
+        )
+        == 2
+    )

@@ -84,6 +84,8 @@ def test_the_same_seed_gives_the_same_records(tmp_path: Path):
         (["--max-cells", "1"], "max_cells is 1"),
         (["--session-rate", "0"], "Poisson.rate_per_s 0.0 must be"),
         (["--repeat", "0"], "--repeat is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--bandwidth-gbps", "inf"], "bandwidth_gbps is inf, must be below"),
         (["--costs", "published"], "--costs published needs --measured"),
         (["--costs", "nowhere.json"], "profile nowhere.json cannot be read"),
         (["--cluster", "nowhere.toml"], "--cluster nowhere.toml cannot be read"),
@@ -133,6 +135,9 @@ def test_a_cluster_file_is_read_and_options_override_it(tmp_path: Path):
         ('{"gpu": 4}', "gpu is 4, must be a name"),
         ("[]", "must be one table"),
         ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"store_gb": Infinity}', "store_gb must be finite"),
+        ('{"host_gb": NaN}', "host_gb must be finite"),
     ],
 )
 def test_a_malformed_cluster_file_is_named(tmp_path: Path, text, reason):

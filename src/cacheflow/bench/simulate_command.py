@@ -134,6 +134,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Setting, Workload]:
     Grain(max_cells=args.max_cells)
     if not 0 < args.slo_ttft_s < float("inf"):
         raise ConfigError(f"--slo-ttft-s is {args.slo_ttft_s}, must be above 0 and finite")
+    if args.seed < 0:
+        raise ConfigError(f"--seed is {args.seed}, must be 0 or more")
     values = cluster_values(args.cluster, _overrides(args))
     shape = find_shape(values["model"])
     costs = find_costs(args.costs, values, shape, measured=args.measured, extrapolate=args.extrapolate)

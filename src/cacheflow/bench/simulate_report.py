@@ -91,7 +91,7 @@ def read_simulations(path: Path) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    found = [each for each in records if isinstance(each, dict) and each.get("suite") == SUITE]
+    found = [each for each in records if isinstance(each, dict) and each.get("suite") == SUITE and "policy" in each]
     if not found:
         raise ConfigError(f"{path} holds no simulation; run `cacheflow simulate --out` first")
     return found

@@ -41,6 +41,8 @@ MEMORY_SHARE = 0.9
 """Share of a GPU's memory that an engine uses, weights included (vLLM's default)."""
 PUBLISHED_MEMORY_GB = {"rtxpro6000": 96, "rtx4090": 24}
 """Memory of GPUs that have published measurements but no peaks here."""
+GREATEST = 1e15
+"""No number of a cluster file is as great; it is there for slips, and for what no float holds."""
 DEFAULT_HOST_GBPS = 256.0
 """PCIe 4 x16, for GPUs whose host link is not known."""
 
@@ -59,7 +61,7 @@ def _read_cluster(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--cluster {path} cannot be read: {error}") from error
     if not isinstance(values, dict) or values.keys() - CLUSTER_DEFAULTS.keys():
         raise ConfigError(f"--cluster {path} must be one table with the keys {', '.join(CLUSTER_DEFAULTS)}")
@@ -69,6 +71,8 @@ def _read_cluster(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"--cluster {path}: {key} is {value!r}, must be a {'name' if key in TEXT_KEYS else 'number'}"
             )
+        if isinstance(value, int | float) and key != "store_gbps" and not abs(value) < GREATEST:
+            raise ConfigError(f"--cluster {path}: {key} must be finite and below {GREATEST:g}")
     return values
 
 
@@ -81,6 +85,8 @@ def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: flo
     for key in ("num_replicas", "block_tokens", "max_num_seqs", "kv_tokens"):
         if values[key] is not None and not (float(values[key]).is_integer() and values[key] >= 1):
             raise ConfigError(f"{key} is {values[key]}, must be a whole number of at least 1")
+    if not values["bandwidth_gbps"] < GREATEST:
+        raise ConfigError(f"bandwidth_gbps is {values['bandwidth_gbps']:g}, must be below {GREATEST:g}")
     for key, least in (("bandwidth_gbps", 0), ("store_gbps", 0), ("host_gbps", 0)):
         if values[key] is not None and not values[key] > least:
             raise ConfigError(f"{key} is {values[key]:g}, must be above 0")

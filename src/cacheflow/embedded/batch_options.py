@@ -39,5 +39,7 @@ class BatchOptions:
             raise UnknownPolicyError(f"objective {self.objective!r} is not one of {', '.join(BATCH_POLICY_NAMES)}")
         for key in ("starvation_s", "recompute_budget_ms", "itl_slo_ms", "kv_capacity_tokens"):
             value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{key} is {value}, must be above 0")
+            if value is None and key in ("itl_slo_ms", "kv_capacity_tokens"):
+                continue
+            if not isinstance(value, int | float) or not value > 0:
+                raise ConfigError(f"{key} is {value!r}, must be a number above 0")

@@ -83,8 +83,10 @@ class ConcurrentBatch:
 
         Raises:
             PromptError: The prompt cannot be served, or needs more memory than ``kv_capacity_tokens``.
-            ConfigError: The session has a request here already, or the batch is closed.
+            ConfigError: The session has a request here already, or is another engine's; ``deadline_s`` is no number of
+                seconds above 0; or the batch is closed.
         """
+        _check(self._engine, session, deadline_s)
         with self._lock:
             if session in self._busy:
                 raise ConfigError("this session has a request in the batch already; wait for its reply")
@@ -129,9 +131,11 @@ class ConcurrentBatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Wait for every reply, unless an exception ends the batch; then close."""
-        if kind is None:
-            self._executor.drain()
-        self.close()
+        try:
+            if kind is None:
+                self._executor.drain()
+        finally:  # also when waiting is interrupted
+            self.close()
 
     def _answered(self, ticket: Ticket, turn: SubmittedTurn, ended: Future[BatchOutcome], *, save: bool) -> None:
         """Note the turn in its session and start its save, on the compute thread; the reply comes from another."""
@@ -165,3 +169,11 @@ class ConcurrentBatch:
     def _free(self, session: Session) -> None:
         with self._lock:
             self._busy.discard(session)
+
+
+def _check(engine: SessionHost, session: Session, deadline_s: float | None) -> None:
+    """Refuse what would harm others of the batch."""
+    if not isinstance(session, Session) or not session.is_of(engine):
+        raise ConfigError("the session is not one of this engine's: its KV would be saved under another model's key")
+    if deadline_s is not None and not (isinstance(deadline_s, int | float) and 0 < deadline_s < float("inf")):
+        raise ConfigError(f"deadline_s is {deadline_s!r}, must be above 0 seconds and finite, or None")

@@ -197,7 +197,11 @@ class Engine:
         )
         if not self._in_batch.acquire(blocking=False):
             raise ConfigError("this engine has an open batch; close it first")
-        return ConcurrentBatch(self, options, on_close=self._in_batch.release)
+        try:
+            return ConcurrentBatch(self, options, on_close=self._in_batch.release)
+        except BaseException:
+            self._in_batch.release()
+            raise
 
     def problem(self, grid: Grid) -> RestoreProblem:
         """What restoring a grid costs by the engine's profile.

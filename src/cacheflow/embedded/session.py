@@ -44,6 +44,10 @@ class Session:
         self._chunk_ends: tuple[int, ...] = ()
         self._evicted_ends: tuple[int, ...] = ()
 
+    def is_of(self, engine: SessionHost) -> bool:
+        """Whether an engine made it."""
+        return self._engine is engine
+
     @property
     def chunk_ends(self) -> tuple[int, ...]:
         """Boundaries of the chunks whose prefill-made KV is in memory."""

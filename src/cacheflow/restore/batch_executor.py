@@ -117,9 +117,11 @@ class BatchExecutor(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Wait for every request, unless an exception ends the batch; then close."""
-        if kind is None:
-            self.drain()
-        self.close()
+        try:
+            if kind is None:
+                self.drain()
+        finally:  # also when waiting is interrupted
+            self.close()
 
     def _wake(self) -> None:
         with self._jobs.changed:

@@ -67,6 +67,8 @@ class ClusterConfig:
         ):  # fmt: skip
             if not least <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"cluster: {name} is {getattr(self, name)}, must be at least {least}, and finite")
+        if self.nic_bytes_per_s == float("inf"):
+            raise ConfigError("cluster: nic_bytes_per_s is inf, must be finite: a link has a bandwidth")
         for name in (
             "nic_bytes_per_s", "store_bytes_per_s", "host_bytes_per_s", "recompute_budget_s", "slo_ttft_s",
         ):  # fmt: skip

@@ -16,6 +16,7 @@ from cacheflow.bench.figures.gains import Gain, gains
 from cacheflow.bench.figures.record import FigureRecord, read_records, write_records
 from cacheflow.bench.figures.registry import FIGURES, find_figures
 from cacheflow.bench.options import int_list, make_folder
+from cacheflow.errors import ConfigError
 
 RESULTS = "results.jsonl"
 
@@ -39,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     make_folder("--out", args.out)
     if args.results is None:
         _simulate(figures, args.out / RESULTS, fast=args.fast, console=console)
-        records = read_records(args.out / RESULTS)
-    else:
-        suites = {figure.suite for figure in figures}
-        records = [record for record in read_records(args.results) if record.suite in suites]
+    suites = {figure.suite for figure in figures}
+    source = args.results or args.out / RESULTS
+    records = [record for record in read_records(source) if record.suite in suites]
+    if not records:
+        raise ConfigError(f"{source} holds no record of figures {', '.join(str(each.number) for each in figures)}")
     console.print(gains_table(figures, records))
     if find_spec("matplotlib") is None:
         console.print("No pictures: matplotlib is missing. pip install 'cacheflow-kv\\[plots]'")
@@ -53,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _simulate(figures: Sequence[Figure], path: Path, *, fast: bool, console: Console) -> None:
-    """Write the file anew after each figure, so that what is done is kept."""
-    records: list[FigureRecord] = []
+    """Write the file anew after each figure, so that what is done is kept; records of other figures stay."""
+    suites = {figure.suite for figure in figures}
+    records = [record for record in read_records(path) if record.suite not in suites] if path.exists() else []
     for figure in figures:
         console.print(f"Figure {figure.number}: {figure.title}", style="dim", soft_wrap=True)
         records += figure.records(fast)

@@ -163,7 +163,9 @@ def write_records(path: Path, records: Sequence[FigureRecord]) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    path.write_text("".join(f"{record.to_json()}\n" for record in records), encoding="utf-8")
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{record.to_json()}\n" for record in records), encoding="utf-8")
+    part.replace(path)
 
 
 def read_records(path: Path) -> list[FigureRecord]:
