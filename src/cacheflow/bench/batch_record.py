@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cacheflow.bench.record import Environment
+from cacheflow.bench.results_file import append_line, read_lines
 from cacheflow.errors import ConfigError
 
 SUITE = "batch"
@@ -212,13 +212,7 @@ def append_batch_record(path: Path, record: BatchRecord) -> None:
     Raises:
         OSError: The folder does not exist or the file cannot be written.
     """
-    line = (record.to_json() + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        if os.write(descriptor, line) != len(line):
-            raise OSError(f"{path}: only part of a record was written; remove the last line before going on")
-    finally:
-        os.close(descriptor)
+    append_line(path, record.to_json())
 
 
 def read_batch_records(path: Path) -> list[BatchRecord]:
@@ -227,15 +221,4 @@ def read_batch_records(path: Path) -> list[BatchRecord]:
     Raises:
         ConfigError: The file cannot be read, or a line is malformed; the message names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"results file {path} cannot be read: {error}") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                records.append(BatchRecord.from_json(line))
-            except ConfigError as error:
-                raise ConfigError(f"{path}, line {number}: {error}") from error
-    return records
+    return read_lines(path, BatchRecord.from_json)

@@ -11,12 +11,13 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cacheflow.bench.results_file import append_line, read_lines
 from cacheflow.errors import ConfigError
 
 Environment = Mapping[str, str | int | float | None]
@@ -178,13 +179,7 @@ def append_record(path: Path, record: RestoreRecord) -> None:
     Raises:
         OSError: The folder does not exist or the file cannot be written.
     """
-    line = (record.to_json() + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        if os.write(descriptor, line) != len(line):
-            raise OSError(f"{path}: only part of a record was written; remove the last line before going on")
-    finally:
-        os.close(descriptor)
+    append_line(path, record.to_json())
 
 
 def read_records(path: Path) -> list[RestoreRecord]:
@@ -193,20 +188,7 @@ def read_records(path: Path) -> list[RestoreRecord]:
     Raises:
         ConfigError: The file cannot be read, or a line is malformed; the message names the line.
     """
-    return list(_iter_records(path))
-
-
-def _iter_records(path: Path) -> Iterator[RestoreRecord]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"results file {path} cannot be read: {error}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                yield RestoreRecord.from_json(line)
-            except ConfigError as error:
-                raise ConfigError(f"{path}, line {number}: {error}") from error
+    return read_lines(path, RestoreRecord.from_json)
 
 
 def environment(*, accelerator: str | None = None, num_threads: int | None = None) -> dict[str, str | int | None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheflow.bench.record import RestoreRecord
+from cacheflow.bench.results_file import read_lines
 from cacheflow.errors import ConfigError
 
 SUITE = "vllm"
@@ -74,18 +75,10 @@ def read_vllm_records(path: Path) -> list[VllmRecord]:
     Raises:
         ConfigError: The file cannot be read, or a line is malformed; the message names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"results file {path} cannot be read: {error}") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if f'"suite": "{SUITE}"' not in line:
-            continue
-        try:
-            record = VllmRecord.from_json(line)
-        except ConfigError as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from error
+
+    def parse(line: str) -> VllmRecord:
+        record = VllmRecord.from_json(line)
         assert isinstance(record, VllmRecord)
-        records.append(record)
-    return records
+        return record
+
+    return read_lines(path, parse, wanted=lambda line: f'"suite": "{SUITE}"' in line)

@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cacheflow.bench.results_file import read_lines
 from cacheflow.errors import ConfigError
 
 PROBABILITIES = (0.01, 0.05, *(step / 10 for step in range(1, 10)), 0.95, 0.99)
@@ -174,17 +175,7 @@ def read_records(path: Path) -> list[FigureRecord]:
     Raises:
         ConfigError: The file cannot be read, or a line is malformed; the message names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"results file {path} cannot be read: {error}") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(FigureRecord.from_json(line))
-        except ConfigError as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from error
-    return records
+    return read_lines(path, FigureRecord.from_json)
 
 
 def _short(value: object) -> object:
