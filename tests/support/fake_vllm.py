@@ -25,8 +25,8 @@ class FakeVllm(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path == "/reset_prefix_cache":
             self.seen.append("evict")
-            self._answer(json.dumps({"success": not FakeVllm.held}).encode())
-            FakeVllm.held = False
+            held, FakeVllm.held = FakeVllm.held, False  # before the answer: the client's next request may be held again
+            self._answer(json.dumps({"success": not held}).encode())
             return
         asked = json.loads(body)
         self.seen.append(f"complete {len(asked['prompt'])}")
