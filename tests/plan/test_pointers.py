@@ -12,7 +12,7 @@ from cacheflow.plan.bound import bound
 from cacheflow.plan.cells import Cell
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import Share, SuffixStart
-from cacheflow.plan.pointers import ClaimKind, RestoreState
+from cacheflow.plan.pointers import SUFFIX_CLAIM_S, ClaimKind, RestoreState
 from cacheflow.plan.rates import LiveRates
 from cacheflow.types import LoadOutcome
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
@@ -198,3 +198,17 @@ def test_rates_follow_the_hardware_and_refuse_nonsense():
     assert rates.compute_factor == pytest.approx(2.0, rel=0.1)
     with pytest.raises(ValueError, match="above 0"):
         LiveRates(bytes_per_s=0)
+
+
+def test_new_tokens_are_claimed_in_short_pieces_once_the_prefix_is_there():
+    problem = transformer_problem(num_tokens=0, suffix_tokens=1000)
+    assert 2 * problem.suffix_B[0] < SUFFIX_CLAIM_S < problem.suffix_s / 5, "several pieces of several blocks"
+    state = RestoreState(problem, shared_plan(problem), LiveRates(bytes_per_s=problem.link.bytes_per_s))
+    ends = [0]
+    while (claim := state.claim_compute(0.0)).kind is ClaimKind.SUFFIX:
+        assert claim.block_lo == ends[-1]
+        assert claim.predicted_s <= SUFFIX_CLAIM_S or claim.block_hi == claim.block_lo + 1
+        ends.append(claim.block_hi)
+        state.complete_compute(claim, actual_s=claim.predicted_s)
+    assert ends[-1] == problem.grid.num_blocks
+    assert claim.kind is ClaimKind.DONE

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
 from cacheflow.plan.plan import Choice, SuffixStart
 from cacheflow.policies.cacheflow import CacheFlow
@@ -71,3 +72,28 @@ def test_interference_slows_compute_only_while_the_link_is_busy():
     problem = equal_blocks(load_ratio=1e-6, suffix_s=0.5)
     idle, busy = (CacheFlow(interference=factor).plan(problem).predicted.ttft_s for factor in (1.0, 3.0))
     assert busy == pytest.approx(idle, rel=1e-3)
+
+
+def test_the_guard_leaves_a_prompt_to_the_engines_own_prefill_where_nothing_is_sooner():
+    problem = equal_blocks(load_ratio=1.0, suffix_s=0.05)
+    hybrid_s = CacheFlow().plan(problem).predicted.ttft_s
+    own = CacheFlow().plan(replace(problem, prefill_s=hybrid_s * 0.9))
+    assert own.left_to_prefill
+    assert own.guard.choice is Choice.PREFILL
+    assert own.guard.without_loading_s == pytest.approx(hybrid_s * 0.9)
+    assert own.guard.reason.startswith(f"prefill: it takes {hybrid_s * 900:.1f} ms")
+    slower = CacheFlow().plan(replace(problem, prefill_s=hybrid_s * 1.1))
+    assert slower.guard.choice is Choice.HYBRID
+    assert not slower.left_to_prefill
+
+
+def test_recomputing_in_chunks_stays_a_choice_where_it_is_sooner_than_the_prefill():
+    problem = equal_blocks(load_ratio=1e4, kv_share=0.1)
+    plan = CacheFlow().plan(replace(problem, prefill_s=problem.recompute_s * 1.05))
+    assert plan.guard.choice is Choice.RECOMPUTE
+    assert not plan.left_to_prefill
+
+
+def test_a_prefill_that_takes_no_possible_time_is_refused():
+    with pytest.raises(ConfigError, match="prefill_s is -1"):
+        replace(equal_blocks(), prefill_s=-1.0)

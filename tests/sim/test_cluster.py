@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cacheflow.errors import ConfigError, TraceError, UnknownPolicyError
 from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.bound import bound
-from cacheflow.plan.grid import Grid
+from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
@@ -39,8 +39,12 @@ def test_a_restoration_on_an_idle_replica_takes_what_the_device_takes(policy, nu
     requests = [ask(0, prompt), flush(1, 1000), ask(2, (*prompt[:-1], 5000, 5001), arrival_s=2 * LONG_S)]
     _, served = serve(requests, policy=policy)
     system, costs = make_system(policy), tiny_costs()
-    grid = Grid.regular(
-        num_tokens=num_blocks * TOKENS, chunk_tokens=TOKENS, num_blocks=SHAPE.num_layers, suffix_tokens=2 * TOKENS - 1
+    known, end = num_blocks * TOKENS, (num_blocks + 2) * TOKENS - 1
+    known = 0 if policy == "vllm" else known
+    grid = Grid(
+        chunk_ends=regular_ends(0, known, TOKENS),
+        num_blocks=SHAPE.num_layers,
+        suffix_ends=regular_ends(known, end, CONFIG.pass_tokens),
     )
     link = LinkCost(bytes_per_s=CONFIG.nic_bytes_per_s, latency_s=CONFIG.nic_latency_s)
     exact = costs.problem(grid, link=link)
@@ -55,7 +59,7 @@ def test_a_restoration_on_an_idle_replica_takes_what_the_device_takes(policy, nu
     device.submit(0, problem, done.append)
     loop.run()
     ttft_s = served[2].first_token_at_s - served[2].arrival_s
-    assert served[2].restored_tokens == num_blocks * TOKENS
+    assert served[2].restored_tokens == known
     assert ttft_s == pytest.approx(done[0].first_token_at_s, rel=1e-9)
     assert ttft_s >= bound(exact).ttft_s * (1 - 1e-9)
     if policy == "cacheflow" and num_blocks > 1:
@@ -222,3 +226,34 @@ def test_errors_at_the_door():
     for name in ("num_replicas", "kv_tokens", "nic_bytes_per_s", "recompute_budget_s"):
         with pytest.raises(ConfigError, match=name):
             replace(CONFIG, **{name: 0})
+
+
+class _DearChunks:
+    """The costs of a model whose chunks are dear beside longer passes, as a mixture of experts' are."""
+
+    def __init__(self, costs, *, pass_saving: float):
+        self._costs, self._saving = costs, pass_saving
+
+    def __getattr__(self, name):
+        return getattr(self._costs, name)
+
+    def problem(self, grid, *, link):
+        exact = self._costs.problem(grid, link=link)
+        cheap = self._saving if grid.suffix_tokens > CONFIG.block_tokens * 2 else 1.0
+        return replace(exact, suffix_B=exact.suffix_B * cheap)
+
+
+@pytest.mark.parametrize("policy", ["cacheflow", "cake"])
+def test_ours_leaves_a_prompt_to_the_engines_own_prefill_where_that_is_sooner(policy):
+    prompt = tuple(range(40))
+    requests = [ask(0, prompt), flush(1, 1000), ask(2, prompt, arrival_s=2 * LONG_S)]
+    ttfts_s = {}
+    for saving in (1.0, 0.01):
+        costs = _DearChunks(tiny_costs(), pass_saving=saving)
+        _, served = serve(requests, policy=policy, costs=costs)
+        ttfts_s[saving] = served[2].first_token_at_s - served[2].arrival_s
+        left = policy == "cacheflow" and saving < 1.0
+        assert served[2].restored_tokens == (0 if left else 39 * TOKENS)
+        assert (served[2].loaded_bytes == 0) is left
+    if policy == "cacheflow":
+        assert ttfts_s[0.01] < 0.1 * ttfts_s[1.0]

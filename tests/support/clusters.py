@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cacheflow.plan.roofline import GpuPeaks, Roofline
 from cacheflow.sim.cluster import Cluster, ClusterConfig
-from cacheflow.sim.costs import ChunkCosts, roofline_costs
+from cacheflow.sim.costs import ChunkCosts, ModelCosts, roofline_costs
 from cacheflow.sim.policies import make_system
 from cacheflow.sim.replica import Served
 from cacheflow.types import ModelShape
@@ -78,10 +78,15 @@ def mixed_requests(count: int, *, seed: int = 0, rate_per_s: float = 20.0) -> li
 
 
 def serve(
-    requests: Iterable[TraceRequest], *, policy: str = "cacheflow", config: ClusterConfig = CONFIG, **changes
+    requests: Iterable[TraceRequest],
+    *,
+    policy: str = "cacheflow",
+    config: ClusterConfig = CONFIG,
+    costs: ModelCosts | None = None,
+    **changes,
 ) -> tuple[Cluster, dict[int, Served]]:
     """Run a cluster to the end; what was served, by request."""
-    cluster = Cluster(replace(config, **changes), tiny_costs(), make_system(policy))
+    cluster = Cluster(replace(config, **changes), costs or tiny_costs(), make_system(policy))
     served: dict[int, Served] = {}
     cluster.run(requests, lambda each: served.__setitem__(each.request.request_id, each))
     return cluster, served

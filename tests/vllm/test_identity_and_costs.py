@@ -73,16 +73,21 @@ def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_p
     from cacheflow.vllm.identity import cost_identity
 
     identity = cost_identity(tiny.handle, fingerprint="f")
-    costs = calibrate(forward, tiny.layout, identity=identity, chunk_tokens=256, max_tokens=2048, budget_s=3.0)
+    costs = calibrate(
+        forward, tiny.layout, identity=identity, chunk_tokens=256, pass_tokens=1024, max_tokens=2048, budget_s=3.0
+    )
     (grid,) = costs.kinds.values()
     assert grid.full_s(1, 0) <= grid.full_s(256, 0)
     assert grid.kv_only_s(256, 1024) < grid.full_s(256, 1024)
     assert grid.full_s(256, 2048) >= grid.full_s(256, 1792)
     assert costs.head_s > 0
+    assert costs.engine_pass is not None
+    assert costs.engine_pass.pass_tokens == 1024
     assert not tiny.gather(list(range(tiny.layout.num_blocks - 18, tiny.layout.num_blocks))).any()
 
-    path = profile_path(tmp_path, identity, chunk_tokens=256)
-    assert path != profile_path(tmp_path, identity, chunk_tokens=512)
+    path = profile_path(tmp_path, identity, chunk_tokens=256, pass_tokens=1024)
+    assert path != profile_path(tmp_path, identity, chunk_tokens=512, pass_tokens=1024)
+    assert path != profile_path(tmp_path, identity, chunk_tokens=256, pass_tokens=2048)
     with pytest.raises(ProfileError, match="No such file"):
         load_costs(path, identity)
     save_costs(costs, path)
@@ -101,10 +106,13 @@ def test_a_spent_budget_extends_the_far_end(tiny, forward):
     from cacheflow.vllm.identity import cost_identity
 
     identity = cost_identity(tiny.handle, fingerprint="f")
-    costs = calibrate(forward, tiny.layout, identity=identity, chunk_tokens=128, max_tokens=2048, budget_s=1e-6)
+    costs = calibrate(
+        forward, tiny.layout, identity=identity, chunk_tokens=128, pass_tokens=64, max_tokens=2048, budget_s=1e-6
+    )
     (grid,) = costs.kinds.values()
     near, far = (grid.full_s(128, offset) for offset in (grid.offsets[1], 2048))
     assert far >= near > 0
+    assert costs.engine_pass is None, "passes no longer than a chunk"
 
 
 @ONE

@@ -28,6 +28,7 @@ CLUSTER_DEFAULTS: dict[str, Any] = {
     "host_gbps": None,
     "kv_tokens": None,
     "block_tokens": 512,
+    "pass_tokens": 2048,
     "max_num_seqs": 256,
     "recompute_budget_s": 0.05,
     "router": "affinity",
@@ -82,7 +83,7 @@ def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: flo
     Raises:
         ConfigError: A value is out of range, or the weights do not leave room for keys and values.
     """
-    for key in ("num_replicas", "block_tokens", "max_num_seqs", "kv_tokens"):
+    for key in ("num_replicas", "block_tokens", "pass_tokens", "max_num_seqs", "kv_tokens"):
         if values[key] is not None and not (float(values[key]).is_integer() and values[key] >= 1):
             raise ConfigError(f"{key} is {values[key]}, must be a whole number of at least 1")
     if not values["bandwidth_gbps"] < GREATEST:
@@ -102,6 +103,7 @@ def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: flo
         host_tokens=int(values["host_gb"] * 1e9 / token_bytes),
         host_bytes_per_s=_host_gbps(values) * 1e9 / 8,
         block_tokens=int(values["block_tokens"]),
+        pass_tokens=int(values["pass_tokens"]),
         max_num_seqs=int(values["max_num_seqs"]),
         recompute_budget_s=values["recompute_budget_s"],
         router=values["router"],

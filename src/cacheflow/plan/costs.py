@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.cost_grid import CostGrid
-from cacheflow.plan.grid import Grid
+from cacheflow.plan.engine_pass import EnginePass
+from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds
 from cacheflow.types import ModelShape
 
@@ -91,6 +93,7 @@ class CostTable:
         head_s: Seconds of final norm, LM head and choice of the first token.
         call_overhead_s: Seconds a layer's call costs however little it does; contained in every cost above.
         golden: Queries with known answers, checked here.
+        engine_pass: The passes of the engine's own prefill; None where it has none but the chunks.
     """
 
     identity: CostIdentity
@@ -99,6 +102,7 @@ class CostTable:
     head_s: float
     call_overhead_s: float = 0.0
     golden: tuple[GoldenPoint, ...] = ()
+    engine_pass: EnginePass | None = None
 
     def __post_init__(self) -> None:
         """Check the table against itself.
@@ -137,6 +141,7 @@ class CostTable:
             "head_s": self.head_s,
             "call_overhead_s": self.call_overhead_s,
             "golden": [asdict(point) for point in self.golden],
+            "engine_pass": None if self.engine_pass is None else self.engine_pass.to_dict(),
         }
 
     @classmethod
@@ -157,9 +162,24 @@ class CostTable:
                 head_s=float(data["head_s"]),
                 call_overhead_s=float(data["call_overhead_s"]),
                 golden=tuple(GoldenPoint(**point) for point in data["golden"]),
+                engine_pass=EnginePass.from_dict(data["engine_pass"]) if data.get("engine_pass") else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ProfileError(f"cost table: malformed ({type(error).__name__}: {error})") from error
+
+
+def prefill_s(table: CostTable, *, start: int, end: int) -> float | None:
+    """Seconds the engine's own prefill takes from one token to another, head left out; None without own passes.
+
+    Raises:
+        CostRangeError: A chunk lies outside the measured range.
+    """
+    if table.engine_pass is None or end <= start:
+        return None if table.engine_pass is None else 0.0
+    cuts = (start, *regular_ends(start, end, table.engine_pass.chunk_tokens))
+    chunks_s = float(_layer_costs(table, list(pairwise(cuts)))[0].sum())
+    # Never less than nothing, whatever noise was measured.
+    return max(0.0, chunks_s - table.engine_pass.saves_s(end - start))
 
 
 def build_problem(

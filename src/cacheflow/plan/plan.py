@@ -36,6 +36,8 @@ class Choice(Enum):
     HYBRID = "hybrid"
     RECOMPUTE = "recompute"
     LOAD = "load"
+    PREFILL = "prefill"
+    """Nothing is restored: the engine's own prefill, in its own passes, is sooner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +59,28 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuardDecision:
-    """Why a plan is a hybrid, or one of the pure ways; the three predictions are times to first token."""
+    """Why a plan is a hybrid, or one of the pure ways; the predictions are times to first token.
+
+    Attributes:
+        choice: What is to be done.
+        reason: The same for people, with the numbers.
+        hybrid_s: Of the best hybrid.
+        recompute_s: Of recomputing everything, in the chunks of the grid.
+        load_s: Of loading everything.
+        prefill_s: Of the engine's own prefill; None where it has no passes of its own.
+    """
 
     choice: Choice
     reason: str
     hybrid_s: float
     recompute_s: float
     load_s: float
+    prefill_s: float | None = None
+
+    @property
+    def without_loading_s(self) -> float:
+        """The better of recomputing and prefilling."""
+        return self.recompute_s if self.prefill_s is None else min(self.recompute_s, self.prefill_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,3 +114,8 @@ class RestorePlan:
     kv_only_top: bool = True
     bottom_row_by_compute: bool = False
     guard: GuardDecision | None = None
+
+    @property
+    def left_to_prefill(self) -> bool:
+        """Whether nothing should be restored: the driver hands prefix and new tokens to the engine's own prefill."""
+        return self.guard is not None and self.guard.choice is Choice.PREFILL

@@ -23,6 +23,8 @@ from cacheflow.plan.remaining import Remaining, expected_left_s, remaining
 from cacheflow.plan.take_back import take_back
 from cacheflow.types import LoadOutcome
 
+SUFFIX_CLAIM_S = 0.05
+"""New tokens are claimed so many seconds of blocks at once, so that a request that comes first waits no longer."""
 MAX_FAILED_IN_ROW = 4
 """After this many failed reads in a row the link counts as down and compute restores the rest."""
 
@@ -162,8 +164,11 @@ class RestoreState:
             return None
         block_lo = block_hi = p.suffix_next
         limit = p.board.num_blocks if self.restored else min(block_lo + 1, p.board.num_blocks)
+        end_s = p.suffix_from_s(block_lo) - SUFFIX_CLAIM_S
         while block_hi < limit and p.board.row_resident(block_hi):
             block_hi += 1
+            if block_hi < limit and p.suffix_from_s(block_hi + 1) < end_s:
+                break
         if block_hi == block_lo:
             return None
         p.suffix_next = block_hi

@@ -58,6 +58,8 @@ class RestoreProblem:
         link: The link the bytes come over.
         suffix_B: Seconds to run all suffix tokens through each block, prefix resident; zeros without a suffix.
         head_s: Seconds for the final norm, LM head and sampling of the first token; 0 without a suffix.
+        prefill_s: Seconds to the end of the same work, prefix and suffix, by the engine's own prefill, which restores
+            nothing and takes passes of its own; None where it has no other than the chunks of this grid.
     """
 
     grid: Grid
@@ -67,6 +69,7 @@ class RestoreProblem:
     link: LinkCost
     suffix_B: Seconds = field(default_factory=lambda: np.zeros(0))
     head_s: float = 0.0
+    prefill_s: float | None = None
 
     def __post_init__(self) -> None:
         """Check shapes and signs.
@@ -89,6 +92,8 @@ class RestoreProblem:
                 raise ConfigError(f"{name} holds a negative or non-finite cost")
         if self.head_s < 0:
             raise ConfigError(f"head_s is {self.head_s}, must be 0 or more")
+        if self.prefill_s is not None and not 0 <= self.prefill_s < float("inf"):
+            raise ConfigError(f"prefill_s is {self.prefill_s}, must be 0 or more and finite")
 
     @property
     def suffix_s(self) -> float:

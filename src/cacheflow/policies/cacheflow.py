@@ -64,7 +64,7 @@ class CacheFlow:
         mixed = self._best_mixed(problem)
         hybrid = mixed if mixed.predicted.ttft_s < load.predicted.ttft_s else load
         guard = _guard(problem, hybrid, load)
-        if guard.choice is Choice.RECOMPUTE:
+        if guard.choice in (Choice.RECOMPUTE, Choice.PREFILL):
             return _recompute_plan(self.name, problem, guard)
         return _shared_plan(self.name, problem, hybrid, guard)
 
@@ -108,10 +108,11 @@ def _earliest(candidates: list[_Candidate]) -> _Candidate:
 
 def _guard(problem: RestoreProblem, hybrid: _Candidate, load: _Candidate) -> GuardDecision:
     hybrid_s, load_s = hybrid.predicted.ttft_s, load.predicted.ttft_s
-    recompute_s = problem.recompute_s + problem.suffix_s
-    if hybrid_s > recompute_s * (1 - MIN_GAIN) - MIN_GAIN_S:
-        choice = Choice.RECOMPUTE
-        why = f"it takes {_ms(recompute_s)}, the best hybrid {_ms(hybrid_s)}: not {MIN_GAIN:.0%} and 1 ms sooner"
+    recompute_s, prefill_s = problem.recompute_s + problem.suffix_s, problem.prefill_s
+    least_s = recompute_s if prefill_s is None else min(recompute_s, prefill_s)
+    if hybrid_s > least_s * (1 - MIN_GAIN) - MIN_GAIN_S:
+        choice = Choice.RECOMPUTE if least_s == recompute_s else Choice.PREFILL
+        why = f"it takes {_ms(least_s)}, the best hybrid {_ms(hybrid_s)}: not {MIN_GAIN:.0%} and 1 ms sooner"
     elif not hybrid.levels_K.any():
         choice = Choice.LOAD
         why = f"recomputing anything would not end before the load alone ({_ms(load_s)}; recompute {_ms(recompute_s)})"
@@ -128,6 +129,7 @@ def _guard(problem: RestoreProblem, hybrid: _Candidate, load: _Candidate) -> Gua
         hybrid_s=hybrid_s,
         recompute_s=recompute_s,
         load_s=load_s,
+        prefill_s=prefill_s,
     )
 
 

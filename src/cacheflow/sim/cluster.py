@@ -34,6 +34,7 @@ class ClusterConfig:
         host_bytes_per_s: Bandwidth from host memory to the GPU.
         host_latency_s: Its latency.
         block_tokens: Tokens of a prefix block, and of a chunk.
+        pass_tokens: Most tokens of one pass of prefill (vLLM's ``max_num_batched_tokens``).
         max_num_seqs: Requests a replica runs at once.
         recompute_budget_s: Seconds of restoring and prefilling after which decoding requests get a token.
         router: Name of the router.
@@ -50,6 +51,7 @@ class ClusterConfig:
     host_bytes_per_s: float = 64e9
     host_latency_s: float = 2e-5
     block_tokens: int = 512
+    pass_tokens: int = 2048
     max_num_seqs: int = 256
     recompute_budget_s: float = 0.05
     router: str = "affinity"
@@ -62,8 +64,8 @@ class ClusterConfig:
             ConfigError: One is out of range; names it.
         """
         for name, least in (
-            ("num_replicas", 1), ("kv_tokens", 1), ("block_tokens", 1), ("max_num_seqs", 1), ("store_tokens", 0),
-            ("host_tokens", 0), ("nic_latency_s", 0), ("host_latency_s", 0),
+            ("num_replicas", 1), ("kv_tokens", 1), ("block_tokens", 1), ("pass_tokens", 1), ("max_num_seqs", 1),
+            ("store_tokens", 0), ("host_tokens", 0), ("nic_latency_s", 0), ("host_latency_s", 0),
         ):  # fmt: skip
             if not least <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"cluster: {name} is {getattr(self, name)}, must be at least {least}, and finite")
@@ -104,6 +106,7 @@ class ClusterConfig:
         return ReplicaSpec(
             kv_blocks=self.kv_blocks,
             block_tokens=self.block_tokens,
+            pass_tokens=self.pass_tokens,
             store_link=LinkCost(bytes_per_s=self.nic_bytes_per_s, latency_s=self.nic_latency_s),
             host_link=LinkCost(bytes_per_s=self.host_bytes_per_s, latency_s=self.host_latency_s),
             host_blocks=self.host_tokens // self.block_tokens,

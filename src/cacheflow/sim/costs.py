@@ -46,6 +46,10 @@ class ModelCosts(Protocol):
         """
         ...
 
+    def longest_pass(self, num_tokens: int) -> int:
+        """Tokens of the longest prefill pass of at most ``num_tokens`` that these costs hold."""
+        ...
+
     def decode_step_s(self, num_requests: int, context_tokens: int) -> float:
         """Seconds of one step in which every request decodes one token; ``context_tokens`` is the sum over them.
 
@@ -62,6 +66,8 @@ class ChunkSource(Protocol):
     """Index of each layer's kind, bottom first."""
     head_s: float
     """Final norm, LM head and choice of the first token."""
+    most_tokens: float
+    """Tokens of the longest chunk it prices."""
 
     def layer_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
         """Seconds of one layer of each kind, in full and for keys and values alone; both ``(len(tokens), N)``."""
@@ -95,6 +101,10 @@ class ChunkCosts:
         self._source, self.chunk_tokens = source, chunk_tokens
         num_kinds = int(source.kind_L.max()) + 1
         self._full_KN, self._kv_only_KN = np.zeros((0, num_kinds)), np.zeros((0, num_kinds))
+
+    def longest_pass(self, num_tokens: int) -> int:
+        """See ``ModelCosts``."""
+        return int(min(num_tokens, self._source.most_tokens))
 
     def problem(self, grid: Grid, *, link: LinkCost) -> RestoreProblem:
         """See ``ModelCosts``."""
@@ -152,6 +162,7 @@ class RooflineSource:
         self._roofline = roofline
         self.kind_L: Tokens = np.zeros(roofline.shape.num_layers, dtype=np.int64)
         self.head_s = roofline.head_s()
+        self.most_tokens = float("inf")
         self.decode_step_s = roofline.decode_s
 
     def layer_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
@@ -174,6 +185,7 @@ class MeasuredSource:
         self.head_s = table.head_s
         self._layers_N = np.bincount(self.kind_L, minlength=len(names))
         self._least_tokens = max(grid.chunk_tokens[0] for grid in self._grids)
+        self.most_tokens = float(min(grid.chunk_tokens[-1] for grid in self._grids))
 
     def layer_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
         """See ``ChunkSource``; a chunk shorter than the shortest measured costs as much as that one."""

@@ -157,7 +157,10 @@ class SimulatedDevice:
             self._compute.leave()
             return
         truth = self._jobs[work.request_id].truth
-        seconds = truth.head_s if work.claim.kind is ClaimKind.DONE else true_s(truth, work.claim)
+        seconds = true_s(truth, work.claim)
+        if work.claim.kind is ClaimKind.DONE:
+            seconds = truth.head_s
+            self._note_restored(work.request_id)
         self._computing = True
         self.compute_busy_s += seconds
         self._compute.run(seconds, partial(self._end_compute, work, seconds))
@@ -168,7 +171,8 @@ class SimulatedDevice:
             self._end_job(work.request_id)
         else:
             self._scheduler.state(work.request_id).complete_compute(work.claim, actual_s=seconds)
-            self._note_restored(work.request_id)
+            if work.claim.tile is not None:
+                self._note_restored(work.request_id)
         self.pump()
 
     def _end_job(self, request_id: int) -> None:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from cacheflow.errors import UnknownPolicyError
 from cacheflow.plan.batch import BatchPolicy
 from cacheflow.plan.problem import RestoreProblem
+from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.cacheflow_v1 import CacheFlowV1
 from cacheflow.policies.objective import Objective
@@ -36,17 +37,20 @@ class System:
         batch: Name of its batch policy; None for the objective that the operator chose.
         grain_of: How coarse a grid of its restorations may be.
         about: One line for people.
+        prefills: Restores nothing: the engine prefills what is not in GPU memory, in passes of its own.
     """
 
     restore: str
     batch: str | None
     grain_of: GrainOf
     about: str
+    prefills: bool = False
 
 
 SYSTEMS: Mapping[str, System] = MappingProxyType({
     "vllm": System(
-        restore="recompute", batch="fcfs", grain_of=lambda _: COLUMNS, about="recomputes what left GPU memory"
+        restore="recompute", batch="fcfs", grain_of=lambda _: COLUMNS, about="recomputes what left GPU memory",
+        prefills=True,
     ),
     "lmcache": System(
         restore="load", batch="fcfs", grain_of=lambda _: COLUMNS, about="loads the prefix whole, then prefills"
@@ -79,11 +83,19 @@ class SimPolicy:
         name: Of the system.
         batch: Its batch policy; keeps no state.
         grain_of: How coarse a grid of one restoration may be.
+        restore: How it restores.
+        prefills: See ``System``.
     """
 
     name: str
     batch: BatchPolicy
     grain_of: GrainOf
+    restore: RestorePolicy
+    prefills: bool
+
+    def leaves_to_prefill(self, problem: RestoreProblem) -> bool:
+        """Whether a request is restored not at all."""
+        return self.prefills or self.restore.plan(problem).left_to_prefill
 
 
 def make_system(
@@ -106,9 +118,12 @@ def make_system(
     if objective not in known:
         raise UnknownPolicyError(f"objective {objective!r} is not known; known are {', '.join(known)}")
     system = SYSTEMS[name]
+    restore = make_policy(system.restore)
     return SimPolicy(
         name=name,
-        batch=make_batch_policy(system.batch or objective, make_policy(system.restore)),
+        batch=make_batch_policy(system.batch or objective, restore),
+        restore=restore,
+        prefills=system.prefills,
         grain_of=(lambda _: EXACT) if exact else _limited(system.grain_of, max_cells),
     )
 

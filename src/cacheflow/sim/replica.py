@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.grid import Grid, regular_ends
-from cacheflow.plan.problem import LinkCost
+from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.costs import ModelCosts
@@ -33,6 +33,7 @@ class ReplicaSpec:
     Attributes:
         kv_blocks: Blocks of GPU memory for keys and values.
         block_tokens: Tokens of a block, and of a chunk.
+        pass_tokens: Most tokens of one pass of prefill.
         store_link: Its network card.
         host_link: Its way to host memory.
         host_blocks: Blocks of the host tier; 0 for none.
@@ -43,6 +44,7 @@ class ReplicaSpec:
 
     kv_blocks: int
     block_tokens: int
+    pass_tokens: int
     store_link: LinkCost
     host_link: LinkCost
     host_blocks: int
@@ -118,6 +120,7 @@ class Replica:
         """
         self._loop, self._spec, self._costs, self._policy, self._store = loop, spec, costs, policy, store
         self._host = BlockLru(spec.host_blocks)
+        self._pass_tokens = costs.longest_pass(spec.pass_tokens)
         self.changed: Changed = lambda block_id, held: None
         """Told of prefix blocks that come to GPU memory or leave it."""
         self.first_token: Callable[[TraceRequest], None] = lambda request: None
@@ -165,16 +168,19 @@ class Replica:
         known = max(on_host, self._store.run(request.block_ids, limit))
         running = _Running(request, arrival_s, lease, hit * tokens, restored_tokens=(known - hit) * tokens)
         self._running[request.request_id] = running
-        grid = Grid(
-            chunk_ends=regular_ends(hit * tokens, known * tokens, tokens),
-            num_blocks=self._costs.shape.num_layers,
-            suffix_ends=regular_ends(known * tokens, request.input_tokens, tokens),
-            start=hit * tokens,
-        )
         cut = on_host - hit
-        exact = self._costs.problem(grid, link=self._mixed_link(cut, known - on_host))
-        problem = coarsen(exact, self._policy.grain_of(exact), cut=cut)
-        running.host_chunks = problem.grid.num_chunks if on_host == known else coarse_cut(problem, exact, cut)
+        link = self._mixed_link(cut, known - on_host)
+        prefill = self._problem(request, hit, hit, link)
+        problem = prefill
+        if known > hit and not self._policy.prefills:
+            exact = replace(self._problem(request, hit, known, link), prefill_s=prefill.suffix_s)
+            problem = coarsen(exact, self._policy.grain_of(exact), cut=cut)
+            running.host_chunks = problem.grid.num_chunks if on_host == known else coarse_cut(problem, exact, cut)
+            if self._policy.leaves_to_prefill(problem):
+                problem = prefill
+        if problem is prefill:
+            running.restored_tokens = 0
+            problem = coarsen(prefill, self._policy.grain_of(prefill))
         self._device.submit(
             request.request_id,
             problem,
@@ -182,6 +188,17 @@ class Replica:
             deadline_s=arrival_s + self._spec.slo_ttft_s,
             arrival_s=arrival_s,
         )
+
+    def _problem(self, request: TraceRequest, hit: int, known: int, link: LinkCost) -> RestoreProblem:
+        """What it costs to restore the blocks from ``hit`` to ``known`` and to prefill the rest of a prompt."""
+        tokens = self._spec.block_tokens
+        grid = Grid(
+            chunk_ends=regular_ends(hit * tokens, known * tokens, tokens),
+            num_blocks=self._costs.shape.num_layers,
+            suffix_ends=regular_ends(known * tokens, request.input_tokens, self._pass_tokens),
+            start=hit * tokens,
+        )
+        return self._costs.problem(grid, link=link)
 
     def _link_of(self, request_id: int, chunk: int) -> SimulatedLink:
         return self.host_link if chunk < self._running[request_id].host_chunks else self.store_link

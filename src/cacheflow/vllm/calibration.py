@@ -24,9 +24,10 @@ from cacheflow.vllm.agreement import from_first_rank
 from cacheflow.vllm.cost_profile import load_costs, profile_path, save_costs
 from cacheflow.vllm.layout import BlockLayout
 from cacheflow.vllm.partial_forward import Activations, PartialForward
+from cacheflow.vllm.pass_cost import measure_engine_pass
 from cacheflow.vllm.scratch import scratch_blocks
 
-__all__ = ["calibrate", "load_costs", "measure_link", "profile_path", "save_costs"]
+__all__ = ["Lengths", "calibrate", "load_costs", "measure_link", "profile_path", "save_costs"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +39,30 @@ _REPEATS = 3
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """What costs are asked for.
+
+    Attributes:
+        chunk_tokens: Longest chunk.
+        pass_tokens: Most tokens that the engine's own prefill takes in one pass.
+        max_tokens: Farthest offset; the table covers every offset up to it.
+    """
+
+    chunk_tokens: int
+    pass_tokens: int
+    max_tokens: int
+
+
 def calibrate(
     forward: PartialForward,
     layout: BlockLayout,
     *,
     identity: CostIdentity,
-    chunk_tokens: int,
-    max_tokens: int,
+    lengths: Lengths,
     budget_s: float = 8.0,
 ) -> CostTable:
-    """Measure chunks of up to ``chunk_tokens`` at offsets up to ``max_tokens``, for each kind of layer.
+    """Measure chunks at offsets, for each kind of layer, and the engine's own longest pass.
 
     Uses scratch blocks at the end of the KV cache; they are zero afterwards. Tensor-parallel ranks measure together
     and all return the first rank's table, each under its own identity.
@@ -56,25 +71,34 @@ def calibrate(
         forward: The worker's model.
         layout: Its KV blocks.
         identity: What the costs will be valid for.
-        chunk_tokens: Longest chunk.
-        max_tokens: Farthest offset; the table covers every offset up to it.
+        lengths: What the table has to cover.
         budget_s: Roughly how long this may take; the two nearest offsets are measured whatever they take.
     """
-    size, chunk_tokens = layout.block_size, min(chunk_tokens, max_tokens)
+    size, max_tokens = layout.block_size, lengths.max_tokens
+    chunk_tokens = min(lengths.chunk_tokens, max_tokens)
     past_tokens = min(_PAST_TOKENS, max_tokens, (layout.num_blocks - 1) * size - chunk_tokens)
     past_tokens = max(size, past_tokens // size * size)
     layer_kinds = _kinds(forward)
     names = sorted(set(layer_kinds))
-    with scratch_blocks(layout, past_tokens + chunk_tokens) as block_ids:
+    pass_tokens = max(chunk_tokens, min(lengths.pass_tokens, max_tokens, (layout.num_blocks - 1) * size))
+    with scratch_blocks(layout, max(past_tokens + chunk_tokens, pass_tokens)) as block_ids:
         meter = _Meter(forward, block_ids, past_blocks=past_tokens // size)
         kinds = {}
         for kind in names:
             layers = [layer for layer, each in enumerate(layer_kinds) if each == kind]
             survey = _Survey(meter, _spread(layers), budget_s / len(names), max_tokens)
             kinds[kind] = survey.grid(_lengths(chunk_tokens, size), _offsets(max_tokens, chunk_tokens, size))
-        overhead_s = meter.seconds(1, 0, _spread(list(range(len(layer_kinds)))))
+        every = _spread(list(range(len(layer_kinds))))
+        overhead_s = meter.seconds(1, 0, every)
         head_s = meter.head_s()
-    kinds, overhead_s, head_s = from_first_rank((kinds, overhead_s, head_s))
+        engine_pass = measure_engine_pass(
+            [kinds[kind] for kind in layer_kinds],
+            lambda num_tokens: meter.seconds(num_tokens, 0, every),
+            chunk_tokens=chunk_tokens,
+            pass_tokens=pass_tokens,
+            budget_s=budget_s,
+        )
+    kinds, overhead_s, head_s, engine_pass = from_first_rank((kinds, overhead_s, head_s, engine_pass))
     return CostTable(
         identity=identity,
         layer_kinds=layer_kinds,
@@ -82,6 +106,7 @@ def calibrate(
         head_s=head_s,
         call_overhead_s=overhead_s,
         golden=tuple(_golden(kind, grid) for kind, grid in kinds.items()),
+        engine_pass=engine_pass,
     )
 
 
@@ -163,14 +188,15 @@ class _Meter:
     def __init__(self, forward: PartialForward, block_ids: list[int], *, past_blocks: int) -> None:
         """Write chunks behind the first ``past_blocks`` of the scratch blocks, which stand for any past."""
         self._forward = forward
-        self._past, self._target = block_ids[:past_blocks], block_ids[past_blocks:]
+        self._past, self._every = block_ids[:past_blocks], block_ids
+        self._target = block_ids[past_blocks:]
         self._generator = torch.Generator().manual_seed(5)
 
     def seconds(self, length: int, offset: int, layers: list[int], *, kv_only: bool = False) -> float:
         """Seconds of one layer for ``length`` tokens behind ``offset``."""
         handle = self._forward.handle
         past = [self._past[index % len(self._past)] for index in range(offset // handle.block_size)]
-        piece = self._forward.piece(offset, offset + length, [*past, *self._target])
+        piece = self._forward.piece(offset, offset + length, [*past, *self._target] if offset else self._every)
         if handle.compiled:
             boundary = None if handle.is_first_stage else self._random(length)
             tokens = [1] * length

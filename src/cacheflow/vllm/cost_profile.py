@@ -15,9 +15,9 @@ from cacheflow.plan.costs import CostIdentity, CostTable
 from cacheflow.vllm.agreement import everyone
 
 
-def profile_path(directory: Path, identity: CostIdentity, *, chunk_tokens: int) -> Path:
-    """Where a profile lives: ``<directory>/<device>/<model>-<digest of identity and chunk size>.json``."""
-    text = json.dumps([asdict(identity), chunk_tokens], sort_keys=True)
+def profile_path(directory: Path, identity: CostIdentity, *, chunk_tokens: int, pass_tokens: int) -> Path:
+    """Where a profile lives: ``<directory>/<device>/<model>-<digest of identity, chunk and pass>.json``."""
+    text = json.dumps([asdict(identity), chunk_tokens, pass_tokens], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return directory / _safe(identity.device) / f"{_safe(identity.model)}-{digest}.json"
 

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 
 from cacheflow.errors import CostRangeError
+from cacheflow.plan.costs import CostTable, prefill_s
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.plan import Choice, RestorePlan
 from cacheflow.plan.problem import LinkCost, RestoreProblem
@@ -83,7 +84,7 @@ class Decider:
             return Decision(start=start, end=start, reason=reason)
         began_s = self._clock()
         try:
-            problem = self._problem(start, end)
+            problem = self._problem(start, end, num_tokens=num_tokens)
         except CostRangeError as error:
             logger.warning("request %s is computed, not restored: %s", request.request_id, error)
             return Decision(start=start, end=start, reason=str(error))
@@ -104,7 +105,7 @@ class Decider:
         ]
         return min(limits) // chunk_tokens * chunk_tokens
 
-    def _problem(self, start: int, end: int) -> RestoreProblem:
+    def _problem(self, start: int, end: int, *, num_tokens: int | None = None) -> RestoreProblem:
         chunk_tokens, facts = self._options.chunk_tokens, self.facts
         first = start // chunk_tokens * chunk_tokens
         ends = tuple(range(first + chunk_tokens, end + 1, chunk_tokens))
@@ -113,6 +114,9 @@ class Decider:
         if facts.costs is None:
             return _load_only(grid, facts, link, object_tokens=chunk_tokens)
         problem = facts.problem(grid, link)
+        if num_tokens is not None:  # vLLM may still prefill all of it
+            own_s = _own_prefill_s(facts.costs, start=start, end=end, num_tokens=num_tokens)
+            problem = dataclasses.replace(problem, prefill_s=own_s)
         if first == start:
             return problem
         # Objects are read whole: a first chunk of which a part is resident moves all its bytes.
@@ -123,7 +127,10 @@ class Decider:
     def _corrected(self, problem: RestoreProblem) -> RestoreProblem:
         factor = self.rates.compute_factor
         return dataclasses.replace(
-            problem, compute_KB=problem.compute_KB * factor, kv_only_KB=problem.kv_only_KB * factor
+            problem,
+            compute_KB=problem.compute_KB * factor,
+            kv_only_KB=problem.kv_only_KB * factor,
+            prefill_s=None if problem.prefill_s is None else problem.prefill_s * factor,
         )
 
 
@@ -132,11 +139,21 @@ def _why_not(plan: RestorePlan) -> str:
     guard = plan.guard
     if guard is None:
         return ""
-    if guard.choice is Choice.RECOMPUTE:
+    if guard.choice in (Choice.RECOMPUTE, Choice.PREFILL):
         return guard.reason
-    if plan.predicted.restore_s + STEP_OVERHEAD_S <= guard.recompute_s:
+    if plan.predicted.restore_s + STEP_OVERHEAD_S <= guard.without_loading_s:
         return ""
     return f"{guard.reason}; the steps of a restoration add {STEP_OVERHEAD_S * 1e3:g} ms, so vLLM computes it"
+
+
+def _own_prefill_s(costs: CostTable, *, start: int, end: int, num_tokens: int) -> float | None:
+    """Seconds by which vLLM's prefill of the whole rest of a prompt is longer than that of what lies behind ``end``."""
+    try:
+        whole_s = prefill_s(costs, start=start, end=num_tokens)
+        behind_s = prefill_s(costs, start=end, end=num_tokens)
+    except CostRangeError:
+        return None  # a prompt longer than the costs reach; the chunks to be restored lie within
+    return None if whole_s is None or behind_s is None else max(0.0, whole_s - behind_s)
 
 
 def _load_only(grid: Grid, facts: EngineFacts, link: LinkCost, *, object_tokens: int) -> RestoreProblem:

@@ -13,7 +13,7 @@ from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
 from cacheflow.types import ModelShape
-from cacheflow.vllm.calibration import calibrate, load_costs, measure_link, profile_path, save_costs
+from cacheflow.vllm.calibration import Lengths, calibrate, load_costs, measure_link, profile_path, save_costs
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.identity import cost_identity, worker_namespace
@@ -24,6 +24,9 @@ from cacheflow.vllm.partial_forward import PartialForward
 from cacheflow.vllm.selftest import self_test
 
 logger = logging.getLogger(__name__)
+
+_DEAR_CHUNK = 0.2
+"""Share of a chunk's cost that a long pass saves, from which on longer chunks are advised."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +109,8 @@ def _costs(
     options: ConnectorOptions, handle: ModelHandle, layout: BlockLayout, forward: PartialForward, fingerprint: str
 ) -> CostTable:
     identity = cost_identity(handle, fingerprint=fingerprint)
-    path = profile_path(options.profile_path, identity, chunk_tokens=options.chunk_tokens)
+    pass_tokens = int(handle.vllm_config.scheduler_config.max_num_batched_tokens)
+    path = profile_path(options.profile_path, identity, chunk_tokens=options.chunk_tokens, pass_tokens=pass_tokens)
     try:
         return load_costs(path, identity)
     except (ProfileError, OSError) as error:
@@ -119,15 +123,33 @@ def _costs(
         forward,
         layout,
         identity=identity,
-        chunk_tokens=options.chunk_tokens,
-        max_tokens=int(handle.vllm_config.model_config.max_model_len),
+        lengths=Lengths(
+            chunk_tokens=options.chunk_tokens,
+            pass_tokens=pass_tokens,
+            max_tokens=int(handle.vllm_config.model_config.max_model_len),
+        ),
         budget_s=options.calibrate_budget_s,
     )
+    _advise_chunk(costs)
     try:
         save_costs(costs, path)
     except OSError as error:
         logger.warning("the cost profile could not be kept in %s, it is measured again next time: %s", path, error)
     return costs
+
+
+def _advise_chunk(costs: CostTable) -> None:
+    """Say when chunks of the save are dear beside the engine's own passes, as with a mixture of experts."""
+    own = costs.engine_pass
+    if own is None:
+        return
+    chunk_s = sum(costs.kinds[kind].full_s(own.chunk_tokens, 0) for kind in costs.layer_kinds)
+    if own.saved_s > _DEAR_CHUNK * chunk_s:
+        logger.warning(
+            "recomputing in chunks of %d tokens costs %.0f %% more than in this engine's passes of %d: restoration "
+            "will seldom pay; set chunk_tokens to %d (prefixes saved so far are then saved anew)",
+            own.chunk_tokens, own.saved_s / max(chunk_s - own.saved_s, 1e-9) * 100, own.pass_tokens, own.pass_tokens,
+        )  # fmt: skip
 
 
 def _link(options: ConnectorOptions, store: Store, *, object_bytes: int) -> LinkCost:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cacheflow.bench.figures.setting import prefill_s
 from cacheflow.bench.figures.simulate import Request
 from cacheflow.plan.problem import RestoreProblem, Seconds
 from cacheflow.plan.staircase import marginal_compute_KB
@@ -27,8 +28,8 @@ def weighted_work_N(requests: Sequence[Request], mu: float) -> Seconds:
     known: dict[int, float] = {}
     for request in requests:
         if id(request.problem) not in known:
-            prefill_s = mu * (float(request.prefill.compute_KB.sum()) + request.prefill.suffix_s)
-            known[id(request.problem)] = min(_weighted_work_s(request.problem, mu), prefill_s)
+            own_s = mu * prefill_s(request.prefill)
+            known[id(request.problem)] = min(_weighted_work_s(request.problem, mu), own_s)
     return np.array([known[id(request.problem)] for request in requests])
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from cacheflow.bench.figures.runs import Crowd
-from cacheflow.bench.figures.setting import Setting
+from cacheflow.bench.figures.setting import Setting, prefill_s
 from cacheflow.bench.figures.simulate import Request
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.workloads.arrivals import Poisson
@@ -33,7 +33,8 @@ class _Turn:
 def _costs(setting: Setting, prefix_tokens: int, suffix_tokens: int) -> tuple[RestoreProblem, RestoreProblem]:
     """Of restoring, and of prefilling everything."""
     problem = setting.problem(num_tokens=prefix_tokens, suffix_tokens=suffix_tokens)
-    return problem, setting.prefill(problem)
+    prefill = setting.prefill(problem)
+    return replace(problem, prefill_s=prefill_s(prefill)), prefill
 
 
 def request_of(

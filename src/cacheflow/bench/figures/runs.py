@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
 
 from cacheflow.bench.figures.crowd_bound import least_mean_s, most_in_time
 from cacheflow.bench.figures.record import PROBABILITIES, FigureRecord
-from cacheflow.bench.figures.setting import COST_SOURCE, Setting
+from cacheflow.bench.figures.setting import COST_SOURCE, Setting, prefill_s
 from cacheflow.bench.figures.simulate import Contender, Request, Run, simulate
 from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.problem import RestoreProblem
@@ -81,7 +81,9 @@ def alone(
         least: The bound, where it is not that of the problem.
         workload: What to call it.
     """
-    request = Request(arrival_s=0.0, problem=problem, prefill=setting.prefill(problem))
+    prefill = setting.prefill(problem)
+    problem = replace(problem, prefill_s=prefill_s(prefill))
+    request = Request(arrival_s=0.0, problem=problem, prefill=prefill)
     crowd = Crowd(requests=(request,), workload=workload)
     least = least or least_alone(request)
     for contender in contenders:
@@ -99,12 +101,11 @@ def crowded(
 
 def least_alone(request: Request) -> Bound:
     """The least times with compute and the link to itself: the bound of its grid, or the engine's own prefill."""
-    least, prefill = bound(request.problem), request.prefill
-    prefill_s = float(prefill.compute_KB.sum()) + prefill.suffix_s
+    least, own_s = bound(request.problem), prefill_s(request.prefill)
     return Bound(
         # Prefix and new tokens share passes, so that the prefix is there with the last of them, before the head.
-        restore_s=min(least.restore_s, prefill_s - prefill.head_s),
-        ttft_s=min(least.ttft_s, prefill_s),
+        restore_s=min(least.restore_s, own_s - request.prefill.head_s),
+        ttft_s=min(least.ttft_s, own_s),
     )
 
 

@@ -57,6 +57,11 @@ class Setting:
         return replace(whole, link=problem.link)
 
 
+def prefill_s(prefill: RestoreProblem) -> float:
+    """Seconds to the end of what ``Setting.prefill`` gives."""
+    return float(prefill.compute_KB.sum()) + prefill.suffix_s
+
+
 def with_ratio(problem: RestoreProblem, ratio: float) -> RestoreProblem:
     """The same restoration over a link that loads everything in ``ratio`` times the time to recompute it."""
     num_bytes = float(problem.load_bytes_KB.sum())

@@ -88,7 +88,8 @@ def simulate(requests: Sequence[Request], contender: Contender) -> Run:
     device = SimulatedDevice(loop, scheduler, link, reads_in_flight=contender.reads_in_flight)
     ended: dict[int, Restored] = {}
     for index, request in enumerate(requests):
-        problem = request.prefill if contender.prefills else request.problem
+        left = contender.prefills or restore.plan(request.problem).left_to_prefill
+        problem = request.prefill if left else request.problem
         submit = partial(_submit, device, index, replace(request, problem=problem), ended)
         loop.at(request.arrival_s, submit)
     loop.run()
