@@ -69,12 +69,16 @@ def test_ranks_and_adapters_have_names_of_their_own():
 
 @ONE
 def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_path):
-    from cacheflow.vllm.calibration import calibrate, load_costs, profile_path, save_costs
+    from cacheflow.vllm.calibration import Lengths, calibrate, load_costs, profile_path, save_costs
     from cacheflow.vllm.identity import cost_identity
 
     identity = cost_identity(tiny.handle, fingerprint="f")
     costs = calibrate(
-        forward, tiny.layout, identity=identity, chunk_tokens=256, pass_tokens=1024, max_tokens=2048, budget_s=3.0
+        forward,
+        tiny.layout,
+        identity=identity,
+        lengths=Lengths(chunk_tokens=256, pass_tokens=1024, max_tokens=2048),
+        budget_s=3.0,
     )
     (grid,) = costs.kinds.values()
     assert grid.full_s(1, 0) <= grid.full_s(256, 0)
@@ -102,12 +106,16 @@ def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_p
 
 @ONE
 def test_a_spent_budget_extends_the_far_end(tiny, forward):
-    from cacheflow.vllm.calibration import calibrate
+    from cacheflow.vllm.calibration import Lengths, calibrate
     from cacheflow.vllm.identity import cost_identity
 
     identity = cost_identity(tiny.handle, fingerprint="f")
     costs = calibrate(
-        forward, tiny.layout, identity=identity, chunk_tokens=128, pass_tokens=64, max_tokens=2048, budget_s=1e-6
+        forward,
+        tiny.layout,
+        identity=identity,
+        lengths=Lengths(chunk_tokens=128, pass_tokens=64, max_tokens=2048),
+        budget_s=1e-6,
     )
     (grid,) = costs.kinds.values()
     near, far = (grid.full_s(128, offset) for offset in (grid.offsets[1], 2048))
