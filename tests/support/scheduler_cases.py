@@ -8,6 +8,7 @@ import numpy as np
 
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable
+from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.keys import WHOLE, ObjectKey, ObjectKind
 from cacheflow.plan.problem import LinkCost
 from cacheflow.restore.orders import ComputeReport, LoadReport, RankReport, StepReport
@@ -27,17 +28,17 @@ SHAPE = ModelShape(
 )  # fmt: skip
 
 
-def costs(*, layer_s: float = 0.01) -> CostTable:
+def costs(*, layer_s: float = 0.01, engine_pass: EnginePass | None = None) -> CostTable:
     """Every layer of a whole chunk takes ``layer_s``; a shorter one as much less."""
     full_QP = np.array([[layer_s / 4] * 2, [layer_s] * 2])
     identity = CostIdentity(
         model="tiny", fingerprint="f", num_layers=LAYERS, device_type="cpu", device="d", dtype="bfloat16",
         num_threads=1, attention="a",
     )  # fmt: skip
-    grid = CostGrid(
-        chunk_tokens=(BLOCK, CHUNK), offsets=(0, MAX_TOKENS - CHUNK), full_QP=full_QP, kv_only_QP=full_QP * 0.2
+    grid = CostGrid(chunk_tokens=(1, CHUNK), offsets=(0, MAX_TOKENS - CHUNK), full_QP=full_QP, kv_only_QP=full_QP * 0.2)
+    return CostTable(
+        identity=identity, layer_kinds=("full",) * LAYERS, kinds={"full": grid}, head_s=0.001, engine_pass=engine_pass
     )
-    return CostTable(identity=identity, layer_kinds=("full",) * LAYERS, kinds={"full": grid}, head_s=0.001)
 
 
 def facts(*, ratio: float = 1.0, **changes) -> EngineFacts:

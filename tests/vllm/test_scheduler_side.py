@@ -6,12 +6,13 @@ import pytest
 
 pytest.importorskip("torch")
 
+from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler_side import ScheduledRequest
-from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, facts, tokens
+from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, costs, facts, tokens
 
 pytestmark = pytest.mark.torch
 
@@ -292,6 +293,16 @@ def test_the_guards_choice_of_recomputation_is_answered_and_counted():
     assert case.matched("a") == 0
     assert case.side.counts.take()["guard"] == {"recompute": 1}
     assert case.side.finished("a")["cacheflow_reason"].startswith("recompute: ")
+
+
+@pytest.mark.parametrize(("saved_s", "restored"), [(0.0, 6 * CHUNK), (0.035, 0)])
+def test_a_prompt_that_vllms_longer_passes_have_sooner_is_left_to_them(saved_s, restored):
+    own = EnginePass(pass_tokens=8 * CHUNK, chunk_tokens=CHUNK, saved_s=saved_s)
+    case = Case(facts_by_rank=(facts(costs=costs(engine_pass=own)),))
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6))
+    assert case.matched("a") == restored
+    if not restored:
+        assert case.side.finished("a")["cacheflow_reason"].startswith("prefill: it takes ")
 
 
 def test_a_prompt_without_a_whole_chunk_says_so():
