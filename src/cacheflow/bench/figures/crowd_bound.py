@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cacheflow.bench.figures.setting import prefill_s
 from cacheflow.bench.figures.simulate import Request
 from cacheflow.plan.problem import RestoreProblem, Seconds
 from cacheflow.plan.staircase import marginal_compute_KB
@@ -28,7 +27,7 @@ def weighted_work_N(requests: Sequence[Request], mu: float) -> Seconds:
     known: dict[int, float] = {}
     for request in requests:
         if id(request.problem) not in known:
-            own_s = mu * prefill_s(request.prefill)
+            own_s = mu * request.prefill.suffix_s
             known[id(request.problem)] = min(_weighted_work_s(request.problem, mu), own_s)
     return np.array([known[id(request.problem)] for request in requests])
 

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from cacheflow.bench.figures.runs import Crowd
-from cacheflow.bench.figures.setting import Setting, prefill_s
+from cacheflow.bench.figures.setting import Setting
 from cacheflow.bench.figures.simulate import Request
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.workloads.arrivals import Poisson
@@ -34,7 +34,7 @@ def _costs(setting: Setting, prefix_tokens: int, suffix_tokens: int) -> tuple[Re
     """Of restoring, and of prefilling everything."""
     problem = setting.problem(num_tokens=prefix_tokens, suffix_tokens=suffix_tokens)
     prefill = setting.prefill(problem)
-    return replace(problem, prefill_s=prefill_s(prefill)), prefill
+    return replace(problem, prefill_s=prefill.suffix_s), prefill
 
 
 def request_of(

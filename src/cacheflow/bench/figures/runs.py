@@ -10,7 +10,7 @@ import numpy as np
 
 from cacheflow.bench.figures.crowd_bound import least_mean_s, most_in_time
 from cacheflow.bench.figures.record import PROBABILITIES, FigureRecord
-from cacheflow.bench.figures.setting import COST_SOURCE, Setting, prefill_s
+from cacheflow.bench.figures.setting import COST_SOURCE, Setting
 from cacheflow.bench.figures.simulate import Contender, Request, Run, simulate
 from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.problem import RestoreProblem
@@ -82,7 +82,7 @@ def alone(
         workload: What to call it.
     """
     prefill = setting.prefill(problem)
-    problem = replace(problem, prefill_s=prefill_s(prefill))
+    problem = replace(problem, prefill_s=prefill.suffix_s)
     request = Request(arrival_s=0.0, problem=problem, prefill=prefill)
     crowd = Crowd(requests=(request,), workload=workload)
     least = least or least_alone(request)
@@ -101,7 +101,7 @@ def crowded(
 
 def least_alone(request: Request) -> Bound:
     """The least times with compute and the link to itself: the bound of its grid, or the engine's own prefill."""
-    least, own_s = bound(request.problem), prefill_s(request.prefill)
+    least, own_s = bound(request.problem), request.prefill.suffix_s
     return Bound(
         # Prefix and new tokens share passes, so that the prefix is there with the last of them, before the head.
         restore_s=min(least.restore_s, own_s - request.prefill.head_s),

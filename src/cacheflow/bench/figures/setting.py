@@ -50,16 +50,8 @@ class Setting:
     def prefill(self, problem: RestoreProblem) -> RestoreProblem:
         """The same prompt as an engine that restores nothing prefills it: prefix and new tokens in the same passes."""
         grid = problem.grid
-        passes = replace(self, chunk_tokens=PREFILL_CHUNK_TOKENS)
-        if not grid.suffix_tokens:
-            return replace(passes.problem(num_tokens=grid.num_tokens, suffix_tokens=0), link=problem.link)
-        whole = passes.problem(num_tokens=0, suffix_tokens=grid.num_tokens + grid.suffix_tokens)
-        return replace(whole, link=problem.link)
-
-
-def prefill_s(prefill: RestoreProblem) -> float:
-    """Seconds to the end of what ``Setting.prefill`` gives."""
-    return float(prefill.compute_KB.sum()) + prefill.suffix_s
+        whole = self.problem(num_tokens=0, suffix_tokens=grid.num_tokens + grid.suffix_tokens)
+        return replace(whole, link=problem.link, head_s=problem.head_s)
 
 
 def with_ratio(problem: RestoreProblem, ratio: float) -> RestoreProblem:
