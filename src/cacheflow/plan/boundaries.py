@@ -93,6 +93,11 @@ class Boundaries:
         assert self._state_K[chunk] is BoundaryState.UNREAD, f"boundary of chunk {chunk} is read once"
         self._state_K[chunk], self._due_K[chunk] = BoundaryState.READING, due_s
 
+    def next_due_s(self) -> float | None:
+        """When the first read under way would be through by the link alone; None without one."""
+        due = [self._due_K[chunk] for chunk, state in enumerate(self._state_K) if state is BoundaryState.READING]
+        return min(due, default=None)
+
     def complete(self, chunk: int, now_s: float | None = None) -> None:
         """Note that a chunk's boundary states are there, and by how much later than the link alone would have been."""
         if self._state_K[chunk] is BoundaryState.READING and now_s is not None:

@@ -40,6 +40,20 @@ class BoundaryEvents:
         """Where a chunk's boundary states are."""
         return self._p.boundaries.state(chunk)
 
+    @property
+    def any_ready(self) -> bool:
+        """Whether a chunk with open cells is ready to be recomputed, as far as its boundary states are concerned."""
+        board, boundaries = self._p.board, self._p.boundaries
+        return any(board.num_open_K[chunk] > 0 and boundaries.ready(chunk) for chunk in range(board.num_chunks))
+
+    def awaited_s(self, now_s: float) -> float | None:
+        """Seconds until the first boundary read under way should be through; None when compute waits for none.
+
+        Compute waits while no chunk with open cells is ready to be recomputed.
+        """
+        due_s = None if self.any_ready else self._p.boundaries.next_due_s()
+        return None if due_s is None else max(0.0, due_s - now_s)
+
     def possible(self, chunk: int) -> bool:
         """Whether a chunk can be recomputed now or later, as far as its boundary states are concerned."""
         return self._p.computable(chunk)

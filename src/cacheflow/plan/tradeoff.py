@@ -51,7 +51,7 @@ class Tradeoff:
         load_bytes_KB: Bytes of a cell. The bottom cell of a chunk counts what recomputing it brings over the link as
             boundary states as saved less, and may be negative.
         link: The link.
-        after_compute_s: Seconds that must follow the last recomputed cell.
+        after_compute_s: Seconds that must follow the last recomputed cell, or come before the first.
         after_load_s: Seconds that must follow the last loaded cell; never more than ``after_compute_s``.
         fixed_bytes: What the link brings whatever is recomputed: of each chunk its boundary states, or as many bytes
             of its keys and values.
@@ -107,19 +107,20 @@ def tradeoff(
         kv_only_top: Count the topmost recomputed cell of each chunk for its keys and values only.
     """
     with_suffix = objective is Objective.TTFT
-    load_bytes_KB, fixed_bytes = problem.load_bytes_KB, 0
+    load_bytes_KB, fixed_bytes, first_s = problem.load_bytes_KB, 0, 0.0
     if problem.boundary_bytes_K.any():
         # A boundary larger than all it stands for is never read: loading is as good, and the bound stays valid.
         boundary_K = np.minimum(problem.boundary_bytes_K, load_bytes_KB.sum(axis=1))
         load_bytes_KB = load_bytes_KB.copy()
         load_bytes_KB[:, 0] -= boundary_K
         fixed_bytes = int(boundary_K.sum())
+        first_s = problem.link.load_s(float(boundary_K[0]))  # compute starts with the first chunk's boundary states
     return Tradeoff(
         compute_KB=marginal_compute_KB(problem, kv_only_top=kv_only_top),
         load_KB=load_bytes_KB / problem.link.bytes_per_s,
         load_bytes_KB=load_bytes_KB,
         fixed_bytes=fixed_bytes,
         link=problem.link,
-        after_compute_s=problem.suffix_s if with_suffix else 0.0,
+        after_compute_s=first_s + (problem.suffix_s if with_suffix else 0.0),
         after_load_s=float(problem.suffix_B[-1]) + problem.head_s if with_suffix else 0.0,
     )

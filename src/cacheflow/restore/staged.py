@@ -24,6 +24,10 @@ from cacheflow.restore.step_reads import ReadDeadline
 from cacheflow.restore.stepped import SteppedRestoration
 
 
+LEAST_BUDGET_S = 1e-9
+"""Orders one unit of compute."""
+
+
 @dataclass(frozen=True, slots=True)
 class StagedOrders:
     """One step's orders of one restoration, for the ranks of each pipeline stage, bottom stage first."""
@@ -177,16 +181,24 @@ class StagedRestoration:
         if not self.giving_up:
             for chain in self._chains:
                 chain.order(now_s, compute_budget_s)
-        return StagedOrders(
-            tuple(
-                stage.orders(
-                    now_s,
-                    compute_budget_s=0.0 if index in self._chain_of else compute_budget_s,
-                    read_ahead_s=read_ahead_s,
-                )
-                for index, stage in enumerate(self.stages)
+        by_stage: dict[int, RestoreOrders] = {}
+        # Who waits for boundary states comes first: the others compute no longer than until those are there, because
+        # a step ends with its slowest stage, and only then it is told.
+        for index in sorted(range(len(self.stages)), key=lambda index: not self._needs_boundary(index)):
+            stage = self.stages[index]
+            by_stage[index] = stage.orders(
+                now_s,
+                compute_budget_s=0.0 if index in self._chain_of else compute_budget_s,
+                read_ahead_s=read_ahead_s,
             )
-        )
+            awaited_s = None if stage.settled else stage.state.boundary.awaited_s(now_s)
+            if awaited_s is not None and compute_budget_s > 0:
+                compute_budget_s = min(compute_budget_s, max(LEAST_BUDGET_S, awaited_s))
+        return StagedOrders(tuple(by_stage[index] for index in range(len(self.stages))))
+
+    def _needs_boundary(self, index: int) -> bool:
+        boundary = self.stages[index].state.boundary
+        return boundary.source is BoundarySource.STORED and not boundary.any_ready
 
     def _share_the_end(self) -> None:
         if len(self.stages) == 1:
