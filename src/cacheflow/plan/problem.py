@@ -60,6 +60,8 @@ class RestoreProblem:
         head_s: Seconds for the final norm, LM head and sampling of the first token; 0 without a suffix.
         prefill_s: Seconds to the end of the same work, prefix and suffix, by the engine's own prefill, which restores
             nothing and takes passes of its own; None where it has no other than the chunks of this grid.
+        boundary_bytes_K: Bytes of boundary hidden states that the link must bring before a chunk can be recomputed:
+            of a later pipeline stage that reads them from the store. Zeros otherwise.
     """
 
     grid: Grid
@@ -70,6 +72,7 @@ class RestoreProblem:
     suffix_B: Seconds = field(default_factory=lambda: np.zeros(0))
     head_s: float = 0.0
     prefill_s: float | None = None
+    boundary_bytes_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         """Check shapes and signs.
@@ -80,11 +83,14 @@ class RestoreProblem:
         cells = (self.grid.num_chunks, self.grid.num_blocks)
         if self.suffix_B.size == 0:
             object.__setattr__(self, "suffix_B", np.zeros(self.grid.num_blocks))
+        if self.boundary_bytes_K.size == 0:
+            object.__setattr__(self, "boundary_bytes_K", np.zeros(self.grid.num_chunks, dtype=np.int64))
         for name, array, shape in (
             ("compute_KB", self.compute_KB, cells),
             ("kv_only_KB", self.kv_only_KB, cells),
             ("load_bytes_KB", self.load_bytes_KB, cells),
             ("suffix_B", self.suffix_B, (self.grid.num_blocks,)),
+            ("boundary_bytes_K", self.boundary_bytes_K, (self.grid.num_chunks,)),
         ):
             if array.shape != shape:
                 raise ConfigError(f"{name} has shape {array.shape}, the grid needs {shape}")
