@@ -7,6 +7,7 @@ import functools
 from itertools import islice, pairwise
 
 from cacheflow.bench.hardware import find_model
+from cacheflow.bench.options import DEFAULT_MODEL
 from cacheflow.bench.study import Study, StudyOptions
 from cacheflow.bench.study_link import PinnedStudyLink, StoreStudyLink, StudyLink
 from cacheflow.engine.identity import model_identity
@@ -35,8 +36,8 @@ def open_study(args: argparse.Namespace, num_tokens: int) -> Study:
 
 
 @functools.lru_cache(maxsize=1)
-def open_model(name: str, *, shape: str | None, device: str, dtype: str) -> LoadedModel:
-    """Load a model, or random weights of a shape; the last one is kept.
+def open_model(name: str | None, *, shape: str | None, device: str, dtype: str) -> LoadedModel:
+    """Load a model (None: the default one), or random weights of a shape; the last one is kept.
 
     Raises:
         ConfigError: No CUDA device, an unknown shape, or see ``load_model``.
@@ -48,7 +49,7 @@ def open_model(name: str, *, shape: str | None, device: str, dtype: str) -> Load
             raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
     if shape is not None:
         return random_weights(find_model(shape), device=device, dtype=dtype)
-    return load_model(name, device=device, dtype=dtype)
+    return load_model(name or DEFAULT_MODEL, device=device, dtype=dtype)
 
 
 def prompt_tokens(model: LoadedModel, num_tokens: int) -> list[int]:
