@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cacheflow.embedded.host import SessionHost
 from cacheflow.engine.arguments import flag, whole
 from cacheflow.engine.sampling import Sampling
 from cacheflow.errors import ConfigError, PromptError
@@ -39,6 +40,16 @@ def checked_answer(sampling: object, stop_tokens: object, save: object) -> froze
     if isinstance(stop_tokens, str | bytes) or not isinstance(stop_tokens, Iterable):
         raise ConfigError(f"stop_tokens is {stop_tokens!r}, must be token ids, such as frozenset({{2}})")
     return frozenset(whole("a token of stop_tokens", each, least=0) for each in stop_tokens)
+
+
+def check_free(engine: SessionHost) -> None:
+    """Refuse to compute beside a batch: it has the model, and the rates of the link, to itself.
+
+    Raises:
+        ConfigError: A batch is open.
+    """
+    if engine.in_batch:
+        raise ConfigError("this session's engine has an open batch: submit the turn to it, or close the batch first")
 
 
 def check_cancel(cancel: object) -> None:

@@ -85,8 +85,8 @@ class ConcurrentBatch:
 
         Raises:
             PromptError: The prompt cannot be served, or needs more memory than ``kv_capacity_tokens``.
-            ConfigError: An argument is of the wrong type; the session has a request here already, or is another engine's; ``deadline_s`` is no number of
-                seconds above 0; or the batch is closed.
+            ConfigError: An argument is of the wrong type or out of range; the session has a request here already, or is
+                another engine's; or the batch is closed.
         """
         _check(self._engine, session, deadline_s)
         stop_tokens = checked_answer(sampling, stop_tokens, save)

@@ -14,7 +14,7 @@ from cacheflow.embedded.concurrent import ConcurrentBatch
 from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
-from cacheflow.engine.arguments import flag, instance, number, whole
+from cacheflow.engine.arguments import flag, number, require_instance, whole
 from cacheflow.engine.cells import num_blocks
 from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
@@ -65,9 +65,10 @@ class EngineOptions:
         if self.crossover_tokens is not None:
             object.__setattr__(self, "crossover_tokens", whole("crossover_tokens", self.crossover_tokens))
         object.__setattr__(self, "lookup_deadline_s", number("lookup_deadline_s", self.lookup_deadline_s, above=0))
-        instance("executor", self.executor, ExecutorOptions)
+        require_instance("executor", self.executor, ExecutorOptions)
         flag("self_test", self.self_test)
-        make_policy(instance("policy", self.policy, str))
+        require_instance("policy", self.policy, str)
+        make_policy(self.policy)
 
 
 class Engine:
@@ -100,8 +101,10 @@ class Engine:
             ConfigError: An argument is of the wrong type.
             SelfTestError: The engine cannot reproduce the model's own forward pass.
         """
-        self.options = EngineOptions() if options is None else instance("options", options, EngineOptions)
-        instance("model", model, LoadedModel, hint="Engine.open takes a folder or a name")
+        if options is not None:
+            require_instance("options", options, EngineOptions)
+        self.options = EngineOptions() if options is None else options
+        require_instance("model", model, LoadedModel, hint="Engine.open takes a folder or a name")
         _check_parts(store, costs, link)
         self.model, self.store, self.costs, self.link = model, store, costs, link
         identity = model_identity(model)
@@ -228,6 +231,6 @@ class Engine:
 
 
 def _check_parts(store: object, costs: object, link: object) -> None:
-    instance("store", store, Store, hint="MemoryStore, or FileStore(folder, capacity_bytes=...)")
-    instance("costs", costs, CostTable, hint="load_profile(path).costs")
-    instance("link", link, LinkCost, hint="load_profile(path).link")
+    require_instance("store", store, Store, hint="MemoryStore, or FileStore(folder, capacity_bytes=...)")
+    require_instance("costs", costs, CostTable, hint="load_profile(path).costs")
+    require_instance("link", link, LinkCost, hint="load_profile(path).link")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from cacheflow.embedded.archive import PendingSave, PrefixArchive
-from cacheflow.embedded.asked import check_cancel, checked_answer, checked_tokens
+from cacheflow.embedded.asked import check_cancel, check_free, checked_answer, checked_tokens
 from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
 from cacheflow.embedded.restorer import Restored, RestoreRequest
@@ -25,7 +25,7 @@ from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.sampling import Sampling, TokenSampler, generate
 from cacheflow.engine.saver import SaveReport
-from cacheflow.errors import ConfigError, CostRangeError, PromptError, RestoreCancelled
+from cacheflow.errors import CostRangeError, PromptError, RestoreCancelled
 from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.stores.prefix_index import PrefixMatch
@@ -79,7 +79,7 @@ class Session:
             RestoreCancelled: ``cancel`` was set.
             ConfigError: ``cancel`` is no event, or the engine has an open batch.
         """
-        self._require_free()
+        check_free(self._engine)
         check_cancel(cancel)
         if self._chunk_ends or not self.tokens:
             return None
@@ -92,13 +92,6 @@ class Session:
         report = self._restore(prefix, grid, match, kv, cancel).report
         self._prompt, self._kv, self._chunk_ends = prefix, kv, match.chunk_ends
         return report
-
-    def _require_free(self) -> None:
-        if self._engine.in_batch:
-            raise ConfigError(
-                "this session's engine has an open batch, which computes on a thread of its own: submit the turn to the "
-                "batch, or close it first"
-            )
 
     def resident_kv(self) -> torch.Tensor | None:
         """View ``[L, 2, T, H, D]`` of the prefill-made KV in memory; None after ``evict``."""
@@ -129,7 +122,7 @@ class Session:
             ConfigError: An argument is of the wrong type, or the engine has an open batch.
             RestoreCancelled: ``cancel`` was set before the first token.
         """
-        self._require_free()
+        check_free(self._engine)
         check_cancel(cancel)
         stop_tokens = checked_answer(sampling, stop_tokens, save)
         turn = self.begin(tokens, max_new_tokens=max_new_tokens)

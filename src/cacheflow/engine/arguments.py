@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TypeVar
 
 from cacheflow.errors import ConfigError
-
-T = TypeVar("T")
 
 
 def whole(name: str, value: object, *, least: int | None = None, most: int | None = None) -> int:
@@ -19,7 +16,7 @@ def whole(name: str, value: object, *, least: int | None = None, most: int | Non
     """
     wanted = "a whole number" + ("" if least is None else f" of at least {least}")
     wanted += "" if most is None else f" and at most {most}"
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ConfigError(f"{name} is {value!r}, must be {wanted}")
     number = int(value)
     if (least is not None and number < least) or (most is not None and number > most):
@@ -44,7 +41,7 @@ def number(name: str, value: object, *, above: float | None = None, least: float
         + ("" if above is None else f" above {above:g}")
         + ("" if least is None else f" of {least:g} or more")
     )
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ConfigError(f"{name} is {value!r}, must be {wanted}")
     try:
         found = float(value)
@@ -78,15 +75,14 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
-def instance(name: str, value: object, kind: type[T], *, hint: str = "") -> T:
-    """An object of a class.
+def require_instance(name: str, value: object, kind: type, *, hint: str = "") -> None:
+    """Refuse what is no object of a class.
 
     Raises:
         ConfigError: It is none; the message ends with the hint how to get one.
     """
     if not isinstance(value, kind):
         raise ConfigError(f"{name} is a {type(value).__name__}, must be a {kind.__name__}{hint and ': ' + hint}")
-    return value
 
 
 def _shown(number: int) -> str:
