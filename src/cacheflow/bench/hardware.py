@@ -132,6 +132,8 @@ def _read(kind: str, path: Path, cls: type[T]) -> T:
     if not isinstance(values["name"], str) or not values["name"].strip():
         raise ConfigError(f"{kind} file {path}: name is {values['name']!r}, must be a text that is not empty")
     for key, value in values.items():
+        if isinstance(value, bool):
+            raise ConfigError(f"{kind} file {path}: {key} is {value}, must be a number")
         if isinstance(value, int | float) and not abs(value) <= GREATEST.get(key, GREATEST_RATE):
             raise ConfigError(f"{kind} file {path}: {key} must be at most {GREATEST.get(key, GREATEST_RATE):g}")
     try:

@@ -16,6 +16,7 @@ from cacheflow.engine.random_models import random_weights
 from cacheflow.errors import ConfigError
 from cacheflow.plan.keys import Namespace
 from cacheflow.tensors.fingerprint import kernel_identity
+from cacheflow.types import ModelShape
 from cacheflow.workloads.coding import source_text
 
 
@@ -35,7 +36,6 @@ def open_study(args: argparse.Namespace, num_tokens: int) -> Study:
     return Study(model, prompt_tokens(model, num_tokens + args.suffix), options=options, link=_open_link(args, model))
 
 
-@functools.lru_cache(maxsize=1)
 def open_model(name: str | None, *, shape: str | None, device: str, dtype: str) -> LoadedModel:
     """Load a model (None: the default one), or random weights of a shape; the last one is kept.
 
@@ -47,9 +47,15 @@ def open_model(name: str | None, *, shape: str | None, device: str, dtype: str) 
 
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
+    found = None if shape is None else find_model(shape)  # now: the file may have changed since it was read
+    return _open(name or DEFAULT_MODEL, found, device, dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _open(name: str, shape: ModelShape | None, device: str, dtype: str) -> LoadedModel:
     if shape is not None:
-        return random_weights(find_model(shape), device=device, dtype=dtype)
-    return load_model(name or DEFAULT_MODEL, device=device, dtype=dtype)
+        return random_weights(shape, device=device, dtype=dtype)
+    return load_model(name, device=device, dtype=dtype)
 
 
 def prompt_tokens(model: LoadedModel, num_tokens: int) -> list[int]:
