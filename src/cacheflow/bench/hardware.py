@@ -32,8 +32,10 @@ GREATEST = {
     "memory_bytes": 10**18,
 }
 """No model and no GPU has more, by field of a file; far more would not fit the numbers we calculate with."""
-GREATEST_RATE = 1e24
-"""The same for rates of a GPU."""
+LEAST_RATE, GREATEST_RATE = 1.0, 1e24
+"""The same for rates of a GPU, a second."""
+TEXTS = ("name", "dtype")
+OPTIONAL = ("sliding_window",)
 
 MODEL_SHAPES: dict[str, ModelShape] = {
     shape.name: shape
@@ -132,13 +134,22 @@ def _read(kind: str, path: Path, cls: type[T]) -> T:
     if not isinstance(values["name"], str) or not values["name"].strip():
         raise ConfigError(f"{kind} file {path}: name is {values['name']!r}, must be a text that is not empty")
     for key, value in values.items():
-        if isinstance(value, bool):
-            raise ConfigError(f"{kind} file {path}: {key} is {value}, must be a number")
-        if isinstance(value, int | float) and not abs(value) <= GREATEST.get(key, GREATEST_RATE):
-            raise ConfigError(f"{kind} file {path}: {key} must be at most {GREATEST.get(key, GREATEST_RATE):g}")
+        _check_field(f"{kind} file {path}: {key}", key, value)
     try:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{kind} file {path}: {error}") from error
     except TypeError as error:
         raise ConfigError(f"{kind} file {path} holds a value of the wrong type: {error}") from error
+
+
+def _check_field(name: str, key: str, value: object) -> None:
+    """Refuse what is no number, or none to calculate with; the class checks what else it must be."""
+    if key in TEXTS or (value is None and key in OPTIONAL):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} is {value!r}, must be a number")
+    if key in GREATEST and not abs(value) <= GREATEST[key]:
+        raise ConfigError(f"{name} must be at most {GREATEST[key]:,}")
+    if key not in GREATEST and not LEAST_RATE <= value <= GREATEST_RATE:
+        raise ConfigError(f"{name} must be above 0: at least {LEAST_RATE:g}, and at most {GREATEST_RATE:g}")
