@@ -58,5 +58,5 @@ def check_cancel(cancel: object) -> None:
     Raises:
         ConfigError: It is neither None nor an event.
     """
-    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+    if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
         raise ConfigError(f"cancel is {cancel!r}, must be a threading.Event or None")

@@ -82,7 +82,7 @@ def require_instance(name: str, value: object, kind: type, *, hint: str = "") ->
         ConfigError: It is none; the message ends with the hint how to get one.
     """
     if not isinstance(value, kind):
-        raise ConfigError(f"{name} is a {type(value).__name__}, must be a {kind.__name__}{hint and ': ' + hint}")
+        raise ConfigError(f"{name} is of type {type(value).__name__}, must be of {kind.__name__}{hint and ': ' + hint}")
 
 
 def _shown(number: int) -> str:
