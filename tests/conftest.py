@@ -6,6 +6,8 @@ from functools import cache
 import pytest
 from hypothesis import HealthCheck, settings
 
+from cacheflow import cli
+
 # No deadline: this runs beside other work. Derandomised: a failure must come back when the test is run again.
 settings.register_profile("cacheflow", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cacheflow")
@@ -41,3 +43,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (reason := _missing(item)) is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must end with code 2 and one line on standard error; returns the line."""
+
+    def run(*argv):
+        capsys.readouterr()
+        assert cli.main([str(word) for word in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("cacheflow: error: ")
+        assert error.count("\n") == 1
+        assert error.endswith("\n")
+        return error
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from support.embedded_cases import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def one_thread():
+    from support.embedded_cases import one_torch_thread
+
+    with one_torch_thread():
+        yield
+
+
+@pytest.fixture
+def unwritable(tmp_path):
+    """A place that no user, root included, can create a folder in."""
+    (tmp_path / "file").write_text("kept")
+    return tmp_path / "file" / "store"

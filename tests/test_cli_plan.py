@@ -69,7 +69,7 @@ def test_without_matplotlib_the_numbers_stand_and_the_picture_is_explained(
         ({"chunk": "1"}, "give a larger --chunk"),
         ({"tokens": "1000000"}, "KV cache of 1,000,256 tokens takes 131 GB"),
         ({"model": "GPT-2"}, "unknown model 'GPT-2'; known: Llama-3.1-8B"),
-        ({"model": "DeepSeek-V3"}, "not supported by plan yet: it caches a compressed latent"),
+        ({"model": "DeepSeek-V3"}, "not supported yet: it caches a compressed latent"),
         ({"gpu": "TPU"}, "unknown gpu 'TPU'; known: L40S"),
         ({"policy": "magic"}, "recompute, load, layerwise_load, cake"),
         ({"out": "/proc/nowhere"}, "--out /proc/nowhere cannot be written"),

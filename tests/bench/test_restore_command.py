@@ -248,7 +248,7 @@ BAD = {
 def test_bad_options_are_one_line_and_code_2(model_folder, tmp_path, capsys, options, message):
     import re
 
-    model = () if "--model" in options else ("--model", str(model_folder))
+    model = () if {"--model", "--shape"} & set(options) else ("--model", str(model_folder))
     assert cli.main(["bench", "restore", "--out", str(tmp_path), *model, *SHORT, *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

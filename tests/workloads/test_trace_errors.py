@@ -56,7 +56,9 @@ def test_time_that_goes_backwards_is_said_with_both_values(tmp_path):
 
 
 def test_malformed_json_and_rows_that_are_no_objects(tmp_path):
-    assert "line 3: malformed JSON at column 2" in refusal(trace(tmp_path, GOOD, "", "{oops"))
+    assert "line 3: not JSON: Expecting property name enclosed in double quotes at column 2" in refusal(
+        trace(tmp_path, GOOD, "", "{oops")
+    )
     assert "line 1: [1, 2]; expected a JSON object" in refusal(trace(tmp_path, "[1, 2]"))
 
 

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,44 +17,42 @@ from cacheflow.bench.batch_policies import CONTENDERS, find_contender
 from cacheflow.bench.batch_record import BatchRecord, append_batch_record, read_batch_records
 from cacheflow.bench.batch_summary import BatchSummary, simulator_agreement, summarise_batches
 from cacheflow.bench.batch_table import batch_tables
-from cacheflow.bench.options import float_list, int_list, make_folder, name_list
+from cacheflow.bench.options import (
+    add_study_arguments,
+    check_study_arguments,
+    float_list,
+    int_list,
+    make_folder,
+    name_list,
+)
 from cacheflow.bench.record import environment
+from cacheflow.bench.results_file import only_run, take_up
 from cacheflow.errors import ConfigError
 
 if TYPE_CHECKING:
     from cacheflow.bench.batch_rounds import BatchRound
     from cacheflow.bench.batch_study import BatchStudy
 
+LEAST_RATIO = 0.001
 LENGTHS = (512, 1024, 1024, 2048, 2048, 3072, 4096, 6144)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``bench batch``."""
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for results.jsonl and the figure"
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="model folder or name (default: %(default)s)")
-    parser.add_argument("--shape", help="random weights of this shape instead of a model (see `cacheflow plan`)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    add_study_arguments(parser, suffix=128, repeats=2)
     parser.add_argument("--policies", type=name_list, default=tuple(CONTENDERS), metavar="P,P,...",
                         help=f"default: {','.join(CONTENDERS)}")  # fmt: skip
     parser.add_argument("--lengths", type=int_list, default=LENGTHS, metavar="N,N,...",
                         help=f"prefix tokens of each request (default: {','.join(map(str, LENGTHS))})")  # fmt: skip
-    parser.add_argument("--suffix", type=int, default=128, metavar="N", help="new tokens (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="chunk tokens (default: %(default)s)")
     parser.add_argument("--ratios", type=float_list, default=(0.5, 1.0, 2.0), metavar="R,R,...",
                         help="load time over recompute time of all prefixes (default: 0.5,1,2)")  # fmt: skip
     parser.add_argument("--arrivals", type=_arrival_gap_s, default=0.0, metavar="together|GAP_S",
                         help="all together (the default), or so many seconds apart")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="alternations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the orders of arrival (default: 0)")
     parser.add_argument("--starvation-s", type=float, metavar="S",
                         help="nobody is passed any more after waiting this long (default: no bound)")  # fmt: skip
     parser.add_argument("--slo-factor", type=float, default=2.0, metavar="F",
                         help="deadline, in times of what a request needs alone (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--time-limit-s", type=float, metavar="S",
-                        help="stop after this long; the same command goes on where it stopped")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     make_folder("--out", args.out)
     results = args.out / "results.jsonl"
-    if results.exists():
-        console.print(f"going on with {results}: rounds that are in it are not run again")
-    finished = _run_rounds(args, results, console)
+    with only_run(args.out):
+        done = take_up(results, read_batch_records, tell=partial(console.print, markup=False, soft_wrap=True))
+        if done:
+            console.print(f"going on with {results}: rounds that are in it are not run again")
+        finished = _run_rounds(args, results, done, console)
     records = read_batch_records(results) if results.exists() else []
     summaries = summarise_batches(records)
     console.print(batch_tables(summaries, simulator_agreement(records)))
@@ -88,28 +89,29 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--policies is empty; known: {', '.join(CONTENDERS)}")
     for name in args.policies:
         find_contender(name)
-    for key in ("suffix", "chunk", "repeats"):
-        if getattr(args, key) < 1:
-            raise ConfigError(f"--{key} is {getattr(args, key)}, must be at least 1")
+    check_study_arguments(args)
     for key, values in (
         ("lengths", args.lengths),
         ("ratios", args.ratios),
         ("starvation-s", (1.0 if args.starvation_s is None else args.starvation_s,)),
         ("slo-factor", (args.slo_factor,)),
-        ("time-limit-s", (1.0 if args.time_limit_s is None else args.time_limit_s,)),
     ):
         if not all(0 < value < float("inf") for value in values):
-            raise ConfigError(f"--{key} {values} must be above 0 and finite")
+            raise ConfigError(f"--{key} {','.join(map(str, values))} must be above 0 and finite")
     if not 0 <= args.arrivals < float("inf"):
         raise ConfigError(f"--arrivals is {args.arrivals}, must be 'together' or 0 or more seconds")
+    if not LEAST_RATIO <= min(args.ratios) <= max(args.ratios) <= 1 / LEAST_RATIO:
+        raise ConfigError(
+            f"--ratios {','.join(map(str, args.ratios))} must be between {LEAST_RATIO} and {1 / LEAST_RATIO:g}: "
+            "beyond it one side has nothing to do"
+        )
 
 
-def _run_rounds(args: argparse.Namespace, results: Path, console: Console) -> bool:
+def _run_rounds(args: argparse.Namespace, results: Path, done: Sequence[BatchRecord], console: Console) -> bool:
     """Run what is not on record yet; False when the time limit ended it."""
     from cacheflow.bench.batch_rounds import run_batch_round
 
     ends_s = float("inf") if args.time_limit_s is None else time.monotonic() + args.time_limit_s
-    done = read_batch_records(results) if results.exists() else []
     study = _open_study(args)
     try:
         rounds = [each for each in _rounds(args) if not _is_done(each, study, done)]
@@ -175,13 +177,14 @@ def _is_done(round_: BatchRound, study: BatchStudy, records: Sequence[BatchRecor
     done = {
         record.policy
         for record in records
-        if record.model == study.model.name
+        if (record.model, record.fingerprint) == (study.model.name, study.model.fingerprint)
         and record.device == study.model.device.type
         and record.dtype == study.model.shape.dtype
         and (record.lengths, record.suffix_tokens) == (study.options.lengths, study.options.suffix_tokens)
         and record.chunk_tokens == study.options.chunk_tokens
         and (record.load_compute_ratio, record.arrival_gap_s) == (round_.ratio, round_.arrival_gap_s)
         and (record.repeat, record.seed, record.starvation_s) == (round_.repeat, round_.seed, starvation_s)
+        and record.slo_factor == round_.slo_factor
     }
     return done >= set(round_.policies)
 

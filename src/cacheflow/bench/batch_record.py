@@ -7,13 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cacheflow.bench.record import Environment
 from cacheflow.bench.results_file import append_line, read_lines
 from cacheflow.errors import ConfigError
+from cacheflow.json_text import parse_json
 
 SUITE = "batch"
 
@@ -86,6 +86,7 @@ class BatchRecord:
         suite: Name of the study.
         policy: Name of the contender, see ``batch_policies``.
         model: Name of the model or shape.
+        fingerprint: Of its weights; two of one name are told apart by it. Empty in records that do not know it.
         device: Kind of device that computed.
         dtype: KV and weight dtype.
         lengths: Prefix tokens of the requests, as asked for.
@@ -99,6 +100,7 @@ class BatchRecord:
         repeat: Alternation; policies of one repeat ran side by side in the same order of arrival.
         seed: Of the orders of arrival.
         starvation_s: Bound on waiting that the scheduler was given; None for none.
+        slo_factor: Deadlines, in times of what a request needs alone; None in records that do not know it.
         mean_ttft_s: Mean time from arrival to first token.
         p99_ttft_s: See ``BatchTimes``.
         makespan_s: From the first arrival to the last first token.
@@ -145,6 +147,8 @@ class BatchRecord:
     requests: tuple[RequestRecord, ...]
     simulated: BatchTimes
     environment: Environment
+    fingerprint: str = ""
+    slo_factor: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no run can have.
@@ -187,10 +191,7 @@ class BatchRecord:
         Raises:
             ConfigError: The line is no JSON object, lacks a field, has an unknown one, or holds an impossible value.
         """
-        try:
-            values: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"not JSON: {error.msg} at column {error.colno}") from error
+        values = parse_json(line)
         if not isinstance(values, dict):
             raise ConfigError(f"a record is a JSON object, not {type(values).__name__}")
         if unknown := sorted(values.keys() - {each.name for each in fields(cls)}):
@@ -202,7 +203,9 @@ class BatchRecord:
             for key in ("lengths", "order"):
                 values[key] = tuple(values[key])
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"malformed record: {error}") from error
 
 
@@ -210,7 +213,7 @@ def append_batch_record(path: Path, record: BatchRecord) -> None:
     """Append one record in one write, so that runs may share the file and a crash leaves whole lines.
 
     Raises:
-        OSError: The folder does not exist or the file cannot be written.
+        ConfigError: The folder does not exist or the file cannot be written.
     """
     append_line(path, record.to_json())
 

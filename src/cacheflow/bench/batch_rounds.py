@@ -139,6 +139,8 @@ def _record(
         ),
         simulated=simulate_batch(find_contender(name), replace(case, arrivals_s=arrivals_s), truths),
         environment=environment,
+        fingerprint=study.model.fingerprint,
+        slo_factor=round_.slo_factor,
     )
 
 

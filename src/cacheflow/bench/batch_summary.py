@@ -41,6 +41,8 @@ class BatchSetting:
     arrival_gap_s: float
     starvation_s: float
     load_compute_ratio: float
+    slo_factor: float = 0.0
+    fingerprint: str = ""
 
     @classmethod
     def of(cls, record: BatchRecord) -> BatchSetting:
@@ -55,6 +57,8 @@ class BatchSetting:
             arrival_gap_s=record.arrival_gap_s,
             starvation_s=float("inf") if record.starvation_s is None else record.starvation_s,
             load_compute_ratio=float(f"{record.load_compute_ratio:.3g}"),
+            slo_factor=record.slo_factor or 0.0,
+            fingerprint=record.fingerprint,
         )
 
 

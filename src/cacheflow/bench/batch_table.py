@@ -57,11 +57,13 @@ def _new_table(title: str) -> Table:
 def _table(summary: BatchSummary) -> Table:
     setting = summary.setting
     num_runs = max(policy.num_runs for policy in summary.policies)
+    due = f"due after {setting.slo_factor:g} × alone, " if setting.slo_factor else ""
     arrivals = f"{setting.arrival_gap_s:g} s apart" if setting.arrival_gap_s else "together"
     table = _new_table(
         f"{setting.model} {setting.dtype} on {setting.device}: {len(setting.lengths)} requests {arrivals}, "
         f"{sum(setting.lengths):,} cached + {setting.suffix_tokens} new tokens each, "
-        f"load/compute {setting.load_compute_ratio:g}, {num_runs} run{'' if num_runs == 1 else 's'}"
+        f"load/compute {setting.load_compute_ratio:g}, "
+        f"{due}{num_runs} run{'' if num_runs == 1 else 's'}"
     )
     heads = (*HEADS, "starved") if setting.starvation_s != float("inf") else HEADS
     table.add_column("policy", no_wrap=True)

@@ -6,17 +6,36 @@ peaks, best GEMM measured); vocabulary sizes from the models' published ``config
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cacheflow.errors import ConfigError
+from cacheflow.json_text import parse_json, read_text
 from cacheflow.plan.roofline import GpuPeaks
 from cacheflow.types import ModelShape
 
 T = TypeVar("T", ModelShape, GpuPeaks)
+
+GREATEST = {
+    "num_layers": 10_000,
+    "num_q_heads": 100_000,
+    "num_kv_heads": 100_000,
+    "head_dim": 100_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "vocab_size": 1_000_000_000,
+    "num_experts": 1_000_000,
+    "num_active_experts": 1_000_000,
+    "sliding_window": 10**12,
+    "memory_bytes": 10**18,
+}
+"""No model and no GPU has more, by field of a file; far more would not fit the numbers we calculate with."""
+LEAST_RATE, GREATEST_RATE = 1.0, 1e24
+"""The same for rates of a GPU, a second."""
+TEXTS = ("name", "dtype")
+OPTIONAL = ("sliding_window",)
 
 MODEL_SHAPES: dict[str, ModelShape] = {
     shape.name: shape
@@ -79,7 +98,7 @@ def find_model(name_or_file: str) -> ModelShape:
     """
     for name, reason in UNSUPPORTED_MODELS.items():
         if name_or_file.lower() == name.lower():
-            raise ConfigError(f"model {name!r} is not supported by plan yet: {reason}")
+            raise ConfigError(f"model {name!r} is not supported yet: {reason}")
     return _find("model", name_or_file, MODEL_SHAPES, ModelShape)
 
 
@@ -104,15 +123,33 @@ def _find(kind: str, name_or_file: str, known: Mapping[str, T], cls: type[T]) ->
 
 def _read(kind: str, path: Path, cls: type[T]) -> T:
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = parse_json(read_text(path))
+    except ConfigError as error:
         raise ConfigError(f"{kind} file {path} cannot be read: {error}") from error
     allowed = {field.name: field.default is MISSING for field in fields(cls)}
     if not isinstance(values, dict) or values.keys() - allowed.keys():
         raise ConfigError(f"{kind} file {path} must be one JSON object with the fields {', '.join(allowed)}")
     if missing := [name for name, needed in allowed.items() if needed and name not in values]:
         raise ConfigError(f"{kind} file {path} lacks {', '.join(missing)}")
+    if not isinstance(values["name"], str) or not values["name"].strip():
+        raise ConfigError(f"{kind} file {path}: name is {values['name']!r}, must be a text that is not empty")
+    for key, value in values.items():
+        _check_field(f"{kind} file {path}: {key}", key, value)
     try:
         return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{kind} file {path}: {error}") from error
     except TypeError as error:
         raise ConfigError(f"{kind} file {path} holds a value of the wrong type: {error}") from error
+
+
+def _check_field(name: str, key: str, value: object) -> None:
+    """Refuse what is no number, or none to calculate with; the class checks what else it must be."""
+    if key in TEXTS or (value is None and key in OPTIONAL):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} is {value!r}, must be a number")
+    if key in GREATEST and not abs(value) <= GREATEST[key]:
+        raise ConfigError(f"{name} must be at most {GREATEST[key]:,}")
+    if key not in GREATEST and not LEAST_RATE <= value <= GREATEST_RATE:
+        raise ConfigError(f"{name} must be above 0: at least {LEAST_RATE:g}, and at most {GREATEST_RATE:g}")

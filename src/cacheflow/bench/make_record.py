@@ -26,6 +26,8 @@ class RunContext:
     repeat: int
     environment: Environment
     perturbation: Mapping[str, float] = field(default_factory=dict)
+    layers_per_block: int = 1
+    store: str = "memory"
 
 
 def make_record(context: RunContext, report: RestoreReport, least: Bound, *, correct: bool) -> RestoreRecord:
@@ -63,6 +65,9 @@ def make_record(context: RunContext, report: RestoreReport, least: Bound, *, cor
         perturbation=dict(context.perturbation),
         guard=GuardRecord(choice=guard.choice.value, reason=guard.reason) if guard else None,
         objective="ttft" if has_suffix else "restore",
+        fingerprint=context.model.fingerprint,
+        layers_per_block=context.layers_per_block,
+        store=context.store,
     )
 
 

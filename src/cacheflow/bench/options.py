@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from cacheflow.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2-135m"
+"""What is restored unless ``--model`` or ``--shape`` says otherwise."""
 
 
 def float_list(text: str) -> tuple[float, ...]:
@@ -36,12 +40,43 @@ def make_folder(option: str, folder: Path) -> None:
     """Create the folder that an option names, parents included; one that is there is taken as it is.
 
     Raises:
-        ConfigError: It cannot be created; names the option.
+        ConfigError: It cannot be created, or nothing can be written into it; names the option.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:  # now, not after the work
+            probe.write(b"-")
     except OSError as error:
         raise ConfigError(f"{option} {folder} cannot be used: {error}") from error
+
+
+def add_study_arguments(parser: argparse.ArgumentParser, *, suffix: int, repeats: int) -> None:
+    """Add what every benchmark of restorations on this machine is told; ``suffix`` and ``repeats`` are defaults."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.jsonl and figures")
+    parser.add_argument("--model", metavar="NAME", help=f"model folder or name (default: {DEFAULT_MODEL})")
+    parser.add_argument("--shape", help="random weights of this shape instead of a model (see `cacheflow plan`)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    parser.add_argument("--suffix", type=int, default=suffix, metavar="N", help="new tokens (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="chunk tokens (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help="alternations (default: %(default)s)")
+    parser.add_argument("--time-limit-s", type=float, metavar="S",
+                        help="stop after this long; the same command goes on where it stopped")  # fmt: skip
+
+
+def check_study_arguments(args: argparse.Namespace) -> None:
+    """Check what ``add_study_arguments`` added.
+
+    Raises:
+        ConfigError: A number is out of range, or two options contradict each other; names them.
+    """
+    if args.model is not None and args.shape is not None:
+        raise ConfigError("--model and --shape both say what is restored: drop one of them")
+    for key in ("suffix", "chunk", "repeats"):
+        if getattr(args, key) < 1:
+            raise ConfigError(f"--{key} is {getattr(args, key)}, must be at least 1")
+    if args.time_limit_s is not None and not args.time_limit_s > 0:
+        raise ConfigError(f"--time-limit-s is {args.time_limit_s}, must be above 0")
 
 
 def name_list(text: str) -> tuple[str, ...]:

@@ -6,9 +6,9 @@ matplotlib is imported when a figure is drawn, here and in ``timeline`` only, an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cacheflow.bench.record import read_records
 from cacheflow.bench.summary import OURS, Metric, SettingSummary, summarise
@@ -178,11 +178,18 @@ def _figure_class() -> type[Figure]:
 def studies(summaries: Sequence[SettingSummary]) -> dict[str, list[list[SettingSummary]]]:
     """By file name: the sweeps over ratios of one study, fewest new tokens first (restoration alone leads)."""
     found: dict[str, dict[int, list[SettingSummary]]] = {}
+    others: dict[str, set[str]] = {}  # weights by the name of their model
+    for summary in summaries:
+        others.setdefault(summary.setting.model, set()).add(summary.setting.fingerprint)
     for summary in summaries:
         setting = summary.setting
         perturbed = "".join(c if c.isalnum() or c == "." else "-" for c in setting.perturbation).strip("-")
         words = [setting.suite, setting.model, setting.device, setting.dtype, perturbed]
         words += [str(setting.num_tokens), f"c{setting.chunk_tokens}"]
+        words += [f"b{setting.layers_per_block}"] if setting.layers_per_block > 1 else []
+        words += [setting.store] if setting.store != "memory" else []
+        if number := sorted(others[setting.model]).index(setting.fingerprint):
+            words.append(f"w{number + 1}")
         name = "-".join(word.replace("/", "-").replace(" ", "-") for word in words if word)
         found.setdefault(name, {}).setdefault(setting.suffix_tokens, []).append(summary)
     return {name: [sweeps[key] for key in sorted(sweeps)] for name, sweeps in found.items()}
@@ -264,18 +271,16 @@ def _draw_bars(axes: Axes, summary: SettingSummary, names: Sequence[str], metric
         axes.text(bound_s, -0.62, " bound", fontsize=7, color=BOUND_COLOUR, ha="left", va="center")
 
 
-def draw_ttft_cdf(results: Path, path: Path) -> Path:
-    """Distribution of the time to first token of the last simulation of every policy in a results file.
+def draw_ttft_cdf(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Distribution of the time to first token of simulations, one of each policy, all of one setting.
 
     Raises:
-        ConfigError: The file holds no simulation, or matplotlib is not installed.
+        ConfigError: matplotlib is not installed.
     """
-    from cacheflow.bench.simulate_report import read_simulations
-
     same_style = {"vllm": "recompute", "lmcache": "load", "hicache": "layerwise_load"}
-    last = {each["policy"]: each for each in read_simulations(results)}
     figure, [axes] = new_figure(num_panels=1, num_columns=1, panel_size=(6.5, 4.1))
-    for name, each in last.items():
+    for each in records:
+        name = each["policy"]
         points = sorted((float(percent), ttft_s) for percent, ttft_s in each["ttft_percentiles_s"].items())
         colour, _ = policy_style(same_style.get(name, name))
         width = 2.4 if name == OURS else 1.3
@@ -287,6 +292,6 @@ def draw_ttft_cdf(results: Path, path: Path) -> Path:
     axes.set_xlabel("time to first token [s]")
     axes.set_ylabel("requests [%]")
     axes.legend(frameon=False, fontsize=8)
-    first = next(iter(last.values()))
+    first = records[0]
     figure.suptitle(f"{first['workload']}: {first['model']}, costs {first['costs']}", fontsize=10, color=INK)
     return save_figure(figure, path)

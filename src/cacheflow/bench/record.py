@@ -15,16 +15,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from cacheflow.bench.results_file import append_line, read_lines
 from cacheflow.errors import ConfigError
+from cacheflow.json_text import parse_json
 
 Environment = Mapping[str, str | int | float | None]
 
 _TIMES = ("restore_s", "ttft_s", "bound_restore_s", "bound_ttft_s", "planning_s", "overhead_s")
 _SHARES = ("compute_busy", "io_busy")
-_POSITIVE_COUNTS = ("num_layers", "chunk_tokens")
+_POSITIVE_COUNTS = ("num_layers", "chunk_tokens", "layers_per_block")
 _COUNTS = (
     "num_tokens",
     "suffix_tokens",
@@ -80,6 +80,9 @@ class RestoreRecord:
         perturbation: What was made wrong on purpose, such as ``{"cost_error": 2.0}``; empty for a clean run.
         guard: The guard's choice; None for policies without one.
         objective: What the plan minimised, ``"ttft"`` or ``"restore"``.
+        fingerprint: Of the model's weights; two of one name are told apart by it. Empty in records that do not know it.
+        layers_per_block: Layers of one block, which is one object of the store per chunk.
+        store: Where the prefix was saved.
     """
 
     suite: str
@@ -112,6 +115,9 @@ class RestoreRecord:
     perturbation: Mapping[str, float] = field(default_factory=dict)
     guard: GuardRecord | None = None
     objective: str = "ttft"
+    fingerprint: str = ""
+    layers_per_block: int = 1
+    store: str = "memory"
 
     def __post_init__(self) -> None:
         """Refuse a time without a check, and numbers no run can have.
@@ -120,7 +126,7 @@ class RestoreRecord:
             ConfigError: ``restore_s`` or ``ttft_s`` is set but ``correct`` is no outcome of a check; a time is not
                 above 0; a count is negative; a busy share is outside 0 to 1.
         """
-        for key in ("suite", "policy", "model", "device", "dtype", "objective"):
+        for key in ("suite", "policy", "model", "device", "dtype", "objective", "store"):
             _require(bool(getattr(self, key)), key, getattr(self, key), "a name")
         timed = self.restore_s is not None or self.ttft_s is not None
         if timed and not isinstance(self.correct, bool):
@@ -157,10 +163,7 @@ class RestoreRecord:
         Raises:
             ConfigError: The line is no JSON object, lacks a field, has an unknown one, or holds an impossible value.
         """
-        try:
-            values: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"not JSON: {error.msg} at column {error.colno}") from error
+        values = parse_json(line)
         if not isinstance(values, dict):
             raise ConfigError(f"a record is a JSON object, not {type(values).__name__}")
         if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
@@ -169,7 +172,7 @@ class RestoreRecord:
             if values.get("guard") is not None:
                 values["guard"] = GuardRecord(**values["guard"])
             return cls(**values)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ConfigError(str(error)) from error
 
 
@@ -177,7 +180,7 @@ def append_record(path: Path, record: RestoreRecord) -> None:
     """Append one record in one write, so that runs may share the file and a crash leaves whole lines.
 
     Raises:
-        OSError: The folder does not exist or the file cannot be written.
+        ConfigError: The folder does not exist or the file cannot be written.
     """
     append_line(path, record.to_json())
 

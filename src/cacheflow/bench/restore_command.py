@@ -6,14 +6,23 @@ import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cacheflow.bench.options import float_list, int_list, make_folder, name_list
+from cacheflow.bench.options import (
+    add_study_arguments,
+    check_study_arguments,
+    float_list,
+    int_list,
+    make_folder,
+    name_list,
+)
 from cacheflow.bench.record import RestoreRecord, append_record, environment, read_records
+from cacheflow.bench.results_file import only_run, take_up
 from cacheflow.bench.summary import summarise
 from cacheflow.bench.table import console_tables
 from cacheflow.errors import ConfigError
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
     from cacheflow.bench.study import Study, Wrong
 
 SUITE = "restore"
+RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 OBJECTIVES = ("restore", "ttft")
 CUDA_GBPS = (10.0, 40.0, 80.0, float("inf"))
 """Links studied on a GPU unless told otherwise: those of the paper, and no limit."""
@@ -39,29 +49,20 @@ PERTURBATIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``bench restore``."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.jsonl and figures")
-    parser.add_argument("--model", default="smollm2-135m", help="model folder or name (default: %(default)s)")
-    parser.add_argument("--shape", help="random weights of this shape instead of a model (see `cacheflow plan`)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
-    parser.add_argument("--ratios", type=float_list, default=(0.25, 0.5, 1.0, 2.0, 4.0), metavar="R,R,...",
+    add_study_arguments(parser, suffix=256, repeats=3)
+    parser.add_argument("--ratios", type=float_list, metavar="R,R,...",
                         help="load time over recompute time (default: 0.25,0.5,1,2,4)")  # fmt: skip
     parser.add_argument("--gbps", type=float_list, metavar="G,G,...",
                         help="link bandwidths in gigabits per second instead of ratios; inf for no limit "
                         "(default with --device cuda: 10,40,80,inf)")  # fmt: skip
     parser.add_argument("--tokens", type=int_list, default=(4096,), metavar="N,N,...", help="prefix (default: 4096)")
-    parser.add_argument("--suffix", type=int, default=256, metavar="N", help="new tokens (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="chunk tokens (default: %(default)s)")
     parser.add_argument("--layers-per-block", type=int, default=1, metavar="N")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="alternations (default: %(default)s)")
     parser.add_argument("--policies", type=name_list, default=tuple(RESTORE_POLICIES), metavar="P,P,...",
                         help=f"default: {','.join(RESTORE_POLICIES)}")  # fmt: skip
     parser.add_argument("--objectives", type=name_list, default=OBJECTIVES, metavar=",".join(OBJECTIVES))
     parser.add_argument("--perturb", action="store_true",
                         help="run cacheflow with wrong costs, wrong bandwidth and a falling link instead")  # fmt: skip
     parser.add_argument("--store", choices=("memory", "file"), default="memory", help="where the prefix is saved (CPU)")
-    parser.add_argument("--time-limit-s", type=float, metavar="S",
-                        help="stop after this long; the same command goes on where it stopped")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,10 +71,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     make_folder("--out", args.out)
     results = args.out / "results.jsonl"
-    if results.exists():
-        console.print(f"going on with {results}: runs that are in it are not run again")
-    ends_s = float("inf") if args.time_limit_s is None else time.monotonic() + args.time_limit_s
-    lengths = [_run_length(args, num_tokens, results, ends_s, console) for num_tokens in args.tokens]
+    with only_run(args.out):
+        if take_up(results, read_records, tell=partial(console.print, markup=False, soft_wrap=True)):
+            console.print(f"going on with {results}: runs that are in it are not run again")
+        ends_s = float("inf") if args.time_limit_s is None else time.monotonic() + args.time_limit_s
+        lengths = [_run_length(args, num_tokens, results, ends_s, console) for num_tokens in args.tokens]
     records = read_records(results) if results.exists() else []
     console.print(console_tables(summarise(records)))
     _draw(results, args.out, console)
@@ -93,19 +95,21 @@ def _check(args: argparse.Namespace) -> None:
     _check_numbers(args)
     if args.perturb and (args.device != "cpu" or args.gbps):
         raise ConfigError("--perturb needs the throttled store: --device cpu, and --ratios instead of --gbps")
+    if args.gbps and args.ratios is not None:
+        raise ConfigError("--ratios and --gbps both say how fast the link is: drop one of them")
+    if args.device == "cuda" and args.store != "memory":
+        raise ConfigError(f"--store {args.store} is of --device cpu; on a GPU the prefix is in pinned memory: drop it")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for key in ("suffix", "chunk", "repeats", "layers_per_block"):
-        if getattr(args, key) < 1:
-            raise ConfigError(f"--{key.replace('_', '-')} is {getattr(args, key)}, must be at least 1")
-    for key, values in (("tokens", args.tokens), ("ratios", args.ratios), ("gbps", args.gbps or (1.0,))):
+    check_study_arguments(args)
+    if args.layers_per_block < 1:
+        raise ConfigError(f"--layers-per-block is {args.layers_per_block}, must be at least 1")
+    for key, values in (("tokens", args.tokens), ("ratios", args.ratios or RATIOS), ("gbps", args.gbps or (1.0,))):
         if not all(value > 0 for value in values):
             raise ConfigError(f"--{key} {values} must be above 0")
-    if math.inf in args.ratios:
+    if math.inf in (args.ratios or RATIOS):
         raise ConfigError(f"--ratios {args.ratios} must be finite; a link without a limit is --gbps inf")
-    if args.time_limit_s is not None and not args.time_limit_s > 0:
-        raise ConfigError(f"--time-limit-s is {args.time_limit_s}, must be above 0")
 
 
 def _run_length(args: argparse.Namespace, num_tokens: int, results: Path, ends_s: float, console: Console) -> bool:
@@ -179,9 +183,9 @@ def _bandwidths(
     from cacheflow.bench.rounds import ratio_on_record
 
     prefix_bytes = study.grid.num_tokens * study.model.shape.kv_bytes_per_token
-    gbps = args.gbps or (CUDA_GBPS if args.device == "cuda" else ())
+    gbps = args.gbps or (CUDA_GBPS if args.device == "cuda" and args.ratios is None else ())
     if not gbps:
-        for ratio in args.ratios:
+        for ratio in args.ratios or RATIOS:
             yield ratio, study.bytes_per_s(ratio)
     for each in gbps:
         bytes_per_s = each * 1e9 / 8

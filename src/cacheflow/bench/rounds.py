@@ -92,6 +92,8 @@ def run_round(
         repeat=round_.repeat,
         environment=environment,
         perturbation=round_.perturbation,
+        layers_per_block=study.options.layers_per_block,
+        store=study.store,
     )
     return [
         RoundRun(
@@ -125,12 +127,13 @@ def ratio_on_record(study: Study, records: Sequence[RestoreRecord], *, suite: st
 
 
 def _is_of(record: RestoreRecord, study: Study, suite: str) -> bool:
-    """Whether a record is of this model, on this kind of device, with this prefix."""
+    """Whether a record is of these weights, on this kind of device, with this prefix, these blocks and this store."""
     return (
         record.suite == suite
-        and record.model == study.model.name
+        and (record.model, record.fingerprint) == (study.model.name, study.model.fingerprint)
         and record.device == study.model.device.type
         and record.dtype == study.model.shape.dtype
         and record.num_tokens == study.grid.num_tokens
-        and record.chunk_tokens == study.options.chunk_tokens
+        and (record.chunk_tokens, record.layers_per_block, record.store)
+        == (study.options.chunk_tokens, study.options.layers_per_block, study.store)
     )

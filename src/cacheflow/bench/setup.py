@@ -7,6 +7,7 @@ import functools
 from itertools import islice, pairwise
 
 from cacheflow.bench.hardware import find_model
+from cacheflow.bench.options import DEFAULT_MODEL
 from cacheflow.bench.study import Study, StudyOptions
 from cacheflow.bench.study_link import PinnedStudyLink, StoreStudyLink, StudyLink
 from cacheflow.engine.identity import model_identity
@@ -15,6 +16,7 @@ from cacheflow.engine.random_models import random_weights
 from cacheflow.errors import ConfigError
 from cacheflow.plan.keys import Namespace
 from cacheflow.tensors.fingerprint import kernel_identity
+from cacheflow.types import ModelShape
 from cacheflow.workloads.coding import source_text
 
 
@@ -34,9 +36,8 @@ def open_study(args: argparse.Namespace, num_tokens: int) -> Study:
     return Study(model, prompt_tokens(model, num_tokens + args.suffix), options=options, link=_open_link(args, model))
 
 
-@functools.lru_cache(maxsize=1)
-def open_model(name: str, *, shape: str | None, device: str, dtype: str) -> LoadedModel:
-    """Load a model, or random weights of a shape; the last one is kept.
+def open_model(name: str | None, *, shape: str | None, device: str, dtype: str) -> LoadedModel:
+    """Load a model (None: the default one), or random weights of a shape; the last one is kept.
 
     Raises:
         ConfigError: No CUDA device, an unknown shape, or see ``load_model``.
@@ -46,8 +47,14 @@ def open_model(name: str, *, shape: str | None, device: str, dtype: str) -> Load
 
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
+    found = None if shape is None else find_model(shape)  # now: the file may have changed since it was read
+    return _open(name or DEFAULT_MODEL, found, device, dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _open(name: str, shape: ModelShape | None, device: str, dtype: str) -> LoadedModel:
     if shape is not None:
-        return random_weights(find_model(shape), device=device, dtype=dtype)
+        return random_weights(shape, device=device, dtype=dtype)
     return load_model(name, device=device, dtype=dtype)
 
 

@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from cacheflow.bench.results_file import read_lines
 from cacheflow.bench.table import seconds
 from cacheflow.errors import ConfigError
+from cacheflow.json_text import parse_json
 from cacheflow.sim.cluster import ClusterConfig
 from cacheflow.sim.costs import ChunkCosts
-from cacheflow.sim.results import percentiles_s
+from cacheflow.sim.results import RunResult, percentiles_s
 from cacheflow.sim.run import Run
 
 SUITE = "simulate"
 CDF_PERCENTS = (*(float(each) for each in range(101)), 99.5, 99.9)
 """Percentiles of the time to first token that a record keeps, for the picture."""
+OUTCOMES = {"policy", "objective", "ttft_percentiles_s", "wall_s", *(each.name for each in fields(RunResult))}
+"""Fields of a record that do not belong to its setting."""
+NEEDED = ("policy", "workload", "model", "costs", "ttft_percentiles_s")
+"""Fields that are drawn, and that every record has had."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,9 @@ class Setting:
         seed: Of everything that is drawn.
         max_cells: Cells of a restoration; 0 for exact grids.
         rate_scale: How many times as many requests a second as the workload has by itself.
+        shaping: The other options that shape the workload, by name; None for those that were not given.
+        inputs_fingerprint: Tells apart models, GPUs and costs of the same names.
+        requests_fingerprint: Tells apart traces of the same name, and whatever else makes other requests of them.
     """
 
     workload: str
@@ -45,6 +54,9 @@ class Setting:
     seed: int
     max_cells: int
     rate_scale: float
+    shaping: Mapping[str, Any]
+    inputs_fingerprint: str
+    requests_fingerprint: str = ""
 
 
 def record(setting: Setting, run: Run, *, wall_s: float) -> dict[str, Any]:
@@ -61,6 +73,9 @@ def record(setting: Setting, run: Run, *, wall_s: float) -> dict[str, Any]:
         "seed": setting.seed,
         "max_cells": setting.max_cells,
         "rate_scale": setting.rate_scale,
+        **setting.shaping,
+        "inputs_fingerprint": setting.inputs_fingerprint,
+        "requests_fingerprint": setting.requests_fingerprint,
         "cluster": {key: _plain(value) for key, value in asdict(setting.cluster).items()},
         **asdict(run.result),
         "ttft_percentiles_s": cdf,
@@ -68,33 +83,43 @@ def record(setting: Setting, run: Run, *, wall_s: float) -> dict[str, Any]:
     }
 
 
-def append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Add records to a results file.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(each, allow_nan=False) + "\n" for each in records)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from error
-
-
 def read_simulations(path: Path) -> list[dict[str, Any]]:
-    """The simulations in a results file, in its order.
+    """The simulations in a results file, in its order; lines of other suites are skipped.
 
     Raises:
-        ConfigError: It cannot be read, or holds none.
+        ConfigError: It cannot be read, or a line is malformed; the message names the line.
     """
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    found = [each for each in records if isinstance(each, dict) and each.get("suite") == SUITE and "policy" in each]
-    if not found:
-        raise ConfigError(f"{path} holds no simulation; run `cacheflow simulate --out` first")
-    return found
+    return [each for each in read_lines(path, _parse) if each.get("suite") == SUITE]
+
+
+def _parse(line: str) -> dict[str, Any]:
+    values = parse_json(line)
+    if not isinstance(values, dict):
+        raise ConfigError(f"a record is a JSON object, not {type(values).__name__}")
+    if values.get("suite") == SUITE and (missing := [key for key in NEEDED if key not in values]):
+        raise ConfigError(f"a simulation without {', '.join(missing)}")
+    return values
+
+
+def last_setting(records: Sequence[Mapping[str, Any]]) -> tuple[tuple[Mapping[str, Any], ...], int]:
+    """What may be compared with the last record: the last record of every policy in its setting.
+
+    Returns:
+        Those records, in the order of their policies' first runs, and how many records are of other settings.
+
+    Raises:
+        ConfigError: There is no record.
+    """
+    if not records:
+        raise ConfigError("no simulation on record; run `cacheflow simulate --out` first")
+    wanted = _setting_of(records[-1])
+    same = [each for each in records if _setting_of(each) == wanted]
+    return tuple({each["policy"]: each for each in same}.values()), len(records) - len(same)
+
+
+def _setting_of(values: Mapping[str, Any]) -> str:
+    """Everything but what came of it, and the objective, which is one policy's own."""
+    return json.dumps({key: value for key, value in values.items() if key not in OUTCOMES}, sort_keys=True)
 
 
 _LEGEND = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import tomllib
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import Any
 
 from cacheflow.bench.hardware import GPUS, find_gpu, find_model
 from cacheflow.errors import ConfigError
+from cacheflow.json_text import parse_json, read_text
 from cacheflow.plan.published import published_gpus, read_published
 from cacheflow.plan.roofline import Roofline
 from cacheflow.sim.cluster import ClusterConfig
 from cacheflow.sim.costs import ChunkCosts, measured_costs, published_costs, roofline_costs
+from cacheflow.sim.router import make_router
 from cacheflow.types import ModelShape
 
 CLUSTER_DEFAULTS: dict[str, Any] = {
@@ -37,7 +39,26 @@ CLUSTER_DEFAULTS: dict[str, Any] = {
 
 ``None`` means: from the GPU (its host link, and what its memory leaves beside the weights).
 """
+OPTIONS = {
+    "num_replicas": "--replicas",
+    "model": "--model",
+    "gpu": "--gpu",
+    "bandwidth_gbps": "--bandwidth-gbps",
+    "kv_tokens": "--kv-tokens",
+}
+"""Options that override a key of a cluster file."""
 TEXT_KEYS = ("model", "gpu", "router")
+COUNT_KEYS = {
+    "num_replicas": 100_000,
+    "kv_tokens": 10**12,
+    "block_tokens": 10**6,
+    "pass_tokens": 10**6,
+    "max_num_seqs": 10**6,
+}
+"""Whole numbers, and the greatest that memory here or the numbers we calculate with allow."""
+FROM_ZERO_KEYS = ("latency_s", "store_gb", "host_gb")
+LEAST = 1e-6
+"""Of bandwidths in Gbit/s and seconds that must not be 0: below it nothing would come to an end."""
 MEMORY_SHARE = 0.9
 """Share of a GPU's memory that an engine uses, weights included (vLLM's default)."""
 PUBLISHED_MEMORY_GB = {"rtxpro6000": 96, "rtx4090": 24}
@@ -52,45 +73,72 @@ def cluster_values(path: Path | None, overrides: dict[str, Any]) -> dict[str, An
     """Every key of a cluster file: the option where one was given, else the file, else the default.
 
     Raises:
-        ConfigError: The file cannot be read, or has a key or a value that it must not have.
+        ConfigError: The file cannot be read, or a value is wrong; names the option, or the file and its key.
     """
-    values = CLUSTER_DEFAULTS | (_read_cluster(path) if path is not None else {})
-    return values | {key: value for key, value in overrides.items() if value is not None}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    found = _read_cluster(path) if path is not None else {}
+    for key, value in found.items():
+        _check_value(f"--cluster {path}: {key}", key, value)
+    for key, value in given.items():
+        _check_value(OPTIONS[key], key, value)
+    return CLUSTER_DEFAULTS | found | given
 
 
 def _read_cluster(path: Path) -> dict[str, Any]:
+    if path.suffix not in (".json", ".toml"):
+        raise ConfigError(f"--cluster {path} must be a .json or a .toml file")
     try:
-        text = path.read_text(encoding="utf-8")
-        values: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_text(path)
+        values: Any = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--cluster {path} cannot be read: {error}") from error
     if not isinstance(values, dict) or values.keys() - CLUSTER_DEFAULTS.keys():
         raise ConfigError(f"--cluster {path} must be one table with the keys {', '.join(CLUSTER_DEFAULTS)}")
-    for key, value in values.items():
-        wanted: tuple[type, ...] = (str,) if key in TEXT_KEYS else (int, float)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise ConfigError(
-                f"--cluster {path}: {key} is {value!r}, must be a {'name' if key in TEXT_KEYS else 'number'}"
-            )
-        if isinstance(value, int | float) and key != "store_gbps" and not abs(value) < GREATEST:
-            raise ConfigError(f"--cluster {path}: {key} must be finite and below {GREATEST:g}")
     return values
 
 
+def _check_value(name: str, key: str, value: Any) -> None:  # noqa: ANN401 -- whatever a file holds
+    """Refuse a value of the wrong type or out of range; ``name`` is what the user called it."""
+    if key in TEXT_KEYS:
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} is {value!r}, must be a name")
+        if key == "router":
+            _check_router(name, value)
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}, must be a number")
+    if key == "store_gbps" and value == math.inf:
+        return
+    if not abs(value) < GREATEST:
+        raise ConfigError(f"{name} must be finite and below {GREATEST:g}")
+    if (reason := _out_of_range(key, value)) is not None:
+        raise ConfigError(f"{name} is {value:g}, must be {reason}")
+
+
+def _out_of_range(key: str, value: float) -> str | None:
+    """What a number must be, when it is not."""
+    if key in COUNT_KEYS:
+        if value == int(value) and 1 <= value <= COUNT_KEYS[key]:
+            return None
+        return f"a whole number of at least 1 and at most {COUNT_KEYS[key]:,}"
+    if key in FROM_ZERO_KEYS:
+        return None if value >= 0 else "0 or more"
+    return None if value >= LEAST else f"above 0, and at least {LEAST:g}"
+
+
+def _check_router(name: str, value: str) -> None:
+    try:
+        make_router(value, 1)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
 def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: float) -> ClusterConfig:
-    """The cluster that these values describe.
+    """The cluster that these values describe, as ``cluster_values`` checked them.
 
     Raises:
-        ConfigError: A value is out of range, or the weights do not leave room for keys and values.
+        ConfigError: The weights do not leave room for keys and values.
     """
-    for key in ("num_replicas", "block_tokens", "pass_tokens", "max_num_seqs", "kv_tokens"):
-        if values[key] is not None and not (float(values[key]).is_integer() and values[key] >= 1):
-            raise ConfigError(f"{key} is {values[key]}, must be a whole number of at least 1")
-    if not values["bandwidth_gbps"] < GREATEST:
-        raise ConfigError(f"bandwidth_gbps is {values['bandwidth_gbps']:g}, must be below {GREATEST:g}")
-    for key, least in (("bandwidth_gbps", 0), ("store_gbps", 0), ("host_gbps", 0)):
-        if values[key] is not None and not values[key] > least:
-            raise ConfigError(f"{key} is {values[key]:g}, must be above 0")
     token_bytes = shape.kv_bytes_per_token
     kv_tokens = values["kv_tokens"] or _kv_tokens(values["gpu"], shape)
     return ClusterConfig(
@@ -114,8 +162,10 @@ def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: flo
 def _host_gbps(values: dict[str, Any]) -> float:
     if values["host_gbps"] is not None:
         return float(values["host_gbps"])
-    known = {name.lower(): gpu for name, gpu in GPUS.items()}.get(values["gpu"].lower())
-    return known.pcie_bytes_per_s * 8 / 1e9 if known else DEFAULT_HOST_GBPS
+    try:
+        return find_gpu(values["gpu"]).pcie_bytes_per_s * 8 / 1e9
+    except ConfigError:  # one that has published measurements alone
+        return DEFAULT_HOST_GBPS
 
 
 def _kv_tokens(gpu_name: str, shape: ModelShape) -> int:
@@ -160,6 +210,26 @@ def find_costs(
     from cacheflow.profiling.profile import load_profile
 
     return measured_costs(load_profile(Path(source)).costs, shape, path=source, chunk_tokens=chunk_tokens)
+
+
+def inputs_fingerprint(source: str, values: dict[str, Any], shape: ModelShape, *, measured: Path | None) -> str:
+    """What tells two simulations apart whose model, GPU and costs have equal names: a digest of all they say.
+
+    Raises:
+        ConfigError: A file cannot be read.
+    """
+    digest = hashlib.blake2b(repr(shape).encode(), digest_size=8)
+    try:
+        if source == "roofline":
+            digest.update(repr(find_gpu(values["gpu"])).encode())
+        elif source == "published":
+            for path in sorted(measured.glob("*.csv")) if measured is not None else ():
+                digest.update(path.name.encode() + path.read_bytes())
+        else:
+            digest.update(Path(source).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--costs {source} cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def find_shape(name: str) -> ModelShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -37,10 +38,17 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadSize:
-    """What a workload holds: read once before any policy runs, so that errors come at the door."""
+    """What a workload holds: read once before any policy runs, so that errors come at the door.
+
+    Attributes:
+        num_requests: Requests.
+        last_arrival_s: When the last one comes.
+        fingerprint: Digest of all of them: equal for equal requests, whatever file and options they come from.
+    """
 
     num_requests: int
     last_arrival_s: float
+    fingerprint: str
 
 
 def trace_workload(path: Path, *, format: str, block_tokens: int, repeat: int) -> Workload:
@@ -139,18 +147,25 @@ def measure(workload: Workload, config: ClusterConfig, costs: ChunkCosts) -> Wor
         CostRangeError: The longest prompt has no costs.
     """
     count, last_s, longest = 0, 0.0, 0
+    digest = hashlib.blake2b(digest_size=8)
     for request in workload.read():
+        digest.update(repr(request).encode())
         if request.arrival_s < last_s:
             raise TraceError(
                 f"{workload.name}: request {request.request_id} arrives at {request.arrival_s:g} s, "
                 f"after one at {last_s:g} s; expected the order of arrival"
+            )
+        if request.after is not None and not request.session_id:
+            raise TraceError(
+                f"{workload.name}: request {request.request_id} comes after {request.after}, but its session_id is "
+                "empty; expected the session that both are turns of"
             )
         config.check_fits(request)
         count, last_s, longest = count + 1, request.arrival_s, max(longest, request.input_tokens)
     if not count:
         raise TraceError(f"{workload.name} has no request left; expected at least one")
     _require_costs(costs, longest)
-    return WorkloadSize(num_requests=count, last_arrival_s=last_s)
+    return WorkloadSize(num_requests=count, last_arrival_s=last_s, fingerprint=digest.hexdigest())
 
 
 def _require_costs(costs: ChunkCosts, num_tokens: int) -> None:

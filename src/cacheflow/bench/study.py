@@ -147,6 +147,11 @@ class Study:
         if meter.events_over_wall:
             self.events_over_wall = statistics.median(meter.events_over_wall)
 
+    @property
+    def store(self) -> str:
+        """Where the prefix is saved, for records."""
+        return self._link.store
+
     def problem(self, *, with_suffix: bool, bytes_per_s: float, drift: float = 1.0) -> RestoreProblem:
         """What a restoration costs, as measured here, over a link of ``bytes_per_s``.
 

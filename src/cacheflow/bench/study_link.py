@@ -25,6 +25,11 @@ class LinkDrop:
 class StudyLink(Protocol):
     """Keeps one saved prefix and opens a fresh transfer port for every run."""
 
+    @property
+    def store(self) -> str:
+        """Where it keeps the prefix, for records."""
+        ...
+
     def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
         """Keep every cell of the prefix.
 
@@ -44,6 +49,8 @@ class StudyLink(Protocol):
 
 class PinnedStudyLink:
     """A prefix in host memory (pinned for CUDA), copied at a paced rate; needs no store."""
+
+    store = "memory"
 
     def __init__(self) -> None:
         """Keep nothing yet."""
@@ -71,6 +78,7 @@ class StoreStudyLink:
     def __init__(self, namespace: Namespace, *, directory: str | None = None) -> None:
         """Use memory, or files under ``directory``."""
         self._namespace, self._directory = namespace, directory
+        self.store = "memory" if directory is None else "file"
         self._geometry: CellGeometry | None = None
         self._chain: tuple[bytes, ...] = ()
         self._inner: Any = None

@@ -41,6 +41,9 @@ class Setting:
     suffix_tokens: int
     chunk_tokens: int
     load_compute_ratio: float
+    layers_per_block: int = 1
+    store: str = "memory"
+    fingerprint: str = ""
 
     @classmethod
     def of(cls, record: RestoreRecord) -> Setting:
@@ -55,6 +58,9 @@ class Setting:
             suffix_tokens=record.suffix_tokens,
             chunk_tokens=record.chunk_tokens,
             load_compute_ratio=float(f"{record.load_compute_ratio:.3g}"),
+            layers_per_block=record.layers_per_block,
+            store=record.store,
+            fingerprint=record.fingerprint,
         )
 
 

@@ -118,6 +118,8 @@ def _console_table(summary: SettingSummary) -> Table:
     )
     if setting.perturbation != "{}":
         title += f", {setting.perturbation}"
+    title += f", {setting.layers_per_block} layers a block" if setting.layers_per_block > 1 else ""
+    title += f", {setting.store} store" if setting.store != "memory" else ""
     num_runs = max((policy.num_runs for policy in summary.policies), default=0)
     title += f", {num_runs} run{'' if num_runs == 1 else 's'}{' ~' if summary.disturbed else ''}"
     columns = _columns(summary, with_spread=num_runs > 2)

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cacheflow.bench.options import float_list, make_folder, name_list
 from cacheflow.bench.record import append_record, environment
+from cacheflow.bench.results_file import append_line, only_run, read_lines, take_up
 from cacheflow.bench.vllm_costs import PrefixSize, measure_costs, prefix_bytes
 from cacheflow.bench.vllm_fleet import Fleet, FleetOptions, open_fleet
 from cacheflow.bench.vllm_lmcache import LMCacheMissingError, lmcache_python
@@ -29,6 +31,7 @@ from cacheflow.bench.vllm_table import vllm_tables
 from cacheflow.bench.vllm_workload import TINY_NAME, BenchModel, open_model, prompt_tokens
 from cacheflow.engine.smollm2 import SMOLLM2_NAME
 from cacheflow.errors import ConfigError
+from cacheflow.json_text import parse_json
 
 RATIOS = (0.25, 1.0, 4.0)
 DTYPE = "bfloat16"
@@ -72,7 +75,10 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.model)
     if args.tokens + args.suffix + 64 > model.max_tokens:
         raise ConfigError(f"--tokens {args.tokens} is too long: {args.model} allows {model.max_tokens} tokens in all")
-    with tempfile.TemporaryDirectory(prefix="cacheflow-vllm-") as stores:
+    with only_run(args.out), tempfile.TemporaryDirectory(prefix="cacheflow-vllm-") as stores:
+        tell = partial(console.print, markup=False, soft_wrap=True)
+        take_up(args.out / "results.jsonl", read_vllm_records, tell=tell)
+        take_up(args.out / "load.jsonl", partial(read_lines, parse=parse_json), tell=tell)
         options, policies = _fleet_options(args, model, Path(stores), console)
         if args.load is not None:
             return _load(args, model, options, policies, console)
@@ -198,8 +204,7 @@ def _load(
     options = LoadOptions(rate=args.load, bytes_per_s=prefix_bytes(model.shape, size) / (ratio * costs.recompute_s))
     records = []
     for record in run_load(policies, fleet_options, options, model=model.shape.name, out=args.out):
-        with (args.out / "load.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(record.to_json() + "\n")
+        append_line(args.out / "load.jsonl", record.to_json())
         records.append(record)
     show_load(records, console)
     return 0

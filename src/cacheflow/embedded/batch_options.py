@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cacheflow.errors import ConfigError, UnknownPolicyError
+from cacheflow.engine.arguments import number, whole
+from cacheflow.errors import UnknownPolicyError
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 
 
@@ -41,5 +42,5 @@ class BatchOptions:
             value = getattr(self, key)
             if value is None and key in ("itl_slo_ms", "kv_capacity_tokens"):
                 continue
-            if not isinstance(value, int | float) or not value > 0:
-                raise ConfigError(f"{key} is {value!r}, must be a number above 0")
+            checked = whole(key, value, least=1) if key == "kv_capacity_tokens" else number(key, value, above=0)
+            object.__setattr__(self, key, checked)

@@ -12,12 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
+from cacheflow.embedded.asked import checked_answer
 from cacheflow.embedded.batch_options import BatchOptions
 from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
 from cacheflow.embedded.restorer import CUDA_CLAIM_S
 from cacheflow.embedded.session import Session
 from cacheflow.embedded.ticket import SubmittedTurn, Ticket
+from cacheflow.engine.arguments import number
 from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.transfer_port import StoreTicket
 from cacheflow.errors import ConfigError
@@ -83,10 +85,11 @@ class ConcurrentBatch:
 
         Raises:
             PromptError: The prompt cannot be served, or needs more memory than ``kv_capacity_tokens``.
-            ConfigError: The session has a request here already, or is another engine's; ``deadline_s`` is no number of
-                seconds above 0; or the batch is closed.
+            ConfigError: An argument is of the wrong type or out of range; the session has a request here already, or is
+                another engine's; or the batch is closed.
         """
         _check(self._engine, session, deadline_s)
+        stop_tokens = checked_answer(sampling, stop_tokens, save)
         with self._lock:
             if session in self._busy:
                 raise ConfigError("this session has a request in the batch already; wait for its reply")
@@ -105,7 +108,7 @@ class ConcurrentBatch:
                 problem=turn.problem(),
                 prepare=turn.prepare,
                 num_tokens=turn.num_kv_tokens,
-                deadline_s=deadline_s,
+                deadline_s=None if deadline_s is None else float(deadline_s),
                 tag=turn,
                 on_end=lambda ended: self._answered(ticket, turn, ended, save=save),
             )
@@ -175,5 +178,5 @@ def _check(engine: SessionHost, session: Session, deadline_s: float | None) -> N
     """Refuse what would harm others of the batch."""
     if not isinstance(session, Session) or not session.is_of(engine):
         raise ConfigError("the session is not one of this engine's: its KV would be saved under another model's key")
-    if deadline_s is not None and not (isinstance(deadline_s, int | float) and 0 < deadline_s < float("inf")):
-        raise ConfigError(f"deadline_s is {deadline_s!r}, must be above 0 seconds and finite, or None")
+    if deadline_s is not None and number("deadline_s", deadline_s, above=0) == float("inf"):
+        raise ConfigError(f"deadline_s is {deadline_s!r}, must be finite, or None")

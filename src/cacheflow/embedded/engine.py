@@ -14,6 +14,7 @@ from cacheflow.embedded.concurrent import ConcurrentBatch
 from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
+from cacheflow.engine.arguments import flag, number, require_instance, whole
 from cacheflow.engine.cells import num_blocks
 from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
@@ -59,12 +60,14 @@ class EngineOptions:
         Raises:
             ConfigError: A value is out of range, or the policy is unknown.
         """
-        if self.chunk_tokens < 1 or self.layers_per_block < 1:
-            raise ConfigError(
-                f"chunk_tokens {self.chunk_tokens} and layers_per_block {self.layers_per_block} must be at least 1"
-            )
-        if not self.lookup_deadline_s > 0:
-            raise ConfigError(f"lookup_deadline_s is {self.lookup_deadline_s}, must be above 0")
+        for key in ("chunk_tokens", "layers_per_block"):
+            object.__setattr__(self, key, whole(key, getattr(self, key), least=1))
+        if self.crossover_tokens is not None:
+            object.__setattr__(self, "crossover_tokens", whole("crossover_tokens", self.crossover_tokens))
+        object.__setattr__(self, "lookup_deadline_s", number("lookup_deadline_s", self.lookup_deadline_s, above=0))
+        require_instance("executor", self.executor, ExecutorOptions)
+        flag("self_test", self.self_test)
+        require_instance("policy", self.policy, str)
         make_policy(self.policy)
 
 
@@ -95,9 +98,14 @@ class Engine:
         Raises:
             ProfileError: ``costs`` was measured for another model, device or dtype.
             CostRangeError: ``costs`` was measured for shorter chunks.
+            ConfigError: An argument is of the wrong type.
             SelfTestError: The engine cannot reproduce the model's own forward pass.
         """
-        self.options = options or EngineOptions()
+        if options is not None:
+            require_instance("options", options, EngineOptions)
+        self.options = EngineOptions() if options is None else options
+        require_instance("model", model, LoadedModel, hint="Engine.open takes a folder or a name")
+        _check_parts(store, costs, link)
         self.model, self.store, self.costs, self.link = model, store, costs, link
         identity = model_identity(model)
         costs.identity.require(identity)
@@ -147,6 +155,9 @@ class Engine:
             ConfigError: The model cannot be loaded.
             ProfileError: The costs' device is not there, or see the constructor.
         """
+        if not isinstance(model, str | Path):
+            raise ConfigError(f"model is {model!r}, must be a folder or a name")
+        _check_parts(store, costs, link)
         identity = costs.identity
         if identity.device_type == "cuda" and not torch.cuda.is_available():
             raise ProfileError(f"costs were measured on {identity.device}; this machine has no CUDA device: calibrate")
@@ -203,6 +214,11 @@ class Engine:
             self._in_batch.release()
             raise
 
+    @property
+    def in_batch(self) -> bool:
+        """Whether a batch is open, which has the engine to itself."""
+        return self._in_batch.locked()
+
     def problem(self, grid: Grid) -> RestoreProblem:
         """What restoring a grid costs by the engine's profile.
 
@@ -212,3 +228,9 @@ class Engine:
         return build_problem(
             self.costs, grid, self.model.shape, link=self.link, layers_per_block=self.options.layers_per_block
         )
+
+
+def _check_parts(store: object, costs: object, link: object) -> None:
+    require_instance("store", store, Store, hint="MemoryStore, or FileStore(folder, capacity_bytes=...)")
+    require_instance("costs", costs, CostTable, hint="load_profile(path).costs")
+    require_instance("link", link, LinkCost, hint="load_profile(path).link")

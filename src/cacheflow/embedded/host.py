@@ -52,6 +52,11 @@ class SessionHost(Protocol):
         """How prompts are cut."""
         ...
 
+    @property
+    def in_batch(self) -> bool:
+        """Whether a batch has the engine to itself."""
+        ...
+
     def problem(self, grid: Grid) -> RestoreProblem:
         """What restoring a grid costs."""
         ...

@@ -15,18 +15,19 @@ from collections.abc import Sequence
 import torch
 
 from cacheflow.embedded.archive import PendingSave, PrefixArchive
+from cacheflow.embedded.asked import check_cancel, check_free, checked_answer, checked_tokens
 from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
 from cacheflow.embedded.restorer import Restored, RestoreRequest
 from cacheflow.embedded.turn import Turn, first_unsaved
+from cacheflow.engine.arguments import timeout, whole
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.sampling import Sampling, TokenSampler, generate
 from cacheflow.engine.saver import SaveReport
-from cacheflow.errors import ConfigError, CostRangeError, PromptError, RestoreCancelled
+from cacheflow.errors import CostRangeError, PromptError, RestoreCancelled
 from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.grid import Grid, regular_ends
-from cacheflow.plan.keys import as_token_array
 from cacheflow.stores.prefix_index import PrefixMatch
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class Session:
 
     def __init__(self, engine: SessionHost, *, salt: str, history: Sequence[int] = ()) -> None:
         """Start with the tokens of an earlier conversation, whose KV only the store may have."""
-        self.tokens: list[int] = as_token_array(history).tolist() if len(history) else []
+        self.tokens: list[int] = checked_tokens("history", history)
+        if self.tokens:
+            engine.runner.token_tensor(self.tokens)
         self._engine, self._archive = engine, PrefixArchive(engine, salt=salt)
         self._prompt: list[int] = []
         self._kv: KVBuffer | None = None
@@ -74,7 +77,10 @@ class Session:
 
         Raises:
             RestoreCancelled: ``cancel`` was set.
+            ConfigError: ``cancel`` is no event, or the engine has an open batch.
         """
+        check_free(self._engine)
+        check_cancel(cancel)
         if self._chunk_ends or not self.tokens:
             return None
         match = self._lookup(self.tokens)
@@ -113,8 +119,12 @@ class Session:
 
         Raises:
             PromptError: No new token, an id outside the vocabulary, or the conversation would be too long.
+            ConfigError: An argument is of the wrong type, or the engine has an open batch.
             RestoreCancelled: ``cancel`` was set before the first token.
         """
+        check_free(self._engine)
+        check_cancel(cancel)
+        stop_tokens = checked_answer(sampling, stop_tokens, save)
         turn = self.begin(tokens, max_new_tokens=max_new_tokens)
         kv = self.buffer(turn.num_tokens)
         logits, report = self._first_logits(turn, kv, cancel)
@@ -124,7 +134,7 @@ class Session:
             kv,
             logits,
             position=len(turn.prompt),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=turn.max_new_tokens,
             sampler=TokenSampler(sampling),
             stop_tokens=stop_tokens,
         )
@@ -154,7 +164,7 @@ class Session:
         return Turn(
             started_s=started_s,
             prompt=prompt,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=int(max_new_tokens),
             resident_ends=resident_ends,
             match=match,
             grid=self._grid(resident_ends or match.chunk_ends, len(prompt)),
@@ -166,7 +176,8 @@ class Session:
         self._prompt, self.tokens = turn.prompt, [*turn.prompt, *answer]
 
     def _checked_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
-        new_tokens = as_token_array(tokens).tolist()
+        new_tokens = checked_tokens("tokens", tokens)
+        max_new_tokens = whole("max_new_tokens", max_new_tokens)
         if not new_tokens or max_new_tokens < 1:
             raise PromptError(
                 f"{len(new_tokens)} new prompt tokens and max_new_tokens {max_new_tokens}: 1 or more are needed"
@@ -275,12 +286,11 @@ class Session:
             timeout_s: Longest wait, about; writes still pending then are reported as failed and go on. None waits.
 
         Raises:
-            ConfigError: ``timeout_s`` is below 0.
+            ConfigError: ``timeout_s`` or ``first_chunk`` is no number of 0 or more.
         """
-        if timeout_s is not None and not timeout_s >= 0:
-            raise ConfigError(f"timeout_s is {timeout_s}, must be 0 or more")
-        pending = self.start_save(first_chunk=first_chunk)
-        return SaveReport() if pending is None else pending.wait(timeout_s)
+        limit_s = timeout("timeout_s", timeout_s)
+        pending = self.start_save(first_chunk=whole("first_chunk", first_chunk, least=0))
+        return SaveReport() if pending is None else pending.wait(limit_s)
 
     def start_save(self, *, first_chunk: int = 0) -> PendingSave | None:
         """Start writing resident chunks; they are copied out, so the buffer may be used at once. None for nothing."""

@@ -11,6 +11,7 @@ from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
 from cacheflow.embedded.session import Session
 from cacheflow.embedded.turn import Turn, first_unsaved
+from cacheflow.engine.arguments import timeout
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.sampling import Sampling, TokenSampler
@@ -194,7 +195,7 @@ class Ticket:
             TimeoutError: It did not come within ``timeout_s``.
             RestoreCancelled: The request was cancelled, or the batch closed; the session is as before.
         """
-        return self.reply.result(timeout_s)
+        return self.reply.result(timeout("timeout_s", timeout_s))
 
     def first_token(self, timeout_s: float | None = None) -> RestoreReport:
         """Wait for the first token; the report counts seconds from the submission.
@@ -203,7 +204,7 @@ class Ticket:
             TimeoutError: It did not come within ``timeout_s``.
             RestoreCancelled: See ``result``.
         """
-        return self.handle.first_token.result(timeout_s)
+        return self.handle.first_token.result(timeout("timeout_s", timeout_s))
 
     def done(self) -> bool:
         """Whether ``result`` would return, or raise, at once."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cacheflow.engine.arguments import number, whole
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.errors import ConfigError
@@ -32,8 +33,11 @@ class Sampling:
         """Check ranges.
 
         Raises:
-            ConfigError: ``temperature`` is negative or ``top_p`` outside (0, 1].
+            ConfigError: ``temperature`` is negative, ``top_p`` outside (0, 1], or ``seed`` no whole number of 64 bits.
         """
+        for key in ("temperature", "top_p"):
+            object.__setattr__(self, key, number(key, getattr(self, key)))
+        object.__setattr__(self, "seed", whole("seed", self.seed, least=-(2**63), most=2**64 - 1))
         if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"temperature is {self.temperature} (0 or more), top_p is {self.top_p} (above 0, at most 1)"

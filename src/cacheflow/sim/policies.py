@@ -12,12 +12,16 @@ from types import MappingProxyType
 from cacheflow.errors import UnknownPolicyError
 from cacheflow.plan.batch import BatchPolicy
 from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.remaining import together_s
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.cacheflow_v1 import CacheFlowV1
 from cacheflow.policies.objective import Objective
 from cacheflow.policies.registry import make_policy
 from cacheflow.sim.granularity import CELLS, COLUMNS, EXACT, MAX_CELLS, ROWS, Grain
+
+CLOSE = 1.15
+"""A plan is within this of the closed form of compute and link together; a slower prefill cannot be the better way."""
 
 GrainOf = Callable[[RestoreProblem], Grain]
 
@@ -94,8 +98,11 @@ class SimPolicy:
     prefills: bool
 
     def leaves_to_prefill(self, problem: RestoreProblem) -> bool:
-        """Whether a request is restored not at all."""
-        return self.prefills or self.restore.plan(problem).left_to_prefill
+        """Whether a request is restored not at all; it is planned for that only where its own prefill comes close."""
+        if self.prefills or problem.prefill_s is None:
+            return self.prefills
+        hybrid_s = together_s(compute_s=problem.recompute_s, load_s=problem.load_s, suffix_s=problem.suffix_s)
+        return problem.prefill_s < CLOSE * hybrid_s and self.restore.plan(problem).left_to_prefill
 
 
 def make_system(

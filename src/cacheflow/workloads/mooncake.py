@@ -51,4 +51,6 @@ def _hash_ids(record: Record, num_tokens: int) -> list[int]:
         record.complain(
             f"{len(ids)} hash_ids for input_length {num_tokens}; expected {needed}, one for {HASH_TOKENS} tokens"
         )
+    if len(set(ids)) != needed:
+        record.complain("hash_ids repeat; expected each once, because an id names the whole prefix up to its block")
     return ids

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
-import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +15,17 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from cacheflow.errors import ConfigError, TraceError
+from cacheflow.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 """File name endings that can be read."""
 
+MAX_LINE_CHARS = 1 << 28
+"""Of one request, or of one session where a line holds a session with its texts."""
+GREATEST = 1e24
+"""No count and no time of a trace reaches it, in whatever unit."""
+
+_INFINITE = (float("inf"), float("-inf"))
 _PARQUET_ROWS = 1024
 _SHOWN_CHARS = 60
 
@@ -118,8 +123,11 @@ class Record:
         value = self._present(field, expected)
         if self.textual:
             value = _parsed(value)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or value != value or value in _INFINITE:
             self.complain(f"{field} is {_shown(value)}; expected {expected}")
+        # Compared, not asked whether it is finite: that fails for whole numbers of hundreds of digits.
+        if value >= GREATEST:
+            self.complain(f"{field} is {_shown(value)}; expected {expected}, and below {GREATEST:g}")
         return value
 
 
@@ -161,28 +169,38 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _json_rows(path: Path, file: TextIO) -> Iterator[Record]:
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(_lines(path, file), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
         try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TraceError(f"{place}: malformed JSON at column {error.colno}: {error.msg}") from error
+            fields = parse_json(line)
+        except ConfigError as error:
+            raise TraceError(f"{place}: {error}") from error
         if not isinstance(fields, dict):
             raise TraceError(f"{place}: {_shown(fields)}; expected a JSON object")
         yield Record(place, fields)
 
 
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """Lines; none is read that memory might not hold."""
+    number = 0
+    while line := file.readline(MAX_LINE_CHARS):
+        number += 1
+        if len(line) == MAX_LINE_CHARS and not line.endswith("\n"):
+            raise TraceError(f"{path}, line {number}: longer than {MAX_LINE_CHARS:,} characters; expected one request")
+        yield line
+
+
 def _csv_rows(path: Path, file: TextIO) -> Iterator[Record]:
-    reader = csv.DictReader(file)
+    reader = csv.DictReader(_lines(path, file))
     for fields in reader:
         yield Record(f"{path}, line {reader.line_num}", fields, textual=True)
 
 
 def _parquet_rows(path: Path) -> Iterator[Record]:
     try:
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ConfigError(
@@ -195,7 +213,7 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Record(f"{path}, row {number}", fields)
-    except ArrowInvalid as error:
+    except ArrowException as error:
         raise TraceError(f"{path}, after row {number}: damaged, or not parquet: {error}") from error
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from cacheflow.errors import TraceError
 
+MAX_S = 1e9
+"""Longest time in a trace: 31 years."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRequest:
@@ -72,3 +75,8 @@ def _at_least(name: str, value: float, least: int, request_id: int) -> None:
     # `not >=` rather than `<`: a NaN fails it too.
     if not value >= least or math.isinf(value):
         raise TraceError(f"request {request_id}: {name} is {value}; expected a finite number, {least} or more")
+    if name.endswith("_s") and value > MAX_S:
+        raise TraceError(
+            f"request {request_id}: {name} is {value:g}; expected at most {MAX_S:g} seconds from the first request: "
+            "beyond it, times of milliseconds cannot be told apart"
+        )

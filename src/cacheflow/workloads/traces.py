@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from cacheflow.errors import ConfigError
+from cacheflow.errors import ConfigError, TraceError
 from cacheflow.workloads.formats import FORMAT_NAMES, check_format, find_format
 from cacheflow.workloads.records import Record, read_records
 from cacheflow.workloads.request import TraceRequest
@@ -39,9 +39,14 @@ def read_trace(
         raise ConfigError(f"block_tokens {block_tokens} must be 1 or more")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit {limit} must be 1 or more, or None for the whole trace")
-    return itertools.islice(_requests(read_records(path), format, block_tokens), limit)
+    return itertools.islice(_requests(path, read_records(path), format, block_tokens), limit)
 
 
-def _requests(records: Iterator[Record], name: str, block_tokens: int) -> Iterator[TraceRequest]:
+def _requests(path: Path, records: Iterator[Record], name: str, block_tokens: int) -> Iterator[TraceRequest]:
     first = next(records)
-    yield from find_format(first, name).read(itertools.chain([first], records), block_tokens)
+    try:
+        yield from find_format(first, name).read(itertools.chain([first], records), block_tokens)
+    except TraceError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise TraceError(f"{path}: {error}") from error  # what a request is refused for knows its number alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cacheflow.bench.figures.gains import Gain, gains
 from cacheflow.bench.figures.record import FigureRecord, read_records, write_records
 from cacheflow.bench.figures.registry import FIGURES, find_figures
 from cacheflow.bench.options import int_list, make_folder
+from cacheflow.bench.results_file import replacing, take_up
 from cacheflow.errors import ConfigError
 
 RESULTS = "results.jsonl"
@@ -33,9 +35,12 @@ def run(args: argparse.Namespace) -> int:
     """Simulate, write the records, draw them, and print ours against the best rivals.
 
     Raises:
-        ConfigError: A number is no figure, the folder cannot be written, or the records cannot be read.
+        ConfigError: A number is no figure, options contradict each other, the folder cannot be written, or the records
+            cannot be read.
     """
     figures = find_figures(args.only)
+    if args.results is not None and args.fast:
+        raise ConfigError("--fast is of simulating, --results draws records that are there: drop one of them")
     console = Console(highlight=False)
     make_folder("--out", args.out)
     if args.results is None:
@@ -55,13 +60,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _simulate(figures: Sequence[Figure], path: Path, *, fast: bool, console: Console) -> None:
-    """Write the file anew after each figure, so that what is done is kept; records of other figures stay."""
-    suites = {figure.suite for figure in figures}
-    records = [record for record in read_records(path) if record.suite not in suites] if path.exists() else []
+    """Write the file anew after each figure, so that what is done is kept; records of other figures stay.
+
+    They are read again each time: another run may have put some there meanwhile.
+    """
+    take_up(path, read_records, tell=partial(console.print, markup=False, soft_wrap=True))
     for figure in figures:
         console.print(f"Figure {figure.number}: {figure.title}", style="dim", soft_wrap=True)
-        records += figure.records(fast)
-        write_records(path, records)
+        found = list(figure.records(fast))
+        with replacing(path):
+            write_records(path, [*(each for each in read_records(path) if each.suite != figure.suite), *found])
 
 
 def gains_table(figures: Sequence[Figure], records: Sequence[FigureRecord]) -> Table:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cacheflow.bench.results_file import read_lines
 from cacheflow.errors import ConfigError
+from cacheflow.json_text import parse_json
 
 PROBABILITIES = (0.01, 0.05, *(step / 10 for step in range(1, 10)), 0.95, 0.99)
 """At which a distribution is kept."""
@@ -151,10 +152,16 @@ class FigureRecord:
         Raises:
             ConfigError: It is no JSON object, lacks a field, has an unknown one, or holds an impossible value.
         """
+        values = parse_json(line)
+        needed = {each.name: each.default is MISSING for each in fields(cls)}
+        if not isinstance(values, dict) or values.keys() - needed.keys():
+            strange = sorted(values.keys() - needed.keys()) if isinstance(values, dict) else type(values).__name__
+            raise ConfigError(f"no record of a figure, but of something else: {strange}")
+        if missing := [name for name, is_needed in needed.items() if is_needed and name not in values]:
+            raise ConfigError(f"no record of a figure: {', '.join(missing)} missing")
         try:
-            values = json.loads(line)
             return cls(**values)
-        except (json.JSONDecodeError, TypeError) as error:
+        except (TypeError, OverflowError) as error:
             raise ConfigError(f"no record of a figure: {error}") from error
 
 
