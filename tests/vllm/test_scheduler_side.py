@@ -95,6 +95,43 @@ def test_what_a_request_says_wrongly_is_answered():
     assert "-1" in error
 
 
+@pytest.mark.parametrize(
+    "params", [{"cacheflow": "x" * 10**6}, {"max_load_tokens": "9" * 10**6}, {"explain": ["y" * 10**6] * 100}]
+)
+def test_what_a_client_sent_is_not_repeated_at_length(params):
+    case = Case()
+    case.arrive("a", tokens(6 * CHUNK + 1), params=params)
+    assert len(case.side.finished("a")["cacheflow_error"]) < 300
+
+
+def test_a_restoration_that_vllm_did_not_take_up_has_a_reason():
+    case = Case()
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6))
+    assert case.matched("a") == 6 * CHUNK  # vLLM asks, and then computes the whole prompt: prompt_logprobs
+    answer = case.side.finished("a")
+    assert answer["cacheflow"] == []
+    assert "prompt_logprobs" in answer["cacheflow_reason"]
+
+
+def test_an_idle_minute_between_two_restorations_changes_nothing_in_the_second():
+    case, ordered = Case(), []
+    worker = Worker(case)
+    prompts = [case.saved_prompt(20 * CHUNK + 1, 20, seed=seed) for seed in (1, 2)]
+    for name, prompt in zip("ab", prompts, strict=True):
+        case.arrive(name, prompt)
+        case.begin(name)
+        reads = []
+        while case.side.has_work:
+            orders = case.step(busy=1)
+            reads.append(sum(len(each.reads) for each in orders.restorations))
+            worker.carry_out(orders)
+        ordered.append(reads)
+        case.side.finished(name)
+        case.now_s += 60.0
+    first, second = ordered
+    assert max(second) <= max(first)  # the minute was not taken for an engine step, for which to read ahead
+
+
 def test_a_link_that_cannot_help_leaves_the_prompt_to_vllm():
     case = Case(facts_by_rank=(facts(ratio=500.0),))
     case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6))

@@ -97,6 +97,9 @@ class ConnectorOptions:
                 f"store is {self.store!r} and store_path is {self.store_path!r}: the file store needs a store_path, "
                 "the memory store takes none"
             )
+        for key in ("store_path", "profile_dir"):
+            if getattr(self, key) == "":
+                raise ConfigError(f"{key} is empty, must be a folder; leave it out for the default")
         if (self.objective == "slo") != (self.ttft_slo_ms is not None):
             raise ConfigError(
                 f"objective is {self.objective!r} and ttft_slo_ms is {self.ttft_slo_ms}: the objective slo needs a "
@@ -156,7 +159,7 @@ class ConnectorOptions:
     def profile_path(self) -> Path:
         """Directory of cost profiles: the option, or ``$XDG_CACHE_HOME/cacheflow/profiles``."""
         if self.profile_dir is not None:
-            return Path(self.profile_dir)
+            return Path(self.profile_dir).expanduser()
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         return Path(cache) / "cacheflow" / "profiles"
 

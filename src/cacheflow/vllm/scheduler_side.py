@@ -32,6 +32,11 @@ from cacheflow.vllm.wishes import Mode, Wishes
 
 logger = logging.getLogger(__name__)
 
+NOT_TAKEN_UP = (
+    "vLLM did not take up what the store holds: it computes a prompt whose log-probabilities are asked for (echo, "
+    "prompt_logprobs)"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
@@ -250,8 +255,8 @@ class SchedulerSide:
             answer["cacheflow_error"] = request.wishes.complaint
         if request.wishes.explain or self._options.explain:
             answer["cacheflow"] = request.records
-            if request.reason and not any(record["outcome"] == "done" for record in request.records):
-                answer["cacheflow_reason"] = request.reason
+            if not any(record["outcome"] == "done" for record in request.records):
+                answer["cacheflow_reason"] = request.reason or NOT_TAKEN_UP
         return answer or None
 
     @property
