@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds per ratio (default: 3; --quick: 1)")
     parser.add_argument("--policies", type=name_list, metavar="P,P,...", help=f"default: {','.join(VLLM_POLICIES)}")
     parser.add_argument("--neighbour", action="store_true", help="one other request decodes meanwhile; records its ITL")
+    parser.add_argument("--itl-slo-ms", type=float, metavar="MS",
+                        help="with --neighbour: ask our connector to keep the ITL within this")  # fmt: skip
     parser.add_argument("--load", type=float, metavar="RATE",
                         help="instead: sessions, RATE requests per second, by vLLM's own client")  # fmt: skip
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model (default: eager)")
@@ -98,6 +100,12 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not args.ratios or not all(ratio > 0 and math.isfinite(ratio) for ratio in args.ratios):
         raise ConfigError(f"--ratios {args.ratios} must be above 0 and finite")
+    if args.itl_slo_ms is not None and not (args.itl_slo_ms > 0 and math.isfinite(args.itl_slo_ms)):
+        raise ConfigError(f"--itl-slo-ms is {args.itl_slo_ms}, must be above 0 and finite")
+    if args.itl_slo_ms is not None and not args.neighbour:
+        raise ConfigError("--itl-slo-ms needs --neighbour: alone there is no inter-token latency to keep")
+    if args.load is not None and args.neighbour:
+        raise ConfigError("--load and --neighbour exclude each other: under load every request has neighbours")
     if args.load is not None and not (args.load > 0 and math.isfinite(args.load)):
         raise ConfigError(f"--load is {args.load}, must be above 0 and finite")
 
@@ -126,7 +134,8 @@ def _fleet_options(
         compiled=args.compiled,
         log_dir=args.out / "logs",
     )
-    return FleetOptions(server=server, store_root=stores, lmcache_python=python), policies
+    fleet = FleetOptions(server=server, store_root=stores, lmcache_python=python, itl_slo_ms=args.itl_slo_ms)
+    return fleet, policies
 
 
 def _study(
@@ -144,6 +153,7 @@ def _study(
             size=size,
             repeats=args.repeats,
             neighbour=args.neighbour,
+            itl_slo_ms=args.itl_slo_ms,
             dtype=DTYPE,
             device=where["accelerator"] or "cpu",
             environment={

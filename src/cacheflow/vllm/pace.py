@@ -36,7 +36,7 @@ class StepBudget:
     wait_s: float
 
     def left_s(self, spent_s: float) -> float:
-        """What the next restoration may use of ``compute_s``; 0 where no unit fits, since nothing less can be ordered."""
+        """What the next restoration may use of ``compute_s``; 0 where no unit fits."""
         left_s = self.compute_s - spent_s
         return left_s if left_s >= self.unit_s else 0.0
 
