@@ -25,6 +25,16 @@ SERVER = ServerOptions(
 )  # fmt: skip
 
 
+def test_a_kv_cache_given_in_bytes_is_not_overruled_by_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    sized = dataclasses.replace(SERVER, kv_cache_bytes=123_000)
+    command = server_command(sized, port=1, transfer=None)
+    assert command[command.index("--kv-cache-memory-bytes") + 1] == "123000"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in server_environment(sized)
+    assert server_environment(SERVER)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "--kv-cache-memory-bytes" not in server_command(SERVER, port=1, transfer=None)
+
+
 def test_the_latency_asked_for_reaches_our_connector_alone():
     asked = dataclasses.replace(SETUP, itl_slo_ms=60.0)
     for policy in VLLM_POLICIES:

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -57,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="with --neighbour: ask our connector to keep the ITL within this")  # fmt: skip
     parser.add_argument("--load", type=float, metavar="RATE",
                         help="instead: sessions, RATE requests per second, by vLLM's own client")  # fmt: skip
+    parser.add_argument("--sessions", type=int, default=16, metavar="N",
+                        help="with --load: sessions of 3 turns each (default: %(default)s)")  # fmt: skip
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model (default: eager)")
     parser.add_argument("--vllm-python", type=Path, default=Path(sys.executable), metavar="PATH",
                         help="interpreter that has vLLM (default: this one)")  # fmt: skip
@@ -91,7 +94,7 @@ def _check(args: argparse.Namespace) -> None:
     args.policies = args.policies or (QUICK_POLICIES if args.quick else VLLM_POLICIES)
     args.repeats = (1 if args.quick else 3) if args.repeats is None else args.repeats
     check_policies(args.policies)
-    for key in ("tokens", "suffix", "chunk", "repeats"):
+    for key in ("tokens", "suffix", "chunk", "repeats", "sessions"):
         if getattr(args, key) < 1:
             raise ConfigError(f"--{key} is {getattr(args, key)}, must be at least 1")
     if args.tokens % args.chunk:
@@ -205,14 +208,22 @@ def _load(
     with open_fleet((STOCK,), fleet_options, bytes_per_s=1.0) as stock, stock.turn(STOCK) as server:
         tokens = prompt_tokens(model, size.num_tokens + size.suffix_tokens)
         costs = measure_costs(server.client, tokens, size, repeats=1, on_step=lambda: None)
-    options = LoadOptions(rate=args.load, bytes_per_s=prefix_bytes(model.shape, size) / (ratio * costs.recompute_s))
+    options = LoadOptions(
+        rate=args.load,
+        bytes_per_s=prefix_bytes(model.shape, size) / (ratio * costs.recompute_s),
+        kv_bytes_per_token=model.shape.kv_bytes_per_token,
+        num_sessions=args.sessions,
+    )
+    server = replace(fleet_options.server, max_tokens=min(model.max_tokens, options.max_tokens))
+    fleet_options = replace(fleet_options, server=server)
     records = []
     for record in run_load(policies, fleet_options, options, model=model.shape.name, out=args.out):
         with (args.out / "load.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(record.to_json() + "\n")
         records.append(record)
     show_load(records, console)
-    return 0
+    console.print(f"records in {args.out / 'load.jsonl'}")
+    return 1 if any(record.num_failed for record in records) else 0
 
 
 def _show(out: Path, console: Console) -> int:
