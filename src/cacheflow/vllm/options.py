@@ -140,6 +140,33 @@ class ConnectorOptions:
                 f"{block_size} tokens, such as {lower} or {lower + block_size}"
             )
 
+    def require_chunk_in_prompt(self, max_tokens: int) -> None:
+        """Pass if a prompt can have a whole chunk.
+
+        Args:
+            max_tokens: vLLM's ``max_model_len``.
+
+        Raises:
+            ConfigError: None can: nothing would ever be saved or restored.
+        """
+        if self.chunk_tokens >= max_tokens:
+            raise ConfigError(
+                f"chunk_tokens is {self.chunk_tokens}, must be below vLLM's max_model_len of {max_tokens}: only whole "
+                "chunks are saved, and no prompt would have one"
+            )
+
+    def require_room_for_chunk(self, chunk_bytes: int) -> None:
+        """Pass if the store can hold a chunk.
+
+        Raises:
+            ConfigError: It cannot: nothing would ever be restored.
+        """
+        if chunk_bytes > self.cpu_bytes_to_use:
+            raise ConfigError(
+                f"cpu_bytes_to_use is {self.cpu_bytes_to_use}, but one chunk of {self.chunk_tokens} tokens takes "
+                f"{chunk_bytes} bytes: allow for many"
+            )
+
     def require_reachable_store(self, executor: str) -> None:
         """Pass if the scheduler can see what workers save.
 
