@@ -205,6 +205,7 @@ def _load(
     if args.model == TINY_NAME:
         raise ConfigError(f"--load needs a model that reads text; {TINY_NAME} has a tokenizer of made-up words")
     size, ratio = _size(args), sorted(args.ratios)[len(args.ratios) // 2]
+    console.print(f"measuring stock vLLM, for a link of ratio {ratio:g}")
     with open_fleet((STOCK,), fleet_options, bytes_per_s=1.0) as stock, stock.turn(STOCK) as server:
         tokens = prompt_tokens(model, size.num_tokens + size.suffix_tokens)
         costs = measure_costs(server.client, tokens, size, repeats=1, on_step=lambda: None)
@@ -217,7 +218,11 @@ def _load(
     server = replace(fleet_options.server, max_tokens=min(model.max_tokens, options.max_tokens))
     fleet_options = replace(fleet_options, server=server)
     records = []
-    for record in run_load(policies, fleet_options, options, model=model.shape.name, out=args.out):
+
+    def starting(policy: str) -> None:
+        console.print(f"{policy}: {options.num_requests} requests, {args.load:g} per second")
+
+    for record in run_load(policies, fleet_options, options, model=model.shape.name, out=args.out, on_policy=starting):
         with (args.out / "load.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(record.to_json() + "\n")
         records.append(record)

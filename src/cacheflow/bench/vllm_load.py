@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,23 @@ def session_prompts(options: LoadOptions) -> Iterator[str]:
 
 
 def run_load(
-    policies: Sequence[str], fleet_options: FleetOptions, options: LoadOptions, *, model: str, out: Path
+    policies: Sequence[str],
+    fleet_options: FleetOptions,
+    options: LoadOptions,
+    *,
+    model: str,
+    out: Path,
+    on_policy: Callable[[str], None],
 ) -> Iterator[LoadRecord]:
     """Drive each policy's server, one server after the other; yields one record each.
+
+    Args:
+        policies: What runs.
+        fleet_options: How servers start.
+        options: What they are asked.
+        model: Its name, for the record.
+        out: Folder for the prompts and the client's results.
+        on_policy: Called with each policy before its server starts.
 
     Raises:
         ServerError: A server or the client failed.
@@ -138,6 +152,7 @@ def run_load(
             lines.write(json.dumps({"prompt": text}) + "\n")
     small = replace(fleet_options, server=replace(fleet_options.server, kv_cache_bytes=options.kv_cache_bytes))
     for policy in policies:
+        on_policy(policy)
         with open_fleet((policy,), small, bytes_per_s=options.bytes_per_s) as fleet, fleet.turn(policy) as server:
             result = _drive(server, small, options, prompts, out / f"load-{policy}.json")
             result["restored_tokens"] = restored_tokens(server.client.metrics())
