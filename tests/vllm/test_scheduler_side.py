@@ -10,7 +10,7 @@ from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler_side import ScheduledRequest
+from cacheflow.vllm.scheduler_side import QUEUED_S, ScheduledRequest
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, facts, tokens
 
 pytestmark = pytest.mark.torch
@@ -130,6 +130,23 @@ def test_an_idle_minute_between_two_restorations_changes_nothing_in_the_second()
         case.now_s += 60.0
     first, second = ordered
     assert max(second) <= max(first)  # the minute was not taken for an engine step, for which to read ahead
+
+
+def test_a_request_that_queued_while_its_prefix_was_computed_is_restored():
+    case = Case()
+    prompt = tokens(6 * CHUNK + 1)
+    for name in ("first turn", "queued", "in the next step", "of another text"):
+        case.arrive(name, prompt if name != "of another text" else tokens(6 * CHUNK + 1, seed=9))
+    assert case.matched("first turn") == 0
+    assert len(case.step(ScheduledRequest("first turn", 6 * CHUNK + 1), busy=1).saves) == 6
+    case.hold("first turn", 6)
+    case.side.finished("first turn")
+    assert case.matched("in the next step") == 0  # too soon to ask again: a slow store would delay it twice
+    case.now_s = QUEUED_S + 0.1
+    assert case.matched("queued") == 6 * CHUNK
+    assert case.matched("of another text") == 0  # asked twice as well, and once only
+    case.now_s += QUEUED_S + 0.1
+    assert case.side.num_matched("of another text", 0) == 0
 
 
 def test_a_link_that_cannot_help_leaves_the_prompt_to_vllm():

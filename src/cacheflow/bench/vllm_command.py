@@ -215,8 +215,8 @@ def _load(
         kv_bytes_per_token=model.shape.kv_bytes_per_token,
         num_sessions=args.sessions,
     )
-    server = replace(fleet_options.server, max_tokens=min(model.max_tokens, options.max_tokens))
-    fleet_options = replace(fleet_options, server=server)
+    longer = replace(fleet_options.server, max_tokens=min(model.max_tokens, options.max_tokens))
+    fleet_options = replace(fleet_options, server=longer)
     records = []
 
     def starting(policy: str) -> None:

@@ -67,8 +67,8 @@ class LoadOptions:
 
     @property
     def max_tokens(self) -> int:
-        """More than the longest request has: source text is 3 to 4 characters a token."""
-        return self.num_turns * self.chars_per_turn // 2 + self.answer_tokens
+        """More than the longest request has: source text has 3 to 4 characters a token."""
+        return self.num_turns * self.chars_per_turn // 3 + self.answer_tokens
 
     @property
     def kv_cache_bytes(self) -> int:
