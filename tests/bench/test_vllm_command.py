@@ -23,6 +23,9 @@ PYTHON = Path(sys.executable)
         (["--tokens", "1000"], "must be a multiple of --chunk 512"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--load", "-1"], "--load is -1.0"),
+        (["--load", "1", "--neighbour"], "exclude each other"),
+        (["--itl-slo-ms", "60"], "--itl-slo-ms needs --neighbour"),
+        (["--itl-slo-ms", "nan", "--neighbour"], "--itl-slo-ms is nan, must be above 0"),
         (["--vllm-python", "/no/python"], "--vllm-python /no/python cannot be started"),
     ],
 )

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 
 from cacheflow.bench.vllm_policies import (
     LINK_NOTES,
+    OWN_POLICIES,
     QUICK_POLICIES,
     VLLM_POLICIES,
     LinkSetup,
@@ -21,6 +23,24 @@ SERVER = ServerOptions(
     python=Path("python"), model_dir=Path("/m"), dtype="bfloat16", chunk_tokens=512, max_tokens=4165, kv_cache_gib=1,
     compiled=False, log_dir=Path("/l"),
 )  # fmt: skip
+
+
+def test_a_kv_cache_given_in_bytes_is_not_overruled_by_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    sized = dataclasses.replace(SERVER, kv_cache_bytes=123_000)
+    command = server_command(sized, port=1, transfer=None)
+    assert command[command.index("--kv-cache-memory-bytes") + 1] == "123000"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in server_environment(sized)
+    assert server_environment(SERVER)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "--kv-cache-memory-bytes" not in server_command(SERVER, port=1, transfer=None)
+
+
+def test_the_latency_asked_for_reaches_our_connector_alone():
+    asked = dataclasses.replace(SETUP, itl_slo_ms=60.0)
+    for policy in VLLM_POLICIES:
+        extra = (transfer_config(policy, asked) or {}).get("kv_connector_extra_config", {})
+        assert extra.get("itl_slo_ms") == (60.0 if policy in OWN_POLICIES else None)
+        assert "itl_slo_ms" not in str(transfer_config(policy, SETUP))
 
 
 def test_stock_vllm_gets_no_connector():

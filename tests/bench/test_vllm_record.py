@@ -105,6 +105,20 @@ def test_runs_beside_a_neighbour_are_a_setting_of_their_own():
     assert "ITL" not in _shown([vllm_record()])
 
 
+def test_a_latency_above_the_one_asked_for_is_marked_and_runs_without_one_are_another_setting():
+    times = {"itl_mean_s": 0.021, "itl_max_s": 0.066}
+    asked = {**NEIGHBOUR, "itl_slo_ms": 60.0}
+    kept = vllm_record(perturbation=asked, itl_p99_s=0.055, **times)
+    broken = vllm_record(policy="cake", perturbation=asked, itl_p99_s=0.061, **times)
+    shown = _shown([kept, broken])
+    assert "itl_slo_ms 60" in shown
+    assert "61.0 ms >SLO" in shown
+    assert shown.count(">SLO") == 1
+    without = vllm_record(perturbation=NEIGHBOUR, itl_p99_s=0.061, **times)
+    assert ">SLO" not in _shown([without])
+    assert len(summarise([kept, without])) == 2
+
+
 def test_a_figure_is_drawn_per_study(tmp_path: Path):
     pytest.importorskip("matplotlib")
     records = [

@@ -108,6 +108,10 @@ def test_the_neighbours_latencies_go_on_record_as_another_setting(client: VllmCl
     assert record.itl_max_s >= record.itl_p99_s >= 0.0
     assert record.itl_mean_s is not None
     assert record.perturbation == {"neighbour": 1.0}
+    bounded = _run(_study(neighbour=True, itl_slo_ms=60.0), client, ("vllm",), [])[0]
+    assert bounded.perturbation == {"neighbour": 1.0, "itl_slo_ms": 60.0}
+    assert (bounded.itl_slo_s, record.itl_slo_s) == (0.06, None)
+    assert _study(itl_slo_ms=60.0).options.perturbation == {}  # alone there is no latency to keep
 
 
 def test_what_file_stores_keep_is_saved_once(client: VllmClient):

@@ -20,6 +20,7 @@ from cacheflow.stores import record
 from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.directory import STALE_STAGING_S, drop_front
 from cacheflow.stores.file import FileStore
+from cacheflow.stores.record import ChecksumAlgorithm
 from cacheflow.types import LoadOutcome
 from support.store_objects import get, key, payload, put, put_request
 
@@ -98,14 +99,38 @@ def test_a_file_that_cannot_be_read_is_an_error(root):
 
 def test_a_put_that_cannot_be_written_is_an_error_and_costs_no_space(root, caplog):
     with opened(root) as store:
-        shutil.rmtree(root / "staging")
+        (root / "staging").rmdir()
+        (root / "staging").write_text("in the way")
         for number in (1, 2):
             assert put(store, number) == (PutOutcome.ERROR,)
         assert caplog.text.count("a write failed") == 1
+        (root / "staging").unlink()
         (root / "staging").mkdir()
         assert get(store, 1)[0] is MISS
         assert put(store, *range(100, 100 + CAPACITY // RECORD)).count(PutOutcome.STORED) == CAPACITY // RECORD
         assert store.stats().num_evicted == 0
+
+
+def test_a_directory_deleted_while_it_is_used_is_made_anew_by_the_next_put(root):
+    with opened(root) as store:
+        put(store, 1)
+        shutil.rmtree(root)
+        assert get(store, 1)[0] is MISS
+        assert put(store, 2) == (PutOutcome.STORED,)
+        assert get(store, 2)[0] is OK
+    with opened(root) as store:  # the marker is there again
+        assert store.stats().num_objects == 1
+
+
+@pytest.mark.parametrize("marker", [{"record_version": 99}, {"checksum": "BLAKE2B_128"}], ids=str)
+def test_a_directory_that_others_made_anew_for_themselves_is_left_alone(root, marker):
+    with opened(root, algorithm=ChecksumAlgorithm.XXH3_128) as store:
+        written = json.loads((root / "cacheflow-store.json").read_text())
+        shutil.rmtree(root)
+        root.mkdir()
+        (root / "cacheflow-store.json").write_text(json.dumps(written | marker))
+        assert put(store, 1) == (PutOutcome.ERROR,)
+        assert get(store, 1)[0] is MISS
 
 
 def test_the_order_of_use_survives_the_process(root):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,6 +115,8 @@ class Case:
             request = self.side._requests.get(request_id)
             if matched is not None or (request is not None and request.decision is not None):
                 return matched
+            if request is not None and request.lookup is not None:
+                wait([request.lookup._future], 20)
         raise AssertionError("the lookup never answered")
 
     def begin(self, request_id: str, num_computed: int = 0) -> int:

@@ -11,7 +11,7 @@ from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler_side import ScheduledRequest
+from cacheflow.vllm.scheduler_side import QUEUED_S, ScheduledRequest
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, costs, facts, tokens
 
 pytestmark = pytest.mark.torch
@@ -94,6 +94,60 @@ def test_what_a_request_says_wrongly_is_answered():
     assert "'fast'" in error
     assert "auto, load, recompute, off" in error
     assert "-1" in error
+
+
+@pytest.mark.parametrize(
+    "params", [{"cacheflow": "x" * 10**6}, {"max_load_tokens": "9" * 10**6}, {"explain": ["y" * 10**6] * 100}]
+)
+def test_what_a_client_sent_is_not_repeated_at_length(params):
+    case = Case()
+    case.arrive("a", tokens(6 * CHUNK + 1), params=params)
+    assert len(case.side.finished("a")["cacheflow_error"]) < 300
+
+
+def test_a_restoration_that_vllm_did_not_take_up_has_a_reason():
+    case = Case()
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6))
+    assert case.matched("a") == 6 * CHUNK  # vLLM asks, and then computes the whole prompt: prompt_logprobs
+    answer = case.side.finished("a")
+    assert answer["cacheflow"] == []
+    assert "prompt_logprobs" in answer["cacheflow_reason"]
+
+
+def test_an_idle_minute_between_two_restorations_changes_nothing_in_the_second():
+    case, ordered = Case(), []
+    worker = Worker(case)
+    prompts = [case.saved_prompt(20 * CHUNK + 1, 20, seed=seed) for seed in (1, 2)]
+    for name, prompt in zip("ab", prompts, strict=True):
+        case.arrive(name, prompt)
+        case.begin(name)
+        reads = []
+        while case.side.has_work:
+            orders = case.step(busy=1)
+            reads.append(sum(len(each.reads) for each in orders.restorations))
+            worker.carry_out(orders)
+        ordered.append(reads)
+        case.side.finished(name)
+        case.now_s += 60.0
+    first, second = ordered
+    assert max(second) <= max(first)  # the minute was not taken for an engine step, for which to read ahead
+
+
+def test_a_request_that_queued_while_its_prefix_was_computed_is_restored():
+    case = Case()
+    prompt = tokens(6 * CHUNK + 1)
+    for name in ("first turn", "queued", "in the next step", "of another text"):
+        case.arrive(name, prompt if name != "of another text" else tokens(6 * CHUNK + 1, seed=9))
+    assert case.matched("first turn") == 0
+    assert len(case.step(ScheduledRequest("first turn", 6 * CHUNK + 1), busy=1).saves) == 6
+    case.hold("first turn", 6)
+    case.side.finished("first turn")
+    assert case.matched("in the next step") == 0  # too soon to ask again: a slow store would delay it twice
+    case.now_s = QUEUED_S + 0.1
+    assert case.matched("queued") == 6 * CHUNK
+    assert case.matched("of another text") == 0  # asked twice as well, and once only
+    case.now_s += QUEUED_S + 0.1
+    assert case.side.num_matched("of another text", 0) == 0
 
 
 def test_a_link_that_cannot_help_leaves_the_prompt_to_vllm():

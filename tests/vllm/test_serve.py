@@ -105,11 +105,21 @@ def test_the_printed_line_is_what_the_connector_parses(capsys: pytest.CaptureFix
     )
 
 
+def test_folders_in_the_printed_line_do_not_depend_on_where_it_is_pasted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    options = parsed("--store-path", "kv", "--profile-dir=~/profiles")
+    assert options.store_path == str(Path.cwd() / "kv")
+    assert options.profile_dir == "/home/somebody/profiles"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["m", "--store", "memory", "--store-path", "/kv"], "the memory store takes none"),
         (["m", "--store", "file"], "needs a store_path"),
+        (["m", "--store-path", ""], "store_path is empty"),
+        (["m", "--profile-dir", ""], "profile_dir is empty"),
+        (["m", "--store-path", "/proc/cacheflow"], "/proc/cacheflow cannot be used"),
         (["m", "--policy", "fastest"], "must be one of recompute, load"),
         (["m", "--chunk-tokens", "0"], "chunk_tokens is 0, must be above 0"),
         (["m", "--chunk-tokens", "many"], "--chunk-tokens: invalid int value"),

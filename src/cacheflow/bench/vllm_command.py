@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -56,8 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds per ratio (default: 3; --quick: 1)")
     parser.add_argument("--policies", type=name_list, metavar="P,P,...", help=f"default: {','.join(VLLM_POLICIES)}")
     parser.add_argument("--neighbour", action="store_true", help="one other request decodes meanwhile; records its ITL")
+    parser.add_argument("--itl-slo-ms", type=float, metavar="MS",
+                        help="with --neighbour: ask our connector to keep the ITL within this")  # fmt: skip
     parser.add_argument("--load", type=float, metavar="RATE",
                         help="instead: sessions, RATE requests per second, by vLLM's own client")  # fmt: skip
+    parser.add_argument("--sessions", type=int, default=16, metavar="N",
+                        help="with --load: sessions of 3 turns each (default: %(default)s)")  # fmt: skip
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model (default: eager)")
     parser.add_argument("--vllm-python", type=Path, default=Path(sys.executable), metavar="PATH",
                         help="interpreter that has vLLM (default: this one)")  # fmt: skip
@@ -95,7 +100,7 @@ def _check(args: argparse.Namespace) -> None:
     args.policies = args.policies or (QUICK_POLICIES if args.quick else VLLM_POLICIES)
     args.repeats = (1 if args.quick else 3) if args.repeats is None else args.repeats
     check_policies(args.policies)
-    for key in ("tokens", "suffix", "chunk", "repeats"):
+    for key in ("tokens", "suffix", "chunk", "repeats", "sessions"):
         if getattr(args, key) < 1:
             raise ConfigError(f"--{key} is {getattr(args, key)}, must be at least 1")
     if args.tokens % args.chunk:
@@ -104,6 +109,12 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not args.ratios or not all(ratio > 0 and math.isfinite(ratio) for ratio in args.ratios):
         raise ConfigError(f"--ratios {args.ratios} must be above 0 and finite")
+    if args.itl_slo_ms is not None and not (args.itl_slo_ms > 0 and math.isfinite(args.itl_slo_ms)):
+        raise ConfigError(f"--itl-slo-ms is {args.itl_slo_ms}, must be above 0 and finite")
+    if args.itl_slo_ms is not None and not args.neighbour:
+        raise ConfigError("--itl-slo-ms needs --neighbour: alone there is no inter-token latency to keep")
+    if args.load is not None and args.neighbour:
+        raise ConfigError("--load and --neighbour exclude each other: under load every request has neighbours")
     if args.load is not None and not (args.load > 0 and math.isfinite(args.load)):
         raise ConfigError(f"--load is {args.load}, must be above 0 and finite")
 
@@ -132,7 +143,8 @@ def _fleet_options(
         compiled=args.compiled,
         log_dir=args.out / "logs",
     )
-    return FleetOptions(server=server, store_root=stores, lmcache_python=python), policies
+    fleet = FleetOptions(server=server, store_root=stores, lmcache_python=python, itl_slo_ms=args.itl_slo_ms)
+    return fleet, policies
 
 
 def _study(
@@ -150,6 +162,7 @@ def _study(
             size=size,
             repeats=args.repeats,
             neighbour=args.neighbour,
+            itl_slo_ms=args.itl_slo_ms,
             dtype=DTYPE,
             device=where["accelerator"] or "cpu",
             environment={
@@ -198,16 +211,29 @@ def _load(
     if args.model == TINY_NAME:
         raise ConfigError(f"--load needs a model that reads text; {TINY_NAME} has a tokenizer of made-up words")
     size, ratio = _size(args), sorted(args.ratios)[len(args.ratios) // 2]
+    console.print(f"measuring stock vLLM, for a link of ratio {ratio:g}")
     with open_fleet((STOCK,), fleet_options, bytes_per_s=1.0) as stock, stock.turn(STOCK) as server:
         tokens = prompt_tokens(model, size.num_tokens + size.suffix_tokens)
         costs = measure_costs(server.client, tokens, size, repeats=1, on_step=lambda: None)
-    options = LoadOptions(rate=args.load, bytes_per_s=prefix_bytes(model.shape, size) / (ratio * costs.recompute_s))
+    options = LoadOptions(
+        rate=args.load,
+        bytes_per_s=prefix_bytes(model.shape, size) / (ratio * costs.recompute_s),
+        kv_bytes_per_token=model.shape.kv_bytes_per_token,
+        num_sessions=args.sessions,
+    )
+    longer = replace(fleet_options.server, max_tokens=min(model.max_tokens, options.max_tokens))
+    fleet_options = replace(fleet_options, server=longer)
     records = []
-    for record in run_load(policies, fleet_options, options, model=model.shape.name, out=args.out):
+
+    def starting(policy: str) -> None:
+        console.print(f"{policy}: {options.num_requests} requests, {args.load:g} per second")
+
+    for record in run_load(policies, fleet_options, options, model=model.shape.name, out=args.out, on_policy=starting):
         append_line(args.out / "load.jsonl", record.to_json())
         records.append(record)
     show_load(records, console)
-    return 0
+    console.print(f"records in {args.out / 'load.jsonl'}")
+    return 1 if any(record.num_failed for record in records) else 0
 
 
 def _show(out: Path, console: Console) -> int:

@@ -35,7 +35,7 @@ def counts_between(before: Samples, after: Samples) -> EngineCounts:
     """What was counted between two readings of one server's metrics."""
 
     def grown(name: str, label: str = "") -> float:
-        return _sum(after, name, label) - _sum(before, name, label)
+        return sample_sum(after, name, label) - sample_sum(before, name, label)
 
     return EngineCounts(
         loaded_bytes=sum(grown(name) for name in LOADED_BYTES),
@@ -46,6 +46,6 @@ def counts_between(before: Samples, after: Samples) -> EngineCounts:
     )
 
 
-def _sum(samples: Samples, name: str, label: str) -> float:
+def sample_sum(samples: Samples, name: str, label: str) -> float:
     """All samples of a metric whose labels contain ``label``."""
     return sum(value for key, value in samples.items() if key.partition("{")[0] == name and label in key)

@@ -28,11 +28,13 @@ class FleetOptions:
         server: Options that all servers share.
         store_root: Folder under which each policy's file store lives.
         lmcache_python: Interpreter with LMCache and vLLM; None when the policy does not run.
+        itl_slo_ms: The inter-token latency that our connector is asked to keep; None for no bound.
     """
 
     server: ServerOptions
     store_root: Path
     lmcache_python: Path | None = None
+    itl_slo_ms: float | None = None
 
 
 @dataclass(slots=True)
@@ -122,6 +124,7 @@ def _start(policy: str, fleet: Fleet, options: FleetOptions, bytes_per_s: float)
         store_dir=options.store_root / policy,
         profile_dir=options.store_root / "profiles",
         lmcache_port=None if fleet.lmcache is None else fleet.lmcache.port,
+        itl_slo_ms=options.itl_slo_ms,
     )
     server = options.server
     if policy == LMCACHE:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from cacheflow.bench.table import seconds
 from cacheflow.bench.vllm_client import MODEL, ServerError
+from cacheflow.bench.vllm_counts import Samples, sample_sum
 from cacheflow.bench.vllm_fleet import FleetOptions, open_fleet
 from cacheflow.bench.vllm_server import LOG_TAIL_LINES, VllmServer, server_environment
 from cacheflow.errors import ConfigError
@@ -27,6 +28,10 @@ from cacheflow.workloads.coding import source_text
 
 SUITE = "vllm-load"
 CLIENT_TIMEOUT_S = 1800.0
+CHARS_PER_TOKEN = 4
+BLOCK_TOKENS = 128
+"""KV blocks of vLLM on the CPU; smaller elsewhere."""
+RESTORED = "vllm:prompt_tokens_by_source_total"
 _CLIENT = (
     "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
     "p = argparse.ArgumentParser(); add_cli_args(p); main(p.parse_args())"
@@ -44,26 +49,41 @@ class LoadOptions:
         chars_per_turn: Characters of source text that a turn adds to its session.
         answer_tokens: Tokens generated per turn.
         bytes_per_s: Bandwidth of the link.
-        kv_cache_gib: KV cache of the server.
+        kv_bytes_per_token: Of the model, all layers.
     """
 
     rate: float
     bytes_per_s: float
+    kv_bytes_per_token: int
     num_sessions: int = 16
     num_turns: int = 3
     chars_per_turn: int = 5000
     answer_tokens: int = 32
-    kv_cache_gib: int = 1
 
     @property
     def num_requests(self) -> int:
         """Requests in all."""
         return self.num_sessions * self.num_turns
 
+    @property
+    def max_tokens(self) -> int:
+        """More than the longest request has: source text has 3 to 4 characters a token."""
+        return self.num_turns * self.chars_per_turn // 3 + self.answer_tokens
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """KV cache that holds half of all sessions at their end, so that their prefixes are evicted between turns."""
+        session_tokens = self.num_turns * self.chars_per_turn // CHARS_PER_TOKEN
+        least_tokens = self.max_tokens + 2 * BLOCK_TOKENS  # vLLM refuses a cache that cannot hold the longest request
+        return max(least_tokens, self.num_sessions * session_tokens // 2) * self.kv_bytes_per_token
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRecord:
-    """What vLLM's client measured for one policy: one line of ``load.jsonl``; times in seconds."""
+    """What vLLM's client measured for one policy: one line of ``load.jsonl``; times in seconds.
+
+    ``restored_tokens`` is how many prompt tokens the server says came from outside its own cache.
+    """
 
     suite: str
     policy: str
@@ -72,6 +92,8 @@ class LoadRecord:
     link_bytes_per_s: float
     num_requests: int
     num_failed: int
+    prompt_tokens: int
+    restored_tokens: int
     ttft_mean_s: float
     ttft_p50_s: float
     ttft_p99_s: float
@@ -102,9 +124,23 @@ def session_prompts(options: LoadOptions) -> Iterator[str]:
 
 
 def run_load(
-    policies: Sequence[str], fleet_options: FleetOptions, options: LoadOptions, *, model: str, out: Path
+    policies: Sequence[str],
+    fleet_options: FleetOptions,
+    options: LoadOptions,
+    *,
+    model: str,
+    out: Path,
+    on_policy: Callable[[str], None],
 ) -> Iterator[LoadRecord]:
     """Drive each policy's server, one server after the other; yields one record each.
+
+    Args:
+        policies: What runs.
+        fleet_options: How servers start.
+        options: What they are asked.
+        model: Its name, for the record.
+        out: Folder for the prompts and the client's results.
+        on_policy: Called with each policy before its server starts.
 
     Raises:
         ServerError: A server or the client failed.
@@ -114,11 +150,18 @@ def run_load(
     with prompts.open("w", encoding="utf-8") as lines:
         for text in session_prompts(options):
             lines.write(json.dumps({"prompt": text}) + "\n")
-    small = replace(fleet_options, server=replace(fleet_options.server, kv_cache_gib=options.kv_cache_gib))
+    small = replace(fleet_options, server=replace(fleet_options.server, kv_cache_bytes=options.kv_cache_bytes))
     for policy in policies:
+        on_policy(policy)
         with open_fleet((policy,), small, bytes_per_s=options.bytes_per_s) as fleet, fleet.turn(policy) as server:
             result = _drive(server, small, options, prompts, out / f"load-{policy}.json")
+            result["restored_tokens"] = restored_tokens(server.client.metrics())
         yield record_of(result, policy=policy, model=model, options=options)
+
+
+def restored_tokens(samples: Samples) -> int:
+    """Prompt tokens that a server's metrics say came from a connector."""
+    return round(sample_sum(samples, RESTORED, 'source="external_kv_transfer"'))
 
 
 def record_of(result: dict[str, Any], *, policy: str, model: str, options: LoadOptions) -> LoadRecord:
@@ -139,6 +182,8 @@ def record_of(result: dict[str, Any], *, policy: str, model: str, options: LoadO
             link_bytes_per_s=options.bytes_per_s,
             num_requests=options.num_requests,
             num_failed=options.num_requests - completed,
+            prompt_tokens=result["total_input_tokens"],
+            restored_tokens=result["restored_tokens"],
             ttft_mean_s=result["mean_ttft_ms"] / 1e3,
             ttft_p50_s=result["median_ttft_ms"] / 1e3,
             ttft_p99_s=result["p99_ttft_ms"] / 1e3,
@@ -156,25 +201,26 @@ def show_load(records: Sequence[LoadRecord], console: Console) -> None:
     first = records[0]
     title = (
         f"{first.model} in vLLM: {first.num_requests} requests of multi-turn sessions, {first.rate:g} per second, "
-        f"link {first.link_bytes_per_s / 1e6:.1f} MB/s; answers not compared"
+        f"link {first.link_bytes_per_s / 1e6:.1f} MB/s; answers not compared; restored: share of prompt tokens"
     )
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    heads = ("policy", "TTFT mean", "p50", "p99", "ITL mean", "p99", "req/s", "tok/s", "failed")
+    heads = ("policy", "TTFT mean", "p50", "p99", "ITL mean", "p99", "req/s", "tok/s", "restored", "failed")
     for index, head in enumerate(heads):
         table.add_column(head, justify="right" if index else "left", no_wrap=True)
     for record in records:
         times = (
             record.ttft_mean_s, record.ttft_p50_s, record.ttft_p99_s, record.itl_mean_s, record.itl_p99_s,
         )  # fmt: skip
-        rates = (f"{record.requests_per_s:.2f}", f"{record.tokens_per_s:.0f}", str(record.num_failed))
-        table.add_row(record.policy, *map(seconds, times), *rates)
+        rates = (f"{record.requests_per_s:.2f}", f"{record.tokens_per_s:.0f}")
+        shares = (f"{record.restored_tokens / record.prompt_tokens:.0%}", str(record.num_failed))
+        table.add_row(record.policy, *map(seconds, times), *rates, *shares)
     console.print(table)
 
 
 def client_command(server: VllmServer, fleet: FleetOptions, options: LoadOptions, prompts: Path, to: Path) -> list[str]:
     """The command line of vLLM's benchmark client."""
     return [
-        str(fleet.server.python), "-c", _CLIENT,
+        str(fleet.server.python), "-P", "-c", _CLIENT,
         "--backend", "openai", "--base-url", f"http://127.0.0.1:{server.port}", "--endpoint", "/v1/completions",
         "--model", MODEL, "--served-model-name", MODEL, "--tokenizer", str(fleet.server.model_dir),
         "--dataset-name", "custom", "--dataset-path", str(prompts), "--skip-chat-template", "--disable-shuffle",
@@ -186,15 +232,20 @@ def client_command(server: VllmServer, fleet: FleetOptions, options: LoadOptions
 
 
 def _drive(server: VllmServer, fleet: FleetOptions, options: LoadOptions, prompts: Path, to: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        client_command(server, fleet, options, prompts, to),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=CLIENT_TIMEOUT_S,
-        env=server_environment(fleet.server),
-        stdin=subprocess.DEVNULL,
-    )
+    try:
+        done = subprocess.run(
+            client_command(server, fleet, options, prompts, to),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=CLIENT_TIMEOUT_S,
+            env=server_environment(fleet.server),
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServerError(
+            f"vLLM's client did not end within {CLIENT_TIMEOUT_S:.0f} s on {server.name}: fewer --sessions, please"
+        ) from error
     if "get_vllm_optional_dependencies" in done.stderr:  # vLLM looks for its extra "bench" and says so badly
         raise ConfigError(f"vLLM's client needs pandas beside vLLM: {fleet.server.python} -m pip install pandas")
     if done.returncode or not to.is_file():

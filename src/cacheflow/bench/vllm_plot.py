@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from cacheflow.bench.plots import BOUND_COLOUR, new_figure, policy_names, policy_style, save_figure
 from cacheflow.bench.summary import OURS, SettingSummary, summarise
-from cacheflow.bench.vllm_record import VllmRecord
+from cacheflow.bench.vllm_record import ITL_SLO_MS, VllmRecord
 
 STYLES = {
     "vllm": ("#999999", "s"),
@@ -26,7 +27,8 @@ def draw_vllm(records: Sequence[VllmRecord], out_dir: Path) -> list[Path]:
     sweeps: dict[str, list[SettingSummary]] = {}
     for summary in summarise(records):
         setting = summary.setting
-        beside = "" if setting.perturbation == "{}" else "-neighbour"
+        slo_ms = json.loads(setting.perturbation).get(ITL_SLO_MS)
+        beside = "" if setting.perturbation == "{}" else "-neighbour" + (f"-slo{slo_ms:g}" if slo_ms else "")
         name = f"vllm-{setting.model}-{setting.num_tokens}-{setting.suffix_tokens}{beside}".replace("/", "-")
         sweeps.setdefault(name, []).append(summary)
     return [_draw(sweep, out_dir / f"{name}.png") for name, sweep in sweeps.items()]

@@ -46,6 +46,7 @@ class LinkSetup:
         store_dir: Folder of a store that writes files.
         profile_dir: Folder in which our connector keeps the costs it measured, for all its policies alike.
         lmcache_port: Port at which vLLM reaches LMCache's server (through the relay); None without one.
+        itl_slo_ms: The inter-token latency that our connector is asked to keep; others know no such thing.
     """
 
     bytes_per_s: float
@@ -53,6 +54,7 @@ class LinkSetup:
     store_dir: Path
     profile_dir: Path
     lmcache_port: int | None = None
+    itl_slo_ms: float | None = None
 
 
 def check_policies(names: Sequence[str]) -> None:
@@ -101,6 +103,7 @@ def _own(policy: str, setup: LinkSetup) -> dict[str, Any]:
         "policy": policy,
         "profile_dir": str(setup.profile_dir),
         "throttle_bytes_per_s": setup.bytes_per_s,
+        **({} if setup.itl_slo_ms is None else {"itl_slo_ms": setup.itl_slo_ms}),
     }
 
 

@@ -13,6 +13,8 @@ from cacheflow.errors import ConfigError
 SUITE = "vllm"
 NEIGHBOUR = {"neighbour": 1.0}
 """The perturbation of runs beside a decoding request, so that they are never mixed with runs alone."""
+ITL_SLO_MS = "itl_slo_ms"
+"""Stands in the perturbation too where our connector was asked to keep the neighbour's latency within it."""
 
 _TIMES = ("itl_mean_s", "itl_p99_s", "itl_max_s", "first_logprob_distance")
 
@@ -62,6 +64,12 @@ class VllmRecord(RestoreRecord):
             )
         if self.correct and self.equal_tokens < self.compared_tokens and not self.note:
             raise ConfigError("a correct record whose tokens differ needs a note that explains them")
+
+    @property
+    def itl_slo_s(self) -> float | None:
+        """What our connector was asked to keep ``itl_p99_s`` within; None where it was asked nothing."""
+        slo_ms = self.perturbation.get(ITL_SLO_MS)
+        return None if slo_ms is None else slo_ms * 1e-3
 
     @property
     def timed(self) -> bool:

@@ -36,6 +36,7 @@ class ServerOptions:
         chunk_tokens: Tokens of a step (``max_num_batched_tokens``): the chunk of chunked prefill.
         max_tokens: Longest sequence.
         kv_cache_gib: KV cache of a server on the CPU.
+        kv_cache_bytes: KV cache on any device, instead; None for the above, and for vLLM's choice elsewhere.
         compiled: Let vLLM compile the model; else it runs eagerly, in which restoration by layers is bit-exact.
         log_dir: Folder for the servers' logs.
     """
@@ -48,6 +49,7 @@ class ServerOptions:
     kv_cache_gib: int
     compiled: bool
     log_dir: Path
+    kv_cache_bytes: int | None = None
 
     def with_python(self, python: Path) -> ServerOptions:
         """The same with another interpreter."""
@@ -66,6 +68,8 @@ def server_command(options: ServerOptions, *, port: int, transfer: Mapping[str, 
     ]  # fmt: skip
     if not options.compiled:
         command.append("--enforce-eager")
+    if options.kv_cache_bytes is not None:
+        command += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
     if transfer is not None:
         command += ["--kv-transfer-config", json.dumps(transfer)]
     return command
@@ -75,7 +79,7 @@ def server_environment(options: ServerOptions) -> dict[str, str]:
     """The environment of a server: ours, plus what vLLM must be told through it."""
     ours = str(Path(cacheflow.__file__).parents[1])
     path = os.environ.get("PYTHONPATH")
-    return {
+    environment = {
         **os.environ,
         "PYTHONPATH": f"{ours}{os.pathsep}{path}" if path else ours,  # so that vLLM finds connector and spec
         "VLLM_SERVER_DEV_MODE": "1",  # offers /reset_prefix_cache
@@ -84,6 +88,9 @@ def server_environment(options: ServerOptions) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if options.kv_cache_bytes is not None:
+        del environment["VLLM_CPU_KVCACHE_SPACE"]  # where it is set, vLLM does not read --kv-cache-memory-bytes
+    return environment
 
 
 def threads_bind() -> str:

@@ -16,7 +16,7 @@ from cacheflow.bench.vllm_costs import PrefixSize, VllmCosts, least_times, measu
 from cacheflow.bench.vllm_counts import EngineCounts, counts_between
 from cacheflow.bench.vllm_fleet import Fleet, wait_until_at_rest
 from cacheflow.bench.vllm_policies import LINK_NOTES, LMCACHE, OWN_POLICIES, STOCK
-from cacheflow.bench.vllm_record import NEIGHBOUR, SUITE, VllmRecord
+from cacheflow.bench.vllm_record import ITL_SLO_MS, NEIGHBOUR, SUITE, VllmRecord
 from cacheflow.bench.vllm_workload import PROMPT_STRIDE, BenchModel, prompt
 
 ANSWER_TOKENS = 32
@@ -38,6 +38,7 @@ class StudyOptions:
         size: Prefix and suffix.
         repeats: Rounds per ratio; each has a prompt of its own.
         neighbour: Whether another request decodes meanwhile.
+        itl_slo_ms: The latency that our connector is asked to keep for it; goes on record.
         dtype: Of weights and KV.
         device: ``"cpu"``, or the name of the accelerator.
         environment: Of the servers.
@@ -49,6 +50,14 @@ class StudyOptions:
     dtype: str
     device: str
     environment: Environment
+    itl_slo_ms: float | None = None
+
+    @property
+    def perturbation(self) -> dict[str, float]:
+        """Of the records: what sets them apart from runs alone."""
+        if not self.neighbour:
+            return {}
+        return NEIGHBOUR if self.itl_slo_ms is None else {**NEIGHBOUR, ITL_SLO_MS: self.itl_slo_ms}
 
 
 @dataclass(slots=True)
@@ -179,7 +188,7 @@ class VllmStudy:
                 "bound_fit_error": self._costs().fit_error,
             },
             loaded_bytes=round(counts.loaded_bytes),
-            perturbation=NEIGHBOUR if options.neighbour else {},
+            perturbation=options.perturbation,
             cached_tokens=answer.cached_tokens,
             equal_tokens=compared.equal_tokens,
             compared_tokens=answer.num_tokens,

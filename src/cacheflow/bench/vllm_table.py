@@ -14,6 +14,7 @@ from cacheflow.bench.summary import OURS, PolicySummary, Setting, SettingSummary
 from cacheflow.bench.table import DISTURBED, NOTHING, WRONG, flag, seconds, size
 from cacheflow.bench.vllm_record import NEIGHBOUR, VllmRecord
 
+ABOVE_SLO = " >SLO"
 LEGEND = (
     "TTFT ×: over the lower bound; ×rival: over the best other policy of the same repeat; restored: prefix tokens\n"
     "that vLLM did not prefill itself; equal: greedy tokens equal stock vLLM's answer in every run (a tie: see below)"
@@ -38,13 +39,15 @@ def vllm_tables(records: Sequence[VllmRecord]) -> RenderableType:
 
 def _table(summary: SettingSummary, runs: Sequence[VllmRecord]) -> Table:
     setting = summary.setting
-    beside = bool(runs) and dict(runs[0].perturbation) == NEIGHBOUR
+    beside = bool(runs) and NEIGHBOUR.keys() <= runs[0].perturbation.keys()
+    slo_s = runs[0].itl_slo_s if runs else None
     link = next((record.link_bytes_per_s for record in runs if record.link_bytes_per_s), None)
     title = (
         f"{setting.model} in vLLM on {setting.device}: {setting.num_tokens:,} cached + {setting.suffix_tokens:,} new "
         f"tokens, load/compute {setting.load_compute_ratio:g}"
         f"{'' if link is None else f' ({link / 1e6:.1f} MB/s)'}"
-        f"{', beside a decoding request' if beside else ''}{' ~' if summary.disturbed else ''}"
+        f"{', beside a decoding request' if beside else ''}"
+        f"{'' if slo_s is None else f', itl_slo_ms {slo_s * 1e3:g}'}{' ~' if summary.disturbed else ''}"
     )
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     spread = ["spread"] if any(policy.num_runs > 1 for policy in summary.policies) else []
@@ -86,6 +89,9 @@ def _row(policy: PolicySummary, runs: Sequence[VllmRecord]) -> dict[str, str]:
         values = [value for record in runs if (value := getattr(record, key)) is not None]
         if values:
             cells[head] = seconds(median(values))
+    slo_s, p99_s = runs[0].itl_slo_s, [record.itl_p99_s for record in runs if record.itl_p99_s is not None]
+    if slo_s is not None and p99_s and median(p99_s) > slo_s:
+        cells["ITL p99"] += ABOVE_SLO
     return cells
 
 

@@ -58,8 +58,7 @@ class RecordDirectory:
         self._objects = f"{root}/objects"
         self._staging = f"{root}/staging"
         try:
-            for folder in (self._objects, self._staging):
-                Path(folder).mkdir(parents=True, exist_ok=True)
+            self._make_folders()
             self._probe_writing()
             self.algorithm = self._agree(algorithm or best_algorithm())
         except StoreError:
@@ -94,7 +93,7 @@ class RecordDirectory:
         """
         staged = Path(f"{self._staging}/{os.getpid()}-{uuid.uuid4().hex}")
         try:
-            descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            descriptor = self._open_staged(staged)
             try:
                 _write_all(descriptor, parts)
                 if sync:
@@ -111,6 +110,22 @@ class RecordDirectory:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
             raise
+
+    def _open_staged(self, staged: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            return os.open(staged, flags, 0o644)
+        except FileNotFoundError as missing:  # somebody deleted the directory: a cache may be emptied while it serves
+            self._make_folders()
+            agreed = self._agree(self.algorithm)
+            if agreed is not self.algorithm:
+                text = f"store directory {self.root} was made anew, with {agreed.name} checksums: restart to use it"
+                raise StoreError(text) from missing
+            return os.open(staged, flags, 0o644)
+
+    def _make_folders(self) -> None:
+        for folder in (self._objects, self._staging):
+            Path(folder).mkdir(parents=True, exist_ok=True)
 
     def remove(self, name: str) -> bool:
         """Remove a record; whether it was there.

@@ -89,6 +89,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
             )
         log_beside_vllm()
         check_environment(vllm_config, kv_cache_config)
+        self._options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
         self._options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
         self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self._options.require_block_size(self._block_size)

@@ -63,6 +63,7 @@ def find_engine(
     """
     handle = open_model(vllm_config, kv_cache_config, load_only=options.unsupported_models == "load_only")
     layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names)
+    options.require_room_for_chunk(layout.num_bytes(layout.num_layers, options.chunk_tokens // layout.block_size))
     layers_per_block = _layers_per_block(options, handle)
     forward = PartialForward(handle) if handle.can_recompute else None
     if not options.self_test and not vllm_version().known:

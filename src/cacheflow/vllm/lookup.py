@@ -15,7 +15,8 @@ from cacheflow.types import Clock
 logger = logging.getLogger(__name__)
 
 INLINE_WAIT_S = 0.001
-"""A lookup that a local store answers at once is waited for; a slow one is asked about again in the next step."""
+"""A lookup that a local store answers at once is waited for, once; a slow one is asked about again in each step without
+waiting: vLLM asks for every request in its queue, between the tokens of those that decode."""
 NUM_THREADS = 2
 CHUNKS_PER_PROBE = 64
 """Chunks asked for in one ``contains``; bounds what is asked in vain behind a divergence."""
@@ -27,14 +28,16 @@ class Lookup:
     def __init__(self, future: Future[int], *, deadline_at_s: float, clock: Clock) -> None:
         """Wrap a question that is under way."""
         self._future, self._deadline_at_s, self._clock = future, deadline_at_s, clock
+        self._wait_s = INLINE_WAIT_S
         self.timed_out = False
 
     def poll(self) -> int | None:
         """Number of leading chunks the store holds; 0 after the deadline, None while it is not known."""
         if self.timed_out:
             return 0
+        wait_s, self._wait_s = self._wait_s, 0.0
         try:
-            return self._future.result(INLINE_WAIT_S)
+            return self._future.result(wait_s)
         except TimeoutError:
             self.timed_out = self._clock() >= self._deadline_at_s
             return 0 if self.timed_out else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 from cacheflow.stores.base import Store
 from cacheflow.stores.file import FileStore
@@ -22,7 +23,8 @@ def open_store(options: ConnectorOptions) -> Store:
     if options.store == "file":
         assert options.store_path is not None, "checked by ConnectorOptions"
         # No fsync: a torn record is a counted miss, and a save must not wait for the disk.
-        store = FileStore(options.store_path, capacity_bytes=options.cpu_bytes_to_use, fsync=False)
+        root = Path(options.store_path).expanduser()
+        store = FileStore(root, capacity_bytes=options.cpu_bytes_to_use, fsync=False)
     else:
         store = MemoryStore(capacity_bytes=options.cpu_bytes_to_use)
     if options.throttle_bytes_per_s is not None or options.throttle_latency_s > 0:

@@ -97,6 +97,9 @@ class ConnectorOptions:
                 f"store is {self.store!r} and store_path is {self.store_path!r}: the file store needs a store_path, "
                 "the memory store takes none"
             )
+        for key in ("store_path", "profile_dir"):
+            if getattr(self, key) == "":
+                raise ConfigError(f"{key} is empty, must be a folder; leave it out for the default")
         if (self.objective == "slo") != (self.ttft_slo_ms is not None):
             raise ConfigError(
                 f"objective is {self.objective!r} and ttft_slo_ms is {self.ttft_slo_ms}: the objective slo needs a "
@@ -137,6 +140,33 @@ class ConnectorOptions:
                 f"{block_size} tokens, such as {lower} or {lower + block_size}"
             )
 
+    def require_chunk_in_prompt(self, max_tokens: int) -> None:
+        """Pass if a prompt can have a whole chunk.
+
+        Args:
+            max_tokens: vLLM's ``max_model_len``.
+
+        Raises:
+            ConfigError: None can: nothing would ever be saved or restored.
+        """
+        if self.chunk_tokens >= max_tokens:
+            raise ConfigError(
+                f"chunk_tokens is {self.chunk_tokens}, must be below vLLM's max_model_len of {max_tokens}: only whole "
+                "chunks are saved, and no prompt would have one"
+            )
+
+    def require_room_for_chunk(self, chunk_bytes: int) -> None:
+        """Pass if the store can hold a chunk.
+
+        Raises:
+            ConfigError: It cannot: nothing would ever be restored.
+        """
+        if chunk_bytes > self.cpu_bytes_to_use:
+            raise ConfigError(
+                f"cpu_bytes_to_use is {self.cpu_bytes_to_use}, but one chunk of {self.chunk_tokens} tokens takes "
+                f"{chunk_bytes} bytes: allow for many"
+            )
+
     def require_reachable_store(self, executor: str) -> None:
         """Pass if the scheduler can see what workers save.
 
@@ -156,7 +186,7 @@ class ConnectorOptions:
     def profile_path(self) -> Path:
         """Directory of cost profiles: the option, or ``$XDG_CACHE_HOME/cacheflow/profiles``."""
         if self.profile_dir is not None:
-            return Path(self.profile_dir)
+            return Path(self.profile_dir).expanduser()
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         return Path(cache) / "cacheflow" / "profiles"
 

@@ -25,13 +25,20 @@ class StepBudget:
 
     Attributes:
         compute_s: Seconds of recomputation; 0 for none.
+        unit_s: Seconds the least that can be ordered takes; what is left below it is handed to nobody.
         read_ahead_s: Seconds of the link to keep under way.
         wait_s: How long a worker with nothing to compute may wait for a read.
     """
 
     compute_s: float
+    unit_s: float
     read_ahead_s: float
     wait_s: float
+
+    def left_s(self, spent_s: float) -> float:
+        """What the next restoration may use of ``compute_s``; 0 where no unit fits."""
+        left_s = self.compute_s - spent_s
+        return left_s if left_s >= self.unit_s else 0.0
 
 
 class Pace:
@@ -41,13 +48,17 @@ class Pace:
         """Take the operator's limits."""
         self._budget_s = None if recompute_budget_ms is None else recompute_budget_ms * 1e-3
         self._itl_s = None if itl_slo_ms is None else itl_slo_ms * 1e-3
-        self._own_step_s = 0.0
+        self._own_step_s: float | None = None
         self._last_s: float | None = None
         self._computed_s = 0.0
 
     def note_computed(self, seconds: float) -> None:
         """Note recomputation that was done in the last steps."""
         self._computed_s += seconds
+
+    def rest(self) -> None:
+        """Nothing is being restored from now on: the time until the next budget is asked for is not that of a step."""
+        self._last_s = None
 
     def budget(self, now_s: float, *, busy: bool, chunk_s: float, unit_s: float) -> StepBudget:
         """The budget of the step that is being ordered.
@@ -62,20 +73,22 @@ class Pace:
         if not busy:
             compute_s = max(IDLE_COMPUTE_BUDGET_S, IDLE_CHUNK_SHARE * chunk_s)
             read_ahead_s = READ_AHEAD_S * compute_s / IDLE_COMPUTE_BUDGET_S
-            return StepBudget(compute_s=compute_s, read_ahead_s=read_ahead_s, wait_s=IDLE_WAIT_S)
+            return StepBudget(compute_s=compute_s, unit_s=unit_s, read_ahead_s=read_ahead_s, wait_s=IDLE_WAIT_S)
         compute_s = CHUNK_SHARE * chunk_s if self._budget_s is None else self._budget_s
         if self._itl_s is not None:
-            compute_s = min(compute_s, max(0.0, HEADROOM * (self._itl_s - self._own_step_s)))
+            # Nothing before the engine's own step is known: the first one must keep within the bound too.
+            own_s = self._itl_s if self._own_step_s is None else self._own_step_s
+            compute_s = min(compute_s, max(0.0, HEADROOM * (self._itl_s - own_s)))
             if compute_s < unit_s:
                 compute_s = 0.0
-        return StepBudget(
-            compute_s=compute_s, read_ahead_s=max(READ_AHEAD_S, 3 * (self._own_step_s + compute_s)), wait_s=0.0
-        )
+        read_ahead_s = max(READ_AHEAD_S, 3 * ((self._own_step_s or 0.0) + compute_s))
+        return StepBudget(compute_s=compute_s, unit_s=unit_s, read_ahead_s=read_ahead_s, wait_s=0.0)
 
     def _observe(self, now_s: float, *, busy: bool) -> None:
         """Learn from the time since the last step, without the recomputation in it."""
         if busy and self._last_s is not None:
             own_s = max(0.0, now_s - self._last_s - self._computed_s)
-            self._own_step_s = own_s if not self._own_step_s else DECAY * self._own_step_s + (1 - DECAY) * own_s
+            before_s = own_s if self._own_step_s is None else self._own_step_s
+            self._own_step_s = DECAY * before_s + (1 - DECAY) * own_s
         self._last_s = now_s if busy else None
         self._computed_s = 0.0

@@ -131,7 +131,7 @@ class Restorations:
             return StepOrders(saves=saves)
         now_s = self._clock()
         budget = self._budget(now_s, busy=busy)
-        compute_s, read_ahead_s = budget.compute_s, budget.read_ahead_s
+        compute_s, read_ahead_s, spent_s = budget.compute_s, budget.read_ahead_s, 0.0
         restorations, failed_blocks = [], {}
         order = self._scheduler.order(now_s)
         reader = next((each for each in order.link if not self._active[each].stepped.only_compute_left), None)
@@ -144,7 +144,8 @@ class Restorations:
             orders = active.stepped.orders(
                 now_s, compute_budget_s=max(compute_s, least_s), read_ahead_s=read_ahead_s if reads else 0.0
             )
-            compute_s = max(0.0, compute_s - self._predicted_s(active, orders))
+            spent_s += self._predicted_s(active, orders)
+            compute_s = budget.left_s(spent_s)
             read_ahead_s = max(0.0, read_ahead_s - active.stepped.loads_under_way_s)
             if orders.cancel and active.stepped.failed:
                 failed_blocks[restore_id] = self._undefined_blocks(active)
@@ -213,6 +214,8 @@ class Restorations:
                 del self._began_s[restore_id]
                 self._scheduler.remove(restore_id)
                 self._end(active, now_s)
+        if not self._active:
+            self._pace.rest()
 
     def _end(self, active: _Active, now_s: float) -> None:
         stepped, request = active.stepped, active.request

@@ -19,7 +19,7 @@ from cacheflow.types import Clock
 from cacheflow.vllm.decide import Decider
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.identity import lora_namespace, shared_namespace
-from cacheflow.vllm.lookup import PrefixLookup
+from cacheflow.vllm.lookup import Lookup, PrefixLookup
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.ordered_saves import OrderedSaves
@@ -31,6 +31,13 @@ from cacheflow.vllm.tracked import BlockIdsOf, Decision, TrackedRequest
 from cacheflow.vllm.wishes import Mode, Wishes
 
 logger = logging.getLogger(__name__)
+
+QUEUED_S = 1.0
+"""A request that vLLM considers only so long after its arrival has queued, and its question to the store is old."""
+NOT_TAKEN_UP = (
+    "vLLM did not take up what the store holds: it computes a prompt whose log-probabilities are asked for (echo, "
+    "prompt_logprobs)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +132,25 @@ class SchedulerSide:
         else:
             self._ask(request)
 
+    def _num_stored(self, request: TrackedRequest, lookup: Lookup) -> int | None:
+        """Leading chunks the store holds, None while it is not known.
+
+        Asked once more where a request has queued and chunks were saved since: what it lacks may have been computed
+        meanwhile by the one before it.
+        """
+        num_stored = lookup.poll()
+        if num_stored is None or lookup.timed_out or request.asked_again:
+            return num_stored
+        queued = self._clock() - request.asked_at_s > QUEUED_S and request.asked_at != self._ordered_saves.now
+        if not queued or num_stored == len(request.prefix.hashes):
+            return num_stored
+        request.asked_again = True
+        self._ask(request)
+        return None if request.lookup is None else request.lookup.poll()
+
     def _ask(self, request: TrackedRequest) -> None:
         num_chunks = request.prefix.extend(request.tokens)
-        request.asked_at = self._ordered_saves.now
+        request.asked_at, request.asked_at_s = self._ordered_saves.now, self._clock()
         if num_chunks:
             request.lookup = self._lookup.start([self._probe_keys(request, chunk) for chunk in range(num_chunks)])
         else:
@@ -155,7 +178,7 @@ class SchedulerSide:
                 self._ask(request)  # by now the store may hold what the request itself has computed
         if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
             return 0
-        num_stored = request.lookup.poll()
+        num_stored = self._num_stored(request, request.lookup)
         if num_stored is None:
             return None
         request.num_stored = num_stored
@@ -250,8 +273,8 @@ class SchedulerSide:
             answer["cacheflow_error"] = request.wishes.complaint
         if request.wishes.explain or self._options.explain:
             answer["cacheflow"] = request.records
-            if request.reason and not any(record["outcome"] == "done" for record in request.records):
-                answer["cacheflow_reason"] = request.reason
+            if not any(record["outcome"] == "done" for record in request.records):
+                answer["cacheflow_reason"] = request.reason or NOT_TAKEN_UP
         return answer or None
 
     @property

@@ -12,9 +12,11 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cacheflow.errors import ConfigError
+from cacheflow.stores.directory import RecordDirectory
 from cacheflow.vllm.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
 from cacheflow.vllm.options import ConnectorOptions
 
@@ -87,6 +89,10 @@ def options_from(args: argparse.Namespace) -> ConnectorOptions:
     given = {field.name: getattr(args, field.name) for field in fields(ConnectorOptions) if hasattr(args, field.name)}
     if "store_path" in given:
         given.setdefault("store", "file")
+    for name in ("store_path", "profile_dir"):
+        # The printed line is pasted into other folders' shells, and `--store-path=~/kv` is not expanded by every shell.
+        if given.get(name):
+            given[name] = str(Path(given[name]).expanduser().absolute())
     return ConnectorOptions.parse(given)
 
 
@@ -135,11 +141,14 @@ def serve(
     Raises:
         ConfigError: The options contradict each other or this machine, or vLLM or its plugin is missing; says what to
             do.
+        StoreError: The store's folder cannot be used.
     """
     check_passed_on(passed_on)
     installed = find_vllm()
     require_plugin(environment)
     _require_reachable_store(options, installed)
+    if options.store_path is not None:
+        RecordDirectory(Path(options.store_path))  # vLLM would need a minute to get there, and show a stack trace
     line = config_line(options)
     sys.stdout.write(line + "\n")
     environment = dict(environment)

@@ -54,6 +54,8 @@ class TrackedRequest:
         prefix: Its chunks.
         lookup: The question to the store; None before it was asked.
         asked_at: When it was asked, as ``OrderedSaves`` counts.
+        asked_at_s: ... and in seconds.
+        asked_again: The question was repeated, because chunks were saved while the request queued.
         num_stored: Leading chunks the store is known to hold.
         next_save: The first chunk that was not ordered to be saved.
         decision: The last decision; None before the first.
@@ -74,6 +76,8 @@ class TrackedRequest:
     prefix: RequestPrefix
     lookup: Lookup | None = None
     asked_at: int = 0
+    asked_at_s: float = 0.0
+    asked_again: bool = False
     num_stored: int = 0
     next_save: int = 0
     decision: Decision | None = None

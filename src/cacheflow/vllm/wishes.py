@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from reprlib import repr as shortened
 from typing import Any
 
 
@@ -46,17 +47,19 @@ class Wishes:
         if not params:
             return NO_WISHES
         if not isinstance(params, Mapping):  # it comes from the network, where vLLM does not check its type everywhere
-            return cls(complaint=f"kv_transfer_params is {params!r}, must be an object")
+            return cls(complaint=f"kv_transfer_params is {shortened(params)}, must be an object")
         complaints = []
         mode, limit, explain = params.get("cacheflow", "auto"), params.get("max_load_tokens"), params.get("explain")
         if mode not in [each.value for each in Mode]:
-            complaints.append(f"cacheflow is {mode!r}, must be one of {', '.join(each.value for each in Mode)}")
+            complaints.append(
+                f"cacheflow is {shortened(mode)}, must be one of {', '.join(each.value for each in Mode)}"
+            )
             mode = "auto"
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
-            complaints.append(f"max_load_tokens is {limit!r}, must be a whole number of 0 or more")
+            complaints.append(f"max_load_tokens is {shortened(limit)}, must be a whole number of 0 or more")
             limit = None
         if explain not in (None, True, False):
-            complaints.append(f"explain is {explain!r}, must be true or false")
+            complaints.append(f"explain is {shortened(explain)}, must be true or false")
             explain = False
         return cls(
             mode=Mode(mode), max_load_tokens=limit, explain=bool(explain), complaint="; ".join(complaints)

@@ -1,0 +1,58 @@
+"""``kv_connector_extra_config``, and what of it contradicts the engine."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from cacheflow.errors import ConfigError
+from cacheflow.vllm.options import ConnectorOptions
+
+FLOATS = [field.name for field in fields(ConnectorOptions) if field.type in ("float", "float | None")]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "1", True, [1.0]], ids=str)
+def test_a_number_that_is_none_is_refused_by_name(name: str, value: object):
+    with pytest.raises(ConfigError, match=name):
+        ConnectorOptions.parse({name: value})
+
+
+@pytest.mark.parametrize("key", ["chunk_token", "cpu_bytes", "Store", ""])
+def test_an_unknown_key_is_answered_with_those_there_are(key: str):
+    with pytest.raises(ConfigError, match=r"unknown '.*; known are store, store_path, cpu_bytes_to_use, chunk_tokens"):
+        ConnectorOptions.parse({key: 1})
+
+
+@pytest.mark.parametrize("name", ["store_path", "profile_dir"])
+def test_an_empty_folder_is_not_the_folder_one_stands_in(name: str):
+    with pytest.raises(ConfigError, match=f"{name} is empty"):
+        ConnectorOptions.parse({"store": "file", "store_path": "/kv", name: ""})
+
+
+def test_what_differs_from_the_defaults_survives_the_way_through_json():
+    options = ConnectorOptions(store="file", store_path="/kv", chunk_tokens=256, itl_slo_ms=40.0, calibrate=False)
+    assert ConnectorOptions.parse(json.loads(json.dumps(options.as_extra_config()))) == options
+
+
+def test_chunks_must_end_where_kv_blocks_end():
+    ConnectorOptions(chunk_tokens=384).require_block_size(128)
+    with pytest.raises(ConfigError, match="such as 384 or 512"):
+        ConnectorOptions(chunk_tokens=400).require_block_size(128)
+    with pytest.raises(ConfigError, match="such as 128 or 256"):
+        ConnectorOptions(chunk_tokens=100).require_block_size(128)
+
+
+def test_a_chunk_that_no_prompt_has_is_refused():
+    ConnectorOptions(chunk_tokens=512).require_chunk_in_prompt(513)
+    for max_tokens in (512, 256):  # the last token of a prompt is always computed
+        with pytest.raises(
+            ConfigError, match=f"chunk_tokens is 512, must be below vLLM's max_model_len of {max_tokens}"
+        ):
+            ConnectorOptions(chunk_tokens=512).require_chunk_in_prompt(max_tokens)
+
+
+def test_a_store_that_holds_no_chunk_is_refused():
+    ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1000)
+    with pytest.raises(ConfigError, match="cpu_bytes_to_use is 1000, but one chunk of 512 tokens takes 1001 bytes"):
+        ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1001)
