@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheflow.bench.figures.crowd_bound import least_mean_s, most_in_time, weighted_work_N
 from cacheflow.bench.figures import figure_07
+from cacheflow.bench.figures.crowd_bound import least_mean_s, most_in_time, weighted_work_N
 from cacheflow.bench.figures.requested import mixed_lengths, poisson_times_s, request_of, session_crowd
 from cacheflow.bench.figures.runs import CROWD, least_alone
 from cacheflow.bench.figures.setting import Setting, with_ratio

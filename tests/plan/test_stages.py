@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_layers_are_cut_as_vllm_cuts_them(num_layers, num_stages, parts):
     cuts = split_layers(num_layers, num_stages)
     assert [hi - lo for lo, hi in cuts] == parts
     assert cuts[0][0] == 0
-    assert all(below[1] == above[0] for below, above in zip(cuts, cuts[1:], strict=False))
+    assert all(below[1] == above[0] for below, above in itertools.pairwise(cuts))
 
 
 @given(num_layers=st.integers(1, 100), num_stages=st.integers(1, 100))

@@ -125,9 +125,7 @@ def stage_problems(
         raise ConfigError(
             f"a grid of {problem.grid.num_blocks} blocks cannot be cut at the {shape.num_layers} layers of {shape.name}"
         )
-    kv_parts, tp = layout.kv_parts(shape), layout.tensor_parallel_size
-    sharing = 1 if layout.link_per_rank else layout.num_ranks
-    link = replace(problem.link, bytes_per_s=problem.link.bytes_per_s / sharing)
+    problem = rank_problem(problem, shape, layout)
     grid = problem.grid
     ranges = [grid.chunk_range(chunk) for chunk in range(grid.num_chunks)]
     tokens_K = np.array([end - start for start, end in ranges], dtype=np.int64)
@@ -135,19 +133,36 @@ def stage_problems(
     for stage, (lo, hi) in enumerate(split_layers(shape.num_layers, layout.pipeline_parallel_size)):
         source = BoundarySource.FIRST_STAGE if stage == 0 else later
         stored = source is BoundarySource.STORED
-        suffix_s = float(problem.suffix_B[lo:hi].sum()) / tp
         own = RestoreProblem(
             grid=Grid(grid.chunk_ends, hi - lo, start=grid.start),
-            compute_KB=problem.compute_KB[:, lo:hi] / tp,
-            kv_only_KB=problem.kv_only_KB[:, lo:hi] / tp,
-            load_bytes_KB=problem.load_bytes_KB[:, lo:hi] // kv_parts,
-            link=link,
+            compute_KB=problem.compute_KB[:, lo:hi],
+            kv_only_KB=problem.kv_only_KB[:, lo:hi],
+            load_bytes_KB=problem.load_bytes_KB[:, lo:hi],
+            link=problem.link,
             boundary_bytes_K=tokens_K * (boundary_bytes_per_token(shape) if stored else 0),
         )
-        if hi == shape.num_layers:
-            suffix_s += problem.head_s / tp
+        suffix_s = float(problem.suffix_B[lo:hi].sum()) + (problem.head_s if hi == shape.num_layers else 0.0)
         stages.append(StageProblem(problem=own, source=source, suffix_s=suffix_s))
     return tuple(stages)
+
+
+def rank_problem(problem: RestoreProblem, shape: ModelShape, layout: RankLayout) -> RestoreProblem:
+    """A rank's part of every layer, over its link or its share of one: what tensor parallelism leaves of a problem.
+
+    Raises:
+        ConfigError: The layout does not fit the model.
+    """
+    kv_parts, tp = layout.kv_parts(shape), layout.tensor_parallel_size
+    sharing = 1 if layout.link_per_rank else layout.num_ranks
+    return replace(
+        problem,
+        compute_KB=problem.compute_KB / tp,
+        kv_only_KB=problem.kv_only_KB / tp,
+        load_bytes_KB=problem.load_bytes_KB // kv_parts,
+        link=replace(problem.link, bytes_per_s=problem.link.bytes_per_s / sharing),
+        suffix_B=problem.suffix_B / tp,
+        head_s=problem.head_s / tp,
+    )
 
 
 def suffix_through_s(stages: tuple[StageProblem, ...], num_suffix_chunks: int) -> float:
