@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PENDING_BYTES = 1 << 30
 """Copied but not yet written; a chunk that would exceed it is not saved: a slow store must not eat the memory."""
+MorePuts = Callable[[SaveOrder], Iterable[PutRequest]]
+"""What is to be written beside a chunk's KV."""
 CLOSE_S = 2.0
 """What is pending at the end gets this long."""
 
@@ -64,11 +66,31 @@ class ChunkSaver:
     """
 
     def __init__(
-        self, store: Store, layout: BlockLayout, *, layers_per_block: int, dtype: str, shard: Shard, counts: Counts
+        self,
+        store: Store,
+        layout: BlockLayout,
+        *,
+        layers_per_block: int,
+        dtype: str,
+        shard: Shard,
+        counts: Counts,
+        first_layer: int = 0,
+        more: MorePuts | None = None,
     ) -> None:
-        """Save under this shard's keys."""
+        """Save under this shard's keys.
+
+        Args:
+            store: Where to.
+            layout: Where from.
+            layers_per_block: Layers of an object.
+            dtype: Of the KV.
+            shard: This rank's.
+            counts: Where outcomes are counted.
+            first_layer: The model's layer that is this stage's first.
+            more: What else to write of a chunk.
+        """
         self._store, self._layout, self._shard, self._counts = store, layout, shard, counts
-        self._dtype = dtype
+        self._dtype, self._first_layer, self._more = dtype, first_layer, more
         num_blocks = -(-layout.num_layers // layers_per_block)
         self._layers_of = [block_layers(block, layers_per_block, layout.num_layers) for block in range(num_blocks)]
         self._pending: deque[_Copied] = deque()
@@ -109,12 +131,16 @@ class ChunkSaver:
     def _copy(self, order: SaveOrder) -> _Copied:
         requests = []
         for layer_lo, layer_hi in self._layers_of:
-            key = object_key(order.namespace, order.chain_hash, layers=(layer_lo, layer_hi), shard=self._shard)
+            layers = (self._first_layer + layer_lo, self._first_layer + layer_hi)
+            key = object_key(order.namespace, order.chain_hash, layers=layers, shard=self._shard)
             payload = np.empty(self._layout.num_bytes(layer_hi - layer_lo, len(order.block_ids)), dtype=np.uint8)
             self._layout.gather(layer_lo, layer_hi, order.block_ids, payload)
             shape = (layer_hi - layer_lo, len(order.block_ids), self._layout.block_bytes)
             requests.append(PutRequest(key, [payload], shape=shape, dtype=self._dtype))
         num_bytes = self._layout.num_bytes(self._layout.num_layers, len(order.block_ids))
+        if self._more is not None:
+            # Before the KV, so that a chunk whose top layer is there is there with its boundary.
+            requests = [*self._more(order), *requests]
         self._pending.append(_Copied((order.namespace, order.chain_hash), requests, num_bytes))
         return self._pending[-1]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cacheflow.plan.keys import ObjectKey
@@ -17,7 +17,7 @@ from cacheflow.restore.orders import StepReport
 from cacheflow.stores.base import Store
 from cacheflow.types import Clock
 from cacheflow.vllm.decide import Decider
-from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.facts import EngineFacts, heads_of
 from cacheflow.vllm.identity import lora_namespace, shared_namespace
 from cacheflow.vllm.lookup import PrefixLookup
 from cacheflow.vllm.metrics import Counts
@@ -26,7 +26,7 @@ from cacheflow.vllm.ordered_saves import OrderedSaves
 from cacheflow.vllm.request_prefix import MediaSpan, RequestPrefix
 from cacheflow.vllm.restorations import Restorations
 from cacheflow.vllm.sharing import Sharing
-from cacheflow.vllm.step import NOTHING, SaveOrder, StepOrders
+from cacheflow.vllm.step import NOTHING, CaptureOrder, SaveOrder, StepOrders
 from cacheflow.vllm.tracked import BlockIdsOf, Decision, TrackedRequest
 from cacheflow.vllm.wishes import Mode, Wishes
 
@@ -60,10 +60,17 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """One request of a step, and how many of its tokens are computed when the step is through."""
+    """One request of a step, and how many of its tokens are computed when the step is through.
+
+    Attributes:
+        request_id: vLLM's.
+        num_computed: Tokens.
+        num_scheduled: Those of them that the step computes.
+    """
 
     request_id: str
     num_computed: int
+    num_scheduled: int = 0
 
 
 class SchedulerSide:
@@ -86,7 +93,7 @@ class SchedulerSide:
         """Take in what the workers found out; called once, before the first request."""
         slowest = min(facts_by_rank, key=lambda facts: facts.link.bytes_per_s)
         self._facts, self._ranks = slowest, tuple(facts_by_rank)
-        self._namespace = shared_namespace({facts.rank: facts.namespace for facts in facts_by_rank})
+        self._namespace = shared_namespace(facts_by_rank)
         self._decider = Decider(slowest, self._options, clock=self._clock)
         self._restorations = Restorations(
             self._options, self._decider, num_ranks=len(facts_by_rank), clock=self._clock, counts=self.counts
@@ -139,9 +146,12 @@ class SchedulerSide:
         for facts in self._ranks:
             layers, step = facts.shape.num_layers, facts.layers_per_block
             top_lo = (layers - 1) // step * step
-            keys.append(request.prefix.key(chunk, layer_lo=0, layer_hi=min(step, layers), shard=facts.shard))
+            first, shard = facts.first_layer, heads_of(facts.shard)
+            keys.append(request.prefix.key(chunk, layer_lo=first, layer_hi=first + min(step, layers), shard=shard))
             if top_lo:
-                keys.append(request.prefix.key(chunk, layer_lo=top_lo, layer_hi=layers, shard=facts.shard))
+                keys.append(
+                    request.prefix.key(chunk, layer_lo=first + top_lo, layer_hi=first + layers, shard=shard)
+                )
         return keys
 
     def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
@@ -208,18 +218,25 @@ class SchedulerSide:
         """
         if self._restorations is None:
             return NOTHING
-        saves = self._saves(scheduled, block_ids_of) if self._options.save else []
-        if not saves and self._restorations.idle:
+        saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
+        if not saves and not captures and self._restorations.idle:
             return NOTHING
-        return self._restorations.step(tuple(saves), busy=num_scheduled_tokens > 0)
+        orders = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
+        return replace(orders, captures=captures) if captures else orders
 
-    def _saves(self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf) -> list[SaveOrder]:
+    def _saves(
+        self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf
+    ) -> tuple[tuple[SaveOrder, ...], tuple[CaptureOrder, ...]]:
         assert self._facts is not None
         saves: list[SaveOrder] = []
+        captures: list[CaptureOrder] = []
+        capturing = any(facts.boundary_token_bytes for facts in self._ranks)
         for each in scheduled:
             request = self._requests.get(each.request_id)
             if request is None or request.wishes.mode is Mode.OFF:
                 continue
+            if capturing and (capture := self._capture(request, each)) is not None:
+                captures.append(capture)
             orders = request.saves(
                 num_computed=each.num_computed,
                 block_ids_of=block_ids_of,
@@ -227,7 +244,14 @@ class SchedulerSide:
                 decode_too=self._options.save_decode_kv,
             )
             saves += self._ordered_saves.new(orders, asked_at=request.asked_at)
-        return saves
+        return tuple(saves), tuple(captures)
+
+    def _capture(self, request: TrackedRequest, scheduled: ScheduledRequest) -> CaptureOrder | None:
+        return request.capture(
+            start=scheduled.num_computed - scheduled.num_scheduled,
+            end=scheduled.num_computed,
+            decode_too=self._options.save_decode_kv,
+        )
 
     def take_report(self, report: StepReport) -> None:
         """Take in what the workers did."""

@@ -9,10 +9,21 @@ from cacheflow.restore.orders import RestoreOrders, RestoreTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureOrder:
+    """Keep the boundary states of a request's tokens ``[start, end)``, which this step's forward computes."""
+
+    request_id: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOrder:
     """Write one chunk once this step's forward is through.
 
     Attributes:
+        request_id: Whose tokens they are; with ``chunk`` it names captured boundary states.
+        chunk: Number of the chunk in the request.
         namespace: ``Namespace.digest``.
         chain_hash: Chain hash (hex) at the end of the chunk.
         block_ids: KV blocks of the chunk, in order.
@@ -21,6 +32,8 @@ class SaveOrder:
     namespace: str
     chain_hash: str
     block_ids: tuple[int, ...]
+    request_id: str = ""
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +45,7 @@ class StepOrders:
         restorations: What to do for each of them and for earlier ones.
         failed_blocks: For restorations that are cancelled because they cannot be completed: the KV blocks whose content
             is undefined, which vLLM must recompute.
+        captures: Tokens of this forward whose boundary states later stages keep.
         saves: Chunks to write after the forward.
         wait_s: With nothing to compute, wait up to this long for a read to end before the step ends.
     """
@@ -39,6 +53,7 @@ class StepOrders:
     targets: tuple[RestoreTarget, ...] = ()
     restorations: tuple[RestoreOrders, ...] = ()
     failed_blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    captures: tuple[CaptureOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     wait_s: float = 0.0
 

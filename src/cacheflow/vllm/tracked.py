@@ -11,7 +11,7 @@ from cacheflow.plan.problem import RestoreProblem
 from cacheflow.restore.stepped import SteppedRestoration
 from cacheflow.vllm.lookup import Lookup
 from cacheflow.vllm.request_prefix import RequestPrefix
-from cacheflow.vllm.step import SaveOrder
+from cacheflow.vllm.step import CaptureOrder, SaveOrder
 from cacheflow.vllm.wishes import Wishes
 
 BlockIdsOf = Callable[[str], Sequence[int]]
@@ -88,6 +88,19 @@ class TrackedRequest:
         """Count a chunk as not stored: it could not be read, and is written again unless the store has it after all."""
         self.num_stored, self.next_save = min(self.num_stored, chunk), min(self.next_save, chunk)
 
+    def capture(self, *, start: int, end: int, decode_too: bool) -> CaptureOrder | None:
+        """What to keep of boundary states of tokens ``[start, end)``, which the step computes; asked before ``saves``.
+
+        Args:
+            start: First token of the step.
+            end: One past its last.
+            decode_too: Save chunks with tokens behind the prompt.
+        """
+        chunk_tokens = self.prefix.chunk_tokens
+        start = max(start, max(self.next_save, self.num_stored) * chunk_tokens)
+        limit = end if decode_too else min(end, self.num_prompt_tokens // chunk_tokens * chunk_tokens)
+        return CaptureOrder(request_id=self.request_id, start=start, end=limit) if start < limit else None
+
     def saves(
         self, *, num_computed: int, block_ids_of: BlockIdsOf, block_size: int, decode_too: bool
     ) -> list[SaveOrder]:
@@ -115,6 +128,8 @@ class TrackedRequest:
                     namespace=self.prefix.namespace,
                     chain_hash=self.prefix.hashes[self.next_save].hex(),
                     block_ids=tuple(block_ids[first:last]),
+                    request_id=self.request_id,
+                    chunk=self.next_save,
                 )
             )
             self.next_save += 1

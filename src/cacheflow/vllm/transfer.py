@@ -12,6 +12,7 @@ from cacheflow.restore.orders import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Store
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
+from cacheflow.vllm.facts import heads_of
 from cacheflow.vllm.layout import BlockLayout
 
 
@@ -42,6 +43,7 @@ class VllmTransferPort:
         *,
         pool: StagingPool,
         shard: Shard = WHOLE,
+        first_layer: int = 0,
         priority: int = 0,
     ) -> None:
         """Read ``target``'s objects.
@@ -52,6 +54,7 @@ class VllmTransferPort:
             target: Chunks, blocks, names.
             pool: From ``staging_pool``; shared by all ports of the I/O thread.
             shard: This rank's.
+            first_layer: The model's layer that is this stage's first.
             priority: Passed to the store with every read.
 
         Raises:
@@ -65,6 +68,7 @@ class VllmTransferPort:
         self._target = target
         self._pool = pool
         self._shard = shard
+        self._first_layer = first_layer
         self._priority = priority
 
     def start(self, tile: Tile, *, deadline_s: float) -> VllmTicket:
@@ -74,7 +78,8 @@ class VllmTransferPort:
         num_bytes = self._layout.num_bytes(layers[1] - layers[0], len(blocks))
         staging = self._pool.take()
         chain_hash = self._target.chain_hashes[tile.chunk_lo]
-        key = object_key(self._target.namespace, chain_hash, layers=layers, shard=self._shard)
+        of_model = (self._first_layer + layers[0], self._first_layer + layers[1])
+        key = object_key(self._target.namespace, chain_hash, layers=of_model, shard=self._shard)
         request = GetRequest(key, staging.array[:num_bytes])
         handle = self._store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
         return VllmTicket(tile=tile, num_bytes=num_bytes, staging=staging, handle=handle)
@@ -118,13 +123,13 @@ def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[in
 
 
 def object_key(namespace: str, chain_hash: str, *, layers: tuple[int, int], shard: Shard = WHOLE) -> ObjectKey:
-    """Store key of one cell.
+    """Store key of one cell; the same for every number of pipeline stages, since a layer's KV does not depend on it.
 
     Args:
         namespace: ``Namespace.digest`` of the save.
         chain_hash: Hex, at the end of the cell's chunk.
-        layers: ``[lo, hi)``, counted from the stage's first layer.
-        shard: The rank whose part it is.
+        layers: ``[lo, hi)``, counted from the model's first layer.
+        shard: The rank whose heads they are; its pipeline stage does not matter.
     """
     return ObjectKey(
         namespace=namespace,
@@ -132,5 +137,21 @@ def object_key(namespace: str, chain_hash: str, *, layers: tuple[int, int], shar
         kind=ObjectKind.KV,
         layer_lo=layers[0],
         layer_hi=layers[1],
-        shard=shard,
+        shard=heads_of(shard),
+    )
+
+
+def boundary_key(namespace: str, chain_hash: str, *, layer: int, tp_size: int) -> ObjectKey:
+    """Store key of a chunk's boundary states, the input of the model's layer ``layer``.
+
+    All tensor-parallel ranks hold the same states, so there is one object for them; how many ranks added up to it
+    decides its last bits.
+    """
+    return ObjectKey(
+        namespace=namespace,
+        chain_hash=chain_hash,
+        kind=ObjectKind.HIDDEN,
+        layer_lo=layer,
+        layer_hi=layer,
+        shard=Shard(tp_size=tp_size),
     )

@@ -13,13 +13,14 @@ from cacheflow.restore.carrier import OrderCarrier, Ports
 from cacheflow.restore.orders import RankReport, RestoreTarget, StepReport
 from cacheflow.restore.ports import ComputePort
 from cacheflow.stores.base import Store
+from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.find_facts import FoundEngine, find_engine
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.recompute import VllmComputePort
-from cacheflow.vllm.saver import ChunkSaver
-from cacheflow.vllm.step import SaveOrder, StepOrders
+from cacheflow.vllm.saver import ChunkSaver, MorePuts
+from cacheflow.vllm.step import CaptureOrder, SaveOrder, StepOrders
 from cacheflow.vllm.transfer import VllmTransferPort, staging_pool
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class WorkerSide:
         self._engine: FoundEngine | None = None
         self._carrier = OrderCarrier(self._ports, clock=time.perf_counter)
         self._saver: ChunkSaver | None = None
+        self._capture: BoundaryCapture | None = None
         self._request_of: dict[int, str] = {}
         self._report = NOTHING_DONE
         self._failed_blocks: set[int] = set()
@@ -90,15 +92,42 @@ class WorkerSide:
             dtype=facts.shape.dtype,
             shard=engine.handle.shard,
             counts=self.counts,
+            first_layer=facts.first_layer,
+            more=self._start_capturing(engine),
         )
         return facts
+
+    def _start_capturing(self, engine: FoundEngine) -> MorePuts | None:
+        """On later stages that store boundary states; of tensor-parallel ranks, which all have them, on the first."""
+        if self._options.save and engine.facts.boundary_token_bytes and engine.handle.shard.tp_rank == 0:
+            self._capture = BoundaryCapture(
+                engine.handle, chunk_tokens=self._options.chunk_tokens, counts=self.counts
+            )
+            return self._capture.put
+        return None
+
+    def expect(self, orders: tuple[CaptureOrder, ...]) -> None:
+        """Keep boundary states of the forward that is about to run."""
+        if self._capture is not None and orders:
+            self._capture.expect(orders)
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Drop what was kept of requests that ended."""
+        if self._capture is not None:
+            self._capture.forget(request_ids)
 
     def _ports(self, target: RestoreTarget) -> Ports:
         engine = self._engine
         assert engine is not None, "orders come after the facts were found"
         engine.layout.fence()
         transfer = VllmTransferPort(
-            self._store, engine.layout, target, pool=self._pool, shard=engine.handle.shard, priority=1
+            self._store,
+            engine.layout,
+            target,
+            pool=self._pool,
+            shard=engine.handle.shard,
+            first_layer=engine.facts.first_layer,
+            priority=1,
         )
         compute: ComputePort = NoComputePort() if engine.forward is None else VllmComputePort(engine.forward, target)
         return compute, transfer
@@ -150,3 +179,5 @@ class WorkerSide:
         self._carrier.close()
         if self._saver is not None:
             self._saver.close()
+        if self._capture is not None:
+            self._capture.close()
