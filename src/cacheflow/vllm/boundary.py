@@ -24,7 +24,6 @@ from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.partial_forward import Activations
 from cacheflow.vllm.step import CaptureOrder, SaveOrder
 from cacheflow.vllm.transfer import boundary_key
 
@@ -45,12 +44,6 @@ def stores_boundaries(options: ConnectorOptions, handle: ModelHandle) -> bool:
     """Whether this rank's stage restores from boundary states: only where it recomputes, and can see them come in."""
     wanted = options.boundary_states and not handle.is_first_stage and handle.can_recompute
     return wanted and handle.runner_kind is RunnerKind.V1 and handle.device.type == "cpu"
-
-
-def states_of(payload: Bytes, *, num_tokens: int, dtype: torch.dtype, hidden_size: int) -> Activations:
-    """The states in an object's payload, as views of its bytes."""
-    both = torch.from_numpy(payload).view(dtype).view(2, num_tokens, hidden_size)
-    return Activations(both[0], both[1])
 
 
 def make_receive_buffer(handle: ModelHandle) -> None:

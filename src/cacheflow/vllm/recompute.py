@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cacheflow.plan.grid import Tile
@@ -79,6 +81,17 @@ class VllmComputePort:
     def restart(self, chunk: int) -> None:
         """Forget the activations of a chunk, so that it can be recomputed from block 0."""
         self._chunks.pop(chunk, None)
+
+    def give(self, chunk: int, payload: npt.NDArray[np.uint8]) -> None:
+        """Copy a chunk's boundary states in, as they are stored: bytes ``[2, n * C]`` of hidden states and residual.
+
+        On the I/O thread, before compute is ordered for the chunk.
+        """
+        start, end = self._target.chunk_range(chunk)
+        handle = self._forward.handle
+        both = torch.from_numpy(np.ascontiguousarray(payload).copy()).view(handle.dtype)
+        hidden, residual = both.view(2, end - start, handle.hidden_size).to(handle.device)
+        self.seed(chunk, hidden, residual)
 
     def seed(self, chunk: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
         """Give a chunk's boundary states ``[n, C]``, the input of a later pipeline stage's first layer.

@@ -21,7 +21,7 @@ from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.recompute import VllmComputePort
 from cacheflow.vllm.saver import ChunkSaver, MorePuts
 from cacheflow.vllm.step import CaptureOrder, SaveOrder, StepOrders
-from cacheflow.vllm.transfer import VllmTransferPort, staging_pool
+from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,9 @@ class WorkerSide:
         self._pool = staging_pool(
             engine.layout, chunk_tokens=self._options.chunk_tokens, layers_per_block=facts.layers_per_block
         )
+        self._boundary_pool = boundary_pool(
+            token_bytes=facts.boundary_token_bytes, chunk_tokens=self._options.chunk_tokens
+        )
         self._saver = ChunkSaver(
             self._store,
             engine.layout,
@@ -120,6 +123,7 @@ class WorkerSide:
         engine = self._engine
         assert engine is not None, "orders come after the facts were found"
         engine.layout.fence()
+        compute: ComputePort = NoComputePort() if engine.forward is None else VllmComputePort(engine.forward, target)
         transfer = VllmTransferPort(
             self._store,
             engine.layout,
@@ -127,10 +131,17 @@ class WorkerSide:
             pool=self._pool,
             shard=engine.handle.shard,
             first_layer=engine.facts.first_layer,
+            boundaries=self._boundary_reads(compute),
             priority=1,
         )
-        compute: ComputePort = NoComputePort() if engine.forward is None else VllmComputePort(engine.forward, target)
         return compute, transfer
+
+    def _boundary_reads(self, compute: ComputePort) -> BoundaryReads | None:
+        assert self._engine is not None, "orders come after the facts were found"
+        token_bytes = self._engine.facts.boundary_token_bytes
+        if not token_bytes or not isinstance(compute, VllmComputePort):
+            return None
+        return BoundaryReads(pool=self._boundary_pool, token_bytes=token_bytes, give=compute.give)
 
     def carry_out(self, orders: StepOrders) -> None:
         """Begin, drop, read, recompute, finish: as ordered."""
