@@ -166,9 +166,7 @@ class Session:
         for first, tp_rank, kv in parts:
             for offset, layer_kv in enumerate(kv):
                 layers.setdefault(first + offset, {})[tp_rank] = layer_kv
-        return np.stack(
-            [np.stack([layers[layer][rank] for rank in sorted(layers[layer])]) for layer in sorted(layers)]
-        )
+        return np.stack([np.stack([layers[layer][rank] for rank in sorted(layers[layer])]) for layer in sorted(layers)])
 
     def evict(self) -> None:
         """Forget every prefix and fill the KV cache with wrong numbers."""

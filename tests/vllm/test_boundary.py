@@ -69,9 +69,7 @@ class Case:
 
     def object(self, name, chunk):
         """The object of a chunk, as tensors ``[2, tokens, C]``; None when there is none."""
-        order = SaveOrder(
-            namespace="a" * 32, chain_hash=f"{chunk:064x}", block_ids=(0,), request_id=name, chunk=chunk
-        )
+        order = SaveOrder(namespace="a" * 32, chain_hash=f"{chunk:064x}", block_ids=(0,), request_id=name, chunk=chunk)
         found = list(self.capture.put(order))
         if not found:
             return None

@@ -25,7 +25,7 @@ from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.step import CaptureOrder, SaveOrder
-from cacheflow.vllm.transfer import boundary_key
+from cacheflow.vllm.object_keys import boundary_key
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,7 @@ class BoundaryCapture:
             return
         self._counts.boundaries["captured"] += 1
         handle = self._handle
-        key = boundary_key(
-            order.namespace, order.chain_hash, layer=handle.start_layer, tp_size=handle.shard.tp_size
-        )
+        key = boundary_key(order.namespace, order.chain_hash, layer=handle.start_layer, tp_size=handle.shard.tp_size)
         shape = (2, self._chunk_tokens, handle.hidden_size)
         dtype = str(handle.dtype).removeprefix("torch.")
         yield PutRequest(key, [kept.payload.reshape(-1)], shape=shape, dtype=dtype)

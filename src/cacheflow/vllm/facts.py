@@ -79,8 +79,3 @@ class EngineFacts:
         if self.costs is None:
             raise ConfigError(f"no costs: this engine only loads ({self.load_only_reason})")
         return build_problem(self.costs, grid, self.shape, link=link, layers_per_block=self.layers_per_block)
-
-
-def heads_of(shard: Shard) -> Shard:
-    """The shard without its pipeline stage."""
-    return Shard(tp_rank=shard.tp_rank, tp_size=shard.tp_size)

@@ -15,7 +15,7 @@ import torch
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.orders import RestoreTarget
 from cacheflow.vllm.partial_forward import Activations, PartialForward, Piece
-from cacheflow.vllm.transfer import block_layers
+from cacheflow.vllm.object_keys import block_layers
 
 
 @dataclass(slots=True)

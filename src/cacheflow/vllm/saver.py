@@ -18,7 +18,7 @@ from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.vllm.layout import BlockLayout
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import SaveOrder
-from cacheflow.vllm.transfer import block_layers, object_key
+from cacheflow.vllm.object_keys import block_layers, object_key
 
 logger = logging.getLogger(__name__)
 

@@ -17,15 +17,17 @@ from cacheflow.restore.orders import StepReport
 from cacheflow.stores.base import Store
 from cacheflow.types import Clock
 from cacheflow.vllm.decide import Decider
-from cacheflow.vllm.facts import EngineFacts, heads_of
+from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.identity import lora_namespace, shared_namespace
 from cacheflow.vllm.lookup import PrefixLookup
 from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.object_keys import boundary_key, heads_of
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.ordered_saves import OrderedSaves
 from cacheflow.vllm.request_prefix import MediaSpan, RequestPrefix
 from cacheflow.vllm.restorations import Restorations
 from cacheflow.vllm.sharing import Sharing
+from cacheflow.vllm.stage_plans import slowest_of_stages
 from cacheflow.vllm.step import NOTHING, CaptureOrder, SaveOrder, StepOrders
 from cacheflow.vllm.tracked import BlockIdsOf, Decision, TrackedRequest
 from cacheflow.vllm.wishes import Mode, Wishes
@@ -85,18 +87,24 @@ class SchedulerSide:
         self._restorations: Restorations | None = None
         self._facts: EngineFacts | None = None
         self._ranks: tuple[EngineFacts, ...] = ()
+        self._later_stages: tuple[EngineFacts, ...] = ()
         self._namespace = ""
         self._ordered_saves = OrderedSaves()
         self.counts = Counts()
 
     def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
         """Take in what the workers found out; called once, before the first request."""
-        slowest = min(facts_by_rank, key=lambda facts: facts.link.bytes_per_s)
-        self._facts, self._ranks = slowest, tuple(facts_by_rank)
+        by_stage = slowest_of_stages(facts_by_rank)
+        self._facts, self._ranks = by_stage[0], tuple(facts_by_rank)
+        self._later_stages = tuple(by_stage[1:])
         self._namespace = shared_namespace(facts_by_rank)
-        self._decider = Decider(slowest, self._options, clock=self._clock)
+        self._decider = Decider(by_stage, self._options, clock=self._clock)
         self._restorations = Restorations(
-            self._options, self._decider, num_ranks=len(facts_by_rank), clock=self._clock, counts=self.counts
+            self._options,
+            self._decider,
+            ranks_per_stage=len(facts_by_rank) // len(by_stage),
+            clock=self._clock,
+            counts=self.counts,
         )
 
     def knows(self, request_id: str) -> bool:
@@ -137,6 +145,11 @@ class SchedulerSide:
         request.asked_at = self._ordered_saves.now
         if num_chunks:
             request.lookup = self._lookup.start([self._probe_keys(request, chunk) for chunk in range(num_chunks)])
+            request.boundary_lookups = tuple(
+                self._lookup.start([self._boundary_keys(request, chunk, facts) for chunk in range(num_chunks)])
+                for facts in self._later_stages
+                if facts.boundary_token_bytes
+            )
         else:
             request.reason = f"the prompt has no whole chunk of {self._options.chunk_tokens} tokens"
 
@@ -149,10 +162,15 @@ class SchedulerSide:
             first, shard = facts.first_layer, heads_of(facts.shard)
             keys.append(request.prefix.key(chunk, layer_lo=first, layer_hi=first + min(step, layers), shard=shard))
             if top_lo:
-                keys.append(
-                    request.prefix.key(chunk, layer_lo=first + top_lo, layer_hi=first + layers, shard=shard)
-                )
+                keys.append(request.prefix.key(chunk, layer_lo=first + top_lo, layer_hi=first + layers, shard=shard))
         return keys
+
+    def _boundary_keys(self, request: TrackedRequest, chunk: int, facts: EngineFacts) -> list[ObjectKey]:
+        """The boundary states from which a stage recomputes a chunk."""
+        chain_hash = request.prefix.hashes[chunk].hex()
+        return [
+            boundary_key(request.prefix.namespace, chain_hash, layer=facts.first_layer, tp_size=facts.shard.tp_size)
+        ]
 
     def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
         """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
@@ -165,10 +183,11 @@ class SchedulerSide:
                 self._ask(request)  # by now the store may hold what the request itself has computed
         if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
             return 0
-        num_stored = request.lookup.poll()
-        if num_stored is None:
+        answers = [lookup.poll() for lookup in (request.lookup, *request.boundary_lookups)]
+        if None in answers:
             return None
-        request.num_stored = num_stored
+        request.num_stored, *num_boundaries = (answer or 0 for answer in answers)
+        request.num_boundaries = tuple(num_boundaries)
         decision = request.decision
         if decision is None or decision.start != num_computed:
             decision = self._decide(request, self._decider, num_computed)

@@ -42,7 +42,8 @@ class StepOrders:
 
     Attributes:
         targets: Restorations that start with this step.
-        restorations: What to do for each of them and for earlier ones.
+        restorations: What the first pipeline stage does for each of them and for earlier ones.
+        later_stages: What each stage behind it does.
         failed_blocks: For restorations that are cancelled because they cannot be completed: the KV blocks whose content
             is undefined, which vLLM must recompute.
         captures: Tokens of this forward whose boundary states later stages keep.
@@ -52,6 +53,7 @@ class StepOrders:
 
     targets: tuple[RestoreTarget, ...] = ()
     restorations: tuple[RestoreOrders, ...] = ()
+    later_stages: tuple[tuple[RestoreOrders, ...], ...] = ()
     failed_blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     captures: tuple[CaptureOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
@@ -60,7 +62,13 @@ class StepOrders:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.targets or self.restorations or self.saves or self.wait_s)
+        return not (self.targets or self.restorations or any(self.later_stages) or self.saves or self.wait_s)
+
+    def of_stage(self, stage: int) -> tuple[RestoreOrders, ...]:
+        """What a pipeline stage does for restorations."""
+        if not stage:
+            return self.restorations
+        return self.later_stages[stage - 1] if self.later_stages else ()
 
 
 NOTHING = StepOrders()

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.restore.stepped import SteppedRestoration
+from cacheflow.restore.staged import StagedRestoration
 from cacheflow.vllm.lookup import Lookup
 from cacheflow.vllm.request_prefix import RequestPrefix
 from cacheflow.vllm.step import CaptureOrder, SaveOrder
@@ -18,6 +19,21 @@ BlockIdsOf = Callable[[str], Sequence[int]]
 """KV blocks of a request, in order, by its id."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StagePlan:
+    """How one pipeline stage is to restore its layers.
+
+    Attributes:
+        problem: Costs.
+        plan: The policy's plan.
+        source: Where the activations below its first layer come from.
+    """
+
+    problem: RestoreProblem
+    plan: RestorePlan
+    source: BoundarySource = BoundarySource.FIRST_STAGE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """How a prefix is to be restored, for one state of the local prefix cache.
@@ -25,8 +41,7 @@ class Decision:
     Attributes:
         start: Tokens that are in the KV cache already.
         end: Tokens that will be there after the restoration; equals ``start`` when nothing is restored.
-        problem: Costs; None when nothing is restored.
-        plan: The policy's plan; None when nothing is restored.
+        stages: A plan for each pipeline stage, bottom first; none when nothing is restored, and none was considered.
         planning_s: Seconds the plan took.
         copied_from: KV blocks of another restoration that hold the tokens behind ``start``; they are copied, the rest
             is restored.
@@ -35,11 +50,25 @@ class Decision:
 
     start: int
     end: int
-    problem: RestoreProblem | None = None
-    plan: RestorePlan | None = None
+    stages: tuple[StagePlan, ...] = ()
     planning_s: float = 0.0
     copied_from: tuple[int, ...] = ()
     reason: str = ""
+
+    @property
+    def slowest(self) -> StagePlan | None:
+        """The stage that is predicted to take longest; None without stages."""
+        return max(self.stages, key=lambda stage: stage.plan.predicted.restore_s, default=None)
+
+    @property
+    def problem(self) -> RestoreProblem | None:
+        """Costs of the slowest stage."""
+        return None if self.slowest is None else self.slowest.problem
+
+    @property
+    def plan(self) -> RestorePlan | None:
+        """Plan of the slowest stage."""
+        return None if self.slowest is None else self.slowest.plan
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,7 +83,9 @@ class TrackedRequest:
         prefix: Its chunks.
         lookup: The question to the store; None before it was asked.
         asked_at: When it was asked, as ``OrderedSaves`` counts.
+        boundary_lookups: The same question about the boundary states of each stage behind the first.
         num_stored: Leading chunks the store is known to hold.
+        num_boundaries: Leading chunks of whose boundary states it is known, for each stage behind the first.
         next_save: The first chunk that was not ordered to be saved.
         decision: The last decision; None before the first.
         allocating: The decision vLLM was told of in this step, with what can be copied now; None otherwise.
@@ -73,12 +104,14 @@ class TrackedRequest:
     wishes: Wishes
     prefix: RequestPrefix
     lookup: Lookup | None = None
+    boundary_lookups: tuple[Lookup, ...] = ()
     asked_at: int = 0
     num_stored: int = 0
+    num_boundaries: tuple[int, ...] = ()
     next_save: int = 0
     decision: Decision | None = None
     allocating: Decision | None = None
-    restoration: SteppedRestoration | None = None
+    restoration: StagedRestoration | None = None
     num_preemptions: int = 0
     given_up: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)

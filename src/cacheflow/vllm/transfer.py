@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.keys import WHOLE, ObjectKey, ObjectKind, Shard
+from cacheflow.plan.keys import WHOLE, ObjectKey, Shard
 from cacheflow.restore.orders import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Store
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm.facts import heads_of
 from cacheflow.vllm.layout import BlockLayout, Payload
+from cacheflow.vllm.object_keys import block_layers, boundary_key, object_key
 
 Submitted = tuple[StagingBuffer, GetHandle]
 """A read under way and the buffer it fills."""
@@ -27,9 +27,7 @@ class VllmTicket:
 
     __slots__ = ("chunk", "handle", "num_bytes", "pool", "staging", "tile")
 
-    def __init__(
-        self, *, chunk: int, tile: Tile | None, num_bytes: int, pool: StagingPool, request: Submitted
-    ) -> None:
+    def __init__(self, *, chunk: int, tile: Tile | None, num_bytes: int, pool: StagingPool, request: Submitted) -> None:
         """Hold what the port needs to place or cancel the read; ``tile`` is None for boundary states."""
         self.chunk, self.tile = chunk, tile
         self.num_bytes = num_bytes
@@ -180,43 +178,3 @@ def staging_pool(layout: BlockLayout, *, chunk_tokens: int, layers_per_block: in
 def boundary_pool(*, token_bytes: int, chunk_tokens: int) -> StagingPool:
     """Staging buffers that hold a chunk's boundary states."""
     return StagingPool(token_bytes * chunk_tokens, pinned=False)
-
-
-def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[int, int]:
-    """Layers ``[lo, hi)`` of a layer block; the top one holds what is left."""
-    return block * layers_per_block, min((block + 1) * layers_per_block, num_layers)
-
-
-def object_key(namespace: str, chain_hash: str, *, layers: tuple[int, int], shard: Shard = WHOLE) -> ObjectKey:
-    """Store key of one cell; the same for every number of pipeline stages, since a layer's KV does not depend on it.
-
-    Args:
-        namespace: ``Namespace.digest`` of the save.
-        chain_hash: Hex, at the end of the cell's chunk.
-        layers: ``[lo, hi)``, counted from the model's first layer.
-        shard: The rank whose heads they are; its pipeline stage does not matter.
-    """
-    return ObjectKey(
-        namespace=namespace,
-        chain_hash=chain_hash,
-        kind=ObjectKind.KV,
-        layer_lo=layers[0],
-        layer_hi=layers[1],
-        shard=heads_of(shard),
-    )
-
-
-def boundary_key(namespace: str, chain_hash: str, *, layer: int, tp_size: int) -> ObjectKey:
-    """Store key of a chunk's boundary states, the input of the model's layer ``layer``.
-
-    All tensor-parallel ranks hold the same states, so there is one object for them; how many ranks added up to it
-    decides its last bits.
-    """
-    return ObjectKey(
-        namespace=namespace,
-        chain_hash=chain_hash,
-        kind=ObjectKind.HIDDEN,
-        layer_lo=layer,
-        layer_hi=layer,
-        shard=Shard(tp_size=tp_size),
-    )

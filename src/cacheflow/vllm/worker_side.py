@@ -103,9 +103,7 @@ class WorkerSide:
     def _start_capturing(self, engine: FoundEngine) -> MorePuts | None:
         """On later stages that store boundary states; of tensor-parallel ranks, which all have them, on the first."""
         if self._options.save and engine.facts.boundary_token_bytes and engine.handle.shard.tp_rank == 0:
-            self._capture = BoundaryCapture(
-                engine.handle, chunk_tokens=self._options.chunk_tokens, counts=self.counts
-            )
+            self._capture = BoundaryCapture(engine.handle, chunk_tokens=self._options.chunk_tokens, counts=self.counts)
             return self._capture.put
         return None
 
@@ -153,7 +151,8 @@ class WorkerSide:
             self._carrier.begin(target)
         for block_ids in orders.failed_blocks.values():
             self._failed_blocks.update(block_ids)
-        self._carrier.carry_out(orders.restorations, wait_s=orders.wait_s)
+        stage = self._engine.handle.shard.pp_rank if self._engine is not None else 0
+        self._carrier.carry_out(orders.of_stage(stage), wait_s=orders.wait_s)
 
     def _copy_shared(self, target: RestoreTarget) -> None:
         """Copy what another restoration has brought; its blocks are held at least until the end of this step."""
