@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from cacheflow.plan.boundaries import BOUNDARY_ROW
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.problem import RestoreProblem
@@ -62,7 +63,7 @@ class VirtualWorker:
     def step(self, orders: RestoreOrders, *, wait_s: float) -> RankReport:
         for read in orders.reads:
             start = max(self.now, self._link_free)
-            self._link_free = start + self.truth.load_bytes_KB[read.chunk, read.block] / self.truth.link.bytes_per_s
+            self._link_free = start + self._bytes(read.chunk, read.block) / self.truth.link.bytes_per_s
             self._reads.append((self._link_free, start, (read.chunk, read.block)))
         assert not orders.drops, "nothing fails in this world"
         seconds = tuple(self._compute(order) for order in orders.compute)
@@ -85,6 +86,11 @@ class VirtualWorker:
         self.compute_s += seconds
         return seconds
 
+    def _bytes(self, chunk: int, block: int) -> int:
+        if block == BOUNDARY_ROW:
+            return int(self.truth.boundary_bytes_K[chunk])
+        return int(self.truth.load_bytes_KB[chunk, block])
+
     def _ended(self):
         while self._reads and self._reads[0][0] <= self.now:
             end, start, (chunk, block) = self._reads.popleft()
@@ -93,7 +99,7 @@ class VirtualWorker:
                 chunk=chunk,
                 block=block,
                 outcome=LoadOutcome.OK,
-                num_bytes=int(self.truth.load_bytes_KB[chunk, block]),
+                num_bytes=self._bytes(chunk, block),
                 busy_s=end - start,
                 end_s=end,
             )

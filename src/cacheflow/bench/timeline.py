@@ -24,6 +24,7 @@ KIND_COLOURS: dict[SpanKind, str] = {
     SpanKind.RECOMPUTE: "#D55E00",
     SpanKind.KV_ONLY: "#F2B48A",
     SpanKind.LOAD: "#0072B2",
+    SpanKind.BOUNDARY: "#56B4E9",
     SpanKind.FAILED: "#000000",
     SpanKind.WASTED: "#BBBBBB",
     SpanKind.SUFFIX: "#009E73",

@@ -38,6 +38,7 @@ class CellBoard:
         bottom_compute_K: What the bottom block adds to ``open_compute_K``; 0 where it is not open.
         open_bytes: Sum of ``open_bytes_K``.
         open_compute_s: Sum of ``open_compute_K``.
+        num_open_K: Number of open cells of each chunk.
         num_missing: Cells that are not resident yet.
     """
 
@@ -57,6 +58,7 @@ class CellBoard:
         self.bottom_compute_K = price_KB[:, 0].copy()
         self.open_bytes = float(self.open_bytes_K.sum())
         self.open_compute_s = float(self.open_compute_K.sum())
+        self.num_open_K = [self.num_blocks] * self.num_chunks
         self.num_missing = self.num_chunks * self.num_blocks
         self._missing_B = [self.num_chunks] * self.num_blocks
         self._head_B = [0] * self.num_blocks
@@ -91,6 +93,7 @@ class CellBoard:
 
     def _count_open(self, chunk: int, block: int, sign: int) -> None:
         num_bytes, seconds = self._bytes_KB[chunk][block], self._price_KB[chunk][block]
+        self.num_open_K[chunk] += sign
         self.open_bytes_K[chunk] += sign * num_bytes
         self.open_compute_K[chunk] += sign * seconds
         self.open_bytes += sign * num_bytes

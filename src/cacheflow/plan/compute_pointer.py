@@ -51,6 +51,9 @@ class ComputePointer:
         order, share = self._p.plan.compute_order, self._p.plan.share
         while self._tile_index < len(order):
             tile = order[self._tile_index]
+            if not all(map(self._p.computable, range(tile.chunk_lo, tile.chunk_hi))):
+                self._tile_index += 1
+                continue
             if share is Share.LAYERS:
                 part = self._next_block(tile)
                 if part is not None:
@@ -80,7 +83,10 @@ class ComputePointer:
         return all(self._p.climbed_K[chunk] == tile.block_lo for chunk in range(tile.chunk_lo, tile.chunk_hi))
 
     def _ready(self, tile: Tile) -> bool:
-        return all(self._p.board.head_resident(tile.chunk_lo, b) for b in range(tile.block_lo, tile.block_hi))
+        p = self._p
+        return all(map(p.boundaries.ready, range(tile.chunk_lo, tile.chunk_hi))) and all(
+            p.board.head_resident(tile.chunk_lo, b) for b in range(tile.block_lo, tile.block_hi)
+        )
 
     def _worth_computing(self, tile: Tile, now_s: float) -> bool:
         """Whether compute should take an open cell that the link could also deliver."""
@@ -117,7 +123,7 @@ class ComputePointer:
         """Claim the next block of the lowest chunk demanded of compute, and whether the chunk starts over."""
         p = self._p
         for chunk in range(p.board.num_chunks):
-            if p.demanded_open_block(chunk) < 0:
+            if p.demanded_open_block(chunk) < 0 or not p.computable(chunk):
                 continue
             block = self._p.climbed_K[chunk]
             lowest_open = next(b for b in range(p.demand_K[chunk]) if p.board.is_open(chunk, b))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.cells import Cell
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.pointers import RestoreState
@@ -27,6 +28,7 @@ class SpanKind(Enum):
     REPAIR = "repair"
     SUFFIX = "suffix"
     LOAD = "load"
+    BOUNDARY = "boundary"
     WASTED = "wasted"
     FAILED = "failed"
 
@@ -64,6 +66,8 @@ class RestoreReport:
         wasted_bytes: Bytes that were read and not used.
         planning_s: Seconds from the costs to the plan.
         overhead_s: Seconds the compute thread spent in the executor instead of in the model, waiting excluded.
+        boundary_source: Where the activations below the bottom block came from.
+        boundary_bytes: Bytes of boundary states that arrived.
         spans: Every stretch of work of both lanes.
     """
 
@@ -80,6 +84,8 @@ class RestoreReport:
     planning_s: float
     overhead_s: float
     spans: tuple[Span, ...] = field(repr=False)
+    boundary_source: BoundarySource = BoundarySource.FIRST_STAGE
+    boundary_bytes: int = 0
 
     @property
     def end_s(self) -> float:
@@ -115,6 +121,8 @@ class RestoreReport:
             "failed_loads": dict(self.failed_loads),
             "loaded_bytes": self.loaded_bytes,
             "wasted_bytes": self.wasted_bytes,
+            "boundary_source": self.boundary_source.value,
+            "boundary_bytes": self.boundary_bytes,
             "compute_busy": self.compute_busy,
             "io_busy": self.io_busy,
             "planning_s": self.planning_s,
@@ -169,4 +177,6 @@ def restoration_report(
         planning_s=planning_s,
         overhead_s=overhead_s,
         spans=tuple(spans),
+        boundary_source=state.boundary.source,
+        boundary_bytes=state.boundary.loaded_bytes,
     )

@@ -98,7 +98,7 @@ class _Rows:
         load_end_C = self._all_load_s - load_C.cumsum() + self._problem.link_end_s
         column = min(int(np.searchsorted(compute_end_C - load_end_C, 0.0)), len(compute_C) - 1)
         total_s = compute_C[column] + load_C[column]
-        return float(load_C[column] / total_s) if total_s > 0 else 0.5
+        return min(1.0, max(0.0, float(load_C[column] / total_s))) if total_s > 0 else 0.5
 
     def levels(self, heights_R: Levels) -> Levels:
         heights = np.repeat(heights_R, self._counts_R)

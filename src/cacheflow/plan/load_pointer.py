@@ -39,6 +39,7 @@ class LoadPointer:
     def __init__(self, progress: Progress) -> None:
         """Start at the head of the plan's load order."""
         self._p = progress
+        self._order = progress.plan.load_order
         self._tile_index = 0
         self._queue: deque[tuple[int, int]] = deque()
         self._chunk_bytes = float(progress.problem.load_bytes_KB.sum(axis=1).max(initial=0))
@@ -61,10 +62,21 @@ class LoadPointer:
         while self._queue:
             self._p.board.set(*self._queue.popleft(), Cell.OPEN)
 
+    def rewind(self) -> None:
+        """Look at the whole load order again: cells that were left to compute are the link's after all."""
+        self._tile_index = 0
+
+    def open(self, chunk_lo: int) -> None:
+        """Load chunks from ``chunk_lo`` on after all, tail chunk first, of a plan that loads nothing."""
+        board = self._p.board
+        self._order = tuple(Tile(k, k + 1, 0, board.num_blocks) for k in range(board.num_chunks - 1, chunk_lo - 1, -1))
+        self._tile_index = 0
+        self._p.link_down = False
+
     def _in_order(self, now_s: float) -> tuple[int, int] | None:
         p = self._p
-        while self._tile_index < len(p.plan.load_order):
-            tile = p.plan.load_order[self._tile_index]
+        while self._tile_index < len(self._order):
+            tile = self._order[self._tile_index]
             if p.plan.share is Share.LAYERS:
                 block = p.board.top_open_block(tile.chunk_lo, tile.block_lo, tile.block_hi)
                 if block >= 0 and p.loadable(tile.chunk_lo, block):
@@ -87,7 +99,7 @@ class LoadPointer:
     def _link_is_first(self, cell: tuple[int, int], now_s: float) -> bool:
         """Whether taking a cell ends sooner than leaving all open cells to compute, the suffix included."""
         p = self._p
-        if p.compute_stopped:
+        if p.compute_stopped or not p.boundaries.awaited(cell[0]):
             return True
         compute_s = p.compute_left_s(now_s) + p.board.open_compute_s * p.rates.compute_factor
         link_s = p.link_s(p.board.load_bytes(*cell))
@@ -100,7 +112,7 @@ class LoadPointer:
         p = self._p
         split = self.split(now_s, doubt=1.0)
         far_s = CLIMB_MARGIN * p.suffix_left_s() + self._chunk_bytes / p.bytes_per_s
-        in_order = self._tile_index < len(p.plan.load_order)
+        in_order = self._tile_index < len(self._order)
         if in_order and not p.compute_stopped and split.link_left_s > far_s:
             return self._from_tail(now_s)
         p.link_climbs = True
@@ -114,8 +126,8 @@ class LoadPointer:
 
     def _from_tail(self, now_s: float) -> tuple[int, int] | None:
         p = self._p
-        while self._tile_index < len(p.plan.load_order):
-            tile = p.plan.load_order[self._tile_index]
+        while self._tile_index < len(self._order):
+            tile = self._order[self._tile_index]
             block = p.board.top_open_block(tile.chunk_lo, tile.block_lo, tile.block_hi)
             if block >= 0 and p.loadable(tile.chunk_lo, block):
                 cell = (tile.chunk_lo, block)

@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
+from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.boundary_events import BoundaryEvents
 from cacheflow.plan.cells import Cell
 from cacheflow.plan.compute_pointer import ComputePointer
 from cacheflow.plan.grid import Tile
@@ -68,11 +70,18 @@ class RestoreState:
     Attributes:
         outcomes: Number of loads by outcome.
         wasted_bytes: Bytes that were read but not used.
+        boundary: The boundary states of a later pipeline stage.
         num_repaired: Cells recomputed because the link did not deliver them.
     """
 
     def __init__(
-        self, problem: RestoreProblem, plan: RestorePlan, rates: LiveRates, *, min_claim_s: float = 0.0
+        self,
+        problem: RestoreProblem,
+        plan: RestorePlan,
+        rates: LiveRates,
+        *,
+        min_claim_s: float = 0.0,
+        source: BoundarySource = BoundarySource.FIRST_STAGE,
     ) -> None:
         """Open every cell.
 
@@ -81,14 +90,16 @@ class RestoreState:
             plan: Orders and rules, of the same grid.
             rates: Corrected as the restoration goes; may be carried from one restoration to the next.
             min_claim_s: Let compute claim several blocks at once until they last this long (asynchronous devices).
+            source: Where the activations below the bottom block come from.
         """
         self.problem, self.plan, self.rates = problem, plan, rates
         self.outcomes: Counter[LoadOutcome] = Counter()
         self.wasted_bytes = 0
         self.num_repaired = 0
-        self._p = Progress(problem, plan, rates, min_claim_s=min_claim_s)
+        self._p = Progress(problem, plan, rates, min_claim_s=min_claim_s, source=source)
         self._compute = ComputePointer(self._p)
         self._load = LoadPointer(self._p)
+        self.boundary = BoundaryEvents(self._p, self._load)
         self._failed_in_row = 0
         self._num_placing = 0
         if self._p.link_down:
@@ -103,6 +114,11 @@ class RestoreState:
     def loads_possible(self) -> bool:
         """Whether the load pointer may still claim a cell, now or later."""
         return not self._p.link_down and self._p.board.num_missing > 0
+
+    @property
+    def limit(self) -> int:
+        """From this chunk on nothing is restored any more: a cell of it can neither be loaded nor recomputed."""
+        return self._p.limit
 
     def cell(self, chunk: int, block: int) -> Cell:
         """State of one cell."""
@@ -258,6 +274,7 @@ class RestoreState:
         # Open: demanded of compute, which has not got there.
         if p.board.state(chunk, block) in (Cell.LOADING, Cell.OPEN):
             self._leave_to_compute(chunk, block)
+            self.boundary.find_limit()
         if self._failed_in_row >= MAX_FAILED_IN_ROW:
             self.close_link()
 
@@ -271,6 +288,7 @@ class RestoreState:
         self.outcomes[LoadOutcome.CANCELLED] += 1
         if p.board.state(chunk, block) is Cell.LOADING:
             self._leave_to_compute(chunk, block)
+            self.boundary.find_limit()
 
     def _leave_to_compute(self, chunk: int, block: int) -> None:
         self._p.board.set(chunk, block, Cell.OPEN)
@@ -282,12 +300,14 @@ class RestoreState:
         self._num_placing -= 1
         self.outcomes[LoadOutcome.ERROR] += 1
         self._leave_to_compute(tile.chunk_lo, tile.block_lo)
+        self.boundary.find_limit()
 
     def close_link(self) -> None:
         """Stop loading; what is in flight may still arrive, compute restores the rest."""
-        self._p.link_down = True
+        self._p.link_down = self._p.link_closed = True
         self._load.release()
         self._demand_all()
+        self.boundary.find_limit()
 
     def _demand_all(self) -> None:
         for chunk in range(self._p.board.num_chunks):

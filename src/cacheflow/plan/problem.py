@@ -58,6 +58,8 @@ class RestoreProblem:
         link: The link the bytes come over.
         suffix_B: Seconds to run all suffix tokens through each block, prefix resident; zeros without a suffix.
         head_s: Seconds for the final norm, LM head and sampling of the first token; 0 without a suffix.
+        boundary_bytes_K: Bytes of boundary hidden states that the link must bring before a chunk can be recomputed:
+            of a later pipeline stage that reads them from the store. Zeros otherwise.
     """
 
     grid: Grid
@@ -67,6 +69,7 @@ class RestoreProblem:
     link: LinkCost
     suffix_B: Seconds = field(default_factory=lambda: np.zeros(0))
     head_s: float = 0.0
+    boundary_bytes_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         """Check shapes and signs.
@@ -77,11 +80,14 @@ class RestoreProblem:
         cells = (self.grid.num_chunks, self.grid.num_blocks)
         if self.suffix_B.size == 0:
             object.__setattr__(self, "suffix_B", np.zeros(self.grid.num_blocks))
+        if self.boundary_bytes_K.size == 0:
+            object.__setattr__(self, "boundary_bytes_K", np.zeros(self.grid.num_chunks, dtype=np.int64))
         for name, array, shape in (
             ("compute_KB", self.compute_KB, cells),
             ("kv_only_KB", self.kv_only_KB, cells),
             ("load_bytes_KB", self.load_bytes_KB, cells),
             ("suffix_B", self.suffix_B, (self.grid.num_blocks,)),
+            ("boundary_bytes_K", self.boundary_bytes_K, (self.grid.num_chunks,)),
         ):
             if array.shape != shape:
                 raise ConfigError(f"{name} has shape {array.shape}, the grid needs {shape}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from cacheflow.plan.boundaries import Boundaries, BoundarySource
 from cacheflow.plan.cells import CellBoard
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
@@ -23,21 +24,32 @@ class Progress:
         climbed_K: Per chunk, the block at which compute can continue it; ``NO_ACTIVATIONS`` when it must start over.
         in_flight_bytes: Bytes of loads that are under way.
         suffix_next: Lowest block the suffix has not been ordered through.
-        link_down: The load pointer claims nothing any more.
+        link_down: The load pointer claims nothing (any more).
+        link_closed: ... and never will, because the link fails.
         link_climbs: The load pointer has begun to load chunks from their bottom blocks.
         compute_stopped: The compute pointer has left the open cells to the link.
         min_claim_s: Compute claims several blocks at once until they last this long; 0 claims one at a time.
         others_link_s: Seconds of the link that other restorations come first with.
         others_compute_s: Seconds of compute that other restorations come first with.
+        boundaries: What recomputing a chunk has to wait for.
+        limit: From this chunk on nothing is restored any more, because one cell of it cannot be.
     """
 
     def __init__(
-        self, problem: RestoreProblem, plan: RestorePlan, rates: LiveRates, *, min_claim_s: float = 0.0
+        self,
+        problem: RestoreProblem,
+        plan: RestorePlan,
+        rates: LiveRates,
+        *,
+        min_claim_s: float = 0.0,
+        source: BoundarySource = BoundarySource.FIRST_STAGE,
     ) -> None:
         """Start with every cell open."""
         self.problem, self.plan, self.rates = problem, plan, rates
         self.min_claim_s = min_claim_s
         self.board = CellBoard(problem)
+        self.boundaries = Boundaries(source, problem.boundary_bytes_K.tolist())
+        self.limit = problem.grid.num_chunks
         self.demand_K = [0] * problem.grid.num_chunks
         self.failed_K = [0] * problem.grid.num_chunks
         self.climbed_K = [0] * problem.grid.num_chunks
@@ -47,6 +59,7 @@ class Progress:
         self._oldest_age_s = 0.0
         self.suffix_next = 0
         self.link_down = not plan.load_order
+        self.link_closed = False
         self.compute_stopped = not plan.compute_order
         self.link_climbs = False
         self.others_link_s = self.others_compute_s = 0.0
@@ -128,7 +141,11 @@ class Progress:
 
     def loadable(self, chunk: int, block: int) -> bool:
         """Whether the link may restore a cell: it is open and not demanded of compute."""
-        return self.board.is_open(chunk, block) and block >= self.demand_K[chunk]
+        return self.board.is_open(chunk, block) and block >= self.demand_K[chunk] and chunk < self.limit
+
+    def computable(self, chunk: int) -> bool:
+        """Whether compute may restore cells of a chunk, now or later."""
+        return chunk < self.limit and self.boundaries.possible(chunk)
 
     def demanded_open_block(self, chunk: int) -> int:
         """Highest open block that only compute may restore in a chunk; -1 when there is none."""
@@ -137,7 +154,7 @@ class Progress:
 
     def bottom_row_pays(self) -> bool:
         """Whether compute restores what is open of the bottom row sooner than the link would; the suffix needs it."""
-        if not self.plan.bottom_row_by_compute or self.link_down:
+        if not self.plan.bottom_row_by_compute or self.link_down or self.boundaries.needed:
             return False
         return self.bottom_left_s() < float(self.board.bottom_bytes_K.sum()) / self.bytes_per_s
 

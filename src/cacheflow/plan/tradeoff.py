@@ -48,10 +48,13 @@ class Tradeoff:
     Attributes:
         compute_KB: Marginal compute seconds of a cell (``marginal_compute_KB``).
         load_KB: Link seconds of a cell, without latency.
-        load_bytes_KB: Bytes of a cell.
+        load_bytes_KB: Bytes of a cell. The bottom cell of a chunk counts what recomputing it brings over the link as
+            boundary states as saved less, and may be negative.
         link: The link.
-        after_compute_s: Seconds that must follow the last recomputed cell.
+        after_compute_s: Seconds that must follow the last recomputed cell, or come before the first.
         after_load_s: Seconds that must follow the last loaded cell; never more than ``after_compute_s``.
+        fixed_bytes: What the link brings whatever is recomputed: of each chunk its boundary states, or as many bytes
+            of its keys and values.
     """
 
     compute_KB: Seconds
@@ -60,6 +63,7 @@ class Tradeoff:
     link: LinkCost
     after_compute_s: float
     after_load_s: float
+    fixed_bytes: float = 0.0
 
     @property
     def num_chunks(self) -> int:
@@ -73,14 +77,14 @@ class Tradeoff:
 
     @property
     def link_end_s(self) -> float:
-        """What a link that loads anything adds to the time of its bytes: latency and what must follow."""
-        return self.link.latency_s + self.after_load_s
+        """What a link that loads anything adds to the time of its cells: latency and what must go with them."""
+        return self.link.latency_s + self.fixed_bytes / self.link.bytes_per_s + self.after_load_s
 
     def split(self, levels_K: Levels) -> Split:
         """Cost of one staircase."""
         inside_KB = recomputed_KB(levels_K, self.num_blocks)
         compute_s = float(self.compute_KB.sum(where=inside_KB))
-        load_s = self.link.load_s(float(self.load_bytes_KB.sum(where=~inside_KB)))
+        load_s = self.link.load_s(float(self.load_bytes_KB.sum(where=~inside_KB)) + self.fixed_bytes)
         value_s = max(compute_s + self.after_compute_s, load_s + self.after_load_s)
         return Split(compute_s=compute_s, load_s=load_s, value_s=value_s)
 
@@ -103,11 +107,20 @@ def tradeoff(
         kv_only_top: Count the topmost recomputed cell of each chunk for its keys and values only.
     """
     with_suffix = objective is Objective.TTFT
+    load_bytes_KB, fixed_bytes, first_s = problem.load_bytes_KB, 0, 0.0
+    if problem.boundary_bytes_K.any():
+        # A boundary larger than all it stands for is never read: loading is as good, and the bound stays valid.
+        boundary_K = np.minimum(problem.boundary_bytes_K, load_bytes_KB.sum(axis=1))
+        load_bytes_KB = load_bytes_KB.copy()
+        load_bytes_KB[:, 0] -= boundary_K
+        fixed_bytes = int(boundary_K.sum())
+        first_s = problem.link.load_s(float(boundary_K[0]))  # compute starts with the first chunk's boundary states
     return Tradeoff(
         compute_KB=marginal_compute_KB(problem, kv_only_top=kv_only_top),
-        load_KB=problem.load_bytes_KB / problem.link.bytes_per_s,
-        load_bytes_KB=problem.load_bytes_KB,
+        load_KB=load_bytes_KB / problem.link.bytes_per_s,
+        load_bytes_KB=load_bytes_KB,
+        fixed_bytes=fixed_bytes,
         link=problem.link,
-        after_compute_s=problem.suffix_s if with_suffix else 0.0,
+        after_compute_s=first_s + (problem.suffix_s if with_suffix else 0.0),
         after_load_s=float(problem.suffix_B[-1]) + problem.head_s if with_suffix else 0.0,
     )

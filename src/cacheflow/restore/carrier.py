@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cacheflow.restore.hand_over import forfeit, recompute
 from cacheflow.restore.ordered_reads import OrderedReads
-from cacheflow.restore.orders import ComputeOrder, ComputeReport, RankReport, RestoreOrders, RestoreTarget
+from cacheflow.restore.orders import ComputeReport, RankReport, RestoreOrders, RestoreTarget
 from cacheflow.restore.ports import ComputePort, TransferPort
 from cacheflow.types import Clock
 
@@ -102,17 +103,21 @@ class OrderCarrier:
             self._reads.start(orders.restore_id, transfer, orders.reads, origin_s=restoration.origin_s)
 
     def _compute(self, orders: RestoreOrders, restoration: _Restoration) -> bool:
-        if not orders.compute or restoration.broken or restoration.ports is None:
+        if not orders.compute or restoration.ports is None:
             return False
         port = restoration.ports[0]
+        if restoration.broken:
+            forfeit(port, orders.compute)
+            return False
         seconds: list[float] = []
-        for order in orders.compute:
+        for index, order in enumerate(orders.compute):
             before_s = self._clock()
             try:
-                _recompute(port, order)
+                recompute(port, order)
             except Exception as error:
                 logger.exception("restoration %d: compute failed on %s", orders.restore_id, order.tile)
                 self._break(orders.restore_id, restoration, tuple(seconds), error)
+                forfeit(port, orders.compute[index + 1 :])
                 return True
             seconds.append(self._clock() - before_s)
         self._note(orders.restore_id, restoration, tuple(seconds))
@@ -157,9 +162,3 @@ class OrderCarrier:
         """End the I/O thread; every restoration is over. Does not wait for a store that hangs."""
         self._active.clear()
         self._reads.close()
-
-
-def _recompute(port: ComputePort, order: ComputeOrder) -> None:
-    if order.restart:
-        port.restart(order.tile.chunk_lo)
-    port.recompute(order.tile, kv_only_top=order.kv_only_top)

@@ -59,6 +59,11 @@ class ComputeLedger:
             self._num_done += 1
         return done
 
+    @property
+    def under_way(self) -> bool:
+        """Whether not every rank has carried out every order, as far as reports tell."""
+        return self._num_done < len(self._orders)
+
     def cells_under_way(self) -> Iterator[CellIndex]:
         """Cells of orders that not every rank has carried out, as far as reports tell."""
         for ordered in self._orders[self._num_done :]:

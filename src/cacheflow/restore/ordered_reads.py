@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.link_clock import LinkClock
 from cacheflow.restore.orders import LoadReport, ReadOrder
-from cacheflow.restore.ports import Ticket, TransferPort
+from cacheflow.restore.ports import BoundaryPort, Ticket, TransferPort
 from cacheflow.restore.reaper import TicketReaper
 from cacheflow.types import Clock, LoadOutcome
 
@@ -161,9 +161,8 @@ class OrderedReads:
             self._forget(read)
             return
         order = read.order
-        tile = Tile(order.chunk, order.chunk + 1, order.block, order.block + 1)
         try:
-            ticket = read.transfer.start(tile, deadline_s=order.deadline_s)
+            ticket = _start(read.transfer, order)
         except Exception:
             logger.exception("transfer port raised on start of cell (%d, %d)", order.chunk, order.block)
             self._end(read, LoadOutcome.ERROR)
@@ -261,3 +260,12 @@ class OrderedReads:
             if read in self._started:
                 self._started.remove(read)
             self._changed.notify_all()
+
+
+def _start(transfer: TransferPort[Ticket], order: ReadOrder) -> Ticket:
+    if not order.is_boundary:
+        tile = Tile(order.chunk, order.chunk + 1, order.block, order.block + 1)
+        return transfer.start(tile, deadline_s=order.deadline_s)
+    if not isinstance(transfer, BoundaryPort):
+        raise TypeError(f"{type(transfer).__name__} reads no boundary states, and was ordered those of {order.chunk}")
+    return transfer.start_boundary(order.chunk, deadline_s=order.deadline_s)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cacheflow.errors import ConfigError
+from cacheflow.plan.boundaries import BOUNDARY_ROW
 from cacheflow.plan.grid import Tile
 from cacheflow.types import LoadOutcome
 
@@ -80,20 +81,32 @@ class ComputeOrder:
         tile: The cells; continues the chunk where its last order ended, or starts at block 0.
         restart: Forget the chunk's activations first.
         kv_only_top: The topmost block needs keys and values only.
+        receives: Take the chunk's activations from the pipeline stage below first.
+        sends: Hand the chunk's activations over to the pipeline stage above afterwards, even if this order fails.
     """
 
     tile: Tile
     restart: bool = False
     kv_only_top: bool = False
+    receives: bool = False
+    sends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReadOrder:
-    """Start reading one cell; ``LATE`` when it is not there after ``deadline_s`` seconds."""
+    """Start reading one cell; ``LATE`` when it is not there after ``deadline_s`` seconds.
+
+    With ``block`` ``BOUNDARY_ROW`` it reads the chunk's boundary states.
+    """
 
     chunk: int
     block: int
     deadline_s: float
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether it reads boundary states, not keys and values."""
+        return self.block == BOUNDARY_ROW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +142,7 @@ class LoadReport:
     Attributes:
         restore_id: Which restoration.
         chunk: The cell's chunk.
-        block: The cell's layer block.
+        block: The cell's layer block; ``BOUNDARY_ROW`` for the chunk's boundary states.
         outcome: How it ended.
         num_bytes: Bytes the read moved, or was to move.
         busy_s: Seconds the link worked on it, waiting in line excluded.
@@ -143,6 +156,11 @@ class LoadReport:
     num_bytes: int
     busy_s: float
     end_s: float = 0.0
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether it was a read of boundary states."""
+        return self.block == BOUNDARY_ROW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ restorations, and ``cancel`` may come from any thread at any time, because a sto
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from cacheflow.plan.grid import Tile
 from cacheflow.types import LoadOutcome
@@ -37,6 +37,22 @@ class ComputePort(Protocol):
 
     def finish(self) -> None:
         """Final norm, LM head and choice of the first token (nothing without a suffix); waits for the device."""
+        ...
+
+
+@runtime_checkable
+class HandOverPort(Protocol):
+    """What a ``ComputePort`` adds where pipeline stages hand activations over in order.
+
+    Both ends are ordered in the same step and in the same order, so that each may wait for the other.
+    """
+
+    def receive(self, chunk: int) -> None:
+        """Take a chunk's activations from the stage below; raises when that stage could not recompute them."""
+        ...
+
+    def send(self, chunk: int, *, failed: bool) -> None:
+        """Hand a chunk's activations over to the stage above, or tell it that there are none: ``failed``."""
         ...
 
 
@@ -77,4 +93,17 @@ class TransferPort(Protocol[T]):
 
     def cancel(self, ticket: T) -> None:
         """Give a read up and free the ticket; returns once the store no longer touches its buffer."""
+        ...
+
+
+@runtime_checkable
+class BoundaryPort(Protocol):
+    """What a ``TransferPort`` adds on a later pipeline stage: reads of boundary hidden states.
+
+    Their tickets are awaited, placed and cancelled like all others; ``place`` gives the states to the stage's compute
+    port, which keeps them until the restoration ends: a chunk may be recomputed more than once.
+    """
+
+    def start_boundary(self, chunk: int, *, deadline_s: float) -> Ticket:
+        """Start reading a chunk's boundary states and return at once; arguments as for ``TransferPort.start``."""
         ...

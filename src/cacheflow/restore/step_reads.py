@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cacheflow.plan.boundaries import BOUNDARY_ROW
 from cacheflow.plan.cells import Cell
 from cacheflow.plan.explain import Span, SpanKind
 from cacheflow.plan.grid import Tile
@@ -57,8 +58,18 @@ class StepReads:
         """Reads under way that were not dropped."""
         return len(self._ledger)
 
+    @property
+    def chunk_limit(self) -> int:
+        """From this chunk on nothing is restored any more; the number of chunks while nothing is lost."""
+        return min(self._chunk_limit, self._state.limit)
+
+    def limit(self, chunk: int) -> None:
+        """Restore nothing from a chunk on: reads of what lies behind it are dropped."""
+        self._chunk_limit = min(self._chunk_limit, chunk)
+        self.drop([cell for cell in self._ledger.wanted if cell[0] >= self._chunk_limit])
+
     def order(self, now_s: float, read_ahead_s: float) -> tuple[ReadOrder, ...]:
-        """Reads to start in this step.
+        """Reads to start in this step; boundary states first, because compute waits for them.
 
         Args:
             now_s: Seconds on the caller's clock.
@@ -68,19 +79,25 @@ class StepReads:
         reads: list[ReadOrder] = []
         state = self._state
         while read_ahead_s > 0 and len(self._ledger) < MAX_READS:
+            boundary = state.boundary.claim(now_s)
+            if boundary is not None:
+                reads.append(self._begin((boundary, BOUNDARY_ROW)))
+                continue
             if len(self._ledger) >= MIN_READS and state.expected_load_s() >= read_ahead_s:
                 break
             tile = state.claim_load(now_s)
             if tile is None:
                 break
             cell = (tile.chunk_lo, tile.block_lo)
-            if state.cell(*cell) is not Cell.LOADING or tile.chunk_lo >= self._chunk_limit:
+            if state.cell(*cell) is not Cell.LOADING or tile.chunk_lo >= self.chunk_limit:
                 state.drop_load(tile)
                 continue
-            self._ledger.add(cell)
-            deadline_s = self._deadline.floor_s + self._deadline.factor * state.expected_load_s()
-            reads.append(ReadOrder(*cell, deadline_s))
+            reads.append(self._begin(cell))
         return tuple(reads)
+
+    def _begin(self, cell: CellIndex) -> ReadOrder:
+        self._ledger.add(cell)
+        return ReadOrder(*cell, self._deadline.floor_s + self._deadline.factor * self._state.expected_load_s())
 
     def drop(self, cells: Iterable[CellIndex]) -> None:
         """Compute takes these cells over: the next drops hold those of them whose reads are under way."""
@@ -91,12 +108,16 @@ class StepReads:
         drops, self._drops = tuple(self._drops), []
         return drops
 
-    def take(self, rank: int, report: LoadReport) -> Span | None:
+    def take(self, rank: int, report: LoadReport, now_s: float) -> Span | None:
         """Note how a read ended on a rank; the read's span once that settles it, unless it just ended unused."""
         cell = (report.chunk, report.block)
         ended = self._ledger.take(rank, report)
         if ended is None:
             return None
+        if len(ended) < self._num_ranks:
+            self._drops.append(cell)
+        if report.is_boundary:
+            return self._take_boundary(report, ended, now_s)
         tile = Tile(report.chunk, report.chunk + 1, report.block, report.block + 1)
         if all(each.outcome is LoadOutcome.OK for each in ended):
             slowest = max(ended, key=lambda each: each.busy_s)
@@ -111,13 +132,21 @@ class StepReads:
         else:
             self._state.fail_load(tile, report.outcome)
             span = load_span(SpanKind.FAILED, report)
-        if len(ended) < self._num_ranks:
-            self._drops.append(cell)
-        if not self._can_compute:
-            self._load_only_below(report.chunk)
+        # Without compute nothing behind a hole is of use: only the chunks before it are still read.
+        self.limit(report.chunk if not self._can_compute else self._state.limit)
         return span
 
-    def _load_only_below(self, chunk: int) -> None:
-        """Without compute nothing behind a hole is of use: only the chunks before it are still read."""
-        self._chunk_limit = min(self._chunk_limit, chunk)
-        self.drop([cell for cell in self._ledger.wanted if cell[0] >= self._chunk_limit])
+    def _take_boundary(self, report: LoadReport, ended: list[LoadReport], now_s: float) -> Span | None:
+        boundary, span = self._state.boundary, None
+        if all(each.outcome is LoadOutcome.OK for each in ended):
+            slowest = max(ended, key=lambda each: each.busy_s)
+            self._state.rates.observe_load(num_bytes=slowest.num_bytes, busy_s=slowest.busy_s)
+            boundary.complete(report.chunk, now_s)
+            return load_span(SpanKind.BOUNDARY, slowest)
+        if report.outcome in (LoadOutcome.OK, LoadOutcome.CANCELLED):
+            boundary.drop(report.chunk)
+        else:
+            boundary.fail(report.chunk)
+            span = load_span(SpanKind.FAILED, report)
+        self.limit(self._state.limit)
+        return span

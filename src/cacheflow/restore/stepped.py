@@ -8,6 +8,7 @@ is ordered behind it; what the link brings counts once every rank has reported i
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.cells import RESIDENT
@@ -44,6 +45,7 @@ class SteppedRestoration:
         target: What the workers were told of the restoration.
         error: Why compute failed on a worker; empty when it did not.
         waiting: The last step's budget found nothing for compute to do.
+        may_give_up: Whether it may end when nothing more of it can be restored; otherwise it waits for other stages.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class SteppedRestoration:
         self._units: deque[Unit] = deque()
         self._spans: list[Span] = []
         self._finished: set[int] = set()
+        self.may_give_up = True
+        self._handed: list[ComputeOrder] = []
         self._giving_up = self._told_cancel = self._closing = self._failed = self._undefined = False
         self._start_s: float | None = None
         self._end_s: float | None = None
@@ -102,6 +106,11 @@ class SteppedRestoration:
         return self._end_s is not None
 
     @property
+    def closing(self) -> bool:
+        """Whether the workers were told to end it, well or not."""
+        return self._closing
+
+    @property
     def giving_up(self) -> bool:
         """Whether it was cancelled or has failed: what it brought may be overwritten soon."""
         return self._giving_up
@@ -119,7 +128,22 @@ class SteppedRestoration:
     @property
     def only_compute_left(self) -> bool:
         """Whether what is missing can only be recomputed: no read is under way, and none will be ordered."""
-        return not self._reads and not self._state.loads_possible
+        return not (self._reads or self._state.loads_possible or self._state.boundary.claims_possible)
+
+    @property
+    def limit(self) -> int:
+        """From this chunk on nothing is restored any more; the number of chunks while nothing is lost."""
+        return self._reads.chunk_limit
+
+    @property
+    def state(self) -> RestoreState:
+        """The state machine; whoever asks it anything must not change it."""
+        return self._state
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to order: all is resident, or all before the first chunk that cannot be restored."""
+        return self._closing or self._giving_up or self.restored or self._at_limit()
 
     def resident_tokens(self) -> int:
         """Token position up to which the prefix is completely resident on every rank, as far as reports tell."""
@@ -140,6 +164,37 @@ class SteppedRestoration:
     def cancel(self) -> None:
         """Give the restoration up; the next orders tell the workers, unless they were told to finish."""
         self._giving_up = True
+
+    def stop_before(self, chunk: int) -> None:
+        """Restore nothing from a chunk on: another stage has lost it."""
+        self._state.boundary.stop_before(chunk)
+        self._reads.limit(chunk)
+
+    def fail(self) -> None:
+        """Give the restoration up because another stage has failed."""
+        self._failed = self._failed or not self._giving_up
+        self._giving_up = True
+
+    def claim_chunk(self, now_s: float, *, receives: bool) -> ComputeOrder | None:
+        """Claim the next whole chunk for this step, of stages that hand activations over; None when there is none.
+
+        Args:
+            now_s: Seconds on the caller's clock.
+            receives: The stage below hands this chunk over in the same step.
+        """
+        claim = self._state.claim_compute(now_s)
+        if claim.tile is None:
+            return None
+        self._reads.drop(claim.tile.cells())
+        self._state.assume_compute(claim, now_s)
+        order = ComputeOrder(claim.tile, claim.restart, claim.kv_only_top, receives=receives)
+        self._computes.add(order, claim.predicted_s)
+        self._handed.append(order)
+        return order
+
+    def send_chunk(self) -> None:
+        """Let the chunk claimed last be handed over to the stage above, which needs its top block in full."""
+        self._handed[-1] = replace(self._handed[-1], kv_only_top=False, sends=True)
 
     def close_link(self) -> None:
         """Order no more reads; what is under way may still arrive, compute restores the rest."""
@@ -166,7 +221,7 @@ class SteppedRestoration:
             # Compute first: a read ordered in this step must not be dropped in it, drops are carried out before reads.
             compute = self._order_compute(now_s, compute_budget_s)
             reads = self._reads.order(now_s, read_ahead_s)
-            self._give_up_without_compute(read_ahead_s)
+            self._give_up_at_limit(read_ahead_s)
         if self._giving_up:
             self._closing = self._told_cancel = True
             return RestoreOrders(restore_id=restore_id, cancel=True)
@@ -179,14 +234,31 @@ class SteppedRestoration:
             finish=self._closing,
         )
 
-    def _give_up_without_compute(self, read_ahead_s: float) -> None:
-        if self._can_compute or self._state.restored or self.loads_under_way:
+    def _give_up_at_limit(self, read_ahead_s: float) -> None:
+        """Fail once nothing more can be restored: of a stage that may only load, or has lost boundary states."""
+        if self._state.restored or self.loads_under_way or not self.may_give_up:
             return
-        if read_ahead_s > 0 or not self._state.loads_possible:  # otherwise it is not this one's turn to read
+        its_turn = read_ahead_s > 0 or not self._state.loads_possible
+        if self._at_limit() if self._can_compute else its_turn:
             self._failed = self._giving_up = True
+
+    def _at_limit(self) -> bool:
+        """Whether all that can be restored is, as far as reports tell, and something else cannot."""
+        if self.loads_under_way or self._state.restored:
+            return False
+        if not self._can_compute and not self._state.loads_possible:
+            return True
+        limit = self.limit
+        if limit == self._state.problem.grid.num_chunks or self._units or self._computes.under_way:
+            return False
+        blocks = range(self._state.problem.grid.num_blocks)
+        return all(self._state.cell(chunk, block) in RESIDENT for chunk in range(limit) for block in blocks)
 
     def _order_compute(self, now_s: float, budget_s: float) -> tuple[ComputeOrder, ...]:
         self.waiting = False
+        if self._handed:
+            handed, self._handed = tuple(self._handed), []
+            return handed
         if budget_s <= 0 or not self._can_compute:
             return ()
         if len(self._reads) or self._state.loads_possible:
@@ -225,7 +297,7 @@ class SteppedRestoration:
         restore_id = self.target.restore_id
         for rank, each in report.by_rank.items():
             for load in each.loads:
-                if load.restore_id == restore_id and (span := self._reads.take(rank, load)) is not None:
+                if load.restore_id == restore_id and (span := self._reads.take(rank, load, now_s)) is not None:
                     self._spans.append(span)
             for compute in each.computes:
                 if compute.restore_id == restore_id:

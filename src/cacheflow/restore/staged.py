@@ -1,0 +1,268 @@
+"""The scheduler's side of one restoration over several pipeline stages: one stepped restoration a stage.
+
+Stages are independent: each has its own grid (its layers), link, plan and progress, and finishes when it is through.
+They share the end: what one stage has lost, no other goes on to restore, and a failure of one ends them all. Ranks of
+a stage get the same orders, because its tensor-parallel ranks all-reduce; a decision rests only on what every one of
+them has reported. Pure: time is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.explain import RestoreReport
+from cacheflow.plan.plan import Share
+from cacheflow.plan.pointers import RestoreState
+from cacheflow.restore.hand_over_chain import HandOverChain
+from cacheflow.restore.orders import RestoreOrders, RestoreTarget, StepReport
+from cacheflow.restore.staged_report import StagedReport
+from cacheflow.restore.step_reads import ReadDeadline
+from cacheflow.restore.stepped import SteppedRestoration
+
+
+LEAST_BUDGET_S = 1e-9
+"""Orders one unit of compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagedOrders:
+    """One step's orders of one restoration, for the ranks of each pipeline stage, bottom stage first."""
+
+    by_stage: tuple[RestoreOrders, ...]
+
+    @property
+    def restore_id(self) -> int:
+        """Which restoration."""
+        return self.by_stage[0].restore_id
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do on any stage."""
+        return all(each.idle for each in self.by_stage)
+
+    @property
+    def cancel(self) -> bool:
+        """Whether a stage was told to give up."""
+        return any(each.cancel for each in self.by_stage)
+
+
+class StagedRestoration:
+    """One restoration of all stages; with one stage it does what a ``SteppedRestoration`` does.
+
+    Attributes:
+        target: What the workers of every stage were told of the restoration.
+        stages: The restoration of each stage, bottom stage first; to be asked, not driven.
+    """
+
+    def __init__(
+        self,
+        target: RestoreTarget,
+        states: Sequence[RestoreState],
+        *,
+        ranks_per_stage: int = 1,
+        can_compute: bool = True,
+        deadline: ReadDeadline | None = None,
+    ) -> None:
+        """Wrap fresh state machines.
+
+        Args:
+            target: Of the same chunks as every state's grid.
+            states: One a stage, bottom stage first, made with the stage's boundary source and without a suffix. The
+                state of a stage whose source is ``NONE`` has a plan that computes nothing; those of stages that hand
+                activations over, or are handed them, have plans of whole chunks (``Share.NONE``).
+            ranks_per_stage: Tensor-parallel ranks of a stage.
+            can_compute: Whether the workers can recompute at all.
+            deadline: When a read is late.
+
+        Raises:
+            ConfigError: There is no stage, the bottom stage or one above a stage that only loads takes its activations
+                from another, or a plan does not fit.
+        """
+        sources = [state.boundary.source for state in states]
+        if not states or sources[0] in (BoundarySource.HANDED_OVER, BoundarySource.STORED):
+            raise ConfigError(f"a staged restoration needs a first stage, and no boundary below it: {sources}")
+        for below, source in pairwise(sources):
+            if source is BoundarySource.HANDED_OVER and below is BoundarySource.NONE:
+                raise ConfigError(f"a stage that only loads hands nothing over: {[each.value for each in sources]}")
+        self.target, self._tp = target, ranks_per_stage
+        self.stages = tuple(
+            SteppedRestoration(
+                target,
+                state,
+                num_ranks=ranks_per_stage,
+                can_compute=can_compute and source is not BoundarySource.NONE,
+                deadline=deadline,
+            )
+            for state, source in zip(states, sources, strict=True)
+        )
+        self._chain_of, self._chains = _chains(self.stages)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ends, or ended, without every cell resident although nobody cancelled it."""
+        return any(stage.failed for stage in self.stages)
+
+    @property
+    def restored(self) -> bool:
+        """Whether nothing is left to order on any stage."""
+        return all(stage.restored for stage in self.stages)
+
+    @property
+    def done(self) -> bool:
+        """Whether every rank of every stage has reported the restoration finished."""
+        return all(stage.done for stage in self.stages)
+
+    @property
+    def giving_up(self) -> bool:
+        """Whether it was cancelled or has failed: what it brought may be overwritten soon."""
+        return any(stage.giving_up for stage in self.stages)
+
+    @property
+    def error(self) -> str:
+        """Why compute failed on a worker; empty when it did not."""
+        return next((stage.error for stage in self.stages if stage.error), "")
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the last step's budget found nothing for compute to do on any stage."""
+        return all(stage.waiting or stage.restored for stage in self.stages)
+
+    @property
+    def loads_under_way(self) -> bool:
+        """Whether reads are under way on any stage that were not dropped."""
+        return any(stage.loads_under_way for stage in self.stages)
+
+    @property
+    def loads_under_way_s(self) -> float:
+        """Seconds that the busiest stage's reads under way take its link."""
+        return max(stage.loads_under_way_s for stage in self.stages)
+
+    @property
+    def only_compute_left(self) -> bool:
+        """Whether no stage has a read under way or will order one."""
+        return all(stage.only_compute_left for stage in self.stages)
+
+    @property
+    def failed_chunk(self) -> int | None:
+        """The first chunk that is not resident on every rank of every stage, of a restoration that failed."""
+        if not self.failed:
+            return None
+        reached = self.resident_tokens()
+        return next((chunk for chunk, end in enumerate(self.target.chunk_ends) if end > reached), None)
+
+    def resident_tokens(self) -> int:
+        """Token position up to which the prefix is completely resident on every rank, as far as reports tell."""
+        return min(stage.resident_tokens() for stage in self.stages)
+
+    def cancel(self) -> None:
+        """Give the restoration up; the next orders tell the workers, unless they were told to finish."""
+        for stage in self.stages:
+            stage.cancel()
+
+    def close_link(self) -> None:
+        """Order no more reads of keys and values; a stage above the first still reads what it recomputes from."""
+        for stage in self.stages:
+            stage.close_link()
+
+    def orders(self, now_s: float, *, compute_budget_s: float, read_ahead_s: float) -> StagedOrders:
+        """What the workers do in this step; what it claims counts as ordered, so it must be sent.
+
+        Args:
+            now_s: Seconds on the caller's clock.
+            compute_budget_s: Seconds of compute to order on each stage; see ``SteppedRestoration.orders``. Stages that
+                hand activations over take whole chunks.
+            read_ahead_s: Seconds of each stage's link to keep under way.
+        """
+        self._share_the_end()
+        if not self.giving_up:
+            for chain in self._chains:
+                chain.order(now_s, compute_budget_s)
+        by_stage: dict[int, RestoreOrders] = {}
+        # Who waits for boundary states comes first: the others compute no longer than until those are there, because
+        # a step ends with its slowest stage, and only then it is told.
+        for index in sorted(range(len(self.stages)), key=lambda index: not self._needs_boundary(index)):
+            stage = self.stages[index]
+            by_stage[index] = stage.orders(
+                now_s,
+                compute_budget_s=0.0 if index in self._chain_of else compute_budget_s,
+                read_ahead_s=read_ahead_s,
+            )
+            awaited_s = None if stage.settled else stage.state.boundary.awaited_s(now_s)
+            if awaited_s is not None and compute_budget_s > 0:
+                compute_budget_s = min(compute_budget_s, max(LEAST_BUDGET_S, awaited_s))
+        return StagedOrders(tuple(by_stage[index] for index in range(len(self.stages))))
+
+    def _needs_boundary(self, index: int) -> bool:
+        boundary = self.stages[index].state.boundary
+        return boundary.source is BoundarySource.STORED and not boundary.any_ready
+
+    def _share_the_end(self) -> None:
+        if len(self.stages) == 1:
+            return
+        limit = min(stage.limit for stage in self.stages)
+        for index, stage in enumerate(self.stages):
+            if limit < stage.limit:
+                stage.stop_before(limit)
+            stage.may_give_up = all(other.settled for i, other in enumerate(self.stages) if i != index)
+        if self.failed:
+            for stage in self.stages:
+                if not stage.closing:
+                    stage.fail()
+
+    def apply(self, report: StepReport, now_s: float) -> None:
+        """Take in what the ranks did.
+
+        Args:
+            report: Of all ranks, or of some, by rank: ``stage * ranks_per_stage + tensor-parallel rank``.
+            now_s: Seconds on the caller's clock.
+        """
+        for index, stage in enumerate(self.stages):
+            own = {
+                rank - index * self._tp: each
+                for rank, each in report.by_rank.items()
+                if index * self._tp <= rank < (index + 1) * self._tp
+            }
+            if own:
+                stage.apply(StepReport(own), now_s)
+
+    def stage_reports(self, now_s: float) -> StagedReport:
+        """What came of each stage so far, and how near its bound it ended."""
+        return StagedReport.of([stage.report(now_s) for stage in self.stages], [stage.state for stage in self.stages])
+
+    def report(self, now_s: float, *, planning_s: float = 0.0) -> RestoreReport:
+        """What was planned and what came of it so far, of all stages as one model.
+
+        Args:
+            now_s: Seconds on the caller's clock, for a restoration that has not ended.
+            planning_s: Seconds the plans took.
+        """
+        if len(self.stages) == 1:
+            return self.stages[0].report(now_s, planning_s=planning_s)
+        return self.stage_reports(now_s).merged(planning_s=planning_s)
+
+
+def _chains(stages: Sequence[SteppedRestoration]) -> tuple[set[int], list[HandOverChain]]:
+    """Which stages hand activations over, as indices and as chains of neighbours.
+
+    Raises:
+        ConfigError: Such a stage has a plan that shares chunks by layers.
+    """
+    runs: list[list[int]] = []
+    for index, stage in enumerate(stages):
+        if stage.state.boundary.source is BoundarySource.HANDED_OVER:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    runs = [run for run in runs if len(run) > 1]
+    for index in (index for run in runs for index in run):
+        plan = stages[index].state.plan
+        if plan.share is not Share.NONE:
+            raise ConfigError(
+                f"stage {index} hands activations over, chunk by chunk, and needs a plan of whole chunks; policy "
+                f"{plan.policy!r} shares them by {plan.share.value}"
+            )
+    return {index for run in runs for index in run}, [HandOverChain([stages[i] for i in run]) for run in runs]

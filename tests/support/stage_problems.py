@@ -1,0 +1,56 @@
+"""Restorations over pipeline stages for tests: problems, plans and state machines of each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.plan import RestorePlan
+from cacheflow.plan.pointers import RestoreState
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.rates import LiveRates
+from cacheflow.policies.base import RestorePolicy
+from cacheflow.policies.registry import make_policy
+from cacheflow.policies.stages import plan_handing_over, plan_stage
+from cacheflow.restore.staged import StagedRestoration
+from support.problems import transformer_problem
+from support.virtual_steps import target_for
+
+BOUNDARY_BYTES_PER_TOKEN = 1536
+"""Two cells' worth of a ``transformer_problem``, as with grouped-query attention."""
+
+
+def stage_problem(
+    source: BoundarySource, *, boundary_bytes_per_token: int = BOUNDARY_BYTES_PER_TOKEN, **kwargs
+) -> RestoreProblem:
+    problem = transformer_problem(suffix_tokens=0, **kwargs)
+    if source is not BoundarySource.STORED:
+        return problem
+    ranges = [problem.grid.chunk_range(chunk) for chunk in range(problem.grid.num_chunks)]
+    boundary_K = np.array([(end - start) * boundary_bytes_per_token for start, end in ranges], dtype=np.int64)
+    return replace(problem, boundary_bytes_K=boundary_K)
+
+
+def stage_plans(
+    policy: RestorePolicy, problems: Sequence[RestoreProblem], sources: Sequence[BoundarySource]
+) -> list[RestorePlan]:
+    handing = [above is BoundarySource.HANDED_OVER for above in [*sources[1:], None]]
+    return [
+        plan_handing_over(policy.name, problem) if hands else plan_stage(policy, problem, source)
+        for problem, source, hands in zip(problems, sources, handing, strict=True)
+    ]
+
+
+def staged_for(
+    problems: Sequence[RestoreProblem], sources: Sequence[BoundarySource], *, policy: str = "cacheflow", **kwargs
+) -> StagedRestoration:
+    states = [
+        RestoreState(problem, plan, LiveRates(bytes_per_s=problem.link.bytes_per_s), source=source)
+        for problem, plan, source in zip(
+            problems, stage_plans(make_policy(policy), problems, sources), sources, strict=True
+        )
+    ]
+    return StagedRestoration(target_for(problems[0]), states, **kwargs)
