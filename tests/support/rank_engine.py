@@ -6,7 +6,6 @@ names. The workers are processes of the engine's; what a test wants of them is s
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import subprocess
@@ -200,8 +199,9 @@ def layout_of(worker: Any) -> Any:
 
 def gather(worker: Any, block_ids: list[int]) -> tuple[int, int, np.ndarray]:
     """First layer, tensor-parallel rank and KV bytes of this rank."""
-    from cacheflow.vllm.layout import layer_number
     from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    from cacheflow.vllm.layout import layer_number
 
     layout = layout_of(worker)
     out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)

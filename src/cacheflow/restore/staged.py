@@ -23,7 +23,6 @@ from cacheflow.restore.staged_report import StagedReport
 from cacheflow.restore.step_reads import ReadDeadline
 from cacheflow.restore.stepped import SteppedRestoration
 
-
 LEAST_BUDGET_S = 1e-9
 """Orders one unit of compute."""
 

@@ -23,9 +23,9 @@ from cacheflow.stores.base import PutRequest
 from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.model_access import ModelHandle
+from cacheflow.vllm.object_keys import boundary_key
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.step import CaptureOrder, SaveOrder
-from cacheflow.vllm.object_keys import boundary_key
 
 logger = logging.getLogger(__name__)
 

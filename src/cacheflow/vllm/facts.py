@@ -11,7 +11,6 @@ from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.types import ModelShape
 
-
 LayerDigest = tuple[int, str]
 """A layer of the model, counted from its bottom, and the digest of its weights."""
 

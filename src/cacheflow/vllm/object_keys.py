@@ -1,12 +1,31 @@
 """What the objects of a restoration are called in the store; pure.
 
-Named by the model's layers and by the heads of a tensor-parallel rank, never by the pipeline stage that wrote them: what
-one split into stages saved, another restores.
+Named by the model's layers and by the heads of a tensor-parallel rank, never by the pipeline stage that wrote them:
+what one split into stages saved, another restores.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cacheflow.plan.keys import WHOLE, ObjectKey, ObjectKind, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class StagePart:
+    """Which part of the model's KV a rank holds.
+
+    Attributes:
+        shard: Tensor-parallel rank and pipeline stage.
+        first_layer: The model's layer that is the stage's first.
+    """
+
+    shard: Shard = WHOLE
+    first_layer: int = 0
+
+    def of_model(self, layers: tuple[int, int]) -> tuple[int, int]:
+        """Layers counted from the stage's first as layers counted from the model's."""
+        return self.first_layer + layers[0], self.first_layer + layers[1]
 
 
 def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[int, int]:

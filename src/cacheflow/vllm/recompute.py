@@ -14,8 +14,8 @@ import torch
 
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.orders import RestoreTarget
-from cacheflow.vllm.partial_forward import Activations, PartialForward, Piece
 from cacheflow.vllm.object_keys import block_layers
+from cacheflow.vllm.partial_forward import Activations, PartialForward, Piece
 
 
 @dataclass(slots=True)

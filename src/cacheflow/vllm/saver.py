@@ -13,12 +13,11 @@ from threading import Thread
 
 import numpy as np
 
-from cacheflow.plan.keys import Shard
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.vllm.layout import BlockLayout
 from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
 from cacheflow.vllm.step import SaveOrder
-from cacheflow.vllm.object_keys import block_layers, object_key
 
 logger = logging.getLogger(__name__)
 
@@ -71,26 +70,22 @@ class ChunkSaver:
         layout: BlockLayout,
         *,
         layers_per_block: int,
-        dtype: str,
-        shard: Shard,
+        part: StagePart,
         counts: Counts,
-        first_layer: int = 0,
         more: MorePuts | None = None,
     ) -> None:
-        """Save under this shard's keys.
+        """Save under this rank's keys.
 
         Args:
             store: Where to.
             layout: Where from.
             layers_per_block: Layers of an object.
-            dtype: Of the KV.
-            shard: This rank's.
+            part: This rank's.
             counts: Where outcomes are counted.
-            first_layer: The model's layer that is this stage's first.
             more: What else to write of a chunk.
         """
-        self._store, self._layout, self._shard, self._counts = store, layout, shard, counts
-        self._dtype, self._first_layer, self._more = dtype, first_layer, more
+        self._store, self._layout, self._part, self._counts = store, layout, part, counts
+        self._dtype, self._more = str(layout.dtype).removeprefix("torch."), more
         num_blocks = -(-layout.num_layers // layers_per_block)
         self._layers_of = [block_layers(block, layers_per_block, layout.num_layers) for block in range(num_blocks)]
         self._pending: deque[_Copied] = deque()
@@ -131,8 +126,8 @@ class ChunkSaver:
     def _copy(self, order: SaveOrder) -> _Copied:
         requests = []
         for layer_lo, layer_hi in self._layers_of:
-            layers = (self._first_layer + layer_lo, self._first_layer + layer_hi)
-            key = object_key(order.namespace, order.chain_hash, layers=layers, shard=self._shard)
+            layers = self._part.of_model((layer_lo, layer_hi))
+            key = object_key(order.namespace, order.chain_hash, layers=layers, shard=self._part.shard)
             payload = np.empty(self._layout.num_bytes(layer_hi - layer_lo, len(order.block_ids)), dtype=np.uint8)
             self._layout.gather(layer_lo, layer_hi, order.block_ids, payload)
             shape = (layer_hi - layer_lo, len(order.block_ids), self._layout.block_bytes)

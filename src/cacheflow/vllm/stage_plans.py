@@ -1,4 +1,4 @@
-"""One pipeline stage as the decider sees it: what its ranks found out, what its link and its compute were seen to do."""
+"""One pipeline stage as the decider sees it: what its ranks found out, and what was seen of its link and compute."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The I/O side of a restoration inside vLLM: reads a cell into staging memory, then places it in the KV blocks.
 
-Provides ``restore.ports.TransferPort`` by structure, and on a later pipeline stage ``BoundaryPort``. Two phases, because a read that comes late must not touch blocks
+Provides ``restore.ports.TransferPort`` by structure, and on a later pipeline stage
+``BoundaryPort``. Two phases, because a read that comes late must not touch blocks
 that compute has taken over. An object holds whole KV blocks: see ``layout``.
 """
 
@@ -10,16 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.keys import WHOLE, ObjectKey, Shard
+from cacheflow.plan.keys import ObjectKey
 from cacheflow.restore.orders import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Store
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.layout import BlockLayout, Payload
-from cacheflow.vllm.object_keys import block_layers, boundary_key, object_key
+from cacheflow.vllm.object_keys import StagePart, block_layers, boundary_key, object_key
 
 Submitted = tuple[StagingBuffer, GetHandle]
 """A read under way and the buffer it fills."""
+PRIORITY = 1
+"""Of reads in the store: before saves."""
 
 
 class VllmTicket:
@@ -42,8 +45,8 @@ class BoundaryReads:
     Attributes:
         pool: From ``boundary_pool``.
         token_bytes: Bytes of one token's states, hidden and residual.
-        give: Takes a chunk's number and its states' bytes ``[2, n * bytes of a row]``, which it must copy; called on the
-            I/O thread.
+        give: Takes a chunk's number and its states' bytes ``[2, n * bytes of a row]``, which it must copy; called on
+            the I/O thread.
     """
 
     pool: StagingPool
@@ -64,10 +67,8 @@ class VllmTransferPort:
         target: RestoreTarget,
         *,
         pool: StagingPool,
-        shard: Shard = WHOLE,
-        first_layer: int = 0,
+        part: StagePart | None = None,
         boundaries: BoundaryReads | None = None,
-        priority: int = 0,
     ) -> None:
         """Read ``target``'s objects.
 
@@ -76,10 +77,8 @@ class VllmTransferPort:
             layout: Where they go.
             target: Chunks, blocks, names.
             pool: From ``staging_pool``; shared by all ports of the I/O thread.
-            shard: This rank's.
-            first_layer: The model's layer that is this stage's first.
+            part: This rank's; None for all of the model.
             boundaries: How boundary states are read; None where they are not.
-            priority: Passed to the store with every read.
 
         Raises:
             ValueError: The target's positions do not fall on block boundaries (a caller's bug).
@@ -91,10 +90,8 @@ class VllmTransferPort:
         self._layout = layout
         self._target = target
         self._pool = pool
-        self._shard = shard
-        self._first_layer = first_layer
+        self._part = part or StagePart()
         self._boundaries = boundaries
-        self._priority = priority
 
     def start(self, tile: Tile, *, deadline_s: float) -> VllmTicket:
         """See ``TransferPort.start``; reads the whole object, also where only its end is wanted."""
@@ -102,8 +99,8 @@ class VllmTransferPort:
         blocks, _ = self._blocks(tile.chunk_lo)
         num_bytes = self._layout.num_bytes(layers[1] - layers[0], len(blocks))
         chain_hash = self._target.chain_hashes[tile.chunk_lo]
-        of_model = (self._first_layer + layers[0], self._first_layer + layers[1])
-        key = object_key(self._target.namespace, chain_hash, layers=of_model, shard=self._shard)
+        of_model = self._part.of_model(layers)
+        key = object_key(self._target.namespace, chain_hash, layers=of_model, shard=self._part.shard)
         request = self._submit(key, self._pool, num_bytes, deadline_s=deadline_s)
         return VllmTicket(chunk=tile.chunk_lo, tile=tile, num_bytes=num_bytes, pool=self._pool, request=request)
 
@@ -121,8 +118,8 @@ class VllmTransferPort:
         key = boundary_key(
             self._target.namespace,
             self._target.chain_hashes[chunk],
-            layer=self._first_layer,
-            tp_size=self._shard.tp_size,
+            layer=self._part.first_layer,
+            tp_size=self._part.shard.tp_size,
         )
         request = self._submit(key, reads.pool, num_bytes, deadline_s=deadline_s)
         return VllmTicket(chunk=chunk, tile=None, num_bytes=num_bytes, pool=reads.pool, request=request)
@@ -130,7 +127,7 @@ class VllmTransferPort:
     def _submit(self, key: ObjectKey, pool: StagingPool, num_bytes: int, *, deadline_s: float) -> Submitted:
         staging = pool.take()
         request = GetRequest(key, staging.array[:num_bytes])
-        return staging, self._store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
+        return staging, self._store.submit_get([request], priority=PRIORITY, deadline_s=deadline_s)
 
     def wait(self, ticket: VllmTicket, *, timeout_s: float) -> LoadOutcome | None:
         """See ``TransferPort.wait``."""

@@ -17,6 +17,7 @@ from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.find_facts import FoundEngine, find_engine
 from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.object_keys import StagePart
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.recompute import VllmComputePort
 from cacheflow.vllm.saver import ChunkSaver, MorePuts
@@ -92,10 +93,8 @@ class WorkerSide:
             self._store,
             engine.layout,
             layers_per_block=facts.layers_per_block,
-            dtype=facts.shape.dtype,
-            shard=engine.handle.shard,
+            part=_part(facts),
             counts=self.counts,
-            first_layer=facts.first_layer,
             more=self._start_capturing(engine),
         )
         return facts
@@ -127,10 +126,8 @@ class WorkerSide:
             engine.layout,
             target,
             pool=self._pool,
-            shard=engine.handle.shard,
-            first_layer=engine.facts.first_layer,
+            part=_part(engine.facts),
             boundaries=self._boundary_reads(compute),
-            priority=1,
         )
         return compute, transfer
 
@@ -191,3 +188,7 @@ class WorkerSide:
             self._saver.close()
         if self._capture is not None:
             self._capture.close()
+
+
+def _part(facts: EngineFacts) -> StagePart:
+    return StagePart(facts.shard, facts.first_layer)
