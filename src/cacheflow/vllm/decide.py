@@ -16,7 +16,7 @@ from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.sharing import Shared
-from cacheflow.vllm.stage_plans import StagePlanner
+from cacheflow.vllm.stage_plans import PlanSpan, StagePlanner
 from cacheflow.vllm.tracked import Decision, StagePlan, TrackedRequest
 from cacheflow.vllm.wishes import Mode
 
@@ -138,10 +138,11 @@ class Decider:
     def _plans(
         self, policy: RestorePolicy, start: int, end: int, sources: Sequence[BoundarySource]
     ) -> tuple[StagePlan, ...]:
-        chunk_tokens = self._options.chunk_tokens
+        span = PlanSpan(start=start, end=end, chunk_tokens=self._options.chunk_tokens)
+        handed = [source is BoundarySource.HANDED_OVER for source in (*sources, BoundarySource.NONE)]
         return tuple(
-            stage.plan(policy, start=start, end=end, chunk_tokens=chunk_tokens, source=source)
-            for stage, source in zip(self.stages, sources, strict=True)
+            stage.plan(policy, span, source, hands_over=handed[index] or handed[index + 1])
+            for index, (stage, source) in enumerate(zip(self.stages, sources, strict=True))
         )
 
     def _why_not(self, plans: Sequence[StagePlan]) -> str:

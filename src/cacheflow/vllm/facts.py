@@ -35,6 +35,7 @@ class EngineFacts:
         weights: Digests of its weights, by layer.
         boundary_token_bytes: Bytes of one token's boundary states, the input of the stage's first layer; 0 where they
             are not stored: on the first stage, or switched off.
+        linked: Whether the stage below can hand activations over, in order, where boundary states are missing.
     """
 
     shard: Shard
@@ -48,6 +49,7 @@ class EngineFacts:
     first_layer: int = 0
     weights: tuple[LayerDigest, ...] = ()
     boundary_token_bytes: int = 0
+    linked: bool = False
 
     def __post_init__(self) -> None:
         """Check that a load-only engine says why.

@@ -92,6 +92,7 @@ def find_engine(
         link=link,
         first_layer=handle.start_layer,
         weights=weights,
+        linked=handle.can_recompute and not handle.is_first_stage,
         boundary_token_bytes=boundary_token_bytes(handle) if stores_boundaries(options, handle) else 0,
     )
     return FoundEngine(handle, layout, forward, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,9 +13,25 @@ from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.base import RestorePolicy
+from cacheflow.policies.cake import token_wise_plan
 from cacheflow.policies.load import Load
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.tracked import StagePlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSpan:
+    """Which tokens a restoration brings.
+
+    Attributes:
+        start: The first, a multiple of the block size.
+        end: One past the last, the end of a chunk.
+        chunk_tokens: Tokens of a chunk.
+    """
+
+    start: int
+    end: int
+    chunk_tokens: int
 
 
 class StagePlanner:
@@ -39,34 +56,38 @@ class StagePlanner:
         """
         if self.facts.shard.pp_rank == 0:
             return BoundarySource.FIRST_STAGE
-        stored = self.facts.boundary_token_bytes > 0 and num_boundaries > first_chunk
-        return BoundarySource.STORED if stored else BoundarySource.NONE
+        if self.facts.boundary_token_bytes > 0 and num_boundaries > first_chunk:
+            return BoundarySource.STORED
+        return BoundarySource.HANDED_OVER if self.facts.linked else BoundarySource.NONE
 
-    def plan(
-        self, policy: RestorePolicy, *, start: int, end: int, chunk_tokens: int, source: BoundarySource
-    ) -> StagePlan:
-        """Plan tokens ``[start, end)``.
+    def plan(self, policy: RestorePolicy, span: PlanSpan, source: BoundarySource, *, hands_over: bool) -> StagePlan:
+        """Plan a span of tokens.
 
         Args:
             policy: How; a stage that cannot recompute loads, whatever it says.
-            start: First token to restore, a multiple of the block size.
-            end: One past the last, the end of a chunk.
-            chunk_tokens: Tokens of a chunk.
+            span: Which tokens.
             source: Of its activations.
+            hands_over: It hands activations over, or takes what is handed over: it recomputes whole chunks.
 
         Raises:
             CostRangeError: A chunk lies outside the measured range.
         """
-        problem = self._problem(start, end, chunk_tokens=chunk_tokens, source=source)
-        chosen = Load() if source is BoundarySource.NONE or self.facts.costs is None else policy
-        return StagePlan(problem=problem, plan=chosen.plan(self._corrected(problem)), source=source)
+        problem = self._problem(span, source)
+        corrected = self._corrected(problem)
+        if source is BoundarySource.NONE or self.facts.costs is None:
+            plan = Load().plan(corrected)
+        elif hands_over and policy.name != Load.name:
+            plan = token_wise_plan(policy.name, corrected)
+        else:
+            plan = policy.plan(corrected)
+        return StagePlan(problem=problem, plan=plan, source=source)
 
     def recompute_s(self, stage: StagePlan) -> float:
         """Seconds to recompute all of it on this stage alone."""
         return float(stage.problem.compute_KB.sum()) * self.rates.compute_factor
 
-    def _problem(self, start: int, end: int, *, chunk_tokens: int, source: BoundarySource) -> RestoreProblem:
-        facts = self.facts
+    def _problem(self, span: PlanSpan, source: BoundarySource) -> RestoreProblem:
+        facts, start, end, chunk_tokens = self.facts, span.start, span.end, span.chunk_tokens
         first = start // chunk_tokens * chunk_tokens
         ends = tuple(range(first + chunk_tokens, end + 1, chunk_tokens))
         grid = Grid(ends, facts.num_blocks, start=start)

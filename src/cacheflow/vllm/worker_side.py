@@ -21,6 +21,7 @@ from cacheflow.vllm.object_keys import StagePart
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.recompute import VllmComputePort
 from cacheflow.vllm.saver import ChunkSaver, MorePuts
+from cacheflow.vllm.stage_link import StageLink, link_stages
 from cacheflow.vllm.step import CaptureOrder, SaveOrder, StepOrders
 from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 
@@ -63,6 +64,7 @@ class WorkerSide:
         self._carrier = OrderCarrier(self._ports, clock=time.perf_counter)
         self._saver: ChunkSaver | None = None
         self._capture: BoundaryCapture | None = None
+        self._link: StageLink | None = None
         self._request_of: dict[int, str] = {}
         self._report = NOTHING_DONE
         self._failed_blocks: set[int] = set()
@@ -83,6 +85,7 @@ class WorkerSide:
         engine = find_engine(self._options, self._store, self._vllm_config, self._kv_cache_config, self._kv_caches)
         facts = engine.facts
         self._engine = engine
+        self._link = link_stages(engine.handle)
         self._pool = staging_pool(
             engine.layout, chunk_tokens=self._options.chunk_tokens, layers_per_block=facts.layers_per_block
         )
@@ -120,7 +123,9 @@ class WorkerSide:
         engine = self._engine
         assert engine is not None, "orders come after the facts were found"
         engine.layout.fence()
-        compute: ComputePort = NoComputePort() if engine.forward is None else VllmComputePort(engine.forward, target)
+        compute: ComputePort = NoComputePort()
+        if engine.forward is not None:
+            compute = VllmComputePort(engine.forward, target, link=self._link)
         transfer = VllmTransferPort(
             self._store,
             engine.layout,
