@@ -48,15 +48,16 @@ class Script:
     eager: bool = True
     dtype: str = "float32"
     num_kv_blocks: int = 0
-    steps: list[tuple[str, dict]] = field(default_factory=list)
+    steps: list[tuple[str, str, dict]] = field(default_factory=list)
 
-    def do(self, name: str, **arguments: Any) -> Script:
-        self.steps.append((name, arguments))
+    def do(self, name: str, label: str = "", /, **arguments: Any) -> Script:
+        """Add a step; what it returns is kept under its label."""
+        self.steps.append((name, label, arguments))
         return self
 
 
-def run(script: Script, folder: Path, *, patience_s: float = PATIENCE_S) -> list[Any]:
-    """Start an engine, carry the script out, end it; what each step returned, in order."""
+def run(script: Script, folder: Path, *, patience_s: float = PATIENCE_S) -> dict[str, Any]:
+    """Start an engine, carry the script out, end it; what each step with a label returned."""
     folder.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))
     binds = [str(cores[rank % len(cores)]) for rank in range(script.ranks.total)]
@@ -84,9 +85,10 @@ def main() -> None:
 
     script = pickle.loads(sys.stdin.buffer.read())
     session = rank_engine.Session(script, Path(sys.argv[1]).parent)
-    answers = [getattr(session, name)(**arguments) for name, arguments in script.steps]
+    answers = {label: getattr(session, name)(**arguments) for name, label, arguments in script.steps}
     Path(sys.argv[1]).write_bytes(pickle.dumps(answers))
-    session.llm.llm_engine.engine_core.engine_core.shutdown()
+    if script.steps[-1][0] != "killed":
+        session.llm.llm_engine.engine_core.engine_core.shutdown()
 
 
 class Session:
@@ -174,9 +176,76 @@ class Session:
         assert self.core.scheduler.reset_prefix_cache()
         self.on_ranks(poison)
 
+    def killed(self, rank: int, request: dict) -> tuple[str, float]:
+        """Kill a rank while a request is under way; the error that says so, and after how many seconds it came."""
+        import signal
+
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            max_tokens=2000, temperature=0.0, ignore_eos=True, detokenize=False,
+            extra_args={"kv_transfer_params": request.get("params") or {}},
+        )  # fmt: skip
+        pids = self.on_ranks(process_id)
+        self.llm.llm_engine.add_request("doomed", {"prompt_token_ids": request["tokens"]}, sampling)
+        self.llm.llm_engine.step()
+        os.kill(pids[rank], signal.SIGKILL)
+        began_s = time.perf_counter()
+        try:
+            while time.perf_counter() < began_s + 60.0:
+                self.llm.llm_engine.step()
+        except Exception as error:  # noqa: BLE001 -- whatever vLLM says is the answer
+            return f"{type(error).__name__}: {error}", time.perf_counter() - began_s
+        return "", time.perf_counter() - began_s
+
+    def soak(self, requests: list[dict], *, num_restorations: int, seed: int = 0) -> list[dict]:
+        """Restore again and again, up to three requests at a time, some of them aborted in the middle.
+
+        Returns:
+            For each request that ended which of ``requests`` it was, its tokens and its explain records.
+        """
+        import random
+
+        chances = random.Random(seed)
+        ended: list[dict] = []
+        restored = 0
+        while restored < num_restorations:
+            self.evict()
+            chosen = [chances.randrange(len(requests)) for _ in range(chances.randint(1, 3))]
+            aborted = chances.random() < 0.2
+            if aborted:
+                self._ask_and_abort(requests[chosen[0]], num_steps=chances.randint(1, 6))
+                continue
+            for index, answer in zip(chosen, self.ask([requests[each] for each in chosen], kv=False), strict=True):
+                records = answer["params"]["cacheflow"]
+                restored += sum(record["outcome"] == "done" for record in records)
+                ended.append({"index": index, "tokens": answer["tokens"], "records": records})
+        return ended
+
+    def _ask_and_abort(self, request: dict, *, num_steps: int) -> None:
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        extra = {"kv_transfer_params": request["params"]}
+        sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra)
+        engine.add_request("aborted", {"prompt_token_ids": request["tokens"]}, sampling)
+        for _ in range(num_steps):
+            engine.step()
+        engine.abort_request(["aborted"])
+
+    def free_blocks(self) -> int:
+        return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
     def settle(self) -> list[dict]:
         """Wait until every rank has written what it saves; each rank's counts."""
         return self.on_ranks(settled)
+
+    def forget(self, kind: str, store: str) -> int:
+        """Remove the stored objects of a kind; how many there were."""
+        found = [path for path in (Path(store) / "objects").rglob("*") if path.is_file() and f"_{kind}_" in path.name]
+        for path in found:
+            path.unlink()
+        return len(found)
 
     def call(self, function: Any, args: tuple = ()) -> list[Any]:
         """Run a function on every rank."""
@@ -217,6 +286,10 @@ def poison(worker: Any) -> None:
         layout.scatter(layer, layer + 1, list(range(layout.num_blocks)), payload)
 
 
+def process_id(_: Any) -> int:
+    return os.getpid()
+
+
 def our_side(worker: Any) -> Any:
     """The connector's worker half on this rank."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -228,6 +301,20 @@ def settled(worker: Any) -> dict:
     side = our_side(worker)
     assert side._saver.wait(20.0)
     return {**side.counts.chunks_saved}
+
+
+def break_reads(worker: Any, rank: tuple[int, int], fault: str, kind: str) -> None:
+    """From now on reads of objects of a kind fail on one rank ``(pipeline, tensor)``; ``fault`` empty: heal."""
+    from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+
+    side = our_side(worker)
+    shard = side._engine.handle.shard
+    if isinstance(side._store, FaultyStore):
+        side._store = side._store.inner
+    if fault and (shard.pp_rank, shard.tp_rank) == rank:
+        rule = FaultRule(fault=Fault(fault), matches=lambda key: key.kind.value == kind)
+        plan = FaultPlan(rules=(rule,), seed=1)
+        side._store = FaultyStore(side._store, plan)
 
 
 def num_objects(store: Path) -> int:
