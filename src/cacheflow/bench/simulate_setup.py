@@ -138,9 +138,10 @@ def _kv_tokens(gpu_name: str, shape: ModelShape, layout: RankLayout) -> int:
     parts = layout.kv_parts(shape) * layout.pipeline_parallel_size
     kv_bytes = (MEMORY_SHARE * memory_bytes - weight_bytes / layout.num_ranks) * parts
     if kv_bytes < shape.kv_bytes_per_token:
+        owner = f"{gpu_name} has" if layout.num_ranks == 1 else f"{layout.num_ranks} {gpu_name} have"
         raise ConfigError(
             f"the weights of {shape.name} take {weight_bytes / 1e9:.0f} GB, "
-            f"{layout.num_ranks} {gpu_name} have {memory_bytes * layout.num_ranks / 1e9:.0f} GB: "
+            f"{owner} {memory_bytes * layout.num_ranks / 1e9:.0f} GB: "
             "choose a larger GPU, a smaller model, or more ranks (pipeline_parallel_size, tensor_parallel_size)"
         )
     return int(kv_bytes / shape.kv_bytes_per_token)
