@@ -8,6 +8,7 @@ import pytest
 from cacheflow import cli
 from cacheflow.bench.hardware import find_gpu, find_model
 from cacheflow.bench.plan_command import predict
+from cacheflow.plan.stages import RankLayout
 
 GOOD = {"--model": "Llama-3.1-8B", "--gpu": "H100", "--bandwidth-gbps": "40", "--tokens": "8192", "--suffix": "256"}
 
@@ -122,3 +123,52 @@ def test_plan_needs_neither_torch_nor_matplotlib():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_stages_are_shown_in_every_way_and_the_sooner_one_by_stage(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(words(pipeline_parallel_size="3", tensor_parallel_size="2")) == 0
+    text = capsys.readouterr().out
+    assert "Llama-3.1-8B on 3 x 2 H100, link 40 Gbit/s each: 8,192 cached + 256 new tokens" in text
+    for way in ("recompute", "load", "stage by stage", "handed over", "stored states"):
+        assert re.search(rf"^ ?{way} ", text, re.MULTILINE), way
+    assert re.search(r"GPU axis: (pays|does not pay here): ", text)
+    # 32 layers over 3 stages, as vLLM cuts them.
+    for stage, layers in enumerate(("0-10", "11-21", "22-31")):
+        assert re.search(rf"^ ?{stage} +{layers} ", text, re.MULTILINE), layers
+
+
+def test_tensor_parallel_ranks_share_compute_and_bytes():
+    one, two = (
+        predict(
+            find_model("Llama-3.1-8B"), find_gpu("H100"), bandwidth_gbps=40, grid_tokens=(8192, 256, 512),
+            chosen="cacheflow", layout=RankLayout(tensor_parallel_size=size),
+        )
+        for size in (1, 2)
+    )  # fmt: skip
+    assert two.bound.restore_s == pytest.approx(one.bound.restore_s / 2)
+    assert two.shown.ttft_s == pytest.approx(one.shown.ttft_s / 2, rel=0.02)
+
+
+def test_a_shared_link_is_named_and_slower(capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*words(tensor_parallel_size="2"), "--shared-link"]) == 0
+    assert "1 x 2 H100, link 40 Gbit/s shared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pipeline_parallel_size": "33"}, "32 layers cannot be split into 33"),
+        ({"pipeline_parallel_size": "0"}, "pipeline_parallel_size is 0"),
+        ({"tensor_parallel_size": "3"}, "cannot be shared by tensor_parallel_size 3"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(changes, reason, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(words(**changes)) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_stages_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    assert cli.main(words(pipeline_parallel_size="2", suffix="0", out=str(tmp_path))) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "Picture: " in capsys.readouterr().out

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cacheflow.bench.figures import figure_07
 from cacheflow.bench.figures.crowd_bound import least_mean_s, most_in_time, weighted_work_N
-from cacheflow.bench.figures.figure_07 import staged_restore_s
 from cacheflow.bench.figures.requested import mixed_lengths, poisson_times_s, request_of, session_crowd
 from cacheflow.bench.figures.runs import CROWD, least_alone
 from cacheflow.bench.figures.setting import Setting, with_ratio
@@ -79,14 +79,20 @@ def test_a_ratio_is_load_over_recompute():
     assert problem.load_s / problem.recompute_s == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("num_stages", [2, 4])
-def test_stages_without_a_price_divide_the_time_and_boundaries_and_filling_cost_some(num_stages: int):
-    problem = Setting().problem(num_tokens=16_384, suffix_tokens=0)
-    free_s = staged_restore_s(problem, num_stages=num_stages)
-    assert free_s == pytest.approx(staged_restore_s(problem, num_stages=1) / num_stages)
-    pure_s = min(problem.load_s, float(problem.compute_KB.sum())) / num_stages
-    assert free_s < staged_restore_s(problem, num_stages=num_stages, boundary_bytes_per_token=8192) < pure_s * 1.2
-    assert free_s < staged_restore_s(problem, num_stages=num_stages, fill_s=0.02) < free_s + 0.02
+def test_stages_are_simulated_every_way_and_a_stage_that_waits_for_the_whole_prefix_is_slowest():
+    by_stages = {}
+    for record in figure_07.records(True):
+        by_stages.setdefault(record.num_stages, {})[record.series] = record
+    assert set(by_stages) == {1, 2, 4}
+    for num_stages in (2, 4):
+        ways = by_stages[num_stages]
+        assert len(ways) == 5
+        waits_s = ways["without GPU axis, stage by stage"].restore_s
+        assert waits_s > 1.2 * ways["with GPU axis"].restore_s, "the paper: 1.38"
+        assert waits_s > 1.2 * ways["without GPU axis"].restore_s
+        assert ways["load"].restore_s == pytest.approx(by_stages[1]["load"].restore_s / num_stages)
+        assert len({record.bound_restore_s for record in ways.values()}) == 1
+        assert ways["with GPU axis"].restore_s < by_stages[1]["cacheflow"].restore_s
 
 
 def test_sessions_and_mixed_requests_repeat_and_arrive_at_the_load_asked_for():

@@ -48,7 +48,9 @@ def test_a_malformed_timelines_file_is_an_error_of_ours(tmp_path: Path):
 def test_a_thousand_spans_are_drawn(tmp_path: Path):
     pytest.importorskip("matplotlib")
     kinds = list(SpanKind)
-    spans = [span(kinds[i % 7], i * 0.002, i * 0.002 + 0.002, chunk=i % 2, blocks=(i % 3, 3)) for i in range(1000)]
+    spans = [
+        span(kinds[i % len(kinds)], i * 0.002, i * 0.002 + 0.002, chunk=i % 2, blocks=(i % 3, 3)) for i in range(1000)
+    ]
     path = draw_timelines([timeline(*spans), timeline()], tmp_path / "deep" / "timeline.png", title="two")
     assert path.read_bytes().startswith(b"\x89PNG")
 

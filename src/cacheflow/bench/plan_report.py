@@ -55,9 +55,9 @@ def prediction_table(report: PlanReport) -> Table:
         table.add_row(
             rehearsal.plan.policy,
             seconds(rehearsal.restore_s),
-            _over(rehearsal.restore_s, report.bound.restore_s),
+            over(rehearsal.restore_s, report.bound.restore_s),
             seconds(rehearsal.ttft_s),
-            _over(rehearsal.ttft_s, report.bound.ttft_s),
+            over(rehearsal.ttft_s, report.bound.ttft_s),
             f"{rehearsal.recomputed_share:.0%}",
             size(rehearsal.loaded_bytes),
             style="bold" if rehearsal.plan.policy == report.chosen else None,
@@ -109,5 +109,6 @@ def _ranges(count: int, at_most: int) -> Sequence[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _over(time_s: float, bound_s: float) -> str:
+def over(time_s: float, bound_s: float) -> str:
+    """A time over its bound, for a table."""
     return f"{time_s / bound_s:.2f}" if bound_s > 0 else "–"

@@ -12,6 +12,7 @@ from cacheflow.bench.hardware import GPUS, find_gpu, find_model
 from cacheflow.errors import ConfigError
 from cacheflow.plan.published import published_gpus, read_published
 from cacheflow.plan.roofline import Roofline
+from cacheflow.plan.stages import RankLayout
 from cacheflow.sim.cluster import ClusterConfig
 from cacheflow.sim.costs import ChunkCosts, measured_costs, published_costs, roofline_costs
 from cacheflow.types import ModelShape
@@ -31,12 +32,17 @@ CLUSTER_DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 256,
     "recompute_budget_s": 0.05,
     "router": "affinity",
+    "pipeline_parallel_size": 1,
+    "tensor_parallel_size": 1,
+    "link_per_rank": True,
 }
 """Keys of a cluster file, and what holds where it is silent: eight H100 before a store of 10 TB at 10 Gbit/s each.
 
 ``None`` means: from the GPU (its host link, and what its memory leaves beside the weights).
 """
 TEXT_KEYS = ("model", "gpu", "router")
+FLAG_KEYS = ("link_per_rank",)
+WANTED: dict[str, tuple[type, ...]] = {"name": (str,), "truth value": (bool,), "number": (int, float)}
 MEMORY_SHARE = 0.9
 """Share of a GPU's memory that an engine uses, weights included (vLLM's default)."""
 PUBLISHED_MEMORY_GB = {"rtxpro6000": 96, "rtx4090": 24}
@@ -66,11 +72,9 @@ def _read_cluster(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.keys() - CLUSTER_DEFAULTS.keys():
         raise ConfigError(f"--cluster {path} must be one table with the keys {', '.join(CLUSTER_DEFAULTS)}")
     for key, value in values.items():
-        wanted: tuple[type, ...] = (str,) if key in TEXT_KEYS else (int, float)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise ConfigError(
-                f"--cluster {path}: {key} is {value!r}, must be a {'name' if key in TEXT_KEYS else 'number'}"
-            )
+        kind = "name" if key in TEXT_KEYS else "truth value" if key in FLAG_KEYS else "number"
+        if not isinstance(value, WANTED[kind]) or isinstance(value, bool) != (kind == "truth value"):
+            raise ConfigError(f"--cluster {path}: {key} is {value!r}, must be a {kind}")
         if isinstance(value, int | float) and key != "store_gbps" and not abs(value) < GREATEST:
             raise ConfigError(f"--cluster {path}: {key} must be finite and below {GREATEST:g}")
     return values
@@ -82,7 +86,9 @@ def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: flo
     Raises:
         ConfigError: A value is out of range, or the weights do not leave room for keys and values.
     """
-    for key in ("num_replicas", "block_tokens", "max_num_seqs", "kv_tokens"):
+    for key in (
+        "num_replicas", "block_tokens", "max_num_seqs", "kv_tokens", "pipeline_parallel_size", "tensor_parallel_size",
+    ):  # fmt: skip
         if values[key] is not None and not (float(values[key]).is_integer() and values[key] >= 1):
             raise ConfigError(f"{key} is {values[key]}, must be a whole number of at least 1")
     if not values["bandwidth_gbps"] < GREATEST:
@@ -91,7 +97,12 @@ def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: flo
         if values[key] is not None and not values[key] > least:
             raise ConfigError(f"{key} is {values[key]:g}, must be above 0")
     token_bytes = shape.kv_bytes_per_token
-    kv_tokens = values["kv_tokens"] or _kv_tokens(values["gpu"], shape)
+    layout = RankLayout(
+        pipeline_parallel_size=int(values["pipeline_parallel_size"]),
+        tensor_parallel_size=int(values["tensor_parallel_size"]),
+        link_per_rank=values["link_per_rank"],
+    )
+    kv_tokens = values["kv_tokens"] or _kv_tokens(values["gpu"], shape, layout)
     return ClusterConfig(
         num_replicas=int(values["num_replicas"]),
         kv_tokens=int(kv_tokens),
@@ -106,6 +117,9 @@ def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: flo
         recompute_budget_s=values["recompute_budget_s"],
         router=values["router"],
         slo_ttft_s=slo_ttft_s,
+        pipeline_parallel_size=layout.pipeline_parallel_size,
+        tensor_parallel_size=layout.tensor_parallel_size,
+        link_per_rank=layout.link_per_rank,
     )
 
 
@@ -116,17 +130,19 @@ def _host_gbps(values: dict[str, Any]) -> float:
     return known.pcie_bytes_per_s * 8 / 1e9 if known else DEFAULT_HOST_GBPS
 
 
-def _kv_tokens(gpu_name: str, shape: ModelShape) -> int:
-    """Tokens that a GPU's memory holds beside the weights."""
+def _kv_tokens(gpu_name: str, shape: ModelShape, layout: RankLayout) -> int:
+    """Tokens that a replica's memory holds beside the weights; every rank has its part of both."""
     memory_gb = PUBLISHED_MEMORY_GB.get(gpu_name.lower())
     memory_bytes = memory_gb * 10**9 if memory_gb else find_gpu(gpu_name).memory_bytes
     weight_bytes = Roofline(shape=shape, gpu=GPUS["H100"]).weight_bytes
-    kv_bytes = MEMORY_SHARE * memory_bytes - weight_bytes
+    parts = layout.kv_parts(shape) * layout.pipeline_parallel_size
+    kv_bytes = (MEMORY_SHARE * memory_bytes - weight_bytes / layout.num_ranks) * parts
     if kv_bytes < shape.kv_bytes_per_token:
+        owner = f"{gpu_name} has" if layout.num_ranks == 1 else f"{layout.num_ranks} {gpu_name} have"
         raise ConfigError(
             f"the weights of {shape.name} take {weight_bytes / 1e9:.0f} GB, "
-            f"{gpu_name} has {memory_bytes / 1e9:.0f} GB: "
-            "choose a larger GPU or a smaller model; one model over several GPUs is not simulated"
+            f"{owner} {memory_bytes * layout.num_ranks / 1e9:.0f} GB: "
+            "choose a larger GPU, a smaller model, or more ranks (pipeline_parallel_size, tensor_parallel_size)"
         )
     return int(kv_bytes / shape.kv_bytes_per_token)
 

@@ -34,6 +34,7 @@ KIND_LABELS: dict[SpanKind, str] = {
     SpanKind.RECOMPUTE: "recomputed",
     SpanKind.KV_ONLY: "recomputed, K/V only",
     SpanKind.LOAD: "loaded",
+    SpanKind.BOUNDARY: "boundary states",
     SpanKind.FAILED: "read failed",
     SpanKind.WASTED: "read in vain",
     SpanKind.SUFFIX: "new tokens",

@@ -113,6 +113,12 @@ class BoundaryEvents:
             self._load.rewind()
         self.find_limit()
 
+    def computed_sooner(self, compute_s: float, now_s: float) -> bool:
+        """Whether compute, behind what it was ordered to do, takes ``compute_s`` before the link has all open cells."""
+        p = self._p
+        open_bytes = p.board.open_bytes - p.demanded_bytes()
+        return p.link_down or open_bytes <= 0 or p.compute_left_s(now_s) + compute_s <= p.link_s(open_bytes)
+
     def hand_over(self, chunk: int) -> None:
         """Note that the stage below will have handed a chunk's activations over when compute comes to it."""
         assert self.source is BoundarySource.HANDED_OVER, f"a stage whose boundary source is {self.source}"

@@ -19,6 +19,7 @@ class BoundaryPointer:
     def __init__(self, progress: Progress) -> None:
         """Read nothing yet."""
         self._p = progress
+        self._cell_bytes = int(progress.problem.load_bytes_KB.max(initial=0))
 
     def claim(self, now_s: float) -> int | None:
         """Claim the chunk whose boundary states are due; None when none is, or none is wanted."""
@@ -81,5 +82,7 @@ class BoundaryPointer:
         ahead = sum(p.board.num_open_K[each] > 0 and p.boundaries.awaited(each) for each in range(chunk))
         if ahead <= CHUNKS_AHEAD:
             return True
-        needed_s = p.link_s(p.boundaries.num_bytes(chunk)) - p.others_link_s + p.boundaries.lead_s
+        # The read that would go first otherwise; what it waits for after that is under way already.
+        next_bytes = p.boundaries.num_bytes(chunk) + self._cell_bytes
+        needed_s = p.link_s(next_bytes) - p.others_link_s + p.boundaries.lead_s
         return self._starts_s(chunk, now_s) <= needed_s

@@ -119,6 +119,17 @@ def _running(cost_RC: Seconds, counts_R: Levels) -> Seconds:
     return running
 
 
+def least_weighted_s(problem: Tradeoff, mu: float) -> float:
+    """The least ``mu * compute + (1 - mu) * load`` of any staircase, ends and what goes with them included.
+
+    Args:
+        problem: At least one chunk.
+        mu: Weight of compute, in [0, 1].
+    """
+    point = _Rows(problem).minimise(mu)
+    return mu * point.compute_end_s + (1.0 - mu) * point.load_end_s
+
+
 def best_mixture(problem: Tradeoff, *, max_cuts: int = MAX_CUTS) -> Mixture:
     """Find the best mixture of staircases for ``max(compute, load)`` with what follows either.
 

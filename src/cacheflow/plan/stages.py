@@ -1,21 +1,86 @@
-"""Pipeline stages: which layers each holds, what restoring them costs, and the least time all of them need.
+"""Pipeline stages and tensor-parallel ranks: which layers each stage holds, and what restoring them costs a rank.
 
 Stage ``s > 0`` recomputes a chunk from its boundary states: in vLLM ``hidden_states`` and ``residual`` of each token,
-so ``2 * hidden_size * dtype`` bytes. Read from the store they are part of the stage's load; handed over by the stage
-below they cost the link nothing and make the stage wait.
-Shapes: ``S`` stages, ``K`` chunks.
+so ``2 * hidden_size * dtype`` bytes, whole on every tensor-parallel rank. Read from the store they are part of the
+stage's load; handed over by the stage below they cost the link nothing and make the stage wait.
+Shapes: ``S`` stages, ``K`` chunks, ``B`` layer blocks.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import numpy as np
+
 from cacheflow.errors import ConfigError
-from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.types import DTYPE_BYTES, ModelShape
 
 BOUNDARY_TENSORS = 2
 """vLLM hands a later stage the hidden states and the residual."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLayout:
+    """How many ranks share a model, and how they are connected to the store.
+
+    Attributes:
+        pipeline_parallel_size: Stages, each with its part of the layers.
+        tensor_parallel_size: Ranks of a stage, each with its part of every layer.
+        link_per_rank: Every rank has a link like the given one; otherwise all ranks share that one.
+    """
+
+    pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    link_per_rank: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            ConfigError: One is below 1.
+        """
+        for name in ("pipeline_parallel_size", "tensor_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in all."""
+        return self.pipeline_parallel_size * self.tensor_parallel_size
+
+    def kv_parts(self, shape: ModelShape) -> int:
+        """Into how many parts the keys and values of a layer fall: heads are copied once there are more ranks.
+
+        Raises:
+            ConfigError: The ranks cannot share the model's heads evenly, or there are more stages than layers.
+        """
+        size = self.tensor_parallel_size
+        parts = min(size, shape.num_kv_heads)
+        if shape.num_q_heads % size or shape.num_kv_heads % parts or size % parts:
+            raise ConfigError(
+                f"{shape.num_q_heads} query heads and {shape.num_kv_heads} key/value heads of {shape.name} cannot be "
+                f"shared by tensor_parallel_size {size}"
+            )
+        split_layers(shape.num_layers, self.pipeline_parallel_size)
+        return parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageProblem:
+    """What one rank of a stage has to restore.
+
+    Attributes:
+        problem: Its layers, without a suffix, over its link or its share of one.
+        source: Where the activations below them come from.
+        suffix_s: Seconds the new tokens take in this stage, the head with the last one.
+    """
+
+    problem: RestoreProblem
+    source: BoundarySource
+    suffix_s: float = 0.0
 
 
 def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int, int], ...]:
@@ -40,8 +105,73 @@ def boundary_bytes_per_token(shape: ModelShape) -> int:
     return BOUNDARY_TENSORS * shape.hidden_size * DTYPE_BYTES[shape.dtype]
 
 
-def stage_bound(problem: RestoreProblem, source: BoundarySource) -> Bound:
-    """The least times of one stage for itself; of one whose activations are handed over, as if it never waited."""
-    if source is BoundarySource.NONE:
-        return Bound(restore_s=problem.load_s, ttft_s=problem.load_s + problem.suffix_s)
-    return bound(problem)
+def stage_problems(
+    problem: RestoreProblem, shape: ModelShape, layout: RankLayout, later: BoundarySource = BoundarySource.STORED
+) -> tuple[StageProblem, ...]:
+    """Cut the problem of a whole model on one GPU into the problems of the ranks that share it.
+
+    Compute is shared evenly by the ranks of a stage: what they lose to their collectives is not counted.
+
+    Args:
+        problem: Of one layer a block.
+        shape: The model.
+        layout: Stages, ranks, links.
+        later: Where the stages behind the first take their activations from.
+
+    Raises:
+        ConfigError: The grid's blocks are not the model's layers, or the layout does not fit the model.
+    """
+    if problem.grid.num_blocks != shape.num_layers:
+        raise ConfigError(
+            f"a grid of {problem.grid.num_blocks} blocks cannot be cut at the {shape.num_layers} layers of {shape.name}"
+        )
+    problem = rank_problem(problem, shape, layout)
+    grid = problem.grid
+    ranges = [grid.chunk_range(chunk) for chunk in range(grid.num_chunks)]
+    tokens_K = np.array([end - start for start, end in ranges], dtype=np.int64)
+    stages = []
+    for stage, (lo, hi) in enumerate(split_layers(shape.num_layers, layout.pipeline_parallel_size)):
+        source = BoundarySource.FIRST_STAGE if stage == 0 else later
+        stored = source is BoundarySource.STORED
+        own = RestoreProblem(
+            grid=Grid(grid.chunk_ends, hi - lo, start=grid.start),
+            compute_KB=problem.compute_KB[:, lo:hi],
+            kv_only_KB=problem.kv_only_KB[:, lo:hi],
+            load_bytes_KB=problem.load_bytes_KB[:, lo:hi],
+            link=problem.link,
+            boundary_bytes_K=tokens_K * (boundary_bytes_per_token(shape) if stored else 0),
+        )
+        suffix_s = float(problem.suffix_B[lo:hi].sum()) + (problem.head_s if hi == shape.num_layers else 0.0)
+        stages.append(StageProblem(problem=own, source=source, suffix_s=suffix_s))
+    return tuple(stages)
+
+
+def rank_problem(problem: RestoreProblem, shape: ModelShape, layout: RankLayout) -> RestoreProblem:
+    """A rank's part of every layer, over its link or its share of one: what tensor parallelism leaves of a problem.
+
+    Raises:
+        ConfigError: The layout does not fit the model.
+    """
+    kv_parts, tp = layout.kv_parts(shape), layout.tensor_parallel_size
+    sharing = 1 if layout.link_per_rank else layout.num_ranks
+    return replace(
+        problem,
+        compute_KB=problem.compute_KB / tp,
+        kv_only_KB=problem.kv_only_KB / tp,
+        load_bytes_KB=problem.load_bytes_KB // kv_parts,
+        link=replace(problem.link, bytes_per_s=problem.link.bytes_per_s / sharing),
+        suffix_B=problem.suffix_B / tp,
+        head_s=problem.head_s / tp,
+    )
+
+
+def suffix_through_s(stages: tuple[StageProblem, ...], num_suffix_chunks: int) -> float:
+    """Seconds the new tokens take through all stages, chunk behind chunk, each stage one chunk at a time.
+
+    Chunks count as equally long; the slowest stage works without a pause, the others once around it.
+    """
+    if num_suffix_chunks == 0:
+        return 0.0
+    slowest_s = max(stage.suffix_s for stage in stages)
+    once_s = sum(stage.suffix_s for stage in stages) / num_suffix_chunks
+    return once_s + slowest_s * (num_suffix_chunks - 1) / num_suffix_chunks

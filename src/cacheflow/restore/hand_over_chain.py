@@ -13,6 +13,9 @@ from cacheflow.plan.cells import Cell
 from cacheflow.restore.orders import ComputeOrder
 from cacheflow.restore.stepped import REST_SHARE, SteppedRestoration
 
+CHUNKS_READ_AHEAD = 2.5
+"""Reads under way, in chunk times: orders are made up to two steps before the reports they lack."""
+
 
 class HandOverChain:
     """Orders whole chunks of several stages together; the stages' own orders carry them."""
@@ -26,6 +29,12 @@ class HandOverChain:
         self._bottom, self._uppers = stages[0], list(stages[1:])
         self._next = 0
 
+    def read_ahead_s(self, read_ahead_s: float) -> float:
+        """Seconds of the link to keep under way: a step lasts at least a chunk, and reports come a step late."""
+        if read_ahead_s <= 0:
+            return read_ahead_s
+        return max(read_ahead_s, CHUNKS_READ_AHEAD * self._chunk_s(self._bottom.state.problem.grid.num_chunks - 1))
+
     def order(self, now_s: float, budget_s: float) -> None:
         """Claim chunks for one step: at least one if there is one, and no more than lasts ``budget_s`` beyond that."""
         if budget_s <= 0:
@@ -36,6 +45,8 @@ class HandOverChain:
         while True:
             seconds = self._chunk_s(min(self._next, state.problem.grid.num_chunks - 1))
             if spent_s > 0 and spent_s + seconds > budget_s:
+                return
+            if self._bottom_open() and not state.boundary.computed_sooner(seconds, now_s):
                 return
             order = self._bottom.claim_chunk(now_s, receives=False)
             if order is None:

@@ -98,7 +98,7 @@ class StagedRestoration:
             )
             for state, source in zip(states, sources, strict=True)
         )
-        self._chain_of, self._chains = _chains(self.stages)
+        self._chain_of = _chains(self.stages)
 
     @property
     def failed(self) -> bool:
@@ -178,8 +178,12 @@ class StagedRestoration:
         """
         self._share_the_end()
         if not self.giving_up:
-            for chain in self._chains:
+            for chain in dict.fromkeys(self._chain_of.values()):
                 chain.order(now_s, compute_budget_s)
+        ahead_s = {
+            index: self._chain_of[index].read_ahead_s(read_ahead_s) if index in self._chain_of else read_ahead_s
+            for index in range(len(self.stages))
+        }
         by_stage: dict[int, RestoreOrders] = {}
         # Who waits for boundary states comes first: the others compute no longer than until those are there, because
         # a step ends with its slowest stage, and only then it is told.
@@ -188,7 +192,7 @@ class StagedRestoration:
             by_stage[index] = stage.orders(
                 now_s,
                 compute_budget_s=0.0 if index in self._chain_of else compute_budget_s,
-                read_ahead_s=read_ahead_s,
+                read_ahead_s=ahead_s[index],
             )
             awaited_s = None if stage.settled else stage.state.boundary.awaited_s(now_s)
             if awaited_s is not None and compute_budget_s > 0:
@@ -244,8 +248,8 @@ class StagedRestoration:
         return self.stage_reports(now_s).merged(planning_s=planning_s)
 
 
-def _chains(stages: Sequence[SteppedRestoration]) -> tuple[set[int], list[HandOverChain]]:
-    """Which stages hand activations over, as indices and as chains of neighbours.
+def _chains(stages: Sequence[SteppedRestoration]) -> dict[int, HandOverChain]:
+    """The chain of neighbours that each stage is in which hands activations over or is handed them, by index.
 
     Raises:
         ConfigError: Such a stage has a plan that shares chunks by layers.
@@ -264,4 +268,5 @@ def _chains(stages: Sequence[SteppedRestoration]) -> tuple[set[int], list[HandOv
                 f"stage {index} hands activations over, chunk by chunk, and needs a plan of whole chunks; policy "
                 f"{plan.policy!r} shares them by {plan.share.value}"
             )
-    return {index for run in runs for index in run}, [HandOverChain([stages[i] for i in run]) for run in runs]
+    chains = [HandOverChain([stages[index] for index in run]) for run in runs]
+    return {index: chain for run, chain in zip(runs, chains, strict=True) for index in run}

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from cacheflow.plan.explain import RestoreReport, Span
 from cacheflow.plan.pointers import RestoreState
-from cacheflow.plan.stages import stage_bound
+from cacheflow.plan.stage_bounds import stage_bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.cacheflow_v1 import CacheFlowV1
 from cacheflow.policies.objective import Objective
 from cacheflow.policies.registry import make_policy
+from cacheflow.policies.stages import StagePolicy
 from cacheflow.sim.granularity import CELLS, COLUMNS, EXACT, MAX_CELLS, ROWS, Grain
 
 GrainOf = Callable[[RestoreProblem], Grain]
@@ -36,12 +37,14 @@ class System:
         batch: Name of its batch policy; None for the objective that the operator chose.
         grain_of: How coarse a grid of its restorations may be.
         about: One line for people.
+        boundary_states: Its pipeline stages read stored boundary states where that is sooner.
     """
 
     restore: str
     batch: str | None
     grain_of: GrainOf
     about: str
+    boundary_states: bool = False
 
 
 SYSTEMS: Mapping[str, System] = MappingProxyType({
@@ -65,7 +68,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType({
     ),
     "cacheflow": System(
         restore="cacheflow", batch=None, grain_of=lambda _: CELLS,
-        about="ours: chunks shared by layers, new tokens behind the load, order by objective",
+        about="ours: chunks shared by layers, new tokens behind the load, order by objective", boundary_states=True,
     ),
 })  # fmt: skip
 """By name, in the order of tables and plots."""
@@ -79,11 +82,13 @@ class SimPolicy:
         name: Of the system.
         batch: Its batch policy; keeps no state.
         grain_of: How coarse a grid of one restoration may be.
+        boundary_states: Its pipeline stages read stored boundary states where that is sooner.
     """
 
     name: str
     batch: BatchPolicy
     grain_of: GrainOf
+    boundary_states: bool = False
 
 
 def make_system(
@@ -108,8 +113,9 @@ def make_system(
     system = SYSTEMS[name]
     return SimPolicy(
         name=name,
-        batch=make_batch_policy(system.batch or objective, make_policy(system.restore)),
+        batch=make_batch_policy(system.batch or objective, StagePolicy(make_policy(system.restore))),
         grain_of=(lambda _: EXACT) if exact else _limited(system.grain_of, max_cells),
+        boundary_states=system.boundary_states,
     )
 
 

@@ -1,32 +1,67 @@
-"""Figure 7: pipeline stages. One GPU simulated; more in closed form, because the simulated device has one stage.
+"""Figure 7: pipeline stages, each with a GPU and a link of its own, by the state machine of every stage.
 
-Each of ``S`` stages holds ``1 / S`` of the layers, with a GPU and a link of its own. With the GPU axis every stage
-loads the hidden states at its lower boundary for the chunks it recomputes and starts at once; without it a chunk comes
-up through the stages, so that the last one starts ``S - 1`` chunk times late. Split between compute and link as in
-``plan.bound``, work infinitely divisible; the new tokens pass the stages one after the other.
+With the GPU axis a stage reads the boundary states of the chunks it recomputes from its link and starts at once.
+Without it activations come up through the stages: chunk by chunk, or, as a naive recompute does, once a stage is
+through with the whole prefix. The new tokens pass the stages one after the other once all are restored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import numpy as np
 
 from cacheflow.bench.figures.chart import Chart, ChartKind, Figure
 from cacheflow.bench.figures.record import FigureRecord
 from cacheflow.bench.figures.runs import alone
 from cacheflow.bench.figures.setting import Setting
-from cacheflow.plan.bound import lower_bound_s
+from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.explain import Lane
+from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.plan.tradeoff import Tradeoff
-from cacheflow.types import DTYPE_BYTES
+from cacheflow.plan.stage_bounds import staged_bound
+from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
+from cacheflow.policies.recompute import Recompute
+from cacheflow.policies.registry import make_policy
+from cacheflow.policies.stages import plan_handing_over, plan_stage
+from cacheflow.sim.stages import HandOver, run_stages
 
 STAGES = (2, 4)
 LENGTHS = (4096, 16_384, 32_768)
 SUFFIX_TOKENS = 256
+POLICY = "cacheflow"
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How stages restore: where later ones take activations from, when they get them, and by what plans."""
+
+    series: str
+    later: BoundarySource
+    hand_over: HandOver = HandOver.CHUNK
+
+    def plans(self, stages: tuple[StageProblem, ...]) -> list[RestorePlan]:
+        """A plan for each stage."""
+        if self.series == "recompute":
+            return [Recompute().plan(stage.problem) for stage in stages]
+        if self.later is BoundarySource.HANDED_OVER:
+            return [plan_handing_over(POLICY, stage.problem) for stage in stages]
+        return [plan_stage(make_policy(POLICY), stage.problem, stage.source) for stage in stages]
+
+
+WAYS = (
+    _Way("recompute", BoundarySource.HANDED_OVER),
+    _Way("load", BoundarySource.NONE),
+    _Way("without GPU axis, stage by stage", BoundarySource.HANDED_OVER, HandOver.PREFIX),
+    _Way("without GPU axis", BoundarySource.HANDED_OVER),
+    _Way("with GPU axis", BoundarySource.STORED),
+)
 
 
 def records(fast: bool) -> Iterator[FigureRecord]:
-    """One stage under every policy, then recompute, two axes and three axes on more."""
+    """One stage under every policy, then every way on more."""
     setting = Setting()
     for num_tokens in LENGTHS[:1] if fast else LENGTHS:
         problem = setting.problem(num_tokens=num_tokens, suffix_tokens=SUFFIX_TOKENS)
@@ -37,58 +72,33 @@ def records(fast: bool) -> Iterator[FigureRecord]:
 
 
 def _staged(setting: Setting, problem: RestoreProblem, like: FigureRecord, num_stages: int) -> Iterator[FigureRecord]:
-    shape = setting.shape
-    boundary_bytes = shape.hidden_size * DTYPE_BYTES[shape.dtype]
-    fill_s = (num_stages - 1) * float(problem.compute_KB[0].sum()) / num_stages
-    times_s = {
-        "recompute": float(problem.compute_KB.sum()) / num_stages + fill_s,
-        "without GPU axis": staged_restore_s(problem, num_stages=num_stages, fill_s=fill_s),
-        "with GPU axis": staged_restore_s(problem, num_stages=num_stages, boundary_bytes_per_token=boundary_bytes),
-    }
-    least_s = staged_restore_s(problem, num_stages=num_stages)
-    # Every stage is restored before the last layer of the new tokens runs.
-    least_ttft_s = max(least_s + float(problem.suffix_B[-1]) + problem.head_s, problem.suffix_s)
-    for series, restore_s in times_s.items():
-        ttft_s = restore_s + problem.suffix_s
+    layout, num_suffix = RankLayout(pipeline_parallel_size=num_stages), len(problem.grid.suffix_ends)
+    # The least of any way: as if boundary states were there for nothing.
+    least = staged_bound(
+        [_free(stage) for stage in stage_problems(problem, setting.shape, layout)], num_suffix_chunks=num_suffix
+    )
+    for way in WAYS:
+        stages = stage_problems(problem, setting.shape, layout, way.later)
+        if way.series == "load":
+            stages = tuple(replace(stage, source=BoundarySource.NONE) for stage in stages)
+        run = run_stages(stages, way.plans(stages), num_suffix_chunks=num_suffix, hand_over=way.hand_over)
+        ends = [stage.restore_s / run.restore_s for stage in run.stages]
         yield replace(
-            like, series=series, policy=series, num_stages=num_stages, workload="closed form", restore_s=restore_s,
-            ttft_s=ttft_s, compute_busy=None, io_busy=None,
-            bound_restore_s=least_s, bound_ttft_s=least_ttft_s,
+            like, series=way.series, policy=way.series, num_stages=num_stages, workload="stages",
+            restore_s=run.restore_s, ttft_s=run.ttft_s, bound_restore_s=least.restore_s, bound_ttft_s=least.ttft_s,
+            compute_busy=fmean(s.busy(Lane.COMPUTE) * end for s, end in zip(run.stages, ends, strict=True)),
+            io_busy=fmean(s.busy(Lane.IO) * end for s, end in zip(run.stages, ends, strict=True)),
         )  # fmt: skip
 
 
-def staged_restore_s(
-    problem: RestoreProblem, *, num_stages: int, fill_s: float = 0.0, boundary_bytes_per_token: int = 0
-) -> float:
-    """The least restoration time of stages that share the layers evenly.
-
-    Args:
-        problem: The whole model on one GPU and one link.
-        num_stages: Stages, each with a GPU and a link like these.
-        fill_s: Seconds before the last stage can begin to recompute.
-        boundary_bytes_per_token: Hidden states that a stage loads for each token it recomputes.
-    """
-    grid, bytes_per_s = problem.grid, problem.link.bytes_per_s
-    tokens_K = [grid.chunk_range(chunk)[1] - grid.chunk_range(chunk)[0] for chunk in range(grid.num_chunks)]
-    compute_KB = problem.compute_KB / num_stages
-    load_KB = problem.load_bytes_KB / (num_stages * bytes_per_s)
-    # Recomputing a chunk brings its boundary over the link, so it saves so much less of the load.
-    boundary_s = sum(tokens_K) * boundary_bytes_per_token / bytes_per_s
-    share = boundary_s / float(load_KB.sum())
-    split = Tradeoff(
-        compute_KB=compute_KB,
-        load_KB=load_KB * (1.0 - share),
-        load_bytes_KB=(problem.load_bytes_KB * (1.0 - share) / num_stages).astype(int),
-        link=replace(problem.link, latency_s=boundary_s),
-        after_compute_s=fill_s,
-        after_load_s=0.0,
-    )
-    return min(lower_bound_s(split), float(load_KB.sum()), float(compute_KB.sum()) + max(fill_s, boundary_s))
+def _free(stage: StageProblem) -> StageProblem:
+    nothing = np.zeros(stage.problem.grid.num_chunks, dtype=np.int64)
+    return replace(stage, problem=replace(stage.problem, boundary_bytes_K=nothing))
 
 
 FIGURE = Figure(
     number=7,
-    title="Pipeline stages (Qwen3-8B, H100, 10 Gbit/s a stage): one simulated, more in closed form",
+    title="Pipeline stages (Qwen3-8B, H100, 10 Gbit/s a stage)",
     published="0.21 s, without the GPU axis 0.29 s; v2: 1.59, 0.96, 0.67 s on 1, 2, 4 GPUs",
     charts=(Chart(kind=ChartKind.BARS, x="num_stages", panel=("num_tokens",), x_label="GPUs in a pipeline"),),
     records=records,
