@@ -109,6 +109,7 @@ def two_stages(setting):
     script.do("evict").do("free_blocks", "free after")
     script.do("forget", "forgotten", kind="hidden", store=str(setting.store))
     asked(script, "handed over", request(1, AUTO))
+    script.do("evict").do("soak", "soak in order", requests=list(SOAKED), num_restorations=NUM_RESTORATIONS // 3)
     script.do("evict").do("killed", "killed", rank=1, request=request(1, AUTO))
     return setting.run(script, "two-stages")
 
@@ -116,11 +117,18 @@ def two_stages(setting):
 @pytest.fixture(scope="module")
 def two_tensor_ranks(setting, two_stages):
     """What an engine of two tensor-parallel ranks answered, which found in the store what others had saved."""
+    from support.rank_engine import break_reads
+
     script = setting.script(tensor=2)
     asked(script, "own", request(1, OFF))
     asked(script, "first", request(1, AUTO))
     script.do("settle")
     asked(script, "restored", request(1, AUTO))
+    asked(script, "load", request(1, LOAD))
+    script.do("call", function=break_reads, args=((0, 1), "hang", "kv"))
+    asked(script, "hang", request(1, AUTO))
+    script.do("call", function=break_reads, args=((0, 1), "", "kv"))
+    script.do("soak", "soak", requests=list(SOAKED[:1]), num_restorations=NUM_RESTORATIONS // 2)
     return setting.run(script, "two-tensor-ranks")
 
 
@@ -215,13 +223,21 @@ def test_without_boundary_states_activations_are_handed_over_in_order(two_stages
     equal(two_stages["handed over"], one_rank["own"])
 
 
-def test_a_soak_of_restorations_leaves_nothing_behind(two_stages, one_rank):
-    done = 0
-    for ended in two_stages["soak"]:
-        own = one_rank["own" if not ended["index"] else f"own {ended['index'] - 1}"][0]["tokens"]
-        assert ended["tokens"] == own[:8]
-        done += sum(record["outcome"] == "done" for record in ended["records"])
-    assert done >= NUM_RESTORATIONS
+def test_a_soak_of_restorations_leaves_nothing_behind(two_stages, two_tensor_ranks, one_rank):
+    """Several at a time, decoding beside restoring, some aborted: from stored states, in order, and tensor-parallel."""
+    owns = [one_rank["own"], *(one_rank[f"own {index}"] for index in range(len(MIXED)))]
+    soaks = (
+        (two_stages["soak"], owns, NUM_RESTORATIONS),
+        (two_stages["soak in order"], owns, NUM_RESTORATIONS // 3),
+        (two_tensor_ranks["soak"], [two_tensor_ranks["own"]], NUM_RESTORATIONS // 2),
+    )
+    for soak, own, least in soaks:
+        assert all(ended["tokens"] == own[ended["index"]][0]["tokens"][:8] for ended in soak)
+        assert sum(record["outcome"] == "done" for ended in soak for record in ended["records"]) >= least
+    sources = {
+        record["stages"][1]["boundary_source"] for ended in two_stages["soak in order"] for record in ended["records"]
+    }
+    assert sources == {"handed_over"}
     assert two_stages["free after"] == two_stages["free before"]
 
 
@@ -242,7 +258,23 @@ def test_another_split_into_stages_restores_what_two_stages_saved(one_rank):
 def test_nobody_takes_another_ranks_heads_for_its_own(two_tensor_ranks, one_rank):
     """One store for one rank, two ranks, and one again: each split finds what its own kind of rank saved, only."""
     assert two_tensor_ranks["first"][0]["params"]["cacheflow"] == []
-    record = record_of(two_tensor_ranks["restored"])
-    assert record["outcome"] == "done"
     equal(two_tensor_ranks["restored"], two_tensor_ranks["own"])
     assert not np.array_equal(two_tensor_ranks["own"][0]["kv"].reshape(-1), one_rank["own"][0]["kv"].reshape(-1))
+
+
+def test_two_tensor_ranks_restore_with_both_pointers_at_work(two_tensor_ranks):
+    record = record_of(two_tensor_ranks["restored"])
+    assert record["outcome"] == "done"
+    assert record["recomputed_cells"] >= LAYERS
+    assert record["loaded_cells"] >= LAYERS
+    assert record["recomputed_cells"] + record["loaded_cells"] == NUM_CHUNKS * LAYERS
+    assert 0 < record["loaded_bytes"] < LAYERS * BYTES_PER_LAYER // 2
+    record = record_of(two_tensor_ranks["load"])
+    assert (record["outcome"], record["loaded_cells"]) == ("done", NUM_CHUNKS * LAYERS)
+    equal(two_tensor_ranks["load"], two_tensor_ranks["own"])
+
+
+def test_a_link_that_stalls_on_one_tensor_rank_costs_time_only(two_tensor_ranks):
+    (record,) = two_tensor_ranks["hang"][0]["params"]["cacheflow"]
+    assert record["restore_s"] < 2 * RESTORE_TIMEOUT_S + 2.0
+    assert two_tensor_ranks["hang"][0]["tokens"] == two_tensor_ranks["own"][0]["tokens"]
