@@ -78,6 +78,11 @@ COMMANDS = (
         "cacheflow.bench.vllm_command",
     ),
     Command(
+        ("bench", "ranks"),
+        "restore on several ranks of vLLM at once, pipeline stages and tensor-parallel ranks",
+        "cacheflow.bench.ranks_command",
+    ),
+    Command(
         ("bench", "figures"),
         "redraw the figures of the CacheFlow paper, and ours, by simulation",
         "cacheflow.bench.figures.command",

@@ -15,6 +15,7 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable
 from cacheflow.plan.problem import LinkCost
+from cacheflow.plan.stages import RankLayout
 from cacheflow.profiling.profile import Profile, save_profile
 
 ROWS = [
@@ -151,6 +152,34 @@ def test_a_model_that_no_gpu_holds_is_refused():
     values = cluster_values(None, {"model": "Llama-3.1-70B"})
     with pytest.raises(ConfigError, match=r"the weights of Llama-3.1-70B take 141 GB, H100 has 80 GB"):
         cluster_config(values, find_shape("Llama-3.1-70B"), slo_ttft_s=2.0)
+
+
+def test_a_model_too_large_for_one_gpu_is_shared_by_several(tmp_path: Path):
+    path = tmp_path / "cluster.json"
+    path.write_text(
+        '{"model": "Llama-3.1-70B", "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "link_per_rank": false}'
+    )
+    config = cluster_config(cluster_values(path, {}), find_shape("Llama-3.1-70B"), slo_ttft_s=2.0)
+    assert config.layout == RankLayout(pipeline_parallel_size=2, tensor_parallel_size=2, link_per_rank=False)
+    # 4 x 72 GB less 141 GB of weights, at 328 kB a token.
+    assert config.kv_tokens == pytest.approx(448e3, rel=0.03)
+    assert config.replica_spec().store_link.bytes_per_s == pytest.approx(10e9 / 8 / 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"link_per_rank": 1}', "link_per_rank is 1, must be true or false"),
+        ('{"tensor_parallel_size": true}', "tensor_parallel_size is True, must be a number"),
+        ('{"tensor_parallel_size": 3}', "cannot be shared by tensor_parallel_size 3"),
+        ('{"pipeline_parallel_size": 1.5}', "pipeline_parallel_size is 1.5, must be a whole number"),
+    ],
+)
+def test_a_layout_that_makes_no_sense_is_refused(tmp_path: Path, text: str, reason: str):
+    path = tmp_path / "cluster.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        cluster_config(cluster_values(path, {}), find_shape("Llama-3.1-8B"), slo_ttft_s=2.0)
 
 
 def test_a_repeated_trace_goes_on_with_prefixes_of_its_own(trace: Path):

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from cacheflow.errors import ProfileError
+from cacheflow.plan.keys import Shard
+from support.scheduler_cases import facts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ONE = pytest.mark.parametrize("tiny", ["qwen3-bf16"], indirect=True, scope="session")
@@ -40,18 +42,21 @@ def test_one_changed_weight_changes_the_fingerprint(tiny, tmp_path):
     """Also of a linear layer, whose parameter vLLM empties on the CPU once it is packed."""
     import torch
 
-    from cacheflow.vllm.identity import worker_namespace
+    from cacheflow.vllm.identity import stage_weights
 
     layer = tiny.handle.inner.layers[1]
     assert layer.mlp.down_proj.weight.numel() == 0
-    before = worker_namespace(tiny.handle, tiny.layout, chunk_tokens=512).weights_fingerprint
+    before = stage_weights(tiny.handle, tiny.layout)
+    assert [number for number, _ in before] == [-1, *range(tiny.layout.num_layers)]
     linear = layer.mlp.down_proj.cpu_linear
     layer.mlp.down_proj.cpu_linear = lambda x, weight, bias: linear(x, weight, bias) * torch.tensor(1.02, dtype=x.dtype)
     try:
-        assert worker_namespace(tiny.handle, tiny.layout, chunk_tokens=512).weights_fingerprint != before
+        changed = [one[0] for one, other in zip(stage_weights(tiny.handle, tiny.layout), before, strict=True)
+                   if one != other]  # fmt: skip
+        assert changed == [1]
     finally:
         layer.mlp.down_proj.cpu_linear = linear
-    assert worker_namespace(tiny.handle, tiny.layout, chunk_tokens=512).weights_fingerprint == before
+    assert stage_weights(tiny.handle, tiny.layout) == before
 
 
 def test_ranks_and_adapters_have_names_of_their_own():
@@ -59,12 +64,45 @@ def test_ranks_and_adapters_have_names_of_their_own():
     from cacheflow.vllm.identity import lora_namespace, shared_namespace
 
     one, two = "a" * 32, "b" * 32
-    assert shared_namespace({0: one}) == one
-    assert shared_namespace({0: one, 1: two}) == shared_namespace({1: two, 0: one})
-    assert shared_namespace({0: one, 1: two}) != shared_namespace({0: two, 1: one})
+    shards = [Shard(tp_rank=rank, tp_size=2) for rank in range(2)]
+    ranks = [facts(namespace=name, shard=shard) for name, shard in zip((one, two), shards, strict=True)]
+    assert shared_namespace([facts(namespace=one)]) == one
+    assert shared_namespace(ranks) == shared_namespace(ranks[::-1])
+    swapped = [facts(namespace=name, shard=shard) for name, shard in zip((two, one), shards, strict=True)]
+    assert shared_namespace(ranks) != shared_namespace(swapped)
     adapters = {lora_namespace(one, name=name, path=path) for name in "xy" for path in "pq"}
     assert len(adapters | {one}) == 5
     assert all(len(digest) == 32 for digest in adapters)
+
+
+def stages(*layers_of, namespace="a" * 32, weights="wxyz", tp_size=1):
+    """Facts of an engine whose pipeline stages hold these layers; of rank 0 of each where there are more."""
+    return [
+        facts(
+            namespace=namespace,
+            shard=Shard(tp_rank=tp_rank, tp_size=tp_size, pp_rank=stage, pp_size=len(layers_of)),
+            first_layer=layers[0],
+            weights=tuple((layer, weights[layer] + str(tp_rank)) for layer in ([-1, *layers] if not stage else layers)),
+        )
+        for stage, layers in enumerate(layers_of)
+        for tp_rank in range(tp_size)
+    ]
+
+
+def test_a_namespace_is_the_same_for_every_split_into_stages_and_another_for_every_other_change():
+    pytest.importorskip("torch")
+    from cacheflow.vllm.identity import shared_namespace
+
+    whole = shared_namespace(stages([0, 1, 2, 3]))
+    assert shared_namespace(stages([0, 1], [2, 3])) == whole
+    assert shared_namespace(stages([0], [1], [2, 3])[::-1]) == whole
+    others = [
+        stages([0, 1], [2, 3], namespace="b" * 32),
+        stages([0, 1], [2, 3], weights="wxvz"),
+        stages([0, 1, 2, 3], tp_size=2),
+        stages([0, 1], [2]),
+    ]
+    assert len({whole, *map(shared_namespace, others)}) == 5
 
 
 @ONE

@@ -100,7 +100,6 @@ def test_kv_caches_of_other_kinds(caches, reason):
         ({"model_config__is_multimodal_model": True}, "multimodal"),
         ({"parallel_config__enable_eplb": True}, "expert load balancing"),
         ({"parallel_config__use_ubatching": True}, "dual-batch"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "boundary hidden states"),
         ({"parallel_config__data_parallel_size": 2, "parallel_config__is_moe_model": True}, "data parallelism"),
     ],
 )
@@ -112,9 +111,10 @@ def test_engines_that_only_load(changes, reason):
     assert reason in found
 
 
-def test_dense_replicas_may_recompute():
+def test_dense_replicas_and_pipeline_stages_may_recompute():
     from cacheflow.vllm.refusals import recompute_refusals
 
+    assert recompute_refusals(runner(), config(parallel_config__pipeline_parallel_size=2)) == []
     assert recompute_refusals(runner(), config(parallel_config__data_parallel_size=2)) == []
 
 

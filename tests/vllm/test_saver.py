@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from cacheflow.plan.keys import WHOLE
 from cacheflow.stores.base import GetRequest, PutOutcome
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm import saver as saver_module
 from cacheflow.vllm.layout import BlockLayout, LayerView
 from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
 from cacheflow.vllm.saver import ChunkSaver
 from cacheflow.vllm.step import SaveOrder
-from cacheflow.vllm.transfer import block_layers, object_key
 
 pytestmark = pytest.mark.torch
 
@@ -48,7 +47,7 @@ class Case:
 
         self.store.contains = slowly
         self.saver = ChunkSaver(
-            self.store, self.layout, layers_per_block=PER_BLOCK, dtype="bfloat16", shard=WHOLE, counts=self.counts
+            self.store, self.layout, layers_per_block=PER_BLOCK, part=StagePart(), counts=self.counts
         )
 
     @property

@@ -11,7 +11,8 @@ from cacheflow.stores.base import PutRequest
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.layout import BlockLayout, LayerView
-from cacheflow.vllm.transfer import VllmTransferPort, block_layers, object_key, staging_pool
+from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
+from cacheflow.vllm.transfer import VllmTransferPort, staging_pool
 
 pytestmark = pytest.mark.torch
 
@@ -48,7 +49,7 @@ def new_port(store, layout, *, start=0, shard=SHARD):
         block_ids=(7, 2, 5, 3), namespace=NAMESPACE, chain_hashes=CHAIN, layers_per_block=PER_BLOCK,
     )  # fmt: skip
     pool = staging_pool(layout, chunk_tokens=CHUNK, layers_per_block=PER_BLOCK)
-    return VllmTransferPort(store, layout, target, pool=pool, shard=shard)
+    return VllmTransferPort(store, layout, target, pool=pool, part=StagePart(shard))
 
 
 def gathered(layout, layers, block_ids):

@@ -13,6 +13,7 @@ from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json, read_text
 from cacheflow.plan.published import published_gpus, read_published
 from cacheflow.plan.roofline import Roofline
+from cacheflow.plan.stages import RankLayout
 from cacheflow.sim.cluster import ClusterConfig
 from cacheflow.sim.costs import ChunkCosts, measured_costs, published_costs, roofline_costs
 from cacheflow.sim.router import make_router
@@ -34,6 +35,9 @@ CLUSTER_DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 256,
     "recompute_budget_s": 0.05,
     "router": "affinity",
+    "pipeline_parallel_size": 1,
+    "tensor_parallel_size": 1,
+    "link_per_rank": True,
 }
 """Keys of a cluster file, and what holds where it is silent: eight H100 before a store of 10 TB at 10 Gbit/s each.
 
@@ -48,8 +52,11 @@ OPTIONS = {
 }
 """Options that override a key of a cluster file."""
 TEXT_KEYS = ("model", "gpu", "router")
+FLAG_KEYS = ("link_per_rank",)
 COUNT_KEYS = {
     "num_replicas": 100_000,
+    "pipeline_parallel_size": 1024,
+    "tensor_parallel_size": 1024,
     "kv_tokens": 10**12,
     "block_tokens": 10**6,
     "pass_tokens": 10**6,
@@ -105,6 +112,10 @@ def _check_value(name: str, key: str, value: Any) -> None:  # noqa: ANN401 -- wh
         if key == "router":
             _check_router(name, value)
         return
+    if key in FLAG_KEYS:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}, must be true or false")
+        return
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}, must be a number")
     if key == "store_gbps" and value == math.inf:
@@ -140,7 +151,12 @@ def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: flo
         ConfigError: The weights do not leave room for keys and values.
     """
     token_bytes = shape.kv_bytes_per_token
-    kv_tokens = values["kv_tokens"] or _kv_tokens(values["gpu"], shape)
+    layout = RankLayout(
+        pipeline_parallel_size=int(values["pipeline_parallel_size"]),
+        tensor_parallel_size=int(values["tensor_parallel_size"]),
+        link_per_rank=values["link_per_rank"],
+    )
+    kv_tokens = values["kv_tokens"] or _kv_tokens(values["gpu"], shape, layout)
     return ClusterConfig(
         num_replicas=int(values["num_replicas"]),
         kv_tokens=int(kv_tokens),
@@ -156,6 +172,9 @@ def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: flo
         recompute_budget_s=values["recompute_budget_s"],
         router=values["router"],
         slo_ttft_s=slo_ttft_s,
+        pipeline_parallel_size=layout.pipeline_parallel_size,
+        tensor_parallel_size=layout.tensor_parallel_size,
+        link_per_rank=layout.link_per_rank,
     )
 
 
@@ -168,17 +187,19 @@ def _host_gbps(values: dict[str, Any]) -> float:
         return DEFAULT_HOST_GBPS
 
 
-def _kv_tokens(gpu_name: str, shape: ModelShape) -> int:
-    """Tokens that a GPU's memory holds beside the weights."""
+def _kv_tokens(gpu_name: str, shape: ModelShape, layout: RankLayout) -> int:
+    """Tokens that a replica's memory holds beside the weights; every rank has its part of both."""
     memory_gb = PUBLISHED_MEMORY_GB.get(gpu_name.lower())
     memory_bytes = memory_gb * 10**9 if memory_gb else find_gpu(gpu_name).memory_bytes
     weight_bytes = Roofline(shape=shape, gpu=GPUS["H100"]).weight_bytes
-    kv_bytes = MEMORY_SHARE * memory_bytes - weight_bytes
+    parts = layout.kv_parts(shape) * layout.pipeline_parallel_size
+    kv_bytes = (MEMORY_SHARE * memory_bytes - weight_bytes / layout.num_ranks) * parts
     if kv_bytes < shape.kv_bytes_per_token:
+        owner = f"{gpu_name} has" if layout.num_ranks == 1 else f"{layout.num_ranks} {gpu_name} have"
         raise ConfigError(
             f"the weights of {shape.name} take {weight_bytes / 1e9:.0f} GB, "
-            f"{gpu_name} has {memory_bytes / 1e9:.0f} GB: "
-            "choose a larger GPU or a smaller model; one model over several GPUs is not simulated"
+            f"{owner} {memory_bytes * layout.num_ranks / 1e9:.0f} GB: "
+            "choose a larger GPU, a smaller model, or more ranks (pipeline_parallel_size, tensor_parallel_size)"
         )
     return int(kv_bytes / shape.kv_bytes_per_token)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -69,7 +69,13 @@ class VllmClient:
         self._port, self._timeout_s = port, timeout_s
 
     def complete(
-        self, prompt: Sequence[int], *, max_tokens: int, logprobs: int = 0, go_on: GoOn = lambda _: True
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        logprobs: int = 0,
+        go_on: GoOn = lambda _: True,
+        params: Mapping[str, Any] | None = None,
     ) -> Answer:
         """Greedy completion of token ids; end-of-sequence is ignored, so that ``max_tokens`` come.
 
@@ -77,12 +83,13 @@ class VllmClient:
             prompt: Token ids.
             max_tokens: Tokens to generate.
             logprobs: How many alternatives of the first token to return.
+            params: ``kv_transfer_params``; None for none.
             go_on: Asked after each event with the number of tokens so far; False ends the request there.
 
         Raises:
             ServerError: The server refused the request or closed the stream.
         """
-        body = _request_body(prompt, max_tokens=max_tokens, logprobs=logprobs)
+        body = _request_body(prompt, max_tokens=max_tokens, logprobs=logprobs, params=params)
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=self._timeout_s)
         try:
             connection.connect()
@@ -149,7 +156,9 @@ class VllmClient:
             connection.close()
 
 
-def _request_body(prompt: Sequence[int], *, max_tokens: int, logprobs: int) -> str:
+def _request_body(
+    prompt: Sequence[int], *, max_tokens: int, logprobs: int, params: Mapping[str, Any] | None = None
+) -> str:
     if not prompt or max_tokens < 1:
         raise ConfigError(f"a request needs a prompt and max_tokens of 1 or more, got {len(prompt)} and {max_tokens}")
     return json.dumps(
@@ -163,6 +172,7 @@ def _request_body(prompt: Sequence[int], *, max_tokens: int, logprobs: int) -> s
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
             **({"logprobs": logprobs} if logprobs else {}),
+            **({"kv_transfer_params": dict(params)} if params else {}),
         }
     )
 

@@ -9,6 +9,7 @@ Samples = Mapping[str, float]
 
 LOADED_BYTES = ("vllm:cacheflow_loaded_bytes_total", "vllm:kv_offload_load_bytes_total")
 TOKENS = "vllm:cacheflow_tokens_total"
+BOUND_RATIO = "vllm:cacheflow_bound_ratio_sum"
 RESTORE_S = "vllm:cacheflow_restore_seconds_sum"
 
 
@@ -22,6 +23,7 @@ class EngineCounts:
         loaded_tokens: ... by I/O.
         wasted_tokens: Read, but recomputed all the same.
         restore_s: Seconds the engine counted for restoring.
+        bound_ratio: Those seconds over the engine's own lower bound; 0 where it has none.
     """
 
     loaded_bytes: float = 0.0
@@ -29,6 +31,7 @@ class EngineCounts:
     loaded_tokens: float = 0.0
     wasted_tokens: float = 0.0
     restore_s: float = 0.0
+    bound_ratio: float = 0.0
 
 
 def counts_between(before: Samples, after: Samples) -> EngineCounts:
@@ -43,6 +46,7 @@ def counts_between(before: Samples, after: Samples) -> EngineCounts:
         loaded_tokens=grown(TOKENS, 'source="loaded"'),
         wasted_tokens=grown(TOKENS, 'source="wasted"'),
         restore_s=grown(RESTORE_S),
+        bound_ratio=grown(BOUND_RATIO),
     )
 
 

@@ -39,6 +39,9 @@ class ServerOptions:
         kv_cache_bytes: KV cache on any device, instead; None for the above, and for vLLM's choice elsewhere.
         compiled: Let vLLM compile the model; else it runs eagerly, in which restoration by layers is bit-exact.
         log_dir: Folder for the servers' logs.
+        pipeline_parallel_size: Pipeline stages.
+        tensor_parallel_size: Ranks of a stage.
+        omp_bind: Cores of the ranks in vLLM's notation; empty: all cores for the only rank.
     """
 
     python: Path
@@ -50,6 +53,9 @@ class ServerOptions:
     compiled: bool
     log_dir: Path
     kv_cache_bytes: int | None = None
+    pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    omp_bind: str = ""
 
     def with_python(self, python: Path) -> ServerOptions:
         """The same with another interpreter."""
@@ -66,6 +72,9 @@ def server_command(options: ServerOptions, *, port: int, transfer: Mapping[str, 
         "--max-num-batched-tokens", str(options.chunk_tokens), "--max-num-seqs", "8",
         "--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log",
     ]  # fmt: skip
+    for key in ("pipeline_parallel_size", "tensor_parallel_size"):
+        if (size := getattr(options, key)) > 1:
+            command += [f"--{key.replace('_', '-')}", str(size), "--distributed-executor-backend", "mp"]
     if not options.compiled:
         command.append("--enforce-eager")
     if options.kv_cache_bytes is not None:
@@ -84,7 +93,7 @@ def server_environment(options: ServerOptions) -> dict[str, str]:
         "PYTHONPATH": f"{ours}{os.pathsep}{path}" if path else ours,  # so that vLLM finds connector and spec
         "VLLM_SERVER_DEV_MODE": "1",  # offers /reset_prefix_cache
         "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": threads_bind(),
+        "VLLM_CPU_OMP_THREADS_BIND": options.omp_bind or threads_bind(),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }

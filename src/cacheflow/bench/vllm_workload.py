@@ -27,6 +27,11 @@ TINY_SHAPE = {
     "vocab_size": 4096,
     "max_position_embeddings": 16_384,
 }
+RANKS_NAME = "ranks-qwen3"
+RANKS_SHAPE = {**TINY_SHAPE, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24,
+               "num_key_value_heads": 8}  # fmt: skip
+"""Heads for two ranks, layers for stages, and states between stages that are small beside a stage's KV."""
+RANDOM_MODELS = {TINY_NAME: TINY_SHAPE, RANKS_NAME: RANKS_SHAPE}
 PROMPT_STRIDE = 611
 """Tokens between the beginnings of two prompts of a run: they share no block, so none is another's cache hit."""
 
@@ -41,17 +46,18 @@ class BenchModel:
 
 
 def open_model(name: str) -> BenchModel:
-    """The model of a run: ``smollm2-135m``, ``tiny-qwen3`` (random weights), or a folder.
+    """The model of a run: ``smollm2-135m``, one of ``RANDOM_MODELS``, or a folder.
 
     Raises:
         ConfigError: The name is unknown, or the model cannot be made or read.
     """
     if name == SMOLLM2_NAME:
         return read_model(smollm2_folder(), name)
-    if name == TINY_NAME:
-        return read_model(tiny_folder(), name)
+    if name in RANDOM_MODELS:
+        return read_model(random_folder(name), name)
     if not Path(name).is_dir():
-        raise ConfigError(f"--model {name!r} is unknown; known: {SMOLLM2_NAME}, {TINY_NAME}, or a model folder")
+        known = ", ".join((SMOLLM2_NAME, *RANDOM_MODELS))
+        raise ConfigError(f"--model {name!r} is unknown; known: {known}, or a model folder")
     return read_model(Path(name), Path(name).name)
 
 
@@ -79,9 +85,9 @@ def read_model(folder: Path, name: str) -> BenchModel:
         raise ConfigError(f"model folder {folder} cannot be used: {error}") from error
 
 
-def tiny_folder() -> Path:
+def random_folder(name: str) -> Path:
     """Folder with a small random Qwen3 whose attention is far from uniform; made on the first call."""
-    folder = cache_root() / "models" / TINY_NAME
+    folder, shape = cache_root() / "models" / name, RANDOM_MODELS[name]
     if (folder / "config.json").is_file():
         return folder
     from cacheflow.engine.random_models import tiny_model
@@ -89,10 +95,10 @@ def tiny_folder() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
-        sizes: dict[str, Any] = dict(TINY_SHAPE)
+        sizes: dict[str, Any] = dict(shape)
         with quiet_transformers():
             tiny_model("qwen3", dtype="bfloat16", **sizes).module.save_pretrained(staging)
-        _write_tokenizer(staging, vocab_size=TINY_SHAPE["vocab_size"])
+        _write_tokenizer(staging, vocab_size=shape["vocab_size"])
         staging.rename(folder)
     except OSError:
         if not (folder / "config.json").is_file():  # else another process was first, with the same bytes
@@ -108,7 +114,7 @@ def prompt_tokens(model: BenchModel, num_tokens: int) -> list[int]:
     Raises:
         ConfigError: There is not that much text, or the folder has no ``tokenizer.json``.
     """
-    if model.folder.name == TINY_NAME:
+    if model.folder.name in RANDOM_MODELS:
         raw = "".join(source_text()).encode()
         tokens = [(a * 256 + b) % model.shape.vocab_size for a, b in pairwise(raw)]
     else:

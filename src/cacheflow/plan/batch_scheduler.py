@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.batch import BatchOrder, BatchPolicy, WaitingRequest, bounded, predict_ends
+from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.pointers import ClaimKind, ComputeClaim, RestoreState
@@ -32,10 +33,11 @@ class BatchClaim:
 
 @dataclass(frozen=True, slots=True)
 class BatchLoad:
-    """One cell for the link to fetch, of one request."""
+    """One cell for the link to fetch, of one request; with ``boundary``, the boundary states of the tile's chunk."""
 
     request_id: int
     tile: Tile
+    boundary: bool = False
 
 
 @dataclass(slots=True)
@@ -158,7 +160,11 @@ class BatchScheduler:
         for request_id in self.order(now_s).link:
             if self._entries[request_id].finishing:
                 continue
-            tile = self._started(request_id).claim_load(now_s)
+            state = self._started(request_id)
+            chunk = state.boundary.claim(now_s)
+            if chunk is not None:
+                return BatchLoad(request_id, Tile(chunk, chunk + 1, 0, 1), boundary=True)
+            tile = state.claim_load(now_s)
             if tile is not None:
                 return BatchLoad(request_id, tile)
         return None
@@ -209,7 +215,14 @@ class BatchScheduler:
         entry = self._entries[request_id]
         if entry.state is None:
             plan = self._plans.pop(request_id, None) or self._plan(request_id)
-            entry.state = RestoreState(entry.problem, plan, self.rates, min_claim_s=self._min_claim_s)
+            stored = entry.problem.boundary_bytes_K.any()
+            entry.state = RestoreState(
+                entry.problem,
+                plan,
+                self.rates,
+                min_claim_s=self._min_claim_s,
+                source=BoundarySource.STORED if stored else BoundarySource.FIRST_STAGE,
+            )
         return entry.state
 
     def _plan(self, request_id: int) -> RestorePlan:

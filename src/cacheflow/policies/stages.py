@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,6 +14,21 @@ from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.cake import token_wise_plan
 from cacheflow.policies.load import Load
+
+
+class StagePolicy:
+    """A restore policy that plans any stage for itself: with stored boundaries where the problem has some."""
+
+    name: ClassVar[str] = "staged"
+
+    def __init__(self, policy: RestorePolicy) -> None:
+        """Wrap a policy that knows of no stages; plans carry its name."""
+        self._policy = policy
+
+    def plan(self, problem: RestoreProblem) -> RestorePlan:
+        """Plan one stage; see ``plan_stage``."""
+        stored = problem.boundary_bytes_K.any()
+        return plan_stage(self._policy, problem, BoundarySource.STORED if stored else BoundarySource.FIRST_STAGE)
 
 
 def plan_stage(policy: RestorePolicy, problem: RestoreProblem, source: BoundarySource) -> RestorePlan:

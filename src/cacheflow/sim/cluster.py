@@ -8,11 +8,13 @@ from functools import partial
 
 from cacheflow.errors import ConfigError, TraceError
 from cacheflow.plan.problem import LinkCost
+from cacheflow.plan.stages import RankLayout
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.costs import ModelCosts
 from cacheflow.sim.kv_cache import BlockLru
 from cacheflow.sim.link import SharedBandwidth
 from cacheflow.sim.policies import SimPolicy
+from cacheflow.sim.ranks import RankCosts
 from cacheflow.sim.replica import Replica, ReplicaSpec, Served
 from cacheflow.sim.results import Resources
 from cacheflow.sim.router import make_router
@@ -25,7 +27,7 @@ class ClusterConfig:
 
     Attributes:
         num_replicas: Engines.
-        kv_tokens: Tokens of keys and values that fit into one GPU's memory.
+        kv_tokens: Tokens of keys and values that fit into a replica's memory.
         nic_bytes_per_s: Bandwidth of each replica's link to the shared store.
         nic_latency_s: Its latency.
         store_tokens: Tokens that fit into the shared store.
@@ -39,6 +41,9 @@ class ClusterConfig:
         recompute_budget_s: Seconds of restoring and prefilling after which decoding requests get a token.
         router: Name of the router.
         slo_ttft_s: Limit of the time to first token that counts as good.
+        pipeline_parallel_size: Pipeline stages of a replica.
+        tensor_parallel_size: Tensor-parallel ranks of a stage.
+        link_per_rank: Each GPU of a replica has a link to the store like the given one; otherwise they share it.
     """
 
     num_replicas: int = 8
@@ -56,6 +61,9 @@ class ClusterConfig:
     recompute_budget_s: float = 0.05
     router: str = "affinity"
     slo_ttft_s: float = 2.0
+    pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    link_per_rank: bool = True
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -76,10 +84,20 @@ class ClusterConfig:
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ConfigError(f"cluster: {name} is {getattr(self, name)}, must be above 0")
+        _ = self.layout  # refuses sizes below 1
+
+    @property
+    def layout(self) -> RankLayout:
+        """How a replica's GPUs share the model."""
+        return RankLayout(
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            tensor_parallel_size=self.tensor_parallel_size,
+            link_per_rank=self.link_per_rank,
+        )
 
     @property
     def kv_blocks(self) -> int:
-        """Blocks of one GPU's memory."""
+        """Blocks of a replica's memory."""
         return self.kv_tokens // self.block_tokens
 
     def check_fits(self, request: TraceRequest) -> None:
@@ -103,16 +121,18 @@ class ClusterConfig:
 
     def replica_spec(self) -> ReplicaSpec:
         """What each replica is made of."""
+        sharing = 1 if self.link_per_rank else self.layout.num_ranks
         return ReplicaSpec(
             kv_blocks=self.kv_blocks,
             block_tokens=self.block_tokens,
             pass_tokens=self.pass_tokens,
-            store_link=LinkCost(bytes_per_s=self.nic_bytes_per_s, latency_s=self.nic_latency_s),
+            store_link=LinkCost(bytes_per_s=self.nic_bytes_per_s / sharing, latency_s=self.nic_latency_s),
             host_link=LinkCost(bytes_per_s=self.host_bytes_per_s, latency_s=self.host_latency_s),
             host_blocks=self.host_tokens // self.block_tokens,
             max_num_seqs=self.max_num_seqs,
             recompute_budget_s=self.recompute_budget_s,
             slo_ttft_s=self.slo_ttft_s,
+            num_ranks=self.layout.num_ranks,
         )
 
 
@@ -128,15 +148,20 @@ class Cluster:
 
         Raises:
             UnknownPolicyError: The router is not known.
-            ConfigError: A GPU holds no block.
+            ConfigError: A GPU holds no block, or the GPUs cannot share the model.
         """
         self.config, self.loop = config, EventLoop()
         self._router = make_router(config.router, config.num_replicas)
         store = BlockLru(config.store_tokens // config.block_tokens)
-        shared = None if config.store_bytes_per_s == float("inf") else SharedBandwidth(config.store_bytes_per_s)
+        # One rank is simulated for all of its replica: the others draw as much from the store.
+        num_ranks, own_bytes_per_s = config.layout.num_ranks, config.store_bytes_per_s / config.layout.num_ranks
+        shared = None if config.store_bytes_per_s == float("inf") else SharedBandwidth(own_bytes_per_s)
+        rank_costs: ModelCosts | RankCosts = costs
+        if num_ranks > 1:
+            rank_costs = RankCosts(costs, config.layout, boundary_states=policy.boundary_states)
         spec = config.replica_spec()
         self.replicas = [
-            Replica(self.loop, spec, costs, policy, store=store, shared=shared) for _ in range(config.num_replicas)
+            Replica(self.loop, spec, rank_costs, policy, store=store, shared=shared) for _ in range(config.num_replicas)
         ]
         self._served: Callable[[Served], None] = lambda served: None
         for index, each in enumerate(self.replicas):
@@ -171,14 +196,15 @@ class Cluster:
         return self.loop.now_s
 
     def resources(self) -> Resources:
-        """What GPUs and links have done so far."""
+        """What GPUs and links have done so far; bytes of all ranks, busy times of the one that stands for them."""
+        num_ranks = self.config.layout.num_ranks
         return Resources(
             num_replicas=len(self.replicas),
             ordered_busy_s=sum(each.gpu.ordered_busy_s for each in self.replicas),
             decode_busy_s=sum(each.gpu.decode_busy_s for each in self.replicas),
             store_busy_s=sum(each.store_link.busy_s for each in self.replicas),
-            store_bytes=sum(each.store_link.moved_bytes for each in self.replicas),
-            host_bytes=sum(each.host_link.moved_bytes for each in self.replicas),
+            store_bytes=sum(each.store_link.moved_bytes for each in self.replicas) * num_ranks,
+            host_bytes=sum(each.host_link.moved_bytes for each in self.replicas) * num_ranks,
         )
 
     def _schedule_next(self) -> None:

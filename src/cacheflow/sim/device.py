@@ -202,7 +202,11 @@ class SimulatedDevice:
             if load is None:
                 return
             job, chunk = self._jobs[load.request_id], load.tile.chunk_lo
-            num_bytes = int(job.truth.load_bytes_KB[chunk, load.tile.block_lo])
+            num_bytes = int(
+                job.truth.boundary_bytes_K[chunk]
+                if load.boundary
+                else job.truth.load_bytes_KB[chunk, load.tile.block_lo]
+            )
             job.asked_bytes += num_bytes
             self._num_reads += 1
             self._link_of(load.request_id, chunk).read(
@@ -215,7 +219,10 @@ class SimulatedDevice:
         if load.request_id in self._jobs:
             state = self._scheduler.state(load.request_id)
             state.rates.observe_load(num_bytes=num_bytes, busy_s=busy_s)
-            if state.begin_place(load.tile):
+            if load.boundary:
+                state.boundary.complete(load.tile.chunk_lo, self._loop.now_s)
+                self._jobs[load.request_id].loaded_bytes += num_bytes
+            elif state.begin_place(load.tile):
                 state.complete_load(load.tile)
                 self._jobs[load.request_id].loaded_bytes += num_bytes
             self._note_restored(load.request_id)

@@ -143,6 +143,6 @@ def _merged(problem: RestoreProblem, chunk_starts: list[int], block_starts: list
         compute_KB=compute_KB,
         kv_only_KB=np.clip(compute_KB - saved_KB, 0.0, compute_KB),
         load_bytes_KB=bytes_KB,
-        suffix_B=np.add.reduceat(problem.suffix_B, block_starts),
         boundary_bytes_K=np.add.reduceat(problem.boundary_bytes_K, chunk_starts),
+        suffix_B=np.add.reduceat(problem.suffix_B, block_starts),
     )

@@ -18,6 +18,7 @@ from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.cacheflow_v1 import CacheFlowV1
 from cacheflow.policies.objective import Objective
 from cacheflow.policies.registry import make_policy
+from cacheflow.policies.stages import StagePolicy
 from cacheflow.sim.granularity import CELLS, COLUMNS, EXACT, MAX_CELLS, ROWS, Grain
 
 CLOSE = 1.15
@@ -42,6 +43,7 @@ class System:
         grain_of: How coarse a grid of its restorations may be.
         about: One line for people.
         prefills: Restores nothing: the engine prefills what is not in GPU memory, in passes of its own.
+        boundary_states: Its pipeline stages read stored boundary states where that is sooner.
     """
 
     restore: str
@@ -49,6 +51,7 @@ class System:
     grain_of: GrainOf
     about: str
     prefills: bool = False
+    boundary_states: bool = False
 
 
 SYSTEMS: Mapping[str, System] = MappingProxyType({
@@ -73,7 +76,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType({
     ),
     "cacheflow": System(
         restore="cacheflow", batch=None, grain_of=lambda _: CELLS,
-        about="ours: chunks shared by layers, new tokens behind the load, order by objective",
+        about="ours: chunks shared by layers, new tokens behind the load, order by objective", boundary_states=True,
     ),
 })  # fmt: skip
 """By name, in the order of tables and plots."""
@@ -89,6 +92,7 @@ class SimPolicy:
         grain_of: How coarse a grid of one restoration may be.
         restore: How it restores.
         prefills: See ``System``.
+        boundary_states: See ``System``.
     """
 
     name: str
@@ -96,6 +100,7 @@ class SimPolicy:
     grain_of: GrainOf
     restore: RestorePolicy
     prefills: bool
+    boundary_states: bool = False
 
     def leaves_to_prefill(self, problem: RestoreProblem) -> bool:
         """Whether a request is restored not at all; it is planned for that only where its own prefill comes close."""
@@ -125,13 +130,14 @@ def make_system(
     if objective not in known:
         raise UnknownPolicyError(f"objective {objective!r} is not known; known are {', '.join(known)}")
     system = SYSTEMS[name]
-    restore = make_policy(system.restore)
+    restore = StagePolicy(make_policy(system.restore))
     return SimPolicy(
         name=name,
         batch=make_batch_policy(system.batch or objective, restore),
         restore=restore,
         prefills=system.prefills,
         grain_of=(lambda _: EXACT) if exact else _limited(system.grain_of, max_cells),
+        boundary_states=system.boundary_states,
     )
 
 

@@ -23,6 +23,7 @@ from cacheflow.sim.granularity import coarse_cut, coarsen
 from cacheflow.sim.kv_cache import BlockLru, Changed, KvCache, Lease
 from cacheflow.sim.link import SharedBandwidth, SimulatedLink
 from cacheflow.sim.policies import SimPolicy
+from cacheflow.sim.ranks import RankCosts
 from cacheflow.workloads.request import TraceRequest, num_blocks
 
 
@@ -40,6 +41,7 @@ class ReplicaSpec:
         max_num_seqs: Requests it runs at once.
         recompute_budget_s: Seconds of restoring and prefilling after which decoding requests get a token.
         slo_ttft_s: Deadline of a first token, from its arrival.
+        num_ranks: GPUs that share the model, each with links and memory like these.
     """
 
     kv_blocks: int
@@ -51,6 +53,7 @@ class ReplicaSpec:
     max_num_seqs: int
     recompute_budget_s: float
     slo_ttft_s: float
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,8 @@ class _Running:
     hit_tokens: int
     restored_tokens: int
     host_chunks: int = 0
+    elsewhere_s: float = 0.0
+    first_token_at_s: float = 0.0
     restored: Restored | None = None
 
 
@@ -102,7 +107,7 @@ class Replica:
         self,
         loop: EventLoop,
         spec: ReplicaSpec,
-        costs: ModelCosts,
+        costs: ModelCosts | RankCosts,
         policy: SimPolicy,
         *,
         store: BlockLru,
@@ -171,16 +176,18 @@ class Replica:
         cut = on_host - hit
         link = self._mixed_link(cut, known - on_host)
         prefill = self._problem(request, hit, hit, link)
-        problem = prefill
+        exact = prefill
         if known > hit and not self._policy.prefills:
             exact = replace(self._problem(request, hit, known, link), prefill_s=prefill.suffix_s)
             problem = coarsen(exact, self._policy.grain_of(exact), cut=cut)
             running.host_chunks = problem.grid.num_chunks if on_host == known else coarse_cut(problem, exact, cut)
             if self._policy.leaves_to_prefill(problem):
-                problem = prefill
-        if problem is prefill:
+                exact = prefill
+        if exact is prefill:
             running.restored_tokens = 0
             problem = coarsen(prefill, self._policy.grain_of(prefill))
+        if isinstance(self._costs, RankCosts):
+            running.elsewhere_s = self._costs.elsewhere_s(exact)
         self._device.submit(
             request.request_id,
             problem,
@@ -214,8 +221,20 @@ class Replica:
 
     def _end_prefill(self, restored: Restored) -> None:
         running = self._running[restored.request_id]
-        request = running.request
         running.restored = restored
+        if running.elsewhere_s > 0:
+            at_s = self._loop.now_s + running.elsewhere_s
+            self._loop.at(at_s, lambda: self._end_elsewhere(running, restored), priority=1)
+        else:
+            self._begin_decode(running, restored)
+
+    def _end_elsewhere(self, running: _Running, restored: Restored) -> None:
+        self._begin_decode(running, restored)
+        self._device.pump()  # nobody else may be there to let the GPU decode
+
+    def _begin_decode(self, running: _Running, restored: Restored) -> None:
+        request = running.request
+        running.first_token_at_s = restored.first_token_at_s + running.elsewhere_s
         full = request.block_ids[: request.input_tokens // self._spec.block_tokens]
         self.cache.publish(running.lease, full)
         # Writing is not modelled: the blocks are there at once, and cost no bandwidth.
@@ -238,12 +257,12 @@ class Replica:
             Served(
                 request=running.request,
                 arrival_s=running.arrival_s,
-                first_token_at_s=restored.first_token_at_s,
+                first_token_at_s=running.first_token_at_s,
                 last_token_at_s=self._loop.now_s,
                 hit_tokens=running.hit_tokens,
                 restored_tokens=running.restored_tokens,
-                loaded_bytes=restored.loaded_bytes,
-                wasted_bytes=restored.wasted_bytes,
+                loaded_bytes=restored.loaded_bytes * self._spec.num_ranks,
+                wasted_bytes=restored.wasted_bytes * self._spec.num_ranks,
             )
         )
         self._admit()

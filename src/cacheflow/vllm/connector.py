@@ -174,6 +174,11 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """Self-test and calibration; runs once, before the first request."""
         return CacheFlowHandshake(self._worker_side.find_facts())
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Take this step's orders; vLLM calls it right before the forward."""
+        super().bind_connector_metadata(connector_metadata)
+        self._worker_side.expect(self._orders().captures)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Carry out this step's orders; vLLM calls it every step, after the forward."""
         self._worker_side.carry_out(self._orders())
@@ -190,6 +195,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose restoration ended."""
+        self._worker_side.forget(finished_req_ids)
         return None, self._worker_side.take_finished() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -272,7 +278,9 @@ def _media(feature: Any) -> MediaSpan:
 def _scheduled(scheduler_output: Any) -> Iterator[ScheduledRequest]:
     num_scheduled = scheduler_output.num_scheduled_tokens
     for new in scheduler_output.scheduled_new_reqs:
-        yield ScheduledRequest(new.req_id, new.num_computed_tokens + num_scheduled[new.req_id])
+        count = num_scheduled[new.req_id]
+        yield ScheduledRequest(new.req_id, new.num_computed_tokens + count, count)
     cached = scheduler_output.scheduled_cached_reqs
     for request_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-        yield ScheduledRequest(request_id, num_computed + num_scheduled[request_id])
+        count = num_scheduled[request_id]
+        yield ScheduledRequest(request_id, num_computed + count, count)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-
-import numpy as np
+from collections.abc import Sequence
 
 from cacheflow.errors import CostRangeError
-from cacheflow.plan.costs import CostTable, prefill_s
-from cacheflow.plan.grid import Grid
+from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.plan import Choice, RestorePlan
-from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.load import Load
@@ -20,7 +16,8 @@ from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.sharing import Shared
-from cacheflow.vllm.tracked import Decision, TrackedRequest
+from cacheflow.vllm.stage_plans import PlanSpan, StagePlanner
+from cacheflow.vllm.tracked import Decision, StagePlan, TrackedRequest
 from cacheflow.vllm.wishes import Mode
 
 logger = logging.getLogger(__name__)
@@ -33,33 +30,60 @@ class Decider:
     """Plans restorations with the costs of one engine.
 
     Attributes:
-        facts: What the workers found out at start; the slowest rank's.
-        rates: What compute and the link were seen to do; every restoration corrects them.
+        stages: Its pipeline stages, bottom first.
     """
 
-    def __init__(self, facts: EngineFacts, options: ConnectorOptions, *, clock: Clock) -> None:
+    def __init__(self, facts_by_stage: Sequence[EngineFacts], options: ConnectorOptions, *, clock: Clock) -> None:
         """Make the policy.
+
+        Args:
+            facts_by_stage: What the workers found out at start; the slowest rank's of each pipeline stage.
+            options: The connector's.
+            clock: Times the planning.
 
         Raises:
             UnknownPolicyError: There is no such policy.
         """
-        self.facts = facts
-        self.rates = LiveRates(bytes_per_s=facts.link.bytes_per_s)
+        self.stages = [StagePlanner(facts) for facts in facts_by_stage]
         self._options, self._clock = options, clock
-        self._policy: RestorePolicy = make_policy(options.policy) if facts.costs is not None else Load()
-        self._guarded = options.policy == "cacheflow" and facts.costs is not None
-        self._max_tokens = _measured_tokens(facts)
+        self.can_compute = all(facts.costs is not None for facts in facts_by_stage)
+        self._policy: RestorePolicy = make_policy(options.policy) if self.can_compute else Load()
+        self._guarded = options.policy == "cacheflow" and self.can_compute
+        self._max_tokens = min(stage.measured_tokens for stage in self.stages)
+
+    @property
+    def facts(self) -> EngineFacts:
+        """The first stage's; block and chunk sizes are the same everywhere."""
+        return self.stages[0].facts
+
+    @property
+    def rates(self) -> LiveRates:
+        """What compute and the link of the first stage were seen to do."""
+        return self.stages[0].rates
+
+    @rates.setter
+    def rates(self, rates: LiveRates) -> None:
+        self.stages[0].rates = rates
+
+    @property
+    def num_blocks(self) -> int:
+        """Rows of the grids of all stages together."""
+        return sum(stage.facts.num_blocks for stage in self.stages)
+
+    @property
+    def layers_per_block(self) -> int:
+        """Layers of one row; in a compiled engine a row is a stage, and the largest decides."""
+        return max(stage.facts.layers_per_block for stage in self.stages)
 
     def behind_copy(self, decision: Decision, shared: Shared) -> Decision:
         """The decision to copy what another restoration has brought and to restore only what lies behind it."""
         began_s = self._clock()
-        problem = self._problem(shared.end, decision.end)
         policy = Load() if decision.plan is not None and decision.plan.policy == Load.name else self._policy
+        sources = [stage.source for stage in decision.stages]
         return Decision(
             start=decision.start,
             end=decision.end,
-            problem=problem,
-            plan=policy.plan(self._corrected(problem)),
+            stages=self._plans(policy, self._span(shared.end, decision.end), sources),
             planning_s=self._clock() - began_s,
             copied_from=shared.source_blocks,
         )
@@ -83,17 +107,16 @@ class Decider:
             )
             return Decision(start=start, end=start, reason=reason)
         began_s = self._clock()
+        policy = Load() if request.wishes.mode is Mode.LOAD else self._policy
         try:
-            problem = self._problem(start, end, num_tokens=num_tokens)
+            stages = self._plans(policy, self._span(start, end, num_tokens), self._sources(request, start))
         except CostRangeError as error:
             logger.warning("request %s is computed, not restored: %s", request.request_id, error)
             return Decision(start=start, end=start, reason=str(error))
-        policy = Load() if request.wishes.mode is Mode.LOAD else self._policy
-        plan = policy.plan(self._corrected(problem))
-        if self._guarded and request.wishes.mode is Mode.AUTO and (reason := _why_not(plan)):
+        if self._guarded and request.wishes.mode is Mode.AUTO and (reason := self._why_not(stages)):
             # vLLM's own prefill recomputes at least as fast, and batches with what else there is.
-            return Decision(start=start, end=start, problem=problem, plan=plan, reason=reason)
-        return Decision(start=start, end=end, problem=problem, plan=plan, planning_s=self._clock() - began_s)
+            return Decision(start=start, end=start, stages=stages, reason=reason)
+        return Decision(start=start, end=end, stages=stages, planning_s=self._clock() - began_s)
 
     def _end(self, request: TrackedRequest, *, start: int, num_tokens: int, num_stored: int) -> int:
         chunk_tokens = self._options.chunk_tokens
@@ -105,32 +128,40 @@ class Decider:
         ]
         return min(limits) // chunk_tokens * chunk_tokens
 
-    def _problem(self, start: int, end: int, *, num_tokens: int | None = None) -> RestoreProblem:
-        chunk_tokens, facts = self._options.chunk_tokens, self.facts
-        first = start // chunk_tokens * chunk_tokens
-        ends = tuple(range(first + chunk_tokens, end + 1, chunk_tokens))
-        grid = Grid(ends, facts.num_blocks, start=start)
-        link = LinkCost(bytes_per_s=self.rates.bytes_per_s, latency_s=facts.link.latency_s)
-        if facts.costs is None:
-            return _load_only(grid, facts, link, object_tokens=chunk_tokens)
-        problem = facts.problem(grid, link)
-        if num_tokens is not None:  # vLLM may still prefill all of it
-            own_s = _own_prefill_s(facts.costs, start=start, end=end, num_tokens=num_tokens)
-            problem = dataclasses.replace(problem, prefill_s=own_s)
-        if first == start:
-            return problem
-        # Objects are read whole: a first chunk of which a part is resident moves all its bytes.
-        load_bytes_KB = problem.load_bytes_KB.copy()
-        load_bytes_KB[0] = load_bytes_KB[0] * chunk_tokens // (ends[0] - start)
-        return dataclasses.replace(problem, load_bytes_KB=load_bytes_KB)
+    def _span(self, start: int, end: int, num_tokens: int | None = None) -> PlanSpan:
+        # Stages prefill one after the other: what that takes is not the sum of what each of them plans for itself.
+        alone = num_tokens if len(self.stages) == 1 else None
+        return PlanSpan(start=start, end=end, chunk_tokens=self._options.chunk_tokens, num_tokens=alone)
 
-    def _corrected(self, problem: RestoreProblem) -> RestoreProblem:
-        factor = self.rates.compute_factor
-        return dataclasses.replace(
-            problem,
-            compute_KB=problem.compute_KB * factor,
-            kv_only_KB=problem.kv_only_KB * factor,
-            prefill_s=None if problem.prefill_s is None else problem.prefill_s * factor,
+    def _sources(self, request: TrackedRequest, start: int) -> list[BoundarySource]:
+        first_chunk = start // self._options.chunk_tokens
+        num_boundaries = (0, *request.num_boundaries, *([0] * len(self.stages)))
+        return [
+            stage.source(num, first_chunk=first_chunk) for stage, num in zip(self.stages, num_boundaries, strict=False)
+        ]
+
+    def _plans(self, policy: RestorePolicy, span: PlanSpan, sources: Sequence[BoundarySource]) -> tuple[StagePlan, ...]:
+        handed = [source is BoundarySource.HANDED_OVER for source in (*sources, BoundarySource.NONE)]
+        return tuple(
+            stage.plan(policy, span, source, hands_over=handed[index] or handed[index + 1])
+            for index, (stage, source) in enumerate(zip(self.stages, sources, strict=True))
+        )
+
+    def _why_not(self, plans: Sequence[StagePlan]) -> str:
+        """Why vLLM's own prefill is to compute the prompt; empty when restoring pays."""
+        if len(plans) == 1:
+            return _why_not(plans[0].plan)
+        restore_s = max(each.plan.predicted.restore_s for each in plans) + STEP_OVERHEAD_S
+        each_s = [stage.recompute_s(plan) for stage, plan in zip(self.stages, plans, strict=True)]
+        # Chunks follow each other through the stages: all of them take the slowest stage's time, the last chunk the
+        # other stages' too.
+        fill_s = (sum(each_s) - max(each_s)) / plans[0].problem.grid.num_chunks
+        recompute_s = max(each_s) + fill_s
+        if restore_s <= recompute_s:
+            return ""
+        return (
+            f"restoring on {len(plans)} pipeline stages takes {restore_s * 1e3:.0f} ms by prediction, vLLM's own "
+            f"prefill {recompute_s * 1e3:.0f} ms"
         )
 
 
@@ -144,35 +175,3 @@ def _why_not(plan: RestorePlan) -> str:
     if plan.predicted.restore_s + STEP_OVERHEAD_S <= guard.without_loading_s:
         return ""
     return f"{guard.reason}; the steps of a restoration add {STEP_OVERHEAD_S * 1e3:g} ms, so vLLM computes it"
-
-
-def _own_prefill_s(costs: CostTable, *, start: int, end: int, num_tokens: int) -> float | None:
-    """Seconds by which vLLM's prefill of the whole rest of a prompt is longer than that of what lies behind ``end``."""
-    try:
-        whole_s = prefill_s(costs, start=start, end=num_tokens)
-        behind_s = prefill_s(costs, start=end, end=num_tokens)
-    except CostRangeError:
-        return None  # a prompt longer than the costs reach; the chunks to be restored lie within
-    return None if whole_s is None or behind_s is None else max(0.0, whole_s - behind_s)
-
-
-def _load_only(grid: Grid, facts: EngineFacts, link: LinkCost, *, object_tokens: int) -> RestoreProblem:
-    layers_B = np.full(facts.num_blocks, facts.layers_per_block)
-    layers_B[-1] = facts.shape.num_layers - facts.layers_per_block * (facts.num_blocks - 1)
-    free_KB = np.zeros((grid.num_chunks, facts.num_blocks))
-    bytes_B = layers_B * object_tokens * facts.shape.kv_bytes_per_token_layer
-    return RestoreProblem(
-        grid=grid,
-        compute_KB=free_KB,
-        kv_only_KB=free_KB,
-        load_bytes_KB=np.tile(bytes_B.astype(np.int64), (grid.num_chunks, 1)),
-        link=link,
-    )
-
-
-def _measured_tokens(facts: EngineFacts) -> int:
-    """Longest prefix the costs cover; a longer one is restored as far as they do."""
-    if facts.costs is None:
-        return 1 << 62
-    grids = [facts.costs.kinds[kind] for kind in set(facts.costs.layer_kinds)]
-    return min(max(grid.offsets) + max(grid.chunk_tokens) for grid in grids)

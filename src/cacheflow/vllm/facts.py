@@ -11,6 +11,12 @@ from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.types import ModelShape
 
+LayerDigest = tuple[int, str]
+"""A layer of the model, counted from its bottom, and the digest of its weights."""
+
+BOTTOM = -1
+"""Stands for what lies below the first layer: the embedding."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
@@ -18,13 +24,18 @@ class EngineFacts:
 
     Attributes:
         shard: Its tensor-parallel rank and pipeline stage; names its objects.
-        namespace: ``Namespace.digest`` of what its KV is interchangeable with; without an adapter.
+        namespace: ``Namespace.digest`` of what its KV is interchangeable with besides the weights; without an adapter.
         shape: Its share of the model, for the bytes of the KV cache.
         layers_per_block: Layers of one stored object and of one row of the grid.
         block_size: Tokens of one KV block.
         costs: Measured costs; None when this engine only loads.
         load_only_reason: Why it only loads; empty when it recomputes too.
         link: The store as this rank reads it.
+        first_layer: The model's layer that is this stage's first.
+        weights: Digests of its weights, by layer.
+        boundary_token_bytes: Bytes of one token's boundary states, the input of the stage's first layer; 0 where they
+            are not stored: on the first stage, or switched off.
+        linked: Whether the stage below can hand activations over, in order, where boundary states are missing.
     """
 
     shard: Shard
@@ -35,6 +46,10 @@ class EngineFacts:
     costs: CostTable | None
     link: LinkCost
     load_only_reason: str = ""
+    first_layer: int = 0
+    weights: tuple[LayerDigest, ...] = ()
+    boundary_token_bytes: int = 0
+    linked: bool = False
 
     def __post_init__(self) -> None:
         """Check that a load-only engine says why.

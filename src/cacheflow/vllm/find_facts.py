@@ -13,10 +13,11 @@ from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
 from cacheflow.types import ModelShape
+from cacheflow.vllm.boundary import boundary_token_bytes, make_receive_buffer, stores_boundaries
 from cacheflow.vllm.calibration import Lengths, calibrate, load_costs, measure_link, profile_path, save_costs
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.identity import cost_identity, worker_namespace
+from cacheflow.vllm.identity import cost_identity, digest_of, stage_weights, worker_namespace
 from cacheflow.vllm.layout import BlockLayout
 from cacheflow.vllm.model_access import ModelHandle, open_model
 from cacheflow.vllm.options import ConnectorOptions
@@ -64,6 +65,7 @@ def find_engine(
     handle = open_model(vllm_config, kv_cache_config, load_only=options.unsupported_models == "load_only")
     layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names)
     options.require_room_for_chunk(layout.num_bytes(layout.num_layers, options.chunk_tokens // layout.block_size))
+    make_receive_buffer(handle)
     layers_per_block = _layers_per_block(options, handle)
     forward = PartialForward(handle) if handle.can_recompute else None
     if not options.self_test and not vllm_version().known:
@@ -79,7 +81,8 @@ def find_engine(
     else:
         logger.warning("self_test is off: nothing proves that restored KV equals the engine's own")
     namespace = worker_namespace(handle, layout, chunk_tokens=options.chunk_tokens)
-    costs = None if forward is None else _costs(options, handle, layout, forward, namespace.weights_fingerprint)
+    weights = stage_weights(handle, layout)
+    costs = None if forward is None else _costs(options, handle, layout, forward, digest_of(weights))
     object_bytes = layout.num_bytes(min(layers_per_block, layout.num_layers), options.chunk_tokens // layout.block_size)
     link = _link(options, store, object_bytes=object_bytes)
     facts = EngineFacts(
@@ -91,6 +94,10 @@ def find_engine(
         costs=costs,
         load_only_reason=handle.refusal,
         link=link,
+        first_layer=handle.start_layer,
+        weights=weights,
+        linked=handle.can_recompute and not handle.is_first_stage,
+        boundary_token_bytes=boundary_token_bytes(handle) if stores_boundaries(options, handle) else 0,
     )
     return FoundEngine(handle, layout, forward, facts)
 

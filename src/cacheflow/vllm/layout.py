@@ -176,7 +176,7 @@ class BlockLayout:
             raise ValueError(f"payload of {payload.nbytes} bytes of {payload.dtype}, must be {expected} of uint8")
 
     def _identity(self, first: torch.Tensor) -> str:
-        text = f"{self.layout_name}|{tuple(first.shape[1:])}|{first.dtype}|{self.block_size}|{self.num_layers}"
+        text = f"{self.layout_name}|{tuple(first.shape[1:])}|{first.dtype}|{self.block_size}"
         return f"{self.layout_name or 'unnamed'}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

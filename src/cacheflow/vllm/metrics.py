@@ -21,6 +21,8 @@ class Counts:
         restorations: Restorations ended, by outcome: ``done``, ``failed``, ``cancelled``.
         guard: Decisions of the never-slower guard, by choice.
         chunks_saved: Chunks written, by outcome: ``stored``, ``exists``, ``failed``.
+        boundaries: Chunks' boundary states, by what became of them: ``captured`` (saved with the chunk), ``incomplete``
+            (some of their tokens were not computed here), ``missed`` (a request's rows were not where they should be).
         loaded_bytes: Bytes that reads moved into the KV cache.
         restore_s: Seconds of each restoration.
         bound_ratio: Seconds over the lower bound of each restoration.
@@ -33,6 +35,7 @@ class Counts:
     restorations: Counter[str] = field(default_factory=Counter)
     guard: Counter[str] = field(default_factory=Counter)
     chunks_saved: Counter[str] = field(default_factory=Counter)
+    boundaries: Counter[str] = field(default_factory=Counter)
     loaded_bytes: int = 0
     restore_s: list[float] = field(default_factory=list)
     bound_ratio: list[float] = field(default_factory=list)
@@ -43,7 +46,7 @@ class Counts:
     def take(self) -> dict[str, Any]:
         """What was counted since the last call, as plain data; empty when nothing was."""
         data: dict[str, Any] = {}
-        for name in ("tokens", "restorations", "guard", "chunks_saved"):
+        for name in ("tokens", "restorations", "guard", "chunks_saved", "boundaries"):
             if values := getattr(self, name):
                 data[name] = dict(values)
                 values.clear()

@@ -35,7 +35,7 @@ class ModelHandle:
         vllm_config: vLLM's configuration.
         runner_kind: First or second generation of the runner.
         compiled: Whether the engine runs the model through ``torch.compile``: then only whole passes are bit-exact.
-        start_layer: First layer of this pipeline stage.
+        start_layer: First layer of this pipeline stage, counted from the model's bottom.
         end_layer: One past its last.
         layer_names: vLLM's name of each of these layers' attention, bottom first: keys of the KV caches.
         shard: Tensor-parallel rank and pipeline stage.
@@ -137,7 +137,8 @@ def _describe(runner: Any, vllm_config: Any, kv_cache_config: Any, *, refusal: s
     layer_names = tuple(sorted(group.layer_names, key=layer_number))
     family = None if refusal else FAMILIES[type(model).__name__]
     inner = None if family is None else model.model
-    start = 0 if inner is None else int(inner.start_layer)
+    number = layer_number(layer_names[0])
+    start = int(inner.start_layer) if inner is not None else number[0] if number else 0
     return ModelHandle(
         runner=runner,
         model=model,

@@ -51,6 +51,8 @@ class ConnectorOptions:
         calibrate: Measure costs at start where no profile fits (seconds); off: a profile is required.
         calibrate_budget_s: Roughly how long that may take.
         save: Save computed KV.
+        boundary_states: On pipeline stages behind the first, save what the stage before handed over too: from it a
+            stage restores its layers without waiting for the others.
         save_decode_kv: Save chunks that contain tokens made by decode steps too.
         unsupported_models: What to do with a model CacheFlow cannot recompute: ``refuse`` or ``load_only``.
         self_test: Check at start that restored KV equals the engine's own, bit for bit.
@@ -77,6 +79,7 @@ class ConnectorOptions:
     calibrate: bool = True
     calibrate_budget_s: float = 8.0
     save: bool = True
+    boundary_states: bool = True
     save_decode_kv: bool = True
     unsupported_models: str = "refuse"
     self_test: bool = True

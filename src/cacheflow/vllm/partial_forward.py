@@ -131,13 +131,16 @@ class PartialForward:
                 write_keys_and_values(self._family, self._layers[full], piece.positions, hidden, residual)
         return None if kv_only_top else Activations(hidden, residual)
 
-    def run_whole(self, piece: Piece, tokens: Sequence[int], boundary: Activations | None = None) -> None:
+    def run_whole(self, piece: Piece, tokens: Sequence[int], boundary: Activations | None = None) -> Activations | None:
         """Run a piece through the whole stage as the engine itself would, compiled or not.
 
         Args:
             piece: Which tokens.
             tokens: Their ids.
             boundary: The input of a later pipeline stage's first layer; None on the first stage.
+
+        Returns:
+            What this stage hands to the next; None on the last stage.
         """
         from vllm.sequence import IntermediateTensors
 
@@ -145,12 +148,15 @@ class PartialForward:
         if boundary is not None:
             received = IntermediateTensors({"hidden_states": boundary.hidden, "residual": boundary.residual})
         with self._context(piece, whole=True):
-            self.handle.runner.model(
+            out = self.handle.runner.model(
                 input_ids=self._ids(tokens),
                 positions=piece.positions,
                 intermediate_tensors=received,
                 inputs_embeds=None,
             )
+        if not isinstance(out, IntermediateTensors):
+            return None
+        return Activations(out["hidden_states"], out["residual"])
 
     def wait(self) -> None:
         """Wait until the last call's kernels are through; does nothing on the CPU."""

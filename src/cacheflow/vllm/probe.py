@@ -49,7 +49,7 @@ def make_probe(handle: ModelHandle, *, num_chunks: int) -> Probe:
     tokens = torch.randint(vocabulary, (count * chunk,), generator=generator).tolist()
     boundary: tuple[Activations, ...] = ()
     if not handle.is_first_stage:
-        boundary = tuple(_random_states(handle, chunk, generator) for _ in range(count))
+        boundary = tuple(random_states(handle, chunk, generator) for _ in range(count))
     return Probe(tuple(tokens), chunk, boundary)
 
 
@@ -74,7 +74,8 @@ def gathered(layout: BlockLayout, block_ids: list[int]) -> npt.NDArray[np.uint8]
     return out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
 
 
-def _random_states(handle: ModelHandle, num_tokens: int, generator: torch.Generator) -> Activations:
+def random_states(handle: ModelHandle, num_tokens: int, generator: torch.Generator) -> Activations:
+    """Random input of a layer, ``[num_tokens, C]`` both."""
     shape = (num_tokens, handle.hidden_size)
     made = [torch.randn(shape, generator=generator).to(handle.device, handle.dtype) for _ in range(2)]
     return Activations(made[0], made[1])

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.orders import RestoreTarget
+from cacheflow.vllm.object_keys import block_layers
 from cacheflow.vllm.partial_forward import Activations, PartialForward, Piece
-from cacheflow.vllm.transfer import block_layers
+from cacheflow.vllm.stage_link import StageLink
 
 
 @dataclass(slots=True)
@@ -31,8 +34,8 @@ class VllmComputePort:
     A compiled engine is bit-exact only in whole passes: there the grid has one block, all layers of the stage.
     """
 
-    def __init__(self, forward: PartialForward, target: RestoreTarget) -> None:
-        """Serve ``target``; nothing runs yet.
+    def __init__(self, forward: PartialForward, target: RestoreTarget, *, link: StageLink | None = None) -> None:
+        """Serve ``target``; nothing runs yet. ``link``: to the neighbouring stages, where activations are handed over.
 
         Raises:
             ValueError: This model cannot be recomputed with, the engine is compiled and the target's blocks are not
@@ -48,7 +51,7 @@ class VllmComputePort:
             )
         if any(position % handle.block_size for position in (target.start, *target.chunk_ends)):
             raise ValueError(f"chunks {target.start}, {target.chunk_ends} do not end on blocks of {handle.block_size}")
-        self._forward = forward
+        self._forward, self._link = forward, link
         self._target = target
         self._num_layers = handle.num_layers
         self._num_blocks = -(-handle.num_layers // target.layers_per_block)
@@ -73,12 +76,24 @@ class VllmComputePort:
             state = self._chunks[tile.chunk_lo] = _ChunkState(self._piece(tile.chunk_lo), self._start(tile.chunk_lo))
         if state.activations is None:
             raise ValueError(f"activations of chunk {tile.chunk_lo} below block {tile.block_lo} are spent; restart it")
-        at_top = tile.block_hi == self._num_blocks  # of this stage: a later one starts from boundary states
+        # At the top of the last stage, and where nothing is handed over, nobody needs what comes out above.
+        at_top = tile.block_hi == self._num_blocks and not (self._link and self._link.has_stage_above)
         self._climb(state, tile, kv_only_top=kv_only_top or at_top)
 
     def restart(self, chunk: int) -> None:
         """Forget the activations of a chunk, so that it can be recomputed from block 0."""
         self._chunks.pop(chunk, None)
+
+    def give(self, chunk: int, payload: npt.NDArray[np.uint8]) -> None:
+        """Copy a chunk's boundary states in, as they are stored: bytes ``[2, n * C]`` of hidden states and residual.
+
+        On the I/O thread, before compute is ordered for the chunk.
+        """
+        start, end = self._target.chunk_range(chunk)
+        handle = self._forward.handle
+        both = torch.from_numpy(np.ascontiguousarray(payload).copy()).view(handle.dtype)
+        hidden, residual = both.view(2, end - start, handle.hidden_size).to(handle.device)
+        self.seed(chunk, hidden, residual)
 
     def seed(self, chunk: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
         """Give a chunk's boundary states ``[n, C]``, the input of a later pipeline stage's first layer.
@@ -92,6 +107,29 @@ class VllmComputePort:
             if states.shape != (end - start, handle.hidden_size) or states.dtype != handle.dtype:
                 raise ValueError(f"{name} of chunk {chunk} has shape {tuple(states.shape)}, dtype {states.dtype}")
         self._boundary[chunk] = Activations(hidden, residual)
+
+    def receive(self, chunk: int) -> None:
+        """See ``HandOverPort.receive``.
+
+        Raises:
+            RuntimeError: The stage below could not recompute the chunk, or did not answer in time.
+        """
+        assert self._link is not None, "hand-overs are ordered only where stages are linked"
+        start, end = self._target.chunk_range(chunk)
+        received = self._link.receive(num_tokens=end - start)
+        if received is None:
+            raise RuntimeError(f"the pipeline stage below could not recompute chunk {chunk}")
+        self._boundary[chunk] = received
+
+    def send(self, chunk: int, *, failed: bool) -> None:
+        """See ``HandOverPort.send``."""
+        assert self._link is not None, "hand-overs are ordered only where stages are linked"
+        start, end = self._target.chunk_range(chunk)
+        state = self._chunks.get(chunk)
+        out = None if failed or state is None else state.activations
+        self._link.send(out, num_tokens=end - start)
+        if state is not None:
+            state.activations = None
 
     def run_suffix(self, block_lo: int, block_hi: int) -> None:
         """Never called: vLLM computes the new tokens itself.
@@ -110,8 +148,9 @@ class VllmComputePort:
     def _run_whole(self, chunk: int) -> None:
         boundary = None if self._forward.handle.is_first_stage else self._start(chunk)
         piece = self._piece(chunk)
-        self._forward.run_whole(piece, self._tokens(chunk), boundary)
-        self._chunks[chunk] = _ChunkState(piece, None, self._num_blocks)
+        out = self._forward.run_whole(piece, self._tokens(chunk), boundary)
+        kept = out if self._link is not None else None
+        self._chunks[chunk] = _ChunkState(piece, kept, self._num_blocks)
 
     def _climb(self, state: _ChunkState, tile: Tile, *, kv_only_top: bool) -> None:
         assert state.activations is not None

@@ -65,8 +65,6 @@ def _configured(vllm_config: Config) -> Iterator[str]:
         yield "LoRA is on: adapters take their assignment of tokens from the engine's batch"
     if model.is_multimodal_model or getattr(model, "uses_mrope", False):
         yield "it is multimodal: tokens alone do not say what was embedded"
-    if parallel.pipeline_parallel_size > 1:
-        yield "pipeline parallelism is on: a later stage has no boundary hidden states to recompute from"
     if parallel.data_parallel_size > 1 and getattr(parallel, "is_moe_model", None) is not False:
         yield "data parallelism with experts: every forward is a collective of all replicas"
     if getattr(parallel, "enable_eplb", False):

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from cacheflow.plan.batch_scheduler import BatchScheduler
-from cacheflow.plan.bound import bound
 from cacheflow.plan.explain import Lane, RestoreReport, SpanKind
 from cacheflow.plan.pointers import RestoreState
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.orders import RestoreOrders, RestoreTarget, StepReport
-from cacheflow.restore.stepped import SteppedRestoration
+from cacheflow.restore.staged import StagedOrders, StagedRestoration
 from cacheflow.types import Clock
 from cacheflow.vllm.decide import Decider
 from cacheflow.vllm.metrics import Counts
@@ -35,7 +34,7 @@ class _Active:
 
     __slots__ = ("decision", "request", "stepped", "timed_out")
 
-    def __init__(self, stepped: SteppedRestoration, request: TrackedRequest, decision: Decision) -> None:
+    def __init__(self, stepped: StagedRestoration, request: TrackedRequest, decision: Decision) -> None:
         self.stepped, self.request, self.decision = stepped, request, decision
         self.timed_out = False
 
@@ -44,11 +43,11 @@ class Restorations:
     """Who is first by the batch policy takes what it can of a step's budget, the next the rest."""
 
     def __init__(
-        self, options: ConnectorOptions, decider: Decider, *, num_ranks: int, clock: Clock, counts: Counts
+        self, options: ConnectorOptions, decider: Decider, *, ranks_per_stage: int, clock: Clock, counts: Counts
     ) -> None:
         """Start with none."""
         self._options, self._decider, self._counts, self._clock = options, decider, counts, clock
-        self._num_ranks = num_ranks
+        self._ranks_per_stage = ranks_per_stage
         self._pace = Pace(recompute_budget_ms=options.recompute_budget_ms, itl_slo_ms=options.itl_slo_ms)
         self._scheduler = BatchScheduler(
             make_batch_policy(options.objective, make_policy(options.policy)),
@@ -85,10 +84,10 @@ class Restorations:
 
     def start(self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int]) -> None:
         """Begin a restoration into blocks that vLLM has set aside."""
-        assert decision.problem is not None, "a decision to restore has a problem"
-        assert decision.plan is not None, "and a plan"
+        slowest = decision.slowest
+        assert slowest is not None, "a decision to restore has a plan for every stage"
         chunk_tokens = self._options.chunk_tokens
-        grid, facts = decision.problem.grid, self._decider.facts
+        grid, facts = slowest.problem.grid, self._decider.facts
         first = grid.start // chunk_tokens
         target = RestoreTarget(
             restore_id=next(self._ids),
@@ -100,21 +99,29 @@ class Restorations:
             block_ids=tuple(block_ids[: decision.end // facts.block_size]),
             namespace=request.prefix.namespace,
             chain_hashes=tuple(value.hex() for value in request.prefix.hashes[first : decision.end // chunk_tokens]),
-            layers_per_block=facts.layers_per_block,
+            layers_per_block=self._decider.layers_per_block,
             copied_from=decision.copied_from,
         )
-        state = RestoreState(decision.problem, decision.plan, self._decider.rates)
-        stepped = SteppedRestoration(target, state, num_ranks=self._num_ranks, can_compute=facts.costs is not None)
+        states = [
+            RestoreState(stage.problem, stage.plan, planner.rates, source=stage.source)
+            for stage, planner in zip(decision.stages, self._decider.stages, strict=True)
+        ]
+        stepped = StagedRestoration(
+            target, states, ranks_per_stage=self._ranks_per_stage, can_compute=self._decider.can_compute
+        )
         request.restoration = stepped
         now_s, slo_ms = self._clock(), self._options.ttft_slo_ms
         self._active[target.restore_id] = _Active(stepped, request, decision)
         self._began_s[target.restore_id] = now_s
         self._scheduler.adopt(
-            target.restore_id, state, arrival_s=now_s, deadline_s=None if slo_ms is None else now_s + slo_ms * 1e-3
+            target.restore_id,
+            states[decision.stages.index(slowest)],
+            arrival_s=now_s,
+            deadline_s=None if slo_ms is None else now_s + slo_ms * 1e-3,
         )
         self._new.append(target)
-        if decision.plan.guard is not None:
-            self._counts.guard[decision.plan.guard.choice.value] += 1
+        if slowest.plan.guard is not None:
+            self._counts.guard[slowest.plan.guard.choice.value] += 1
 
     def cancel(self, request: TrackedRequest) -> None:
         """Give a request's restoration up; the workers are told with the next step, its record ends here."""
@@ -122,8 +129,9 @@ class Restorations:
             stepped.cancel()
             request.restoration = None
             active = self._active[stepped.target.restore_id]
-            report = stepped.report(self._clock(), planning_s=active.decision.planning_s)
-            request.records.append(_record(active, report, "cancelled"))
+            now_s = self._clock()
+            report = stepped.report(now_s, planning_s=active.decision.planning_s)
+            request.records.append(_record(active, report, "cancelled", now_s))
 
     def step(self, saves: tuple[SaveOrder, ...], *, busy: bool) -> StepOrders:
         """Order one step's work."""
@@ -132,7 +140,8 @@ class Restorations:
         now_s = self._clock()
         budget = self._budget(now_s, busy=busy)
         compute_s, read_ahead_s, spent_s = budget.compute_s, budget.read_ahead_s, 0.0
-        restorations, failed_blocks = [], {}
+        by_stage: list[list[RestoreOrders]] = [[] for _ in self._decider.stages]
+        failed_blocks = {}
         order = self._scheduler.order(now_s)
         reader = next((each for each in order.link if not self._active[each].stepped.only_compute_left), None)
         reads = False
@@ -149,12 +158,14 @@ class Restorations:
             read_ahead_s = max(0.0, read_ahead_s - active.stepped.loads_under_way_s)
             if orders.cancel and active.stepped.failed:
                 failed_blocks[restore_id] = self._undefined_blocks(active)
-            if not orders.idle:
-                restorations.append(orders)
+            for stage, each in zip(by_stage, orders.by_stage, strict=True):
+                if not each.idle:
+                    stage.append(each)
         targets, self._new = tuple(self._new), []
         return StepOrders(
             targets=targets,
-            restorations=tuple(restorations),
+            restorations=tuple(by_stage[0]),
+            later_stages=tuple(map(tuple, by_stage[1:])),
             failed_blocks=failed_blocks,
             saves=saves,
             wait_s=budget.wait_s,
@@ -188,12 +199,15 @@ class Restorations:
             )  # fmt: skip
         return True
 
-    def _predicted_s(self, active: _Active, orders: RestoreOrders) -> float:
-        problem, factor = active.decision.problem, self._decider.rates.compute_factor
-        assert problem is not None, "a restoration has a problem"
-        return factor * sum(
-            float(problem.compute_KB[each.tile.chunk_lo, each.tile.block_lo : each.tile.block_hi].sum())
-            for each in orders.compute
+    def _predicted_s(self, active: _Active, orders: StagedOrders) -> float:
+        """Of the stage that has most to compute: stages work side by side."""
+        return max(
+            planner.rates.compute_factor
+            * sum(
+                float(stage.problem.compute_KB[each.tile.chunk_lo, each.tile.block_lo : each.tile.block_hi].sum())
+                for each in given.compute
+            )
+            for planner, stage, given in zip(self._decider.stages, active.decision.stages, orders.by_stage, strict=True)
         )
 
     def _undefined_blocks(self, active: _Active) -> tuple[int, ...]:
@@ -221,12 +235,12 @@ class Restorations:
         stepped, request = active.stepped, active.request
         report = stepped.report(now_s, planning_s=active.decision.planning_s)
         outcome = "failed" if stepped.failed else "done" if stepped.restored else "cancelled"
-        record = _record(active, report, outcome)
+        record = _record(active, report, outcome, now_s)
         if request.restoration is stepped:  # otherwise it was recorded when it was cancelled
             request.restoration = None
             request.records.append(record)
         self._counts.restorations[outcome] += 1
-        self._counts.link_bytes_per_s = self._decider.rates.bytes_per_s
+        self._counts.link_bytes_per_s = min(stage.rates.bytes_per_s for stage in self._decider.stages)
         self._count_cells(active, report)
         request.given_up = request.given_up or stepped.failed
         failed_chunks = [span.chunk for span in report.spans if span.kind is SpanKind.FAILED]
@@ -248,7 +262,7 @@ class Restorations:
 
     def _count_cells(self, active: _Active, report: RestoreReport) -> None:
         """Cells as tokens: a cell is its chunk's tokens times its share of the layers."""
-        tokens, num_blocks = self._counts.tokens, self._decider.facts.num_blocks
+        tokens, num_blocks = self._counts.tokens, self._decider.num_blocks
         for chunk, letters in enumerate(report.cells_KB):
             start, end = active.stepped.target.chunk_range(chunk)
             for name, letter in (("recomputed", "c"), ("loaded", "l")):
@@ -258,21 +272,26 @@ class Restorations:
         if failed := sum(n for outcome, n in report.failed_loads.items() if outcome != "cancelled"):
             tokens["failed"] += failed * per_cell
         if report.wasted_bytes:
-            bytes_per_token = self._decider.facts.shape.kv_bytes_per_token
+            bytes_per_token = sum(stage.facts.shape.kv_bytes_per_token for stage in self._decider.stages)
             tokens["wasted"] += report.wasted_bytes / bytes_per_token
         self._counts.loaded_bytes += report.loaded_bytes
 
 
-def _record(active: _Active, report: RestoreReport, outcome: str) -> dict[str, Any]:
-    """What a response says of a restoration."""
-    assert active.decision.problem is not None, "a restoration has a problem"
-    return report.as_dict() | {
-        "start": active.decision.start,
-        "end": active.decision.end,
-        "outcome": outcome,
-        "error": active.stepped.error,
-        "bound_restore_s": bound(active.decision.problem).restore_s,
-    }
+def _record(active: _Active, report: RestoreReport, outcome: str, now_s: float) -> dict[str, Any]:
+    """What a response says of a restoration; stage by stage where there are several."""
+    staged = active.stepped.stage_reports(now_s)
+    stages = {"stages": staged.as_dicts()} if len(staged.stages) > 1 else {}
+    return (
+        report.as_dict()
+        | stages
+        | {
+            "start": active.decision.start,
+            "end": active.decision.end,
+            "outcome": outcome,
+            "error": active.stepped.error,
+            "bound_restore_s": staged.bound_restore_s,
+        }
+    )
 
 
 def _overlap(report: RestoreReport) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -13,17 +13,18 @@ from threading import Thread
 
 import numpy as np
 
-from cacheflow.plan.keys import Shard
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.vllm.layout import BlockLayout
 from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
 from cacheflow.vllm.step import SaveOrder
-from cacheflow.vllm.transfer import block_layers, object_key
 
 logger = logging.getLogger(__name__)
 
 MAX_PENDING_BYTES = 1 << 30
 """Copied but not yet written; a chunk that would exceed it is not saved: a slow store must not eat the memory."""
+MorePuts = Callable[[SaveOrder], Iterable[PutRequest]]
+"""What is to be written beside a chunk's KV."""
 CLOSE_S = 2.0
 """What is pending at the end gets this long."""
 
@@ -64,11 +65,27 @@ class ChunkSaver:
     """
 
     def __init__(
-        self, store: Store, layout: BlockLayout, *, layers_per_block: int, dtype: str, shard: Shard, counts: Counts
+        self,
+        store: Store,
+        layout: BlockLayout,
+        *,
+        layers_per_block: int,
+        part: StagePart,
+        counts: Counts,
+        more: MorePuts | None = None,
     ) -> None:
-        """Save under this shard's keys."""
-        self._store, self._layout, self._shard, self._counts = store, layout, shard, counts
-        self._dtype = dtype
+        """Save under this rank's keys.
+
+        Args:
+            store: Where to.
+            layout: Where from.
+            layers_per_block: Layers of an object.
+            part: This rank's.
+            counts: Where outcomes are counted.
+            more: What else to write of a chunk.
+        """
+        self._store, self._layout, self._part, self._counts = store, layout, part, counts
+        self._dtype, self._more = str(layout.dtype).removeprefix("torch."), more
         num_blocks = -(-layout.num_layers // layers_per_block)
         self._layers_of = [block_layers(block, layers_per_block, layout.num_layers) for block in range(num_blocks)]
         self._pending: deque[_Copied] = deque()
@@ -109,12 +126,16 @@ class ChunkSaver:
     def _copy(self, order: SaveOrder) -> _Copied:
         requests = []
         for layer_lo, layer_hi in self._layers_of:
-            key = object_key(order.namespace, order.chain_hash, layers=(layer_lo, layer_hi), shard=self._shard)
+            layers = self._part.of_model((layer_lo, layer_hi))
+            key = object_key(order.namespace, order.chain_hash, layers=layers, shard=self._part.shard)
             payload = np.empty(self._layout.num_bytes(layer_hi - layer_lo, len(order.block_ids)), dtype=np.uint8)
             self._layout.gather(layer_lo, layer_hi, order.block_ids, payload)
             shape = (layer_hi - layer_lo, len(order.block_ids), self._layout.block_bytes)
             requests.append(PutRequest(key, [payload], shape=shape, dtype=self._dtype))
         num_bytes = self._layout.num_bytes(self._layout.num_layers, len(order.block_ids))
+        if self._more is not None:
+            # Before the KV, so that a chunk whose top layer is there is there with its boundary.
+            requests = [*self._more(order), *requests]
         self._pending.append(_Copied((order.namespace, order.chain_hash), requests, num_bytes))
         return self._pending[-1]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cacheflow.plan.keys import ObjectKey
@@ -21,12 +21,14 @@ from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.identity import lora_namespace, shared_namespace
 from cacheflow.vllm.lookup import Lookup, PrefixLookup
 from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.object_keys import boundary_key, heads_of
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.ordered_saves import OrderedSaves
 from cacheflow.vllm.request_prefix import MediaSpan, RequestPrefix
 from cacheflow.vllm.restorations import Restorations
 from cacheflow.vllm.sharing import Sharing
-from cacheflow.vllm.step import NOTHING, SaveOrder, StepOrders
+from cacheflow.vllm.stage_plans import slowest_of_stages
+from cacheflow.vllm.step import NOTHING, CaptureOrder, SaveOrder, StepOrders
 from cacheflow.vllm.tracked import BlockIdsOf, Decision, TrackedRequest
 from cacheflow.vllm.wishes import Mode, Wishes
 
@@ -67,10 +69,17 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """One request of a step, and how many of its tokens are computed when the step is through."""
+    """One request of a step, and how many of its tokens are computed when the step is through.
+
+    Attributes:
+        request_id: vLLM's.
+        num_computed: Tokens.
+        num_scheduled: Those of them that the step computes.
+    """
 
     request_id: str
     num_computed: int
+    num_scheduled: int = 0
 
 
 class SchedulerSide:
@@ -85,18 +94,24 @@ class SchedulerSide:
         self._restorations: Restorations | None = None
         self._facts: EngineFacts | None = None
         self._ranks: tuple[EngineFacts, ...] = ()
+        self._later_stages: tuple[EngineFacts, ...] = ()
         self._namespace = ""
         self._ordered_saves = OrderedSaves()
         self.counts = Counts()
 
     def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
         """Take in what the workers found out; called once, before the first request."""
-        slowest = min(facts_by_rank, key=lambda facts: facts.link.bytes_per_s)
-        self._facts, self._ranks = slowest, tuple(facts_by_rank)
-        self._namespace = shared_namespace({facts.rank: facts.namespace for facts in facts_by_rank})
-        self._decider = Decider(slowest, self._options, clock=self._clock)
+        by_stage = slowest_of_stages(facts_by_rank)
+        self._facts, self._ranks = by_stage[0], tuple(facts_by_rank)
+        self._later_stages = tuple(by_stage[1:])
+        self._namespace = shared_namespace(facts_by_rank)
+        self._decider = Decider(by_stage, self._options, clock=self._clock)
         self._restorations = Restorations(
-            self._options, self._decider, num_ranks=len(facts_by_rank), clock=self._clock, counts=self.counts
+            self._options,
+            self._decider,
+            ranks_per_stage=len(facts_by_rank) // len(by_stage),
+            clock=self._clock,
+            counts=self.counts,
         )
 
     def knows(self, request_id: str) -> bool:
@@ -153,6 +168,11 @@ class SchedulerSide:
         request.asked_at, request.asked_at_s = self._ordered_saves.now, self._clock()
         if num_chunks:
             request.lookup = self._lookup.start([self._probe_keys(request, chunk) for chunk in range(num_chunks)])
+            request.boundary_lookups = tuple(
+                self._lookup.start([self._boundary_keys(request, chunk, facts) for chunk in range(num_chunks)])
+                for facts in self._later_stages
+                if facts.boundary_token_bytes
+            )
         else:
             request.reason = f"the prompt has no whole chunk of {self._options.chunk_tokens} tokens"
 
@@ -162,10 +182,18 @@ class SchedulerSide:
         for facts in self._ranks:
             layers, step = facts.shape.num_layers, facts.layers_per_block
             top_lo = (layers - 1) // step * step
-            keys.append(request.prefix.key(chunk, layer_lo=0, layer_hi=min(step, layers), shard=facts.shard))
+            first, shard = facts.first_layer, heads_of(facts.shard)
+            keys.append(request.prefix.key(chunk, layer_lo=first, layer_hi=first + min(step, layers), shard=shard))
             if top_lo:
-                keys.append(request.prefix.key(chunk, layer_lo=top_lo, layer_hi=layers, shard=facts.shard))
+                keys.append(request.prefix.key(chunk, layer_lo=first + top_lo, layer_hi=first + layers, shard=shard))
         return keys
+
+    def _boundary_keys(self, request: TrackedRequest, chunk: int, facts: EngineFacts) -> list[ObjectKey]:
+        """The boundary states from which a stage recomputes a chunk."""
+        chain_hash = request.prefix.hashes[chunk].hex()
+        return [
+            boundary_key(request.prefix.namespace, chain_hash, layer=facts.first_layer, tp_size=facts.shard.tp_size)
+        ]
 
     def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
         """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
@@ -179,9 +207,11 @@ class SchedulerSide:
         if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
             return 0
         num_stored = self._num_stored(request, request.lookup)
-        if num_stored is None:
+        boundaries = [lookup.poll() for lookup in request.boundary_lookups]  # of the newest question
+        if num_stored is None or None in boundaries:
             return None
         request.num_stored = num_stored
+        request.num_boundaries = tuple(num or 0 for num in boundaries)
         decision = request.decision
         if decision is None or decision.start != num_computed:
             decision = self._decide(request, self._decider, num_computed)
@@ -231,18 +261,25 @@ class SchedulerSide:
         """
         if self._restorations is None:
             return NOTHING
-        saves = self._saves(scheduled, block_ids_of) if self._options.save else []
-        if not saves and self._restorations.idle:
+        saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
+        if not saves and not captures and self._restorations.idle:
             return NOTHING
-        return self._restorations.step(tuple(saves), busy=num_scheduled_tokens > 0)
+        orders = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
+        return replace(orders, captures=captures) if captures else orders
 
-    def _saves(self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf) -> list[SaveOrder]:
+    def _saves(
+        self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf
+    ) -> tuple[tuple[SaveOrder, ...], tuple[CaptureOrder, ...]]:
         assert self._facts is not None
         saves: list[SaveOrder] = []
+        captures: list[CaptureOrder] = []
+        capturing = any(facts.boundary_token_bytes for facts in self._ranks)
         for each in scheduled:
             request = self._requests.get(each.request_id)
             if request is None or request.wishes.mode is Mode.OFF:
                 continue
+            if capturing and (capture := self._capture(request, each)) is not None:
+                captures.append(capture)
             orders = request.saves(
                 num_computed=each.num_computed,
                 block_ids_of=block_ids_of,
@@ -250,7 +287,14 @@ class SchedulerSide:
                 decode_too=self._options.save_decode_kv,
             )
             saves += self._ordered_saves.new(orders, asked_at=request.asked_at)
-        return saves
+        return tuple(saves), tuple(captures)
+
+    def _capture(self, request: TrackedRequest, scheduled: ScheduledRequest) -> CaptureOrder | None:
+        return request.capture(
+            start=scheduled.num_computed - scheduled.num_scheduled,
+            end=scheduled.num_computed,
+            decode_too=self._options.save_decode_kv,
+        )
 
     def take_report(self, report: StepReport) -> None:
         """Take in what the workers did."""

@@ -9,10 +9,21 @@ from cacheflow.restore.orders import RestoreOrders, RestoreTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureOrder:
+    """Keep the boundary states of a request's tokens ``[start, end)``, which this step's forward computes."""
+
+    request_id: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOrder:
     """Write one chunk once this step's forward is through.
 
     Attributes:
+        request_id: Whose tokens they are; with ``chunk`` it names captured boundary states.
+        chunk: Number of the chunk in the request.
         namespace: ``Namespace.digest``.
         chain_hash: Chain hash (hex) at the end of the chunk.
         block_ids: KV blocks of the chunk, in order.
@@ -21,6 +32,8 @@ class SaveOrder:
     namespace: str
     chain_hash: str
     block_ids: tuple[int, ...]
+    request_id: str = ""
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +42,33 @@ class StepOrders:
 
     Attributes:
         targets: Restorations that start with this step.
-        restorations: What to do for each of them and for earlier ones.
+        restorations: What the first pipeline stage does for each of them and for earlier ones.
+        later_stages: What each stage behind it does.
         failed_blocks: For restorations that are cancelled because they cannot be completed: the KV blocks whose content
             is undefined, which vLLM must recompute.
+        captures: Tokens of this forward whose boundary states later stages keep.
         saves: Chunks to write after the forward.
         wait_s: With nothing to compute, wait up to this long for a read to end before the step ends.
     """
 
     targets: tuple[RestoreTarget, ...] = ()
     restorations: tuple[RestoreOrders, ...] = ()
+    later_stages: tuple[tuple[RestoreOrders, ...], ...] = ()
     failed_blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    captures: tuple[CaptureOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     wait_s: float = 0.0
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.targets or self.restorations or self.saves or self.wait_s)
+        return not (self.targets or self.restorations or any(self.later_stages) or self.saves or self.wait_s)
+
+    def of_stage(self, stage: int) -> tuple[RestoreOrders, ...]:
+        """What a pipeline stage does for restorations."""
+        if not stage:
+            return self.restorations
+        return self.later_stages[stage - 1] if self.later_stages else ()
 
 
 NOTHING = StepOrders()

@@ -6,16 +6,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.restore.stepped import SteppedRestoration
+from cacheflow.restore.staged import StagedRestoration
 from cacheflow.vllm.lookup import Lookup
 from cacheflow.vllm.request_prefix import RequestPrefix
-from cacheflow.vllm.step import SaveOrder
+from cacheflow.vllm.step import CaptureOrder, SaveOrder
 from cacheflow.vllm.wishes import Wishes
 
 BlockIdsOf = Callable[[str], Sequence[int]]
 """KV blocks of a request, in order, by its id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StagePlan:
+    """How one pipeline stage is to restore its layers.
+
+    Attributes:
+        problem: Costs.
+        plan: The policy's plan.
+        source: Where the activations below its first layer come from.
+    """
+
+    problem: RestoreProblem
+    plan: RestorePlan
+    source: BoundarySource = BoundarySource.FIRST_STAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +41,7 @@ class Decision:
     Attributes:
         start: Tokens that are in the KV cache already.
         end: Tokens that will be there after the restoration; equals ``start`` when nothing is restored.
-        problem: Costs; None when nothing is restored.
-        plan: The policy's plan; None when nothing is restored.
+        stages: A plan for each pipeline stage, bottom first; none when nothing is restored, and none was considered.
         planning_s: Seconds the plan took.
         copied_from: KV blocks of another restoration that hold the tokens behind ``start``; they are copied, the rest
             is restored.
@@ -35,11 +50,25 @@ class Decision:
 
     start: int
     end: int
-    problem: RestoreProblem | None = None
-    plan: RestorePlan | None = None
+    stages: tuple[StagePlan, ...] = ()
     planning_s: float = 0.0
     copied_from: tuple[int, ...] = ()
     reason: str = ""
+
+    @property
+    def slowest(self) -> StagePlan | None:
+        """The stage that is predicted to take longest; None without stages."""
+        return max(self.stages, key=lambda stage: stage.plan.predicted.restore_s, default=None)
+
+    @property
+    def problem(self) -> RestoreProblem | None:
+        """Costs of the slowest stage."""
+        return None if self.slowest is None else self.slowest.problem
+
+    @property
+    def plan(self) -> RestorePlan | None:
+        """Plan of the slowest stage."""
+        return None if self.slowest is None else self.slowest.plan
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,7 +85,9 @@ class TrackedRequest:
         asked_at: When it was asked, as ``OrderedSaves`` counts.
         asked_at_s: ... and in seconds.
         asked_again: The question was repeated, because chunks were saved while the request queued.
+        boundary_lookups: The question about the boundary states of each stage behind the first.
         num_stored: Leading chunks the store is known to hold.
+        num_boundaries: Leading chunks of whose boundary states it is known, for each stage behind the first.
         next_save: The first chunk that was not ordered to be saved.
         decision: The last decision; None before the first.
         allocating: The decision vLLM was told of in this step, with what can be copied now; None otherwise.
@@ -75,14 +106,16 @@ class TrackedRequest:
     wishes: Wishes
     prefix: RequestPrefix
     lookup: Lookup | None = None
+    boundary_lookups: tuple[Lookup, ...] = ()
     asked_at: int = 0
     asked_at_s: float = 0.0
     asked_again: bool = False
     num_stored: int = 0
+    num_boundaries: tuple[int, ...] = ()
     next_save: int = 0
     decision: Decision | None = None
     allocating: Decision | None = None
-    restoration: SteppedRestoration | None = None
+    restoration: StagedRestoration | None = None
     num_preemptions: int = 0
     given_up: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -91,6 +124,19 @@ class TrackedRequest:
     def save_again(self, chunk: int) -> None:
         """Count a chunk as not stored: it could not be read, and is written again unless the store has it after all."""
         self.num_stored, self.next_save = min(self.num_stored, chunk), min(self.next_save, chunk)
+
+    def capture(self, *, start: int, end: int, decode_too: bool) -> CaptureOrder | None:
+        """What to keep of boundary states of tokens ``[start, end)``, which the step computes; asked before ``saves``.
+
+        Args:
+            start: First token of the step.
+            end: One past its last.
+            decode_too: Save chunks with tokens behind the prompt.
+        """
+        chunk_tokens = self.prefix.chunk_tokens
+        start = max(start, max(self.next_save, self.num_stored) * chunk_tokens)
+        limit = end if decode_too else min(end, self.num_prompt_tokens // chunk_tokens * chunk_tokens)
+        return CaptureOrder(request_id=self.request_id, start=start, end=limit) if start < limit else None
 
     def saves(
         self, *, num_computed: int, block_ids_of: BlockIdsOf, block_size: int, decode_too: bool
@@ -119,6 +165,8 @@ class TrackedRequest:
                     namespace=self.prefix.namespace,
                     chain_hash=self.prefix.hashes[self.next_save].hex(),
                     block_ids=tuple(block_ids[first:last]),
+                    request_id=self.request_id,
+                    chunk=self.next_save,
                 )
             )
             self.next_save += 1

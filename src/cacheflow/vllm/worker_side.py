@@ -13,14 +13,17 @@ from cacheflow.restore.carrier import OrderCarrier, Ports
 from cacheflow.restore.orders import RankReport, RestoreTarget, StepReport
 from cacheflow.restore.ports import ComputePort
 from cacheflow.stores.base import Store
+from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.find_facts import FoundEngine, find_engine
 from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.object_keys import StagePart
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.recompute import VllmComputePort
-from cacheflow.vllm.saver import ChunkSaver
-from cacheflow.vllm.step import SaveOrder, StepOrders
-from cacheflow.vllm.transfer import VllmTransferPort, staging_pool
+from cacheflow.vllm.saver import ChunkSaver, MorePuts
+from cacheflow.vllm.stage_link import StageLink, link_stages
+from cacheflow.vllm.step import CaptureOrder, SaveOrder, StepOrders
+from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,8 @@ class WorkerSide:
         self._engine: FoundEngine | None = None
         self._carrier = OrderCarrier(self._ports, clock=time.perf_counter)
         self._saver: ChunkSaver | None = None
+        self._capture: BoundaryCapture | None = None
+        self._link: StageLink | None = None
         self._request_of: dict[int, str] = {}
         self._report = NOTHING_DONE
         self._failed_blocks: set[int] = set()
@@ -80,28 +85,63 @@ class WorkerSide:
         engine = find_engine(self._options, self._store, self._vllm_config, self._kv_cache_config, self._kv_caches)
         facts = engine.facts
         self._engine = engine
+        self._link = link_stages(engine.handle)
         self._pool = staging_pool(
             engine.layout, chunk_tokens=self._options.chunk_tokens, layers_per_block=facts.layers_per_block
+        )
+        self._boundary_pool = boundary_pool(
+            token_bytes=facts.boundary_token_bytes, chunk_tokens=self._options.chunk_tokens
         )
         self._saver = ChunkSaver(
             self._store,
             engine.layout,
             layers_per_block=facts.layers_per_block,
-            dtype=facts.shape.dtype,
-            shard=engine.handle.shard,
+            part=_part(facts),
             counts=self.counts,
+            more=self._start_capturing(engine),
         )
         return facts
+
+    def _start_capturing(self, engine: FoundEngine) -> MorePuts | None:
+        """On later stages that store boundary states; of tensor-parallel ranks, which all have them, on the first."""
+        if self._options.save and engine.facts.boundary_token_bytes and engine.handle.shard.tp_rank == 0:
+            self._capture = BoundaryCapture(engine.handle, chunk_tokens=self._options.chunk_tokens, counts=self.counts)
+            return self._capture.put
+        return None
+
+    def expect(self, orders: tuple[CaptureOrder, ...]) -> None:
+        """Keep boundary states of the forward that is about to run."""
+        if self._capture is not None and orders:
+            self._capture.expect(orders)
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Drop what was kept of requests that ended."""
+        if self._capture is not None:
+            self._capture.forget(request_ids)
 
     def _ports(self, target: RestoreTarget) -> Ports:
         engine = self._engine
         assert engine is not None, "orders come after the facts were found"
         engine.layout.fence()
+        compute: ComputePort = NoComputePort()
+        if engine.forward is not None:
+            compute = VllmComputePort(engine.forward, target, link=self._link)
         transfer = VllmTransferPort(
-            self._store, engine.layout, target, pool=self._pool, shard=engine.handle.shard, priority=1
+            self._store,
+            engine.layout,
+            target,
+            pool=self._pool,
+            part=_part(engine.facts),
+            boundaries=self._boundary_reads(compute),
         )
-        compute: ComputePort = NoComputePort() if engine.forward is None else VllmComputePort(engine.forward, target)
         return compute, transfer
+
+    def _boundary_reads(self, compute: ComputePort) -> BoundaryReads | None:
+        assert self._engine is not None, "orders come after the facts were found"
+        token_bytes = self._engine.facts.boundary_token_bytes
+        if not token_bytes or not isinstance(compute, VllmComputePort):
+            return None
+        return BoundaryReads(pool=self._boundary_pool, token_bytes=token_bytes, give=compute.give)
 
     def carry_out(self, orders: StepOrders) -> None:
         """Begin, drop, read, recompute, finish: as ordered."""
@@ -113,7 +153,8 @@ class WorkerSide:
             self._carrier.begin(target)
         for block_ids in orders.failed_blocks.values():
             self._failed_blocks.update(block_ids)
-        self._carrier.carry_out(orders.restorations, wait_s=orders.wait_s)
+        stage = self._engine.handle.shard.pp_rank if self._engine is not None else 0
+        self._carrier.carry_out(orders.of_stage(stage), wait_s=orders.wait_s)
 
     def _copy_shared(self, target: RestoreTarget) -> None:
         """Copy what another restoration has brought; its blocks are held at least until the end of this step."""
@@ -150,3 +191,9 @@ class WorkerSide:
         self._carrier.close()
         if self._saver is not None:
             self._saver.close()
+        if self._capture is not None:
+            self._capture.close()
+
+
+def _part(facts: EngineFacts) -> StagePart:
+    return StagePart(facts.shard, facts.first_layer)

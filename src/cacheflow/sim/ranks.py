@@ -1,0 +1,96 @@
+"""A replica of several GPUs, seen from the rank that everyone waits for.
+
+Tensor-parallel ranks do the same at the same time. Stages restore side by side and are equal but for a layer, so the
+largest one behind the first stands for all: its compute resource, its link, its state machine. What the other stages
+add to a first token is the time the new tokens take in them, one after the other. Decoding passes all stages and
+keeps each waiting meanwhile. What collectives cost is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.grid import Grid
+from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
+from cacheflow.sim.costs import ModelCosts
+
+
+class RankCosts:
+    """``ModelCosts`` of one rank of the stage that stands for all."""
+
+    def __init__(self, costs: ModelCosts, layout: RankLayout, *, boundary_states: bool) -> None:
+        """Share a model.
+
+        Args:
+            costs: Of the model on one GPU.
+            layout: Stages and ranks. Links are given with each problem, as one rank has them.
+            boundary_states: Stages read stored boundary states where that is sooner than waiting for the first chunk.
+
+        Raises:
+            ConfigError: The layout does not fit the model.
+        """
+        layout.kv_parts(costs.shape)
+        self.model, self.gpu, self.source, self.shape = costs.model, costs.gpu, costs.source, costs.shape
+        self._costs, self._boundary_states = costs, boundary_states
+        self._layout = replace(layout, link_per_rank=True)
+
+    def problem(self, grid: Grid, *, link: LinkCost) -> RestoreProblem:
+        """See ``ModelCosts``; ``grid`` has the whole model's layers, the problem those of the stage."""
+        whole = self._costs.problem(grid, link=link)
+        handed = _slowest(stage_problems(whole, self.shape, self._layout, BoundarySource.HANDED_OVER))
+        chosen = handed
+        if self._boundary_states and self._layout.pipeline_parallel_size > 1:
+            stored = _slowest(stage_problems(whole, self.shape, self._layout, BoundarySource.STORED))
+            chosen = stored if _stored_s(stored.problem) < _handed_s(handed.problem, self._layout) else handed
+        num_layers, own = self.shape.num_layers, chosen.problem.grid.num_blocks
+        tp = self._layout.tensor_parallel_size
+        return replace(
+            chosen.problem,
+            grid=replace(chosen.problem.grid, suffix_ends=grid.suffix_ends),
+            suffix_B=whole.suffix_B[num_layers - own :] / tp,
+            head_s=whole.head_s / tp,
+        )
+
+    def longest_pass(self, num_tokens: int) -> int:
+        """See ``ModelCosts``."""
+        return self._costs.longest_pass(num_tokens)
+
+    def decode_step_s(self, num_requests: int, context_tokens: int) -> float:
+        """See ``ModelCosts``."""
+        return self._costs.decode_step_s(num_requests, context_tokens) / self._layout.tensor_parallel_size
+
+    def elsewhere_s(self, problem: RestoreProblem) -> float:
+        """Seconds that a first token needs in the other stages, and, handed over, until the first chunk came up."""
+        own = problem.grid.num_blocks
+        new_s = float(problem.suffix_B.sum()) * (self.shape.num_layers / own - 1.0)
+        waits = problem.grid.num_chunks > 0 and not problem.boundary_bytes_K.any()
+        return new_s + (_fill_s(problem, self._layout) if waits else 0.0)
+
+
+def _slowest(stages: tuple[StageProblem, ...]) -> StageProblem:
+    """The largest stage, one behind the first where there are several."""
+    return max(stages[1:] or stages, key=lambda stage: stage.problem.grid.num_blocks)
+
+
+def _fill_s(problem: RestoreProblem, layout: RankLayout) -> float:
+    return (layout.pipeline_parallel_size - 1) * float(problem.compute_KB[:1].sum())
+
+
+def _stored_s(problem: RestoreProblem) -> float:
+    """Uniform costs: recomputing the share ``x`` takes the link ``x`` times the boundary states, saving as much KV."""
+    compute_s, boundary_s = problem.recompute_s, float(problem.boundary_bytes_K.sum()) / problem.link.bytes_per_s
+    load_s = float(problem.load_bytes_KB.sum()) / problem.link.bytes_per_s
+    if boundary_s >= load_s:
+        return load_s
+    return compute_s * load_s / (compute_s + load_s - boundary_s)
+
+
+def _handed_s(problem: RestoreProblem, layout: RankLayout) -> float:
+    """Uniform costs, compute beginning once the first chunk has come up."""
+    compute_s, fill_s = problem.recompute_s, _fill_s(problem, layout)
+    load_s = float(problem.load_bytes_KB.sum()) / problem.link.bytes_per_s
+    if fill_s >= load_s or compute_s + load_s <= 0:
+        return load_s
+    return fill_s + compute_s * (load_s - fill_s) / (compute_s + load_s)

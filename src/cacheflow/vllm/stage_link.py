@@ -1,0 +1,79 @@
+"""Neighbouring pipeline stages: a chunk's activations, handed over in order where no boundary states are stored.
+
+By vLLM's own pipeline group, on its CPU side, with a tag of its own: what vLLM itself sends between the same two ranks
+in the same step is never taken for it. Both ends are ordered in the same step (``restore/hand_over_chain.py``).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from cacheflow.vllm.model_access import ModelHandle
+from cacheflow.vllm.partial_forward import Activations
+
+TAG = 7919
+"""vLLM's own messages have tag 0."""
+PATIENCE_S = 120.0
+"""A stage that is not handed what was ordered after this long gives its restoration up, and says so."""
+MAX_UNDER_WAY = 16
+"""Sends that were not taken yet; beyond it the oldest is waited for. A step in which vLLM runs a forward too orders
+fewer: there the stage above takes them only once it has that forward's input, which comes behind them."""
+
+
+class StageLink:
+    """This rank's connection to the same tensor-parallel rank of the stages below and above. Main thread only."""
+
+    def __init__(self, group: Any, *, dtype: torch.dtype, device: torch.device, hidden_size: int) -> None:  # noqa: ANN401
+        """Use vLLM's pipeline group (``GroupCoordinator``)."""
+        self._group, self._dtype, self._device, self._hidden_size = group, dtype, device, hidden_size
+        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
+
+    @property
+    def has_stage_above(self) -> bool:
+        """Whether there is somebody to send to."""
+        return not self._group.is_last_rank
+
+    def send(self, activations: Activations | None, *, num_tokens: int) -> None:
+        """Hand activations to the stage above, or word that there are none; does not wait until they are taken."""
+        message = torch.zeros(1 + self._num_bytes(num_tokens), dtype=torch.uint8)
+        if activations is not None:
+            assert activations.residual is not None, "above the first layer there is a residual"
+            both = torch.stack([activations.hidden, activations.residual]).to("cpu")
+            message[0] = 1
+            message[1:] = both.view(-1).view(torch.uint8)
+        work = torch.distributed.isend(message, self._group.next_rank, group=self._group.cpu_group, tag=TAG)
+        self._sent.append((work, message))
+        while len(self._sent) > MAX_UNDER_WAY:
+            self._sent.popleft()[0].wait(timedelta(seconds=PATIENCE_S))
+
+    def receive(self, *, num_tokens: int) -> Activations | None:
+        """Take what the stage below hands over; None when it could not recompute it.
+
+        Raises:
+            RuntimeError: It did not come in time, or that stage is gone.
+        """
+        message = torch.empty(1 + self._num_bytes(num_tokens), dtype=torch.uint8)
+        work = torch.distributed.irecv(message, self._group.prev_rank, group=self._group.cpu_group, tag=TAG)
+        assert work is not None, "this rank is in its own group"
+        work.wait(timedelta(seconds=PATIENCE_S))
+        if not message[0]:
+            return None
+        states = message[1:].clone().view(self._dtype).view(2, num_tokens, self._hidden_size).to(self._device)
+        return Activations(states[0], states[1])
+
+    def _num_bytes(self, num_tokens: int) -> int:
+        return 2 * num_tokens * self._hidden_size * self._dtype.itemsize
+
+
+def link_stages(handle: ModelHandle) -> StageLink | None:
+    """This rank's link to its neighbours; None in an engine of one stage, and where nothing is recomputed."""
+    if handle.shard.pp_size == 1 or not handle.can_recompute:
+        return None
+    from vllm.distributed.parallel_state import get_pp_group
+
+    return StageLink(get_pp_group(), dtype=handle.dtype, device=handle.device, hidden_size=handle.hidden_size)

@@ -1,0 +1,325 @@
+"""A vLLM engine of several ranks on the CPU (pipeline stages, tensor-parallel ranks), in processes of its own.
+
+``python -m support.rank_engine`` reads a script from standard input and pickles what came of each step to the file it
+names. The workers are processes of the engine's; what a test wants of them is sent to them as functions.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BLOCK = 128
+"""Tokens of a KV block on the CPU; vLLM keeps one block for itself."""
+POISON = 0x42
+PATIENCE_S = 150.0
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """How an engine is split."""
+
+    pipeline: int = 1
+    tensor: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.pipeline * self.tensor
+
+
+@dataclass
+class Script:
+    """What to start and what to do with it, step by step; each ``do`` is one method of ``Session`` with arguments."""
+
+    model: str
+    ranks: Ranks
+    chunk_tokens: int
+    max_tokens: int
+    options: dict | None = None
+    eager: bool = True
+    dtype: str = "float32"
+    num_kv_blocks: int = 0
+    steps: list[tuple[str, str, dict]] = field(default_factory=list)
+
+    def do(self, name: str, label: str = "", /, **arguments: Any) -> Script:
+        """Add a step; what it returns is kept under its label."""
+        self.steps.append((name, label, arguments))
+        return self
+
+
+def run(script: Script, folder: Path, *, patience_s: float = PATIENCE_S) -> dict[str, Any]:
+    """Start an engine, carry the script out, end it; what each step with a label returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0))
+    binds = [str(cores[rank % len(cores)]) for rank in range(script.ranks.total)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")]),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(binds), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    answers, log = folder / "answers", folder / "log"
+    answers.unlink(missing_ok=True)
+    with log.open("w") as out:
+        ended = subprocess.run(
+            [sys.executable, "-m", "support.rank_engine", str(answers)], input=pickle.dumps(script),
+            env=environment, stdout=out, stderr=out, timeout=patience_s, check=False,
+        )  # fmt: skip
+    text = log.read_text(errors="replace")
+    assert ended.returncode == 0, f"the engine ended with {ended.returncode}:\n{text[-6000:]}"
+    return pickle.loads(answers.read_bytes())
+
+
+def main() -> None:
+    """Carry one script out."""
+    from support import rank_engine  # so that what is pickled by name is found in the workers
+
+    script = pickle.loads(sys.stdin.buffer.read())
+    session = rank_engine.Session(script, Path(sys.argv[1]).parent)
+    answers = {label: getattr(session, name)(**arguments) for name, label, arguments in script.steps}
+    Path(sys.argv[1]).write_bytes(pickle.dumps(answers))
+    if script.steps[-1][0] != "killed":
+        session.llm.llm_engine.engine_core.engine_core.shutdown()
+
+
+class Session:
+    """An engine, stepped in this process; its workers are others."""
+
+    def __init__(self, script: Script, folder: Path) -> None:
+        from cacheflow.vllm.plugin import register
+        from vllm import LLM
+
+        register()
+        from support.connector_engine import kv_transfer_config
+
+        transfer = None
+        if script.options is not None:
+            options = {"chunk_tokens": script.chunk_tokens, "store": "file", **script.options}
+            transfer = kv_transfer_config(folder.parent / "profiles", options)
+        self.script = script
+        self.llm = LLM(
+            model=script.model, dtype=script.dtype, skip_tokenizer_init=True, enforce_eager=script.eager, seed=0,
+            tensor_parallel_size=script.ranks.tensor, pipeline_parallel_size=script.ranks.pipeline,
+            distributed_executor_backend="mp", max_num_seqs=8, enable_prefix_caching=True,
+            max_model_len=script.max_tokens,
+            num_gpu_blocks_override=script.num_kv_blocks or script.max_tokens // BLOCK + 2,
+            max_num_batched_tokens=script.chunk_tokens, kv_transfer_config=transfer,
+        )  # fmt: skip
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    def on_ranks(self, function: Any, *args: Any) -> list[Any]:
+        """Run a function of this module on every rank's worker."""
+        return self.core.model_executor.collective_rpc(function, args=args)
+
+    def ask(self, requests: list[dict], *, kv: bool = True) -> list[dict]:
+        """Requests that arrive together, to their end.
+
+        Args:
+            requests: For each ``tokens``, and where wanted ``num_tokens`` and ``params``.
+            kv: Return the prompt's whole KV blocks too, of all layers and heads.
+
+        Returns:
+            For each request its ``tokens``, ``ttft_s``, ``params`` and ``kv``, ``[layer, tp rank, block, byte]``.
+        """
+        from vllm import SamplingParams
+
+        engine, scheduler = self.llm.llm_engine, self.core.scheduler
+        answers: dict[str, dict] = {}
+        internal: dict[str, str] = {}
+        began_s = time.perf_counter()
+        for index, request in enumerate(requests):
+            params = request.get("params")
+            sampling = SamplingParams(
+                max_tokens=request.get("num_tokens", 16), temperature=0.0, ignore_eos=True, detokenize=False,
+                extra_args={"kv_transfer_params": params} if params else None,
+            )  # fmt: skip
+            name, before = f"{began_s}-{index}", set(scheduler.requests)
+            engine.add_request(name, {"prompt_token_ids": request["tokens"]}, sampling)
+            (internal[name],) = set(scheduler.requests) - before
+            answers[name] = {"num_prompt": len(request["tokens"])}
+        while not all("tokens" in answer for answer in answers.values()):
+            for output in engine.step():
+                answer = answers[output.request_id]
+                if "ttft_s" not in answer:
+                    answer["ttft_s"] = time.perf_counter() - began_s
+                    if kv and not output.finished:
+                        ids = scheduler.kv_cache_manager.get_block_ids(internal[output.request_id])[0]
+                        answer["kv"] = self.kv(list(ids)[: answer["num_prompt"] // BLOCK])
+                if output.finished:
+                    answer["tokens"], answer["params"] = list(output.outputs[0].token_ids), output.kv_transfer_params
+        return list(answers.values())
+
+    def kv(self, block_ids: list[int]) -> np.ndarray:
+        parts = self.on_ranks(gather, block_ids)
+        layers: dict[int, dict[int, np.ndarray]] = {}
+        for first, tp_rank, kv in parts:
+            for offset, layer_kv in enumerate(kv):
+                layers.setdefault(first + offset, {})[tp_rank] = layer_kv
+        return np.stack([np.stack([layers[layer][rank] for rank in sorted(layers[layer])]) for layer in sorted(layers)])
+
+    def evict(self) -> None:
+        """Forget every prefix and fill the KV cache with wrong numbers."""
+        while self.core.scheduler.requests or self.core.batch_queue:
+            self.llm.llm_engine.step()
+        assert self.core.scheduler.reset_prefix_cache()
+        self.on_ranks(poison)
+
+    def killed(self, rank: int, request: dict) -> tuple[str, float]:
+        """Kill a rank while a request is under way; the error that says so, and after how many seconds it came."""
+        import signal
+
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            max_tokens=2000, temperature=0.0, ignore_eos=True, detokenize=False,
+            extra_args={"kv_transfer_params": request.get("params") or {}},
+        )  # fmt: skip
+        pids = self.on_ranks(process_id)
+        self.llm.llm_engine.add_request("doomed", {"prompt_token_ids": request["tokens"]}, sampling)
+        self.llm.llm_engine.step()
+        os.kill(pids[rank], signal.SIGKILL)
+        began_s = time.perf_counter()
+        try:
+            while time.perf_counter() < began_s + 60.0:
+                self.llm.llm_engine.step()
+        except Exception as error:  # noqa: BLE001 -- whatever vLLM says is the answer
+            return f"{type(error).__name__}: {error}", time.perf_counter() - began_s
+        return "", time.perf_counter() - began_s
+
+    def soak(self, requests: list[dict], *, num_restorations: int, seed: int = 0) -> list[dict]:
+        """Restore again and again, up to three requests at a time, some of them aborted in the middle.
+
+        Returns:
+            For each request that ended which of ``requests`` it was, its tokens and its explain records.
+        """
+        import random
+
+        chances = random.Random(seed)
+        ended: list[dict] = []
+        restored = 0
+        while restored < num_restorations:
+            self.evict()
+            chosen = [chances.randrange(len(requests)) for _ in range(chances.randint(1, 3))]
+            aborted = chances.random() < 0.2
+            if aborted:
+                self._ask_and_abort(requests[chosen[0]], num_steps=chances.randint(1, 6))
+                continue
+            for index, answer in zip(chosen, self.ask([requests[each] for each in chosen], kv=False), strict=True):
+                records = answer["params"]["cacheflow"]
+                restored += sum(record["outcome"] == "done" for record in records)
+                ended.append({"index": index, "tokens": answer["tokens"], "records": records})
+        return ended
+
+    def _ask_and_abort(self, request: dict, *, num_steps: int) -> None:
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        extra = {"kv_transfer_params": request["params"]}
+        sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra)
+        engine.add_request("aborted", {"prompt_token_ids": request["tokens"]}, sampling)
+        for _ in range(num_steps):
+            engine.step()
+        engine.abort_request(["aborted"])
+
+    def free_blocks(self) -> int:
+        return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def settle(self) -> list[dict]:
+        """Wait until every rank has written what it saves; each rank's counts."""
+        return self.on_ranks(settled)
+
+    def forget(self, kind: str, store: str) -> int:
+        """Remove the stored objects of a kind; how many there were."""
+        found = [path for path in (Path(store) / "objects").rglob("*") if path.is_file() and f"_{kind}_" in path.name]
+        for path in found:
+            path.unlink()
+        return len(found)
+
+    def call(self, function: Any, args: tuple = ()) -> list[Any]:
+        """Run a function on every rank."""
+        return self.on_ranks(function, *args)
+
+    def scheduler_side(self, function: Any, args: tuple = ()) -> Any:
+        """Run a function on the connector's scheduler side."""
+        return function(self.core.scheduler.connector._scheduler, *args)
+
+
+def layout_of(worker: Any) -> Any:
+    from cacheflow.vllm.layout import BlockLayout, layer_number
+
+    runner = worker.worker.model_runner if hasattr(worker, "worker") else worker.model_runner
+    context = runner.vllm_config.compilation_config.static_forward_context
+    names = sorted(runner.kv_cache_config.kv_cache_groups[0].layer_names, key=layer_number)
+    caches = {name: context[name].kv_cache for name in names}
+    return BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=names)
+
+
+def gather(worker: Any, block_ids: list[int]) -> tuple[int, int, np.ndarray]:
+    """First layer, tensor-parallel rank and KV bytes of this rank."""
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    from cacheflow.vllm.layout import layer_number
+
+    layout = layout_of(worker)
+    out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)
+    layout.gather(0, layout.num_layers, block_ids, out)
+    first = layer_number(layout.layer_names[0])[0]
+    return first, get_tensor_model_parallel_rank(), out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
+
+
+def poison(worker: Any) -> None:
+    layout = layout_of(worker)
+    payload = np.full(layout.num_bytes(1, layout.num_blocks), POISON, dtype=np.uint8)
+    for layer in range(layout.num_layers):
+        layout.scatter(layer, layer + 1, list(range(layout.num_blocks)), payload)
+
+
+def process_id(_: Any) -> int:
+    return os.getpid()
+
+
+def our_side(worker: Any) -> Any:
+    """The connector's worker half on this rank."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()._worker
+
+
+def settled(worker: Any) -> dict:
+    side = our_side(worker)
+    assert side._saver.wait(20.0)
+    return {**side.counts.chunks_saved}
+
+
+def break_reads(worker: Any, rank: tuple[int, int], fault: str, kind: str) -> None:
+    """From now on reads of objects of a kind fail on one rank ``(pipeline, tensor)``; ``fault`` empty: heal."""
+    from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+
+    side = our_side(worker)
+    shard = side._engine.handle.shard
+    if isinstance(side._store, FaultyStore):
+        side._store = side._store.inner
+    if fault and (shard.pp_rank, shard.tp_rank) == rank:
+        rule = FaultRule(fault=Fault(fault), matches=lambda key: key.kind.value == kind)
+        plan = FaultPlan(rules=(rule,), seed=1)
+        side._store = FaultyStore(side._store, plan)
+
+
+def num_objects(store: Path) -> int:
+    return sum(1 for path in (store / "objects").rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main()

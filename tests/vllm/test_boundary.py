@@ -1,0 +1,161 @@
+"""What a later pipeline stage is handed is kept by request and chunk, whatever else is in the batch; no vLLM needed."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cacheflow.plan.keys import ObjectKind, Shard
+from cacheflow.vllm import boundary
+from cacheflow.vllm.boundary import BoundaryCapture
+from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.step import CaptureOrder, SaveOrder
+
+pytestmark = pytest.mark.torch
+
+CHUNK, HIDDEN, FIRST_LAYER = 8, 4, 3
+
+
+class Stage(torch.nn.Module):
+    """A model that overwrites what it is handed, as vLLM's layers do."""
+
+    def forward(self, *, input_ids, positions, intermediate_tensors, inputs_embeds=None):
+        for states in intermediate_tensors.values():
+            states.zero_()
+
+
+def states(request_id, token, *, residual):
+    """What a token of a request is handed: every token another."""
+    base = hash((request_id, token, residual)) % 4099
+    return torch.arange(base, base + HIDDEN, dtype=torch.float32).bfloat16()
+
+
+@dataclass
+class Case:
+    """A later stage whose batches the test makes."""
+
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self):
+        self.model = Stage()
+        self.runner = SimpleNamespace(
+            input_batch=SimpleNamespace(req_ids=[]), query_start_loc=SimpleNamespace(np=np.zeros(64, np.int32))
+        )
+        handle = SimpleNamespace(
+            model=self.model, runner=self.runner, hidden_size=HIDDEN, dtype=torch.bfloat16, start_layer=FIRST_LAYER,
+            shard=Shard(tp_rank=0, tp_size=2, pp_rank=1, pp_size=2),
+        )  # fmt: skip
+        self.capture = BoundaryCapture(handle, chunk_tokens=CHUNK, counts=self.counts)
+
+    def forward(self, *spans, wanted=None, shift=0):
+        """One forward over ``(request, first token, one past the last)``; keeps all of it unless told what."""
+        orders = spans if wanted is None else wanted
+        self.capture.expect([CaptureOrder(request_id=name, start=start, end=end) for name, start, end in orders])
+        self.run(*spans, shift=shift)
+
+    def run(self, *spans, shift=0):
+        tokens = [(name, token) for name, start, end in spans for token in range(start, end)]
+        self.runner.input_batch.req_ids = [name for name, _, _ in spans]
+        ends = np.cumsum([end - start for _, start, end in spans])
+        self.runner.query_start_loc.np[: len(spans) + 1] = [0, *ends]
+        both = {
+            key: torch.stack([states(*token, residual=key == "residual") for token in tokens])
+            for key in ("hidden_states", "residual")
+        }
+        positions = torch.tensor([token + shift for _, token in tokens])
+        self.model(input_ids=None, positions=positions, intermediate_tensors=both)
+
+    def object(self, name, chunk):
+        """The object of a chunk, as tensors ``[2, tokens, C]``; None when there is none."""
+        order = SaveOrder(namespace="a" * 32, chain_hash=f"{chunk:064x}", block_ids=(0,), request_id=name, chunk=chunk)
+        found = list(self.capture.put(order))
+        if not found:
+            return None
+        (put,) = found
+        assert (put.key.kind, put.key.layer_lo, put.key.layer_hi) == (ObjectKind.HIDDEN, FIRST_LAYER, FIRST_LAYER)
+        assert put.key.shard == Shard(tp_rank=0, tp_size=2)
+        assert put.shape == (2, CHUNK, HIDDEN)
+        (payload,) = put.buffers
+        return torch.from_numpy(payload).view(torch.bfloat16).view(2, CHUNK, HIDDEN)
+
+
+def expected(name, chunk):
+    tokens = range(chunk * CHUNK, (chunk + 1) * CHUNK)
+    return torch.stack([torch.stack([states(name, t, residual=r) for t in tokens]) for r in (False, True)])
+
+
+def test_a_batch_of_several_requests_is_told_apart():
+    """Prefill of one, the end of another's chunk, a decode token, and a request nobody wants, in one forward."""
+    case = Case()
+    case.forward(("b", 0, 5), ("d", 8, 15))
+    case.forward(("a", 0, 16), ("off", 3, 9), ("b", 5, 11), ("d", 15, 16),
+                 wanted=[("d", 15, 16), ("a", 0, 16), ("b", 5, 11)])  # fmt: skip
+    for name, chunk in (("a", 0), ("a", 1), ("b", 0), ("d", 1)):
+        assert torch.equal(case.object(name, chunk), expected(name, chunk))
+    assert case.object("off", 0) is None
+    assert case.object("b", 1) is None  # not complete
+    assert case.counts.boundaries == {"captured": 4, "incomplete": 2}
+
+
+def test_recomputation_through_the_same_model_is_not_looked_at():
+    case = Case()
+    case.forward(("a", 0, 8))
+    case.run(("a", 0, 8), shift=0)
+    assert torch.equal(case.object("a", 0), expected("a", 0))
+
+
+def test_only_what_is_wanted_of_a_request():
+    case = Case()
+    case.forward(("a", 0, 24), wanted=[("a", 8, 16)])
+    assert case.object("a", 0) is None
+    assert torch.equal(case.object("a", 1), expected("a", 1))
+
+
+def test_a_chunk_with_a_hole_is_not_saved_and_one_computed_again_is():
+    case = Case()
+    case.forward(("a", 4, 8))  # tokens 0 to 3 came from the prefix cache
+    assert case.object("a", 0) is None
+    case.forward(("b", 0, 6))
+    case.forward(("b", 0, 4))  # preempted, computed again in other steps
+    case.forward(("b", 4, 8))
+    assert torch.equal(case.object("b", 0), expected("b", 0))
+
+
+def test_rows_that_are_not_where_the_batch_says_are_not_saved():
+    """Negative control: positions prove whose rows they are."""
+    case = Case()
+    case.forward(("a", 0, 8), shift=8)
+    assert case.object("a", 0) is None
+    assert case.counts.boundaries == {"missed": 1, "incomplete": 1}
+
+
+def test_a_failure_does_not_reach_the_forward():
+    case = Case()
+    case.runner.query_start_loc = None
+    case.capture.expect([CaptureOrder(request_id="a", start=0, end=8)])
+    both = {key: torch.ones(8, HIDDEN, dtype=torch.bfloat16) for key in ("hidden_states", "residual")}
+    case.model(input_ids=None, positions=torch.arange(8), intermediate_tensors=both)
+    assert not both["residual"].any()  # the model ran
+
+
+def test_what_is_never_completed_is_forgotten(monkeypatch):
+    case = Case()
+    case.forward(("a", 0, 4), ("b", 0, 4))
+    case.capture.forget({"a"})
+    case.forward(("a", 4, 8), ("b", 4, 8))
+    assert case.object("a", 0) is None
+    assert torch.equal(case.object("b", 0), expected("b", 0))
+    monkeypatch.setattr(boundary, "MAX_CAPTURED_BYTES", 2 * CHUNK * HIDDEN * 2 * 2)  # two chunks
+    case.forward(("a", 0, 4), ("b", 0, 4), ("c", 0, 4))
+    case.forward(("a", 4, 8), ("b", 4, 8), ("c", 4, 8), wanted=[("b", 4, 8), ("c", 4, 8)])
+    assert case.object("a", 0) is None
+    assert torch.equal(case.object("c", 0), expected("c", 0))
+
+
+def test_the_hook_goes_with_the_capture():
+    case = Case()
+    case.capture.close()
+    case.forward(("a", 0, 8))
+    assert case.object("a", 0) is None
