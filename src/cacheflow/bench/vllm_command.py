@@ -8,7 +8,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cacheflow.bench.options import float_list, make_folder, name_list
 from cacheflow.bench.record import append_record, environment
-from cacheflow.bench.results_file import append_line, only_run, read_lines, take_up
+from cacheflow.bench.results_file import only_run, read_lines, take_up
 from cacheflow.bench.vllm_costs import PrefixSize, measure_costs, prefix_bytes
 from cacheflow.bench.vllm_fleet import Fleet, FleetOptions, open_fleet
 from cacheflow.bench.vllm_lmcache import LMCacheMissingError, lmcache_python
@@ -76,14 +75,19 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens + args.suffix + 64 > model.max_tokens:
         raise ConfigError(f"--tokens {args.tokens} is too long: {args.model} allows {model.max_tokens} tokens in all")
     with only_run(args.out), tempfile.TemporaryDirectory(prefix="cacheflow-vllm-") as stores:
-        tell = partial(console.print, markup=False, soft_wrap=True)
-        take_up(args.out / "results.jsonl", read_vllm_records, tell=tell)
-        take_up(args.out / "load.jsonl", partial(read_lines, parse=parse_json), tell=tell)
+        _take_up(args.out, console)
         options, policies = _fleet_options(args, model, Path(stores), console)
         if args.load is not None:
             return _load(args, model, options, policies, console)
         _study(args, model, options, policies, where, console)
     return _show(args.out, console)
+
+
+def _take_up(out: Path, console: Console) -> None:
+    """Find what an earlier run left half written before servers start, not when everything is measured."""
+    readers = {"results.jsonl": read_vllm_records, "load.jsonl": lambda path: read_lines(path, parse_json)}
+    for name, read in readers.items():
+        take_up(out / name, read, tell=lambda text: console.print(text, markup=False, soft_wrap=True))
 
 
 def _leave(number: int, _frame: object) -> None:
@@ -204,7 +208,8 @@ def _load(
     options = LoadOptions(rate=args.load, bytes_per_s=prefix_bytes(model.shape, size) / (ratio * costs.recompute_s))
     records = []
     for record in run_load(policies, fleet_options, options, model=model.shape.name, out=args.out):
-        append_line(args.out / "load.jsonl", record.to_json())
+        with (args.out / "load.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(record.to_json() + "\n")
         records.append(record)
     show_load(records, console)
     return 0
