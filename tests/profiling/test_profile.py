@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -146,6 +147,11 @@ def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, content):
     with pytest.raises(ProfileError, match=r"malformed|cannot be read") as raised:
         load(path)
     assert str(path) in str(raised.value)
+
+
+def test_a_device_is_no_profile(tmp_path):
+    with pytest.raises(ProfileError, match="larger than 16,777,216 bytes"):
+        load(Path("/dev/zero"))
 
 
 def test_half_a_profile_is_refused(path):

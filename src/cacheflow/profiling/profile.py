@@ -12,7 +12,7 @@ from typing import Any
 
 from cacheflow.engine.smollm2 import cache_root
 from cacheflow.errors import ConfigError, ProfileError
-from cacheflow.json_text import parse_json
+from cacheflow.json_text import parse_json, read_text
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 
@@ -129,8 +129,8 @@ def load_profile(path: Path) -> Profile:
         ProfileError: The file is missing, unreadable or no profile; the message names it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except ConfigError as error:
         raise ProfileError(f"profile {path} cannot be read: {error}; make one with `cacheflow calibrate`") from error
     try:
         return Profile.from_json(text)
