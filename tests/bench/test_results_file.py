@@ -150,3 +150,12 @@ def test_a_file_that_several_replace_loses_nothing(tmp_path):
     for worker in workers:
         worker.join()
     assert path.read_text() == "100"
+
+
+def test_a_device_in_place_of_the_file(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match="No space left"):
+        append_line(path, "{}")
+    with pytest.raises(ConfigError, match="it is a device, which has no end"):
+        take_up(path, read, tell=refuse)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.simulate_report import last_setting, read_simulations
+from cacheflow.bench.simulate_report import comparable, read_simulations
 
 ROW = {"timestamp": 0, "input_length": 700, "output_length": 3, "hash_ids": [1, 2]}
 
@@ -123,6 +123,10 @@ def test_the_host_link_of_a_gpu_file_is_that_of_the_file(tmp_path):
     path.write_text(json.dumps(gpu | {"pcie_bytes_per_s": 123e9}))
     config = cluster_config(cluster_values(None, {"gpu": str(path)}), find_shape("Qwen3-8B"), slo_ttft_s=2.0)
     assert config.host_bytes_per_s == pytest.approx(123e9)
+
+
+def last_setting(records: list) -> tuple:
+    return comparable(records, records[-1])
 
 
 def setting_of(record: dict) -> dict:
@@ -242,3 +246,21 @@ def test_an_interrupted_simulation_keeps_what_is_done(simulate, tmp_path, monkey
     assert code == 130
     assert "interrupted" in said
     assert [each["policy"] for each in read_simulations(tmp_path / "out" / "results.jsonl")] == ["cake"]
+
+
+def test_a_run_draws_its_own_setting_whoever_else_wrote_last(simulate, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from cacheflow.bench import plots, simulate_command
+
+    assert simulate("--limit", 2)[0] == 0
+    results = tmp_path / "out" / "results.jsonl"
+    other, drawn, real = results.read_text(), [], simulate_command.append_line
+
+    def append_and_be_overtaken(path, line):
+        real(path, line)
+        real(path, other.strip())
+
+    monkeypatch.setattr(simulate_command, "append_line", append_and_be_overtaken)
+    monkeypatch.setattr(plots, "draw_ttft_cdf", lambda records, path: drawn.append(records))
+    assert simulate("--limit", 3)[0] == 0
+    assert [[each["limit"] for each in records] for records in drawn] == [[3]]

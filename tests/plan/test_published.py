@@ -92,6 +92,11 @@ def test_outside_of_what_was_measured_is_refused_or_flagged(tmp_path: Path):
     [
         ({"parts": {name: us for name, us in PARTS.items() if name != "down_proj"}}, "lacks down_proj"),
         ({"extra": "64,x,0,0,5"}, "line 12: '64,x,0,0,5' is no measurement"),
+        ({"extra": "0,0,8,700,nan"}, "line 12: '0,0,8,700,nan' is no measurement"),
+        ({"extra": "64,500,0,0,inf"}, "line 12: '64,500,0,0,inf' is no measurement"),
+        ({"extra": "64,500,0,0,0"}, "line 12: '64,500,0,0,0' is no measurement"),
+        ({"extra": f"64,{10**400},0,0,5"}, "line 12: .* is no measurement"),
+        ({"parts": PARTS | {"gate_up_proj": float("inf")}}, "'gate_up_proj,1,inf' is no measurement"),
         ({"header": "chunk,time"}, "the first line must be prefill_chunk"),
     ],
 )

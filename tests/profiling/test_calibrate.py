@@ -1,5 +1,7 @@
 """Calibration of a tiny model, through the classes and through the command line."""
 
+from dataclasses import replace
+
 import pytest
 
 from cacheflow import cli
@@ -51,6 +53,14 @@ def test_a_calibration_measures_every_kind_of_layer(model, options):
         total = len(seen)
         assert seen == [(done, total) for done in range(1, total + 1)], what
     assert len(steps) == 3  # two kinds of layers, and the big pass
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 15])
+def test_chunks_shorter_than_the_lengths_that_are_always_measured(model, options, chunk_tokens):
+    from cacheflow.profiling.calibrate import Calibration
+
+    costs = Calibration(model, replace(options, chunk_tokens=chunk_tokens, max_tokens=64)).measure_costs()
+    assert {grid.chunk_tokens[-1] for grid in costs.kinds.values()} == {16}
 
 
 def test_a_session_runs_on_a_calibrated_profile(options):

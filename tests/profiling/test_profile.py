@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,20 @@ DAMAGES = {
     "a kind is missing": (SLIDING, None, "no costs for layer kinds"),
     "a cost is negative": ((*SLIDING, "full_s", 0, 0), -1.0, "not positive and finite"),
     "a cost is no number": ((*SLIDING, "full_s", 0, 0), "x", "malformed"),
+    "a cost without end": (
+        (*SLIDING, "full_s", 0, 0),
+        float("inf"),
+        r"sliding_attention.full_s\[0\]\[0\] must be finite",
+    ),
+    "a cost of 400 digits": ((*SLIDING, "full_s", 0, 0), 10**400, r"full_s\[0\]\[0\] must be finite and below 1e\+12"),
+    "a chunk without end": ((*SLIDING, "chunk_tokens", 0), float("inf"), r"chunk_tokens\[0\] must be finite"),
+    "an offset of 400 digits": ((*SLIDING, "offsets", 1), 10**400, r"offsets\[1\] must be finite"),
+    "a device that is no text": (
+        ("costs", "identity", "device"),
+        float("nan"),
+        "identity.device is nan, must be a text",
+    ),
+    "a crossover without end": (("crossover_tokens",), float("inf"), "crossover_tokens must be finite"),
     "a row is short": ((*SLIDING, "full_s", 0), [1e-3], "cost grid"),
     "an axis descends": ((*SLIDING, "offsets"), [0, 5, 1], "must ascend"),
     "a layer too many": (("costs", "layer_kinds"), ["full_attention"] * 4, "4 layer kinds for 3 layers"),
@@ -113,7 +128,18 @@ def test_a_damaged_profile_is_refused_by_name(path, keys, new, message):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"7", b"null", b"\xff\xfe\x00", b'{"format_version": 1}'], ids=repr
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"null",
+        b"\xff\xfe\x00",
+        b'{"format_version": 1}',
+        pytest.param(b"[" * 99_999, id="deep"),
+    ],
+    ids=repr,
 )
 def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, content):
     path = tmp_path / "other.json"
@@ -121,6 +147,11 @@ def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, content):
     with pytest.raises(ProfileError, match=r"malformed|cannot be read") as raised:
         load(path)
     assert str(path) in str(raised.value)
+
+
+def test_a_device_is_no_profile(tmp_path):
+    with pytest.raises(ProfileError, match="larger than 16,777,216 bytes"):
+        load(Path("/dev/zero"))
 
 
 def test_half_a_profile_is_refused(path):

@@ -107,3 +107,13 @@ def test_a_folder_in_place_of_a_trace(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(ConfigError, match=r"folder.jsonl: cannot be read: Is a directory"):
         list(read_trace(tmp_path / "folder.jsonl"))
+
+
+def test_a_date_that_no_calendar_has(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "bad.parquet"
+    columns = {key: [value] for key, value in MOONCAKE.items()}
+    columns["timestamp"] = pyarrow.array([2**30], pyarrow.date32())
+    parquet.write_table(pyarrow.table(columns), path)
+    assert "after row 0: damaged, or not parquet" in refusal(path)

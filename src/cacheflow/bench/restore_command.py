@@ -107,7 +107,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ConfigError(f"--layers-per-block is {args.layers_per_block}, must be at least 1")
     for key, values in (("tokens", args.tokens), ("ratios", args.ratios or RATIOS), ("gbps", args.gbps or (1.0,))):
         if not all(value > 0 for value in values):
-            raise ConfigError(f"--{key} {values} must be above 0")
+            raise ConfigError(f"--{key} {','.join(map(str, values))} must be above 0")
     if math.inf in (args.ratios or RATIOS):
         raise ConfigError(f"--ratios {args.ratios} must be finite; a link without a limit is --gbps inf")
 

@@ -51,6 +51,8 @@ def read_lines(path: Path, parse: Callable[[str], R], *, wanted: Callable[[str],
     Raises:
         ConfigError: The file cannot be read, or a line is malformed; the message names the line.
     """
+    if path.is_char_device():
+        raise ConfigError(f"results file {path} cannot be read: it is a device, which has no end")
     try:
         # Not splitlines(): a text may hold characters that it takes for the end of a line.
         lines = path.read_text(encoding="utf-8").split("\n")

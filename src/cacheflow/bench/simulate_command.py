@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ from cacheflow.bench.simulate_options import (
     add_arguments,
     check_arguments,
 )
-from cacheflow.bench.simulate_report import Setting, last_setting, read_simulations, record, table
+from cacheflow.bench.simulate_report import Setting, comparable, read_simulations, record, table
 from cacheflow.bench.simulate_setup import cluster_config, cluster_values, find_costs, find_shape, inputs_fingerprint
 from cacheflow.bench.simulate_workload import (
     Workload,
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             records.append(record(setting, outcome, wall_s=time.perf_counter() - start_s))
             append_line(args.out / RESULTS, json.dumps(records[-1], allow_nan=False))
     console.print(table(records))
-    console.print(_draw(args.out), soft_wrap=True)
+    console.print(_draw(args.out, records[-1]), soft_wrap=True)
     return 0
 
 
@@ -141,14 +142,14 @@ def _workload(args: argparse.Namespace, block_tokens: int) -> Workload:
     )
 
 
-def _draw(out: Path) -> str:
-    """Draw the distributions; returns the line that tells the user."""
+def _draw(out: Path, last: Mapping[str, Any]) -> str:
+    """Draw the distributions of what has the setting of this run; returns the line that tells the user."""
     if find_spec("matplotlib") is None:
         return "No picture: matplotlib is missing. pip install 'cacheflow-kv[plots]'"
     from cacheflow.bench.plots import draw_ttft_cdf
 
     try:
-        shown, num_others = last_setting(read_simulations(out / RESULTS))
+        shown, num_others = comparable(read_simulations(out / RESULTS), last)
         line = f"Picture: {draw_ttft_cdf(list(shown), out / PICTURE)}"
         return line + (f" (without {num_others} records of other settings in {out / RESULTS})" if num_others else "")
     except OSError as error:

@@ -101,18 +101,15 @@ def _parse(line: str) -> dict[str, Any]:
     return values
 
 
-def last_setting(records: Sequence[Mapping[str, Any]]) -> tuple[tuple[Mapping[str, Any], ...], int]:
-    """What may be compared with the last record: the last record of every policy in its setting.
+def comparable(
+    records: Sequence[Mapping[str, Any]], like: Mapping[str, Any]
+) -> tuple[tuple[Mapping[str, Any], ...], int]:
+    """What may be compared with a record: the last record of every policy in its setting.
 
     Returns:
         Those records, in the order of their policies' first runs, and how many records are of other settings.
-
-    Raises:
-        ConfigError: There is no record.
     """
-    if not records:
-        raise ConfigError("no simulation on record; run `cacheflow simulate --out` first")
-    wanted = _setting_of(records[-1])
+    wanted = _setting_of(like)
     same = [each for each in records if _setting_of(each) == wanted]
     return tuple({each["policy"]: each for each in same}.values()), len(records) - len(same)
 

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -81,14 +80,19 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens + args.suffix + 64 > model.max_tokens:
         raise ConfigError(f"--tokens {args.tokens} is too long: {args.model} allows {model.max_tokens} tokens in all")
     with only_run(args.out), tempfile.TemporaryDirectory(prefix="cacheflow-vllm-") as stores:
-        tell = partial(console.print, markup=False, soft_wrap=True)
-        take_up(args.out / "results.jsonl", read_vllm_records, tell=tell)
-        take_up(args.out / "load.jsonl", partial(read_lines, parse=parse_json), tell=tell)
+        _take_up(args.out, console)
         options, policies = _fleet_options(args, model, Path(stores), console)
         if args.load is not None:
             return _load(args, model, options, policies, console)
         _study(args, model, options, policies, where, console)
     return _show(args.out, console)
+
+
+def _take_up(out: Path, console: Console) -> None:
+    """Find what an earlier run left half written before servers start, not when everything is measured."""
+    readers = {"results.jsonl": read_vllm_records, "load.jsonl": lambda path: read_lines(path, parse_json)}
+    for name, read in readers.items():
+        take_up(out / name, read, tell=lambda text: console.print(text, markup=False, soft_wrap=True))
 
 
 def _leave(number: int, _frame: object) -> None:

@@ -10,6 +10,7 @@ dense part of a decoder layer at the chunk's length.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,8 +187,8 @@ def _read_attention(path: Path) -> tuple[Points, Points]:
     decode: dict[int, list[tuple[int, float]]] = {}
     for number, row in enumerate(_rows(path, ATTENTION_FIELDS), start=2):
         try:
-            chunk, offset, batch, context = (int(value) for value in row[:4])
-            seconds = float(row[4]) * 1e-6
+            chunk, offset, batch, context = (_count(value) for value in row[:4])
+            seconds = _seconds(row[4])
         except (ValueError, IndexError) as error:
             raise ProfileError(f"{path}, line {number}: {','.join(row)!r} is no measurement") from error
         if chunk and not batch:
@@ -201,13 +202,25 @@ def _read_dense(path: Path) -> dict[str, list[tuple[int, float]]]:
     parts: dict[str, list[tuple[int, float]]] = {}
     for number, row in enumerate(_rows(path, DENSE_FIELDS), start=2):
         try:
-            parts.setdefault(row[0], []).append((int(row[1]), float(row[2]) * 1e-6))
+            parts.setdefault(row[0], []).append((_count(row[1]), _seconds(row[2])))
         except (ValueError, IndexError) as error:
             raise ProfileError(f"{path}, line {number}: {','.join(row)!r} is no measurement") from error
     missing = [part for part in LAYER_PARTS if part not in parts and part not in OPTIONAL_PARTS]
     if missing:
         raise ProfileError(f"{path} lacks {', '.join(missing)}: a layer cannot be priced without")
     return {part: sorted(points) for part, points in parts.items()}
+
+
+def _count(text: str) -> int:
+    if not 0 <= int(text) < 1 << 40:
+        raise ValueError("no number of tokens or requests")
+    return int(text)
+
+
+def _seconds(microseconds: str) -> float:
+    if not 0 < float(microseconds) < math.inf:
+        raise ValueError("no duration")
+    return float(microseconds) * 1e-6
 
 
 def _rectangle(points: Points, path: Path) -> tuple[tuple[int, ...], tuple[int, ...], Seconds]:

@@ -104,7 +104,7 @@ class Calibration:
         kinds: dict[str, CostGrid] = {}
         for kind in dict.fromkeys(layer_kinds):
             layers = [layer for layer, each in enumerate(layer_kinds) if each == kind]
-            meter = CostMeter(runner, max_tokens=longest + chunk, layers=layers)
+            meter = CostMeter(runner, max_tokens=longest + lengths[-1], layers=layers)
             kinds[kind] = self._measure_kind(meter, kind, lengths, offsets)
         meter = CostMeter(runner, max_tokens=1)
         return CostTable(

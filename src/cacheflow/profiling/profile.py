@@ -12,10 +12,14 @@ from typing import Any
 
 from cacheflow.engine.smollm2 import cache_root
 from cacheflow.errors import ConfigError, ProfileError
+from cacheflow.json_text import parse_json, read_text
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 
 FORMAT_VERSION = 1
+GREATEST = 1e12
+"""No duration, no count of tokens and no latency of a profile is as great."""
+IDENTITY_TEXTS = ("model", "fingerprint", "device_type", "device", "dtype", "attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,8 @@ class Profile:
             ProfileError: Not a profile of this format, or its golden points are missed.
         """
         try:
-            values: Any = json.loads(text)
+            values = _parse(text)
+            _check_numbers("profile", values)
             if values["format_version"] != FORMAT_VERSION:
                 raise ProfileError(
                     f"profile format_version is {values['format_version']!r}, this release reads {FORMAT_VERSION}"
@@ -72,9 +77,9 @@ class Profile:
                 break_even_tokens=values["break_even_tokens"],
                 big_pass_s={int(length): float(seconds) for length, seconds in values["big_pass_s"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ProfileError(f"malformed profile ({type(error).__name__}: {error})") from error
 
 
@@ -124,13 +129,38 @@ def load_profile(path: Path) -> Profile:
         ProfileError: The file is missing, unreadable or no profile; the message names it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except ConfigError as error:
         raise ProfileError(f"profile {path} cannot be read: {error}; make one with `cacheflow calibrate`") from error
     try:
         return Profile.from_json(text)
     except ConfigError as error:
         raise ProfileError(f"profile {path}: {error}") from error
+
+
+def _parse(text: str) -> Any:  # noqa: ANN401 -- whatever the file holds
+    try:
+        return parse_json(text)
+    except ConfigError as error:
+        raise ProfileError(f"malformed profile ({error})") from error
+
+
+def _check_numbers(place: str, value: object) -> None:
+    """Refuse numbers that no calculation survives, wherever they stand, and names that are no texts.
+
+    Raises:
+        ProfileError: The message names the place.
+    """
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key in IDENTITY_TEXTS and place.endswith(".identity") and not isinstance(each, str):
+                raise ProfileError(f"{place}.{key} is {each!r}, must be a text")
+            _check_numbers(f"{place}.{key}", each)
+    elif isinstance(value, list):
+        for index, each in enumerate(value):
+            _check_numbers(f"{place}[{index}]", each)
+    elif isinstance(value, int | float) and not abs(value) < GREATEST and place != "profile.link.bytes_per_s":
+        raise ProfileError(f"{place} must be finite and below {GREATEST:g}")
 
 
 def _safe(name: str) -> str:

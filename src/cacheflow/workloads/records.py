@@ -213,7 +213,7 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Record(f"{path}, row {number}", fields)
-    except ArrowException as error:
+    except (ArrowException, ArithmeticError, ValueError) as error:
         raise TraceError(f"{path}, after row {number}: damaged, or not parquet: {error}") from error
 
 
