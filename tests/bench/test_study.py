@@ -194,6 +194,7 @@ def test_a_prefix_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
 
     def lose_the_disk(store, *args, **options):
         shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        (tmp_path / "store").write_text("no folder can be made here")
         return write(store, *args, **options)
 
     monkeypatch.setattr(FileStore, "write_record", lose_the_disk)
