@@ -37,6 +37,14 @@ def test_steps_keep_within_the_latency_asked_for_from_the_first_one_on(slo_ms: f
     assert sum(computed_s) / 300 > 0.5 * min(slo_ms * 1e-3 - 0.012, 0.1 * CHUNK_S)
 
 
+def test_a_unit_larger_than_a_tenth_of_a_chunk_is_computed_where_the_bound_has_room_for_it():
+    for slo_ms, expected_s in ((200.0, 0.1), (100.0, 0.0)):
+        pace = Pace(recompute_budget_ms=None, itl_slo_ms=slo_ms)
+        for step in range(5):
+            budget = pace.budget(step * 0.012, busy=True, chunk_s=0.4, unit_s=0.1)
+        assert budget.compute_s == expected_s
+
+
 def test_a_bound_that_leaves_no_room_leaves_loading_alone():
     engine = Engine(Pace(recompute_budget_ms=None, itl_slo_ms=14.0), own_s=0.012)
     assert sum(engine.step()[1] for _ in range(50)) == 0.0

@@ -133,6 +133,19 @@ def test_an_idle_minute_between_two_restorations_changes_nothing_in_the_second()
     assert max(second) <= max(first)  # the minute was not taken for an engine step, for which to read ahead
 
 
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
+def test_a_bound_that_leaves_compute_nothing_does_not_keep_a_request_waiting(ratio):
+    case = Case(options=options(itl_slo_ms=1e-3), facts_by_rank=(facts(ratio=ratio),))
+    case.arrive("a", case.saved_prompt(20 * CHUNK + 1, 20), params=None)
+    case.begin("a")
+    worker, num_steps = Worker(case), 0
+    while case.side.has_work:
+        worker.carry_out(case.step(busy=1))
+        num_steps += 1
+        assert num_steps < 400  # each read of the worker ends with its step: 80 cells
+    assert case.now_s < case.options.restore_timeout_s
+
+
 def test_a_request_that_queued_while_its_prefix_was_computed_is_restored():
     case = Case()
     prompt = tokens(6 * CHUNK + 1)

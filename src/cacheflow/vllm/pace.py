@@ -74,7 +74,8 @@ class Pace:
             compute_s = max(IDLE_COMPUTE_BUDGET_S, IDLE_CHUNK_SHARE * chunk_s)
             read_ahead_s = READ_AHEAD_S * compute_s / IDLE_COMPUTE_BUDGET_S
             return StepBudget(compute_s=compute_s, unit_s=unit_s, read_ahead_s=read_ahead_s, wait_s=IDLE_WAIT_S)
-        compute_s = CHUNK_SHARE * chunk_s if self._budget_s is None else self._budget_s
+        # At least a unit: more than a tenth of a chunk where layers are few, or all in one block (compiled).
+        compute_s = max(CHUNK_SHARE * chunk_s if self._budget_s is None else self._budget_s, unit_s)
         if self._itl_s is not None:
             # Nothing before the engine's own step is known: the first one must keep within the bound too.
             own_s = self._itl_s if self._own_step_s is None else self._own_step_s

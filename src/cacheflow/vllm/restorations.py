@@ -32,11 +32,12 @@ LEAST_BUDGET_S = 1e-9
 class _Active:
     """One restoration under way, with the request it serves."""
 
-    __slots__ = ("decision", "request", "stepped", "timed_out")
+    __slots__ = ("decision", "request", "stalled", "stepped", "timed_out")
 
     def __init__(self, stepped: StagedRestoration, request: TrackedRequest, decision: Decision) -> None:
         self.stepped, self.request, self.decision = stepped, request, decision
         self.timed_out = False
+        self.stalled = False
 
 
 class Restorations:
@@ -148,11 +149,15 @@ class Restorations:
         for restore_id in order.compute:
             active = self._active[restore_id]
             # Nobody waits for ever, whatever the budget: what only compute can bring goes on by a unit a step.
-            least_s = LEAST_BUDGET_S if self._watch(active, now_s) or active.stepped.only_compute_left else 0.0
+            # So does what the link leaves to compute, when both have stood still for a step.
+            unit = self._watch(active, now_s) or active.stepped.only_compute_left or active.stalled
+            least_s = LEAST_BUDGET_S if unit else 0.0
             reads = reads or restore_id == reader
             orders = active.stepped.orders(
                 now_s, compute_budget_s=max(compute_s, least_s), read_ahead_s=read_ahead_s if reads else 0.0
             )
+            works = any(each.compute or each.reads for each in orders.by_stage)
+            active.stalled = restore_id == reader and not (works or active.stepped.loads_under_way)
             spent_s += self._predicted_s(active, orders)
             compute_s = budget.left_s(spent_s)
             read_ahead_s = max(0.0, read_ahead_s - active.stepped.loads_under_way_s)
