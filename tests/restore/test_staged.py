@@ -115,6 +115,20 @@ def test_a_lost_boundary_makes_a_plan_that_loads_nothing_load():
     assert {cell for cell in reads if cell[1] >= 0} == {(chunk, block) for chunk in range(4) for block in range(3)}
 
 
+@pytest.mark.parametrize("policy", ["cacheflow", "cacheflow_v1", "cacheflow_v2", "cake", "recompute"])
+def test_without_any_boundary_a_stage_loads_everything_whatever_its_plan(policy):
+    scheduler = Scheduler(FIRST, STORED, policy=policy, ratio=3.0)
+    reads = set()
+    for _ in range(60):
+        orders = scheduler.orders(compute_budget_s=math.inf, read_ahead_s=math.inf)[1]
+        assert not orders.compute
+        for cell in reads_of(orders):
+            reads.add(cell)
+            scheduler.loaded(1, cell, outcome=LoadOutcome.MISS if cell[1] < 0 else LoadOutcome.OK)
+    assert {cell for cell in reads if cell[1] >= 0} == {(chunk, block) for chunk in range(4) for block in range(3)}
+    assert scheduler.staged.stages[1].restored
+
+
 def test_what_can_be_neither_loaded_nor_recomputed_ends_every_stage_before_that_chunk():
     scheduler = Scheduler(FIRST, STORED)
     first, later = scheduler.orders(read_ahead_s=0.1)
