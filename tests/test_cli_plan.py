@@ -63,6 +63,8 @@ def test_without_matplotlib_the_numbers_stand_and_the_picture_is_explained(
         ({"bandwidth_gbps": "-1"}, "must be above 0"),
         ({"bandwidth_gbps": "nan"}, "must be above 0 and finite"),
         ({"bandwidth_gbps": "inf"}, "must be above 0 and finite"),
+        ({"bandwidth_gbps": "1e-320"}, "must be at least 1e-06"),
+        ({"suffix": "9" * 400}, "--suffix must be at most 1,000,000,000, it has 400 digits"),
         ({"tokens": "-5"}, "--tokens is -5, must be at least 1"),
         ({"tokens": "0"}, "--tokens is 0, must be at least 1"),
         ({"suffix": "-1"}, "--suffix is -1, must be at least 0"),

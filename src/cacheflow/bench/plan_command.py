@@ -24,6 +24,9 @@ from cacheflow.plan.stages import RankLayout, rank_problem
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.types import ModelShape
 
+MOST_TOKENS = 10**9
+LEAST_GBPS = 1e-6
+"""Below it nothing would come to an end."""
 MAX_CHUNKS = 4096
 PICTURE = "plan.png"
 
@@ -148,6 +151,8 @@ def whole_problem(
     """
     if not (math.isfinite(bandwidth_gbps) and bandwidth_gbps > 0):
         raise ConfigError(f"--bandwidth-gbps is {bandwidth_gbps:g}, must be above 0 and finite")
+    if bandwidth_gbps < LEAST_GBPS:
+        raise ConfigError(f"--bandwidth-gbps is {bandwidth_gbps:g}, must be at least {LEAST_GBPS:g}")
     num_tokens, suffix_tokens, chunk_tokens = grid_tokens
     parts = layout.kv_parts(shape) * layout.pipeline_parallel_size
     kv_bytes = (num_tokens + suffix_tokens) * shape.kv_bytes_per_token // parts
@@ -171,6 +176,8 @@ def _checked_tokens(num_tokens: int, suffix_tokens: int, chunk_tokens: int) -> t
     ):
         if value < least:
             raise ConfigError(f"{key} is {value}, must be at least {least}")
+        if value > MOST_TOKENS:
+            raise ConfigError(f"{key} must be at most {MOST_TOKENS:,}, it has {len(str(value))} digits")
     if num_tokens > MAX_CHUNKS * chunk_tokens:
         raise ConfigError(
             f"--tokens {num_tokens} in chunks of {chunk_tokens} exceed {MAX_CHUNKS} chunks: give a larger --chunk"
