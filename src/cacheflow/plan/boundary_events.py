@@ -108,10 +108,13 @@ class BoundaryEvents:
                     p.failed_K[each] = 0
                 p.demand_K[each] = p.failed_K[each]
         if opens:
-            self._load.open(min(self._opened))
-        else:
-            self._load.rewind()
+            p.link_down = False
+        self._load.take_over(min(chunk for chunk in range(p.board.num_chunks) if not p.boundaries.possible(chunk)))
         self.find_limit()
+
+    def compute_left_s(self, now_s: float) -> float:
+        """Corrected seconds until compute is through with what it was ordered to do."""
+        return self._p.compute_left_s(now_s)
 
     def computed_sooner(self, compute_s: float, now_s: float) -> bool:
         """Whether compute, behind what it was ordered to do, takes ``compute_s`` before the link has all open cells."""

@@ -19,6 +19,12 @@ class BoundaryPointer:
     def __init__(self, progress: Progress) -> None:
         """Read nothing yet."""
         self._p = progress
+        loadable = {cell for tile in progress.plan.load_order for cell in tile.cells()}
+        num_blocks = progress.board.num_blocks
+        self._only_compute_K = [
+            [block for block in range(num_blocks) if (chunk, block) not in loadable]
+            for chunk in range(progress.board.num_chunks)
+        ]
         self._cell_bytes = int(progress.problem.load_bytes_KB.max(initial=0))
 
     def claim(self, now_s: float) -> int | None:
@@ -63,9 +69,11 @@ class BoundaryPointer:
     def _reaches(self, chunk: int, now_s: float) -> bool:
         """Whether compute comes to the chunk so early that it saves the link more than the boundary costs it."""
         p, board = self._p, self._p.board
-        if p.link_down:
+        if p.link_down or any(board.is_open(chunk, block) for block in self._only_compute_K[chunk]):
             return True
         open_bytes = float(board.open_bytes_K[chunk])
+        if open_bytes <= p.boundaries.num_bytes(chunk):
+            return False
         gap_s = p.link_s(float(board.open_bytes_K[chunk:].sum())) - self._starts_s(chunk, now_s)
         compute_s = float(board.open_compute_K[chunk]) * p.rates.compute_factor
         # Meeting in this chunk, compute takes the share x of it for which both end together; x * open_bytes must be

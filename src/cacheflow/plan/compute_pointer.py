@@ -42,7 +42,7 @@ class ComputePointer:
         if not p.bottom_row_pays():
             return None
         for chunk in range(p.board.num_chunks):
-            if self._p.climbed_K[chunk] == 0 and p.board.is_open(chunk, 0):
+            if self._p.climbed_K[chunk] == 0 and p.board.is_open(chunk, 0) and p.computable(chunk):
                 tile = Tile(chunk, chunk + 1, 0, 1)
                 return tile if self._ready(tile) else None
         return None

@@ -62,16 +62,19 @@ class LoadPointer:
         while self._queue:
             self._p.board.set(*self._queue.popleft(), Cell.OPEN)
 
-    def rewind(self) -> None:
-        """Look at the whole load order again: cells that were left to compute are the link's after all."""
-        self._tile_index = 0
+    def take_over(self, chunk_lo: int) -> None:
+        """Load whatever is open of the chunks from ``chunk_lo`` on, also where the plan left it to compute.
 
-    def open(self, chunk_lo: int) -> None:
-        """Load chunks from ``chunk_lo`` on after all, tail chunk first, of a plan that loads nothing."""
+        Behind the plan's own order, which is looked at again from its head: tail chunk first, top block first.
+        """
         board = self._p.board
-        self._order = tuple(Tile(k, k + 1, 0, board.num_blocks) for k in range(board.num_chunks - 1, chunk_lo - 1, -1))
+        cells = (
+            Tile(chunk, chunk + 1, block, block + 1)
+            for chunk in range(board.num_chunks - 1, chunk_lo - 1, -1)
+            for block in range(board.num_blocks - 1, -1, -1)
+        )
+        self._order = (*self._p.plan.load_order, *cells)
         self._tile_index = 0
-        self._p.link_down = False
 
     def _in_order(self, now_s: float) -> tuple[int, int] | None:
         p = self._p

@@ -25,6 +25,8 @@ from cacheflow.restore.stepped import SteppedRestoration
 
 LEAST_BUDGET_S = 1e-9
 """Orders one unit of compute."""
+AWAITED_MARGIN = 1.1
+"""A step that ends just before boundary states come is told of them a step later: rather end just behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,18 +187,19 @@ class StagedRestoration:
             for index in range(len(self.stages))
         }
         by_stage: dict[int, RestoreOrders] = {}
+        until_s: float | None = None
         # Who waits for boundary states comes first: the others compute no longer than until those are there, because
         # a step ends with its slowest stage, and only then it is told.
         for index in sorted(range(len(self.stages)), key=lambda index: not self._needs_boundary(index)):
             stage = self.stages[index]
             by_stage[index] = stage.orders(
                 now_s,
-                compute_budget_s=0.0 if index in self._chain_of else compute_budget_s,
+                compute_budget_s=0.0 if index in self._chain_of else _until(stage, now_s, compute_budget_s, until_s),
                 read_ahead_s=ahead_s[index],
             )
             awaited_s = None if stage.settled else stage.state.boundary.awaited_s(now_s)
-            if awaited_s is not None and compute_budget_s > 0:
-                compute_budget_s = min(compute_budget_s, max(LEAST_BUDGET_S, awaited_s))
+            if awaited_s is not None:
+                until_s = awaited_s if until_s is None else min(until_s, awaited_s)
         return StagedOrders(tuple(by_stage[index] for index in range(len(self.stages))))
 
     def _needs_boundary(self, index: int) -> bool:
@@ -246,6 +249,14 @@ class StagedRestoration:
         if len(self.stages) == 1:
             return self.stages[0].report(now_s, planning_s=planning_s)
         return self.stage_reports(now_s).merged(planning_s=planning_s)
+
+
+def _until(stage: SteppedRestoration, now_s: float, budget_s: float, until_s: float | None) -> float:
+    """A stage's budget for a step that should end in ``until_s``, what the stage was ordered before included."""
+    if until_s is None or budget_s <= 0:
+        return budget_s
+    left_s = AWAITED_MARGIN * until_s - stage.state.boundary.compute_left_s(now_s)
+    return min(budget_s, max(LEAST_BUDGET_S, left_s))
 
 
 def _chains(stages: Sequence[SteppedRestoration]) -> dict[int, HandOverChain]:
