@@ -278,3 +278,24 @@ def test_a_link_that_stalls_on_one_tensor_rank_costs_time_only(two_tensor_ranks)
     (record,) = two_tensor_ranks["hang"][0]["params"]["cacheflow"]
     assert record["restore_s"] < 2 * RESTORE_TIMEOUT_S + 2.0
     assert two_tensor_ranks["hang"][0]["tokens"] == two_tensor_ranks["own"][0]["tokens"]
+
+
+@pytest.mark.skipif("CACHEFLOW_SOAK_REQUESTS" not in os.environ, reason="minutes: four ranks, and compiled stages")
+@pytest.mark.parametrize(
+    ("name", "pipeline", "tensor", "eager"), [("pp4", 4, 1, True), ("pp2-tp2", 2, 2, True), ("compiled", 2, 1, False)]
+)
+def test_more_ranks_and_compiled_stages(setting, name, pipeline, tensor, eager):
+    """Against what the same engine answers when the connector leaves a request alone."""
+    script = setting.script(pipeline=pipeline, tensor=tensor, store_path=str(setting.folder / name))
+    script.eager = eager
+    saved(script, 1)
+    asked(script, "own", request(1, OFF))
+    asked(script, "both pointers", request(1, AUTO))
+    asked(script, "load", request(1, LOAD))
+    answers = setting.run(script, name)
+    record = record_of(answers["both pointers"])
+    assert record["outcome"] == "done"
+    assert [stage["boundary_source"] for stage in record["stages"]] == ["first_stage", *["stored"] * (pipeline - 1)]
+    assert record["recomputed_cells"] > 0
+    equal(answers["both pointers"], answers["own"])
+    equal(answers["load"], answers["own"])

@@ -23,6 +23,7 @@ from cacheflow.vllm.model_access import ModelHandle, open_model
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.partial_forward import PartialForward
 from cacheflow.vllm.selftest import self_test
+from cacheflow.vllm.stage_link import can_link
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +97,22 @@ def find_engine(
         link=link,
         first_layer=handle.start_layer,
         weights=weights,
-        linked=handle.can_recompute and not handle.is_first_stage,
+        linked=can_link(handle),
         boundary_token_bytes=boundary_token_bytes(handle) if stores_boundaries(options, handle) else 0,
     )
+    _log_stage(facts)
     return FoundEngine(handle, layout, forward, facts)
+
+
+def _log_stage(facts: EngineFacts) -> None:
+    shard = facts.shard
+    if not shard.pp_rank or shard.tp_rank:
+        return
+    if facts.boundary_token_bytes:
+        how = f"starts from stored boundary states, {facts.boundary_token_bytes} bytes a token"
+    else:
+        how = "is handed what the stage below recomputed, in order" if facts.linked else "restores by loading alone"
+    logger.info("pipeline stage %d of %d %s", shard.pp_rank, shard.pp_size, how)
 
 
 def _layers_per_block(options: ConnectorOptions, handle: ModelHandle) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.partial_forward import Activations
 
@@ -68,6 +69,11 @@ class StageLink:
 
     def _num_bytes(self, num_tokens: int) -> int:
         return 2 * num_tokens * self._hidden_size * self._dtype.itemsize
+
+
+def can_link(handle: ModelHandle) -> bool:
+    """Whether this stage can be handed what the one below recomputed: proved with vLLM's first runner alone."""
+    return handle.can_recompute and not handle.is_first_stage and handle.runner_kind is RunnerKind.V1
 
 
 def link_stages(handle: ModelHandle) -> StageLink | None:
