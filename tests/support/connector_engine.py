@@ -242,7 +242,10 @@ class ServingEngine:
 
         get_kv_transfer_group()._worker = fresh
         connector._scheduler, connector._options = side, options
-        side.set_facts([fresh.find_facts()])
+        facts = fresh.find_facts()
+        if facts.costs is not None:  # the scheduler is held to chunks, whatever pass was measured
+            facts = dataclasses.replace(facts, costs=dataclasses.replace(facts.costs, engine_pass=None))
+        side.set_facts([facts])
         if "chunk_tokens" in changes:
             self.scheduler.max_num_scheduled_tokens = options.chunk_tokens
 
