@@ -88,6 +88,41 @@ def test_the_link_is_the_same_for_every_split_and_the_axis_is_an_option(tmp_path
     assert len({each["store_path"] for each in options}) == 3
 
 
+def test_one_round_measures_one_rank_on_the_prompt_it_has(tmp_path, monkeypatch):
+    """Three times, whatever the number of prompts; what a request costs besides is taken off, the first thrown away."""
+    from contextlib import contextmanager
+
+    asked = study(tmp_path)
+    lengths = []
+
+    class Client:
+        def evict(self):
+            lengths.append(0)
+
+        def complete(self, tokens, *, max_tokens, params):
+            lengths.append(len(tokens))
+            whole = 9.0 if lengths.count(len(tokens)) == 1 else 3.0
+            took_s = 0.5 if len(tokens) == 8 else whole
+            return Answer(tokens=(1,), arrivals_s=(took_s,), sent_s=0.0, first_logprobs={}, cached_tokens=0)
+
+    class Servers:
+        client = Client()
+
+        @contextmanager
+        def turn(self, name):
+            assert name == Split(1, 1).name
+            yield self
+
+    @contextmanager
+    def fleet(self, splits, bytes_per_s):
+        yield Servers()
+
+    monkeypatch.setattr(RanksStudy, "_fleet", fleet)
+    asked.prepare()
+    assert asked.prefill_s == 2.5
+    assert lengths == [0, 8, 0, 1032] * 3
+
+
 @pytest.mark.parametrize(("tokens", "correct", "equal"), [((7, 8, 9), True, 3), ((7, 1, 9), False, 1)])
 def test_a_record_holds_what_the_engine_counted_and_whether_tokens_are_equal(tmp_path, tokens, correct, equal):
     split, asked = Split(2, 1), study(tmp_path)

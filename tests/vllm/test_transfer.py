@@ -11,14 +11,16 @@ from cacheflow.stores.base import PutRequest
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.layout import BlockLayout, LayerView
-from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
-from cacheflow.vllm.transfer import VllmTransferPort, staging_pool
+from cacheflow.vllm.object_keys import StagePart, block_layers, boundary_key, object_key
+from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 
 pytestmark = pytest.mark.torch
 
 NAMESPACE, CHAIN = "a" * 32, tuple(f"{index}" * 64 for index in range(2))
 CHUNK, SIZE, LAYERS, PER_BLOCK = 8, 4, 5, 2
 SHARD = Shard(tp_rank=1, tp_size=2)
+STATES = 12
+"""Bytes of a token's boundary states: two rows of 6."""
 
 
 @pytest.fixture
@@ -43,13 +45,19 @@ def saved(layout):
         yield store, cells
 
 
-def new_port(store, layout, *, start=0, shard=SHARD):
+def new_port(store, layout, *, start=0, shard=SHARD, first_layer=0, given=None):
     target = RestoreTarget(
         restore_id=0, request_id="r", start=start, object_start=0, chunk_ends=(8, 16), tokens=tuple(range(start, 16)),
         block_ids=(7, 2, 5, 3), namespace=NAMESPACE, chain_hashes=CHAIN, layers_per_block=PER_BLOCK,
     )  # fmt: skip
     pool = staging_pool(layout, chunk_tokens=CHUNK, layers_per_block=PER_BLOCK)
-    return VllmTransferPort(store, layout, target, pool=pool, part=StagePart(shard))
+    reads = None
+    if given is not None:
+        states = boundary_pool(token_bytes=STATES, chunk_tokens=CHUNK)
+        reads = BoundaryReads(
+            pool=states, token_bytes=STATES, give=lambda chunk, payload: given.update({chunk: payload.copy()})
+        )
+    return VllmTransferPort(store, layout, target, pool=pool, part=StagePart(shard, first_layer), boundaries=reads)
 
 
 def gathered(layout, layers, block_ids):
@@ -117,3 +125,62 @@ def test_staging_is_used_again(layout, saved):
 def test_positions_inside_a_block_are_a_bug(layout, saved):
     with pytest.raises(ValueError, match="multiples of the block size 4"):
         new_port(saved[0], layout, start=3)
+
+
+def save_boundary(store, *, layer, tp_size=2):
+    payload = np.random.default_rng(layer).integers(0, 256, CHUNK * STATES, dtype=np.uint8)
+    key = boundary_key(NAMESPACE, CHAIN[1], layer=layer, tp_size=tp_size)
+    store.submit_put([PutRequest(key, [payload], (payload.size,), "uint8")]).wait(5)
+    return payload.reshape(2, -1)
+
+
+def test_boundary_states_are_given_to_compute_and_touch_no_block(layout, saved):
+    store, given = saved[0], {}
+    payload = save_boundary(store, layer=3)
+    port = new_port(store, layout, first_layer=3, given=given)
+    ticket = port.start_boundary(1, deadline_s=5)
+    assert ticket.num_bytes == CHUNK * STATES
+    assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
+    assert given == {}
+    port.place(ticket)
+    assert np.array_equal(given[1], payload)
+    assert not gathered(layout, (0, LAYERS), range(9)).any()
+
+
+def test_a_chunk_that_is_partly_there_needs_the_states_of_the_rest(layout, saved):
+    """Of hidden states and of the residual alike."""
+    store, given = saved[0], {}
+    payload = np.random.default_rng(0).integers(0, 256, CHUNK * STATES, dtype=np.uint8)
+    key = boundary_key(NAMESPACE, CHAIN[0], layer=3, tp_size=2)
+    store.submit_put([PutRequest(key, [payload], (payload.size,), "uint8")]).wait(5)
+    port = new_port(store, layout, start=4, first_layer=3, given=given)
+    ticket = port.start_boundary(0, deadline_s=5)
+    assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
+    port.place(ticket)
+    assert np.array_equal(given[0], payload.reshape(2, CHUNK, -1)[:, 4:].reshape(2, -1))
+
+
+@pytest.mark.parametrize("changes", [{"layer": 4}, {"layer": 3, "tp_size": 1}])
+def test_states_of_another_layer_or_another_sum_are_misses(layout, saved, changes):
+    save_boundary(saved[0], **changes)
+    port = new_port(saved[0], layout, first_layer=3, given={})
+    ticket = port.start_boundary(1, deadline_s=5)
+    assert port.wait(ticket, timeout_s=5) is LoadOutcome.MISS
+    port.cancel(ticket)
+
+
+def test_a_stage_reads_the_layers_it_holds(layout, saved):
+    """The same layers of the model, whichever stage asks for them."""
+    store, cells = saved
+    key = object_key(NAMESPACE, CHAIN[0], layers=(7, 9), shard=SHARD)
+    store.submit_put([PutRequest(key, [cells[1, 0]], (cells[1, 0].size,), "uint8")]).wait(5)
+    port = new_port(store, layout, shard=Shard(tp_rank=1, tp_size=2, pp_rank=2, pp_size=3), first_layer=7)
+    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=5)
+    assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
+    port.place(ticket)
+    assert np.array_equal(gathered(layout, (0, 2), [7, 2]), cells[1, 0])
+
+
+def test_a_stage_without_boundary_states_was_ordered_none(layout, saved):
+    with pytest.raises(ValueError, match="reads no boundary states"):
+        new_port(saved[0], layout).start_boundary(1, deadline_s=5)

@@ -98,9 +98,10 @@ class RanksStudy:
         """Measure what one rank needs for the prefix by itself: the ground of all ratios."""
         with self._fleet([Split(1, 1)], FAST_LINK_BYTES_PER_S) as fleet, fleet.turn(Split(1, 1).name) as server:
             times = []
-            for repeat in range(max(3, self.options.repeats)):
+            for measured in range(max(3, self.options.repeats)):
                 server.client.evict()
-                short, whole = self._prompt(repeat)[-self.options.size.suffix_tokens :], self._prompt(repeat)
+                whole = self._prompt(measured % self.options.repeats)
+                short = whole[-self.options.size.suffix_tokens :]
                 idle_s = server.client.complete(short, max_tokens=1, params=OFF).ttft_s
                 server.client.evict()
                 times.append(server.client.complete(whole, max_tokens=1, params=OFF).ttft_s - idle_s)
