@@ -11,7 +11,8 @@ from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler_side import QUEUED_S, ScheduledRequest
+from cacheflow.vllm.questions import QUEUED_S
+from cacheflow.vllm.scheduler_side import ScheduledRequest
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, costs, facts, tokens
 
 pytestmark = pytest.mark.torch

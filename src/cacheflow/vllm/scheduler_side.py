@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cacheflow.plan.keys import ObjectKey
 from cacheflow.plan.plan import Choice
 from cacheflow.restore.orders import StepReport
 from cacheflow.stores.base import Store
@@ -19,11 +18,11 @@ from cacheflow.types import Clock
 from cacheflow.vllm.decide import Decider
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.identity import lora_namespace, shared_namespace
-from cacheflow.vllm.lookup import Lookup, PrefixLookup
+from cacheflow.vllm.lookup import PrefixLookup
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.object_keys import boundary_key, heads_of
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.ordered_saves import OrderedSaves
+from cacheflow.vllm.questions import StoreQuestions
 from cacheflow.vllm.request_prefix import MediaSpan, RequestPrefix
 from cacheflow.vllm.restorations import Restorations
 from cacheflow.vllm.sharing import Sharing
@@ -34,8 +33,6 @@ from cacheflow.vllm.wishes import Mode, Wishes
 
 logger = logging.getLogger(__name__)
 
-QUEUED_S = 1.0
-"""A request that vLLM considers only so long after its arrival has queued, and its question to the store is old."""
 NOT_TAKEN_UP = (
     "vLLM did not take up what the store holds: it computes a prompt whose log-probabilities are asked for (echo, "
     "prompt_logprobs)"
@@ -94,7 +91,7 @@ class SchedulerSide:
         self._restorations: Restorations | None = None
         self._facts: EngineFacts | None = None
         self._ranks: tuple[EngineFacts, ...] = ()
-        self._later_stages: tuple[EngineFacts, ...] = ()
+        self._questions: StoreQuestions | None = None
         self._namespace = ""
         self._ordered_saves = OrderedSaves()
         self.counts = Counts()
@@ -103,7 +100,7 @@ class SchedulerSide:
         """Take in what the workers found out; called once, before the first request."""
         by_stage = slowest_of_stages(facts_by_rank)
         self._facts, self._ranks = by_stage[0], tuple(facts_by_rank)
-        self._later_stages = tuple(by_stage[1:])
+        self._questions = StoreQuestions(self._lookup, facts_by_rank, self._ordered_saves, clock=self._clock)
         self._namespace = shared_namespace(facts_by_rank)
         self._decider = Decider(by_stage, self._options, clock=self._clock)
         self._restorations = Restorations(
@@ -120,7 +117,7 @@ class SchedulerSide:
 
     def new_request(self, view: RequestView) -> None:
         """Note a request and ask the store for its prefix; a second call for the same request changes nothing."""
-        if self._facts is None or view.request_id in self._requests or not view.hashable:
+        if self._questions is None or view.request_id in self._requests or not view.hashable:
             return
         wishes = Wishes.of(view.params)
         if wishes.complaint:
@@ -145,73 +142,21 @@ class SchedulerSide:
         if wishes.mode is Mode.OFF:
             request.reason = "the request asked for 'off'"
         else:
-            self._ask(request)
-
-    def _num_stored(self, request: TrackedRequest, lookup: Lookup) -> int | None:
-        """Leading chunks the store holds, None while it is not known.
-
-        Asked once more where a request has queued and chunks were saved since: what it lacks may have been computed
-        meanwhile by the one before it.
-        """
-        num_stored = lookup.poll()
-        if num_stored is None or lookup.timed_out or request.asked_again:
-            return num_stored
-        queued = self._clock() - request.asked_at_s > QUEUED_S and request.asked_at != self._ordered_saves.now
-        if not queued or num_stored == len(request.prefix.hashes):
-            return num_stored
-        request.asked_again = True
-        self._ask(request)
-        return None if request.lookup is None else request.lookup.poll()
-
-    def _ask(self, request: TrackedRequest) -> None:
-        num_chunks = request.prefix.extend(request.tokens)
-        request.asked_at, request.asked_at_s = self._ordered_saves.now, self._clock()
-        if num_chunks:
-            request.lookup = self._lookup.start([self._probe_keys(request, chunk) for chunk in range(num_chunks)])
-            request.boundary_lookups = tuple(
-                self._lookup.start([self._boundary_keys(request, chunk, facts) for chunk in range(num_chunks)])
-                for facts in self._later_stages
-                if facts.boundary_token_bytes
-            )
-        else:
-            request.reason = f"the prompt has no whole chunk of {self._options.chunk_tokens} tokens"
-
-    def _probe_keys(self, request: TrackedRequest, chunk: int) -> list[ObjectKey]:
-        """The bottom and the top object of a chunk on every rank: the first and the last that a save writes."""
-        keys = []
-        for facts in self._ranks:
-            layers, step = facts.shape.num_layers, facts.layers_per_block
-            top_lo = (layers - 1) // step * step
-            first, shard = facts.first_layer, heads_of(facts.shard)
-            keys.append(request.prefix.key(chunk, layer_lo=first, layer_hi=first + min(step, layers), shard=shard))
-            if top_lo:
-                keys.append(request.prefix.key(chunk, layer_lo=first + top_lo, layer_hi=first + layers, shard=shard))
-        return keys
-
-    def _boundary_keys(self, request: TrackedRequest, chunk: int, facts: EngineFacts) -> list[ObjectKey]:
-        """The boundary states from which a stage recomputes a chunk."""
-        chain_hash = request.prefix.hashes[chunk].hex()
-        return [
-            boundary_key(request.prefix.namespace, chain_hash, layer=facts.first_layer, tp_size=facts.shard.tp_size)
-        ]
+            self._questions.ask(request)
 
     def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
         """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
         request = self._requests.get(request_id)
-        if request is None or self._decider is None or self._restorations is None:
+        if request is None or self._decider is None or self._restorations is None or self._questions is None:
             return 0
         if num_preemptions != request.num_preemptions:
             request.num_preemptions, request.decision = num_preemptions, None
             if request.wishes.mode is not Mode.OFF:
-                self._ask(request)  # by now the store may hold what the request itself has computed
+                self._questions.ask(request)  # by now the store may hold what the request itself has computed
         if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
             return 0
-        num_stored = self._num_stored(request, request.lookup)
-        boundaries = [lookup.poll() for lookup in request.boundary_lookups]  # of the newest question
-        if num_stored is None or None in boundaries:
+        if not self._questions.answered(request):
             return None
-        request.num_stored = num_stored
-        request.num_boundaries = tuple(num or 0 for num in boundaries)
         decision = request.decision
         if decision is None or decision.start != num_computed:
             decision = self._decide(request, self._decider, num_computed)
