@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from cacheflow.plan.batch_scheduler import BatchScheduler
-from cacheflow.plan.explain import Lane, RestoreReport, SpanKind
+from cacheflow.plan.explain import RestoreReport, SpanKind
 from cacheflow.plan.pointers import RestoreState
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
@@ -19,6 +18,7 @@ from cacheflow.vllm.decide import Decider
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.pace import Pace, StepBudget
+from cacheflow.vllm.restoration_record import overlap, record_of
 from cacheflow.vllm.sharing import NOTHING_SHARED, Shared, Wanted, find_shared
 from cacheflow.vllm.step import SaveOrder, StepOrders
 from cacheflow.vllm.tracked import Decision, TrackedRequest
@@ -132,7 +132,7 @@ class Restorations:
             active = self._active[stepped.target.restore_id]
             now_s = self._clock()
             report = stepped.report(now_s, planning_s=active.decision.planning_s)
-            request.records.append(_record(active, report, "cancelled", now_s))
+            request.records.append(record_of(active.decision, stepped, report, outcome="cancelled", now_s=now_s))
 
     def step(self, saves: tuple[SaveOrder, ...], *, busy: bool) -> StepOrders:
         """Order one step's work."""
@@ -240,7 +240,7 @@ class Restorations:
         stepped, request = active.stepped, active.request
         report = stepped.report(now_s, planning_s=active.decision.planning_s)
         outcome = "failed" if stepped.failed else "done" if stepped.restored else "cancelled"
-        record = _record(active, report, outcome, now_s)
+        record = record_of(active.decision, stepped, report, outcome=outcome, now_s=now_s)
         if request.restoration is stepped:  # otherwise it was recorded when it was cancelled
             request.restoration = None
             request.records.append(record)
@@ -263,7 +263,7 @@ class Restorations:
         self._counts.restore_s.append(report.restore_s)
         if record["bound_restore_s"] > 0:
             self._counts.bound_ratio.append(report.restore_s / record["bound_restore_s"])
-        self._counts.overlap.append(_overlap(report))
+        self._counts.overlap.append(overlap(report))
 
     def _count_cells(self, active: _Active, report: RestoreReport) -> None:
         """Cells as tokens: a cell is its chunk's tokens times its share of the layers."""
@@ -280,33 +280,3 @@ class Restorations:
             bytes_per_token = sum(stage.facts.shape.kv_bytes_per_token for stage in self._decider.stages)
             tokens["wasted"] += report.wasted_bytes / bytes_per_token
         self._counts.loaded_bytes += report.loaded_bytes
-
-
-def _record(active: _Active, report: RestoreReport, outcome: str, now_s: float) -> dict[str, Any]:
-    """What a response says of a restoration; stage by stage where there are several."""
-    staged = active.stepped.stage_reports(now_s)
-    stages = {"stages": staged.as_dicts()} if len(staged.stages) > 1 else {}
-    return (
-        report.as_dict()
-        | stages
-        | {
-            "start": active.decision.start,
-            "end": active.decision.end,
-            "outcome": outcome,
-            "error": active.stepped.error,
-            "bound_restore_s": staged.bound_restore_s,
-        }
-    )
-
-
-def _overlap(report: RestoreReport) -> float:
-    """Share of the shorter side's busy time during which the other worked too; 0 when one side did nothing."""
-    busy = {lane: sum(s.end_s - s.start_s for s in report.spans if s.lane is lane) for lane in Lane}
-    shorter_s = min(busy.values())
-    if shorter_s <= 0:
-        return 0.0
-    union_s, reached_s = 0.0, 0.0
-    for span in sorted(report.spans, key=lambda s: s.start_s):
-        union_s += max(0.0, span.end_s - max(span.start_s, reached_s))
-        reached_s = max(reached_s, span.end_s)
-    return min(1.0, max(0.0, (sum(busy.values()) - union_s) / shorter_s))
