@@ -6,6 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
+from cacheflow.bench import ranks_command
 from cacheflow.bench.ranks_record import RanksRecord, read_ranks_records
 from cacheflow.bench.ranks_report import draw_ranks, gain, ranks_tables
 from cacheflow.bench.ranks_study import RanksOptions, RanksStudy, Split, cores_of, splits_of
@@ -212,3 +213,18 @@ def test_bad_options_end_before_anything_starts(tmp_path, capsys, words, said):
     assert main(["bench", "ranks", "--out", str(tmp_path / "out"), *words]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_advice_in_brackets_and_paths_with_brackets_are_printed_as_they_are(tmp_path, monkeypatch):
+    def no_matplotlib(*_):
+        raise ConfigError("figures need matplotlib: pip install 'cacheflow-kv[plots]'")
+
+    out = tmp_path / "runs[a]"
+    out.mkdir()
+    append_record(out / "results.jsonl", record())
+    monkeypatch.setattr(ranks_command, "draw_ranks", no_matplotlib)
+    console = Console(file=io.StringIO(), width=300, record=True)
+    assert ranks_command._show(out, console) == 0
+    printed = console.export_text()
+    assert "pip install 'cacheflow-kv[plots]'" in printed
+    assert "runs[a]/results.jsonl" in printed

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     with only_run(args.out):
         done = take_up(results, read_batch_records, tell=partial(console.print, markup=False, soft_wrap=True))
         if done:
-            console.print(f"going on with {results}: rounds that are in it are not run again")
+            console.print(f"going on with {results}: rounds that are in it are not run again", markup=False)
         finished = _run_rounds(args, results, done, console)
     records = read_batch_records(results) if results.exists() else []
     summaries = summarise_batches(records)
@@ -200,9 +200,9 @@ def _draw(summaries: Sequence[BatchSummary], out: Path, console: Console) -> Non
         try:
             path = draw_batches(study, out / ("batch.png" if len(studies) == 1 else f"batch-{number}.png"))
         except ConfigError as error:
-            console.print(f"no figure: {error}")
+            console.print(f"no figure: {error}", markup=False)
             return
-        console.print(f"drew {path}")
+        console.print(f"drew {path}", markup=False)
 
 
 def _accelerator(device: str) -> str | None:

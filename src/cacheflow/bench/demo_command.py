@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     console, started_s = Console(), time.monotonic()
     make_folder("--out", args.out)
     results = args.out / "demo.jsonl"
-    console.print(f"loading {args.model} (the first time it is converted, about 20 s)")
+    console.print(f"loading {args.model} (the first time it is converted, about 20 s)", markup=False)
     from cacheflow.bench.demo import Demo
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         _play(demo, args.repeats, results, progress, console)
     console.print(console_tables(summarise(read_records(results))))
     _draw(demo, results, args.out, console)
-    console.print(f"records in {results}; took {time.monotonic() - started_s:.0f} s")
+    console.print(f"records in {results}; took {time.monotonic() - started_s:.0f} s", markup=False)
     if not demo.all_equal:
         console.print("NOT EXACT: a restored answer, its KV or its logits differed from the never-evicted session")
         return 1
@@ -102,7 +102,7 @@ def _draw(demo: Demo, results: Path, out: Path, console: Console) -> None:
         title = f"{demo.last_prefix_tokens:,} evicted tokens, then the first token, under every policy"
         written.append(draw_timelines(demo.timelines, out / "timeline.png", title=title))
     except ConfigError as error:
-        console.print(f"no pictures: {error}")
+        console.print(f"no pictures: {error}", markup=False)
         return
     for path in written:
-        console.print(f"drew {path}")
+        console.print(f"drew {path}", markup=False)

@@ -129,8 +129,8 @@ def _show(out: Path, console: Console) -> int:
     console.print(ranks_tables(records))
     try:
         for path in draw_ranks(records, out):
-            console.print(f"drew {path}")
+            console.print(f"drew {path}", markup=False)
     except ConfigError as error:
-        console.print(f"no figure: {error}")
-    console.print(f"records in {out / 'results.jsonl'}")
+        console.print(f"no figure: {error}", markup=False)
+    console.print(f"records in {out / 'results.jsonl'}", markup=False)
     return 0 if all(record.correct for record in records) else 1

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     results = args.out / "results.jsonl"
     with only_run(args.out):
         if take_up(results, read_records, tell=partial(console.print, markup=False, soft_wrap=True)):
-            console.print(f"going on with {results}: runs that are in it are not run again")
+            console.print(f"going on with {results}: runs that are in it are not run again", markup=False)
         ends_s = float("inf") if args.time_limit_s is None else time.monotonic() + args.time_limit_s
         lengths = [_run_length(args, num_tokens, results, ends_s, console) for num_tokens in args.tokens]
     records = read_records(results) if results.exists() else []
@@ -235,11 +235,11 @@ def _draw(results: Path, out: Path, console: Console) -> None:
         for path in sorted(out.glob("timelines-*.json")):
             written.append(draw_timelines(read_timelines(path), path.with_suffix(".png")))
     except ConfigError as error:
-        console.print(f"no figures: {error}")
+        console.print(f"no figures: {error}", markup=False)
         return
     for path in written:
-        console.print(f"drew {path}")
-    console.print(f"records in {results}")
+        console.print(f"drew {path}", markup=False)
+    console.print(f"records in {results}", markup=False)
 
 
 def _timing_check(study: Study) -> dict[str, float]:

@@ -236,7 +236,7 @@ def _load(
         append_line(args.out / "load.jsonl", record.to_json())
         records.append(record)
     show_load(records, console)
-    console.print(f"records in {args.out / 'load.jsonl'}")
+    console.print(f"records in {args.out / 'load.jsonl'}", markup=False)
     return 1 if any(record.num_failed for record in records) else 0
 
 
@@ -246,10 +246,10 @@ def _show(out: Path, console: Console) -> int:
     console.print(vllm_tables(records))
     try:
         for path in draw_vllm(records, out):
-            console.print(f"drew {path}")
+            console.print(f"drew {path}", markup=False)
     except ConfigError as error:
-        console.print(f"no figure: {error}")
-    console.print(f"records in {results}")
+        console.print(f"no figure: {error}", markup=False)
+    console.print(f"records in {results}", markup=False)
     return 0 if all(record.correct for record in records) else 1
 
 

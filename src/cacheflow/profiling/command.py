@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         profile = calibration.run(link)
     save_profile(profile, path)
     _print(profile, console)
-    console.print(f"wrote {path}")
+    console.print(f"wrote {path}", markup=False)
     return 0
 
 
