@@ -11,25 +11,10 @@ from cacheflow import cli
 from cacheflow.bench.batch_policies import CONTENDERS
 from cacheflow.bench.batch_record import read_batch_records
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
 
 TINY = ("--lengths", "64,128,40", "--chunk", "32", "--suffix", "16", "--dtype", "float32", "--repeats", "1")
 TWO = ("--policies", "cake,mean_ttft", "--ratios", "1")
-
-
-@pytest.fixture(autouse=True)
-def torch_threads():
-    from support.embedded_cases import one_torch_thread
-
-    with one_torch_thread() as usual:
-        yield usual
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    from support.embedded_cases import save_tiny
-
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture

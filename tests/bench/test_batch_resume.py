@@ -11,20 +11,12 @@ from cacheflow.bench.batch_record import read_batch_records
 from cacheflow.bench.batch_summary import BatchSetting, summarise_batches
 from support.batch_records import batch_record
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
 
 TINY = ("--lengths", "64,40", "--chunk", "32", "--suffix", "8", "--dtype", "float32", "--repeats", "1", "--ratios", "1",
         "--policies", "cake")  # fmt: skip
 SHAPE = {"name": "tiny", "num_layers": 2, "hidden_size": 64, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16,
          "intermediate_size": 128, "vocab_size": 320}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def torch_threads():
-    from support.embedded_cases import one_torch_thread
-
-    with one_torch_thread() as usual:
-        yield usual
 
 
 @pytest.fixture
@@ -50,14 +42,6 @@ def bench(shape_file, tmp_path, capsys):
 @pytest.fixture
 def results(tmp_path):
     return tmp_path / "out" / "results.jsonl"
-
-
-@pytest.fixture
-def no_work(monkeypatch):
-    """No model is opened from here on."""
-    from cacheflow.bench import setup
-
-    monkeypatch.setattr(setup, "open_model", lambda *args, **options: pytest.fail("a model was opened"))
 
 
 def test_other_deadlines_are_other_runs(bench, results):

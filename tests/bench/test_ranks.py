@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from contextlib import nullcontext
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from cacheflow.bench.ranks_record import RanksRecord, read_ranks_records
 from cacheflow.bench.ranks_report import draw_ranks, gain, ranks_tables
 from cacheflow.bench.ranks_study import RanksOptions, RanksStudy, Split, cores_of, splits_of
 from cacheflow.bench.record import append_record
+from cacheflow.bench.results_file import only_run
 from cacheflow.bench.vllm_client import Answer
 from cacheflow.bench.vllm_costs import PrefixSize
 from cacheflow.bench.vllm_counts import EngineCounts
@@ -228,3 +230,26 @@ def test_advice_in_brackets_and_paths_with_brackets_are_printed_as_they_are(tmp_
     printed = console.export_text()
     assert "pip install 'cacheflow-kv[plots]'" in printed
     assert "runs[a]/results.jsonl" in printed
+
+
+@pytest.mark.parametrize("how", ["another run", "an unreadable record"])
+def test_a_folder_that_cannot_be_gone_on_with_is_refused_before_a_server_starts(tmp_path, monkeypatch, capsys, how):
+    monkeypatch.setattr(ranks_command, "probe", lambda python: {"accelerator": ""})
+    monkeypatch.setattr(ranks_command, "_study", lambda *_: pytest.fail("a server was started"))
+    results = tmp_path / "results.jsonl"
+    results.write_text(record().to_json() + "\n" + ("" if how == "another run" else '{"suite": "ranks"}\n'))
+    with only_run(tmp_path) if how == "another run" else nullcontext():
+        assert main(["bench", "ranks", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert ("is in use by another run" if how == "another run" else "line 2") in said
+
+
+def test_a_record_that_was_half_written_is_cut_off_and_said_before_the_work(tmp_path, monkeypatch, capsys):
+    results, whole = tmp_path / "results.jsonl", record().to_json() + "\n"
+    seen = []
+    monkeypatch.setattr(ranks_command, "probe", lambda python: {"accelerator": ""})
+    monkeypatch.setattr(ranks_command, "_study", lambda *_: seen.append(results.read_text()))
+    results.write_text(whole + whole[:40])
+    assert main(["bench", "ranks", "--out", str(tmp_path)]) == 0
+    assert seen == [whole]
+    assert "results.jsonl" in capsys.readouterr().out

@@ -10,26 +10,11 @@ from cacheflow.bench.record import read_records
 from cacheflow.bench.summary import summarise
 from cacheflow.policies.registry import RESTORE_POLICIES
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
 
 TINY = ("--tokens", "96", "--chunk", "32", "--suffix", "16", "--dtype", "float32")
 SHORT = (*TINY, "--repeats", "1", "--ratios", "1")
 TWO = ("--policies", "recompute,load")
-
-
-@pytest.fixture(autouse=True)
-def torch_threads():
-    from support.embedded_cases import one_torch_thread
-
-    with one_torch_thread() as usual:
-        yield usual
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    from support.embedded_cases import save_tiny
-
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture

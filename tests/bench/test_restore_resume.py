@@ -9,27 +9,12 @@ from cacheflow.bench.record import read_records
 from cacheflow.bench.summary import summarise
 from support.sample_records import sample_record
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
 
 TINY = (
     *("--tokens", "64", "--chunk", "32", "--suffix", "8", "--dtype", "float32", "--repeats", "1"),
     *("--policies", "load", "--objectives", "ttft"),
 )
-
-
-@pytest.fixture(autouse=True)
-def torch_threads():
-    from support.embedded_cases import one_torch_thread
-
-    with one_torch_thread() as usual:
-        yield usual
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    from support.embedded_cases import save_tiny
-
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture
@@ -48,14 +33,6 @@ def bench(model_folder, tmp_path, capsys):
 @pytest.fixture
 def results(tmp_path):
     return tmp_path / "out" / "results.jsonl"
-
-
-@pytest.fixture
-def no_work(monkeypatch):
-    """No model is opened from here on."""
-    from cacheflow.bench import setup
-
-    monkeypatch.setattr(setup, "open_model", lambda *args, **options: pytest.fail("a model was opened"))
 
 
 def test_other_blocks_and_another_store_are_other_runs(bench, results):

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from cacheflow.plan.cells import Cell
+from cacheflow.plan.claims import ClaimKind, ComputeClaim
 from cacheflow.plan.grid import Grid, Tile
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.pointers import ClaimKind, ComputeClaim, RestoreState
+from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cacheflow.errors import ConfigError
 from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.bound import bound
-from cacheflow.plan.pointers import ClaimKind
+from cacheflow.plan.claims import ClaimKind
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES, make_batch_policy
 from cacheflow.policies.registry import make_policy

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from cacheflow.plan.bound import bound
 from cacheflow.plan.cells import Cell
+from cacheflow.plan.claims import ClaimKind
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import Share, SuffixStart
-from cacheflow.plan.pointers import SUFFIX_CLAIM_S, ClaimKind, RestoreState
+from cacheflow.plan.pointers import SUFFIX_CLAIM_S, RestoreState
 from cacheflow.plan.rates import LiveRates
 from cacheflow.types import LoadOutcome
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan

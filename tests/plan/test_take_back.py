@@ -7,7 +7,8 @@ import statistics
 import pytest
 
 from cacheflow.plan.cells import Cell
-from cacheflow.plan.pointers import ClaimKind, RestoreState
+from cacheflow.plan.claims import ClaimKind
+from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.rates import LiveRates
 from cacheflow.types import LoadOutcome
 from support.falling_link import bound_over_falling_link

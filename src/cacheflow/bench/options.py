@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import signal
 import tempfile
 from pathlib import Path
 
@@ -77,6 +79,36 @@ def check_study_arguments(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{key} is {getattr(args, key)}, must be at least 1")
     if args.time_limit_s is not None and not args.time_limit_s > 0:
         raise ConfigError(f"--time-limit-s is {args.time_limit_s}, must be above 0")
+
+
+def check_prefix_arguments(args: argparse.Namespace, *counts: str) -> None:
+    """Check what benchmarks of a prefix inside vLLM share: counts, whole chunks, ratios.
+
+    Args:
+        args: With ``tokens``, ``chunk`` and ``ratios``.
+        counts: Options that must be at least 1, as argparse names them.
+
+    Raises:
+        ConfigError: One is out of range; names it.
+    """
+    for key in counts:
+        if getattr(args, key) < 1:
+            raise ConfigError(f"--{key} is {getattr(args, key)}, must be at least 1")
+    if args.tokens % args.chunk:
+        raise ConfigError(
+            f"--tokens {args.tokens} must be a multiple of --chunk {args.chunk}: only whole chunks are saved"
+        )
+    if not args.ratios or not all(ratio > 0 and math.isfinite(ratio) for ratio in args.ratios):
+        raise ConfigError(f"--ratios {args.ratios} must be above 0 and finite")
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does, so that servers are ended by what started them."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def name_list(text: str) -> tuple[str, ...]:

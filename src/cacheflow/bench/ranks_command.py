@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cacheflow.bench.options import float_list, int_list, make_folder
+from cacheflow.bench.options import check_prefix_arguments, exit_on_sigterm, float_list, int_list, make_folder
 from cacheflow.bench.ranks_record import read_ranks_records
 from cacheflow.bench.ranks_report import draw_ranks, ranks_tables
 from cacheflow.bench.ranks_study import ANSWER_TOKENS, RanksOptions, RanksStudy, splits_of
 from cacheflow.bench.record import append_record, environment
+from cacheflow.bench.results_file import only_run, take_up
 from cacheflow.bench.vllm_costs import PrefixSize
 from cacheflow.bench.vllm_probe import probe
 from cacheflow.bench.vllm_server import ServerOptions
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the study; prints the table and draws the figure."""
     _check(args)
-    signal.signal(signal.SIGTERM, _leave)  # so that servers are ended by what started them, whoever ends this
+    exit_on_sigterm()
     console = Console()
     make_folder("--out", args.out)
     where = probe(args.vllm_python)
@@ -66,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
     longest = args.tokens + args.suffix + ANSWER_TOKENS + 1
     if longest > model.max_tokens:
         raise ConfigError(f"--tokens {args.tokens} is too long: {args.model} allows {model.max_tokens} tokens in all")
-    with tempfile.TemporaryDirectory(prefix="cacheflow-ranks-") as stores:
+    with only_run(args.out), tempfile.TemporaryDirectory(prefix="cacheflow-ranks-") as stores:
+        # Before servers start: what an earlier run left half written is cut off, what it cannot read is refused.
+        tell = partial(console.print, markup=False, soft_wrap=True)
+        take_up(args.out / "results.jsonl", read_ranks_records, tell=tell)
         options = RanksOptions(
             server=ServerOptions(
                 python=args.vllm_python,
@@ -89,23 +93,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for key in ("tokens", "suffix", "chunk", "repeats"):
-        if getattr(args, key) < 1:
-            raise ConfigError(f"--{key} is {getattr(args, key)}, must be at least 1")
-    if args.tokens % args.chunk:
-        raise ConfigError(
-            f"--tokens {args.tokens} must be a multiple of --chunk {args.chunk}: only whole chunks are saved"
-        )
+    check_prefix_arguments(args, "tokens", "suffix", "chunk", "repeats")
     for key in ("pipeline_parallel_sizes", "tensor_parallel_sizes"):
         sizes = getattr(args, key)
         if not sizes or min(sizes) < 1:
             raise ConfigError(f"--{key.replace('_', '-')} {sizes} must be at least 1 each")
-    if not args.ratios or not all(ratio > 0 and math.isfinite(ratio) for ratio in args.ratios):
-        raise ConfigError(f"--ratios {args.ratios} must be above 0 and finite")
-
-
-def _leave(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def _study(args: argparse.Namespace, study: RanksStudy, console: Console) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cacheflow.bench.options import float_list, make_folder, name_list
+from cacheflow.bench.options import check_prefix_arguments, exit_on_sigterm, float_list, make_folder, name_list
 from cacheflow.bench.record import append_record, environment
 from cacheflow.bench.results_file import append_line, only_run, read_lines, take_up
 from cacheflow.bench.vllm_costs import PrefixSize, measure_costs, prefix_bytes
@@ -72,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the study; prints the table and draws the figure."""
     _check(args)
-    signal.signal(signal.SIGTERM, _leave)  # so that servers are ended by what started them, whoever ends this
+    exit_on_sigterm()
     console = Console()
     make_folder("--out", args.out)
     where = probe(args.vllm_python)
@@ -95,24 +94,12 @@ def _take_up(out: Path, console: Console) -> None:
         take_up(out / name, read, tell=lambda text: console.print(text, markup=False, soft_wrap=True))
 
 
-def _leave(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def _check(args: argparse.Namespace) -> None:
     """Check the options and fill in the defaults that depend on others."""
     args.policies = args.policies or (QUICK_POLICIES if args.quick else VLLM_POLICIES)
     args.repeats = (1 if args.quick else 3) if args.repeats is None else args.repeats
     check_policies(args.policies)
-    for key in ("tokens", "suffix", "chunk", "repeats", "sessions"):
-        if getattr(args, key) < 1:
-            raise ConfigError(f"--{key} is {getattr(args, key)}, must be at least 1")
-    if args.tokens % args.chunk:
-        raise ConfigError(
-            f"--tokens {args.tokens} must be a multiple of --chunk {args.chunk}: only whole chunks are saved"
-        )
-    if not args.ratios or not all(ratio > 0 and math.isfinite(ratio) for ratio in args.ratios):
-        raise ConfigError(f"--ratios {args.ratios} must be above 0 and finite")
+    check_prefix_arguments(args, "tokens", "suffix", "chunk", "repeats", "sessions")
     if args.itl_slo_ms is not None and not (args.itl_slo_ms > 0 and math.isfinite(args.itl_slo_ms)):
         raise ConfigError(f"--itl-slo-ms is {args.itl_slo_ms}, must be above 0 and finite")
     if args.itl_slo_ms is not None and not args.neighbour:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from cacheflow.errors import ConfigError
 from cacheflow.plan.batch import BatchOrder, BatchPolicy, WaitingRequest, bounded, predict_ends
 from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.claims import ClaimKind, ComputeClaim
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.pointers import ClaimKind, ComputeClaim, RestoreState
+from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.remaining import remaining_of

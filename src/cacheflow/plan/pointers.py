@@ -8,12 +8,11 @@ verified and about to be copied into the KV buffer), then complete; compute may 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from enum import Enum
 
 from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.boundary_events import BoundaryEvents
 from cacheflow.plan.cells import Cell
+from cacheflow.plan.claims import ClaimKind, ComputeClaim
 from cacheflow.plan.compute_pointer import ComputePointer
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.load_pointer import LoadPointer
@@ -29,41 +28,6 @@ SUFFIX_CLAIM_S = 0.05
 """New tokens are claimed so many seconds of blocks at once, so that a request that comes first waits no longer."""
 MAX_FAILED_IN_ROW = 4
 """After this many failed reads in a row the link counts as down and compute restores the rest."""
-
-
-class ClaimKind(Enum):
-    """What compute is to do next."""
-
-    RECOMPUTE = "recompute"
-    REPAIR = "repair"
-    """Recompute what the link failed to deliver, or what compute took back from it."""
-    SUFFIX = "suffix"
-    WAIT = "wait"
-    """Nothing to do until a load ends or time passes."""
-    DONE = "done"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComputeClaim:
-    """One order to compute.
-
-    Attributes:
-        kind: What to do.
-        tile: The cells, for ``RECOMPUTE`` and ``REPAIR``.
-        restart: The chunk of ``tile`` starts over at block 0.
-        kv_only_top: The tile's top block needs keys and values only.
-        block_lo: First block, for ``SUFFIX``.
-        block_hi: One past the last block, for ``SUFFIX``.
-        predicted_s: What the profile expects it to take, uncorrected.
-    """
-
-    kind: ClaimKind
-    tile: Tile | None = None
-    restart: bool = False
-    kv_only_top: bool = False
-    block_lo: int = 0
-    block_hi: int = 0
-    predicted_s: float = 0.0
 
 
 class RestoreState:

@@ -9,9 +9,9 @@ from typing import Generic, TypeVar
 
 from cacheflow.errors import ConfigError, RestoreCancelled
 from cacheflow.plan.batch_scheduler import BatchClaim
+from cacheflow.plan.claims import ClaimKind, ComputeClaim
 from cacheflow.plan.explain import RestoreReport, Span, restoration_report
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.pointers import ClaimKind, ComputeClaim
 from cacheflow.restore.batch_jobs import Job, Jobs
 from cacheflow.restore.batch_pace import DecodePace
 from cacheflow.restore.batch_request import BatchOutcome, Prepared

@@ -24,7 +24,7 @@ def recompute(port: ComputePort, order: ComputeOrder) -> None:
         if order.restart:
             port.restart(chunk)
         port.recompute(order.tile, kv_only_top=order.kv_only_top)
-    except Exception:
+    except Exception:  # whatever it was: the stage above waits for an answer; raised again
         if order.sends:
             _hands_over(port).send(chunk, failed=True)
         raise
@@ -39,7 +39,7 @@ def forfeit(port: ComputePort, orders: Sequence[ComputeOrder]) -> None:
         try:
             if order.receives:
                 _hands_over(port).receive(chunk)
-        except Exception:
+        except Exception:  # what is not needed need not come, but the stage above must still be told
             logger.debug("chunk %d is not needed, and was not received", chunk, exc_info=True)
         if order.sends:
             _hands_over(port).send(chunk, failed=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cacheflow.plan.claims import ComputeClaim
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.pointers import ComputeClaim
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.restore.orders import ComputeOrder
 

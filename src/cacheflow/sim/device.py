@@ -8,7 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from cacheflow.plan.batch_scheduler import BatchClaim, BatchLoad, BatchScheduler
-from cacheflow.plan.pointers import ClaimKind, ComputeClaim
+from cacheflow.plan.claims import ClaimKind, ComputeClaim
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.link import SimulatedLink

@@ -14,10 +14,11 @@ from itertools import pairwise
 
 from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.cells import Cell
+from cacheflow.plan.claims import ClaimKind, ComputeClaim
 from cacheflow.plan.explain import Lane, Span, SpanKind, busy_share, cell_letters
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.pointers import ClaimKind, ComputeClaim, RestoreState
+from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.stages import StageProblem, suffix_through_s
 from cacheflow.sim.clock import EventLoop
