@@ -112,6 +112,7 @@ class World:
 
     def _check_end(self) -> None:
         assert all(rank.over and not rank.reading for rank in self.ranks)
+        assert not any(rank.below for rank in self.ranks), "sent, and never received"
         for index, rank in enumerate(self.ranks):
             peers = [each for i, each in enumerate(self.ranks) if self._stage_of(i) == self._stage_of(index)]
             assert rank.log == peers[0].log or any(peer.broken for peer in peers), "ranks of a stage computed apart"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import replace
 
 import pytest
 
@@ -37,6 +36,7 @@ class Scheduler:
         self.problems = [stage_problem(source, **args) for source in sources]
         self.staged = staged_for(self.problems, sources, policy=policy, ranks_per_stage=ranks_per_stage)
         self.num_ranks = ranks_per_stage * len(sources)
+        self.num_computed = [0] * self.num_ranks
         self.now_s = 0.0
 
     def orders(self, *, compute_budget_s=1e-9, read_ahead_s=1e-9):
@@ -218,69 +218,121 @@ def test_while_a_stage_waits_for_its_boundary_the_others_keep_the_step_short():
 
 def test_what_does_not_fit_is_refused():
     problem = stage_problem(FIRST, num_tokens=2048, num_blocks=3)
-    states = [
-        RestoreState(problem, shared_plan(problem), LiveRates(bytes_per_s=1e6), source=source)
-        for source in (FIRST, HANDED)
-    ]
-    with pytest.raises(ConfigError, match="needs a plan of whole chunks"):
-        StagedRestoration(target_for(problem), states)
+    handed = RestoreState(problem, shared_plan(problem), LiveRates(bytes_per_s=1e6), source=HANDED)
     with pytest.raises(ConfigError, match="needs a first stage"):
-        StagedRestoration(target_for(problem), states[1:])
+        StagedRestoration(target_for(problem), [handed])
     with pytest.raises(ConfigError, match="hands nothing over"):
         Scheduler(FIRST, NONE, HANDED)
+
+
+def test_a_stage_waits_once_for_the_boundary_it_awaits_whatever_is_ordered_meanwhile():
+    scheduler = Scheduler(FIRST, STORED, num_blocks=20)
+    awaited_s = (
+        1.1 * scheduler.staged.stages[1].state.problem.boundary_bytes_K[0] / scheduler.problems[1].link.bytes_per_s
+    )
+    first, second, third = (scheduler.orders(compute_budget_s=1.0) for _ in range(3))
+    assert first[1].wait_s == pytest.approx(awaited_s, rel=0.1)
+    assert first[0].wait_s == 0.0, "it has work"
+    assert second[1].wait_s + third[1].wait_s <= 0.1 * awaited_s
+    scheduler.loaded(1, (0, BOUNDARY_ROW))
+    assert scheduler.orders(compute_budget_s=1.0)[1].wait_s == 0.0
+    assert Scheduler(FIRST, STORED, num_blocks=20).orders(compute_budget_s=0.0)[1].wait_s == 0.0, "nobody may compute"
 
 
 # Handing over
 
 
-def test_a_chunk_is_ordered_on_all_stages_in_the_same_step_whole_and_with_its_top_in_full():
+def run_steps(scheduler, count, **budgets):
+    """Orders of so many steps, each carried out at once by every stage; nothing is read."""
+    steps = []
+    for _ in range(count):
+        steps.append(scheduler.orders(read_ahead_s=0.0, **budgets))
+        for rank, orders in enumerate(steps[-1]):
+            scheduler.computed(rank, len(orders.compute), first=scheduler.num_computed[rank])
+            scheduler.num_computed[rank] += len(orders.compute)
+    return steps
+
+
+def test_every_chunk_is_received_in_the_step_behind_its_send_before_anything_is_computed_from_it():
     scheduler = Scheduler(FIRST, HANDED, HANDED, ratio=4.0)
-    for chunk in range(2):
-        first, middle, last = (each.compute for each in scheduler.orders())
-        assert [order.tile for each in (first, middle, last) for order in each] == [Tile(chunk, chunk + 1, 0, 3)] * 3
-        assert [(each[0].receives, each[0].sends) for each in (first, middle, last)] == [
-            (False, True), (True, True), (True, False),
-        ]  # fmt: skip
-        for rank in range(3):
-            scheduler.computed(rank, 1, first=chunk)
+    received = [set(), set(), set()]
+    sent_before = [(), ()]
+    sends = 0
+    for orders in run_steps(scheduler, 14):
+        assert orders[1].receives == sent_before[0]
+        assert orders[2].receives == sent_before[1]
+        for stage in (1, 2):
+            received[stage] |= set(orders[stage].receives)
+            assert {order.tile.chunk_lo for order in orders[stage].compute} <= received[stage]
+        sent_before = [tuple(o.tile.chunk_lo for o in each.compute if o.sends) for each in orders[:2]]
+        sends += sum(map(len, sent_before))
+        assert not any(order.sends for order in orders[2].compute), "nobody is above"
+    assert sends >= 4
 
 
-def test_the_top_block_of_a_chunk_that_is_handed_over_is_computed_in_full_whatever_the_plan():
-    problem = stage_problem(FIRST, num_tokens=2048, num_blocks=3)
-    staged = staged_for([problem, problem], [FIRST, HANDED])
-    states = [
-        RestoreState(problem, replace(stage.state.plan, kv_only_top=True), LiveRates(bytes_per_s=1e3), source=source)
-        for stage, source in zip(staged.stages, (FIRST, HANDED), strict=True)
+def test_stages_recompute_cell_by_cell_and_send_when_the_top_block_is_through():
+    scheduler = Scheduler(FIRST, HANDED, ratio=4.0)
+    tiles = [(order.tile, order.sends) for orders in run_steps(scheduler, 3) for order in orders[0].compute]
+    assert tiles == [(Tile(0, 1, 0, 1), False), (Tile(0, 1, 1, 2), False), (Tile(0, 1, 2, 3), True)]
+
+
+def test_the_top_block_of_a_chunk_that_is_handed_over_is_computed_in_full_and_only_there():
+    scheduler = Scheduler(FIRST, HANDED, ratio=4.0)
+    tops = [
+        [order for orders in run for order in orders if order.tile.block_hi == 3]
+        for run in zip(*[[each.compute for each in step] for step in run_steps(scheduler, 9)], strict=True)
     ]
-    staged = StagedRestoration(target_for(problem), states)
-    first, last = staged.orders(0.0, compute_budget_s=1e-9, read_ahead_s=0.0).by_stage
-    assert (first.compute[0].sends, first.compute[0].kv_only_top) == (True, False)
-    assert last.compute[0].kv_only_top
+    assert all(tops)
+    assert all(order.sends and not order.kv_only_top for order in tops[0][:2])
+    assert all(order.kv_only_top and not order.sends for order in tops[1])
 
 
-def test_a_stage_that_leaves_a_chunk_to_its_link_leaves_the_later_ones_too():
+def test_a_chunk_that_the_stage_above_has_loaded_is_not_sent():
     scheduler = Scheduler(FIRST, HANDED, ratio=4.0)
     upper = scheduler.staged.stages[1].state
-    for cell in [(1, 0), (1, 1), (1, 2)]:
-        while upper.cell(1, 0).name == "OPEN":
-            upper.claim_load(0.0)
-        assert upper.cell(*cell).name == "LOADING"
-    computed = [[], []]
-    for _ in range(4):
-        for stage, orders in enumerate(scheduler.orders()):
-            computed[stage] += [(order.tile.chunk_lo, order.sends) for order in orders.compute]
-    assert computed[0][:2] == [(0, True), (1, False)]
-    assert computed[1] == [(0, False)]
-    assert not upper.boundary.possible(2)
+    for block in (2, 1, 0):
+        for chunk in (3, 2, 1):
+            while upper.cell(chunk, block).name == "OPEN":
+                upper.claim_load(0.0)
+    assert upper.cell(1, 0).name == "LOADING"
+    sent = [o.tile.chunk_lo for orders in run_steps(scheduler, 9) for o in orders[0].compute if o.sends]
+    assert sent == [0]
 
 
-def test_more_than_one_chunk_a_step_makes_a_pipeline():
-    scheduler = Scheduler(FIRST, HANDED, ratio=20.0)
-    orders = scheduler.orders(compute_budget_s=math.inf)
-    assert len(orders[0].compute) == len(orders[1].compute) == 1, "a share of what is left at once"
-    scheduler.staged.close_link()
-    orders = scheduler.orders(compute_budget_s=math.inf)
-    assert [order.tile.chunk_lo for order in orders[1].compute] == [1, 2], "the link has the last one"
+def test_what_the_stage_below_loads_is_left_to_the_link_once_it_is_through():
+    scheduler = Scheduler(FIRST, HANDED, ratio=0.3)
+    for _ in range(30):
+        orders = scheduler.orders(read_ahead_s=math.inf)
+        scheduler.loaded(0, *reads_of(orders[0]))
+        if scheduler.staged.stages[0].settled:
+            break
+    assert scheduler.staged.stages[0].settled
+    scheduler.orders(read_ahead_s=0.0)
+    above = scheduler.staged.stages[1].state.boundary
+    loaded = [chunk for chunk in range(4) if scheduler.boundary(1, chunk) is not BoundaryState.RESIDENT]
+    assert loaded
+    assert not any(above.possible(chunk) for chunk in loaded)
+
+
+@pytest.mark.parametrize("last", ["cancel", "finish"])
+def test_what_is_on_its_way_is_received_in_the_last_step_too(last):
+    """A send that nobody receives would be taken for another chunk's."""
+    scheduler = Scheduler(FIRST, HANDED, ratio=4.0)
+    sent = ()
+    while not sent:
+        (orders,) = run_steps(scheduler, 1)
+        sent = tuple(order.tile.chunk_lo for order in orders[0].compute if order.sends)
+    if last == "cancel":
+        scheduler.staged.cancel()
+    else:
+        above = scheduler.staged.stages[1].state
+        while (tile := above.claim_load(0.0)) is not None:
+            above.begin_place(tile)
+            above.complete_load(tile)
+    orders = scheduler.orders()[1]
+    assert orders.cancel == (last == "cancel")
+    assert orders.finish == (last == "finish")
+    assert orders.receives == sent
 
 
 def carrier_pair():
@@ -299,8 +351,9 @@ def carrier_pair():
 
 def chunk_orders(*, count=3):
     below = tuple(ComputeOrder(Tile(chunk, chunk + 1, 0, 3), sends=True) for chunk in range(count))
-    above = tuple(ComputeOrder(Tile(chunk, chunk + 1, 0, 3), receives=True) for chunk in range(count))
-    return RestoreOrders(restore_id=7, compute=below), RestoreOrders(restore_id=7, compute=above)
+    above = tuple(ComputeOrder(Tile(chunk, chunk + 1, 0, 3)) for chunk in range(count))
+    receives = tuple(range(count))
+    return RestoreOrders(restore_id=7, compute=below), RestoreOrders(restore_id=7, receives=receives, compute=above)
 
 
 def test_a_stage_that_fails_answers_every_hand_over_it_was_ordered():
@@ -318,14 +371,19 @@ def test_a_stage_that_fails_answers_every_hand_over_it_was_ordered():
     try:
         below.carry_out([orders[0]])
         above.carry_out([orders[1]])
-        assert [len(each.take_report().computes[0].seconds) for each in (below, above)] == [1, 1]
+        reports = [each.take_report().computes[0] for each in (below, above)]
+        assert [(len(report.seconds), bool(report.error)) for report in reports] == [(1, True), (0, True)]
         assert not pipe, "every send met its receive"
         # Orders that were on their way when it failed.
         below.carry_out([RestoreOrders(restore_id=7, compute=orders[0].compute[:1])])
         assert list(pipe) == [(0, True)]
-        above.carry_out([RestoreOrders(restore_id=7, compute=orders[1].compute[:1])])
+        above.carry_out([RestoreOrders(restore_id=7, receives=(0,), compute=orders[1].compute[:1])])
         assert not pipe
-        assert all(each.take_report().idle for each in (below, above))
+        below.carry_out([RestoreOrders(restore_id=7, compute=orders[0].compute[:1])])
+        above.carry_out([RestoreOrders(restore_id=7, receives=(0,), cancel=True)])
+        assert not pipe, "taken by a restoration that ends with this step"
+        assert below.take_report().idle
+        assert above.take_report().finished == (7,)
     finally:
         for carrier in (below, above):
             carrier.close()

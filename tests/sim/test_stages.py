@@ -14,10 +14,10 @@ from cacheflow.plan.explain import Lane, SpanKind
 from cacheflow.plan.stage_bounds import staged_bound
 from cacheflow.plan.stages import RankLayout, stage_problems, suffix_through_s
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.policies.stages import plan_stages
 from cacheflow.sim.stages import run_stages
 from cacheflow.types import ModelShape
 from support.problems import transformer_problem
-from support.stage_problems import stage_plans
 
 SHAPE = ModelShape(
     name="test", num_layers=16, hidden_size=192, num_q_heads=8, num_kv_heads=4, head_dim=48, intermediate_size=128,
@@ -35,7 +35,7 @@ def stages_of(num_stages, *, later=STORED, tp=1, link_per_rank=True, **kwargs):
 
 def run_of(stages, *, policy="cacheflow", **kwargs):
     problems, sources = [stage.problem for stage in stages], [stage.source for stage in stages]
-    return run_stages(stages, stage_plans(make_policy(policy), problems, sources), **kwargs)
+    return run_stages(stages, plan_stages(make_policy(policy), problems, sources), **kwargs)
 
 
 @given(

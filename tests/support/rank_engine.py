@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from cacheflow.plan.boundaries import BoundarySource
+
 BLOCK = 128
 """Tokens of a KV block on the CPU; vLLM keeps one block for itself."""
 POISON = 0x42
@@ -315,6 +317,12 @@ def break_reads(worker: Any, rank: tuple[int, int], fault: str, kind: str) -> No
         rule = FaultRule(fault=Fault(fault), matches=lambda key: key.kind.value == kind)
         plan = FaultPlan(rules=(rule,), seed=1)
         side._store = FaultyStore(side._store, plan)
+
+
+def take_only(side: Any, way: str) -> None:
+    """Let stages above the first start from stored boundary states only, or only from what is handed over."""
+    for planner in side._decider.stages[1:]:
+        planner.sources = lambda *, num_boundaries, below: [BoundarySource(way)]
 
 
 def num_objects(store: Path) -> int:

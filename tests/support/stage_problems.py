@@ -8,13 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from cacheflow.plan.boundaries import BoundarySource
-from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
-from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.registry import make_policy
-from cacheflow.policies.stages import plan_handing_over, plan_stage
+from cacheflow.policies.stages import plan_stages
 from cacheflow.restore.staged import StagedRestoration
 from support.problems import transformer_problem
 from support.virtual_steps import target_for
@@ -34,23 +32,13 @@ def stage_problem(
     return replace(problem, boundary_bytes_K=boundary_K)
 
 
-def stage_plans(
-    policy: RestorePolicy, problems: Sequence[RestoreProblem], sources: Sequence[BoundarySource]
-) -> list[RestorePlan]:
-    handing = [above is BoundarySource.HANDED_OVER for above in [*sources[1:], None]]
-    return [
-        plan_handing_over(policy.name, problem) if hands else plan_stage(policy, problem, source)
-        for problem, source, hands in zip(problems, sources, handing, strict=True)
-    ]
-
-
 def staged_for(
     problems: Sequence[RestoreProblem], sources: Sequence[BoundarySource], *, policy: str = "cacheflow", **kwargs
 ) -> StagedRestoration:
     states = [
         RestoreState(problem, plan, LiveRates(bytes_per_s=problem.link.bytes_per_s), source=source)
         for problem, plan, source in zip(
-            problems, stage_plans(make_policy(policy), problems, sources), sources, strict=True
+            problems, plan_stages(make_policy(policy), problems, sources), sources, strict=True
         )
     ]
     return StagedRestoration(target_for(problems[0]), states, **kwargs)

@@ -85,6 +85,16 @@ class StageRank:
             assert orders.idle, "orders after the end"
             self.outbox.append(RankReport())
             return
+        received = True
+        for chunk in orders.receives:
+            assert self.below is not None, "there is no stage below"
+            while not self.below:
+                yield
+            sent, well = self.below.popleft()
+            assert sent == chunk, "the stage below handed another chunk over"
+            received = received and well
+            if well:
+                self.seeds.add(chunk)
         if orders.cancel:
             assert not any((orders.compute, orders.reads, orders.finish)), "work beside a cancellation"
             self._end()
@@ -92,8 +102,8 @@ class StageRank:
             return
         self._drop_and_read(orders)
         computes: list[ComputeReport] = []
-        if orders.compute:
-            yield from self._compute(orders.compute, computes)
+        if orders.compute or not received:
+            yield from self._compute(orders.compute, computes, received=received)
         for cell in list(self.reading):
             if self.rng.random() < self.faults.ends:
                 self._end_read(cell)
@@ -117,26 +127,23 @@ class StageRank:
             self.started.add(cell)
             self.reading.append(cell)
 
-    def _compute(self, orders: tuple[ComputeOrder, ...], done: list[ComputeReport]) -> Iterator[None]:
-        first, seconds, error = len(self.log), [], ""
+    def _compute(
+        self, orders: tuple[ComputeOrder, ...], done: list[ComputeReport], *, received: bool
+    ) -> Iterator[None]:
+        first, seconds = len(self.log), []
         was_broken = self.broken
+        self.broken = self.broken or not received
+        error = "" if was_broken or received else "nothing was handed over"
         for order in orders:
-            received = True
-            if order.receives:
-                assert self.below is not None, "there is no stage below"
-                while not self.below:
-                    yield
-                chunk, received = self.below.popleft()
-                assert chunk == order.tile.chunk_lo, "the stage below handed another chunk over"
             if not self.broken:
-                self.broken = not received or self.rng.random() < self.faults.compute
+                self.broken = self.rng.random() < self.faults.compute
             # A rank that has failed still takes part in what its neighbours wait for; only they may not count on it.
             position, self.num_met = self.num_met, self.num_met + 1
             self.meeting.arrive(position, order)
             while not self.meeting.complete(position):
                 yield
             if self.broken:
-                error = "" if was_broken else "device lost"
+                error = error or ("" if was_broken else "device lost")
             else:
                 self._recompute(order)
                 self.log.append(order)
@@ -153,10 +160,8 @@ class StageRank:
         if order.restart:
             self.heights[chunk] = 0
         assert self.heights.get(chunk, 0) == tile.block_lo, "the activations below are gone"
-        if self.source is BoundarySource.STORED:
-            assert chunk in self.seeds, "recomputed without its boundary states"
-        elif self.source is not BoundarySource.FIRST_STAGE:
-            assert order.receives, "recomputed without what the stage below hands over"
+        if self.source is not BoundarySource.FIRST_STAGE:
+            assert chunk in self.seeds, "recomputed without its boundary states, stored or handed over"
         assert not (order.sends and order.kv_only_top), "nothing to hand over"
         for block in range(tile.block_lo, tile.block_hi):
             assert all((earlier, block) in self.resident for earlier in range(chunk)), "an earlier chunk is missing"

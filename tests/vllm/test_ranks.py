@@ -90,10 +90,12 @@ def setting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_stages(setting):
     """What an engine of two stages answered; its first stage held the lower half of the layers."""
-    from support.rank_engine import break_reads
+    from support.rank_engine import break_reads, take_only
 
     script = setting.script(pipeline=2)
     saved(script, 1)
+    asked(script, "sooner way", request(1, AUTO))
+    script.do("scheduler_side", function=take_only, args=("stored",))
     asked(script, "both pointers", request(1, AUTO))
     asked(script, "load", request(1, LOAD))
     mixed = [request(10 + index, SAVE, count=count) for index, count in enumerate(MIXED)]
@@ -108,6 +110,7 @@ def two_stages(setting):
     script.do("soak", "soak", requests=list(SOAKED), num_restorations=NUM_RESTORATIONS)
     script.do("evict").do("free_blocks", "free after")
     script.do("forget", "forgotten", kind="hidden", store=str(setting.store))
+    script.do("scheduler_side", function=take_only, args=("handed_over",))
     asked(script, "handed over", request(1, AUTO))
     script.do("evict").do("soak", "soak in order", requests=list(SOAKED), num_restorations=NUM_RESTORATIONS // 3)
     script.do("evict").do("killed", "killed", rank=1, request=request(1, AUTO))
@@ -178,6 +181,13 @@ def test_two_stages_restore_at_once_each_with_both_pointers(two_stages, one_rank
     assert record["stages"][1]["boundary_bytes"] > 0
     assert record["bound_restore_s"] == max(stage["bound_restore_s"] for stage in record["stages"])
     equal(two_stages["both pointers"], one_rank["own"])
+
+
+def test_two_stages_take_the_sooner_way_to_their_activations(two_stages, one_rank):
+    record = record_of(two_stages["sooner way"])
+    assert record["outcome"] == "done"
+    assert record["stages"][1]["boundary_source"] in ("stored", "handed_over")
+    equal(two_stages["sooner way"], one_rank["own"])
 
 
 def test_two_stages_load_each_its_own_layers(two_stages, one_rank):

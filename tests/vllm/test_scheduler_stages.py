@@ -22,8 +22,9 @@ def stage_facts(stage: int, **changes) -> EngineFacts:
     return facts(**values)
 
 
-def case_of(**changes) -> Case:
-    return Case(facts_by_rank=(stage_facts(0), stage_facts(1, **changes)))
+def case_of(*, ratio: float = 1.0, **changes) -> Case:
+    link = facts(ratio=ratio).link
+    return Case(facts_by_rank=(stage_facts(0, link=link), stage_facts(1, **{"link": link, **changes})))
 
 
 def saved(case: Case, num_chunks: int, *, boundaries: int = 0) -> list[int]:
@@ -81,7 +82,7 @@ class TwoStages:
 
 
 def test_stored_boundary_states_let_both_stages_begin_at_once():
-    case = case_of()
+    case = case_of(linked=False)
     started(case, saved(case, 6, boundaries=6))
     orders = case.step()
     first, second = orders.of_stage(0), orders.of_stage(1)
@@ -94,14 +95,15 @@ def test_stored_boundary_states_let_both_stages_begin_at_once():
 @pytest.mark.parametrize(
     ("boundaries", "changes", "source"),
     [
-        (6, {}, "stored"),
+        (6, {"linked": False}, "stored"),
         (0, {}, "handed_over"),
         (6, {"boundary_token_bytes": 0}, "handed_over"),
         (0, {"linked": False}, "none"),
     ],
 )
 def test_the_record_says_where_activations_came_from(boundaries, changes, source):
-    case = case_of(**changes)
+    # Workers read at once what is ordered: on a slow link little is ordered in a step.
+    case = case_of(ratio=1.0 if source == "none" else 6.0, **changes)
     record = record_of(started(case, saved(case, 6, boundaries=boundaries)))
     assert record["outcome"] == "done"
     assert [stage["boundary_source"] for stage in record["stages"]] == ["first_stage", source]
@@ -110,8 +112,20 @@ def test_the_record_says_where_activations_came_from(boundaries, changes, source
     assert [len(cells) for cells in record["cells"]] == [2 * LAYERS] * 6
 
 
+@pytest.mark.parametrize(
+    ("state_bytes", "boundaries", "source"),
+    [(1, 6, "stored"), (STATE_BYTES * 100, 6, "handed_over"), (1, 1, "handed_over")],
+    ids=["small states", "large states", "states of the first chunk only"],
+)
+def test_the_sooner_of_the_two_ways_is_taken(state_bytes, boundaries, source):
+    case = case_of(boundary_token_bytes=state_bytes)
+    record = record_of(started(case, saved(case, 6, boundaries=boundaries)))
+    assert record["outcome"] == "done"
+    assert record["stages"][1]["boundary_source"] == source
+
+
 def test_boundary_states_that_end_early_end_the_staircase():
-    case = case_of()
+    case = case_of(linked=False)
     started(case, saved(case, 6, boundaries=2))
     worker = TwoStages(case)
     worker.stages[1].outcome = {(chunk, -1): LoadOutcome.MISS for chunk in range(2, 6)}

@@ -18,7 +18,7 @@ from cacheflow.plan.stage_bounds import StagedBound, staged_bound
 from cacheflow.plan.stages import RankLayout, StageProblem, split_layers, stage_problems
 from cacheflow.policies.recompute import Recompute
 from cacheflow.policies.registry import make_policy
-from cacheflow.policies.stages import plan_handing_over, plan_stage
+from cacheflow.policies.stages import plan_stages
 from cacheflow.sim.stages import HandOver, StagedRun, run_stages
 from cacheflow.types import ModelShape
 
@@ -115,11 +115,7 @@ def predict_stages(
 def _plans(name: str, policy: str, stages: Sequence[StageProblem]) -> list[RestorePlan]:
     if name == RECOMPUTE:
         return [Recompute().plan(stage.problem) for stage in stages]
-    if name == LOAD:
-        return [plan_stage(make_policy(policy), stage.problem, BoundarySource.NONE) for stage in stages]
-    if name == STORED:
-        return [plan_stage(make_policy(policy), stage.problem, stage.source) for stage in stages]
-    return [plan_handing_over(policy, stage.problem) for stage in stages]
+    return plan_stages(make_policy(policy), [stage.problem for stage in stages], [stage.source for stage in stages])
 
 
 def ways_table(report: StagesReport) -> Table:

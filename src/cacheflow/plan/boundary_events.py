@@ -116,30 +116,30 @@ class BoundaryEvents:
         """Corrected seconds until compute is through with what it was ordered to do."""
         return self._p.compute_left_s(now_s)
 
-    def computed_sooner(self, compute_s: float, now_s: float) -> bool:
-        """Whether compute, behind what it was ordered to do, takes ``compute_s`` before the link has all open cells."""
+    def wants(self, chunk: int) -> bool:
+        """Whether the stage below is to hand a chunk's activations over: it was not, and there are cells left."""
         p = self._p
-        open_bytes = p.board.open_bytes - p.demanded_bytes()
-        return p.link_down or open_bytes <= 0 or p.compute_left_s(now_s) + compute_s <= p.link_s(open_bytes)
+        unread = self.source is BoundarySource.HANDED_OVER and self.state(chunk) is BoundaryState.UNREAD
+        return unread and p.computable(chunk) and p.board.num_open_K[chunk] > 0
 
     def hand_over(self, chunk: int) -> None:
-        """Note that the stage below will have handed a chunk's activations over when compute comes to it."""
+        """Note that the stage below hands a chunk's activations over before compute comes to it."""
         assert self.source is BoundarySource.HANDED_OVER, f"a stage whose boundary source is {self.source}"
         self._p.boundaries.complete(chunk)
+
+    def lose_unread(self) -> None:
+        """Leave to the link what was neither stored nor handed over: it will not come any more."""
+        for chunk in range(self._p.board.num_chunks):
+            if self.state(chunk) is BoundaryState.UNREAD and self._p.boundaries.possible(chunk):
+                self.lose(chunk)
 
     def find_limit(self) -> None:
         """Find the first chunk with a cell that can neither be recomputed nor loaded."""
         p = self._p
         for chunk in range(p.limit):
-            if not self._can_repair(chunk) and self._has_hole(chunk):
+            if not p.boundaries.possible(chunk) and self._has_hole(chunk):
                 self.stop_before(chunk)
                 return
-
-    def _can_repair(self, chunk: int) -> bool:
-        p = self._p
-        if self.source is BoundarySource.HANDED_OVER and p.board.num_open_K[chunk] < p.board.num_blocks:
-            return False  # a chunk is handed over once, to be recomputed whole
-        return p.boundaries.possible(chunk)
 
     def _has_hole(self, chunk: int) -> bool:
         p = self._p

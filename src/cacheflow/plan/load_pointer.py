@@ -102,14 +102,16 @@ class LoadPointer:
     def _link_is_first(self, cell: tuple[int, int], now_s: float) -> bool:
         """Whether taking a cell ends sooner than leaving all open cells to compute, the suffix included."""
         p = self._p
+        factor = p.rates.compute_factor
         if p.compute_stopped or not p.boundaries.awaited(cell[0]):
             return True
-        compute_s = p.compute_left_s(now_s) + p.board.open_compute_s * p.rates.compute_factor
-        link_s = p.link_s(p.board.load_bytes(*cell))
+        open_s, link_s = p.board.open_compute_s, p.link_s(p.board.load_bytes(*cell))
         if p.plan.balance_suffix:
-            compute_s += p.suffix_left_s()
-            link_s += p.suffix_from_s(cell[1])
-        return link_s <= compute_s
+            return link_s + p.suffix_from_s(cell[1]) <= p.compute_left_s(now_s) + p.suffix_left_s() + open_s * factor
+        if p.plan.kv_only_top and p.climbed_K[cell[0]] > 0:
+            # The top of what compute would climb, keys and values alone; a chunk not begun counts that at its bottom.
+            open_s -= float(p.problem.compute_KB[cell] - p.problem.kv_only_KB[cell])
+        return link_s <= p.compute_left_s(now_s) + open_s * factor
 
     def _behind_suffix(self, now_s: float) -> tuple[int, int] | None:
         p = self._p

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cacheflow.restore.hand_over import forfeit, recompute
+from cacheflow.restore.hand_over import forfeit, receive, recompute, take_unwanted
 from cacheflow.restore.ordered_reads import OrderedReads
 from cacheflow.restore.orders import ComputeReport, RankReport, RestoreOrders, RestoreTarget
 from cacheflow.restore.ports import ComputePort, TransferPort
@@ -76,7 +76,7 @@ class OrderCarrier:
 
         Args:
             orders: At most one per restoration.
-            wait_s: How long to wait for a read to end when there was nothing to compute.
+            wait_s: How long to wait for a read to end when there was nothing to compute; an order may say longer.
         """
         for each in orders:
             restoration = self._active.get(each.restore_id)
@@ -89,11 +89,14 @@ class OrderCarrier:
                 computed = self._compute(each, restoration) or computed
                 if each.finish and not restoration.broken:
                     self._finish(each.restore_id, restoration)
+        wait_s = max(wait_s, max((each.wait_s for each in orders), default=0.0))
         if wait_s > 0 and not computed and not (self._computes or self._finished) and self._reads.under_way:
             self._reads.wait(wait_s)
 
     def _drop_and_read(self, orders: RestoreOrders, restoration: _Restoration) -> None:
         if orders.cancel:
+            if orders.receives and restoration.ports is not None:
+                take_unwanted(restoration.ports[0], orders.receives)
             self._end(orders.restore_id)
             return
         if orders.drops:
@@ -103,11 +106,21 @@ class OrderCarrier:
             self._reads.start(orders.restore_id, transfer, orders.reads, origin_s=restoration.origin_s)
 
     def _compute(self, orders: RestoreOrders, restoration: _Restoration) -> bool:
-        if not orders.compute or restoration.ports is None:
+        if not (orders.compute or orders.receives) or restoration.ports is None:
             return False
         port = restoration.ports[0]
         if restoration.broken:
+            take_unwanted(port, orders.receives)
             forfeit(port, orders.compute)
+            return False
+        try:
+            receive(port, orders.receives)
+        except Exception as error:
+            logger.exception("restoration %d: a chunk was not handed over", orders.restore_id)
+            self._break(orders.restore_id, restoration, (), error)
+            forfeit(port, orders.compute)
+            return True
+        if not orders.compute:
             return False
         seconds: list[float] = []
         for index, order in enumerate(orders.compute):

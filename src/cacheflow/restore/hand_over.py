@@ -1,4 +1,4 @@
-"""Carrying out compute orders on one worker, hand-overs between pipeline stages included.
+"""Hand-overs between pipeline stages, and carrying out a compute order on one worker.
 
 A stage that was ordered to receive waits for the stage below. So whatever goes wrong, an order that sends is answered:
 with the activations, or with word that there are none.
@@ -15,18 +15,34 @@ from cacheflow.restore.ports import ComputePort, HandOverPort
 logger = logging.getLogger(__name__)
 
 
+def receive(port: ComputePort, chunks: Sequence[int]) -> None:
+    """Take what the stage below was ordered to send, all of it; raises what the port raises."""
+    for index, chunk in enumerate(chunks):
+        try:
+            _hands_over(port).receive(chunk)
+        except Exception:  # whatever it was: what was sent behind it must be taken too; raised again
+            take_unwanted(port, chunks[index + 1 :])
+            raise
+
+
+def take_unwanted(port: ComputePort, chunks: Sequence[int]) -> None:
+    """Take what the stage below was ordered to send, for a restoration that is over."""
+    for chunk in chunks:
+        try:
+            _hands_over(port).receive(chunk)
+        except Exception:  # what is not needed need not come
+            logger.debug("chunk %d is not needed, and was not received", chunk, exc_info=True)
+
+
 def recompute(port: ComputePort, order: ComputeOrder) -> None:
     """Carry out one order; raises what the port raises, once the stage above was told."""
     chunk = order.tile.chunk_lo
     try:
-        if order.receives:
-            _hands_over(port).receive(chunk)
         if order.restart:
             port.restart(chunk)
         port.recompute(order.tile, kv_only_top=order.kv_only_top)
     except Exception:  # whatever it was: the stage above waits for an answer; raised again
-        if order.sends:
-            _hands_over(port).send(chunk, failed=True)
+        forfeit(port, [order])
         raise
     if order.sends:
         _hands_over(port).send(chunk, failed=False)
@@ -35,14 +51,8 @@ def recompute(port: ComputePort, order: ComputeOrder) -> None:
 def forfeit(port: ComputePort, orders: Sequence[ComputeOrder]) -> None:
     """Answer the hand-overs of orders that will not be carried out, because an earlier one failed."""
     for order in orders:
-        chunk = order.tile.chunk_lo
-        try:
-            if order.receives:
-                _hands_over(port).receive(chunk)
-        except Exception:  # what is not needed need not come, but the stage above must still be told
-            logger.debug("chunk %d is not needed, and was not received", chunk, exc_info=True)
         if order.sends:
-            _hands_over(port).send(chunk, failed=True)
+            _hands_over(port).send(order.tile.chunk_lo, failed=True)
 
 
 def _hands_over(port: ComputePort) -> HandOverPort:

@@ -81,14 +81,12 @@ class ComputeOrder:
         tile: The cells; continues the chunk where its last order ended, or starts at block 0.
         restart: Forget the chunk's activations first.
         kv_only_top: The topmost block needs keys and values only.
-        receives: Take the chunk's activations from the pipeline stage below first.
         sends: Hand the chunk's activations over to the pipeline stage above afterwards, even if this order fails.
     """
 
     tile: Tile
     restart: bool = False
     kv_only_top: bool = False
-    receives: bool = False
     sends: bool = False
 
 
@@ -111,28 +109,34 @@ class ReadOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreOrders:
-    """What one restoration's workers do in this step, in this order: drop, read, compute, then finish or cancel.
+    """What one restoration's workers do in this step: drop, read, receive, compute, finish, in this order, or cancel.
 
     Attributes:
         restore_id: Which restoration.
+        receives: Chunks whose activations the pipeline stage below was ordered to send, in the order it sends them; to
+            be taken in any case, of a restoration that is cancelled too.
         drops: Cells ``(chunk, block)`` whose reads compute has taken over: they must not be placed from now on.
         reads: Reads to start, in order.
         compute: Tiles to recompute, in order.
         finish: Every cell is resident once the above is done: report the restoration finished.
         cancel: Give everything up and report the restoration finished.
+        wait_s: With nothing to compute, wait up to this long for a read to end: other stages are at work meanwhile.
     """
 
     restore_id: int
+    receives: tuple[int, ...] = ()
     drops: tuple[tuple[int, int], ...] = ()
     reads: tuple[ReadOrder, ...] = ()
     compute: tuple[ComputeOrder, ...] = ()
     finish: bool = False
     cancel: bool = False
+    wait_s: float = 0.0
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.drops or self.reads or self.compute or self.finish or self.cancel)
+        work = self.drops or self.reads or self.receives or self.compute or self.wait_s
+        return not (work or self.finish or self.cancel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,15 +9,14 @@ them has reported. Pure: time is passed in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.explain import RestoreReport
-from cacheflow.plan.plan import Share
 from cacheflow.plan.pointers import RestoreState
-from cacheflow.restore.hand_over_chain import HandOverChain
 from cacheflow.restore.orders import RestoreOrders, RestoreTarget, StepReport
 from cacheflow.restore.staged_report import StagedReport
 from cacheflow.restore.step_reads import ReadDeadline
@@ -73,15 +72,14 @@ class StagedRestoration:
         Args:
             target: Of the same chunks as every state's grid.
             states: One a stage, bottom stage first, made with the stage's boundary source and without a suffix. The
-                state of a stage whose source is ``NONE`` has a plan that computes nothing; those of stages that hand
-                activations over, or are handed them, have plans of whole chunks (``Share.NONE``).
+                state of a stage whose source is ``NONE`` has a plan that computes nothing.
             ranks_per_stage: Tensor-parallel ranks of a stage.
             can_compute: Whether the workers can recompute at all.
             deadline: When a read is late.
 
         Raises:
-            ConfigError: There is no stage, the bottom stage or one above a stage that only loads takes its activations
-                from another, or a plan does not fit.
+            ConfigError: There is no stage, or the bottom stage or one above a stage that only loads takes its
+                activations from another.
         """
         sources = [state.boundary.source for state in states]
         if not states or sources[0] in (BoundarySource.HANDED_OVER, BoundarySource.STORED):
@@ -100,7 +98,11 @@ class StagedRestoration:
             )
             for state, source in zip(states, sources, strict=True)
         )
-        self._chain_of = _chains(self.stages)
+        self._waits_until_s = [0.0] * len(states)
+        self._sent: list[tuple[int, ...]] = [()] * len(states)
+        for index, above in enumerate(self.stages[1:]):
+            if sources[index + 1] is BoundarySource.HANDED_OVER:
+                self.stages[index].wanted_above = partial(_wants, above)
 
     @property
     def failed(self) -> bool:
@@ -174,33 +176,55 @@ class StagedRestoration:
 
         Args:
             now_s: Seconds on the caller's clock.
-            compute_budget_s: Seconds of compute to order on each stage; see ``SteppedRestoration.orders``. Stages that
-                hand activations over take whole chunks.
+            compute_budget_s: Seconds of compute to order on each stage; see ``SteppedRestoration.orders``.
             read_ahead_s: Seconds of each stage's link to keep under way.
         """
         self._share_the_end()
-        if not self.giving_up:
-            for chain in dict.fromkeys(self._chain_of.values()):
-                chain.order(now_s, compute_budget_s)
-        ahead_s = {
-            index: self._chain_of[index].read_ahead_s(read_ahead_s) if index in self._chain_of else read_ahead_s
-            for index in range(len(self.stages))
-        }
+        self._hand_over()
         by_stage: dict[int, RestoreOrders] = {}
         until_s: float | None = None
         # Who waits for boundary states comes first: the others compute no longer than until those are there, because
         # a step ends with its slowest stage, and only then it is told.
         for index in sorted(range(len(self.stages)), key=lambda index: not self._needs_boundary(index)):
             stage = self.stages[index]
-            by_stage[index] = stage.orders(
+            orders = stage.orders(
                 now_s,
-                compute_budget_s=0.0 if index in self._chain_of else _until(stage, now_s, compute_budget_s, until_s),
-                read_ahead_s=ahead_s[index],
+                compute_budget_s=_until(stage, now_s, compute_budget_s, until_s),
+                read_ahead_s=read_ahead_s,
             )
             awaited_s = None if stage.settled else stage.state.boundary.awaited_s(now_s)
             if awaited_s is not None:
                 until_s = awaited_s if until_s is None else min(until_s, awaited_s)
-        return StagedOrders(tuple(by_stage[index] for index in range(len(self.stages))))
+                orders = replace(orders, wait_s=self._wait_s(index, now_s, min(awaited_s, compute_budget_s)))
+            by_stage[index] = orders
+        return StagedOrders(self._with_receives([by_stage[index] for index in range(len(self.stages))]))
+
+    def _wait_s(self, index: int, now_s: float, awaited_s: float) -> float:
+        """How long a stage's ranks may wait for boundary states: once, in whatever steps are ordered meanwhile."""
+        began_s = max(now_s, self._waits_until_s[index])
+        self._waits_until_s[index] = max(began_s, now_s + AWAITED_MARGIN * awaited_s)
+        return self._waits_until_s[index] - began_s
+
+    def _hand_over(self) -> None:
+        """What was ordered to be sent in the last step is received in this one, before anything is computed."""
+        for stage, sent in zip(self.stages, self._sent, strict=True):
+            for chunk in sent:
+                stage.state.boundary.hand_over(chunk)
+        for below, above in pairwise(self.stages):
+            if below.settled and above.state.boundary.source is BoundarySource.HANDED_OVER:
+                above.state.boundary.lose_unread()
+
+    def _with_receives(self, orders: list[RestoreOrders]) -> tuple[RestoreOrders, ...]:
+        """Every send meets its receive: in the step behind it, or in the same one where that is the receiver's last."""
+        before = self._sent
+        self._sent = [(), *(tuple(each.tile.chunk_lo for each in below.compute if each.sends) for below in orders[:-1])]
+        received = []
+        for index, each in enumerate(orders):
+            chunks = before[index]
+            if each.finish or each.cancel:
+                chunks, self._sent[index] = (*chunks, *self._sent[index]), ()
+            received.append(replace(each, receives=chunks) if chunks else each)
+        return tuple(received)
 
     def _needs_boundary(self, index: int) -> bool:
         boundary = self.stages[index].state.boundary
@@ -259,25 +283,5 @@ def _until(stage: SteppedRestoration, now_s: float, budget_s: float, until_s: fl
     return min(budget_s, max(LEAST_BUDGET_S, left_s))
 
 
-def _chains(stages: Sequence[SteppedRestoration]) -> dict[int, HandOverChain]:
-    """The chain of neighbours that each stage is in which hands activations over or is handed them, by index.
-
-    Raises:
-        ConfigError: Such a stage has a plan that shares chunks by layers.
-    """
-    runs: list[list[int]] = []
-    for index, stage in enumerate(stages):
-        if stage.state.boundary.source is BoundarySource.HANDED_OVER:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    runs = [run for run in runs if len(run) > 1]
-    for index in (index for run in runs for index in run):
-        plan = stages[index].state.plan
-        if plan.share is not Share.NONE:
-            raise ConfigError(
-                f"stage {index} hands activations over, chunk by chunk, and needs a plan of whole chunks; policy "
-                f"{plan.policy!r} shares them by {plan.share.value}"
-            )
-    chains = [HandOverChain([stages[index] for index in run]) for run in runs]
-    return {index: chain for run, chain in zip(runs, chains, strict=True) for index in run}
+def _wants(above: SteppedRestoration, chunk: int) -> bool:
+    return not (above.closing or above.giving_up) and above.state.boundary.wants(chunk)

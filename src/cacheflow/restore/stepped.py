@@ -8,7 +8,7 @@ is ordered behind it; what the link brings counts once every rank has reported i
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
+from collections.abc import Callable
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.cells import RESIDENT
@@ -25,7 +25,7 @@ from cacheflow.restore.orders import (
 )
 from cacheflow.restore.step_reads import ReadDeadline, StepReads
 from cacheflow.restore.step_spans import compute_span
-from cacheflow.restore.units import Unit, cut, join
+from cacheflow.restore.units import Unit, cut, handed_on, join
 
 IDLE_COMPUTE_BUDGET_S = 0.05
 """Recommended compute per step while nobody decodes: with 1.2 ms of overhead a step, restorations end at 1.03 of the
@@ -46,6 +46,7 @@ class SteppedRestoration:
         error: Why compute failed on a worker; empty when it did not.
         waiting: The last step's budget found nothing for compute to do.
         may_give_up: Whether it may end when nothing more of it can be restored; otherwise it waits for other stages.
+        wanted_above: Whether the pipeline stage above takes a chunk's activations, once its top block is ordered.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class SteppedRestoration:
         self._spans: list[Span] = []
         self._finished: set[int] = set()
         self.may_give_up = True
-        self._handed: list[ComputeOrder] = []
+        self.wanted_above: Callable[[int], bool] = lambda chunk: False
         self._giving_up = self._told_cancel = self._closing = self._failed = self._undefined = False
         self._start_s: float | None = None
         self._end_s: float | None = None
@@ -175,27 +176,6 @@ class SteppedRestoration:
         self._failed = self._failed or not self._giving_up
         self._giving_up = True
 
-    def claim_chunk(self, now_s: float, *, receives: bool) -> ComputeOrder | None:
-        """Claim the next whole chunk for this step, of stages that hand activations over; None when there is none.
-
-        Args:
-            now_s: Seconds on the caller's clock.
-            receives: The stage below hands this chunk over in the same step.
-        """
-        claim = self._state.claim_compute(now_s)
-        if claim.tile is None:
-            return None
-        self._reads.drop(claim.tile.cells())
-        self._state.assume_compute(claim, now_s)
-        order = ComputeOrder(claim.tile, claim.restart, claim.kv_only_top, receives=receives)
-        self._computes.add(order, claim.predicted_s)
-        self._handed.append(order)
-        return order
-
-    def send_chunk(self) -> None:
-        """Let the chunk claimed last be handed over to the stage above, which needs its top block in full."""
-        self._handed[-1] = replace(self._handed[-1], kv_only_top=False, sends=True)
-
     def close_link(self) -> None:
         """Order no more reads; what is under way may still arrive, compute restores the rest."""
         self._state.close_link()
@@ -256,9 +236,6 @@ class SteppedRestoration:
 
     def _order_compute(self, now_s: float, budget_s: float) -> tuple[ComputeOrder, ...]:
         self.waiting = False
-        if self._handed:
-            handed, self._handed = tuple(self._handed), []
-            return handed
         if budget_s <= 0 or not self._can_compute:
             return ()
         if len(self._reads) or self._state.loads_possible:
@@ -269,13 +246,18 @@ class SteppedRestoration:
             seconds = self._units[0].predicted_s * factor
             if units and spent_s + seconds > budget_s:
                 break
-            units.append(self._units.popleft())
+            units.append(self._next_unit())
             spent_s += seconds
         self.waiting = not units and not self._state.restored
         joined = join(units)
         for unit in joined:
             self._computes.add(unit.order, unit.predicted_s)
         return tuple(unit.order for unit in joined)
+
+    def _next_unit(self) -> Unit:
+        unit, problem = self._units.popleft(), self._state.problem
+        at_top = unit.order.tile.block_hi == problem.grid.num_blocks
+        return handed_on(unit, problem) if at_top and self.wanted_above(unit.order.tile.chunk_lo) else unit
 
     def _claim(self, now_s: float) -> bool:
         """Claim the next tile for compute and cut it into units."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cacheflow.plan.claims import ComputeClaim
 from cacheflow.plan.grid import Tile
@@ -35,6 +35,13 @@ def cut(claim: ComputeClaim, problem: RestoreProblem) -> list[Unit]:
     return units
 
 
+def handed_on(unit: Unit, problem: RestoreProblem) -> Unit:
+    """A unit at the top of its chunk whose activations the stage above takes: it needs the top block in full."""
+    tile = unit.order.tile
+    order = replace(unit.order, kv_only_top=False, sends=True)
+    return Unit(order, float(problem.compute_KB[tile.chunk_lo, tile.block_lo]))
+
+
 def join(units: Iterable[Unit]) -> list[Unit]:
     """Join units that continue each other, so that a worker computes them in one go."""
     joined: list[Unit] = []
@@ -43,7 +50,7 @@ def join(units: Iterable[Unit]) -> list[Unit]:
             last = joined.pop()
             before = last.order.tile
             tile = Tile(before.chunk_lo, before.chunk_hi, before.block_lo, unit.order.tile.block_hi)
-            order = ComputeOrder(tile, restart=last.order.restart, kv_only_top=unit.order.kv_only_top)
+            order = replace(unit.order, tile=tile, restart=last.order.restart)
             joined.append(Unit(order, last.predicted_s + unit.predicted_s))
         else:
             joined.append(unit)
@@ -51,6 +58,6 @@ def join(units: Iterable[Unit]) -> list[Unit]:
 
 
 def _continues(before: ComputeOrder, after: ComputeOrder) -> bool:
-    if before.kv_only_top or after.restart or before.tile.chunk_lo != after.tile.chunk_lo:
+    if before.kv_only_top or before.sends or after.restart or before.tile.chunk_lo != after.tile.chunk_lo:
         return False
     return before.tile.block_hi == after.tile.block_lo

@@ -13,6 +13,7 @@ from dataclasses import replace
 from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.plan.stage_sources import stage_times
 from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
 from cacheflow.sim.costs import ModelCosts
 
@@ -39,11 +40,12 @@ class RankCosts:
     def problem(self, grid: Grid, *, link: LinkCost) -> RestoreProblem:
         """See ``ModelCosts``; ``grid`` has the whole model's layers, the problem those of the stage."""
         whole = self._costs.problem(grid, link=link)
-        handed = _slowest(stage_problems(whole, self.shape, self._layout, BoundarySource.HANDED_OVER))
-        chosen = handed
+        handed = stage_problems(whole, self.shape, self._layout, BoundarySource.HANDED_OVER)
+        chosen = _slowest(handed)
         if self._boundary_states and self._layout.pipeline_parallel_size > 1:
-            stored = _slowest(stage_problems(whole, self.shape, self._layout, BoundarySource.STORED))
-            chosen = stored if _stored_s(stored.problem) < _handed_s(handed.problem, self._layout) else handed
+            stored = stage_problems(whole, self.shape, self._layout, BoundarySource.STORED)
+            if _restore_s(stored) <= _restore_s(handed):
+                chosen = _slowest(stored)
         num_layers, own = self.shape.num_layers, chosen.problem.grid.num_blocks
         tp = self._layout.tensor_parallel_size
         return replace(
@@ -74,23 +76,10 @@ def _slowest(stages: tuple[StageProblem, ...]) -> StageProblem:
     return max(stages[1:] or stages, key=lambda stage: stage.problem.grid.num_blocks)
 
 
+def _restore_s(stages: tuple[StageProblem, ...]) -> float:
+    times = stage_times([stage.problem for stage in stages], [stage.source for stage in stages])
+    return max(each.restore_s for each in times)
+
+
 def _fill_s(problem: RestoreProblem, layout: RankLayout) -> float:
     return (layout.pipeline_parallel_size - 1) * float(problem.compute_KB[:1].sum())
-
-
-def _stored_s(problem: RestoreProblem) -> float:
-    """Uniform costs: recomputing the share ``x`` takes the link ``x`` times the boundary states, saving as much KV."""
-    compute_s, boundary_s = problem.recompute_s, float(problem.boundary_bytes_K.sum()) / problem.link.bytes_per_s
-    load_s = float(problem.load_bytes_KB.sum()) / problem.link.bytes_per_s
-    if boundary_s >= load_s:
-        return load_s
-    return compute_s * load_s / (compute_s + load_s - boundary_s)
-
-
-def _handed_s(problem: RestoreProblem, layout: RankLayout) -> float:
-    """Uniform costs, compute beginning once the first chunk has come up."""
-    compute_s, fill_s = problem.recompute_s, _fill_s(problem, layout)
-    load_s = float(problem.load_bytes_KB.sum()) / problem.link.bytes_per_s
-    if fill_s >= load_s or compute_s + load_s <= 0:
-        return load_s
-    return fill_s + compute_s * (load_s - fill_s) / (compute_s + load_s)

@@ -13,7 +13,6 @@ from functools import partial
 from itertools import pairwise
 
 from cacheflow.plan.boundaries import BoundarySource
-from cacheflow.plan.cells import Cell
 from cacheflow.plan.claims import ClaimKind, ComputeClaim
 from cacheflow.plan.explain import Lane, Span, SpanKind, busy_share, cell_letters
 from cacheflow.plan.grid import Tile
@@ -30,7 +29,7 @@ class HandOver(Enum):
     """When a stage hands activations over, of stages without stored boundaries."""
 
     CHUNK = "chunk"
-    """Each chunk once it is recomputed, as ``restore.hand_over_chain`` does."""
+    """Each chunk once it is recomputed, as ``restore.staged`` does."""
     PREFIX = "prefix"
     """All chunks once the stage recomputes none any more: a stage waits for the whole one below."""
 
@@ -94,7 +93,7 @@ def run_stages(
 
     Args:
         stages: Bottom stage first, at least one chunk each; on a shared link each with its even share of it.
-        plans: Of each stage; of whole chunks where stages hand activations over.
+        plans: Of each stage.
         num_suffix_chunks: Chunks of new tokens behind the restoration.
         shared_link: The links are shares of one that serves reads as they come.
         hand_over: How stages without stored boundaries get at activations.
@@ -132,7 +131,7 @@ class _Stage:
         self.above: _Stage | None = None
         self.hand_over = HandOver.CHUNK
         self._loop, self._problem, self._link = loop, stage.problem, link
-        self._next = 0
+        self._climbed: list[int] = []
         self._computing = False
         self._num_reads = 0
         self._restore_s: float | None = None
@@ -162,59 +161,51 @@ class _Stage:
         )
 
     def _start_compute(self) -> None:
-        if self.above is not None and self.source is not BoundarySource.HANDED_OVER and self._open(self._next):
-            chunk_s = float(self._problem.compute_KB[self._next].sum()) * self.state.rates.compute_factor
-            if not self.state.boundary.computed_sooner(chunk_s, self._loop.now_s):
-                return
         claim = self.state.claim_compute(self._loop.now_s)
         if claim.kind in (ClaimKind.RECOMPUTE, ClaimKind.REPAIR):
             self._computing = True
-            end_s = self._loop.now_s + claim.predicted_s
+            end_s = self._loop.now_s + self._seconds(claim)
             self._loop.at(end_s, partial(self._end_compute, claim, self._loop.now_s), priority=1)
-        elif self.above is not None and not (self.state.boundary.possible(self._next) and self._open(self._next)):
-            self._end_handing(self.above)
-
-    def _end_handing(self, above: _Stage) -> None:
-        """Nothing more is recomputed that could be handed over."""
-        self.above = None
-        if self.hand_over is HandOver.PREFIX:
-            for chunk in range(self._next):
+        elif self.above is not None and self.state.restored:
+            above, self.above = self.above, None
+            for chunk in self._climbed:
                 above.take(chunk)
-        above.leave_from(self._next)
+            above.leave()
 
-    def _open(self, chunk: int) -> bool:
-        grid = self._problem.grid
-        return chunk < grid.num_chunks and all(
-            self.state.cell(chunk, block) is Cell.OPEN for block in range(grid.num_blocks)
-        )
+    def _seconds(self, claim: ComputeClaim) -> float:
+        """What a claim takes; the top block in full where it is handed over."""
+        assert claim.tile is not None, "a stage computes prefix cells only"
+        if self.above is None or claim.tile.block_hi < self._problem.grid.num_blocks:
+            return claim.predicted_s
+        tile = claim.tile
+        return float(self._problem.compute_KB[tile.chunk_lo : tile.chunk_hi, tile.block_lo : tile.block_hi].sum())
 
     def _end_compute(self, claim: ComputeClaim, start_s: float) -> None:
         assert claim.tile is not None, "a stage computes prefix cells only"
         self._computing = False
         self.state.complete_compute(claim, actual_s=self._loop.now_s - start_s)
-        kv_only = claim.kv_only_top and claim.tile.num_cells == 1
+        at_top = claim.tile.block_hi == self._problem.grid.num_blocks
+        hands_over = self.above is not None and at_top
+        kv_only = claim.kv_only_top and claim.tile.num_cells == 1 and not hands_over
         self._note(Lane.COMPUTE, SpanKind.KV_ONLY if kv_only else SpanKind.RECOMPUTE, start_s, claim.tile)
-        if self.above is not None and claim.tile.chunk_lo == self._next:
-            self._next += 1
-            if self.hand_over is HandOver.CHUNK:
-                self.above.take(claim.tile.chunk_lo)
+        if self.above is not None and at_top:
+            for chunk in range(claim.tile.chunk_lo, claim.tile.chunk_hi):
+                if self.hand_over is HandOver.CHUNK:
+                    self.above.take(chunk)
+                else:
+                    self._climbed.append(chunk)
         self.pump()
 
     def take(self, chunk: int) -> None:
-        """Take a chunk's activations from the stage below; what the link has taken is not recomputed any more."""
-        loaded = (Cell.LOADING, Cell.PLACING, Cell.LOADED)
-        behind_load = chunk > 0 and self.state.cell(chunk - 1, 0) in loaded
-        if self.state.boundary.possible(chunk) and self._open(chunk) and not behind_load:
+        """Take a chunk's activations from the stage below, if there is anything left to recompute from them."""
+        if self.state.boundary.wants(chunk):
             self.state.boundary.hand_over(chunk)
             self.pump()
-        else:
-            self.leave_from(chunk)
 
-    def leave_from(self, chunk: int) -> None:
-        """Leave a chunk and all later ones to the link."""
-        if chunk < self._problem.grid.num_chunks and self.state.boundary.possible(chunk):
-            self.state.boundary.lose_from(chunk)
-            self.pump()
+    def leave(self) -> None:
+        """Leave to the link what is not handed over any more."""
+        self.state.boundary.lose_unread()
+        self.pump()
 
     def _start_reads(self) -> None:
         while self._num_reads < READS_IN_FLIGHT:

@@ -9,9 +9,11 @@ from cacheflow.errors import CostRangeError
 from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.plan import Choice, RestorePlan
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.stage_sources import StageTimes, times_of
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.load import Load
 from cacheflow.policies.registry import make_policy
+from cacheflow.policies.stages import plan_stages
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
@@ -109,7 +111,8 @@ class Decider:
         began_s = self._clock()
         policy = Load() if request.wishes.mode is Mode.LOAD else self._policy
         try:
-            stages = self._plans(policy, self._span(start, end, num_tokens), self._sources(request, start))
+            span = self._span(start, end, num_tokens)
+            stages = self._plans(policy, span, self._sources(request, span))
         except CostRangeError as error:
             logger.warning("request %s is computed, not restored: %s", request.request_id, error)
             return Decision(start=start, end=start, reason=str(error))
@@ -133,18 +136,34 @@ class Decider:
         alone = num_tokens if len(self.stages) == 1 else None
         return PlanSpan(start=start, end=end, chunk_tokens=self._options.chunk_tokens, num_tokens=alone)
 
-    def _sources(self, request: TrackedRequest, start: int) -> list[BoundarySource]:
-        first_chunk = start // self._options.chunk_tokens
-        num_boundaries = (0, *request.num_boundaries, *([0] * len(self.stages)))
-        return [
-            stage.source(num, first_chunk=first_chunk) for stage, num in zip(self.stages, num_boundaries, strict=False)
-        ]
+    def _sources(self, request: TrackedRequest, span: PlanSpan) -> list[BoundarySource]:
+        """How each stage gets at its activations, bottom stage first: the sooner way of those there are."""
+        if len(self.stages) == 1:
+            return [BoundarySource.FIRST_STAGE]
+        first_chunk = span.start // span.chunk_tokens
+        num_stored = (0, *request.num_boundaries, *([0] * len(self.stages)))
+        sources: list[BoundarySource] = []
+        times: StageTimes | None = None
+        for stage, num in zip(self.stages, num_stored, strict=False):
+            num_boundaries = max(0, num - first_chunk)
+            problem = stage.corrected(stage.problem(span, stored=num_boundaries > 0))
+            ways = {
+                source: times_of(problem, source, below=times, num_boundaries=num_boundaries)
+                for source in stage.sources(num_boundaries=num_boundaries, below=sources[-1] if sources else None)
+            }
+            sources.append(min(ways, key=lambda source: ways[source].restore_s))
+            times = ways[sources[-1]]
+        return sources
 
     def _plans(self, policy: RestorePolicy, span: PlanSpan, sources: Sequence[BoundarySource]) -> tuple[StagePlan, ...]:
-        handed = [source is BoundarySource.HANDED_OVER for source in (*sources, BoundarySource.NONE)]
+        problems = [
+            stage.problem(span, stored=source is BoundarySource.STORED)
+            for stage, source in zip(self.stages, sources, strict=True)
+        ]
+        corrected = [stage.corrected(problem) for stage, problem in zip(self.stages, problems, strict=True)]
         return tuple(
-            stage.plan(policy, span, source, hands_over=handed[index] or handed[index + 1])
-            for index, (stage, source) in enumerate(zip(self.stages, sources, strict=True))
+            StagePlan(problem=problem, plan=plan, source=source)
+            for problem, plan, source in zip(problems, plan_stages(policy, corrected, sources), sources, strict=True)
         )
 
     def _why_not(self, plans: Sequence[StagePlan]) -> str:

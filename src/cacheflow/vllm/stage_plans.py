@@ -14,9 +14,6 @@ from cacheflow.plan.costs import CostTable, prefill_s
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
-from cacheflow.policies.base import RestorePolicy
-from cacheflow.policies.cake import token_wise_plan
-from cacheflow.policies.load import Load
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.tracked import StagePlan
 
@@ -51,46 +48,36 @@ class StagePlanner:
         self.facts = facts
         self.rates = LiveRates(bytes_per_s=facts.link.bytes_per_s)
 
-    def source(self, num_boundaries: int, *, first_chunk: int) -> BoundarySource:
-        """Where the activations below its first layer can come from.
+    def sources(self, *, num_boundaries: int, below: BoundarySource | None) -> list[BoundarySource]:
+        """Where the activations below its first layer can come from, at least one.
 
         Args:
             num_boundaries: Leading chunks whose boundary states the store holds.
-            first_chunk: The first chunk to restore.
+            below: Where those of the stage below come from; None for the first stage.
         """
-        if self.facts.shard.pp_rank == 0:
-            return BoundarySource.FIRST_STAGE
-        if self.facts.boundary_token_bytes > 0 and num_boundaries > first_chunk:
-            return BoundarySource.STORED
-        return BoundarySource.HANDED_OVER if self.facts.linked else BoundarySource.NONE
-
-    def plan(self, policy: RestorePolicy, span: PlanSpan, source: BoundarySource, *, hands_over: bool) -> StagePlan:
-        """Plan a span of tokens.
-
-        Args:
-            policy: How; a stage that cannot recompute loads, whatever it says.
-            span: Which tokens.
-            source: Of its activations.
-            hands_over: It hands activations over, or takes what is handed over: it recomputes whole chunks.
-
-        Raises:
-            CostRangeError: A chunk lies outside the measured range.
-        """
-        problem = self._problem(span, source)
-        corrected = self._corrected(problem)
-        if source is BoundarySource.NONE or self.facts.costs is None:
-            plan = Load().plan(corrected)
-        elif hands_over and policy.name != Load.name:
-            plan = token_wise_plan(policy.name, corrected)
-        else:
-            plan = policy.plan(corrected)
-        return StagePlan(problem=problem, plan=plan, source=source)
+        if below is None:
+            return [BoundarySource.FIRST_STAGE]
+        sources = []
+        if self.facts.boundary_token_bytes > 0 and num_boundaries > 0:
+            sources.append(BoundarySource.STORED)
+        if self.facts.linked and below is not BoundarySource.NONE:
+            sources.append(BoundarySource.HANDED_OVER)
+        return sources or [BoundarySource.NONE]
 
     def recompute_s(self, stage: StagePlan) -> float:
         """Seconds to recompute all of it on this stage alone."""
         return float(stage.problem.compute_KB.sum()) * self.rates.compute_factor
 
-    def _problem(self, span: PlanSpan, source: BoundarySource) -> RestoreProblem:
+    def problem(self, span: PlanSpan, *, stored: bool) -> RestoreProblem:
+        """What restoring a span costs, as measured.
+
+        Args:
+            span: Which tokens.
+            stored: Chunks are recomputed from stored boundary states.
+
+        Raises:
+            CostRangeError: A chunk lies outside the measured range.
+        """
         facts, start, end, chunk_tokens = self.facts, span.start, span.end, span.chunk_tokens
         first = start // chunk_tokens * chunk_tokens
         ends = tuple(range(first + chunk_tokens, end + 1, chunk_tokens))
@@ -102,7 +89,7 @@ class StagePlanner:
         if span.num_tokens is not None:
             own_s = own_prefill_s(facts.costs, start=start, end=end, num_tokens=span.num_tokens)
             problem = dataclasses.replace(problem, prefill_s=own_s)
-        if source is BoundarySource.STORED:
+        if stored:
             boundary_bytes = chunk_tokens * facts.boundary_token_bytes
             problem = dataclasses.replace(
                 problem, boundary_bytes_K=np.full(grid.num_chunks, boundary_bytes, dtype=np.int64)
@@ -114,7 +101,8 @@ class StagePlanner:
         load_bytes_KB[0] = load_bytes_KB[0] * chunk_tokens // (ends[0] - start)
         return dataclasses.replace(problem, load_bytes_KB=load_bytes_KB)
 
-    def _corrected(self, problem: RestoreProblem) -> RestoreProblem:
+    def corrected(self, problem: RestoreProblem) -> RestoreProblem:
+        """The problem by what compute was seen to take."""
         factor = self.rates.compute_factor
         return dataclasses.replace(
             problem,

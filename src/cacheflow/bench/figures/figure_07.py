@@ -25,7 +25,7 @@ from cacheflow.plan.stage_bounds import staged_bound
 from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
 from cacheflow.policies.recompute import Recompute
 from cacheflow.policies.registry import make_policy
-from cacheflow.policies.stages import plan_handing_over, plan_stage
+from cacheflow.policies.stages import plan_stages
 from cacheflow.sim.stages import HandOver, run_stages
 
 STAGES = (2, 4)
@@ -46,9 +46,8 @@ class _Way:
         """A plan for each stage."""
         if self.series == "recompute":
             return [Recompute().plan(stage.problem) for stage in stages]
-        if self.later is BoundarySource.HANDED_OVER:
-            return [plan_handing_over(POLICY, stage.problem) for stage in stages]
-        return [plan_stage(make_policy(POLICY), stage.problem, stage.source) for stage in stages]
+        problems, sources = [stage.problem for stage in stages], [stage.source for stage in stages]
+        return plan_stages(make_policy(POLICY), problems, sources)
 
 
 WAYS = (
