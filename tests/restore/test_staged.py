@@ -326,6 +326,8 @@ def test_what_is_on_its_way_is_received_in_the_last_step_too(last):
         scheduler.staged.cancel()
     else:
         above = scheduler.staged.stages[1].state
+        above.boundary.expect([math.inf] * 4, 0.0)
+        above.rates.observe_load(num_bytes=1 << 40, busy_s=1.0)
         while (tile := above.claim_load(0.0)) is not None:
             above.begin_place(tile)
             above.complete_load(tile)

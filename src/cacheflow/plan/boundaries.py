@@ -9,6 +9,7 @@ Shapes: ``K`` chunks.
 
 from __future__ import annotations
 
+import math
 from enum import Enum, IntEnum
 
 BOUNDARY_ROW = -1
@@ -54,7 +55,7 @@ class Boundaries:
         self._bytes_K = bytes_K
         first = BoundaryState.RESIDENT if source is BoundarySource.FIRST_STAGE else BoundaryState.UNREAD
         self._state_K = [first] * num_chunks
-        self._due_K = [0.0] * num_chunks
+        self._due_K = [math.inf] * num_chunks
         self.lost_from = 0 if source is BoundarySource.NONE else num_chunks
         self.lead_s = 0.0
 
@@ -79,6 +80,14 @@ class Boundaries:
     def ready(self, chunk: int) -> bool:
         """Whether a chunk can be recomputed from its bottom block now."""
         return self._state_K[chunk] is BoundaryState.RESIDENT and chunk < self.lost_from
+
+    def expect(self, chunk: int, due_s: float) -> None:
+        """Note when a chunk that is handed over is expected; infinite for never."""
+        self._due_K[chunk] = due_s
+
+    def due_s(self, chunk: int) -> float:
+        """When a chunk's boundary states were last expected."""
+        return self._due_K[chunk]
 
     def awaited(self, chunk: int) -> bool:
         """Whether a chunk can be recomputed now, or once a read under way is there."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cacheflow.plan.boundaries import BoundarySource, BoundaryState
 from cacheflow.plan.boundary_pointer import BoundaryPointer
 from cacheflow.plan.load_pointer import LoadPointer
@@ -126,6 +128,12 @@ class BoundaryEvents:
         """Note that the stage below hands a chunk's activations over before compute comes to it."""
         assert self.source is BoundarySource.HANDED_OVER, f"a stage whose boundary source is {self.source}"
         self._p.boundaries.complete(chunk)
+
+    def expect(self, seconds: Sequence[float], now_s: float) -> None:
+        """Note in how many seconds the stage below is expected to be through with each chunk it hands over."""
+        for chunk, left_s in enumerate(seconds):
+            if self.wants(chunk):
+                self._p.boundaries.expect(chunk, now_s + left_s)
 
     def lose_unread(self) -> None:
         """Leave to the link what was neither stored nor handed over: it will not come any more."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.cells import Cell
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import Share
@@ -103,6 +104,9 @@ class LoadPointer:
         """Whether taking a cell ends sooner than leaving all open cells to compute, the suffix included."""
         p = self._p
         factor = p.rates.compute_factor
+        if p.boundaries.source is BoundarySource.HANDED_OVER and not p.boundaries.ready(cell[0]):
+            own_s = float(p.board.open_compute_K[cell[0]]) * factor
+            return p.link_s(p.board.load_bytes(*cell)) <= p.boundaries.due_s(cell[0]) - now_s + own_s
         if p.compute_stopped or not p.boundaries.awaited(cell[0]):
             return True
         open_s, link_s = p.board.open_compute_s, p.link_s(p.board.load_bytes(*cell))

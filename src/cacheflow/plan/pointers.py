@@ -20,7 +20,7 @@ from cacheflow.plan.plan import RestorePlan, SuffixStart
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.progress import Progress
 from cacheflow.plan.rates import LiveRates
-from cacheflow.plan.remaining import Remaining, expected_left_s, remaining
+from cacheflow.plan.remaining import Remaining, expected_left_s, remaining, whole_chunks_s
 from cacheflow.plan.take_back import take_back
 from cacheflow.types import LoadOutcome
 
@@ -203,6 +203,10 @@ class RestoreState:
     def expected_left_s(self, now_s: float) -> float:
         """Seconds to the end of the restoration if compute and link shared what is open so as to end together."""
         return expected_left_s(self._p, now_s)
+
+    def whole_chunks_s(self, now_s: float) -> list[float]:
+        """Seconds until compute should be through with each chunk; infinite where the link has a part of it."""
+        return whole_chunks_s(self._p, now_s)
 
     def remaining(self, now_s: float) -> Remaining:
         """What is left to do, for whoever chooses among several restorations."""

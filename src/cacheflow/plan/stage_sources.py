@@ -9,13 +9,16 @@ Shapes: ``K`` chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.problem import RestoreProblem, Seconds
+
+WAIT_MARGIN = 1.05
+"""Hand-overs must promise this much: stages that wait for each other feel every delay, those that read do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,12 @@ def times_of(
         ready_K = np.array([*below.whole_s, *nothing[len(below.whole_s) :]])
         return _times(problem, ready_K=ready_K, read_K=nothing, limit=len(below.whole_s))
     return _times(problem, ready_K=nothing, read_K=nothing, limit=num_chunks)
+
+
+def sooner(ways: Mapping[BoundarySource, StageTimes]) -> BoundarySource:
+    """The way that is expected to end first."""
+    margin = {BoundarySource.HANDED_OVER: WAIT_MARGIN}
+    return min(ways, key=lambda source: ways[source].restore_s * margin.get(source, 1.0))
 
 
 def stage_times(problems: Sequence[RestoreProblem], sources: Sequence[BoundarySource]) -> list[StageTimes]:

@@ -24,6 +24,9 @@ from cacheflow.restore.stepped import SteppedRestoration
 
 LEAST_BUDGET_S = 1e-9
 """Orders one unit of compute."""
+HANDED_READ_AHEAD = 2.5
+"""A stage that is handed activations waits for them inside its steps, and is given no reads meanwhile: that many times
+as much of its link is kept under way."""
 AWAITED_MARGIN = 1.1
 """A step that ends just before boundary states come is told of them a step later: rather end just behind."""
 
@@ -180,7 +183,7 @@ class StagedRestoration:
             read_ahead_s: Seconds of each stage's link to keep under way.
         """
         self._share_the_end()
-        self._hand_over()
+        self._hand_over(now_s)
         by_stage: dict[int, RestoreOrders] = {}
         until_s: float | None = None
         # Who waits for boundary states comes first: the others compute no longer than until those are there, because
@@ -190,7 +193,7 @@ class StagedRestoration:
             orders = stage.orders(
                 now_s,
                 compute_budget_s=_until(stage, now_s, compute_budget_s, until_s),
-                read_ahead_s=read_ahead_s,
+                read_ahead_s=read_ahead_s * _waits_in_steps(stage),
             )
             awaited_s = None if stage.settled else stage.state.boundary.awaited_s(now_s)
             if awaited_s is not None:
@@ -205,14 +208,19 @@ class StagedRestoration:
         self._waits_until_s[index] = max(began_s, now_s + AWAITED_MARGIN * awaited_s)
         return self._waits_until_s[index] - began_s
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, now_s: float) -> None:
         """What was ordered to be sent in the last step is received in this one, before anything is computed."""
         for stage, sent in zip(self.stages, self._sent, strict=True):
             for chunk in sent:
                 stage.state.boundary.hand_over(chunk)
         for below, above in pairwise(self.stages):
-            if below.settled and above.state.boundary.source is BoundarySource.HANDED_OVER:
-                above.state.boundary.lose_unread()
+            boundary = above.state.boundary
+            if boundary.source is not BoundarySource.HANDED_OVER:
+                continue
+            if below.settled:
+                boundary.lose_unread()
+            else:
+                boundary.expect(below.state.whole_chunks_s(now_s), now_s)
 
     def _with_receives(self, orders: list[RestoreOrders]) -> tuple[RestoreOrders, ...]:
         """Every send meets its receive: in the step behind it, or in the same one where that is the receiver's last."""
@@ -273,6 +281,10 @@ class StagedRestoration:
         if len(self.stages) == 1:
             return self.stages[0].report(now_s, planning_s=planning_s)
         return self.stage_reports(now_s).merged(planning_s=planning_s)
+
+
+def _waits_in_steps(stage: SteppedRestoration) -> float:
+    return HANDED_READ_AHEAD if stage.state.boundary.source is BoundarySource.HANDED_OVER else 1.0
 
 
 def _until(stage: SteppedRestoration, now_s: float, budget_s: float, until_s: float | None) -> float:

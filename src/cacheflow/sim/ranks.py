@@ -13,7 +13,7 @@ from dataclasses import replace
 from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
-from cacheflow.plan.stage_sources import stage_times
+from cacheflow.plan.stage_sources import StageTimes, sooner, stage_times
 from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
 from cacheflow.sim.costs import ModelCosts
 
@@ -44,8 +44,8 @@ class RankCosts:
         chosen = _slowest(handed)
         if self._boundary_states and self._layout.pipeline_parallel_size > 1:
             stored = stage_problems(whole, self.shape, self._layout, BoundarySource.STORED)
-            if _restore_s(stored) <= _restore_s(handed):
-                chosen = _slowest(stored)
+            ways = {BoundarySource.STORED: _slowest_times(stored), BoundarySource.HANDED_OVER: _slowest_times(handed)}
+            chosen = _slowest(stored if sooner(ways) is BoundarySource.STORED else handed)
         num_layers, own = self.shape.num_layers, chosen.problem.grid.num_blocks
         tp = self._layout.tensor_parallel_size
         return replace(
@@ -76,9 +76,9 @@ def _slowest(stages: tuple[StageProblem, ...]) -> StageProblem:
     return max(stages[1:] or stages, key=lambda stage: stage.problem.grid.num_blocks)
 
 
-def _restore_s(stages: tuple[StageProblem, ...]) -> float:
+def _slowest_times(stages: tuple[StageProblem, ...]) -> StageTimes:
     times = stage_times([stage.problem for stage in stages], [stage.source for stage in stages])
-    return max(each.restore_s for each in times)
+    return max(times, key=lambda each: each.restore_s)
 
 
 def _fill_s(problem: RestoreProblem, layout: RankLayout) -> float:

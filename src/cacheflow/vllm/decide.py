@@ -9,7 +9,7 @@ from cacheflow.errors import CostRangeError
 from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.plan import Choice, RestorePlan
 from cacheflow.plan.rates import LiveRates
-from cacheflow.plan.stage_sources import StageTimes, times_of
+from cacheflow.plan.stage_sources import StageTimes, sooner, times_of
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.load import Load
 from cacheflow.policies.registry import make_policy
@@ -151,7 +151,7 @@ class Decider:
                 source: times_of(problem, source, below=times, num_boundaries=num_boundaries)
                 for source in stage.sources(num_boundaries=num_boundaries, below=sources[-1] if sources else None)
             }
-            sources.append(min(ways, key=lambda source: ways[source].restore_s))
+            sources.append(sooner(ways))
             times = ways[sources[-1]]
         return sources
 
