@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cacheflow.bench import readme
+from cacheflow.bench.ranks_record import RanksRecord
 from cacheflow.bench.record import append_record
 from cacheflow.bench.vllm_record import VllmRecord
 from cacheflow.errors import ConfigError
@@ -91,10 +92,39 @@ def test_runs_inside_vllm_have_a_table_of_their_own(files: tuple[Path, Path]):
     del values["guard"]
     record = VllmRecord(**values, cached_tokens=512, equal_tokens=16, compared_tokens=16)
     append_record(files[0], record)
-    files[1].write_text(f"{TEXT}{readme.VLLM_BEGIN}\n{readme.VLLM_END}\n")
+    begin, end = readme.markers_of("vllm")
+    files[1].write_text(f"{TEXT}{begin}\n{end}\n")
     assert run(*files, "--suite", "vllm") == 0
     text = files[1].read_text()
     assert text.startswith(TEXT), "the other table is left alone"
-    assert "**cacheflow**" in text.partition(readme.VLLM_BEGIN)[2]
+    assert "**cacheflow**" in text.partition(begin)[2]
     assert f"cacheflow bench readme --suite vllm --results {files[0].as_posix()}" in text
     assert run(*files, "--suite", "vllm", "--check") == 0
+
+
+def test_several_ranks_have_a_table_of_their_own_of_the_longest_prefix(tmp_path: Path):
+    results, text = tmp_path / "results.jsonl", tmp_path / "README.md"
+    for tokens, restore_s in ((1024, 3.0), (2048, 2.0)):
+        for stages in (1, 2):
+            values = asdict(sample_record(policy="cacheflow", num_tokens=tokens, suffix_tokens=37, suite="ranks"))
+            del values["guard"]
+            append_record(
+                results,
+                RanksRecord(
+                    **{**values, "restore_s": restore_s / stages, "bound_restore_s": 0.8, "load_compute_ratio": 1.0},
+                    pipeline_parallel_size=stages, tensor_parallel_size=1, gpu_axis=True, recompute_s=4.0,
+                    equal_tokens=32, compared_tokens=32,
+                ),
+            )  # fmt: skip
+    begin, end = readme.markers_of("ranks")
+    text.write_text(f"{TEXT}{begin}\n{end}\n")
+    assert run(results, text, "--suite", "ranks") == 0
+    filled = text.read_text()
+    assert filled.startswith(TEXT)
+    assert "| 1 rank | 2.00 s (2.50×) |" in filled
+    assert "| PP 2 | 1.00 s (1.25×), **2.00×** |" in filled
+    assert "2,048 cached and 37 new tokens" in filled
+    assert run(results, text, "--suite", "ranks", "--num-tokens", "1024") == 0
+    assert "1,024 cached and 37 new tokens" in text.read_text()
+    with pytest.raises(ConfigError, match="no run of suite 'ranks'"):
+        run(results, text, "--suite", "ranks", "--num-tokens", "7")

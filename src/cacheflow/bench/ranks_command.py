@@ -26,7 +26,7 @@ from cacheflow.errors import ConfigError
 
 RATIOS = (0.5, 1.0, 2.0)
 SIZES = (1, 2)
-POOL_PREFIXES = 6
+POOL_PREFIXES = 5
 """Prefixes that fit in the KV cache: the blocks into which a prefix is restored never hold it already."""
 
 

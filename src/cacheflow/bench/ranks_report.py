@@ -74,6 +74,45 @@ def gain(record: RanksRecord, runs: Sequence[RanksRecord]) -> float | None:
     return None
 
 
+def ranks_markdown(records: Sequence[RanksRecord]) -> str:
+    """A table and its caption for a page: time, over the bound, and how much sooner than one rank.
+
+    Args:
+        records: Of one model and length; a wrong run's split shows no time.
+    """
+    ratios = sorted({record.load_compute_ratio for record in records})
+    rows = [
+        ["load time / compute time of one rank", *(f"{ratio:g}" for ratio in ratios)],
+        ["---", *(["--:"] * len(ratios))],
+    ]
+    for split in dict.fromkeys(record.split for record in records):
+        rows.append(
+            [split, *(_markdown_cell([r for r in records if r.split == split], records, ratio) for ratio in ratios)]
+        )
+    last = records[-1]
+    counts = {len({r.repeat for r in records if r.load_compute_ratio == ratio}) for ratio in ratios}
+    runs = "one run each" if counts == {1} else f"medians of {min(counts)} to {max(counts)} alternating runs"
+    caption = (
+        "Restoration time, in brackets its ratio to the engine's own lower bound, and how many times as fast as one "
+        f"rank; {runs}. "
+        f"{last.model}, {last.dtype}, {last.num_tokens:,} cached and {last.suffix_tokens} new tokens in chunks of "
+        f"{last.chunk_tokens:,}, a core and a throttled link a rank, on {last.environment.get('cpu')}, "
+        f"vllm {last.environment.get('vllm')}. "
+        "Every run shown gave the tokens of stock vLLM."
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{caption}"
+
+
+def _markdown_cell(own: Sequence[RanksRecord], runs: Sequence[RanksRecord], ratio: float) -> str:
+    own = [record for record in own if record.load_compute_ratio == ratio]
+    if not own or not all(record.correct for record in own):
+        return WRONG if own else NOTHING
+    cell = f"{_median([r.restore_s for r in own], seconds)} ({_median([r.over_bound for r in own], '{:.2f}×'.format)})"
+    if own[0].split == ONE_RANK:
+        return cell
+    return f"{cell}, **{_median([gain(record, runs) for record in own], '{:.2f}×'.format)}**"
+
+
 def draw_ranks(records: Sequence[RanksRecord], out_dir: Path) -> list[Path]:
     """Draw one figure a model and length; returns the files written.
 
@@ -82,12 +121,17 @@ def draw_ranks(records: Sequence[RanksRecord], out_dir: Path) -> list[Path]:
     """
     names = dict.fromkeys((record.model, record.num_tokens) for record in records)
     return [
-        _draw([r for r in records if (r.model, r.num_tokens) == name], out_dir / f"ranks-{name[0]}-{name[1]}.png")
+        draw_one([r for r in records if (r.model, r.num_tokens) == name], out_dir / f"ranks-{name[0]}-{name[1]}.png")
         for name in names
     ]
 
 
-def _draw(records: Sequence[RanksRecord], path: Path) -> Path:
+def draw_one(records: Sequence[RanksRecord], path: Path) -> Path:
+    """Draw restoration times with their bounds, and how many times as fast as one rank, of one model and length.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     figure, (left, right) = new_figure(num_panels=2, num_columns=2, panel_size=(5.2, 4.0))
     ratios = sorted({record.load_compute_ratio for record in records})
     for split, colour in zip(dict.fromkeys(record.split for record in records), COLOURS * 3, strict=False):

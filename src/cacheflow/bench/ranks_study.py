@@ -62,7 +62,7 @@ class RanksOptions:
     """What a study runs.
 
     Attributes:
-        server: Of one rank; each split changes its sizes and cores.
+        server: Of one rank; each split changes its sizes, cores and memory.
         store_root: Folder under which each split keeps its store and its profiles.
         size: Prefix and suffix.
         repeats: Rounds per ratio; each has a prompt of its own.
@@ -205,6 +205,9 @@ class RanksStudy:
                     pipeline_parallel_size=split.pipeline,
                     tensor_parallel_size=split.tensor,
                     omp_bind=cores_of(split.num_ranks),
+                    kv_cache_gib=-(
+                        -self.options.server.kv_cache_gib // split.num_ranks
+                    ),  # each has its layers or heads
                 )
                 transfer = self._transfer(split, bytes_per_s)
                 server = stack.enter_context(start_server(split.name, options, transfer=transfer))

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cacheflow.bench.plots import draw_over_bound, studies
+from cacheflow.bench.ranks_record import SUITE as RANKS
+from cacheflow.bench.ranks_record import RanksRecord, read_ranks_records
+from cacheflow.bench.ranks_report import draw_one, ranks_markdown
 from cacheflow.bench.record import RestoreRecord, read_records
 from cacheflow.bench.summary import Setting, summarise
 from cacheflow.bench.table import markdown_caption, markdown_table
@@ -16,9 +19,8 @@ from cacheflow.errors import ConfigError
 
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
-VLLM_BEGIN = "<!-- vllm-results:begin -->"
-VLLM_END = "<!-- vllm-results:end -->"
-"""Around the table of the suite ``vllm``; every other suite's goes between ``BEGIN`` and ``END``."""
+MARKED_SUITES = (VLLM, RANKS)
+"""Suites whose tables have markers of their own; every other suite's goes between ``BEGIN`` and ``END``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,19 +42,32 @@ def run(args: argparse.Namespace) -> int:
     block = results_block(args.results, suite=args.suite, num_tokens=args.num_tokens)
     try:
         text = args.readme.read_text(encoding="utf-8")
-        markers = (VLLM_BEGIN, VLLM_END) if args.suite == VLLM else (BEGIN, END)
-        filled = fill(text, block, markers=markers)
+        filled = fill(text, block, markers=markers_of(args.suite))
         if args.check and filled != text:
             raise ConfigError(f"{args.readme} is out of date: run {_command(args.results, args.suite)}")
         if filled != text:
             args.readme.write_text(filled, encoding="utf-8")
         if args.figure is not None and not args.check:
-            records = _clean_runs(args.results, suite=args.suite, num_tokens=args.num_tokens)
-            (sweeps,) = studies(summarise(records)).values()
-            draw_over_bound(sweeps, args.figure)
+            _draw(args)
     except OSError as error:
         raise ConfigError(f"a file cannot be read or written: {error}") from error
     return 0
+
+
+def _draw(args: argparse.Namespace) -> None:
+    if args.suite == RANKS:
+        draw_one(_ranks_runs(args.results, args.num_tokens), args.figure)
+        return
+    records = _clean_runs(args.results, suite=args.suite, num_tokens=args.num_tokens)
+    (sweeps,) = studies(summarise(records)).values()
+    draw_over_bound(sweeps, args.figure)
+
+
+def markers_of(suite: str) -> tuple[str, str]:
+    """What stands around a suite's table."""
+    if suite not in MARKED_SUITES:
+        return BEGIN, END
+    return f"<!-- {suite}-results:begin -->", f"<!-- {suite}-results:end -->"
 
 
 def results_block(results: Path, *, suite: str = "restore", num_tokens: int | None = None) -> str:
@@ -63,18 +78,20 @@ def results_block(results: Path, *, suite: str = "restore", num_tokens: int | No
     Raises:
         ConfigError: The file is malformed, no run fits, or the runs that fit are of several settings.
     """
+    source = f"From [`{results.as_posix()}`]({results.as_posix()}) by `{_command(results, suite)}`."
+    if suite == RANKS:
+        return f"{ranks_markdown(_ranks_runs(results, num_tokens))}\n{source}"
     records = _clean_runs(results, suite=suite, num_tokens=num_tokens)
     suffix_tokens = max(record.suffix_tokens for record in records)
     records = [record for record in records if record.suffix_tokens == suffix_tokens]
     summaries = summarise(records)
-    return (
-        f"{markdown_table(summaries)}\n\n{markdown_caption(summaries, records[-1].environment)}\n"
-        f"From [`{results.as_posix()}`]({results.as_posix()}) by `{_command(results, suite)}`."
-    )
+    return f"{markdown_table(summaries)}\n\n{markdown_caption(summaries, records[-1].environment)}\n{source}"
 
 
 def _command(results: Path, suite: str) -> str:
-    return f"cacheflow bench readme{f' --suite {suite}' if suite == VLLM else ''} --results {results.as_posix()}"
+    return (
+        f"cacheflow bench readme{f' --suite {suite}' if suite in MARKED_SUITES else ''} --results {results.as_posix()}"
+    )
 
 
 def fill(text: str, block: str, *, markers: tuple[str, str] = (BEGIN, END)) -> str:
@@ -90,6 +107,18 @@ def fill(text: str, block: str, *, markers: tuple[str, str] = (BEGIN, END)) -> s
     return f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
 
 
+def _ranks_runs(results: Path, num_tokens: int | None) -> list[RanksRecord]:
+    """The runs of one length, the longest unless another is asked for."""
+    read = read_ranks_records(results)
+    if num_tokens is None:
+        num_tokens = max((record.num_tokens for record in read), default=0)
+    records = [record for record in read if record.num_tokens == num_tokens]
+    if not records:
+        raise ConfigError(f"{results} holds no run of suite {RANKS!r} with {num_tokens} tokens")
+    _require_one_setting(records, results)
+    return records
+
+
 def _clean_runs(results: Path, *, suite: str, num_tokens: int | None) -> list[RestoreRecord]:
     """The unperturbed runs of one study, with and without new tokens."""
     read: Sequence[RestoreRecord] = read_vllm_records(results) if suite == VLLM else read_records(results)
@@ -103,7 +132,7 @@ def _clean_runs(results: Path, *, suite: str, num_tokens: int | None) -> list[Re
     return records
 
 
-def _require_one_setting(records: list[RestoreRecord], results: Path) -> None:
+def _require_one_setting(records: Sequence[RestoreRecord], results: Path) -> None:
     """All runs must differ in the ratio and the new tokens alone, or one column would hold two studies."""
     shown = ("model", "device", "dtype", "chunk_tokens")
     found = {tuple(getattr(Setting.of(record), key) for key in shown) for record in records}

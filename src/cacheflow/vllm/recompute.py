@@ -116,7 +116,7 @@ class VllmComputePort:
         """
         assert self._link is not None, "hand-overs are ordered only where stages are linked"
         start, end = self._target.chunk_range(chunk)
-        received = self._link.receive(num_tokens=end - start)
+        received = self._link.receive(restore_id=self._target.restore_id, chunk=chunk, num_tokens=end - start)
         if received is None:
             raise RuntimeError(f"the pipeline stage below could not recompute chunk {chunk}")
         self._boundary[chunk] = received
@@ -127,7 +127,7 @@ class VllmComputePort:
         start, end = self._target.chunk_range(chunk)
         state = self._chunks.get(chunk)
         out = None if failed or state is None else state.activations
-        self._link.send(out, num_tokens=end - start)
+        self._link.send(out, restore_id=self._target.restore_id, chunk=chunk, num_tokens=end - start)
         if state is not None:
             state.activations = None
 

@@ -1,11 +1,13 @@
 """Neighbouring pipeline stages: a chunk's activations, handed over in order where no boundary states are stored.
 
 By vLLM's own pipeline group, on its CPU side, with a tag of its own: what vLLM itself sends between the same two ranks
-in the same step is never taken for it. Both ends are ordered in the same step (``restore/hand_over_chain.py``).
+in the same step is never taken for it. What is sent is received in the step behind it, or in the same one where that is
+the receiver's last (``restore/staged.py``).
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from datetime import timedelta
 from typing import Any
@@ -17,13 +19,15 @@ from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.partial_forward import Activations
 
-TAG = 7919
+logger = logging.getLogger(__name__)
+
+FIRST_TAG = 1 << 30
 """vLLM's own messages have tag 0."""
+TAG_RESTORATIONS, TAG_CHUNKS = 1 << 16, 1 << 14
+"""Messages have a tag for each chunk of each restoration, because several restorations' hand-overs may be received in
+another order than they were sent in; tags are used again after so many restorations."""
 PATIENCE_S = 120.0
 """A stage that is not handed what was ordered after this long gives its restoration up, and says so."""
-MAX_UNDER_WAY = 16
-"""Sends that were not taken yet; beyond it the oldest is waited for. A step in which vLLM runs a forward too orders
-fewer: there the stage above takes them only once it has that forward's input, which comes behind them."""
 
 
 class StageLink:
@@ -32,34 +36,49 @@ class StageLink:
     def __init__(self, group: Any, *, dtype: torch.dtype, device: torch.device, hidden_size: int) -> None:  # noqa: ANN401
         """Use vLLM's pipeline group (``GroupCoordinator``)."""
         self._group, self._dtype, self._device, self._hidden_size = group, dtype, device, hidden_size
-        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
+        self._sent: deque[list[tuple[Any, torch.Tensor]]] = deque([[]])
+        # Received in the step behind it; vLLM has as many steps under way as there are stages. What was sent in the
+        # step before those has been received when a step begins, so waiting for it takes no time.
+        self._num_steps_kept = group.world_size + 1
 
     @property
     def has_stage_above(self) -> bool:
         """Whether there is somebody to send to."""
         return not self._group.is_last_rank
 
-    def send(self, activations: Activations | None, *, num_tokens: int) -> None:
-        """Hand activations to the stage above, or word that there are none; does not wait until they are taken."""
+    def begin_step(self) -> None:
+        """Free what was received; to be called before a step's orders are carried out."""
+        self._sent.append([])
+        while len(self._sent) > self._num_steps_kept:
+            for work, _ in self._sent.popleft():
+                try:
+                    work.wait(timedelta(seconds=PATIENCE_S))
+                except RuntimeError:  # the stage above is gone, which vLLM itself finds out
+                    logger.warning("the pipeline stage above did not take what it was sent", exc_info=True)
+
+    def send(self, activations: Activations | None, *, restore_id: int, chunk: int, num_tokens: int) -> None:
+        """Hand a chunk's activations to the stage above, or word that there are none; does not wait for it."""
         message = torch.zeros(1 + self._num_bytes(num_tokens), dtype=torch.uint8)
         if activations is not None:
             assert activations.residual is not None, "above the first layer there is a residual"
             both = torch.stack([activations.hidden, activations.residual]).to("cpu")
             message[0] = 1
             message[1:] = both.view(-1).view(torch.uint8)
-        work = torch.distributed.isend(message, self._group.next_rank, group=self._group.cpu_group, tag=TAG)
-        self._sent.append((work, message))
-        while len(self._sent) > MAX_UNDER_WAY:
-            self._sent.popleft()[0].wait(timedelta(seconds=PATIENCE_S))
+        work = torch.distributed.isend(
+            message, self._group.next_rank, group=self._group.cpu_group, tag=_tag(restore_id, chunk)
+        )
+        self._sent[-1].append((work, message))
 
-    def receive(self, *, num_tokens: int) -> Activations | None:
+    def receive(self, *, restore_id: int, chunk: int, num_tokens: int) -> Activations | None:
         """Take what the stage below hands over; None when it could not recompute it.
 
         Raises:
             RuntimeError: It did not come in time, or that stage is gone.
         """
         message = torch.empty(1 + self._num_bytes(num_tokens), dtype=torch.uint8)
-        work = torch.distributed.irecv(message, self._group.prev_rank, group=self._group.cpu_group, tag=TAG)
+        work = torch.distributed.irecv(
+            message, self._group.prev_rank, group=self._group.cpu_group, tag=_tag(restore_id, chunk)
+        )
         assert work is not None, "this rank is in its own group"
         work.wait(timedelta(seconds=PATIENCE_S))
         if not message[0]:
@@ -69,6 +88,10 @@ class StageLink:
 
     def _num_bytes(self, num_tokens: int) -> int:
         return 2 * num_tokens * self._hidden_size * self._dtype.itemsize
+
+
+def _tag(restore_id: int, chunk: int) -> int:
+    return FIRST_TAG + restore_id % TAG_RESTORATIONS * TAG_CHUNKS + chunk % TAG_CHUNKS
 
 
 def can_link(handle: ModelHandle) -> bool:

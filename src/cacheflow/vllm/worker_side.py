@@ -147,6 +147,8 @@ class WorkerSide:
         """Begin, drop, read, recompute, finish: as ordered."""
         if orders.idle:
             return
+        if self._link is not None:
+            self._link.begin_step()
         for target in orders.targets:
             self._request_of[target.restore_id] = target.request_id
             self._copy_shared(target)
