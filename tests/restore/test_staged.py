@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
@@ -391,6 +393,68 @@ def test_a_stage_that_fails_answers_every_hand_over_it_was_ordered():
             carrier.close()
 
 
+class Answers:
+    """What answers for a restoration that could not begin."""
+
+    def __init__(self) -> None:
+        self.answered: list[tuple[str, int]] = []
+
+    def receive(self, chunk: int) -> None:
+        self.answered.append(("received", chunk))
+
+    def send(self, chunk: int, *, failed: bool) -> None:
+        assert failed
+        self.answered.append(("sent", chunk))
+
+
+def test_a_restoration_that_cannot_begin_is_answered_for():
+    answers = Answers()
+
+    def no_ports(target):
+        raise RuntimeError("no memory")
+
+    carrier = OrderCarrier(no_ports, make_answers=lambda target: answers)
+    try:
+        carrier.begin(target_for(stage_problem(FIRST, num_tokens=2048, num_blocks=3)))
+        below, _ = chunk_orders(count=2)
+        carrier.carry_out([replace(below, receives=(0,))])
+        carrier.carry_out([RestoreOrders(restore_id=7, receives=(1,), cancel=True)])
+        assert answers.answered == [("received", 0), ("sent", 0), ("sent", 1), ("received", 1)]
+        assert "no memory" in carrier.take_report().computes[0].error
+    finally:
+        carrier.close()
+
+
+def test_a_send_that_fails_is_answered_too():
+    (below, above), computes, pipe = carrier_pair()
+    send = computes[0].send
+
+    def broken_send(chunk, *, failed):
+        if not failed:
+            raise RuntimeError("no memory")
+        send(chunk, failed=True)
+
+    computes[0].send = broken_send
+    try:
+        for carrier in (below, above):
+            carrier.begin(target_for(stage_problem(FIRST, num_tokens=2048, num_blocks=3)))
+        below.carry_out([chunk_orders(count=2)[0]])
+        assert list(pipe) == [(0, True), (1, True)]
+    finally:
+        for carrier in (below, above):
+            carrier.close()
+
+
+def test_what_is_lost_behind_a_finite_expectation_is_loaded_however_much_later():
+    scheduler = Scheduler(FIRST, HANDED, ratio=1.0)
+    state = scheduler.staged.stages[1].state
+    state.boundary.expect([0.1] * 4, 0.0)
+    before = sum(1 for _ in iter(lambda: state.claim_load(0.0), None))
+    assert 0 < before < 12, "the link leaves some of it to compute"
+    state.boundary.lose_unread()
+    assert before + sum(1 for _ in iter(lambda: state.claim_load(5000.0), None)) == 12
+
+
 def test_ports_that_know_no_stages_fail_their_restoration_only():
     grid = stage_problem(FIRST, num_tokens=2048, num_blocks=3).grid
     buffer = StageBuffer(grid)
@@ -440,3 +504,24 @@ def test_reports_of_stages_and_of_the_whole_say_how_each_was_restored():
     assert whole.restore_s == max(record["restore_s"] for record in records)
     assert {span.block_hi for span in whole.spans} >= {5, 10}
     assert whole.as_dict()["boundary_bytes"] == records[1]["boundary_bytes"]
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_handing_over_ends_whatever_costs_turn_out_to_be(block):
+    """Planned costs unlike true ones: what was expected of the stage below does not come, or comes late."""
+    for seed in range(100 * block, 100 * block + 30):
+        rng = np.random.default_rng(seed)
+        tokens, ratio = int(rng.integers(1, 6)) * 512, float(10 ** rng.uniform(-0.7, 0.7))
+        blocks = [int(rng.choice([1, 2, 3])), int(rng.choice([1, 2, 3, 12]))]
+        ratios = [ratio, ratio * float(10 ** rng.uniform(-0.2, 0.7))]
+        wrong = [float(10 ** rng.uniform(-0.4, 0.2)), float(10 ** rng.uniform(-0.2, 0.4))]
+        planned, true = (
+            [
+                stage_problem(source, num_tokens=tokens, num_blocks=num, ratio=each * error)
+                for source, num, each, error in zip((FIRST, HANDED), blocks, ratios, errors, strict=True)
+            ]
+            for errors in ([1.0, 1.0], wrong)
+        )
+        staged = staged_for(planned, [FIRST, HANDED])
+        run_staged(staged, true, delay=int(rng.integers(1, 3)))
+        assert staged.restored, f"seed {seed}"

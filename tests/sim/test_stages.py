@@ -12,25 +12,13 @@ from cacheflow.bench.rehearsal import rehearse
 from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.explain import Lane, SpanKind
 from cacheflow.plan.stage_bounds import staged_bound
-from cacheflow.plan.stages import RankLayout, stage_problems, suffix_through_s
+from cacheflow.plan.stages import suffix_through_s
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.policies.stages import plan_stages
 from cacheflow.sim.stages import run_stages
-from cacheflow.types import ModelShape
-from support.problems import transformer_problem
+from support.stage_problems import stages_of
 
-SHAPE = ModelShape(
-    name="test", num_layers=16, hidden_size=192, num_q_heads=8, num_kv_heads=4, head_dim=48, intermediate_size=128,
-    vocab_size=100, dtype="bfloat16",
-)  # fmt: skip
-"""Its boundary states are as many bytes as one layer's keys and values of a ``transformer_problem``."""
 STORED, HANDED, NONE = BoundarySource.STORED, BoundarySource.HANDED_OVER, BoundarySource.NONE
-
-
-def stages_of(num_stages, *, later=STORED, tp=1, link_per_rank=True, **kwargs):
-    problem = transformer_problem(**{"num_blocks": SHAPE.num_layers, "num_tokens": 8192, **kwargs})
-    layout = RankLayout(pipeline_parallel_size=num_stages, tensor_parallel_size=tp, link_per_rank=link_per_rank)
-    return stage_problems(problem, SHAPE, layout, later)
 
 
 def run_of(stages, *, policy="cacheflow", **kwargs):

@@ -11,14 +11,22 @@ from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import plan_stages
 from cacheflow.restore.staged import StagedRestoration
+from cacheflow.types import ModelShape
 from support.problems import transformer_problem
 from support.virtual_steps import target_for
 
 BOUNDARY_BYTES_PER_TOKEN = 1536
 """Two cells' worth of a ``transformer_problem``, as with grouped-query attention."""
+
+SHAPE = ModelShape(
+    name="test", num_layers=16, hidden_size=192, num_q_heads=8, num_kv_heads=4, head_dim=48, intermediate_size=128,
+    vocab_size=100, dtype="bfloat16",
+)  # fmt: skip
+"""Its boundary states are as many bytes as one layer's keys and values of a ``transformer_problem``."""
 
 
 def stage_problem(
@@ -42,3 +50,11 @@ def staged_for(
         )
     ]
     return StagedRestoration(target_for(problems[0]), states, **kwargs)
+
+
+def stages_of(
+    num_stages: int, *, later: BoundarySource = BoundarySource.STORED, tp: int = 1, link_per_rank: bool = True, **kwargs
+) -> tuple[StageProblem, ...]:
+    problem = transformer_problem(**{"num_blocks": SHAPE.num_layers, "num_tokens": 8192, **kwargs})
+    layout = RankLayout(pipeline_parallel_size=num_stages, tensor_parallel_size=tp, link_per_rank=link_per_rank)
+    return stage_problems(problem, SHAPE, layout, later)

@@ -116,6 +116,6 @@ class Boundaries:
 
     def lose(self, chunk: int, *, and_later: bool) -> None:
         """Note that a chunk's boundary states will not come; ``and_later``: the staircase ends there."""
-        self._state_K[chunk] = BoundaryState.LOST
+        self._state_K[chunk], self._due_K[chunk] = BoundaryState.LOST, math.inf
         if and_later:
             self.lost_from = min(self.lost_from, chunk)

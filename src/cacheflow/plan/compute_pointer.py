@@ -94,6 +94,10 @@ class ComputePointer:
         if p.link_down or p.plan.share is not Share.LAYERS:
             return True
         cell_s = self.predicted_s(tile, kv_only=self.kv_only_top(tile)) * p.rates.compute_factor
+        if p.keeps_whole:
+            if tile.block_lo > 0:
+                return True
+            cell_s = float(p.board.open_compute_K[tile.chunk_lo]) * p.rates.compute_factor
         open_bytes = p.board.open_bytes - p.demanded_bytes()
         rest_s = p.link_s(open_bytes)
         if not p.plan.balance_suffix:

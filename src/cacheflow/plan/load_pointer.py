@@ -104,15 +104,23 @@ class LoadPointer:
         """Whether taking a cell ends sooner than leaving all open cells to compute, the suffix included."""
         p = self._p
         factor = p.rates.compute_factor
-        if p.boundaries.source is BoundarySource.HANDED_OVER and not p.boundaries.ready(cell[0]):
-            own_s = float(p.board.open_compute_K[cell[0]]) * factor
-            return p.link_s(p.board.load_bytes(*cell)) <= p.boundaries.due_s(cell[0]) - now_s + own_s
-        if p.compute_stopped or not p.boundaries.awaited(cell[0]):
+        chunk, boundaries = cell[0], p.boundaries
+        if (
+            boundaries.source is BoundarySource.HANDED_OVER
+            and boundaries.possible(chunk)
+            and not boundaries.ready(chunk)
+        ):
+            before_s = p.compute_left_s(now_s) + float(p.board.open_compute_K[:chunk].sum()) * factor
+            own_s = float(p.board.open_compute_K[chunk]) * factor
+            return p.link_s(p.board.load_bytes(*cell)) <= max(boundaries.due_s(chunk) - now_s, before_s) + own_s
+        if p.compute_stopped or not boundaries.awaited(chunk):
             return True
+        if p.keeps_whole and p.climbed_K[chunk] > 0:
+            return False
         open_s, link_s = p.board.open_compute_s, p.link_s(p.board.load_bytes(*cell))
         if p.plan.balance_suffix:
             return link_s + p.suffix_from_s(cell[1]) <= p.compute_left_s(now_s) + p.suffix_left_s() + open_s * factor
-        if p.plan.kv_only_top and p.climbed_K[cell[0]] > 0:
+        if p.plan.kv_only_top and p.climbed_K[chunk] > 0:
             # The top of what compute would climb, keys and values alone; a chunk not begun counts that at its bottom.
             open_s -= float(p.problem.compute_KB[cell] - p.problem.kv_only_KB[cell])
         return link_s <= p.compute_left_s(now_s) + open_s * factor

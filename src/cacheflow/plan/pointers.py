@@ -204,6 +204,10 @@ class RestoreState:
         """Seconds to the end of the restoration if compute and link shared what is open so as to end together."""
         return expected_left_s(self._p, now_s)
 
+    def keep_whole(self, wanted: bool) -> None:
+        """Recompute chunks whole or not at all from now on, because the stage above is handed them; False: any part."""
+        self._p.keeps_whole = wanted
+
     def whole_chunks_s(self, now_s: float) -> list[float]:
         """Seconds until compute should be through with each chunk; infinite where the link has a part of it."""
         return whole_chunks_s(self._p, now_s)

@@ -33,6 +33,7 @@ class Progress:
         others_compute_s: Seconds of compute that other restorations come first with.
         boundaries: What recomputing a chunk has to wait for.
         limit: From this chunk on nothing is restored any more, because one cell of it cannot be.
+        keeps_whole: Compute recomputes a chunk whole or not at all: the stage above is handed it.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Progress:
         self.board = CellBoard(problem)
         self.boundaries = Boundaries(source, problem.boundary_bytes_K.tolist())
         self.limit = problem.grid.num_chunks
+        self.keeps_whole = False
         self.demand_K = [0] * problem.grid.num_chunks
         self.failed_K = [0] * problem.grid.num_chunks
         self.climbed_K = [0] * problem.grid.num_chunks

@@ -81,10 +81,10 @@ def _by_columns(policy: RestorePolicy, problem: RestoreProblem) -> RestorePlan:
     """Chunk after chunk from the head, each shared by layers where the policy does; another order: whole chunks."""
     plan, grid = policy.plan(problem), problem.grid
     columns = tuple(Tile(chunk, chunk + 1, 0, grid.num_blocks) for chunk in range(grid.num_chunks))
+    if plan.compute_order in ((), columns) and (plan.share is Share.LAYERS or not plan.compute_order):
+        return plan
     if plan.share is not Share.LAYERS:
         return token_wise_plan(policy.name, problem)
-    if plan.compute_order in ((), columns):
-        return plan
     return replace(plan, compute_order=columns, load_order=columns[::-1], bottom_row_by_compute=False)
 
 

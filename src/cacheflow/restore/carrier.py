@@ -15,7 +15,7 @@ from typing import Any
 from cacheflow.restore.hand_over import forfeit, receive, recompute, take_unwanted
 from cacheflow.restore.ordered_reads import OrderedReads
 from cacheflow.restore.orders import ComputeReport, RankReport, RestoreOrders, RestoreTarget
-from cacheflow.restore.ports import ComputePort, TransferPort
+from cacheflow.restore.ports import ComputePort, HandOverPort, TransferPort
 from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
@@ -25,9 +25,13 @@ Ports = tuple[ComputePort, TransferPort[Any]]
 
 @dataclass(slots=True, eq=False)
 class _Restoration:
-    """One restoration under way; without ports when they could not be made, broken once compute failed."""
+    """One restoration under way; without ports when they could not be made, broken once compute failed.
+
+    ``answers``: the compute port, or what answers for it where there is none.
+    """
 
     ports: Ports | None
+    answers: object
     origin_s: float
     num_computed: int = 0
     broken: bool = False
@@ -46,6 +50,7 @@ class OrderCarrier:
         *,
         clock: Clock = time.perf_counter,
         poll_s: float = 0.005,
+        make_answers: Callable[[RestoreTarget], HandOverPort | None] = lambda target: None,
     ) -> None:
         """Start no thread before the first read.
 
@@ -53,8 +58,9 @@ class OrderCarrier:
             make_ports: Makes the ports of one restoration; called by ``begin``.
             clock: Monotonic seconds.
             poll_s: Longest time the I/O thread waits for one read before it looks at the others.
+            make_answers: Makes what answers the stages above and below for a restoration whose ports cannot be made.
         """
-        self._make_ports, self._clock = make_ports, clock
+        self._make_ports, self._make_answers, self._clock = make_ports, make_answers, clock
         self._reads = OrderedReads(clock=clock, poll_s=poll_s)
         self._active: dict[int, _Restoration] = {}
         self._computes: list[ComputeReport] = []
@@ -63,11 +69,13 @@ class OrderCarrier:
     def begin(self, target: RestoreTarget) -> None:
         """Take a restoration on, before its first order. One whose ports cannot be made is reported as failed."""
         assert target.restore_id not in self._active, f"restoration {target.restore_id} was begun before"
-        restoration = _Restoration(None, self._clock())
+        restoration = _Restoration(None, None, self._clock())
         self._active[target.restore_id] = restoration
         try:
             restoration.ports = self._make_ports(target)
+            restoration.answers = restoration.ports[0]
         except Exception as error:
+            restoration.answers = self._make_answers(target)
             logger.exception("restoration %d of request %s cannot begin", target.restore_id, target.request_id)
             self._break(target.restore_id, restoration, (), error)
 
@@ -95,8 +103,7 @@ class OrderCarrier:
 
     def _drop_and_read(self, orders: RestoreOrders, restoration: _Restoration) -> None:
         if orders.cancel:
-            if orders.receives and restoration.ports is not None:
-                take_unwanted(restoration.ports[0], orders.receives)
+            take_unwanted(restoration.answers, orders.receives)
             self._end(orders.restore_id)
             return
         if orders.drops:
@@ -106,12 +113,15 @@ class OrderCarrier:
             self._reads.start(orders.restore_id, transfer, orders.reads, origin_s=restoration.origin_s)
 
     def _compute(self, orders: RestoreOrders, restoration: _Restoration) -> bool:
-        if not (orders.compute or orders.receives) or restoration.ports is None:
+        if not (orders.compute or orders.receives):
+            return False
+        if restoration.broken or restoration.ports is None:
+            take_unwanted(restoration.answers, orders.receives)
+            forfeit(restoration.answers, orders.compute)
             return False
         port = restoration.ports[0]
-        if restoration.broken:
+        if orders.finish and not orders.compute:
             take_unwanted(port, orders.receives)
-            forfeit(port, orders.compute)
             return False
         try:
             receive(port, orders.receives)

@@ -15,7 +15,7 @@ from cacheflow.restore.ports import ComputePort, HandOverPort
 logger = logging.getLogger(__name__)
 
 
-def receive(port: ComputePort, chunks: Sequence[int]) -> None:
+def receive(port: object, chunks: Sequence[int]) -> None:
     """Take what the stage below was ordered to send, all of it; raises what the port raises."""
     for index, chunk in enumerate(chunks):
         try:
@@ -25,7 +25,7 @@ def receive(port: ComputePort, chunks: Sequence[int]) -> None:
             raise
 
 
-def take_unwanted(port: ComputePort, chunks: Sequence[int]) -> None:
+def take_unwanted(port: object, chunks: Sequence[int]) -> None:
     """Take what the stage below was ordered to send, for a restoration that is over."""
     for chunk in chunks:
         try:
@@ -41,21 +41,25 @@ def recompute(port: ComputePort, order: ComputeOrder) -> None:
         if order.restart:
             port.restart(chunk)
         port.recompute(order.tile, kv_only_top=order.kv_only_top)
+        if order.sends:
+            _hands_over(port).send(chunk, failed=False)
     except Exception:  # whatever it was: the stage above waits for an answer; raised again
         forfeit(port, [order])
         raise
-    if order.sends:
-        _hands_over(port).send(chunk, failed=False)
 
 
-def forfeit(port: ComputePort, orders: Sequence[ComputeOrder]) -> None:
+def forfeit(port: object, orders: Sequence[ComputeOrder]) -> None:
     """Answer the hand-overs of orders that will not be carried out, because an earlier one failed."""
     for order in orders:
-        if order.sends:
+        if not order.sends:
+            continue
+        try:
             _hands_over(port).send(order.tile.chunk_lo, failed=True)
+        except Exception:  # the others wait too; who is not answered gives up by itself
+            logger.warning("chunk %d could not be answered for", order.tile.chunk_lo, exc_info=True)
 
 
-def _hands_over(port: ComputePort) -> HandOverPort:
+def _hands_over(port: object) -> HandOverPort:
     if not isinstance(port, HandOverPort):
         raise TypeError(f"{type(port).__name__} hands no activations over, and was ordered to")
     return port

@@ -109,7 +109,9 @@ class ReadOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreOrders:
-    """What one restoration's workers do in this step: drop, read, receive, compute, finish, in this order, or cancel.
+    """What one restoration's workers do in this step: drop, read, receive, compute, finish, in this order.
+
+    Or cancel: then they receive what is on its way, and nothing else.
 
     Attributes:
         restore_id: Which restoration.

@@ -44,7 +44,7 @@ class ComputePort(Protocol):
 class HandOverPort(Protocol):
     """What a ``ComputePort`` adds where pipeline stages hand activations over in order.
 
-    Both ends are ordered in the same step and in the same order, so that each may wait for the other.
+    What is sent in one step is received in the next, or in the same one where that is the receiver's last.
     """
 
     def receive(self, chunk: int) -> None:

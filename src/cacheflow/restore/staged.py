@@ -217,6 +217,7 @@ class StagedRestoration:
             boundary = above.state.boundary
             if boundary.source is not BoundarySource.HANDED_OVER:
                 continue
+            below.state.keep_whole(not above.settled)
             if below.settled:
                 boundary.lose_unread()
             else:

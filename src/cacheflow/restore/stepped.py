@@ -243,10 +243,12 @@ class SteppedRestoration:
         units: list[Unit] = []
         spent_s, factor = 0.0, self._state.rates.compute_factor
         while self._units or self._claim(now_s):
-            seconds = self._units[0].predicted_s * factor
+            unit = self._next_unit()
+            seconds = unit.predicted_s * factor
             if units and spent_s + seconds > budget_s:
                 break
-            units.append(self._next_unit())
+            self._units.popleft()
+            units.append(unit)
             spent_s += seconds
         self.waiting = not units and not self._state.restored
         joined = join(units)
@@ -255,7 +257,7 @@ class SteppedRestoration:
         return tuple(unit.order for unit in joined)
 
     def _next_unit(self) -> Unit:
-        unit, problem = self._units.popleft(), self._state.problem
+        unit, problem = self._units[0], self._state.problem
         at_top = unit.order.tile.block_hi == problem.grid.num_blocks
         return handed_on(unit, problem) if at_top and self.wanted_above(unit.order.tile.chunk_lo) else unit
 

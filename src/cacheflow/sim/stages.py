@@ -141,6 +141,7 @@ class _Stage:
     def pump(self) -> None:
         """Give the link and the GPU what there is to do."""
         if self.above is not None and not self.state.restored and self.hand_over is HandOver.CHUNK:
+            self.state.keep_whole(not self.above.state.restored)
             self.above.state.boundary.expect(self.state.whole_chunks_s(self._loop.now_s), self._loop.now_s)
         self._start_reads()
         if not self._computing:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from cacheflow.restore.orders import RestoreTarget
 from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.partial_forward import Activations
@@ -27,7 +28,8 @@ TAG_RESTORATIONS, TAG_CHUNKS = 1 << 16, 1 << 14
 """Messages have a tag for each chunk of each restoration, because several restorations' hand-overs may be received in
 another order than they were sent in; tags are used again after so many restorations."""
 PATIENCE_S = 120.0
-"""A stage that is not handed what was ordered after this long gives its restoration up, and says so."""
+"""How long a stage waits for what it was ordered to take. It comes or is answered for unless the other rank has died or
+stands still; torch then closes the connection, and vLLM, which uses it too, ends with an error of its own."""
 
 
 class StageLink:
@@ -88,6 +90,28 @@ class StageLink:
 
     def _num_bytes(self, num_tokens: int) -> int:
         return 2 * num_tokens * self._hidden_size * self._dtype.itemsize
+
+
+class StageAnswers:
+    """Answers the stages above and below for a restoration that cannot begin on this rank (``HandOverPort``)."""
+
+    def __init__(self, link: StageLink, target: RestoreTarget) -> None:
+        """Answer for ``target``."""
+        self._link, self._target = link, target
+
+    def receive(self, chunk: int) -> None:
+        """Take what is sent and drop it."""
+        self._link.receive(restore_id=self._target.restore_id, chunk=chunk, num_tokens=self._num_tokens(chunk))
+
+    def send(self, chunk: int, *, failed: bool) -> None:
+        """Tell the stage above that there is nothing."""
+        assert failed, "nothing was recomputed"
+        num_tokens = self._num_tokens(chunk)
+        self._link.send(None, restore_id=self._target.restore_id, chunk=chunk, num_tokens=num_tokens)
+
+    def _num_tokens(self, chunk: int) -> int:
+        start, end = self._target.chunk_range(chunk)
+        return end - start
 
 
 def _tag(restore_id: int, chunk: int) -> int:

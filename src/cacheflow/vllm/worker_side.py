@@ -21,7 +21,7 @@ from cacheflow.vllm.object_keys import StagePart
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.recompute import VllmComputePort
 from cacheflow.vllm.saver import ChunkSaver, MorePuts
-from cacheflow.vllm.stage_link import StageLink, link_stages
+from cacheflow.vllm.stage_link import StageAnswers, StageLink, link_stages
 from cacheflow.vllm.step import CaptureOrder, SaveOrder, StepOrders
 from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 
@@ -61,7 +61,7 @@ class WorkerSide:
         self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
         self._kv_caches: dict[str, torch.Tensor] = {}
         self._engine: FoundEngine | None = None
-        self._carrier = OrderCarrier(self._ports, clock=time.perf_counter)
+        self._carrier = OrderCarrier(self._ports, clock=time.perf_counter, make_answers=self._answers)
         self._saver: ChunkSaver | None = None
         self._capture: BoundaryCapture | None = None
         self._link: StageLink | None = None
@@ -136,6 +136,9 @@ class WorkerSide:
         )
         return compute, transfer
 
+    def _answers(self, target: RestoreTarget) -> StageAnswers | None:
+        return None if self._link is None else StageAnswers(self._link, target)
+
     def _boundary_reads(self, compute: ComputePort) -> BoundaryReads | None:
         assert self._engine is not None, "orders come after the facts were found"
         token_bytes = self._engine.facts.boundary_token_bytes
@@ -144,7 +147,7 @@ class WorkerSide:
         return BoundaryReads(pool=self._boundary_pool, token_bytes=token_bytes, give=compute.give)
 
     def carry_out(self, orders: StepOrders) -> None:
-        """Begin, drop, read, recompute, finish: as ordered."""
+        """Begin, drop, read, receive, recompute, finish: as ordered."""
         if orders.idle:
             return
         if self._link is not None:
