@@ -251,14 +251,13 @@ class ServingEngine:
 
     def balance_link(self, num_tokens: int, *, ratio: float = 1.0) -> None:
         """Throttle the link so that loading so many tokens takes ``ratio`` times what recomputing them takes."""
-        from cacheflow.plan.boundaries import BoundarySource
         from cacheflow.plan.rates import LiveRates
         from cacheflow.vllm.stage_plans import PlanSpan
 
         decider = self.side._decider
         chunk_tokens = decider._options.chunk_tokens
         span = PlanSpan(start=0, end=num_tokens // chunk_tokens * chunk_tokens, chunk_tokens=chunk_tokens)
-        problem = decider.stages[0]._problem(span, BoundarySource.FIRST_STAGE)
+        problem = decider.stages[0].problem(span, stored=False)
         compute_s = float(problem.compute_KB.sum()) * decider.rates.compute_factor
         bytes_per_s = float(problem.load_bytes_KB.sum()) / (ratio * compute_s)
         self.throttled.set_bandwidth(bytes_per_s)
