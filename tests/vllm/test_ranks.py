@@ -229,7 +229,9 @@ def test_without_boundary_states_activations_are_handed_over_in_order(two_stages
     record = record_of(two_stages["handed over"])
     assert record["stages"][1]["boundary_source"] == "handed_over"
     assert record["stages"][1]["boundary_bytes"] == 0
-    assert record["stages"][1]["recomputed_cells"] > 0
+    # How many it gets depends on the speed of this machine: with four chunks the link may be first with all of them.
+    stage = record["stages"][1]
+    assert stage["recomputed_cells"] + stage["loaded_cells"] == NUM_CHUNKS * LAYERS // 2
     equal(two_stages["handed over"], one_rank["own"])
 
 
