@@ -88,7 +88,9 @@ def test_stages_are_simulated_every_way_and_a_stage_that_waits_for_the_whole_pre
         ways = by_stages[num_stages]
         assert len(ways) == 5
         waits_s = ways["without GPU axis, stage by stage"].restore_s
-        assert waits_s > 1.1 * ways["with GPU axis"].restore_s, "the paper: 1.38; ours 1.15 to 1.41 by length"
+        assert waits_s > {2: 1.2, 4: 1.14}[num_stages] * ways["with GPU axis"].restore_s, (
+            "the paper: 1.38; ours 1.15 to 1.41 by length"
+        )
         assert waits_s > 1.2 * ways["without GPU axis"].restore_s
         assert ways["load"].restore_s == pytest.approx(by_stages[1]["load"].restore_s / num_stages)
         assert len({record.bound_restore_s for record in ways.values()}) == 1
