@@ -319,6 +319,11 @@ def break_reads(worker: Any, rank: tuple[int, int], fault: str, kind: str) -> No
         side._store = FaultyStore(side._store, plan)
 
 
+def set_bandwidth(worker: Any, bytes_per_s: float) -> None:
+    """Throttle each rank's link anew."""
+    our_side(worker)._store.set_bandwidth(bytes_per_s)
+
+
 def take_only(side: Any, way: str) -> None:
     """Let stages above the first start from stored boundary states only, or only from what is handed over."""
     for planner in side._decider.stages[1:]:

@@ -19,6 +19,7 @@ TOKENS = NUM_CHUNKS * CHUNK + 37
 MAX_TOKENS = 21 * 128
 BYTES_PER_LAYER = NUM_CHUNKS * CHUNK * 2 * 2 * 32 * 4  # two KV heads, keys and values, float32
 NUM_RESTORATIONS = int(os.environ.get("CACHEFLOW_SOAK_REQUESTS", "24"))
+BYTES_PER_S = 2e7
 RESTORE_TIMEOUT_S = 3.0
 AUTO, LOAD, SAVE, OFF = ({"cacheflow": mode, "explain": True} for mode in ("auto", "load", "recompute", "off"))
 MIXED = (700, 517, 300)
@@ -50,7 +51,7 @@ class Setting:
         from support.rank_engine import Ranks, Script
 
         options = {
-            "store_path": str(self.store), "self_test": True, "throttle_bytes_per_s": 2e7, "throttle_latency_s": 2e-4,
+            "store_path": str(self.store), "self_test": True, "throttle_bytes_per_s": BYTES_PER_S, "throttle_latency_s": 2e-4,
             "restore_timeout_s": RESTORE_TIMEOUT_S, "policy": "cake",
         }  # fmt: skip
         return Script(
@@ -90,7 +91,7 @@ def setting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_stages(setting):
     """What an engine of two stages answered; its first stage held the lower half of the layers."""
-    from support.rank_engine import break_reads, take_only
+    from support.rank_engine import break_reads, set_bandwidth, take_only
 
     script = setting.script(pipeline=2)
     saved(script, 1)
@@ -111,7 +112,9 @@ def two_stages(setting):
     script.do("evict").do("free_blocks", "free after")
     script.do("forget", "forgotten", kind="hidden", store=str(setting.store))
     script.do("scheduler_side", function=take_only, args=("handed_over",))
+    script.do("call", function=set_bandwidth, args=(BYTES_PER_S / 10,))  # so that the links leave something to compute
     asked(script, "handed over", request(1, AUTO))
+    script.do("call", function=set_bandwidth, args=(BYTES_PER_S,))
     script.do("evict").do("soak", "soak in order", requests=list(SOAKED), num_restorations=NUM_RESTORATIONS // 3)
     script.do("evict").do("killed", "killed", rank=1, request=request(1, AUTO))
     return setting.run(script, "two-stages")
@@ -229,9 +232,7 @@ def test_without_boundary_states_activations_are_handed_over_in_order(two_stages
     record = record_of(two_stages["handed over"])
     assert record["stages"][1]["boundary_source"] == "handed_over"
     assert record["stages"][1]["boundary_bytes"] == 0
-    # How many it gets depends on the speed of this machine: with four chunks the link may be first with all of them.
-    stage = record["stages"][1]
-    assert stage["recomputed_cells"] + stage["loaded_cells"] == NUM_CHUNKS * LAYERS // 2
+    assert record["stages"][1]["recomputed_cells"] > 0
     equal(two_stages["handed over"], one_rank["own"])
 
 
