@@ -51,7 +51,8 @@ class Setting:
         from support.rank_engine import Ranks, Script
 
         options = {
-            "store_path": str(self.store), "self_test": True, "throttle_bytes_per_s": BYTES_PER_S, "throttle_latency_s": 2e-4,
+            "store_path": str(self.store), "self_test": True,
+            "throttle_bytes_per_s": BYTES_PER_S, "throttle_latency_s": 2e-4,
             "restore_timeout_s": RESTORE_TIMEOUT_S, "policy": "cake",
         }  # fmt: skip
         return Script(

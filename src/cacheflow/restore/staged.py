@@ -193,7 +193,7 @@ class StagedRestoration:
             orders = stage.orders(
                 now_s,
                 compute_budget_s=_until(stage, now_s, compute_budget_s, until_s),
-                read_ahead_s=read_ahead_s * _waits_in_steps(stage),
+                read_ahead_s=read_ahead_s * _read_ahead_factor(stage),
             )
             awaited_s = None if stage.settled else stage.state.boundary.awaited_s(now_s)
             if awaited_s is not None:
@@ -284,7 +284,7 @@ class StagedRestoration:
         return self.stage_reports(now_s).merged(planning_s=planning_s)
 
 
-def _waits_in_steps(stage: SteppedRestoration) -> float:
+def _read_ahead_factor(stage: SteppedRestoration) -> float:
     return HANDED_READ_AHEAD if stage.state.boundary.source is BoundarySource.HANDED_OVER else 1.0
 
 
