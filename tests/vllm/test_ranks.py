@@ -114,6 +114,7 @@ def two_stages(setting):
     script.do("forget", "forgotten", kind="hidden", store=str(setting.store))
     script.do("scheduler_side", function=take_only, args=("handed_over",))
     script.do("call", function=set_bandwidth, args=(BYTES_PER_S / 10,))  # so that the links leave something to compute
+    asked(script, "", request(1, AUTO))  # learns how slow the links are now
     asked(script, "handed over", request(1, AUTO))
     script.do("call", function=set_bandwidth, args=(BYTES_PER_S,))
     script.do("evict").do("soak", "soak in order", requests=list(SOAKED), num_restorations=NUM_RESTORATIONS // 3)
