@@ -126,5 +126,5 @@ def test_several_ranks_have_a_table_of_their_own_of_the_longest_prefix(tmp_path:
     assert "2,048 cached and 37 new tokens" in filled
     assert run(results, text, "--suite", "ranks", "--num-tokens", "1024") == 0
     assert "1,024 cached and 37 new tokens" in text.read_text()
-    with pytest.raises(ConfigError, match="no run of suite 'ranks'"):
+    with pytest.raises(ConfigError, match="no clean run of suite 'ranks'"):
         run(results, text, "--suite", "ranks", "--num-tokens", "7")

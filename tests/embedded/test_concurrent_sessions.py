@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
 from cacheflow.errors import ConfigError, PromptError, RestoreCancelled, UnknownPolicyError
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
+from support.waiting import eventually
 
 pytestmark = pytest.mark.torch
 
@@ -162,7 +162,7 @@ def test_a_follower_is_planned_anew_when_its_leader_is_cancelled(store):
             batch.submit(session, tokens, max_new_tokens=NEW, save=False)
             for session, tokens in zip(sessions, asked, strict=True)
         ]
-        wait_until(lambda: slow.stats().read_bytes > 0)
+        eventually(lambda: slow.stats().read_bytes > 0)
         tickets[0].cancel()
         with pytest.raises(RestoreCancelled, match="cancelled after"):
             tickets[0].result(30)
@@ -173,13 +173,6 @@ def test_a_follower_is_planned_anew_when_its_leader_is_cancelled(store):
     assert_equal_replies(replies, kvs, expected[1:], expected_kvs[1:])
     assert [reply.shared_tokens for reply in replies] == [0, 4 * CHUNK]
     assert_no_threads()
-
-
-def wait_until(holds, *, timeout_s=30.0):
-    ends_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < ends_s, "it never came true"
-        time.sleep(0.001)
 
 
 def test_new_resident_and_evicted_conversations_mix(store):

@@ -14,6 +14,7 @@ from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTransfer, expected_value
 from support.problems import transformer_problem
 from support.virtual_steps import target_for
+from support.waiting import eventually
 
 PATIENCE_S = 10.0
 GRID = Grid.regular(num_tokens=2048, chunk_tokens=512, num_blocks=3)
@@ -100,13 +101,6 @@ def reads(*cells: tuple[int, int], deadline_s: float = PATIENCE_S) -> tuple[Read
 
 def column(chunk: int, lo: int = 0, hi: int = 3, **kwargs) -> ComputeOrder:
     return ComputeOrder(Tile(chunk, chunk + 1, lo, hi), **kwargs)
-
-
-def eventually(reached) -> None:
-    end_s = time.monotonic() + PATIENCE_S
-    while not reached():
-        assert time.monotonic() < end_s, "never reached"
-        time.sleep(0.001)
 
 
 def test_reads_and_compute_restore_a_prefix_and_are_reported(worker):

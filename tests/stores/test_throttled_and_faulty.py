@@ -11,6 +11,7 @@ from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, Th
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from support.store_objects import TIMEOUT_S, get, key, payload, put, put_request
+from support.waiting import eventually
 
 OK, LATE, CANCELLED = LoadOutcome.OK, LoadOutcome.LATE, LoadOutcome.CANCELLED
 FOREVER = 1e-3  # bytes per second
@@ -53,6 +54,8 @@ def test_reads_pass_in_the_order_of_submission_and_free_the_link_when_cancelled(
     store = ThrottledStore(inner, FOREVER)
     first, _ = read(store, 1)
     second, (buffer,) = read(store, 2)
+    eventually(lambda: inner.stats().get_outcomes[OK] == 2)  # from now on the link alone holds them back
+    assert (first.poll(), second.poll()) == ((None,), (None,))
     store.set_bandwidth(1e9, after_bytes=0)
     assert second.wait(TIMEOUT_S) == (OK,)
     assert first.poll() == (OK,)

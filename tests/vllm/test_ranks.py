@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
-
 CHUNK = 256
 NUM_CHUNKS = 8
 LAYERS = 6
@@ -19,11 +17,14 @@ TOKENS = NUM_CHUNKS * CHUNK + 37
 MAX_TOKENS = 21 * 128
 BYTES_PER_LAYER = NUM_CHUNKS * CHUNK * 2 * 2 * 32 * 4  # two KV heads, keys and values, float32
 NUM_RESTORATIONS = int(os.environ.get("CACHEFLOW_SOAK_REQUESTS", "24"))
+PATIENCE_S = 450.0 + 2.0 * NUM_RESTORATIONS
 BYTES_PER_S = 2e7
 RESTORE_TIMEOUT_S = 3.0
 AUTO, LOAD, SAVE, OFF = ({"cacheflow": mode, "explain": True} for mode in ("auto", "load", "recompute", "off"))
 MIXED = (700, 517, 300)
 """Lengths of prompts that are prefilled together, beside one that decodes."""
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_S)]
 
 
 def prompt(seed, count=TOKENS):
@@ -63,7 +64,7 @@ class Setting:
     def run(self, script, name):
         from support.rank_engine import run
 
-        return run(script, self.folder / name, patience_s=500.0)
+        return run(script, self.folder / name, patience_s=PATIENCE_S)
 
 
 def saved(script, seed, **kwargs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from cacheflow.bench.plots import draw_over_bound, studies
 from cacheflow.bench.ranks_record import SUITE as RANKS
@@ -21,6 +22,7 @@ BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
 MARKED_SUITES = (VLLM, RANKS)
 """Suites whose tables have markers of their own; every other suite's goes between ``BEGIN`` and ``END``."""
+_Run = TypeVar("_Run", bound=RestoreRecord)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,28 +110,26 @@ def fill(text: str, block: str, *, markers: tuple[str, str] = (BEGIN, END)) -> s
 
 
 def _ranks_runs(results: Path, num_tokens: int | None) -> list[RanksRecord]:
-    """The runs of one length, the longest unless another is asked for."""
-    read = read_ranks_records(results)
-    if num_tokens is None:
-        num_tokens = max((record.num_tokens for record in read), default=0)
-    records = [record for record in read if record.num_tokens == num_tokens]
-    if not records:
-        raise ConfigError(f"{results} holds no run of suite {RANKS!r} with {num_tokens} tokens")
-    _require_one_setting(records, results)
-    return records
+    """The runs of one length over one to several ranks."""
+    return _of_one_length(read_ranks_records(results), num_tokens, results, suite=RANKS)
 
 
 def _clean_runs(results: Path, *, suite: str, num_tokens: int | None) -> list[RestoreRecord]:
     """The unperturbed runs of one study, with and without new tokens."""
     read: Sequence[RestoreRecord] = read_vllm_records(results) if suite == VLLM else read_records(results)
-    records = [record for record in read if record.suite == suite and not record.perturbation]
+    clean = [record for record in read if record.suite == suite and not record.perturbation]
+    return _of_one_length(clean, num_tokens, results, suite=suite)
+
+
+def _of_one_length(records: Sequence[_Run], num_tokens: int | None, results: Path, *, suite: str) -> list[_Run]:
+    """The runs of one prefix length, the longest unless another is asked for."""
     if num_tokens is None:
         num_tokens = max((record.num_tokens for record in records), default=0)
-    records = [record for record in records if record.num_tokens == num_tokens]
-    if not records:
+    kept = [record for record in records if record.num_tokens == num_tokens]
+    if not kept:
         raise ConfigError(f"{results} holds no clean run of suite {suite!r} with {num_tokens} tokens")
-    _require_one_setting(records, results)
-    return records
+    _require_one_setting(kept, results)
+    return kept
 
 
 def _require_one_setting(records: Sequence[RestoreRecord], results: Path) -> None:
