@@ -11,6 +11,8 @@ VLLM_STAMP := $(VLLM_VENV)/.cacheflow-setup
 VLLM_PIP := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check
 # Test folders that import torch.
 TORCH_TESTS := engine embedded
+# Run on vLLM's second-generation runner too, whose kernels Triton interprets on the CPU (tests/support/v2_runner.py).
+V2_TESTS := $(addprefix tests/vllm/,test_identity_and_costs.py test_recompute.py test_connector_lifecycle.py test_ranks.py)
 OUT ?= out
 
 .DEFAULT_GOAL := help
@@ -53,9 +55,10 @@ demo: $(STAMP) ## restore a real model's evicted prefix under every policy; tabl
 
 test: $(STAMP) $(VLLM_STAMP) ## every test that this machine can run, those inside vLLM included
 	$(BIN)/python -m pytest
-	$(VLLM_BIN)/python -m pytest tests/vllm tests/bench/test_vllm_smoke.py
+	$(MAKE) test-vllm
 
-test-vllm: $(VLLM_STAMP) ## the tests inside vLLM alone
+test-vllm: $(VLLM_STAMP) ## the tests inside vLLM alone, on both generations of its model runner
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_BIN)/python -m pytest $(V2_TESTS)
 	$(VLLM_BIN)/python -m pytest tests/vllm tests/bench/test_vllm_smoke.py
 
 test-fast: $(STAMP) ## the tests that need no torch, in seconds

@@ -18,12 +18,16 @@ from typing import Any
 import numpy as np
 
 from cacheflow.plan.boundaries import BoundarySource
+from support import v2_runner
 
 BLOCK = 128
 """Tokens of a KV block on the CPU; vLLM keeps one block for itself."""
 POISON = 0x42
 PATIENCE_S = 150.0
 TESTS = Path(__file__).parents[1]
+
+if v2_runner.WANTED:
+    v2_runner.interpret_triton()  # here, because the workers import this module too
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,7 @@ class Session:
             num_gpu_blocks_override=script.num_kv_blocks or script.max_tokens // BLOCK + 2,
             max_num_batched_tokens=script.chunk_tokens, kv_transfer_config=transfer,
         )  # fmt: skip
+        assert set(self.on_ranks(runner_generation)) == {"v2" if v2_runner.WANTED else "v1"}
 
     @property
     def core(self) -> Any:
@@ -258,10 +263,20 @@ class Session:
         return function(self.core.scheduler.connector._scheduler, *args)
 
 
+def runner_of(worker: Any) -> Any:
+    return worker.worker.model_runner if hasattr(worker, "worker") else worker.model_runner
+
+
+def runner_generation(worker: Any) -> str:
+    from cacheflow.vllm.compat import runner_kind
+
+    return runner_kind(runner_of(worker)).value
+
+
 def layout_of(worker: Any) -> Any:
     from cacheflow.vllm.layout import BlockLayout, layer_number
 
-    runner = worker.worker.model_runner if hasattr(worker, "worker") else worker.model_runner
+    runner = runner_of(worker)
     context = runner.vllm_config.compilation_config.static_forward_context
     names = sorted(runner.kv_cache_config.kv_cache_groups[0].layer_names, key=layer_number)
     caches = {name: context[name].kv_cache for name in names}

@@ -4,7 +4,11 @@ import os
 
 import pytest
 
+from support import v2_runner
 from support.scheduler_cases import OPEN_CASES
+
+if v2_runner.WANTED:
+    v2_runner.interpret_triton()
 
 ENGINES = {
     "qwen3-bf16": ("qwen3", "bfloat16", True),

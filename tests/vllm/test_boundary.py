@@ -2,18 +2,21 @@
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from cacheflow.plan.keys import ObjectKind, Shard
+from cacheflow.tensors.row_copy import HostRows
 from cacheflow.vllm import boundary
 from cacheflow.vllm.boundary import BoundaryCapture
+from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import CaptureOrder, SaveOrder
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("way")]
 
 CHUNK, HIDDEN, FIRST_LAYER = 8, 4, 3
 
@@ -32,20 +35,68 @@ def states(request_id, token, *, residual):
     return torch.arange(base, base + HIDDEN, dtype=torch.float32).bfloat16()
 
 
+class KeepsItsBatch:
+    """What the first generation of vLLM's runner knows of its batch."""
+
+    def __init__(self):
+        self.input_batch, self.query_start_loc = SimpleNamespace(req_ids=[]), SimpleNamespace(np=np.zeros(64, np.int32))
+
+    def begin_step(self, names, starts):
+        self.input_batch.req_ids = names
+        self.query_start_loc.np[: len(starts)] = starts
+
+
+class MakesABatch:
+    """The second generation's."""
+
+    def prepare_inputs(self, names, *, starts):
+        return SimpleNamespace(req_ids=names, query_start_loc_np=np.array(starts, np.int32))
+
+    def begin_step(self, names, starts):
+        assert self.prepare_inputs(names, starts=starts).req_ids == names
+
+
+class LaterRows:
+    """Rows that are copied at once and looked at later, as on a device."""
+
+    immediate = False
+
+    def __init__(self, device):
+        self.device = device
+
+    def copy_out(self, *tensors):
+        return HostRows().copy_out(*(tensor.clone() for tensor in tensors))
+
+
+WAYS = {
+    "v1": (KeepsItsBatch, RunnerKind.V1, "cpu", False), "v2": (MakesABatch, RunnerKind.V2, "cpu", False),
+    "later": (MakesABatch, RunnerKind.V2, "cpu", True), "cuda": (MakesABatch, RunnerKind.V2, "cuda", False),
+}  # fmt: skip
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible to torch")
+    monkeypatch.setattr(Case, "way", request.param)
+    if WAYS[request.param][3]:
+        monkeypatch.setattr(boundary, "row_copies", LaterRows)
+
+
 @dataclass
 class Case:
     """A later stage whose batches the test makes."""
 
     counts: Counts = field(default_factory=Counts)
+    way: ClassVar[str] = "v1"
 
     def __post_init__(self):
         self.model = Stage()
-        self.runner = SimpleNamespace(
-            input_batch=SimpleNamespace(req_ids=[]), query_start_loc=SimpleNamespace(np=np.zeros(64, np.int32))
-        )
+        make_runner, kind, device, _ = WAYS[self.way]
+        self.runner, self.device = make_runner(), torch.device(device)
         handle = SimpleNamespace(
             model=self.model, runner=self.runner, hidden_size=HIDDEN, dtype=torch.bfloat16, start_layer=FIRST_LAYER,
-            shard=Shard(tp_rank=0, tp_size=2, pp_rank=1, pp_size=2),
+            shard=Shard(tp_rank=0, tp_size=2, pp_rank=1, pp_size=2), device=self.device, runner_kind=kind,
         )  # fmt: skip
         self.capture = BoundaryCapture(handle, chunk_tokens=CHUNK, counts=self.counts)
 
@@ -57,14 +108,13 @@ class Case:
 
     def run(self, *spans, shift=0):
         tokens = [(name, token) for name, start, end in spans for token in range(start, end)]
-        self.runner.input_batch.req_ids = [name for name, _, _ in spans]
         ends = np.cumsum([end - start for _, start, end in spans])
-        self.runner.query_start_loc.np[: len(spans) + 1] = [0, *ends]
+        self.runner.begin_step([name for name, _, _ in spans], [0, *ends])
         both = {
-            key: torch.stack([states(*token, residual=key == "residual") for token in tokens])
+            key: torch.stack([states(*token, residual=key == "residual") for token in tokens]).to(self.device)
             for key in ("hidden_states", "residual")
         }
-        positions = torch.tensor([token + shift for _, token in tokens])
+        positions = torch.tensor([token + shift for _, token in tokens], device=self.device)
         self.model(input_ids=None, positions=positions, intermediate_tensors=both)
 
     def object(self, name, chunk):
@@ -133,11 +183,21 @@ def test_rows_that_are_not_where_the_batch_says_are_not_saved():
 
 def test_a_failure_does_not_reach_the_forward():
     case = Case()
-    case.runner.query_start_loc = None
     case.capture.expect([CaptureOrder(request_id="a", start=0, end=8)])
-    both = {key: torch.ones(8, HIDDEN, dtype=torch.bfloat16) for key in ("hidden_states", "residual")}
-    case.model(input_ids=None, positions=torch.arange(8), intermediate_tensors=both)
-    assert not both["residual"].any()  # the model ran
+    case.runner.begin_step(["a"], [0, 8])
+    alone = {"hidden_states": torch.ones(8, HIDDEN, dtype=torch.bfloat16)}  # no residual
+    case.model(input_ids=None, positions=torch.arange(8), intermediate_tensors=alone)
+    assert not alone["hidden_states"].any()  # the model ran
+
+
+def test_a_forward_that_was_not_seen_is_missed_and_the_next_is_not_taken_for_it():
+    """A replayed graph runs none of the model's Python code; recomputation behind it does."""
+    case = Case()
+    case.capture.expect([CaptureOrder(request_id="a", start=0, end=8)])
+    case.capture.forward_ended()
+    case.run(("a", 0, 8))
+    assert case.object("a", 0) is None
+    assert case.counts.boundaries == {"missed": 1, "incomplete": 1}
 
 
 def test_what_is_never_completed_is_forgotten(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 from cacheflow.errors import ProfileError
 from cacheflow.plan.keys import Shard
+from support import v2_runner
 from support.scheduler_cases import facts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -170,7 +171,7 @@ def test_what_this_engine_is(tiny):
     assert version.known
     require_vllm(version.text)
     assert check_environment(handle.vllm_config, handle.runner.kv_cache_config) == version
-    assert handle.runner_kind is RunnerKind.V1
+    assert handle.runner_kind is (RunnerKind.V2 if v2_runner.WANTED else RunnerKind.V1)
     assert (handle.start_layer, handle.end_layer, handle.num_layers) == (0, 4, 4)
     assert not handle.compiled
     assert handle.is_first_stage

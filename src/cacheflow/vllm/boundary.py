@@ -1,7 +1,8 @@
 """Boundary hidden states: what a later pipeline stage was handed, kept per token until a chunk is complete and saved.
 
 vLLM hands a stage ``hidden_states`` and ``residual`` of the whole batch, and the stage's layers overwrite both. So they
-are copied out right before the forward, the rows of each request from where the runner's batch has them.
+are copied out right before the forward, the rows of each request from where the runner's batch has them. On a device
+those copies are looked at later, when a chunk is saved or the next step begins: nobody waits for them.
 
 Shapes: ``n`` rows of a batch, ``C`` hidden_size. An object's payload is ``[2, tokens of the chunk, C]``: hidden states,
 then residual.
@@ -16,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cacheflow.stores.base import PutRequest
-from cacheflow.vllm.compat import RunnerKind
+from cacheflow.tensors.row_copy import Bytes, TakeRows, row_copies
+from cacheflow.vllm.batch_rows import batch_rows
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.object_keys import boundary_key
@@ -28,8 +29,6 @@ from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.step import CaptureOrder, SaveOrder
 
 logger = logging.getLogger(__name__)
-
-Bytes = npt.NDArray[np.uint8]
 
 MAX_CAPTURED_BYTES = 256 << 20
 """Of chunks that are not complete; the longest untouched are forgotten beyond it: their stages will load them."""
@@ -41,9 +40,8 @@ def boundary_token_bytes(handle: ModelHandle) -> int:
 
 
 def stores_boundaries(options: ConnectorOptions, handle: ModelHandle) -> bool:
-    """Whether this rank's stage restores from boundary states: only where it recomputes, and can see them come in."""
-    wanted = options.boundary_states and not handle.is_first_stage and handle.can_recompute
-    return wanted and handle.runner_kind is RunnerKind.V1 and handle.device.type == "cpu"
+    """Whether this rank's stage restores from boundary states: only where it recomputes."""
+    return options.boundary_states and not handle.is_first_stage and handle.can_recompute
 
 
 def make_receive_buffer(handle: ModelHandle) -> None:
@@ -70,20 +68,36 @@ class _Chunk:
 class BoundaryCapture:
     """Copies boundary states out before each forward of a later stage. Worker's main thread only.
 
-    A forward is looked at once after ``expect``: recomputation goes through the same model.
+    A forward is looked at once after ``expect``: recomputation goes through the same model. One that does not go
+    through the model's Python code (a replayed CUDA graph of a whole decode batch) is not seen, and counted as missed.
     """
 
     def __init__(self, handle: ModelHandle, *, chunk_tokens: int, counts: Counts) -> None:
-        """Look at every forward of the runner's model from now on, until ``close``."""
+        """Look at every forward of the runner's model from now on, until ``close``.
+
+        Raises:
+            ConfigError: vLLM's runner does not tell whose rows are whose.
+        """
         self._handle, self._chunk_tokens, self._counts = handle, chunk_tokens, counts
         self._row_bytes = handle.hidden_size * handle.dtype.itemsize
         self._expected: tuple[CaptureOrder, ...] = ()
         self._chunks: OrderedDict[tuple[str, int], _Chunk] = OrderedDict()
+        self._copies = row_copies(handle.device)
+        self._under_way: list[tuple[CaptureOrder, TakeRows]] = []
+        self._batch_rows = batch_rows(handle.runner, handle.runner_kind)
         self._hook = handle.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def expect(self, orders: Sequence[CaptureOrder]) -> None:
-        """Of the next forward, keep these requests' rows."""
+        """Of the next forward, keep these requests' rows; call before every forward."""
+        self._settle()
+        self.forward_ended()
         self._expected = tuple(orders)
+
+    def forward_ended(self) -> None:
+        """Look at no forward before the next ``expect``."""
+        if self._expected:
+            self._counts.boundaries["missed"] += len(self._expected)
+            self._expected = ()
 
     def _before_forward(self, _: Any, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401
         expected, self._expected = self._expected, ()
@@ -96,17 +110,35 @@ class BoundaryCapture:
             logger.exception("boundary states could not be captured")
 
     def _capture(self, expected: Sequence[CaptureOrder], received: Any, positions: torch.Tensor) -> None:  # noqa: ANN401
-        hidden, residual = _bytes(received["hidden_states"]), _bytes(received["residual"])
-        rows = dict(_rows(self._handle.runner))
+        rows = self._batch_rows.of_batch()
         for order in expected:
             first, last = rows.get(order.request_id, (0, 0))
-            # The batch says where a request's rows are, positions prove it: a mistake costs a boundary, never truth.
-            start = int(positions[first]) if last > first else order.end
-            first += order.start - start
-            if order.start < start or first + order.end - order.start > last:
+            if first == last:
                 self._counts.boundaries["missed"] += 1
                 continue
-            self._keep(order, hidden[first:last], residual[first:last])
+            states = (received["hidden_states"][first:last], received["residual"][first:last])
+            position = positions[first : first + 1].to(torch.int64)
+            self._under_way.append((order, self._copies.copy_out(*states, position)))
+        if self._copies.immediate:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Sort what was copied out into chunks."""
+        under_way, self._under_way = self._under_way, []
+        for order, take in under_way:
+            try:
+                hidden, residual, position = take()
+            except RuntimeError:  # the device failed: the engine will say so
+                logger.exception("boundary states could not be copied to the host")
+                self._counts.boundaries["missed"] += 1
+                continue
+            # The batch says where a request's rows are, positions prove it: a mistake costs a boundary, never truth.
+            start = int(position.view(np.int64)[0, 0])
+            low, high = order.start - start, order.end - start
+            if low < 0 or high > min(len(hidden), len(residual)):
+                self._counts.boundaries["missed"] += 1
+                continue
+            self._keep(order, hidden[low:high], residual[low:high])
 
     def _keep(self, order: CaptureOrder, hidden: Bytes, residual: Bytes) -> None:
         size = self._chunk_tokens
@@ -134,6 +166,7 @@ class BoundaryCapture:
 
     def put(self, order: SaveOrder) -> Iterator[PutRequest]:
         """The object of a chunk that is complete, to be saved with its KV; nothing when a token of it was not seen."""
+        self._settle()
         kept = self._chunks.pop((order.request_id, order.chunk), None)
         if kept is None or kept.filled < self._chunk_tokens:
             self._counts.boundaries["incomplete"] += 1
@@ -149,23 +182,13 @@ class BoundaryCapture:
         """Drop what is kept of requests that ended."""
         if not request_ids:
             return
+        self._settle()
         for name in [name for name in self._chunks if name[0] in request_ids]:
             del self._chunks[name]
 
     def close(self) -> None:
         """Look at no further forward."""
         self._hook.remove()
+        self._batch_rows.close()
+        self._under_way.clear()
         self._chunks.clear()
-
-
-def _rows(runner: Any) -> Iterator[tuple[str, tuple[int, int]]]:  # noqa: ANN401 -- vLLM's runner, first generation
-    """Rows ``[first, last)`` of each request of the runner's batch."""
-    starts = runner.query_start_loc.np
-    for index, request_id in enumerate(runner.input_batch.req_ids):
-        yield request_id, (int(starts[index]), int(starts[index + 1]))
-
-
-def _bytes(states: torch.Tensor) -> Bytes:
-    """``[n, C]`` as bytes ``[n, C * itemsize]``, without a copy on the CPU."""
-    view: Bytes = states.detach().contiguous().view(torch.uint8).numpy()
-    return view

@@ -16,7 +16,6 @@ import torch
 import torch.distributed
 
 from cacheflow.restore.orders import RestoreTarget
-from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.partial_forward import Activations
 
@@ -119,8 +118,8 @@ def _tag(restore_id: int, chunk: int) -> int:
 
 
 def can_link(handle: ModelHandle) -> bool:
-    """Whether this stage can be handed what the one below recomputed: proved with vLLM's first runner alone."""
-    return handle.can_recompute and not handle.is_first_stage and handle.runner_kind is RunnerKind.V1
+    """Whether this stage can be handed what the one below recomputed."""
+    return handle.can_recompute and not handle.is_first_stage
 
 
 def link_stages(handle: ModelHandle) -> StageLink | None:

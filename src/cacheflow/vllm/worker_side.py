@@ -110,8 +110,8 @@ class WorkerSide:
         return None
 
     def expect(self, orders: tuple[CaptureOrder, ...]) -> None:
-        """Keep boundary states of the forward that is about to run."""
-        if self._capture is not None and orders:
+        """Keep boundary states of the forward that is about to run; call before every forward."""
+        if self._capture is not None:
             self._capture.expect(orders)
 
     def forget(self, request_ids: set[str]) -> None:
@@ -147,7 +147,9 @@ class WorkerSide:
         return BoundaryReads(pool=self._boundary_pool, token_bytes=token_bytes, give=compute.give)
 
     def carry_out(self, orders: StepOrders) -> None:
-        """Begin, drop, read, receive, recompute, finish: as ordered."""
+        """Begin, drop, read, receive, recompute, finish: as ordered; call behind the forward."""
+        if self._capture is not None:
+            self._capture.forward_ended()
         if orders.idle:
             return
         if self._link is not None:
