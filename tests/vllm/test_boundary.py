@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from cacheflow.errors import ConfigError
 from cacheflow.plan.keys import ObjectKind, Shard
 from cacheflow.tensors.row_copy import HostRows
 from cacheflow.vllm import boundary
+from cacheflow.vllm.batch_rows import batch_rows
 from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.step import CaptureOrder, SaveOrder
+from cacheflow.vllm.step import CaptureOrder, SaveOrder, StepOrders
+from cacheflow.vllm.worker_side import WorkerSide
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("way")]
 
@@ -56,16 +59,18 @@ class MakesABatch:
         assert self.prepare_inputs(names, starts=starts).req_ids == names
 
 
-class LaterRows:
-    """Rows that are copied at once and looked at later, as on a device."""
+class LaterRows(HostRows):
+    """Rows that are copied at once and come later, as on a device; ``may_come`` says when."""
 
     immediate = False
+    may_come: ClassVar[bool] = False
 
     def __init__(self, device):
         self.device = device
 
     def copy_out(self, *tensors):
-        return HostRows().copy_out(*(tensor.clone() for tensor in tensors))
+        rows = super().copy_out(*(tensor.clone() for tensor in tensors))
+        return SimpleNamespace(arrived=lambda: self.may_come, take=rows.take)
 
 
 WAYS = {
@@ -88,6 +93,7 @@ class Case:
     """A later stage whose batches the test makes."""
 
     counts: Counts = field(default_factory=Counts)
+    batch_tokens: int = 64
     way: ClassVar[str] = "v1"
 
     def __post_init__(self):
@@ -98,7 +104,7 @@ class Case:
             model=self.model, runner=self.runner, hidden_size=HIDDEN, dtype=torch.bfloat16, start_layer=FIRST_LAYER,
             shard=Shard(tp_rank=0, tp_size=2, pp_rank=1, pp_size=2), device=self.device, runner_kind=kind,
         )  # fmt: skip
-        self.capture = BoundaryCapture(handle, chunk_tokens=CHUNK, counts=self.counts)
+        self.capture = BoundaryCapture(handle, chunk_tokens=CHUNK, batch_tokens=self.batch_tokens, counts=self.counts)
 
     def forward(self, *spans, wanted=None, shift=0):
         """One forward over ``(request, first token, one past the last)``; keeps all of it unless told what."""
@@ -181,6 +187,35 @@ def test_rows_that_are_not_where_the_batch_says_are_not_saved():
     assert case.counts.boundaries == {"missed": 1, "incomplete": 1}
 
 
+def test_rows_that_end_with_another_token_are_not_saved():
+    case = Case()
+    case.capture.expect([CaptureOrder(request_id="a", start=0, end=8)])
+    case.runner.begin_step(["a"], [0, 8])
+    both = {
+        key: torch.ones(8, HIDDEN, dtype=torch.bfloat16, device=case.device) for key in ("hidden_states", "residual")
+    }
+    positions = torch.tensor([*range(7), 12], device=case.device)
+    case.model(input_ids=None, positions=positions, intermediate_tensors=both)
+    assert case.object("a", 0) is None
+    assert case.counts.boundaries == {"missed": 1, "incomplete": 1}
+
+
+def test_a_batch_is_told_for_one_forward_and_the_runner_left_as_it_was():
+    runner = MakesABatch()
+    rows = batch_rows(runner, RunnerKind.V2)
+    runner.begin_step(["a", "b"], [0, 3, 8])
+    assert rows.of_batch() == {"a": (0, 3), "b": (3, 8)}
+    assert rows.of_batch() == {}
+    rows.close()
+    rows.close()
+    assert not vars(runner).get("prepare_inputs")
+
+
+def test_a_runner_that_does_not_tell_its_rows_is_refused():
+    with pytest.raises(ConfigError, match=r"lacks prepare_inputs.*boundary_states=false"):
+        batch_rows(SimpleNamespace(), RunnerKind.V2)
+
+
 def test_a_failure_does_not_reach_the_forward():
     case = Case()
     case.capture.expect([CaptureOrder(request_id="a", start=0, end=8)])
@@ -197,7 +232,41 @@ def test_a_forward_that_was_not_seen_is_missed_and_the_next_is_not_taken_for_it(
     case.capture.forward_ended()
     case.run(("a", 0, 8))
     assert case.object("a", 0) is None
-    assert case.counts.boundaries == {"missed": 1, "incomplete": 1}
+    assert case.counts.boundaries == {"unseen": 1, "incomplete": 1}
+
+
+def test_a_worker_looks_at_no_forward_but_the_step_s_own():
+    """Behind the forward it recomputes through the same model; a step that wants nothing takes the last one's back."""
+    case = Case()
+    worker = WorkerSide(None, None, None, None)
+    worker._capture = case.capture
+    wanted = (CaptureOrder(request_id="a", start=0, end=8),)
+    worker.expect(wanted)
+    worker.carry_out(StepOrders())
+    case.run(("a", 0, 8))
+    assert case.object("a", 0) is None
+    worker.expect(wanted)
+    worker.expect(())
+    case.run(("a", 0, 8))
+    assert case.object("a", 0) is None
+    worker.expect(wanted)
+    case.run(("a", 0, 8))
+    worker.carry_out(StepOrders())
+    assert torch.equal(case.object("a", 0), expected("a", 0))
+
+
+def test_a_failure_on_the_way_to_the_host_reaches_no_step(monkeypatch, caplog):
+    """Of what went wrong nothing is kept, and no later step looks at rows that were overwritten meanwhile."""
+    case = Case()
+    monkeypatch.setattr(case.capture, "_row_bytes", 3)  # of states of another width
+    case.forward(("a", 0, 8), ("b", 0, 8))
+    case.capture.expect(())
+    assert case.object("a", 0) is None
+    assert case.counts.boundaries["missed"] == 2
+    assert "could not be copied" in caplog.text
+    monkeypatch.undo()
+    case.forward(("a", 8, 16), ("b", 8, 16))
+    assert torch.equal(case.object("b", 1), expected("b", 1))
 
 
 def test_what_is_never_completed_is_forgotten(monkeypatch):
@@ -207,11 +276,38 @@ def test_what_is_never_completed_is_forgotten(monkeypatch):
     case.forward(("a", 4, 8), ("b", 4, 8))
     assert case.object("a", 0) is None
     assert torch.equal(case.object("b", 0), expected("b", 0))
-    monkeypatch.setattr(boundary, "MAX_CAPTURED_BYTES", 2 * CHUNK * HIDDEN * 2 * 2)  # two chunks
-    case.forward(("a", 0, 4), ("b", 0, 4), ("c", 0, 4))
-    case.forward(("a", 4, 8), ("b", 4, 8), ("c", 4, 8), wanted=[("b", 4, 8), ("c", 4, 8)])
-    assert case.object("a", 0) is None
-    assert torch.equal(case.object("c", 0), expected("c", 0))
+
+
+def test_there_is_room_for_two_batches_and_whole_chunks_go_last(monkeypatch):
+    monkeypatch.setattr(boundary, "MAX_CAPTURED_BYTES", 1)
+    case = Case(batch_tokens=CHUNK)  # room for two chunks
+    case.forward(("a", 0, 8), ("b", 0, 4))
+    case.forward(("c", 0, 4))
+    case.forward(("a", 8, 12), ("b", 4, 8), ("c", 4, 8))
+    assert torch.equal(case.object("a", 0), expected("a", 0))
+    assert case.object("b", 0) is None  # touched longer ago than c, and not complete
+    case.forward(("d", 0, 8), ("e", 0, 8))
+    assert torch.equal(case.object("e", 0), expected("e", 0))
+
+
+def test_rows_behind_a_hole_take_no_room(monkeypatch):
+    """Decoding behind a replayed graph: what cannot become whole drives out nothing that can."""
+    monkeypatch.setattr(boundary, "MAX_CAPTURED_BYTES", 1)
+    case = Case(batch_tokens=CHUNK)
+    case.forward(("a", 0, 8), *((name, 5, 6) for name in "bcdefgh"))
+    assert torch.equal(case.object("a", 0), expected("a", 0))
+    assert case.object("b", 0) is None
+
+
+def test_only_so_many_steps_are_under_way(monkeypatch):
+    case = Case()
+    for step in range(boundary.MAX_STEPS_UNDER_WAY + 3):
+        case.forward(("a", step, step + 1))
+    assert len(case.capture._under_way) <= boundary.MAX_STEPS_UNDER_WAY + 1
+    monkeypatch.setattr(LaterRows, "may_come", True)
+    case.forward(("a", step + 1, 8))
+    case.capture.forget({"b"})
+    assert torch.equal(case.object("a", 0), expected("a", 0))
 
 
 def test_the_hook_goes_with_the_capture():

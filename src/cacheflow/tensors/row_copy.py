@@ -5,7 +5,8 @@ Shapes: a tensor is ``[n, ...]``; its bytes are ``[n, bytes of a row]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +14,18 @@ import numpy.typing as npt
 import torch
 
 Bytes = npt.NDArray[np.uint8]
-TakeRows = Callable[[], tuple[Bytes, ...]]
-"""Waits for the copies and returns each tensor's bytes, in the order given."""
+
+
+class RowsUnderWay(Protocol):
+    """Rows on their way to the host."""
+
+    def arrived(self) -> bool:
+        """Whether taking them does not wait."""
+        ...
+
+    def take(self) -> tuple[Bytes, ...]:
+        """Each tensor's bytes, in the order given; waits for them."""
+        ...
 
 
 class RowCopies(Protocol):
@@ -25,9 +36,25 @@ class RowCopies(Protocol):
         """Whether rows must be taken before anything else is computed: they are no copies."""
         ...
 
-    def copy_out(self, *tensors: torch.Tensor) -> TakeRows:
+    def copy_out(self, *tensors: torch.Tensor) -> RowsUnderWay:
         """Begin to copy tensors of rows; does not wait for the device."""
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Rows in host memory, complete once the event has passed; None: they are."""
+
+    tensors: tuple[torch.Tensor, ...]
+    event: torch.cuda.Event | None = None
+
+    def arrived(self) -> bool:
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def take(self) -> tuple[Bytes, ...]:
+        if self.event is not None:
+            self.event.synchronize()
+        return tuple(_bytes(each) for each in self.tensors)
 
 
 class HostRows:
@@ -35,16 +62,17 @@ class HostRows:
 
     immediate = True
 
-    def copy_out(self, *tensors: torch.Tensor) -> TakeRows:
+    def copy_out(self, *tensors: torch.Tensor) -> RowsUnderWay:
         """See ``RowCopies.copy_out``."""
-        rows = tuple(_bytes(tensor) for tensor in tensors)
-        return lambda: rows
+        return _Rows(tensors)
 
 
 class DeviceRows:
     """Copies on the device in the stream that computes, and from there to pinned memory on a stream of their own.
 
-    The forward waits for the first copy alone, which takes what reading and writing the rows once takes.
+    The kernels of the forward wait for the first copy alone, which takes what reading and writing the rows once takes.
+    Both copies' memory is torch's to use again: the device's once the second copy is through, the host's once it was
+    looked at.
     """
 
     immediate = False
@@ -54,23 +82,18 @@ class DeviceRows:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def copy_out(self, *tensors: torch.Tensor) -> TakeRows:
+    def copy_out(self, *tensors: torch.Tensor) -> RowsUnderWay:
         """See ``RowCopies.copy_out``."""
+        pinned = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
         kept = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            pinned = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in kept]
             for source, target in zip(kept, pinned, strict=True):
                 target.copy_(source, non_blocking=True)
                 source.record_stream(self._stream)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
-
-        def take() -> tuple[Bytes, ...]:
-            event.synchronize()
-            return tuple(_bytes(each) for each in pinned)
-
-        return take
+        return _Rows(pinned, event)
 
 
 def row_copies(device: torch.device) -> RowCopies:
@@ -80,6 +103,6 @@ def row_copies(device: torch.device) -> RowCopies:
 
 def _bytes(rows: torch.Tensor) -> Bytes:
     """``[n, ...]`` as bytes ``[n, bytes of a row]``, without a copy where it is contiguous."""
-    flat = rows.detach().contiguous().view(len(rows), -1)
+    flat = rows.detach().contiguous().view(len(rows), math.prod(rows.shape[1:]))
     view: Bytes = flat.view(torch.uint8).numpy()
     return view

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from cacheflow.errors import ConfigError
-from cacheflow.vllm.compat import RunnerKind, vllm_version
+from cacheflow.vllm.compat import RunnerKind
 
 Rows = Mapping[str, tuple[int, int]]
 """Rows ``[first, last)`` of the batch, by request."""
@@ -38,7 +38,7 @@ class _KeptBatch:
 
 
 class _PreparedBatch:
-    """The second generation makes a batch for each step and hands it on: noted as it is made."""
+    """The second generation makes a batch for each forward and hands it on: noted as it is made, and told once."""
 
     def __init__(self, runner: Any) -> None:  # noqa: ANN401
         self._runner, self._prepare = runner, runner.prepare_inputs
@@ -50,10 +50,11 @@ class _PreparedBatch:
         return self._batch
 
     def of_batch(self) -> Rows:
-        return {} if self._batch is None else _rows(self._batch.req_ids, self._batch.query_start_loc_np)
+        batch, self._batch = self._batch, None
+        return {} if batch is None else _rows(batch.req_ids, batch.query_start_loc_np)
 
     def close(self) -> None:
-        del self._runner.prepare_inputs  # what is left is the class's own
+        vars(self._runner).pop("prepare_inputs", None)  # what is left is the class's own
 
 
 def batch_rows(runner: Any, kind: RunnerKind) -> BatchRows:  # noqa: ANN401 -- vLLM's runner
@@ -66,7 +67,7 @@ def batch_rows(runner: Any, kind: RunnerKind) -> BatchRows:  # noqa: ANN401 -- v
     missing = [name for name in names if not hasattr(runner, name)]
     if missing:
         raise ConfigError(
-            f"vLLM {vllm_version().text}: {type(runner).__name__} lacks {', '.join(missing)}, which tell whose "
+            f"vLLM's {type(runner).__name__} lacks {', '.join(missing)}, which tell whose "
             "boundary states are whose; restore without them: boundary_states=false"
         )
     return _PreparedBatch(runner) if kind is RunnerKind.V2 else _KeptBatch(runner)

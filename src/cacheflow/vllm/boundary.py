@@ -2,7 +2,7 @@
 
 vLLM hands a stage ``hidden_states`` and ``residual`` of the whole batch, and the stage's layers overwrite both. So they
 are copied out right before the forward, the rows of each request from where the runner's batch has them. On a device
-those copies are looked at later, when a chunk is saved or the next step begins: nobody waits for them.
+those copies are looked at when they have come, or when a chunk of theirs is saved.
 
 Shapes: ``n`` rows of a batch, ``C`` hidden_size. An object's payload is ``[2, tokens of the chunk, C]``: hidden states,
 then residual.
@@ -11,16 +11,16 @@ then residual.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from cacheflow.stores.base import PutRequest
-from cacheflow.tensors.row_copy import Bytes, TakeRows, row_copies
+from cacheflow.tensors.row_copy import Bytes, RowsUnderWay, row_copies
 from cacheflow.vllm.batch_rows import batch_rows
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.model_access import ModelHandle
@@ -31,7 +31,10 @@ from cacheflow.vllm.step import CaptureOrder, SaveOrder
 logger = logging.getLogger(__name__)
 
 MAX_CAPTURED_BYTES = 256 << 20
-"""Of chunks that are not complete; the longest untouched are forgotten beyond it: their stages will load them."""
+"""Of chunks that are not saved yet, or two whole batches where those are more; beyond it chunks are forgotten, and
+their stages will load them."""
+MAX_STEPS_UNDER_WAY = 4
+"""Copies of so many forwards may be under way before one is waited for."""
 
 
 def boundary_token_bytes(handle: ModelHandle) -> int:
@@ -65,38 +68,53 @@ class _Chunk:
     filled: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Rows of one forward on their way to the host: of each request wanted, its order and rows ``[first, last)``."""
+
+    wanted: tuple[tuple[CaptureOrder, int, int], ...]
+    rows: RowsUnderWay
+
+
 class BoundaryCapture:
     """Copies boundary states out before each forward of a later stage. Worker's main thread only.
 
     A forward is looked at once after ``expect``: recomputation goes through the same model. One that does not go
-    through the model's Python code (a replayed CUDA graph of a whole decode batch) is not seen, and counted as missed.
+    through the model's Python code (a replayed CUDA graph of a whole batch) is not seen.
     """
 
-    def __init__(self, handle: ModelHandle, *, chunk_tokens: int, counts: Counts) -> None:
+    def __init__(self, handle: ModelHandle, *, chunk_tokens: int, batch_tokens: int, counts: Counts) -> None:
         """Look at every forward of the runner's model from now on, until ``close``.
+
+        Args:
+            handle: The model of a stage behind the first.
+            chunk_tokens: Tokens of a chunk.
+            batch_tokens: Tokens of the largest batch.
+            counts: Where outcomes are counted.
 
         Raises:
             ConfigError: vLLM's runner does not tell whose rows are whose.
         """
         self._handle, self._chunk_tokens, self._counts = handle, chunk_tokens, counts
         self._row_bytes = handle.hidden_size * handle.dtype.itemsize
+        self._max_chunks = max(MAX_CAPTURED_BYTES // (2 * self._row_bytes), 2 * batch_tokens) // chunk_tokens
         self._expected: tuple[CaptureOrder, ...] = ()
         self._chunks: OrderedDict[tuple[str, int], _Chunk] = OrderedDict()
         self._copies = row_copies(handle.device)
-        self._under_way: list[tuple[CaptureOrder, TakeRows]] = []
+        self._under_way: deque[_Step] = deque()
         self._batch_rows = batch_rows(handle.runner, handle.runner_kind)
         self._hook = handle.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def expect(self, orders: Sequence[CaptureOrder]) -> None:
         """Of the next forward, keep these requests' rows; call before every forward."""
-        self._settle()
         self.forward_ended()
+        self._settle(at_most=MAX_STEPS_UNDER_WAY)
         self._expected = tuple(orders)
 
     def forward_ended(self) -> None:
         """Look at no forward before the next ``expect``."""
         if self._expected:
-            self._counts.boundaries["missed"] += len(self._expected)
+            self._counts.boundaries["unseen"] += 1
             self._expected = ()
 
     def _before_forward(self, _: Any, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401
@@ -105,68 +123,90 @@ class BoundaryCapture:
         if not expected or received is None:
             return
         try:
-            self._capture(expected, received, kwargs["positions"])
+            step = self._begin(expected, received, kwargs["positions"])
         except Exception:  # what is not captured is loaded later; the forward must go on
             logger.exception("boundary states could not be captured")
-
-    def _capture(self, expected: Sequence[CaptureOrder], received: Any, positions: torch.Tensor) -> None:  # noqa: ANN401
-        rows = self._batch_rows.of_batch()
-        for order in expected:
-            first, last = rows.get(order.request_id, (0, 0))
-            if first == last:
-                self._counts.boundaries["missed"] += 1
-                continue
-            states = (received["hidden_states"][first:last], received["residual"][first:last])
-            position = positions[first : first + 1].to(torch.int64)
-            self._under_way.append((order, self._copies.copy_out(*states, position)))
+            self._counts.boundaries["missed"] += len(expected)
+            return
+        if step is None:
+            return
         if self._copies.immediate:
-            self._settle()
+            self._sort(step)
+        else:
+            self._under_way.append(step)
 
-    def _settle(self) -> None:
-        """Sort what was copied out into chunks."""
-        under_way, self._under_way = self._under_way, []
-        for order, take in under_way:
-            try:
-                hidden, residual, position = take()
-            except RuntimeError:  # the device failed: the engine will say so
-                logger.exception("boundary states could not be copied to the host")
-                self._counts.boundaries["missed"] += 1
-                continue
-            # The batch says where a request's rows are, positions prove it: a mistake costs a boundary, never truth.
-            start = int(position.view(np.int64)[0, 0])
-            low, high = order.start - start, order.end - start
-            if low < 0 or high > min(len(hidden), len(residual)):
-                self._counts.boundaries["missed"] += 1
-                continue
-            self._keep(order, hidden[low:high], residual[low:high])
+    def _begin(self, expected: Sequence[CaptureOrder], received: Any, positions: torch.Tensor) -> _Step | None:  # noqa: ANN401
+        """Begin to copy the rows from the first wanted to the last: one copy a step, however many requests it has."""
+        batch = self._batch_rows.of_batch()
+        spans = [(order, *batch.get(order.request_id, (0, 0))) for order in expected]
+        wanted = [(order, first, last) for order, first, last in spans if first < last]
+        if len(wanted) < len(spans):
+            self._counts.boundaries["missed"] += len(spans) - len(wanted)
+        if not wanted:
+            return None
+        low, high = min(first for _, first, _ in wanted), max(last for _, _, last in wanted)
+        states = (received["hidden_states"][low:high], received["residual"][low:high])
+        rows = self._copies.copy_out(*states, positions[low:high].to(torch.int64))
+        return _Step(tuple((order, first - low, last - low) for order, first, last in wanted), rows)
+
+    def _settle(self, *, at_most: int) -> None:
+        """Sort what has come to the host into chunks; leave at most so many steps under way."""
+        while self._under_way and (len(self._under_way) > at_most or self._under_way[0].rows.arrived()):
+            self._sort(self._under_way.popleft())
+
+    def _sort(self, step: _Step) -> None:
+        """Sort a step's rows into chunks; waits for them."""
+        try:
+            hidden, residual, positions = step.rows.take()
+            for order, first, last in step.wanted:
+                self._sort_one(order, hidden[first:last], residual[first:last], positions[first:last])
+        except Exception:  # as in the hook: on a device it is only found out here
+            logger.exception("boundary states could not be copied to the host")
+            self._counts.boundaries["missed"] += len(step.wanted)
+
+    def _sort_one(self, order: CaptureOrder, hidden: Bytes, residual: Bytes, positions: Bytes) -> None:
+        # The batch says whose rows they are; that they are of the tokens ordered their positions prove.
+        at = positions.view(np.int64)[:, 0]
+        low, high = order.start - int(at[0]), order.end - int(at[0])
+        if low < 0 or high > min(len(hidden), len(residual), len(at)) or int(at[high - 1]) != order.end - 1:
+            self._counts.boundaries["missed"] += 1
+            return
+        self._keep(order, hidden[low:high], residual[low:high])
 
     def _keep(self, order: CaptureOrder, hidden: Bytes, residual: Bytes) -> None:
         size = self._chunk_tokens
         for chunk in range(order.start // size, -(-order.end // size)):
             low, high = max(order.start, chunk * size), min(order.end, (chunk + 1) * size)
-            kept = self._chunk(order.request_id, chunk)
             at, end = low - chunk * size, high - chunk * size
-            if at > kept.filled:
-                continue  # tokens before these were not seen: they came from the prefix cache
+            kept = self._chunk((order.request_id, chunk), at)
+            if kept is None:
+                continue  # tokens before these were not seen: from the prefix cache, or by a replayed graph
             rows = slice(low - order.start, high - order.start)
             kept.payload[0, at:end] = hidden[rows]
             kept.payload[1, at:end] = residual[rows]
             kept.filled = end
 
-    def _chunk(self, request_id: str, chunk: int) -> _Chunk:
-        name = (request_id, chunk)
-        kept = self._chunks.get(name)
+    def _chunk(self, name: tuple[str, int], at: int) -> _Chunk | None:
+        """A chunk to go on with at token ``at``; None, and nothing kept of it, when it has a hole before that."""
+        kept = self._chunks.pop(name, None)
+        if at > (0 if kept is None else kept.filled):
+            return None
         if kept is None:
-            shape = (2, self._chunk_tokens, self._row_bytes)
-            kept = self._chunks[name] = _Chunk(np.empty(shape, dtype=np.uint8))
-            while len(self._chunks) > 1 and len(self._chunks) * kept.payload.nbytes > MAX_CAPTURED_BYTES:
-                self._chunks.popitem(last=False)
-        self._chunks.move_to_end(name)
+            self._make_room()
+            kept = _Chunk(np.empty((2, self._chunk_tokens, self._row_bytes), dtype=np.uint8))
+        self._chunks[name] = kept
         return kept
+
+    def _make_room(self) -> None:
+        """Forget a chunk where there are too many: the longest untouched that is not complete, else the oldest."""
+        if len(self._chunks) < max(1, self._max_chunks):
+            return
+        incomplete = (name for name, each in self._chunks.items() if each.filled < self._chunk_tokens)
+        del self._chunks[next(incomplete, next(iter(self._chunks)))]
 
     def put(self, order: SaveOrder) -> Iterator[PutRequest]:
         """The object of a chunk that is complete, to be saved with its KV; nothing when a token of it was not seen."""
-        self._settle()
+        self._settle(at_most=0)
         kept = self._chunks.pop((order.request_id, order.chunk), None)
         if kept is None or kept.filled < self._chunk_tokens:
             self._counts.boundaries["incomplete"] += 1
@@ -182,7 +222,7 @@ class BoundaryCapture:
         """Drop what is kept of requests that ended."""
         if not request_ids:
             return
-        self._settle()
+        self._under_way = deque(_without(step, request_ids) for step in self._under_way)
         for name in [name for name in self._chunks if name[0] in request_ids]:
             del self._chunks[name]
 
@@ -192,3 +232,7 @@ class BoundaryCapture:
         self._batch_rows.close()
         self._under_way.clear()
         self._chunks.clear()
+
+
+def _without(step: _Step, request_ids: set[str]) -> _Step:
+    return replace(step, wanted=tuple(each for each in step.wanted if each[0].request_id not in request_ids))

@@ -21,8 +21,9 @@ class Counts:
         restorations: Restorations ended, by outcome: ``done``, ``failed``, ``cancelled``.
         guard: Decisions of the never-slower guard, by choice.
         chunks_saved: Chunks written, by outcome: ``stored``, ``exists``, ``failed``.
-        boundaries: Chunks' boundary states, by what became of them: ``captured`` (saved with the chunk), ``incomplete``
-            (some of their tokens were not computed here), ``missed`` (a request's rows were not where they should be).
+        boundaries: Boundary states: chunks ``captured`` (saved with their KV) and ``incomplete`` (some of their tokens
+            were not seen); a request's part of a step that was ``missed`` (its rows were not where they should be, or
+            could not be copied); steps ``unseen`` (one replayed CUDA graph).
         loaded_bytes: Bytes that reads moved into the KV cache.
         restore_s: Seconds of each restoration.
         bound_ratio: Seconds over the lower bound of each restoration.

@@ -19,7 +19,7 @@ COUNTERS = {
     "restorations": ("vllm:cacheflow_restorations", "Restorations ended.", "outcome"),
     "guard": ("vllm:cacheflow_guard_decisions", "Choices of the never-slower guard.", "choice"),
     "chunks_saved": ("vllm:cacheflow_chunks_saved", "Chunks handed to the store.", "outcome"),
-    "boundaries": ("vllm:cacheflow_boundaries", "Chunks whose boundary states were to be kept.", "outcome"),
+    "boundaries": ("vllm:cacheflow_boundaries", "What became of boundary states that were to be kept.", "outcome"),
     "loaded_bytes": ("vllm:cacheflow_loaded_bytes", "Bytes loaded into the KV cache.", ""),
     "lookup_timeouts": ("vllm:cacheflow_lookup_timeouts", "Prompts computed because the store answered too late.", ""),
 }

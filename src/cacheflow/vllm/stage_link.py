@@ -38,9 +38,10 @@ class StageLink:
         """Use vLLM's pipeline group (``GroupCoordinator``)."""
         self._group, self._dtype, self._device, self._hidden_size = group, dtype, device, hidden_size
         self._sent: deque[list[tuple[Any, torch.Tensor]]] = deque([[]])
-        # Received in the step behind it; vLLM has as many steps under way as there are stages. What was sent in the
-        # step before those has been received when a step begins, so waiting for it takes no time.
-        self._num_steps_kept = group.world_size + 1
+        # Received in the step behind it; vLLM has as many steps under way as there are stages, and one more where it
+        # schedules asynchronously. What was sent in the step before those has been received when a step begins, so
+        # waiting for it takes no time.
+        self._num_steps_kept = group.world_size + 2
 
     @property
     def has_stage_above(self) -> bool:

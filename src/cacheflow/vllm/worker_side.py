@@ -105,7 +105,12 @@ class WorkerSide:
     def _start_capturing(self, engine: FoundEngine) -> MorePuts | None:
         """On later stages that store boundary states; of tensor-parallel ranks, which all have them, on the first."""
         if self._options.save and engine.facts.boundary_token_bytes and engine.handle.shard.tp_rank == 0:
-            self._capture = BoundaryCapture(engine.handle, chunk_tokens=self._options.chunk_tokens, counts=self.counts)
+            self._capture = BoundaryCapture(
+                engine.handle,
+                chunk_tokens=self._options.chunk_tokens,
+                batch_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
+                counts=self.counts,
+            )
             return self._capture.put
         return None
 
