@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check
 # Test folders that import torch.
 TORCH_TESTS := engine embedded
 # Run on vLLM's second-generation runner too, whose kernels Triton interprets on the CPU (tests/support/v2_runner.py).
-V2_TESTS := $(addprefix tests/vllm/,test_identity_and_costs.py test_recompute.py test_connector_lifecycle.py test_ranks.py)
+V2_TESTS := $(addprefix tests/vllm/,test_identity_and_costs.py test_recompute.py test_connector_requests.py test_ranks.py)
 OUT ?= out
 
 .DEFAULT_GOAL := help

@@ -302,16 +302,21 @@ def test_a_link_that_stalls_on_one_tensor_rank_costs_time_only(two_tensor_ranks)
 )
 def test_more_ranks_and_compiled_stages(setting, name, pipeline, tensor, eager):
     """Against what the same engine answers when the connector leaves a request alone."""
+    from support.rank_engine import take_only
+
     script = setting.script(pipeline=pipeline, tensor=tensor, store_path=str(setting.folder / name))
     script.eager = eager
     saved(script, 1)
     asked(script, "own", request(1, OFF))
-    asked(script, "both pointers", request(1, AUTO))
+    for source in ("stored", "handed_over"):
+        script.do("scheduler_side", function=take_only, args=(source,))
+        asked(script, source, request(1, AUTO))
     asked(script, "load", request(1, LOAD))
     answers = setting.run(script, name)
-    record = record_of(answers["both pointers"])
-    assert record["outcome"] == "done"
-    assert [stage["boundary_source"] for stage in record["stages"]] == ["first_stage", *["stored"] * (pipeline - 1)]
-    assert record["recomputed_cells"] > 0
-    equal(answers["both pointers"], answers["own"])
+    for source in ("stored", "handed_over"):
+        record = record_of(answers[source])
+        assert record["outcome"] == "done"
+        assert [stage["boundary_source"] for stage in record["stages"]] == ["first_stage", *[source] * (pipeline - 1)]
+        assert record["recomputed_cells"] > 0
+        equal(answers[source], answers["own"])
     equal(answers["load"], answers["own"])
