@@ -139,6 +139,11 @@ def test_stages_are_shown_in_every_way_and_the_sooner_one_by_stage(capsys: pytes
         assert re.search(rf"^ ?{stage} +{layers} ", text, re.MULTILINE), layers
 
 
+def test_ways_that_take_the_same_time_are_no_gain(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(words(pipeline_parallel_size="2", policy="load")) == 0
+    assert "GPU axis: makes no difference here: " in capsys.readouterr().out
+
+
 def test_tensor_parallel_ranks_share_compute_and_bytes():
     one, two = (
         predict(

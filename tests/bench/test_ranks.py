@@ -217,6 +217,32 @@ def test_bad_options_end_before_anything_starts(tmp_path, capsys, words, said):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--pipeline-parallel-sizes", "25"], "24 layers cannot be split into 25 pipeline stages"),
+        (["--tensor-parallel-sizes", "3"], "cannot be shared by tensor_parallel_size 3"),
+    ],
+)
+def test_a_split_that_the_model_does_not_have_is_refused_before_a_server_starts(
+    tmp_path, monkeypatch, capsys, words, said
+):
+    monkeypatch.setattr(ranks_command, "probe", lambda python: {"accelerator": ""})
+    monkeypatch.setattr(ranks_command, "_study", lambda *_: pytest.fail("a server was started"))
+    assert main(["bench", "ranks", "--out", str(tmp_path), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_cores", [1, 2])
+def test_ranks_that_share_a_core_are_told_of(tmp_path, monkeypatch, capsys, num_cores):
+    monkeypatch.setattr(ranks_command, "probe", lambda python: {"accelerator": ""})
+    monkeypatch.setattr(ranks_command, "_study", lambda *_: None)
+    monkeypatch.setattr(ranks_command.os, "sched_getaffinity", lambda _: set(range(num_cores)))
+    append_record(tmp_path / "results.jsonl", record())
+    assert main(["bench", "ranks", "--out", str(tmp_path)]) == 0
+    assert ("2 ranks share 1 cores" in capsys.readouterr().out) == (num_cores == 1)
+
+
 def test_advice_in_brackets_and_paths_with_brackets_are_printed_as_they_are(tmp_path, monkeypatch):
     def no_matplotlib(*_):
         raise ConfigError("figures need matplotlib: pip install 'cacheflow-kv[plots]'")

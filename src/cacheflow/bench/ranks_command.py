@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cacheflow.bench.options import check_prefix_arguments, exit_on_sigterm, float_list, int_list, make_folder
 from cacheflow.bench.ranks_record import read_ranks_records
 from cacheflow.bench.ranks_report import draw_ranks, ranks_tables
-from cacheflow.bench.ranks_study import ANSWER_TOKENS, RanksOptions, RanksStudy, splits_of
+from cacheflow.bench.ranks_study import ANSWER_TOKENS, RanksOptions, RanksStudy, Split, splits_of
 from cacheflow.bench.record import append_record, environment
 from cacheflow.bench.results_file import only_run, take_up
 from cacheflow.bench.vllm_costs import PrefixSize
@@ -23,6 +25,7 @@ from cacheflow.bench.vllm_probe import probe
 from cacheflow.bench.vllm_server import ServerOptions
 from cacheflow.bench.vllm_workload import PROMPT_STRIDE, RANKS_NAME, open_model, prompt_tokens
 from cacheflow.errors import ConfigError
+from cacheflow.plan.stages import RankLayout
 
 RATIOS = (0.5, 1.0, 2.0)
 SIZES = (1, 2)
@@ -67,10 +70,16 @@ def run(args: argparse.Namespace) -> int:
     longest = args.tokens + args.suffix + ANSWER_TOKENS + 1
     if longest > model.max_tokens:
         raise ConfigError(f"--tokens {args.tokens} is too long: {args.model} allows {model.max_tokens} tokens in all")
+    splits = splits_of(args.pipeline_parallel_sizes, args.tensor_parallel_sizes)
+    for split in splits:
+        RankLayout(pipeline_parallel_size=split.pipeline, tensor_parallel_size=split.tensor).kv_parts(model.shape)
     with only_run(args.out), tempfile.TemporaryDirectory(prefix="cacheflow-ranks-") as stores:
         # Before servers start: what an earlier run left half written is cut off, what it cannot read is refused.
         tell = partial(console.print, markup=False, soft_wrap=True)
         take_up(args.out / "results.jsonl", read_ranks_records, tell=tell)
+        most, num_cores = max(split.num_ranks for split in splits), len(os.sched_getaffinity(0))
+        if most > num_cores:
+            tell(f"{most} ranks share {num_cores} cores: their times say nothing about ranks with a core each")
         options = RanksOptions(
             server=ServerOptions(
                 python=args.vllm_python,
@@ -88,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             environment={**environment(num_threads=1), **where, "eager": int(not args.compiled)},
         )
         num_tokens = args.repeats * PROMPT_STRIDE + args.tokens + args.suffix
-        _study(args, RanksStudy(model, prompt_tokens(model, num_tokens), options), console)
+        _study(args, splits, RanksStudy(model, prompt_tokens(model, num_tokens), options), console)
     return _show(args.out, console)
 
 
@@ -100,8 +109,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{key.replace('_', '-')} {sizes} must be at least 1 each")
 
 
-def _study(args: argparse.Namespace, study: RanksStudy, console: Console) -> None:
-    splits = splits_of(args.pipeline_parallel_sizes, args.tensor_parallel_sizes)
+def _study(args: argparse.Namespace, splits: Sequence[Split], study: RanksStudy, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("one rank prefills", total=len(args.ratios) * (args.repeats + 1) * len(splits))
