@@ -120,9 +120,9 @@ def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_p
         budget_s=3.0,
     )
     (grid,) = costs.kinds.values()
-    # Which of two measured times is the longer is the machine's business: it was too busy for that once.
-    assert all(grid.full_s(tokens, offset) > 0 for tokens in (1, 256) for offset in range(0, 2049, 256))
-    assert all(grid.kv_only_s(256, offset) > 0 for offset in range(0, 2049, 256))
+    assert grid.full_s(1, 0) <= grid.full_s(256, 0)
+    assert grid.kv_only_s(256, 1024) < grid.full_s(256, 1024)
+    assert grid.full_s(256, 2048) >= grid.full_s(256, 1792)
     assert costs.head_s > 0
     assert costs.engine_pass is not None
     assert costs.engine_pass.pass_tokens == 1024

@@ -166,7 +166,9 @@ class _Survey:
             logger.info("costs measured up to offset %d, extended linearly to %d", offsets[measured - 1], offsets[-1])
             _extend(full_QP, offsets, measured)
         kv_only_Q = [self.meter.seconds(length, 0, self.layers, kv_only=True) for length in lengths]
-        full_QP = np.maximum.accumulate(full_QP, axis=1)  # a longer past never costs less: the rest is noise
+        # A longer chunk never costs less, and neither does a longer past: the rest is noise, which only adds.
+        full_QP = np.minimum.accumulate(full_QP[::-1], axis=0)[::-1]
+        full_QP = np.maximum.accumulate(full_QP, axis=1)
         kv_only_QP = np.minimum(np.array(kv_only_Q)[:, None], full_QP)
         return CostGrid(chunk_tokens=tuple(lengths), offsets=tuple(offsets), full_QP=full_QP, kv_only_QP=kv_only_QP)
 
