@@ -80,21 +80,23 @@ def test_a_ratio_is_load_over_recompute():
 
 
 def test_stages_are_simulated_every_way_and_a_stage_that_waits_for_the_whole_prefix_is_slowest():
-    by_stages = {}
-    for record in figure_07.records(True):
-        by_stages.setdefault(record.num_stages, {})[record.series] = record
-    assert set(by_stages) == {1, 2, 4}
-    for num_stages in (2, 4):
-        ways = by_stages[num_stages]
+    by_setting = {}
+    for record in figure_07.records(False):
+        by_setting.setdefault((record.num_tokens, record.num_stages), {})[record.series] = record
+    assert set(by_setting) == {(tokens, stages) for tokens in (4096, 16384, 32768) for stages in (1, 2, 4)}
+    for (num_tokens, num_stages), ways in by_setting.items():
+        if num_stages == 1:
+            continue
+        one = by_setting[num_tokens, 1]
         assert len(ways) == 5
         waits_s = ways["without GPU axis, stage by stage"].restore_s
-        assert waits_s > {2: 1.2, 4: 1.14}[num_stages] * ways["with GPU axis"].restore_s, (
-            "the paper: 1.38; ours 1.15 to 1.41 by length"
-        )
+        # The paper: 1.38. A short prefix over four stages has too few chunks for the wait to cost as much.
+        least = 1.14 if (num_tokens, num_stages) == (4096, 4) else 1.25
+        assert waits_s > least * ways["with GPU axis"].restore_s
         assert waits_s > 1.2 * ways["without GPU axis"].restore_s
-        assert ways["load"].restore_s == pytest.approx(by_stages[1]["load"].restore_s / num_stages)
+        assert ways["load"].restore_s == pytest.approx(one["load"].restore_s / num_stages)
         assert len({record.bound_restore_s for record in ways.values()}) == 1
-        assert ways["with GPU axis"].restore_s < by_stages[1]["cacheflow"].restore_s
+        assert ways["with GPU axis"].restore_s < one["cacheflow"].restore_s
 
 
 def test_sessions_and_mixed_requests_repeat_and_arrive_at_the_load_asked_for():
