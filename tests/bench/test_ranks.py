@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 from rich.console import Console
@@ -93,8 +93,6 @@ def test_the_link_is_the_same_for_every_split_and_the_axis_is_an_option(tmp_path
 
 def test_one_round_measures_one_rank_on_the_prompt_it_has(tmp_path, monkeypatch):
     """Three times, whatever the number of prompts; what a request costs besides is taken off, the first thrown away."""
-    from contextlib import contextmanager
-
     asked = study(tmp_path)
     lengths = []
 
@@ -111,6 +109,9 @@ def test_one_round_measures_one_rank_on_the_prompt_it_has(tmp_path, monkeypatch)
     class Servers:
         client = Client()
 
+        def memory_bytes(self):
+            return [5, 7, 6]
+
         @contextmanager
         def turn(self, name):
             assert name == Split(1, 1).name
@@ -124,6 +125,57 @@ def test_one_round_measures_one_rank_on_the_prompt_it_has(tmp_path, monkeypatch)
     asked.prepare()
     assert asked.prefill_s == 2.5
     assert lengths == [0, 8, 0, 1032] * 3
+    assert asked.memory_bytes == [7, 6, 5]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_servers_are_kept_where_they_fit_in_memory_and_else_started_for_each_turn(tmp_path, monkeypatch, together):
+    splits = [Split(1, 1), Split(1, 4)]
+    asked = study(tmp_path)
+    asked = dataclasses.replace(asked, options=dataclasses.replace(asked.options, repeats=2))
+    happened = []
+
+    @contextmanager
+    def fleet(self, splits, bytes_per_s):
+        names = [split.name for split in splits]
+        happened.append(("start", *names))
+        yield names
+        happened.append(("end", *names))
+
+    def save(self, fleet, split, repeats):
+        assert split.name in fleet
+        happened.append(("save", split.name, *repeats))
+
+    def measure(self, fleet, split, *, repeat, ratio):
+        assert split.name in fleet
+        happened.append(("run", split.name, repeat))
+        return record(split, repeat=repeat)
+
+    for name, fake in (("_fleet", fleet), ("_save", save), ("_run", measure)):
+        monkeypatch.setattr(RanksStudy, name, fake)
+    told = []
+    runs = list(asked.rounds(splits, ratio=1.0, together=together, on_step=told.append))
+    one, four = (split.name for split in splits)
+    order = [(one, 0), (four, 0), (four, 1), (one, 1)]
+    assert [(run.tensor_parallel_size, run.repeat) for run in runs] == [(1, 0), (4, 0), (4, 1), (1, 1)]
+    if together:
+        assert happened == [
+            ("start", one, four), ("save", one, 0, 1), ("save", four, 0, 1),
+            *(("run", *turn) for turn in order), ("end", one, four),
+        ]  # fmt: skip
+    else:
+        assert happened == [
+            each
+            for name, repeat in order
+            for each in (("start", name), ("save", name, repeat), ("run", name, repeat), ("end", name))
+        ]
+    assert len(told) == (6 if together else 8)
+
+
+def test_memory_of_all_servers_counts_each_rank_and_what_surrounds_it(tmp_path):
+    asked = dataclasses.replace(study(tmp_path), memory_bytes=[50, 30, 20])
+    assert asked.needed_bytes([Split(1, 1)]) == pytest.approx(120)
+    assert asked.needed_bytes([Split(1, 1), Split(4, 1)]) == pytest.approx(1.2 * (200 + 150))
 
 
 @pytest.mark.parametrize(("tokens", "correct", "equal"), [((7, 8, 9), True, 3), ((7, 1, 9), False, 1)])
@@ -279,3 +331,27 @@ def test_a_record_that_was_half_written_is_cut_off_and_said_before_the_work(tmp_
     assert main(["bench", "ranks", "--out", str(tmp_path)]) == 0
     assert seen == [whole]
     assert "results.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("free_gib", "together"), [(7, False), (9, True)])
+def test_memory_decides_whether_servers_are_kept_and_the_user_is_told(
+    tmp_path, monkeypatch, capsys, free_gib, together
+):
+    def prepare(self):
+        self.prefill_s, self.memory_bytes = 2.0, [(2 << 30) * 5 // 6, (1 << 30) * 5 // 6]
+
+    def rounds(self, splits, *, ratio, together, on_step):
+        kept.append(together)
+        return [record(split, load_compute_ratio=ratio) for split in splits]
+
+    kept = []
+    monkeypatch.setattr(ranks_command, "probe", lambda python: {"accelerator": ""})
+    monkeypatch.setattr(ranks_command, "available_memory", lambda: free_gib << 30)
+    monkeypatch.setattr(RanksStudy, "prepare", prepare)
+    monkeypatch.setattr(RanksStudy, "rounds", rounds)
+    sizes = ["--pipeline-parallel-sizes", "1", "--tensor-parallel-sizes", "1,2"]
+    assert main(["bench", "ranks", "--out", str(tmp_path), *sizes, "--ratios", "1,2"]) == 0
+    assert kept == [together, together]
+    # 2.5 GiB for the server of one rank, 4.2 for that of two, and the margin
+    said = " ".join(capsys.readouterr().out.split())
+    assert (f"all servers together take 8 GiB of memory, {free_gib} are free" in said) == (not together)

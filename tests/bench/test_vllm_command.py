@@ -1,12 +1,15 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from cacheflow.bench.process_group import available_memory, group_cpu_s, group_memory
 from cacheflow.bench.vllm_client import ServerError
+from cacheflow.bench.vllm_fleet import Fleet
 from cacheflow.bench.vllm_lmcache import LMCacheMissingError, lmcache_python
-from cacheflow.bench.vllm_server import VllmServer, group_cpu_s, start_process, stop_process
+from cacheflow.bench.vllm_server import VllmServer, free_port, start_process, stop_process
 from cacheflow.bench.vllm_workload import open_model, read_model
 from cacheflow.cli import main
 from cacheflow.errors import ConfigError
@@ -84,6 +87,32 @@ def test_a_frozen_server_uses_no_processor_and_closing_ends_its_children(tmp_pat
     assert process.poll() is not None
     while group_cpu_s(process.pid):  # the child is killed, its parent is gone: reaped in a moment
         pass
+
+
+def test_memory_is_that_of_the_group_process_by_process(tmp_path: Path):
+    held = "held = b'x' * (64 << 20)"
+    child = [sys.executable, "-c", "import signal; print('up', flush=True); signal.pause()"]
+    parent = f"import subprocess; {held}; subprocess.run({child})"
+    process, log = start_process("held", [sys.executable, "-c", parent], {}, tmp_path)
+    try:
+        while "up" not in log.read_text():
+            assert process.poll() is None
+        greatest, least = sorted(group_memory(process.pid), reverse=True)
+        assert greatest > 64 << 20 > least > 0
+        assert greatest < available_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    finally:
+        stop_process(process)
+    assert sum(group_memory(process.pid)) == 0
+
+
+def test_a_server_that_fails_in_its_turn_names_its_log(tmp_path: Path):
+    process, log = start_process("gone", [sys.executable, "-c", "pass"], {}, tmp_path)
+    process.wait()
+    fleet = Fleet({"gone": VllmServer("gone", process, port=free_port(), log=log)})
+    with pytest.raises(ServerError) as caught, fleet.turn("gone") as server:
+        server.client.evict()
+    assert "failed at POST /reset_prefix_cache" in str(caught.value)
+    assert str(log) in str(caught.value)
 
 
 def test_stopping_what_has_ended_is_no_error(tmp_path: Path):

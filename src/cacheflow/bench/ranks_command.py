@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cacheflow.bench.options import check_prefix_arguments, exit_on_sigterm, float_list, int_list, make_folder
+from cacheflow.bench.process_group import available_memory
 from cacheflow.bench.ranks_record import read_ranks_records
 from cacheflow.bench.ranks_report import draw_ranks, ranks_tables
 from cacheflow.bench.ranks_study import ANSWER_TOKENS, RanksOptions, RanksStudy, Split, splits_of
@@ -112,15 +113,24 @@ def _check(args: argparse.Namespace) -> None:
 def _study(args: argparse.Namespace, splits: Sequence[Split], study: RanksStudy, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("one rank prefills", total=len(args.ratios) * (args.repeats + 1) * len(splits))
+        task = progress.add_task("one rank prefills", total=None)
         study.prepare()
+        needed, free = study.needed_bytes(splits), available_memory()
+        together = needed <= free
+        if not together:
+            console.print(
+                f"all servers together take {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free: "
+                "each is started for its turn, which takes longer"
+            )
+        saves = 1 if together else args.repeats
+        progress.update(task, total=len(args.ratios) * (args.repeats + saves) * len(splits))
         for ratio in sorted(args.ratios):
             progress.update(task, description=f"ratio {ratio:g}, starting servers")
 
             def step(what: str, ratio: float = ratio) -> None:
                 progress.update(task, description=f"ratio {ratio:g}, {what}", advance=1)
 
-            for record in study.rounds(splits, ratio=ratio, on_step=step):
+            for record in study.rounds(splits, ratio=ratio, together=together, on_step=step):
                 append_record(args.out / "results.jsonl", record)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,8 @@ ANSWER_TOKENS = 32
 COUNTED_S = 5.0
 """Longest wait until the engine has counted a restoration: its metrics come with its next step."""
 FAST_LINK_BYTES_PER_S = 1e12
+MEMORY_MARGIN = 1.2
+"""A server that starts needs more than one at rest."""
 SAVE, AUTO, OFF = ({"cacheflow": mode} for mode in ("recompute", "auto", "off"))
 
 
@@ -85,6 +87,7 @@ class RanksStudy:
         tokens: Source text, long enough for every prompt.
         options: What runs.
         prefill_s: What one rank's own prefill of the prefix takes; 0 before ``prepare``.
+        memory_bytes: Memory of each process of one rank's server, greatest first; empty before ``prepare``.
         references: Each split's own answer to each prompt, without restoration.
     """
 
@@ -92,10 +95,11 @@ class RanksStudy:
     tokens: Sequence[int]
     options: RanksOptions
     prefill_s: float = 0.0
+    memory_bytes: list[int] = field(default_factory=list)
     references: dict[tuple[Split, int], Answer] = field(default_factory=dict)
 
     def prepare(self) -> None:
-        """Measure what one rank needs for the prefix by itself: the ground of all ratios."""
+        """Measure one rank by itself: its time for the prefix, the ground of all ratios, and its memory."""
         with self._fleet([Split(1, 1)], FAST_LINK_BYTES_PER_S) as fleet, fleet.turn(Split(1, 1).name) as server:
             times = []
             for measured in range(max(3, self.options.repeats)):
@@ -105,28 +109,50 @@ class RanksStudy:
                 idle_s = server.client.complete(short, max_tokens=1, params=OFF).ttft_s
                 server.client.evict()
                 times.append(server.client.complete(whole, max_tokens=1, params=OFF).ttft_s - idle_s)
+            self.memory_bytes = sorted(server.memory_bytes(), reverse=True)
         self.prefill_s = median(times[1:])  # the first is a process's first
 
     def bytes_per_s(self, ratio: float) -> float:
         """Bandwidth at which one rank loads the prefix in ``ratio`` times what its own prefill takes."""
         return self.options.size.num_tokens * self.model.shape.kv_bytes_per_token / (ratio * self.prefill_s)
 
-    def rounds(self, splits: Sequence[Split], *, ratio: float, on_step: Callable[[str], None]) -> Iterator[RanksRecord]:
-        """Every repeat of one ratio; in a repeat each split has its turn, a different one first each time."""
-        with self._fleet(splits, self.bytes_per_s(ratio)) as fleet:
-            for split in splits:
-                on_step(f"{split.name} saves")
-                self._save(fleet, split)
-            for repeat in range(self.options.repeats):
+    def needed_bytes(self, splits: Sequence[Split]) -> float:
+        """Memory of a server of each split, all of them started; a rank takes at most what an only one does."""
+        more_ranks = sum(split.num_ranks - 1 for split in splits)
+        return MEMORY_MARGIN * (len(splits) * sum(self.memory_bytes) + more_ranks * self.memory_bytes[0])
+
+    def rounds(
+        self, splits: Sequence[Split], *, ratio: float, together: bool, on_step: Callable[[str], None]
+    ) -> Iterator[RanksRecord]:
+        """Every repeat of one ratio; in a repeat each split has its turn, a different one first each time.
+
+        Args:
+            splits: What takes turns.
+            ratio: See ``bytes_per_s``.
+            together: Start all servers first, and stop those not in turn; else each turn starts and ends its own.
+            on_step: Told what comes next.
+        """
+        bytes_per_s, repeats = self.bytes_per_s(ratio), range(self.options.repeats)
+        with ExitStack() as started:
+            if together:
+                kept = started.enter_context(self._fleet(splits, bytes_per_s))
+                for split in splits:
+                    on_step(f"{split.name} saves")
+                    self._save(kept, split, repeats)
+            for repeat in repeats:
                 shift = repeat % len(splits)
                 for split in [*splits[shift:], *splits[:shift]]:
-                    on_step(split.name)
-                    yield self._run(fleet, split, repeat=repeat, ratio=ratio)
+                    with nullcontext(kept) if together else self._fleet([split], bytes_per_s) as fleet:
+                        if not together:
+                            on_step(f"{split.name} saves")
+                            self._save(fleet, split, [repeat])
+                        on_step(split.name)
+                        yield self._run(fleet, split, repeat=repeat, ratio=ratio)
 
-    def _save(self, fleet: Fleet, split: Split) -> None:
-        """Have every prompt computed and saved once; its answer is the reference. Then restore one, untimed."""
+    def _save(self, fleet: Fleet, split: Split, repeats: Sequence[int]) -> None:
+        """Have prompts computed and saved; their answers are the references. Then restore one, untimed."""
         with fleet.turn(split.name) as server:
-            for repeat in range(self.options.repeats):
+            for repeat in repeats:
                 server.client.evict()
                 saving = self._prompt(repeat)
                 answer = server.client.complete(saving, max_tokens=ANSWER_TOKENS, params=SAVE)
@@ -134,7 +160,7 @@ class RanksStudy:
                 nudge(server.client)
                 wait_until_at_rest(server)
             server.client.evict()
-            server.client.complete(self._prompt(0), max_tokens=2, params=AUTO)
+            server.client.complete(self._prompt(repeats[0]), max_tokens=2, params=AUTO)
 
     def _run(self, fleet: Fleet, split: Split, *, repeat: int, ratio: float) -> RanksRecord:
         with fleet.turn(split.name) as server:

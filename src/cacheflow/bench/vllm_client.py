@@ -122,7 +122,7 @@ class VllmClient:
         """Whether the server answers."""
         try:
             self._get("/health")
-        except (ServerError, OSError, http.client.HTTPException):
+        except ServerError:
             return False
         return True
 
@@ -152,6 +152,8 @@ class VllmClient:
             if response.status != http.client.OK:
                 raise ServerError(f"vLLM answered {verb} {path} with {response.status}: {text[:300]}")
             return text
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"vLLM's server on port {self._port} failed at {verb} {path}: {error}") from error
         finally:
             connection.close()
 

@@ -51,11 +51,17 @@ class Fleet:
 
     @contextmanager
     def turn(self, policy: str) -> Iterator[VllmServer]:
-        """Let one server run and all others stand still."""
+        """Let one server run and all others stand still.
+
+        Raises:
+            ServerError: It failed; the message says where its log is.
+        """
         server = self.servers[policy]
         server.thaw()
         try:
             yield server
+        except ServerError as error:
+            raise ServerError(f"{error}; the log of {server.name!r} is {server.log}") from error
         finally:
             if policy not in NEVER_FROZEN:
                 server.freeze()

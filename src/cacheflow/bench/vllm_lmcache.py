@@ -14,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from cacheflow.bench.process_group import group_cpu_s
 from cacheflow.bench.vllm_client import ServerError
 from cacheflow.bench.vllm_relay import Relay
-from cacheflow.bench.vllm_server import free_port, group_cpu_s, start_process, stop_process
+from cacheflow.bench.vllm_server import free_port, start_process, stop_process
 from cacheflow.engine.smollm2 import cache_root
 from cacheflow.errors import CacheFlowError
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import cacheflow
+from cacheflow.bench.process_group import group_cpu_s, group_memory
 from cacheflow.bench.vllm_client import MODEL, ServerError, VllmClient
 from cacheflow.errors import ConfigError
 
@@ -117,7 +118,7 @@ class VllmServer:
     def __init__(self, name: str, process: subprocess.Popen[bytes], *, port: int, log: Path) -> None:
         """Take over a started process that leads its own process group; use ``start_server``."""
         self.name, self.client, self.port = name, VllmClient(port), port
-        self._process, self._log = process, log
+        self._process, self.log = process, log
         self._frozen = False
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
@@ -136,12 +137,16 @@ class VllmServer:
 
     def log_tail(self) -> str:
         """The last lines that the server wrote."""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-LOG_TAIL_LINES:])
 
     def cpu_s(self) -> float:
         """Processor seconds used so far by the server and its children."""
         return group_cpu_s(self._process.pid)
+
+    def memory_bytes(self) -> list[int]:
+        """Memory of each of the server's processes."""
+        return group_memory(self._process.pid)
 
     def freeze(self) -> None:
         """Stop all processes of the server, so that it cannot disturb others; idle servers only."""
@@ -227,17 +232,3 @@ def free_port() -> int:
     """A local port that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
-
-
-def group_cpu_s(group: int) -> float:
-    """Processor seconds used so far by the living processes of a process group; Linux."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # "pid (name) state ppid pgrp ... utime stime": the name may hold spaces and brackets
-            values = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # ended meanwhile
-        if int(values[2]) == group:
-            ticks += int(values[11]) + int(values[12])
-    return ticks / os.sysconf("SC_CLK_TCK")

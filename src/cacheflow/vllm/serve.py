@@ -98,8 +98,11 @@ def options_from(args: argparse.Namespace) -> ConnectorOptions:
 
 def unknown_hint() -> str:
     """Behind the message about an option we do not have: those we have, and where vLLM's go."""
-    known = ", ".join(flag(field.name) for field in fields(ConnectorOptions))
-    return f"; known are --print-config, {known}; options of vLLM go behind `--`"
+    hints = get_type_hints(ConnectorOptions)
+    known = ", ".join(
+        flag(f"[no_]{field.name}" if hints[field.name] is bool else field.name) for field in fields(ConnectorOptions)
+    )
+    return f"; known are --print-config, {known}; those with [no-] take no value; options of vLLM go behind `--`"
 
 
 def check_passed_on(passed_on: Sequence[str]) -> None:
