@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cacheflow.bench import vllm_server
 from cacheflow.bench.process_group import available_memory, group_cpu_s, group_memory
 from cacheflow.bench.vllm_client import ServerError
 from cacheflow.bench.vllm_fleet import Fleet
@@ -13,6 +14,7 @@ from cacheflow.bench.vllm_server import VllmServer, free_port, start_process, st
 from cacheflow.bench.vllm_workload import open_model, read_model
 from cacheflow.cli import main
 from cacheflow.errors import ConfigError
+from support.waiting import eventually
 
 PYTHON = Path(sys.executable)
 
@@ -119,6 +121,32 @@ def test_stopping_what_has_ended_is_no_error(tmp_path: Path):
     process, _ = start_process("done", [sys.executable, "-c", "pass"], {}, tmp_path)
     process.wait()
     stop_process(process)
+
+
+def test_children_tidy_up_behind_a_parent_that_ended_first(tmp_path: Path):
+    """As vLLM's server ends before Python's resource tracker has removed the shared memory of its workers."""
+    child = "import signal, time; signal.sigwait([signal.SIGTERM]); time.sleep(0.5); print('tidied', flush=True)"
+    block = "import signal, subprocess, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])"
+    start = f"child = subprocess.Popen([sys.executable, '-c', {child!r}])"
+    parent = f"{block}; {start}; print('up', flush=True); signal.sigwait([signal.SIGTERM])"
+    process, log = start_process("tidy", [sys.executable, "-c", parent], {}, tmp_path)
+    while "up" not in log.read_text():
+        assert process.poll() is None
+    stop_process(process)
+    assert log.read_text() == "up\ntidied\n"
+
+
+def test_a_child_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vllm_server, "TIDY_TIMEOUT_S", 0.3)
+    stays = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    )
+    parent = f"import subprocess, sys, signal; subprocess.Popen([sys.executable, '-c', {stays!r}]); signal.pause()"
+    process, log = start_process("stays", [sys.executable, "-c", parent], {}, tmp_path)
+    while "up" not in log.read_text():
+        assert process.poll() is None
+    stop_process(process)
+    eventually(lambda: not group_memory(process.pid))  # it is killed: reaped in a moment
 
 
 def test_a_program_that_is_missing_is_named(tmp_path: Path):

@@ -22,6 +22,7 @@ from cacheflow.errors import ConfigError
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 20.0
+TIDY_TIMEOUT_S = 5.0
 POLL_S = 0.1
 LOG_TAIL_LINES = 25
 
@@ -216,15 +217,19 @@ def start_process(
 
 
 def stop_process(process: subprocess.Popen[bytes]) -> None:
-    """End a process that leads its group, with all of the group; waits until it is gone."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
+    """End a process that leads its group, with all of the group; waits until it is gone.
+
+    Children may tidy up behind their parent, as Python's resource tracker does with shared memory that workers left.
+    """
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
+        deadline_s = time.monotonic() + TIDY_TIMEOUT_S
+        while process.returncode is not None and time.monotonic() < deadline_s:
+            os.killpg(process.pid, 0)
+            time.sleep(POLL_S)
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
