@@ -17,7 +17,7 @@ def group_cpu_s(group: int) -> float:
 
 
 def group_memory(group: int) -> list[int]:
-    """Bytes of each living process of a process group; pages that several share count for each in part."""
+    """Bytes of memory of each living process of a group, in any order; pages that several share count in part (PSS)."""
     found = []
     for process, _ in _processes(group):
         with suppress(OSError):  # it ended meanwhile

@@ -28,7 +28,7 @@ COUNTED_S = 5.0
 """Longest wait until the engine has counted a restoration: its metrics come with its next step."""
 FAST_LINK_BYTES_PER_S = 1e12
 MEMORY_MARGIN = 1.2
-"""A server that starts needs more than one at rest."""
+"""Free memory asked for, over what servers at rest take: one that starts takes more."""
 SAVE, AUTO, OFF = ({"cacheflow": mode} for mode in ("recompute", "auto", "off"))
 
 
@@ -117,7 +117,7 @@ class RanksStudy:
         return self.options.size.num_tokens * self.model.shape.kv_bytes_per_token / (ratio * self.prefill_s)
 
     def needed_bytes(self, splits: Sequence[Split]) -> float:
-        """Memory of a server of each split, all of them started; a rank takes at most what an only one does."""
+        """Bytes of memory for a server of each split, all started; a rank takes at most what an only one does."""
         more_ranks = sum(split.num_ranks - 1 for split in splits)
         return MEMORY_MARGIN * (len(splits) * sum(self.memory_bytes) + more_ranks * self.memory_bytes[0])
 
@@ -131,6 +131,9 @@ class RanksStudy:
             ratio: See ``bytes_per_s``.
             together: Start all servers first, and stop those not in turn; else each turn starts and ends its own.
             on_step: Told what comes next.
+
+        Raises:
+            ServerError: A server did not start, or failed in its turn.
         """
         bytes_per_s, repeats = self.bytes_per_s(ratio), range(self.options.repeats)
         with ExitStack() as started:

@@ -23,6 +23,7 @@ from cacheflow.errors import ConfigError
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 20.0
 TIDY_TIMEOUT_S = 5.0
+"""For what is left of a server's group once its first process has ended."""
 POLL_S = 0.1
 LOG_TAIL_LINES = 25
 
@@ -146,7 +147,7 @@ class VllmServer:
         return group_cpu_s(self._process.pid)
 
     def memory_bytes(self) -> list[int]:
-        """Memory of each of the server's processes."""
+        """Bytes of memory that each of the server's processes takes, see ``group_memory``."""
         return group_memory(self._process.pid)
 
     def freeze(self) -> None:
