@@ -18,6 +18,7 @@ from cacheflow.plan.keys import (
     chain_hash,
     chain_hashes,
     chain_root,
+    namespace_of,
 )
 
 BASE = Namespace(weights_fingerprint="abc", dtype="bfloat16", chunk_tokens=512)
@@ -149,6 +150,7 @@ def test_key_names_are_unique_stable_and_safe_as_file_names():
         object_key(layer_hi=5),
         object_key(kind=ObjectKind.HIDDEN, layer_hi=0),
         object_key(kind=ObjectKind.NEXT, layer_hi=0),
+        object_key(kind=ObjectKind.IDENTITY, layer_hi=0),
         object_key(chain_hash="1f" * 32),
         object_key(namespace="ab" * 16),
         object_key(shard=Shard(tp_rank=1, tp_size=2)),
@@ -160,6 +162,7 @@ def test_key_names_are_unique_stable_and_safe_as_file_names():
         assert re.fullmatch(r"[A-Za-z0-9._-]+", key.name)
         assert len(key.name) < 200
         assert key.path.split("/") == key.name.split("_")
+        assert namespace_of(key.name) == key.namespace
     assert keys[0].path == f"{BASE.digest}/{HASH}/kv/0-4/tp0of1.pp0of1"
 
 
@@ -174,11 +177,30 @@ def test_key_names_are_unique_stable_and_safe_as_file_names():
         {"layer_lo": 4},
         {"layer_lo": -1},
         {"kind": ObjectKind.NEXT},
+        {"kind": ObjectKind.NEXT, "layer_lo": 4},
+        {"kind": ObjectKind.IDENTITY},
+        {"kind": ObjectKind.IDENTITY, "layer_lo": 4},
     ],
 )
 def test_bad_keys_are_refused(change):
     with pytest.raises(ConfigError):
         object_key(**change)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "core",
+        f"{BASE.digest}_{HASH}",
+        f"{BASE.digest[:31]}_{HASH}_kv_0-4_tp0of1.pp0of1",
+        f"{BASE.digest}_{HASH}_kv_0-4_tp0of1.pp0of1.tmp",
+        f"{BASE.digest}_{HASH[:-1]}_kv_0-4_tp0of1.pp0of1",
+        f"../{BASE.digest}_{HASH}_kv_0-4_tp0of1.pp0of1",
+    ],
+)
+def test_what_is_not_named_like_a_key_is_of_no_namespace(name):
+    assert namespace_of(name) is None
 
 
 @pytest.mark.parametrize("change", [{"tp_rank": 1}, {"pp_rank": -1}, {"tp_size": 0}])

@@ -30,6 +30,7 @@ CHAIN_HASH_BYTES = 32
 _CHAIN_TAG = b"cacheflow chain 1"
 _ROOT_TAG = b"cacheflow root 1"
 _HEX = re.compile(r"[0-9a-f]+\Z")
+_NAME = re.compile(r"([0-9a-f]{32,})_[0-9a-f]{64}_[a-z]+_\d+-\d+_tp\d+of\d+\.pp\d+of\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,9 @@ class ObjectKind(Enum):
     """Boundary hidden states of one chunk: the input of layer ``layer_lo``."""
     NEXT = "next"
     """Lengths of the partial chunks that were saved behind this chain hash (see ``stores.prefix_index``)."""
+    IDENTITY = "identity"
+    """What a namespace stands for, as JSON text padded with spaces to ``IDENTITY_BYTES`` (see
+    ``stores.identity_record``)."""
 
 
 @dataclass(frozen=True, slots=True, order=True, kw_only=True)
@@ -125,10 +129,11 @@ class ObjectKey:
 
     Attributes:
         namespace: ``Namespace.digest``.
-        chain_hash: Hex of the chain hash at the end of the chunk (for ``NEXT``: at the position it tells about).
+        chain_hash: Hex of the chain hash at the end of the chunk (for ``NEXT``: at the position it tells about; for
+            ``IDENTITY``: zeros).
         kind: What the object holds.
-        layer_lo: First layer; 0 for ``NEXT``.
-        layer_hi: One past the last layer; for ``HIDDEN`` and ``NEXT`` equal to ``layer_lo``.
+        layer_lo: First layer; 0 for ``NEXT`` and ``IDENTITY``.
+        layer_hi: One past the last layer; for every kind but ``KV`` equal to ``layer_lo``.
         shard: Which rank's part.
         name: Canonical string of letters, digits, ``.``, ``-`` and ``_``: a file name, and what equality rests on.
     """
@@ -151,8 +156,13 @@ class ObjectKey:
             raise ConfigError(f"chain_hash {self.chain_hash!r} is not {2 * CHAIN_HASH_BYTES} lower-case hex digits")
         if len(self.namespace) < 32 or not _HEX.match(self.namespace):
             raise ConfigError(f"namespace {self.namespace!r} is not a digest of at least 32 lower-case hex digits")
+        of_no_layer = self.kind in (ObjectKind.NEXT, ObjectKind.IDENTITY)
         empty_range = self.layer_lo == self.layer_hi
-        if not 0 <= self.layer_lo <= self.layer_hi or empty_range == (self.kind is ObjectKind.KV):
+        if (
+            not 0 <= self.layer_lo <= self.layer_hi
+            or empty_range == (self.kind is ObjectKind.KV)
+            or (of_no_layer and self.layer_hi)
+        ):
             raise ConfigError(f"layers [{self.layer_lo}, {self.layer_hi}) do not fit a {self.kind.value} object")
         object.__setattr__(self, "name", self.path.replace("/", "_"))
 
@@ -165,6 +175,12 @@ class ObjectKey:
     def digest(self) -> bytes:
         """SHA-256 of the canonical name, 32 bytes; it stands in the record's header."""
         return hashlib.sha256(self.name.encode()).digest()
+
+
+def namespace_of(name: str) -> str | None:
+    """The namespace in an ``ObjectKey.name``; None for a name that is not of that form."""
+    found = _NAME.fullmatch(name)
+    return found[1] if found else None
 
 
 def chain_root(salt: str = "") -> bytes:
