@@ -1,13 +1,18 @@
 """Capacity, eviction and pins; threads that hang, and buffers while they do."""
 
 import logging
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cacheflow
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import GetRequest, PutOutcome, ReadTap
 from cacheflow.stores.file import FileStore
@@ -103,6 +108,57 @@ def test_deleting_gives_the_space_back(small):
     small.delete([key(1)])
     put(small, 4)
     assert held(small, 1, 2, 3, 4) == [2, 3, 4]
+
+
+def test_a_process_that_gets_no_more_memory_evicts_for_new_objects():
+    program = (
+        "import resource, sys\n"
+        f"sys.path[:0] = [{str(Path(cacheflow.__file__).parents[1])!r}, {str(Path(__file__).parents[1])!r}]\n"
+        "from cacheflow.stores.memory import MemoryStore\n"
+        "from support.store_objects import key, payload, put_request\n"
+        "data = payload(0, 8 << 20)\n"
+        "def put(number):\n"
+        "    return store.submit_put([put_request(number, data)]).wait(20.0)[0].value\n"
+        "with MemoryStore(capacity_bytes=1 << 40) as store:\n"
+        "    outcomes = [put(0), put(1)]  # the threads run\n"
+        "    store.pin([key(0)], ttl_s=600.0)\n"
+        "    address_space = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "    no_limit = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (address_space + (60 << 20), no_limit[1]))\n"
+        "    outcomes += [put(number) for number in range(2, 60)]\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, no_limit)\n"
+        "    print(*set(outcomes))\n"
+        "    print(*(number for number in range(60) if store.contains([key(number)])[0]))\n"
+        "    print(store.stats().used_bytes, store.stats().num_evicted)\n"
+    )
+    # each record in pages of its own, which go back when it is evicted: the limit is then met to the byte
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    outcomes, numbers, counts = done.stdout.splitlines()
+    assert outcomes == "stored"
+    numbers = [int(number) for number in numbers.split()]
+    assert 3 < len(numbers) < 50
+    assert numbers == [0, *range(60 - len(numbers) + 1, 60)], "the pinned one and the newest"
+    assert counts == f"{len(numbers) * ((8 << 20) + 4096)} {60 - len(numbers)}"
+
+
+def test_memory_that_nothing_can_be_evicted_for_is_full(monkeypatch):
+    with MemoryStore(capacity_bytes=1 << 20) as store:
+        put_in_turn(store, 1, 2)
+        store.pin([key(1), key(2)], ttl_s=60.0)
+
+        def refuse(*_args):
+            raise MemoryError
+
+        request = put_request(3)
+        monkeypatch.setattr(np, "empty", refuse)
+        assert store.submit_put([request]).wait(TIMEOUT_S) == (FULL,)
+        monkeypatch.undo()
+        assert held(store, 1, 2, 3) == [1, 2]
+        assert put(store, 3) == (STORED,), "and no room is lost"
+        assert store.stats().used_bytes == 3 * RECORD
 
 
 @pytest.mark.parametrize("options", [{"capacity_bytes": 0}, {"capacity_bytes": 10, "num_threads": 0}])

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -19,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheflow.errors import StoreError
-from cacheflow.plan.keys import ObjectKey
+from cacheflow.plan.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import RECORD_VERSION, ChecksumAlgorithm, best_algorithm, require
 
 STALE_STAGING_S = 3600.0
 """Age at which a staging file is taken for the remains of a dead writer; a live one takes seconds."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _MARKER = "cacheflow-store.json"
 _MAX_PARTS = 512
@@ -68,7 +71,7 @@ class RecordDirectory:
                 f"store directory {root} cannot be used: {error}; choose a directory this process can create and write"
             ) from error
         require(self.algorithm, where=f"store directory {root}")
-        self._remove_stale_staging()
+        self.remove_stale_staging()
 
     def path(self, key: ObjectKey) -> str:
         """Where a key's record lies."""
@@ -89,7 +92,8 @@ class RecordDirectory:
             sync: Flush the record to the disk before it becomes visible.
 
         Raises:
-            OSError: The disk is full or failing; nothing is left behind and nothing changed under ``name``.
+            OSError: The disk is full (see ``is_full``) or failing; nothing is left behind and nothing changed under
+                ``name``.
         """
         staged = Path(f"{self._staging}/{os.getpid()}-{uuid.uuid4().hex}")
         try:
@@ -140,35 +144,47 @@ class RecordDirectory:
         return True
 
     def scan(self) -> list[RecordFile]:
-        """Every record, in no particular order."""
+        """Every record, in no particular order; files that are not named like one are left alone."""
         return [
             RecordFile(entry.name, status.st_size, status.st_mtime)
             for outer in _entries(self._objects)
             for inner in _entries(outer.path)
             for entry in _entries(inner.path)
-            if (status := _status(entry)) is not None
+            if namespace_of(entry.name) is not None and (status := _status(entry)) is not None
         ]
 
     def free_bytes(self) -> int:
-        """Bytes free on the disk for this process."""
+        """Bytes free on the disk for this process, 0 where no further file can be made; knows nothing of user quotas.
+
+        Raises:
+            OSError: The directory is gone, or the disk does not answer.
+        """
         status = os.statvfs(self.root)
-        return status.f_bavail * status.f_frsize
+        out_of_files = status.f_files > 0 and status.f_favail == 0  # some file systems have no limit and count none
+        return 0 if out_of_files else status.f_bavail * status.f_frsize
 
     def _probe_writing(self) -> None:
         # by doing it: permission bits say nothing about root, read-only mounts or quotas
         probe = Path(f"{self._staging}/probe-{uuid.uuid4().hex}")
-        probe.write_bytes(b"cacheflow")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"cacheflow")
+        except OSError as error:
+            if not is_full(error):  # a full disk can be used: eviction makes room
+                raise
+        finally:
+            probe.unlink(missing_ok=True)
 
     def _agree(self, wanted: ChecksumAlgorithm) -> ChecksumAlgorithm:
         """Read the marker, or be the one process that creates it."""
         marker = self.root / _MARKER
         if not marker.exists():
             staged = Path(f"{self._staging}/marker-{uuid.uuid4().hex}")
-            staged.write_text(json.dumps({"record_version": RECORD_VERSION, "checksum": wanted.name}) + "\n")
-            with suppress(FileExistsError):
-                marker.hardlink_to(staged)  # unlike a rename, fails when another process was first
-            staged.unlink()
+            try:
+                staged.write_text(json.dumps({"record_version": RECORD_VERSION, "checksum": wanted.name}) + "\n")
+                with suppress(FileExistsError):
+                    marker.hardlink_to(staged)  # unlike a rename, fails when another process was first
+            finally:
+                staged.unlink(missing_ok=True)
         text = marker.read_text(errors="replace")
         try:
             values = json.loads(text)
@@ -182,13 +198,19 @@ class RecordDirectory:
             )
         return algorithm
 
-    def _remove_stale_staging(self) -> None:
+    def remove_stale_staging(self) -> None:
+        """Remove what dead writers left behind."""
         oldest_s = time.time() - STALE_STAGING_S
         for entry in _entries(self._staging):
             status = _status(entry)
             if status is not None and status.st_mtime < oldest_s:
                 with suppress(OSError):
                     Path(entry.path).unlink()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed because the disk, or a quota on it, is full."""
+    return error.errno in _FULL
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:

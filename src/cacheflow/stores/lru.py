@@ -16,7 +16,7 @@ class LruIndex:
     """
 
     def __init__(self, capacity_bytes: int) -> None:
-        """Create an empty index.
+        """Create an empty index; ``capacity_bytes`` may be changed later, the next ``reserve`` evicts what is over it.
 
         Raises:
             ConfigError: ``capacity_bytes`` is below 1.
@@ -28,7 +28,8 @@ class LruIndex:
         """Bytes held, without reservations."""
         self.num_evicted = 0
         self._sizes: OrderedDict[str, int] = OrderedDict()
-        self._reserved_bytes = 0
+        self.reserved_bytes = 0
+        """Bytes set aside for what is being written."""
         self._pinned_until_s: dict[str, float] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -51,7 +52,14 @@ class LruIndex:
             The names evicted for it, least recently used first and never a pinned one, just enough; they are no
             longer in the index. None, with nothing changed, when that cannot make room.
         """
-        needed = self.used_bytes + self._reserved_bytes + num_bytes - self.capacity_bytes
+        victims = self.evict(self.used_bytes + self.reserved_bytes + num_bytes - self.capacity_bytes, now_s=now_s)
+        if victims is not None:
+            self.reserved_bytes += num_bytes
+        return victims
+
+    def evict(self, num_bytes: int, *, now_s: float) -> tuple[str, ...] | None:
+        """Forget objects that hold ``num_bytes`` together; returns what ``reserve`` would."""
+        needed = num_bytes
         victims: list[str] = []
         for name, size in self._sizes.items():
             if needed <= 0:
@@ -64,7 +72,6 @@ class LruIndex:
         for name in victims:
             self.discard(name)
         self.num_evicted += len(victims)
-        self._reserved_bytes += num_bytes
         return tuple(victims)
 
     def commit(self, name: str, num_bytes: int) -> None:
@@ -74,7 +81,7 @@ class LruIndex:
 
     def release(self, num_bytes: int) -> None:
         """Give a reservation back."""
-        self._reserved_bytes -= num_bytes
+        self.reserved_bytes -= num_bytes
 
     def add(self, name: str, num_bytes: int) -> None:
         """Hold an object that is there already, as the most recently used; may exceed the bound until ``reserve``."""

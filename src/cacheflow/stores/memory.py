@@ -17,11 +17,15 @@ from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
 
+_MAX_TRIES = 4
+"""Times that memory for one record is asked for; what was evicted for it may be taken by others."""
+
 
 class MemoryStore(BoundedStore):
     """A bounded store in host memory; objects die with the process.
 
-    A read copies once, outside the lock and without the GIL; an object evicted meanwhile is read to its end.
+    A read copies once, outside the lock and without the GIL; an object evicted meanwhile is read to its end. Where the
+    process gets no memory for a record though the capacity would allow it, objects are evicted until it does.
     """
 
     def __init__(
@@ -84,12 +88,12 @@ class MemoryStore(BoundedStore):
                 del self._records[name]
         if victims is None:
             return PutOutcome.FULL
-        try:
-            record = _joined(parts, num_bytes)
-        except MemoryError:
+        record = self._new_record(num_bytes)
+        if record is None:
             with self._lock:
                 self._index.release(num_bytes)
-            return PutOutcome.ERROR
+            return PutOutcome.FULL
+        _fill(record, parts)
         with self._lock:
             if key.name in self._index and not replace:  # another thread was faster
                 self._index.release(num_bytes)
@@ -108,11 +112,23 @@ class MemoryStore(BoundedStore):
             self._index.discard(key.name)
             return self._records.pop(key.name, None) is not None
 
+    def _new_record(self, num_bytes: int) -> npt.NDArray[np.uint8] | None:
+        """Memory for a record, None when too little can be evicted for it."""
+        for _ in range(_MAX_TRIES):
+            try:
+                return np.empty(num_bytes, np.uint8)
+            except MemoryError:
+                with self._lock:
+                    victims = self._index.evict(num_bytes, now_s=self._clock())
+                    for name in victims or ():
+                        del self._records[name]
+                if victims is None:
+                    break
+        return None
 
-def _joined(parts: Sequence[memoryview], num_bytes: int) -> npt.NDArray[np.uint8]:
-    record = np.empty(num_bytes, np.uint8)
+
+def _fill(record: npt.NDArray[np.uint8], parts: Sequence[memoryview]) -> None:
     start = 0
     for part in parts:
         np.copyto(record[start : start + part.nbytes], np.frombuffer(part, np.uint8))
         start += part.nbytes
-    return record

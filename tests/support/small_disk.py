@@ -1,0 +1,51 @@
+"""A disk of a few records: a directory that is full as a real one is, and a mounted file system that really is."""
+
+import errno
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+
+from cacheflow.stores.directory import RecordDirectory
+
+
+class SmallDisk(RecordDirectory):
+    """A directory on a disk of so many bytes, of which other users take some; counts the writes that found no room."""
+
+    def __init__(self, root, disk_bytes, *, error=errno.ENOSPC):
+        super().__init__(root)
+        self.disk_bytes = disk_bytes
+        self.others_bytes = 0
+        self.error = error
+        self.num_full = 0
+
+    def record_bytes(self):
+        return sum(path.stat().st_size for path in self.root.glob("objects/*/*/*"))
+
+    def free_bytes(self):
+        return max(0, self.disk_bytes - self.others_bytes - self.record_bytes())
+
+    def write(self, name, parts, *, sync):
+        if sum(part.nbytes for part in parts) > self.free_bytes():
+            self.num_full += 1
+            raise OSError(self.error, os.strerror(self.error))
+        super().write(name, parts, sync=sync)
+
+
+@contextmanager
+def mounted(folder, *, num_bytes):
+    """A tmpfs of ``num_bytes`` at ``folder``; skips the test where this process may mount none."""
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    if mount is None or umount is None:
+        pytest.skip("needs `mount`, which is not installed here")
+    folder.mkdir()
+    command = [mount, "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"needs to mount a tmpfs, which is not permitted here: {tried.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run([umount, str(folder)], check=True)
