@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from typing import Any, Generic, TypeVar
 
 from cacheflow.errors import ConfigError
@@ -116,6 +116,12 @@ class ThreadedStore(Store):
         self._threads: list[Thread] = []
         self._closed = False
         self._suspects: set[ObjectKey] = set()
+        self._num_damaged = 0
+        self._damage_lock = Lock()
+
+    def __str__(self) -> str:
+        """What log lines call the store."""
+        return f"{self.capabilities().name} store"
 
     @abstractmethod
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
@@ -197,7 +203,7 @@ class ThreadedStore(Store):
     def close(self) -> None:
         """See ``Store.close``; a thread hung in the backend is left behind after 5 s, with a warning."""
         with self._queue_changed:
-            self._closed = True
+            was_closed, self._closed = self._closed, True
             abandoned, self._queue = self._queue, []
             self._queue_changed.notify_all()
         for _, _, transfer in abandoned:
@@ -205,8 +211,10 @@ class ThreadedStore(Store):
         for thread in self._threads:
             thread.join(_JOIN_TIMEOUT_S)
             if thread.is_alive():
-                logger.warning("%s: a thread is hung in the backend and was left behind", self.capabilities().name)
+                logger.warning("%s: a thread is hung in the backend and was left behind", self)
         self._threads = []
+        if self._num_damaged > 1 and not was_closed:
+            logger.warning("%s: %d reads found a damaged record since it was opened", self, self._num_damaged)
 
     def _enqueue(
         self,
@@ -257,10 +265,21 @@ class ThreadedStore(Store):
         else:
             outcome = self._length_outcome(request.key, header, num_found, payload.nbytes)
         if outcome is LoadOutcome.CORRUPT:
-            self._suspects.add(request.key)
+            self._note_damage(request.key)
         elif outcome is LoadOutcome.OK and self._suspects:
             self._suspects.discard(request.key)
         return outcome
+
+    def _note_damage(self, key: ObjectKey) -> None:
+        self._suspects.add(key)
+        with self._damage_lock:
+            self._num_damaged += 1
+            is_first = self._num_damaged == 1
+        if is_first:
+            logger.warning(
+                "%s: the record of %s is damaged and counts as absent; what it held is recomputed and written again. "
+                "Further damage is only counted", self, key.name,
+            )  # fmt: skip
 
     def _length_outcome(self, key: ObjectKey, header: memoryview, num_found: int, num_asked: int) -> LoadOutcome:
         found = decode_header(header) if num_found >= 0 else None
