@@ -7,13 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacheflow.plan.keys import ObjectKey, ObjectKind
+from cacheflow.plan.keys import Namespace, ObjectKey, ObjectKind
 from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest
 from cacheflow.stores.faults import FaultPlan, FaultyStore, ThrottledStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
-from support.store_objects import TIMEOUT_S, get, key, payload, put, put_request
+from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put, put_request
 
 CAPACITY = 64 << 20
 OK = LoadOutcome.OK
@@ -195,6 +195,18 @@ def test_capabilities_are_stated(store):
     assert found.name
     assert found.capacity_bytes == CAPACITY
     assert found.max_parallel_reads >= 1
+
+
+def test_the_census_counts_objects_by_namespace(store):
+    assert store.census() == {}
+    other = Namespace(weights_fingerprint="other weights", dtype="bfloat16", chunk_tokens=4)
+    put(store, 1, 2, 3)
+    request = PutRequest(key(1, namespace=other), [payload(1)], (1000,), "uint8")
+    assert store.submit_put([request]).wait(TIMEOUT_S) == (PutOutcome.STORED,)
+    assert store.census() == {NAMESPACE.digest: 3, other.digest: 1}
+    store.delete([key(2), key(1, namespace=other)])
+    get(store, 2)
+    assert store.census() == {NAMESPACE.digest: 2}
 
 
 def test_after_close_everything_is_an_error_and_nothing_raises(store):

@@ -37,9 +37,10 @@ class PutOutcome(Enum):
     EXISTS = "exists"
     """The key was there already and nothing was written."""
     FULL = "full"
-    """It does not fit: larger than the store, or too little that is not pinned could be evicted. Nothing changed."""
+    """It does not fit: larger than the store, or too little that is not pinned could be evicted. Nothing is visible
+    under the key."""
     ERROR = "error"
-    """The disk is full, the connection broke, the store is closed. Nothing is visible under the key."""
+    """The disk failed, the connection broke, the store is closed. Nothing is visible under the key."""
     LATE = "late"
     CANCELLED = "cancelled"
 
@@ -84,7 +85,7 @@ class PutRequest:
         buffers: Its payload in parts, stored one behind the other.
         shape: Shape of the tensor, for people and tools; at most 8 dimensions.
         dtype: Name of its dtype, at most 16 ASCII characters.
-        replace: Overwrite an existing object; for ``ObjectKind.NEXT``, since the others never change.
+        replace: Overwrite an existing object; for ``ObjectKind.NEXT`` and ``IDENTITY``, since the others never change.
     """
 
     key: ObjectKey
@@ -102,7 +103,8 @@ class Capabilities:
         name: For people and metrics.
         persistent: Objects survive the process.
         shared: Other processes may see and change the same objects.
-        capacity_bytes: Bound on records held, headers included; None when the store itself does not bound them.
+        capacity_bytes: Bound on records held, headers included; None when the store itself does not bound them. Less
+            than the store was opened with while its medium has less room.
         max_parallel_reads: Reads that make progress at the same time; more than that queue up.
     """
 
@@ -180,7 +182,7 @@ class Store(ABC):
 
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """What kind of store this is; constant."""
+        """What kind of store this is; constant but for ``capacity_bytes``."""
 
     @abstractmethod
     def contains(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
@@ -240,6 +242,13 @@ class Store(ABC):
     @abstractmethod
     def stats(self) -> StoreStats:
         """Counts since the store was opened, and live estimates."""
+
+    @abstractmethod
+    def census(self) -> Mapping[str, int]:
+        """Number of objects held by namespace (``ObjectKey.namespace``), as far as this process knows; asks no medium.
+
+        Only namespaces of which an object is held are keys; what is not named like an ``ObjectKey`` is left out.
+        """
 
     @abstractmethod
     def close(self) -> None:

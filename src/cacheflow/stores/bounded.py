@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from threading import Lock
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import ObjectKey
+from cacheflow.plan.keys import ObjectKey, namespace_of
 from cacheflow.stores.lru import LruIndex
 from cacheflow.stores.record import ChecksumAlgorithm
 from cacheflow.stores.threaded import ThreadedStore, Usage
@@ -57,6 +58,12 @@ class BoundedStore(ThreadedStore):
         with self._lock:
             for key in keys:
                 self._index.unpin(key.name)
+
+    def census(self) -> Mapping[str, int]:
+        """See ``Store.census``."""
+        with self._lock:
+            names = tuple(self._index.sizes())
+        return Counter(namespace for name in names if (namespace := namespace_of(name)) is not None)
 
     def usage(self) -> Usage:
         """See ``ThreadedStore.usage``."""

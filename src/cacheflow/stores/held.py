@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Condition, Lock
 from typing import Any, Generic, Protocol
@@ -189,6 +189,10 @@ class WrapperStore(Store):
             num_evicted=inner.num_evicted,
             injected=inner.injected,
         )
+
+    def census(self) -> Mapping[str, int]:
+        """See ``Store.census``."""
+        return self.inner.census()
 
     def close(self) -> None:
         """See ``Store.close``."""
