@@ -44,7 +44,8 @@ def mounted(folder, *, num_bytes):
     command = [mount, "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     tried = subprocess.run(command, capture_output=True, text=True, check=False)
     if tried.returncode:
-        pytest.skip(f"needs to mount a tmpfs, which is not permitted here: {tried.stderr.strip()}")
+        reason = tried.stderr.strip().partition("\n")[0]
+        pytest.skip(f"needs to mount a tmpfs, which is not permitted here: {reason}")
     try:
         yield folder
     finally:
