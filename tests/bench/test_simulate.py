@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.simulate_report import read_simulations
+from cacheflow.bench.simulate_report import comparable, read_simulations
 from cacheflow.bench.simulate_setup import cluster_config, cluster_values, find_costs, find_shape
 from cacheflow.bench.simulate_workload import measure, restarted, shaped, trace_workload
 from cacheflow.errors import ConfigError
@@ -43,6 +43,8 @@ def test_every_policy_gets_a_record_a_row_and_a_line(trace: Path, tmp_path: Path
     records = read_simulations(out / "results.jsonl")
     names = ["vllm", "lmcache", "hicache", "cake", "cacheflow_v1", "cacheflow_v2", "cacheflow"]
     assert [each["policy"] for each in records] == names
+    assert "cacheflow: ours, the vLLM plugin" in " ".join(text.split())
+    assert "cacheflow_embedded" not in text
     for each in records:
         assert each["policy"] in text
         assert each["num_requests"] == len(ROWS)
@@ -54,6 +56,96 @@ def test_every_policy_gets_a_record_a_row_and_a_line(trace: Path, tmp_path: Path
         assert 0 < each["ttft_p50_s"] <= each["ttft_p90_s"] <= each["ttft_p99_s"] <= each["ttft_max_s"]
         assert each["ttft_percentiles_s"]["50.0"] == each["ttft_p50_s"]
     assert (out / "ttft-cdf.png").read_bytes().startswith(b"\x89PNG")
+
+
+ALL = "vllm,lmcache,hicache,cake,cacheflow_v1,cacheflow_v2,cacheflow,cacheflow_embedded"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_trace_without_reuse_says_so_and_gives_nobody_a_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "fresh.csv"
+    rows = [f"2023-11-16 18:17:03.{n:03d}0000,{4000 - 37 * n if n % 3 else 9000},{5 + n}" for n in range(60)]
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    command = ["simulate", "--trace", str(path), "--replicas", "1", "--out"]
+    assert cli.main([*command, str(tmp_path / "plain")]) == 0
+    said = one_line(capsys.readouterr().out)
+    assert "reuse: none. No prompt of this workload begins with a full block of 512 tokens of an earlier one" in said
+    assert "nothing can be restored, and no row differs at all" in said
+    plain = read_simulations(tmp_path / "plain" / "results.jsonl")
+    assert {each["reusable_tokens"] for each in plain} == {0}
+    assert len(plain) == 7
+    for each in plain:
+        for key in ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "ttlt_mean_s"):
+            assert each[key] == pytest.approx(plain[0][key], rel=1e-9), each["policy"]
+    assert cli.main([*command, str(tmp_path / "all"), "--policies", ALL]) == 0
+    said = one_line(capsys.readouterr().out)
+    assert "no row differs but cacheflow_embedded, which serves new prompts in another order" in said
+    *others, embedded = read_simulations(tmp_path / "all" / "results.jsonl")
+    assert embedded["policy"] == "cacheflow_embedded"
+    assert embedded["ttft_mean_s"] < 0.99 * others[-1]["ttft_mean_s"]
+
+
+def test_the_share_of_reusable_tokens_is_printed(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By hand: six prompts share 0, 3, 1, 4, 2 and 0 blocks with those before; again, all but their last."""
+    assert cli.main(words(trace, tmp_path / "out", "--policies", "vllm")) == 0
+    # Of a prompt that ends with a block the last is computed again, because its last token gives the first answer.
+    once, again = 0 + 3 + 1 + 4 + 2 + 0, 2 + 3 + 1 + 5 + 3 + 1
+    tokens = 512 * (once + 2 * again)
+    total = sum(row["input_length"] for row in ROWS)
+    [record] = read_simulations(tmp_path / "out" / "results.jsonl")
+    assert record["reusable_tokens"] == tokens
+    assert f"reuse: {tokens / total:.1%} of the prompt tokens ({tokens:,} of {total:,})" in one_line(
+        capsys.readouterr().out
+    )
+
+
+def test_the_embedded_engines_order_is_a_row_that_says_so(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ("--policies", "cacheflow,cacheflow_embedded", "--objective", "p99_ttft")
+    assert cli.main(words(trace, tmp_path / "out", *options)) == 0
+    plugin, embedded = read_simulations(tmp_path / "out" / "results.jsonl")
+    assert plugin["order"] == "restorations by objective, new tokens by arrival"
+    assert embedded["order"] == "all work by objective, new prompts too"
+    said = one_line(capsys.readouterr().out)
+    for each in (plugin, embedded):
+        assert f"order: {each['order']}" in said
+    assert "cacheflow_embedded: ours, the embedded engine" in said
+
+
+def as_of_old(record: dict) -> dict:
+    """The record of a time when ``cacheflow`` ordered new prompts too, and nobody said so."""
+    return {key: value for key, value in record.items() if key not in ("order", "reusable_tokens")}
+
+
+def test_records_of_old_are_named_as_what_they_were(trace: Path, tmp_path: Path):
+    results = tmp_path / "out" / "results.jsonl"
+    assert cli.main(words(trace, tmp_path / "out", "--policies", "vllm,cacheflow_embedded")) == 0
+    old = [as_of_old(each) for each in read_simulations(results)]
+    old[1]["policy"] = "cacheflow"
+    results.write_text("".join(json.dumps(each) + "\n" for each in old))
+    assert [each["policy"] for each in read_simulations(results)] == ["vllm", "cacheflow_embedded"]
+    assert cli.main(words(trace, tmp_path / "out", "--policies", "cacheflow")) == 0
+    assert "order" not in json.loads(results.read_text().splitlines()[1]), "what was written stays as it was"
+    records = read_simulations(results)
+    shown, num_others = comparable(records, records[-1])
+    assert ([each["policy"] for each in shown], num_others) == (["vllm", "cacheflow_embedded", "cacheflow"], 0)
+    assert shown[1]["ttft_mean_s"] == old[1]["ttft_mean_s"]
+
+
+def test_the_committed_records_read_and_tell_both_orders_apart():
+    records = read_simulations(Path(__file__).parents[2] / "benchmarks" / "simulated" / "results.jsonl")
+    settings = {each["requests_fingerprint"]: comparable(records, each)[0] for each in records}
+    assert len(settings) == 3
+    for same in settings.values():
+        by_name = {each["policy"]: each for each in same}
+        assert set(by_name) == set(ALL.split(","))
+        plugin, embedded = by_name["cacheflow"], by_name["cacheflow_embedded"]
+        assert (plugin["order"], "order" in embedded) == ("restorations by objective, new tokens by arrival", True)
+        assert embedded["ttft_mean_s"] < plugin["ttft_mean_s"] < by_name["cake"]["ttft_mean_s"]
 
 
 def test_the_same_seed_gives_the_same_records(tmp_path: Path):
@@ -235,6 +327,8 @@ def test_a_workload_is_measured_before_anything_runs(trace: Path):
     costs = find_costs("roofline", values, shape, measured=None, extrapolate=False)
     size = measure(trace_workload(trace, format="auto", block_tokens=512, repeat=1), config, costs)
     assert (size.num_requests, size.last_arrival_s) == (len(ROWS), pytest.approx(0.4 * (len(ROWS) - 1)))
+    assert size.input_tokens == sum(row["input_length"] for row in ROWS)
+    assert size.reusable_share == size.reusable_tokens / size.input_tokens
 
 
 def test_published_costs_are_named_and_refused_beyond_their_range(

@@ -44,7 +44,7 @@ def test_the_trace_of_these_tests_can_be_simulated(simulate):
         (("--sessions", 5), "--sessions says nothing without --workload; a trace has its own: drop --sessions"),
         (("--measured", "."), "--measured says nothing without --costs published: drop --measured"),
         (("--extrapolate",), "--extrapolate says nothing without --costs published: drop --extrapolate"),
-        (("--objective", "p99_ttft"), "--objective says nothing without cacheflow among the --policies"),
+        (("--objective", "p99_ttft"), "--objective says nothing without cacheflow or cacheflow_embedded among"),
         (("--workload", "swe-bench", "--format", "mooncake"), "--format says nothing without --trace: drop --format"),
         (("--workload", "swe-bench", "--repeat", 2), "--repeat says nothing without --trace"),
     ],

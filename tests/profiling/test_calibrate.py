@@ -2,12 +2,25 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cacheflow import cli
-from cacheflow.errors import ConfigError
+from cacheflow.errors import ConfigError, ProfileError
 
 pytestmark = pytest.mark.torch
+
+
+class Ticks:
+    """A clock that goes on by a tick whenever it is asked, so that every measurement takes one."""
+
+    def __init__(self, tick_s=lambda calls: 0.01):
+        self.now_s, self.calls, self._tick_s = 0.0, 0, tick_s
+
+    def __call__(self):
+        self.now_s += self._tick_s(self.calls)
+        self.calls += 1
+        return self.now_s
 
 
 @pytest.fixture
@@ -31,8 +44,13 @@ def test_a_calibration_measures_every_kind_of_layer(model, options):
     from cacheflow.profiling.profile import Profile
 
     steps: dict[str, list[tuple[int, int]]] = {}
+    clock = Ticks()
     calibration = Calibration(
-        model, options, lambda what, done, total: steps.setdefault(what, []).append((done, total))
+        model,
+        options,
+        lambda what, done, total: steps.setdefault(what, []).append((done, total)),
+        clock=clock,
+        cpu_clock=clock,
     )
     profile = calibration.run(LinkCost(bytes_per_s=1e8))
     costs = profile.costs
@@ -125,6 +143,7 @@ def test_break_even_and_crossover_follow_from_costs_and_link(model, options):
     [
         ({"chunk_tokens": 0}, "chunk_tokens is 0"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"time_limit_s": 0.0}, "time_limit_s is 0.0, must be above 0"),
         ({"suffix_tokens": -1}, "suffix_tokens is -1"),
         ({"max_tokens": 100}, "max_tokens 100 is below chunk_tokens 512"),
     ],
@@ -136,7 +155,9 @@ def test_options_out_of_range_are_refused(bad, message):
         CalibrationOptions(**bad)
 
 
-QUICK = ("--dtype", "float32", "--chunk", "32", "--max-tokens", "64", "--repeats", "1")
+TINY = ("--dtype", "float32", "--chunk", "32", "--max-tokens", "64")
+QUICK = (*TINY, "--repeats", "1", "--accept-noise")
+"""For tests on the real clock: what they measure lasts microseconds, and the machine may be as busy as it likes."""
 
 
 def test_calibrate_writes_a_profile_and_says_what_is_in_it(model_folder, tmp_path, capsys):
@@ -156,6 +177,115 @@ def test_calibrate_writes_a_profile_and_says_what_is_in_it(model_folder, tmp_pat
     assert f"{profile.crossover_tokens} tokens (layer-wise" in out
     assert out.count("chunks by offset") == 1  # one progress bar a kind of layer, not one a step
     assert "profile.json" in out.replace(" ", "")
+
+
+def calibrate(words, *, clock, cpu_share=1.0):
+    """The command on a clock of the test's; its exit code as ``cli.main`` gives it, or the error it raises."""
+    import argparse
+
+    from cacheflow.profiling import command
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(list(map(str, words))), clock=clock, cpu_clock=lambda: clock.now_s * cpu_share)
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+BUSY = r"the machine was busy: the same 8 chunks took .* in their fastest rounds and .* in their slowest, 5.00 times"
+
+
+def spell(calls):
+    """Five times as slow when the first round is over."""
+    return 0.01 if calls < 60 else 0.05
+
+
+def test_a_quiet_machine_gives_a_profile_and_no_complaint(model_folder, tmp_path, capsys, caplog):
+    from cacheflow.profiling.profile import load_profile
+
+    path = tmp_path / "p.json"
+    assert calibrate([model_folder, *TINY, "--out", path], clock=Ticks()) == 0
+    assert load_profile(path).busy == ""
+    assert "busy" not in capsys.readouterr().out + caplog.text
+
+
+def test_a_busy_machine_gives_no_profile_and_keeps_the_one_there_was(model_folder, tmp_path, capsys):
+    path = tmp_path / "p.json"
+    calibrate([model_folder, *TINY, "--out", path], clock=Ticks())
+    before = path.read_bytes()
+    with pytest.raises(ProfileError, match=BUSY) as raised:
+        calibrate([model_folder, *TINY, "--out", path], clock=Ticks(spell))
+    assert f"No profile was written, {path} is as before" in str(raised.value)
+    assert path.read_bytes() == before
+    assert ": no time" not in capsys.readouterr().out
+
+
+def test_who_accepts_noise_gets_a_profile_that_says_so(model_folder, tmp_path, capsys, caplog):
+    import re
+
+    from cacheflow.profiling.profile import load_profile
+
+    path = tmp_path / "p.json"
+    assert calibrate([model_folder, *TINY, "--out", path, "--accept-noise"], clock=Ticks(spell)) == 0
+    assert "The profile says so, and so will whoever loads it" in one_line(capsys.readouterr().out)
+    profile = load_profile(path)
+    assert re.match(BUSY, profile.busy)
+    assert f"profile {path} is not to be relied on (the machine was busy: the same" in caplog.text
+    assert profile.big_pass_s == {}
+    for grid in profile.costs.kinds.values():
+        assert (np.diff(grid.full_QP, axis=0) >= 0).all()
+        assert (np.diff(grid.full_QP, axis=1) >= 0).all()
+
+
+def test_a_process_that_is_starved_evenly_gets_no_profile(model_folder, tmp_path):
+    path = tmp_path / "p.json"
+    with pytest.raises(ProfileError, match=r"busy: this process got 0\.30 of a processor"):
+        calibrate([model_folder, *TINY, "--out", path], clock=Ticks(), cpu_share=0.3)
+    assert not path.exists()
+
+
+def test_what_the_time_limit_leaves_out_is_named_and_refused_later(model_folder, tmp_path, capsys):
+    """Every call of the clock is a second, a measurement six: there is time for two of four offsets, each twice."""
+    from cacheflow.errors import CostRangeError
+    from cacheflow.profiling.profile import load_profile
+
+    path, words = tmp_path / "p.json", ["--dtype", "float32", "--chunk", "32", "--max-tokens", "2048"]
+    clock = Ticks(lambda calls: 1.0)
+    code = calibrate([model_folder, *words, "--time-limit-s", "150", "--out", path], clock=clock)
+    assert (code, clock.now_s < 190) == (0, True)
+    said = one_line(capsys.readouterr().out)
+    assert "left out, within 150 s: full_attention layers after 1,024, 2,048 tokens: no time; costs end at 512" in said
+    assert "left out, within 150 s: big passes of 512, 1,024, 2,048 tokens: no time" in said
+    profile = load_profile(path)
+    assert profile.costs.kinds["full_attention"].offsets == (0, 512)
+    with pytest.raises(CostRangeError, match=r"offset 600 is outside the measured 0\.\.512"):
+        profile.costs.kinds["full_attention"].full_s(32, 600)
+    assert profile.break_even_tokens is None or profile.break_even_tokens <= 512
+
+
+def test_a_time_limit_that_allows_no_profile_stops_and_says_what_was_measured(model_folder, tmp_path):
+    path = tmp_path / "p.json"
+    with pytest.raises(ConfigError, match=r"the time limit of .* s allows no profile: \d of 16 measurements of full"):
+        calibrate([model_folder, *TINY, "--time-limit-s", "20", "--out", path], clock=Ticks(lambda calls: 1.0))
+    assert not path.exists()
+
+
+def test_without_time_to_repeat_nobody_says_the_machine_was_quiet(model_folder, tmp_path):
+    path = tmp_path / "p.json"
+    with pytest.raises(
+        ProfileError, match=r"cannot be told: in the time given \d of 8 chunks were timed more than once"
+    ):
+        calibrate([model_folder, *TINY, "--time-limit-s", "80", "--out", path], clock=Ticks(lambda calls: 1.0))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf"])
+def test_a_time_limit_is_a_number_of_seconds(model_folder, tmp_path, capsys, limit):
+    argv = ["calibrate", str(model_folder), *TINY, "--out", str(tmp_path / "p.json"), f"--time-limit-s={limit}"]
+    assert cli.main(argv) == 2
+    assert "--time-limit-s is" in capsys.readouterr().err
 
 
 def test_calibrate_measures_the_store_asked_for_and_leaves_it_empty(model_folder, tmp_path):

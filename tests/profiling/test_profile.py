@@ -61,6 +61,14 @@ def test_a_profile_comes_back_as_it_was(profile, path):
     assert [each.name for each in path.parent.iterdir()] == ["tiny.json"]
 
 
+def test_a_profile_of_before_says_nothing_of_the_machine(path, caplog):
+    values = json.loads(path.read_text())
+    del values["busy"]
+    path.write_text(json.dumps(values))
+    assert load(path).busy == ""
+    assert caplog.text == ""
+
+
 def test_saving_again_replaces(profile, path):
     from cacheflow.profiling.profile import save_profile
 
@@ -115,6 +123,7 @@ DAMAGES = {
     "no identity": (("costs", "identity"), None, "malformed"),
     "half an identity": (("costs", "identity", "dtype"), None, "malformed"),
     "no crossover": (("crossover_tokens",), None, "malformed"),
+    "a busy that is no text": (("busy",), 7, "busy is 7, must be a text"),
     "a big pass of no length": (("big_pass_s",), {"x": 1.0}, "malformed"),
 }
 

@@ -40,7 +40,8 @@ def test_a_restoration_on_an_idle_replica_takes_what_the_device_takes(policy, nu
     _, served = serve(requests, policy=policy)
     system, costs = make_system(policy), tiny_costs()
     known, end = num_blocks * TOKENS, (num_blocks + 2) * TOKENS - 1
-    known = 0 if policy == "vllm" else known
+    # What saves less than the steps of a restoration cost the plugin leaves to vLLM.
+    known = 0 if policy == "vllm" or (policy == "cacheflow" and num_blocks == 1) else known
     grid = Grid(
         chunk_ends=regular_ends(0, known, TOKENS),
         num_blocks=SHAPE.num_layers,
@@ -62,8 +63,10 @@ def test_a_restoration_on_an_idle_replica_takes_what_the_device_takes(policy, nu
     assert served[2].restored_tokens == known
     assert ttft_s == pytest.approx(done[0].first_token_at_s, rel=1e-9)
     assert ttft_s >= bound(exact).ttft_s * (1 - 1e-9)
-    if policy == "cacheflow" and num_blocks > 1:
+    if policy == "cacheflow_embedded" and num_blocks > 1:
         assert ttft_s <= bound(exact).ttft_s * 1.06
+    if policy == "cacheflow" and num_blocks > 1:  # new tokens follow the restoration
+        assert ttft_s <= (bound(exact).restore_s + exact.suffix_s) * 1.06
 
 
 def test_what_is_in_gpu_memory_costs_nothing_and_what_nobody_has_is_prefilled():

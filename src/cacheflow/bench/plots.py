@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cacheflow.bench.record import read_records
 from cacheflow.bench.summary import OURS, Metric, SettingSummary, summarise
 from cacheflow.errors import ConfigError
+from cacheflow.sim.policies import EMBEDDED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -277,16 +278,17 @@ def draw_ttft_cdf(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    same_style = {"vllm": "recompute", "lmcache": "load", "hicache": "layerwise_load"}
+    same_style = {"vllm": "recompute", "lmcache": "load", "hicache": "layerwise_load", EMBEDDED: OURS}
     figure, [axes] = new_figure(num_panels=1, num_columns=1, panel_size=(6.5, 4.1))
     for each in records:
         name = each["policy"]
         points = sorted((float(percent), ttft_s) for percent, ttft_s in each["ttft_percentiles_s"].items())
         colour, _ = policy_style(same_style.get(name, name))
         width = 2.4 if name == OURS else 1.3
+        dashes = "--" if name == EMBEDDED else "-"
         # Steps: a percentile is the least value that so many do not exceed.
         ttfts_s, percents = [s for _, s in points], [p for p, _ in points]
-        axes.step(ttfts_s, percents, where="post", color=colour, linewidth=width, label=name)
+        axes.step(ttfts_s, percents, where="post", color=colour, linewidth=width, linestyle=dashes, label=name)
     axes.set_xscale("log")
     axes.set_ylim(0, 100)
     axes.set_xlabel("time to first token [s]")

@@ -26,7 +26,7 @@ from cacheflow.bench.simulate_options import (
     add_arguments,
     check_arguments,
 )
-from cacheflow.bench.simulate_report import Setting, comparable, read_simulations, record, table
+from cacheflow.bench.simulate_report import Setting, comparable, read_simulations, record, reuse_line, table
 from cacheflow.bench.simulate_setup import cluster_config, cluster_values, find_costs, find_shape, inputs_fingerprint
 from cacheflow.bench.simulate_workload import (
     Workload,
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         for name in args.policies
     ]
     size = measure(workload, setting.cluster, setting.costs)
-    setting = replace(setting, requests_fingerprint=size.fingerprint)
+    setting = replace(setting, requests_fingerprint=size.fingerprint, reusable_tokens=size.reusable_tokens)
     make_folder("--out", args.out)
     console = Console(highlight=False, markup=False)
     take_up(args.out / RESULTS, read_simulations, tell=partial(console.print, soft_wrap=True))
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             records.append(record(setting, outcome, wall_s=time.perf_counter() - start_s))
             append_line(args.out / RESULTS, json.dumps(records[-1], allow_nan=False))
     console.print(table(records))
+    console.print(reuse_line(size, args.policies, block_tokens=setting.cluster.block_tokens), soft_wrap=True)
     console.print(_draw(args.out, records[-1]), soft_wrap=True)
     return 0
 

@@ -13,18 +13,23 @@ from rich import box
 from rich.table import Table
 
 from cacheflow.bench.results_file import read_lines
+from cacheflow.bench.simulate_workload import WorkloadSize
 from cacheflow.bench.table import seconds
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json
 from cacheflow.sim.cluster import ClusterConfig
 from cacheflow.sim.costs import ChunkCosts
+from cacheflow.sim.policies import EMBEDDED, PLUGIN, SYSTEMS
 from cacheflow.sim.results import RunResult, percentiles_s
 from cacheflow.sim.run import Run
 
 SUITE = "simulate"
 CDF_PERCENTS = (*(float(each) for each in range(101)), 99.5, 99.9)
 """Percentiles of the time to first token that a record keeps, for the picture."""
-OUTCOMES = {"policy", "objective", "ttft_percentiles_s", "wall_s", *(each.name for each in fields(RunResult))}
+OUTCOMES = {
+    "policy", "order", "objective", "reusable_tokens", "ttft_percentiles_s", "wall_s",
+    *(each.name for each in fields(RunResult)),
+}  # fmt: skip
 """Fields of a record that do not belong to its setting."""
 NEEDED = ("policy", "workload", "model", "costs", "ttft_percentiles_s")
 """Fields that are drawn, and that every record has had."""
@@ -38,13 +43,14 @@ class Setting:
         workload: Name of the trace or profile.
         costs: What the GPUs take.
         cluster: The cluster.
-        objective: What ``cacheflow`` minimises.
+        objective: What ours minimise.
         seed: Of everything that is drawn.
         max_cells: Cells of a restoration; 0 for exact grids.
         rate_scale: How many times as many requests a second as the workload has by itself.
         shaping: The other options that shape the workload, by name; None for those that were not given.
         inputs_fingerprint: Tells apart models, GPUs and costs of the same names.
         requests_fingerprint: Tells apart traces of the same name, and whatever else makes other requests of them.
+        reusable_tokens: Prompt tokens that an earlier prompt began with too.
     """
 
     workload: str
@@ -57,6 +63,7 @@ class Setting:
     shaping: Mapping[str, Any]
     inputs_fingerprint: str
     requests_fingerprint: str = ""
+    reusable_tokens: int = 0
 
 
 def record(setting: Setting, run: Run, *, wall_s: float) -> dict[str, Any]:
@@ -65,6 +72,7 @@ def record(setting: Setting, run: Run, *, wall_s: float) -> dict[str, Any]:
     return {
         "suite": SUITE,
         "policy": run.policy,
+        "order": SYSTEMS[run.policy].order,
         "workload": setting.workload,
         "model": setting.costs.model,
         "gpu": setting.costs.gpu,
@@ -76,6 +84,7 @@ def record(setting: Setting, run: Run, *, wall_s: float) -> dict[str, Any]:
         **setting.shaping,
         "inputs_fingerprint": setting.inputs_fingerprint,
         "requests_fingerprint": setting.requests_fingerprint,
+        "reusable_tokens": setting.reusable_tokens,
         "cluster": {key: _plain(value) for key, value in asdict(setting.cluster).items()},
         **asdict(run.result),
         "ttft_percentiles_s": cdf,
@@ -85,6 +94,8 @@ def record(setting: Setting, run: Run, *, wall_s: float) -> dict[str, Any]:
 
 def read_simulations(path: Path) -> list[dict[str, Any]]:
     """The simulations in a results file, in its order; lines of other suites are skipped.
+
+    Records that do not say their order are of the time when ``cacheflow`` was the embedded engine's: they are named so.
 
     Raises:
         ConfigError: It cannot be read, or a line is malformed; the message names the line.
@@ -98,6 +109,8 @@ def _parse(line: str) -> dict[str, Any]:
         raise ConfigError(f"a record is a JSON object, not {type(values).__name__}")
     if values.get("suite") == SUITE and (missing := [key for key in NEEDED if key not in values]):
         raise ConfigError(f"a simulation without {', '.join(missing)}")
+    if values.get("suite") == SUITE and values["policy"] == PLUGIN and "order" not in values:
+        values |= {"policy": EMBEDDED, "order": SYSTEMS[EMBEDDED].order}
     return values
 
 
@@ -115,7 +128,7 @@ def comparable(
 
 
 def _setting_of(values: Mapping[str, Any]) -> str:
-    """Everything but what came of it, and the objective, which is one policy's own."""
+    """Everything but what came of it, and what is a policy's own."""
     return json.dumps({key: value for key, value in values.items() if key not in OUTCOMES}, sort_keys=True)
 
 
@@ -123,6 +136,33 @@ _LEGEND = (
     "TTFT: mean time to first token, p50 and p99 of it; TTLT: mean time to last token; in SLO: share of first tokens\n"
     "in time; GPU, link: busy; loaded, recomp: prefix tokens restored from a store, and recomputed"
 )
+
+
+def reuse_line(size: WorkloadSize, names: Sequence[str], *, block_tokens: int) -> str:
+    """One line that says how much of a workload could be restored at all, and what it means where that is nothing.
+
+    Args:
+        size: The workload.
+        names: The systems that are compared.
+        block_tokens: Tokens of a block.
+    """
+    if size.reusable_tokens:
+        return (
+            f"reuse: {size.reusable_share:.1%} of the prompt tokens ({size.reusable_tokens:,} of "
+            f"{size.input_tokens:,}) stand in blocks of {block_tokens} with which an earlier prompt began"
+        )
+    differs = f"but {EMBEDDED}, which serves new prompts in another order" if EMBEDDED in names else "at all"
+    return (
+        f"reuse: none. No prompt of this workload begins with a full block of {block_tokens} tokens of an earlier one: "
+        f"nothing can be restored, and no row differs {differs}"
+    )
+
+
+def _legend(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the columns are, and whom each of ours serves first."""
+    about = [f"{each['policy']}: {SYSTEMS[each['policy']].about}; order: {each['order']}" for each in records
+             if each["policy"] in (PLUGIN, EMBEDDED)]  # fmt: skip
+    return "\n".join([_LEGEND, *about])
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -138,7 +178,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
         title=title,
         title_style="bold",
         title_justify="left",
-        caption=_LEGEND,
+        caption=_legend(records),
         caption_style="dim",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

@@ -43,12 +43,22 @@ class WorkloadSize:
     Attributes:
         num_requests: Requests.
         last_arrival_s: When the last one comes.
+        input_tokens: Tokens of their prompts.
+        reusable_tokens: Those of them, in full blocks, with which a prompt before began too: the most that a memory
+            without bounds could hold for them.
         fingerprint: Digest of all of them: equal for equal requests, whatever file and options they come from.
     """
 
     num_requests: int
     last_arrival_s: float
+    input_tokens: int
+    reusable_tokens: int
     fingerprint: str
+
+    @property
+    def reusable_share(self) -> float:
+        """Share of the prompts' tokens that could be restored or found in GPU memory at all."""
+        return self.reusable_tokens / self.input_tokens
 
 
 def trace_workload(path: Path, *, format: str, block_tokens: int, repeat: int) -> Workload:
@@ -147,6 +157,7 @@ def measure(workload: Workload, config: ClusterConfig, costs: ChunkCosts) -> Wor
         CostRangeError: The longest prompt has no costs.
     """
     count, last_s, longest = 0, 0.0, 0
+    reuse = _Reuse()
     digest = hashlib.blake2b(digest_size=8)
     for request in workload.read():
         digest.update(repr(request).encode())
@@ -161,11 +172,36 @@ def measure(workload: Workload, config: ClusterConfig, costs: ChunkCosts) -> Wor
                 "empty; expected the session that both are turns of"
             )
         config.check_fits(request)
+        reuse.add(request)
         count, last_s, longest = count + 1, request.arrival_s, max(longest, request.input_tokens)
     if not count:
         raise TraceError(f"{workload.name} has no request left; expected at least one")
     _require_costs(costs, longest)
-    return WorkloadSize(num_requests=count, last_arrival_s=last_s, fingerprint=digest.hexdigest())
+    return WorkloadSize(
+        num_requests=count,
+        last_arrival_s=last_s,
+        input_tokens=reuse.input_tokens,
+        reusable_tokens=reuse.reusable_tokens,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+class _Reuse:
+    """Counts the prompt tokens that an earlier prompt began with too."""
+
+    def __init__(self) -> None:
+        """Start before the first request."""
+        self.input_tokens = self.reusable_tokens = 0
+        self._seen: set[int] = set()
+
+    def add(self, request: TraceRequest) -> None:
+        """Count a request; its full blocks are known to those after it."""
+        tokens, ids = request.block_tokens, request.block_ids
+        # The last token of a prompt is always computed: it gives the first of the answer.
+        known = sum(1 for _ in takewhile(self._seen.__contains__, ids[: (request.input_tokens - 1) // tokens]))
+        self.input_tokens += request.input_tokens
+        self.reusable_tokens += known * tokens
+        self._seen.update(ids[known : request.input_tokens // tokens])
 
 
 def _require_costs(costs: ChunkCosts, num_tokens: int) -> None:

@@ -26,7 +26,8 @@ from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.registry import make_policy
-from cacheflow.profiling.measure import ChunkCost, ChunkPoint, CostMeter, chunk_points
+from cacheflow.profiling.measure import CostMeter, chunk_points
+from cacheflow.profiling.survey import ChunkCost, ChunkPoint
 from cacheflow.restore.options import ExecutorOptions
 
 

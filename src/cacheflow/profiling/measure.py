@@ -2,7 +2,7 @@
 
 Keys and values in the buffer are finite random numbers, because denormals and NaN would cost other times. Measurements
 of different points are interleaved round by round, so that a slow spell of a shared machine spreads over all of them;
-each point's value is its median.
+each point's value is its median. ``survey`` does so within a time limit.
 """
 
 from __future__ import annotations
@@ -10,31 +10,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from cacheflow.engine.kv_buffer import ChunkCache, KVBuffer
 from cacheflow.engine.runner import LayerRunner
+from cacheflow.profiling.survey import ChunkCost, ChunkPoint, median_cost
+from cacheflow.types import Clock
 
 KV_ONLY_LAYERS = 4
 """Layers timed for keys and values only, a call each; they differ too little to time all."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkPoint:
-    """A chunk to be timed: ``num_tokens`` tokens at ``offset``, everything before resident."""
-
-    num_tokens: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkCost:
-    """Seconds of one layer for one chunk: in full, and for its keys and values only."""
-
-    full_s: float
-    kv_only_s: float
 
 
 class CostMeter:
@@ -45,9 +30,17 @@ class CostMeter:
             means that launching, not computing, was timed, or that the clocks disagree.
     """
 
-    def __init__(self, runner: LayerRunner, *, max_tokens: int, layers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        runner: LayerRunner,
+        *,
+        max_tokens: int,
+        layers: Sequence[int] | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
         """Allocate and fill a KV buffer of ``max_tokens``; time the given layers, all of them if None."""
         self.events_over_wall: list[float] = []
+        self._clock = clock
         self._runner = runner
         self._layers = tuple(range(runner.num_layers)) if layers is None else tuple(layers)
         self._kv: KVBuffer = runner.new_kv(max_tokens)
@@ -64,19 +57,13 @@ class CostMeter:
             on_step: Called after every single measurement, ``len(points) * repeats`` times.
         """
         if points:
-            self._time_point(min(points, key=lambda point: point.num_tokens + point.offset))
+            self.time_point(min(points, key=lambda point: point.num_tokens + point.offset))
         samples: dict[ChunkPoint, list[ChunkCost]] = {point: [] for point in points}
         for _ in range(repeats):
             for point in samples:
-                samples[point].append(self._time_point(point))
+                samples[point].append(self.time_point(point))
                 on_step()
-        return {
-            point: ChunkCost(
-                full_s=statistics.median(cost.full_s for cost in costs),
-                kv_only_s=statistics.median(min(cost.kv_only_s, cost.full_s) for cost in costs),
-            )
-            for point, costs in samples.items()
-        }
+        return {point: median_cost(costs) for point, costs in samples.items()}
 
     def measure_head_s(self, *, repeats: int = 9) -> float:
         """Median seconds of norm and LM head for one token."""
@@ -85,15 +72,16 @@ class CostMeter:
 
     def measure_call_overhead_s(self, *, repeats: int = 9) -> float:
         """Median seconds of one layer for one token without a past: what a call costs however little it does."""
-        samples = [self._time_point(ChunkPoint(1, 0)).full_s for _ in range(repeats)]
+        samples = [self.time_point(ChunkPoint(1, 0)).full_s for _ in range(repeats)]
         return statistics.median(samples)
 
     def measure_big_pass_s(self, num_tokens: int, *, repeats: int = 2) -> float:
         """Median seconds of one layer for the whole prefix as a single chunk."""
-        samples = [self._time_point(ChunkPoint(num_tokens, 0)).full_s for _ in range(repeats)]
+        samples = [self.time_point(ChunkPoint(num_tokens, 0)).full_s for _ in range(repeats)]
         return statistics.median(samples)
 
-    def _time_point(self, point: ChunkPoint) -> ChunkCost:
+    def time_point(self, point: ChunkPoint) -> ChunkCost:
+        """Time one chunk; ``offset + num_tokens`` at most the meter's ``max_tokens``."""
         runner, end = self._runner, point.offset + point.num_tokens
         tokens = runner.token_tensor([1 + i % (runner.model.shape.vocab_size - 1) for i in range(point.num_tokens)])
         hidden = runner.embed(tokens)
@@ -111,9 +99,9 @@ class CostMeter:
     def _seconds(self, work: Callable[[], object]) -> float:
         if self._kv.device.type == "cuda":
             return self._cuda_seconds(work)
-        started_s = time.perf_counter()
+        started_s = self._clock()
         work()
-        return time.perf_counter() - started_s
+        return self._clock() - started_s
 
     def _cuda_seconds(self, work: Callable[[], object]) -> float:
         """Wall time of work on the current stream; the events' own time is kept beside it as a check."""
@@ -121,12 +109,12 @@ class CostMeter:
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         stream.synchronize()
-        started_s = time.perf_counter()
+        started_s = self._clock()
         begin.record(stream)
         work()
         end.record(stream)
         end.synchronize()
-        wall_s = time.perf_counter() - started_s
+        wall_s = self._clock() - started_s
         self.events_over_wall.append(begin.elapsed_time(end) / 1e3 / wall_s)
         return wall_s
 

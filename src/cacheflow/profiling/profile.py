@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from contextlib import suppress
@@ -15,6 +16,8 @@ from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.json_text import parse_json, read_text
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 GREATEST = 1e12
@@ -33,6 +36,7 @@ class Profile:
         crossover_tokens: ``L_delta``: up to this length layer-wise restoration is predicted faster than token-wise.
         break_even_tokens: Shortest prefix for which restoring beats recomputing; None when none in range does.
         big_pass_s: Seconds of a whole prefix in one pass, by its length, for comparison with chunks.
+        busy: What calibration saw of other work on the machine, for people; empty where it saw none.
     """
 
     costs: CostTable
@@ -41,6 +45,7 @@ class Profile:
     crossover_tokens: int
     break_even_tokens: int | None
     big_pass_s: dict[int, float]
+    busy: str = ""
 
     def to_json(self) -> str:
         """The profile as indented JSON."""
@@ -52,6 +57,7 @@ class Profile:
             "crossover_tokens": self.crossover_tokens,
             "break_even_tokens": self.break_even_tokens,
             "big_pass_s": {str(length): seconds for length, seconds in self.big_pass_s.items()},
+            "busy": self.busy,
         }
         return json.dumps(values, indent=1)
 
@@ -76,6 +82,7 @@ class Profile:
                 crossover_tokens=int(values["crossover_tokens"]),
                 break_even_tokens=values["break_even_tokens"],
                 big_pass_s={int(length): float(seconds) for length, seconds in values["big_pass_s"].items()},
+                busy=_text("busy", values.get("busy", "")),
             )
         except ConfigError:
             raise
@@ -123,7 +130,7 @@ def save_profile(profile: Profile, path: Path) -> None:
 
 
 def load_profile(path: Path) -> Profile:
-    """Read a profile.
+    """Read a profile; one that was measured on a busy machine is warned of in the log.
 
     Raises:
         ProfileError: The file is missing, unreadable or no profile; the message names it.
@@ -133,9 +140,12 @@ def load_profile(path: Path) -> Profile:
     except ConfigError as error:
         raise ProfileError(f"profile {path} cannot be read: {error}; make one with `cacheflow calibrate`") from error
     try:
-        return Profile.from_json(text)
+        profile = Profile.from_json(text)
     except ConfigError as error:
         raise ProfileError(f"profile {path}: {error}") from error
+    if profile.busy:
+        logger.warning("profile %s is not to be relied on (%s): calibrate again", path, profile.busy)
+    return profile
 
 
 def _parse(text: str) -> Any:  # noqa: ANN401 -- whatever the file holds
@@ -143,6 +153,12 @@ def _parse(text: str) -> Any:  # noqa: ANN401 -- whatever the file holds
         return parse_json(text)
     except ConfigError as error:
         raise ProfileError(f"malformed profile ({error})") from error
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ProfileError(f"profile.{key} is {value!r}, must be a text")
+    return value
 
 
 def _check_numbers(place: str, value: object) -> None:

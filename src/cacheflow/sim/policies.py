@@ -20,6 +20,7 @@ from cacheflow.policies.objective import Objective
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import StagePolicy
 from cacheflow.sim.granularity import CELLS, COLUMNS, EXACT, MAX_CELLS, ROWS, Grain
+from cacheflow.sim.plugin import STEP_OVERHEAD_S, PluginOrder, RestoreThenPrefill
 
 CLOSE = 1.15
 """A plan is within this of the closed form of compute and link together; a slower prefill cannot be the better way."""
@@ -42,6 +43,8 @@ class System:
         batch: Name of its batch policy; None for the objective that the operator chose.
         grain_of: How coarse a grid of its restorations may be.
         about: One line for people.
+        order: Whom it serves first, for people and records.
+        in_plugin: It restores inside vLLM as our plugin does, which orders restorations alone; see ``sim.plugin``.
         prefills: Restores nothing: the engine prefills what is not in GPU memory, in passes of its own.
         boundary_states: Its pipeline stages read stored boundary states where that is sooner.
     """
@@ -50,10 +53,16 @@ class System:
     batch: str | None
     grain_of: GrainOf
     about: str
+    order: str = "all work by arrival"
+    in_plugin: bool = False
     prefills: bool = False
     boundary_states: bool = False
 
 
+PLUGIN = "cacheflow"
+"""Ours, as it is deployed: inside vLLM."""
+EMBEDDED = "cacheflow_embedded"
+"""Ours, as ``Engine.concurrent`` serves."""
 SYSTEMS: Mapping[str, System] = MappingProxyType({
     "vllm": System(
         restore="recompute", batch="fcfs", grain_of=lambda _: COLUMNS, about="recomputes what left GPU memory",
@@ -69,17 +78,25 @@ SYSTEMS: Mapping[str, System] = MappingProxyType({
     "cake": System(restore="cake", batch="fcfs", grain_of=lambda _: COLUMNS, about="chunks from both ends"),
     "cacheflow_v1": System(
         restore="cacheflow_v1", batch="longest_first", grain_of=_longer_way,
-        about="chunks or layers from both ends, the link to the largest saving",
+        about="chunks or layers from both ends", order="compute by arrival, the link to the largest saving",
     ),
     "cacheflow_v2": System(
         restore="cacheflow_v2", batch="dp", grain_of=lambda _: CELLS, about="one dynamic program over all requests"
     ),
-    "cacheflow": System(
-        restore="cacheflow", batch=None, grain_of=lambda _: CELLS,
-        about="ours: chunks shared by layers, new tokens behind the load, order by objective", boundary_states=True,
+    PLUGIN: System(
+        restore="cacheflow", batch=None, grain_of=lambda _: CELLS, in_plugin=True, boundary_states=True,
+        about="ours, the vLLM plugin: chunks shared by layers, new tokens after the restoration",
+        order="restorations by objective, new tokens by arrival",
+    ),
+    EMBEDDED: System(
+        restore="cacheflow", batch=None, grain_of=lambda _: CELLS, boundary_states=True,
+        about="ours, the embedded engine: chunks shared by layers, new tokens climbing behind the load",
+        order="all work by objective, new prompts too",
     ),
 })  # fmt: skip
 """By name, in the order of tables and plots."""
+DEFAULT_SYSTEMS = tuple(name for name in SYSTEMS if name != EMBEDDED)
+"""What a server can be made to do. The embedded engine serves one device and no fleet: it is a row only where asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +109,7 @@ class SimPolicy:
         grain_of: How coarse a grid of one restoration may be.
         restore: How it restores.
         prefills: See ``System``.
+        in_plugin: See ``System``.
         boundary_states: See ``System``.
     """
 
@@ -100,13 +118,18 @@ class SimPolicy:
     grain_of: GrainOf
     restore: RestorePolicy
     prefills: bool
+    in_plugin: bool = False
     boundary_states: bool = False
 
     def leaves_to_prefill(self, problem: RestoreProblem) -> bool:
         """Whether a request is restored not at all; it is planned for that only where its own prefill comes close."""
         if self.prefills or problem.prefill_s is None:
             return self.prefills
-        hybrid_s = together_s(compute_s=problem.recompute_s, load_s=problem.load_s, suffix_s=problem.suffix_s)
+        # New tokens that climb behind the load are compute's share of the same time; after the restoration they add.
+        beside_s = 0.0 if self.in_plugin else problem.suffix_s
+        hybrid_s = together_s(compute_s=problem.recompute_s, load_s=problem.load_s, suffix_s=beside_s)
+        if self.in_plugin:
+            hybrid_s += problem.suffix_s + STEP_OVERHEAD_S
         return problem.prefill_s < CLOSE * hybrid_s and self.restore.plan(problem).left_to_prefill
 
 
@@ -117,7 +140,7 @@ def make_system(
 
     Args:
         name: One of ``SYSTEMS``.
-        objective: What ``cacheflow`` minimises over the requests that wait.
+        objective: What ours minimise: ``cacheflow`` over restorations, ``cacheflow_embedded`` over all requests.
         exact: Restore on exact grids, one layer and one chunk a cell.
         max_cells: Cells of a restoration otherwise.
 
@@ -130,12 +153,16 @@ def make_system(
     if objective not in known:
         raise UnknownPolicyError(f"objective {objective!r} is not known; known are {', '.join(known)}")
     system = SYSTEMS[name]
-    restore = StagePolicy(make_policy(system.restore))
+    restore: RestorePolicy = StagePolicy(make_policy(system.restore))
+    if system.in_plugin:
+        restore = RestoreThenPrefill(restore)
+    batch = make_batch_policy(system.batch or objective, restore)
     return SimPolicy(
         name=name,
-        batch=make_batch_policy(system.batch or objective, restore),
+        batch=PluginOrder(batch) if system.in_plugin else batch,
         restore=restore,
         prefills=system.prefills,
+        in_plugin=system.in_plugin,
         grain_of=(lambda _: EXACT) if exact else _limited(system.grain_of, max_cells),
         boundary_states=system.boundary_states,
     )
