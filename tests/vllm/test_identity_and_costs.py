@@ -62,7 +62,7 @@ def test_one_changed_weight_changes_the_fingerprint(tiny, tmp_path):
 
 def test_ranks_and_adapters_have_names_of_their_own():
     pytest.importorskip("torch")
-    from cacheflow.vllm.identity import lora_namespace, shared_namespace
+    from cacheflow.vllm.identity import adapter_namespace, shared_namespace
 
     one, two = "a" * 32, "b" * 32
     shards = [Shard(tp_rank=rank, tp_size=2) for rank in range(2)]
@@ -71,7 +71,7 @@ def test_ranks_and_adapters_have_names_of_their_own():
     assert shared_namespace(ranks) == shared_namespace(ranks[::-1])
     swapped = [facts(namespace=name, shard=shard) for name, shard in zip((two, one), shards, strict=True)]
     assert shared_namespace(ranks) != shared_namespace(swapped)
-    adapters = {lora_namespace(one, name=name, path=path) for name in "xy" for path in "pq"}
+    adapters = {adapter_namespace(name, digest=digest) for name in (one, two) for digest in "pq"}
     assert len(adapters | {one}) == 5
     assert all(len(digest) == 32 for digest in adapters)
 

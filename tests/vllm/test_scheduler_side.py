@@ -10,6 +10,7 @@ from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost
 from cacheflow.types import LoadOutcome
+from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.questions import QUEUED_S
 from cacheflow.vllm.scheduler_side import ScheduledRequest
@@ -57,16 +58,22 @@ def test_a_local_hit_that_ends_inside_a_chunk_leaves_the_rest_of_it():
     assert len(target.tokens) == 4 * CHUNK - BLOCK
 
 
-def test_nothing_is_restored_that_the_store_lacks_or_another_tenant_saved():
+def test_nothing_is_restored_that_the_store_lacks_or_another_tenant_saved(tmp_path):
     case = Case()
+    (tmp_path / "adapter_model.safetensors").write_text("weights")
+    adapter = Adapter(name="name", number=1, path=str(tmp_path))
+    unreadable = Adapter(name="name", number=2, path=str(tmp_path / "missing"))
     prompt = case.saved_prompt(6 * CHUNK + 1, 6, salt="one")
     case.arrive("other salt", prompt, salt="two")
     case.arrive("no salt", prompt)
     case.arrive("same salt", prompt, salt="one")
-    case.arrive("adapter", prompt, salt="one", adapter=("name", "path"))
+    case.arrive("adapter", prompt, salt="one", adapter=adapter)
+    case.arrive("unreadable", prompt, salt="one", adapter=unreadable)
     case.arrive("other text", tokens(6 * CHUNK + 1, seed=9), salt="one")
     case.arrive("embeddings", prompt, salt="one", hashable=False)
-    assert [case.matched(name) for name in ("other salt", "no salt", "adapter", "other text", "embeddings")] == [0] * 5
+    names = ("other salt", "no salt", "adapter", "unreadable", "other text", "embeddings")
+    assert [case.matched(name) for name in names] == [0] * 6
+    assert "cannot be read" in case.side.finished("unreadable")["cacheflow_reason"]
     assert case.matched("same salt") == 6 * CHUNK
 
 

@@ -148,7 +148,7 @@ def test_a_chunk_counts_as_stored_when_every_stage_has_it():
     case.arrive("b", prompt)
     name = case.side._requests["b"].prefix.hashes[1].hex()
     lost = ObjectKey(
-        namespace=case.side._namespace, chain_hash=name, kind=ObjectKind.KV, layer_lo=2 * LAYERS - 1,
+        namespace=case.side._identity.namespace(None), chain_hash=name, kind=ObjectKind.KV, layer_lo=2 * LAYERS - 1,
         layer_hi=2 * LAYERS,
     )  # fmt: skip
     case.side.finished("b")

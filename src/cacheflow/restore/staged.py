@@ -128,6 +128,11 @@ class StagedRestoration:
         return any(stage.giving_up for stage in self.stages)
 
     @property
+    def closing(self) -> bool:
+        """Whether the workers of every stage were told to end it, well or not."""
+        return all(stage.closing for stage in self.stages)
+
+    @property
     def error(self) -> str:
         """Why compute failed on a worker; empty when it did not."""
         return next((stage.error for stage in self.stages if stage.error), "")
@@ -168,6 +173,11 @@ class StagedRestoration:
         """Give the restoration up; the next orders tell the workers, unless they were told to finish."""
         for stage in self.stages:
             stage.cancel()
+
+    def fail(self) -> None:
+        """Give the restoration up as one that has failed: what it brought may not be used."""
+        for stage in self.stages:
+            stage.fail()
 
     def close_link(self) -> None:
         """Order no more reads of keys and values; a stage above the first still reads what it recomputes from."""

@@ -172,7 +172,7 @@ class SteppedRestoration:
         self._reads.limit(chunk)
 
     def fail(self) -> None:
-        """Give the restoration up because another stage has failed."""
+        """Give the restoration up because another stage has failed, or because what it brings may not be used."""
         self._failed = self._failed or not self._giving_up
         self._giving_up = True
 

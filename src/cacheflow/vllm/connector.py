@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from cacheflow.errors import ConfigError
 from cacheflow.restore.orders import StepReport
+from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.compat import check_environment
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.logs import log_beside_vllm
@@ -34,7 +35,7 @@ from cacheflow.vllm.plugin import register
 from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
 from cacheflow.vllm.request_prefix import MediaSpan
 from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
-from cacheflow.vllm.step import NOTHING, StepOrders
+from cacheflow.vllm.step import NOTHING, ModelNews, StepOrders
 from cacheflow.vllm.worker_side import WorkerSide
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,20 @@ class CacheFlowMetadata(KVConnectorMetadata):
 
 @dataclass
 class CacheFlowWorkerMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler, on steps that have something to tell."""
+    """Worker to scheduler, on steps that have something to tell.
+
+    Attributes:
+        report: What came of the orders.
+        news: What became of the weights and adapters, by rank.
+    """
 
     report: StepReport
+    news: Mapping[int, ModelNews] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> CacheFlowWorkerMetadata:
         """Reports of several ranks as one."""
         assert isinstance(other, CacheFlowWorkerMetadata)
-        return CacheFlowWorkerMetadata(self.report.merged(other.report))
+        return CacheFlowWorkerMetadata(self.report.merged(other.report), {**self.news, **other.news})
 
 
 @dataclass
@@ -158,7 +165,26 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """Take in what the workers did."""
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, CacheFlowWorkerMetadata):
+            self._scheduler_side.take_news(meta.news)
             self._scheduler_side.take_report(meta.report)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Learn whenever vLLM empties its own prefix cache, which after a change of weights may hold old KV."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        reset = kv_cache_manager.reset_prefix_cache
+
+        def telling() -> bool:
+            was_reset = bool(reset())
+            if was_reset:
+                self._scheduler_side.local_cache_was_reset()
+            return was_reset
+
+        kv_cache_manager.reset_prefix_cache = telling
+
+    def reset_cache(self) -> bool:
+        """Restore nothing that was saved so far; what others share in the store stays."""
+        self._scheduler_side.reset()
+        return True
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; vLLM itself keeps the blocks of one that is being restored until the worker is through."""
@@ -191,7 +217,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Copy the chunks this step completed; they are written in the background."""
-        self._worker_side.save(self._orders().saves)
+        self._worker_side.save(self._orders())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose restoration ended."""
@@ -204,8 +230,10 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def build_connector_worker_meta(self) -> CacheFlowWorkerMetadata | None:
         """What this rank did in this step."""
-        report = self._worker_side.take_report()
-        return None if report is None else CacheFlowWorkerMetadata(report)
+        report, news = self._worker_side.take_report(), self._worker_side.take_news()
+        if report is None and news is None:
+            return None
+        return CacheFlowWorkerMetadata(report or StepReport(), {} if news is None else dict([news]))
 
     def _orders(self) -> StepOrders:
         metadata = self._connector_metadata
@@ -263,10 +291,19 @@ def _view(request: Any) -> RequestView:
         tokens=request.all_token_ids,
         num_prompt_tokens=request.num_prompt_tokens,
         salt=request.cache_salt or "",
-        adapter=(lora.lora_name, lora.lora_path) if lora else None,
+        adapter=_adapter(lora) if lora else None,
         media=[_media(feature) for feature in request.mm_features],
         params=request.kv_transfer_params,
         hashable=request.prompt_embeds is None and request.pooling_params is None,
+    )
+
+
+def _adapter(lora: Any) -> Adapter:
+    return Adapter(
+        name=lora.lora_name,
+        number=lora.lora_int_id,
+        path=lora.lora_path,
+        stacked_experts=bool(getattr(lora, "is_3d_lora_weight", False)),
     )
 
 

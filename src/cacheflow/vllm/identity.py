@@ -93,9 +93,24 @@ def digest_of(weights: Iterable[LayerDigest]) -> str:
     return hashlib.sha256(json.dumps(list(weights)).encode()).hexdigest()
 
 
-def lora_namespace(namespace: str, *, name: str, path: str) -> str:
-    """Digest under which an adapter's KV is stored; ``namespace`` is the one without adapter."""
-    return _digest(json.dumps(["lora", namespace, name, path]))
+def adapter_namespace(namespace: str, *, digest: str) -> str:
+    """Digest under which an adapter's KV is stored.
+
+    Args:
+        namespace: The one without adapter.
+        digest: Of the adapter's files; its name and path do not matter.
+    """
+    return _digest(json.dumps(["adapter", namespace, digest]))
+
+
+def generation_namespace(namespace: str, *, token: str) -> str:
+    """Digest under which an engine stores KV after a reset or a change of its weights.
+
+    Args:
+        namespace: The one that all engines with the weights as loaded share.
+        token: Random: no other process can have it. Empty: ``namespace`` itself.
+    """
+    return _digest(json.dumps(["generation", namespace, token])) if token else namespace
 
 
 def cost_identity(handle: ModelHandle, *, fingerprint: str) -> CostIdentity:

@@ -181,7 +181,11 @@ class PartialForward:
         metadata = self._metadata(piece)
         slots = dict.fromkeys(metadata, piece.slots)
         arguments = {"num_tokens": piece.end - piece.start, "slot_mapping": slots}
-        with torch.inference_mode(), set_forward_context(metadata, self.handle.vllm_config, **arguments):
+        with (
+            torch.inference_mode(),
+            _without_adapter(self.handle.runner, piece.end - piece.start),
+            set_forward_context(metadata, self.handle.vllm_config, **arguments),
+        ):
             if not whole:
                 # vLLM names MoE layers by counting calls from the model's bottom; None makes each give its own name.
                 get_forward_context().all_moe_layers = None
@@ -218,6 +222,28 @@ def _own_groups(handle: ModelHandle) -> list[Any]:
 def _kernel_block_size(runner: Any) -> int | None:  # noqa: ANN401 -- a vLLM runner of either generation
     sizes = getattr(runner, "_kernel_block_sizes", None) or getattr(runner, "kernel_block_sizes", None)
     return int(sizes[0]) if sizes else None
+
+
+@contextmanager
+def _without_adapter(runner: Any, num_tokens: int) -> Iterator[None]:  # noqa: ANN401 -- a vLLM model runner
+    """Have LoRA layers compute the base model for so many tokens, and afterwards what they were set to before.
+
+    Before the engine's first batch they are set to nothing: they would index with what the memory happens to hold.
+    """
+    manager = getattr(runner, "lora_manager", None)
+    if manager is None:
+        yield
+        return
+    from vllm.lora.layers import LoRAMapping
+
+    adapters = manager._adapter_manager  # noqa: SLF001 -- holds the last batch's mapping
+    before = adapters._last_mapping  # noqa: SLF001
+    adapters.set_adapter_mapping(LoRAMapping((0,) * num_tokens, (0,), is_prefill=True))
+    try:
+        yield
+    finally:
+        if before is not None:
+            adapters.set_adapter_mapping(before)
 
 
 def _writes_alone(layer: Any) -> bool:  # noqa: ANN401 -- a vLLM decoder layer

@@ -1,4 +1,4 @@
-"""vLLM's entry point into CacheFlow: remembers each worker once its model is loaded.
+"""vLLM's entry point into CacheFlow: remembers each worker once its model is loaded, and hears of changed weights.
 
 vLLM calls ``register`` in every process, before it knows any configuration. So nothing of vLLM is imported here: the
 worker's class is wrapped when vLLM itself imports its module, in memory, and the wrapper does nothing unless
@@ -21,6 +21,9 @@ WORKER_MODULE = "vllm.v1.worker.gpu_worker"
 
 CONNECTOR_MODULE = "cacheflow.vllm.connector"
 
+WEIGHT_METHODS = ("apply_model", "reload_weights", "start_weight_update", "update_weights", "finish_weight_update")
+"""Of vLLM's worker: each may leave other weights behind. ``apply_model`` may only look; that cannot be told."""
+
 _MARK = "_cacheflow_remembers"
 
 
@@ -40,6 +43,26 @@ def uses_cacheflow(vllm_config: Any) -> bool:  # noqa: ANN401 -- vLLM's VllmConf
         transfer.kv_connector_module_path == CONNECTOR_MODULE
         or CONNECTOR_MODULE in str(transfer.kv_connector_extra_config)
     )
+
+
+def _announce(worker_class: Any, name: str) -> None:  # noqa: ANN401 -- vLLM's Worker
+    """Have a method of the worker tell that it may have changed the weights, also where it fails half-way."""
+    change = getattr(worker_class, name, None)
+    if change is None or hasattr(change, _MARK):
+        return
+
+    @functools.wraps(change)
+    def announcing(worker: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- whatever this vLLM passes
+        try:
+            return change(worker, *args, **kwargs)
+        finally:
+            if uses_cacheflow(worker.vllm_config):
+                from cacheflow.vllm.weights_watch import announce_change
+
+                announce_change(worker.model_runner, name)
+
+    setattr(announcing, _MARK, True)
+    setattr(worker_class, name, announcing)
 
 
 class _AfterImport(MetaPathFinder):
@@ -71,6 +94,8 @@ def _run_after(loader: Loader, action: Callable[[ModuleType], None]) -> None:
 
 
 def _wrap(module: ModuleType) -> None:
+    for name in WEIGHT_METHODS:
+        _announce(module.Worker, name)
     load_model = module.Worker.load_model
     if hasattr(load_model, _MARK):
         return

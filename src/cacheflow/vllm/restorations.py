@@ -14,6 +14,7 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.restore.orders import RestoreOrders, RestoreTarget, StepReport
 from cacheflow.restore.staged import StagedOrders, StagedRestoration
 from cacheflow.types import Clock
+from cacheflow.vllm.adapters import AdapterClaim
 from cacheflow.vllm.decide import Decider
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
@@ -32,12 +33,14 @@ LEAST_BUDGET_S = 1e-9
 class _Active:
     """One restoration under way, with the request it serves."""
 
-    __slots__ = ("decision", "request", "stalled", "stepped", "timed_out")
+    __slots__ = ("decision", "discarded", "request", "stalled", "stepped", "timed_out")
 
     def __init__(self, stepped: StagedRestoration, request: TrackedRequest, decision: Decision) -> None:
         self.stepped, self.request, self.decision = stepped, request, decision
         self.timed_out = False
         self.stalled = False
+        self.discarded = ""
+        """Why nothing that it brings may be used; empty while that is not so."""
 
 
 class Restorations:
@@ -58,6 +61,7 @@ class Restorations:
         self._active: dict[int, _Active] = {}
         self._began_s: dict[int, float] = {}
         self._new: list[RestoreTarget] = []
+        self._adapters: dict[int, AdapterClaim] = {}
         self._ids = itertools.count()
 
     @property
@@ -121,6 +125,8 @@ class Restorations:
             deadline_s=None if slo_ms is None else now_s + slo_ms * 1e-3,
         )
         self._new.append(target)
+        if request.claim is not None:
+            self._adapters[target.restore_id] = request.claim
         if slowest.plan.guard is not None:
             self._counts.guard[slowest.plan.guard.choice.value] += 1
 
@@ -133,6 +139,20 @@ class Restorations:
             now_s = self._clock()
             report = stepped.report(now_s, planning_s=active.decision.planning_s)
             request.records.append(record_of(active.decision, stepped, report, outcome="cancelled", now_s=now_s))
+
+    def discard(self, reason: str, restore_id: int | None = None) -> None:
+        """Give up a restoration that a worker refused, or all that can still be given up.
+
+        vLLM then computes everything that was to be restored, whatever came of it. Workers that were told to finish one
+        are not told otherwise; a worker that refuses one has reported its blocks as failed itself.
+        """
+        if restore_id is None:
+            chosen = [active for active in self._active.values() if not active.stepped.closing]
+        else:
+            chosen = [self._active[each] for each in {restore_id} & self._active.keys()]
+        for active in chosen:
+            active.discarded = active.discarded or reason
+            active.stepped.fail()
 
     def step(self, saves: tuple[SaveOrder, ...], *, busy: bool) -> StepOrders:
         """Order one step's work."""
@@ -167,6 +187,7 @@ class Restorations:
                 if not each.idle:
                     stage.append(each)
         targets, self._new = tuple(self._new), []
+        adapters, self._adapters = self._adapters, {}
         return StepOrders(
             targets=targets,
             restorations=tuple(by_stage[0]),
@@ -174,6 +195,7 @@ class Restorations:
             failed_blocks=failed_blocks,
             saves=saves,
             wait_s=budget.wait_s,
+            adapters=adapters,
         )
 
     def _budget(self, now_s: float, *, busy: bool) -> StepBudget:
@@ -216,6 +238,8 @@ class Restorations:
         )
 
     def _undefined_blocks(self, active: _Active) -> tuple[int, ...]:
+        if active.discarded:
+            return active.stepped.target.block_ids[active.decision.start // self._decider.facts.block_size :]
         first = active.stepped.resident_tokens() // self._decider.facts.block_size
         return active.stepped.target.block_ids[first:]
 
@@ -240,7 +264,8 @@ class Restorations:
         stepped, request = active.stepped, active.request
         report = stepped.report(now_s, planning_s=active.decision.planning_s)
         outcome = "failed" if stepped.failed else "done" if stepped.restored else "cancelled"
-        record = record_of(active.decision, stepped, report, outcome=outcome, now_s=now_s)
+        error = active.discarded or stepped.error
+        record = record_of(active.decision, stepped, report, outcome=outcome, now_s=now_s) | {"error": error}
         if request.restoration is stepped:  # otherwise it was recorded when it was cancelled
             request.restoration = None
             request.records.append(record)
@@ -252,12 +277,13 @@ class Restorations:
         if failed_chunks:
             request.save_again(stepped.target.object_start // self._options.chunk_tokens + min(failed_chunks))
         if outcome != "done":
-            request.reason = f"the restoration was {outcome}" + (f": {stepped.error}" if stepped.error else "")
+            request.reason = f"the restoration was {outcome}" + (f": {error}" if error else "")
             if stepped.failed:
                 logger.warning(
                     "request %s: restored up to token %d of %d, vLLM computes the rest%s",
-                    request.request_id, stepped.resident_tokens(), active.decision.end,
-                    f" ({stepped.error})" if stepped.error else "",
+                    request.request_id,
+                    active.decision.start if active.discarded else stepped.resident_tokens(),
+                    active.decision.end, f" ({error})" if error else "",
                 )  # fmt: skip
             return
         self._counts.restore_s.append(report.restore_s)

@@ -15,9 +15,11 @@ from cacheflow.plan.plan import Choice
 from cacheflow.restore.orders import StepReport
 from cacheflow.stores.base import Store
 from cacheflow.types import Clock
+from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.decide import Decider
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.identity import lora_namespace, shared_namespace
+from cacheflow.vllm.identity import shared_namespace
+from cacheflow.vllm.kv_identity import KvIdentity
 from cacheflow.vllm.lookup import PrefixLookup
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
@@ -27,8 +29,9 @@ from cacheflow.vllm.request_prefix import MediaSpan, RequestPrefix
 from cacheflow.vllm.restorations import Restorations
 from cacheflow.vllm.sharing import Sharing
 from cacheflow.vllm.stage_plans import slowest_of_stages
-from cacheflow.vllm.step import NOTHING, CaptureOrder, SaveOrder, StepOrders
-from cacheflow.vllm.tracked import BlockIdsOf, Decision, TrackedRequest
+from cacheflow.vllm.step import NOTHING, CaptureOrder, ModelNews, SaveOrder, StepOrders
+from cacheflow.vllm.tracked import MIXED, BlockIdsOf, Decision, TrackedRequest
+from cacheflow.vllm.weights_watch import WeightsChange
 from cacheflow.vllm.wishes import Mode, Wishes
 
 logger = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ class RequestView:
         tokens: Known token ids, prompt and output; a live view that grows.
         num_prompt_tokens: Tokens of the prompt.
         salt: ``cache_salt``.
-        adapter: Name and path of the LoRA adapter; None without.
+        adapter: Its LoRA adapter; None without.
         media: Images and sounds in the prompt.
         params: ``kv_transfer_params``.
         hashable: Whether the token ids say what the prompt is (not so for prompt embeddings).
@@ -58,7 +61,7 @@ class RequestView:
     tokens: Sequence[int]
     num_prompt_tokens: int
     salt: str = ""
-    adapter: tuple[str, str] | None = None
+    adapter: Adapter | None = None
     media: Sequence[MediaSpan] = ()
     params: Mapping[str, Any] | None = None
     hashable: bool = True
@@ -92,7 +95,8 @@ class SchedulerSide:
         self._facts: EngineFacts | None = None
         self._ranks: tuple[EngineFacts, ...] = ()
         self._questions: StoreQuestions | None = None
-        self._namespace = ""
+        self._identity: KvIdentity | None = None
+        self._weights_versions: dict[int, int] = {}
         self._ordered_saves = OrderedSaves()
         self.counts = Counts()
 
@@ -101,7 +105,7 @@ class SchedulerSide:
         by_stage = slowest_of_stages(facts_by_rank)
         self._facts, self._ranks = by_stage[0], tuple(facts_by_rank)
         self._questions = StoreQuestions(self._lookup, facts_by_rank, self._ordered_saves, clock=self._clock)
-        self._namespace = shared_namespace(facts_by_rank)
+        self._identity = KvIdentity(shared_namespace(facts_by_rank))
         self._decider = Decider(by_stage, self._options, clock=self._clock)
         self._restorations = Restorations(
             self._options,
@@ -122,37 +126,58 @@ class SchedulerSide:
         wishes = Wishes.of(view.params)
         if wishes.complaint:
             logger.warning("request %s: kv_transfer_params: %s", view.request_id, wishes.complaint)
-        namespace = self._namespace
-        if view.adapter is not None:
-            name, path = view.adapter
-            namespace = lora_namespace(namespace, name=name, path=path)
         request = TrackedRequest(
             request_id=view.request_id,
             tokens=view.tokens,
             num_prompt_tokens=view.num_prompt_tokens,
             wishes=wishes,
+            adapter=view.adapter,
             prefix=RequestPrefix(
-                namespace=namespace,
-                chunk_tokens=self._options.chunk_tokens,
-                salt=view.salt,
-                media=view.media,
+                namespace="", chunk_tokens=self._options.chunk_tokens, salt=view.salt, media=view.media
             ),
         )
         self._requests[view.request_id] = request
-        if wishes.mode is Mode.OFF:
+        self._identify(request)
+
+    def _identify(self, request: TrackedRequest) -> None:
+        """Name a request's KV by the present weights and adapter, and ask the store for it; none of it exists yet."""
+        assert self._identity is not None
+        assert self._questions is not None
+        request.claim = None if request.adapter is None else self._identity.claim(request.adapter)
+        request.generation = self._identity.generation
+        request.prefix = replace(request.prefix, namespace=self._identity.namespace(request.claim))
+        request.forget_store()
+        if request.adapter is not None and request.claim is None:
+            request.generation = MIXED
+            request.reason = (
+                f"the files of its adapter {request.adapter.name!r} in {request.adapter.path} cannot be read"
+            )
+        elif request.wishes.mode is Mode.OFF:
             request.reason = "the request asked for 'off'"
+        elif self._identity.stopped:
+            request.reason = self._identity.stopped
         else:
             self._questions.ask(request)
+
+    def _ask_anew(self, request: TrackedRequest, num_preemptions: int) -> None:
+        """Ask again where the answer is out of date: the engine has another generation, or vLLM took the KV away."""
+        assert self._identity is not None
+        assert self._questions is not None
+        if request.generation != self._identity.generation:
+            self._identify(request)  # vLLM asks only while it has computed nothing of it, or nothing is left of it
+        elif num_preemptions != request.num_preemptions:
+            request.decision = None
+            if request.wishes.mode is not Mode.OFF:
+                self._questions.ask(request)  # by now the store may hold what the request itself has computed
+        request.num_preemptions = num_preemptions
 
     def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
         """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
         request = self._requests.get(request_id)
         if request is None or self._decider is None or self._restorations is None or self._questions is None:
             return 0
-        if num_preemptions != request.num_preemptions:
-            request.num_preemptions, request.decision = num_preemptions, None
-            if request.wishes.mode is not Mode.OFF:
-                self._questions.ask(request)  # by now the store may hold what the request itself has computed
+        request.num_local = num_computed
+        self._ask_anew(request, num_preemptions)
         if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
             return 0
         if not self._questions.answered(request):
@@ -210,7 +235,7 @@ class SchedulerSide:
         if not saves and not captures and self._restorations.idle:
             return NOTHING
         orders = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
-        return replace(orders, captures=captures) if captures else orders
+        return replace(orders, captures=captures, weights_versions=dict(self._weights_versions))
 
     def _saves(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf
@@ -221,7 +246,7 @@ class SchedulerSide:
         capturing = any(facts.boundary_token_bytes for facts in self._ranks)
         for each in scheduled:
             request = self._requests.get(each.request_id)
-            if request is None or request.wishes.mode is Mode.OFF:
+            if request is None or request.wishes.mode is Mode.OFF or not self._is_current(request):
                 continue
             if capturing and (capture := self._capture(request, each)) is not None:
                 captures.append(capture)
@@ -234,12 +259,68 @@ class SchedulerSide:
             saves += self._ordered_saves.new(orders, asked_at=request.asked_at)
         return tuple(saves), tuple(captures)
 
+    def _is_current(self, request: TrackedRequest) -> bool:
+        """Whether all of a request's KV is of the weights and the adapter that its name stands for."""
+        assert self._identity is not None
+        if self._identity.stopped or request.generation != self._identity.generation:
+            return False
+        return not (request.num_local and self._identity.is_stale_locally(request.adapter))
+
     def _capture(self, request: TrackedRequest, scheduled: ScheduledRequest) -> CaptureOrder | None:
         return request.capture(
             start=scheduled.num_computed - scheduled.num_scheduled,
             end=scheduled.num_computed,
             decode_too=self._options.save_decode_kv,
         )
+
+    def reset(self) -> None:
+        """Restore nothing that was saved so far; what is being restored is given up. The store keeps it for others."""
+        if self._identity is None or self._restorations is None:
+            return
+        self._identity.begin_generation()
+        self._restorations.discard("the connector was reset")
+        logger.info("reset: nothing saved so far is restored any more; from now on KV is saved for this engine alone")
+
+    def local_cache_was_reset(self) -> None:
+        """VLLM has emptied its own prefix cache."""
+        if self._identity is not None:
+            self._identity.local_cache_was_reset()
+
+    def take_news(self, news: Mapping[int, ModelNews]) -> None:
+        """Take in what became of the workers' weights and adapters, by rank; before the report of the same step."""
+        if self._identity is None or self._restorations is None:
+            return
+        for each in news.values():
+            for restore_id, reason in each.refused.items():
+                self._restorations.discard(reason, restore_id)
+            for request in self._requests.values():
+                if request.claim is not None and request.claim.number in each.replaced_adapters:
+                    request.generation = MIXED
+        changes = {rank: each.weights for rank, each in news.items() if each.weights is not None}
+        self._weights_versions |= {rank: change.version for rank, change in changes.items()}
+        if changes:
+            self._weights_changed(min(changes.values(), key=lambda change: change.announced))
+
+    def _weights_changed(self, change: WeightsChange) -> None:
+        assert self._identity is not None
+        assert self._restorations is not None
+        if change.announced:
+            self._identity.weights_changed()
+            logger.warning(
+                "the model's weights were changed (%s): nothing saved so far is restored any more, and KV is saved for "
+                "this engine alone. Reset vLLM's prefix cache too (reset_prefix_cache): it holds KV of the old weights",
+                change.how,
+            )  # fmt: skip
+        elif not self._identity.stopped:
+            self._identity.weights_changed(
+                stop=f"the model's weights were changed without notice ({change.how}); reset the connector to go on"
+            )
+            logger.error(
+                "the model's weights were changed without notice (%s): nothing is saved or restored until the "
+                "connector is reset (POST /reset_prefix_cache?reset_external=true, or "
+                "reset_prefix_cache(reset_connector=True))", change.how,
+            )  # fmt: skip
+        self._restorations.discard("the model's weights have changed")
 
     def take_report(self, report: StepReport) -> None:
         """Take in what the workers did."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cacheflow.restore.orders import RestoreOrders, RestoreTarget
+from cacheflow.vllm.adapters import AdapterClaim
+from cacheflow.vllm.weights_watch import WeightsChange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,7 @@ class SaveOrder:
         namespace: ``Namespace.digest``.
         chain_hash: Chain hash (hex) at the end of the chunk.
         block_ids: KV blocks of the chunk, in order.
+        adapter: The adapter that the namespace stands for; None without.
     """
 
     namespace: str
@@ -34,6 +37,7 @@ class SaveOrder:
     block_ids: tuple[int, ...]
     request_id: str = ""
     chunk: int = 0
+    adapter: AdapterClaim | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,8 @@ class StepOrders:
         captures: Tokens of this forward whose boundary states later stages keep.
         saves: Chunks to write after the forward.
         wait_s: With nothing to compute, wait up to this long for a read to end before the step ends.
+        weights_versions: How often each rank's weights had changed when it was last heard of; left out where never.
+        adapters: The adapter of each restoration that starts with this step and has one, by ``restore_id``.
     """
 
     targets: tuple[RestoreTarget, ...] = ()
@@ -58,6 +64,8 @@ class StepOrders:
     captures: tuple[CaptureOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     wait_s: float = 0.0
+    weights_versions: Mapping[int, int] = field(default_factory=dict)
+    adapters: Mapping[int, AdapterClaim] = field(default_factory=dict)
 
     @property
     def idle(self) -> bool:
@@ -72,3 +80,24 @@ class StepOrders:
 
 
 NOTHING = StepOrders()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelNews:
+    """What one rank tells of its weights and adapters, besides its report on orders.
+
+    Attributes:
+        weights: Their last change, where the scheduler side has not heard of it.
+        replaced_adapters: Numbers of adapters that were loaded again from other files.
+        refused: Restorations whose KV belongs to other weights or another adapter than are loaded now, and why; their
+            blocks are reported as failed.
+    """
+
+    weights: WeightsChange | None = None
+    replaced_adapters: tuple[int, ...] = ()
+    refused: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to tell."""
+        return not (self.weights or self.replaced_adapters or self.refused)

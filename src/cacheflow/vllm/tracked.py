@@ -10,11 +10,14 @@ from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.restore.staged import StagedRestoration
+from cacheflow.vllm.adapters import Adapter, AdapterClaim
 from cacheflow.vllm.lookup import Lookup
 from cacheflow.vllm.request_prefix import RequestPrefix
 from cacheflow.vllm.step import CaptureOrder, SaveOrder
 from cacheflow.vllm.wishes import Wishes
 
+MIXED = -1
+"""Generation of a request whose KV is of more than one state of the weights or of its adapter: it is not saved."""
 BlockIdsOf = Callable[[str], Sequence[int]]
 """KV blocks of a request, in order, by its id."""
 
@@ -81,6 +84,11 @@ class TrackedRequest:
         num_prompt_tokens: Tokens of the prompt.
         wishes: What it asked for.
         prefix: Its chunks.
+        adapter: Its LoRA adapter; None without.
+        claim: The adapter by the content of its files; None without one, or where they cannot be read.
+        generation: The engine's generation (``KvIdentity``) in which its KV is computed; ``MIXED`` where its KV is of
+            more than one, or of an adapter that cannot be told.
+        num_local: Tokens that vLLM's own prefix cache held when it was scheduled.
         lookup: The question to the store; None before it was asked.
         asked_at: When it was asked, as ``OrderedSaves`` counts.
         asked_at_s: ... and in seconds.
@@ -105,6 +113,10 @@ class TrackedRequest:
     num_prompt_tokens: int
     wishes: Wishes
     prefix: RequestPrefix
+    adapter: Adapter | None = None
+    claim: AdapterClaim | None = None
+    generation: int = 0
+    num_local: int = 0
     lookup: Lookup | None = None
     boundary_lookups: tuple[Lookup, ...] = ()
     asked_at: int = 0
@@ -120,6 +132,12 @@ class TrackedRequest:
     given_up: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
+
+    def forget_store(self) -> None:
+        """Forget what the store was asked and has answered: the request's KV has another name from now on."""
+        self.lookup, self.boundary_lookups, self.asked_again = None, (), False
+        self.num_stored, self.num_boundaries, self.next_save = 0, (), 0
+        self.decision, self.reason = None, ""
 
     def save_again(self, chunk: int) -> None:
         """Count a chunk as not stored: it could not be read, and is written again unless the store has it after all."""
@@ -167,6 +185,7 @@ class TrackedRequest:
                     block_ids=tuple(block_ids[first:last]),
                     request_id=self.request_id,
                     chunk=self.next_save,
+                    adapter=self.claim,
                 )
             )
             self.next_save += 1

@@ -13,17 +13,21 @@ from cacheflow.restore.carrier import OrderCarrier, Ports
 from cacheflow.restore.orders import RankReport, RestoreTarget, StepReport
 from cacheflow.restore.ports import ComputePort
 from cacheflow.stores.base import Store
+from cacheflow.vllm.adapters import LoadedAdapters
 from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.find_facts import FoundEngine, find_engine
 from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.model_access import runner_of
+from cacheflow.vllm.model_state import ModelState
 from cacheflow.vllm.object_keys import StagePart
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.recompute import VllmComputePort
 from cacheflow.vllm.saver import ChunkSaver, MorePuts
 from cacheflow.vllm.stage_link import StageAnswers, StageLink, link_stages
-from cacheflow.vllm.step import CaptureOrder, SaveOrder, StepOrders
+from cacheflow.vllm.step import CaptureOrder, ModelNews, StepOrders
 from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
+from cacheflow.vllm.weights_watch import watch_weights
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,7 @@ class WorkerSide:
         self._saver: ChunkSaver | None = None
         self._capture: BoundaryCapture | None = None
         self._link: StageLink | None = None
+        self._model_state: ModelState | None = None
         self._request_of: dict[int, str] = {}
         self._report = NOTHING_DONE
         self._failed_blocks: set[int] = set()
@@ -82,10 +87,14 @@ class WorkerSide:
             SelfTestError: Restored KV differs from the engine's own.
             ConfigError: The KV cache is laid out in a way CacheFlow does not know.
         """
+        # Before the weights' fingerprint is taken: what changes from now on is noticed.
+        runner = runner_of(self._vllm_config)
+        watch, adapters = watch_weights(runner), LoadedAdapters(runner)
         engine = find_engine(self._options, self._store, self._vllm_config, self._kv_cache_config, self._kv_caches)
         facts = engine.facts
         self._engine = engine
         self._link = link_stages(engine.handle)
+        self._model_state = ModelState(rank=facts.rank, block_size=facts.block_size, weights=watch, adapters=adapters)
         self._pool = staging_pool(
             engine.layout, chunk_tokens=self._options.chunk_tokens, layers_per_block=facts.layers_per_block
         )
@@ -162,6 +171,7 @@ class WorkerSide:
         for target in orders.targets:
             self._request_of[target.restore_id] = target.request_id
             self._copy_shared(target)
+            self._state.begin(target, orders)
             self._carrier.begin(target)
         for block_ids in orders.failed_blocks.values():
             self._failed_blocks.update(block_ids)
@@ -175,15 +185,17 @@ class WorkerSide:
             end = target.start // self._engine.facts.block_size
             self._engine.layout.copy(target.copied_from, target.block_ids[end - len(target.copied_from) : end])
 
-    def save(self, orders: tuple[SaveOrder, ...]) -> None:
-        """Copy the chunks that this step's forward completed."""
+    def save(self, orders: StepOrders) -> None:
+        """Copy the chunks that this step's forward completed, unless weights or adapters have changed since."""
         if self._saver is not None:
-            self._saver.save(orders)
+            self._saver.save(self._state.may_save(orders))
 
     def take_finished(self) -> set[str]:
         """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""
         report = self._carrier.take_report()
         self._report = report
+        if report.finished:
+            self._failed_blocks.update(self._state.end(report.finished))
         return {self._request_of.pop(restore_id) for restore_id in report.finished}
 
     def take_report(self) -> StepReport | None:
@@ -193,10 +205,22 @@ class WorkerSide:
             return None
         return StepReport({self._engine.facts.rank: report})
 
+    def take_news(self) -> tuple[int, ModelNews] | None:
+        """This rank's number and what has become of its weights and adapters; None when there is nothing to tell."""
+        if self._engine is None:
+            return None
+        news = self._state.take_news()
+        return None if news.idle else (self._engine.facts.rank, news)
+
     def take_failed_blocks(self) -> set[int]:
         """KV blocks whose content is undefined, of restorations that ended since the last call."""
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+    @property
+    def _state(self) -> ModelState:
+        assert self._model_state is not None, "orders come after the facts were found"
+        return self._model_state
 
     def close(self) -> None:
         """End the threads; nothing touches the KV blocks any more."""

@@ -1,0 +1,236 @@
+"""Weights and adapters that change, resets and restarts, in any order: restored KV is never of another state."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from support.changing_engines import ChangingEngine, ListedStore, write_adapter
+from support.scheduler_cases import CHUNK, tokens
+
+pytestmark = pytest.mark.torch
+PROMPTS = [tokens(4 * CHUNK + 5, seed=1), tokens(3 * CHUNK + 1, seed=2)]
+PROMPTS.append(PROMPTS[0][: 2 * CHUNK] + tokens(2 * CHUNK + 7, seed=3))
+ENGINE = st.integers(0, 1)
+
+
+class Setting:
+    """Two engines that share a store and a folder with an adapter; one of them recomputes too."""
+
+    def __init__(self, folder: Path):
+        self.adapter = folder / "ad"
+        write_adapter(self.adapter, "first")
+        self.store = ListedStore(capacity_bytes=1 << 28)
+        self.engines = [self.start(0), self.start(1)]
+
+    def start(self, index):
+        return ChangingEngine(self.store, self.adapter, policy=("load", "cake")[index])
+
+    def close(self):
+        for engine in self.engines:
+            engine.close()
+        self.store.close()
+
+    def ask(self, index, prompt, adapter):
+        self.engines[index].ask(prompt, adapter=adapter)
+
+    def step(self, index, count):
+        for _ in range(count):
+            self.engines[index].step()
+
+    def serve(self, index, prompt, adapter, evict):
+        """From arrival to end; afterwards its KV may leave vLLM's cache. Returns how many tokens were restored."""
+        engine = self.engines[index]
+        before = engine.num_restored
+        engine.ask(prompt, adapter=adapter)
+        engine.run()
+        if evict:
+            engine.reset_local()
+        return engine.num_restored - before
+
+    def edit(self, index, weights, announced):
+        self.engines[index].edit(weights, announced=announced)
+
+    def reset_connector(self, index):
+        self.engines[index].reset_connector()
+
+    def reset_local(self, index):
+        self.engines[index].reset_local()
+
+    def retrain(self, content):
+        """The adapter's files change, and nobody is told."""
+        write_adapter(self.adapter, content)
+
+    def load_inplace(self, index, content):
+        write_adapter(self.adapter, content)
+        self.engines[index].load_adapter()
+
+    def restart(self, index):
+        self.engines[index].close()
+        self.engines[index] = self.start(index)
+
+
+CONTENT = st.sampled_from(["first", "second", "a third"])
+PROMPT = st.sampled_from(PROMPTS)
+
+
+class World(RuleBasedStateMachine):
+    """Any order of all that can happen."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.setting = Setting(Path(self.folder.name))
+
+    def teardown(self):
+        self.setting.close()
+        self.folder.cleanup()
+
+    @rule(index=ENGINE, prompt=PROMPT, adapter=st.booleans())
+    def ask(self, index, prompt, adapter):
+        self.setting.ask(index, prompt, adapter)
+
+    @rule(index=ENGINE, prompt=PROMPT, adapter=st.booleans(), evict=st.booleans())
+    def serve(self, index, prompt, adapter, evict):
+        self.setting.serve(index, prompt, adapter, evict)
+
+    @rule(index=ENGINE, count=st.integers(1, 4))
+    def step(self, index, count):
+        self.setting.step(index, count)
+
+    @rule(index=ENGINE, weights=st.sampled_from([1.0, 2.0, 3.0]), announced=st.booleans())
+    def edit(self, index, weights, announced):
+        self.setting.edit(index, weights, announced)
+
+    @rule(index=ENGINE)
+    def reset_connector(self, index):
+        self.setting.reset_connector(index)
+
+    @rule(index=ENGINE)
+    def reset_local(self, index):
+        self.setting.reset_local(index)
+
+    @rule(content=CONTENT)
+    def retrain(self, content):
+        self.setting.retrain(content)
+
+    @rule(index=ENGINE, content=CONTENT)
+    def load_inplace(self, index, content):
+        self.setting.load_inplace(index, content)
+
+    @rule(index=ENGINE)
+    def restart(self, index):
+        self.setting.restart(index)
+
+
+World.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestWorld = World.TestCase
+
+
+P = PROMPTS[0]
+BASE, ADAPTED = False, True
+KEEP, EVICT = False, True
+SCRIPTS = {
+    "announced while it is prefilled": [("ask", 0, P, BASE), ("step", 0, 2), ("edit", 0, 2.0, True), ("step", 0, 4),
+        ("serve", 1, P, BASE, EVICT), ("serve", 1, P, BASE, EVICT)],
+    "announced while it is restored": [("serve", 1, P, BASE, EVICT), ("ask", 0, P, BASE), ("step", 0, 2),
+        ("edit", 0, 2.0, True), ("step", 0, 9)],
+    "announced, and vLLM's own cache still holds the old": [("serve", 0, P, BASE, KEEP), ("edit", 0, 2.0, True),
+        ("serve", 0, P, BASE, KEEP), ("serve", 0, P, BASE, EVICT), ("serve", 0, P, BASE, EVICT)],
+    "announced, then the other engine as before": [("edit", 0, 2.0, True), ("serve", 0, P, BASE, EVICT),
+        ("serve", 0, P, BASE, EVICT), ("serve", 1, P, BASE, EVICT)],
+    "without notice, before a prefill": [("edit", 0, 2.0, False), ("serve", 0, P, BASE, EVICT),
+        ("serve", 1, P, BASE, EVICT)],
+    "without notice, before a restoration": [("serve", 1, P, BASE, EVICT), ("edit", 0, 2.0, False),
+        ("serve", 0, P, BASE, EVICT), ("serve", 0, P, BASE, EVICT)],
+    "without notice, while it is restored": [("serve", 1, P, BASE, EVICT), ("ask", 0, P, BASE), ("step", 0, 2),
+        ("edit", 0, 2.0, False), ("step", 0, 9), ("serve", 1, P, BASE, EVICT)],
+    "without notice, then a reset": [("serve", 0, P, BASE, EVICT), ("edit", 0, 2.0, False),
+        ("serve", 0, P, BASE, EVICT), ("reset_connector", 0), ("serve", 0, P, BASE, EVICT),
+        ("serve", 0, P, BASE, EVICT)],
+    "there and back": [("serve", 0, P, BASE, EVICT), ("edit", 0, 2.0, True), ("serve", 0, P, BASE, EVICT),
+        ("edit", 0, 1.0, True), ("serve", 0, P, BASE, EVICT), ("serve", 1, P, BASE, EVICT)],
+    "a reset while it is restored": [("serve", 1, P, BASE, EVICT), ("ask", 0, P, BASE), ("step", 0, 2),
+        ("reset_connector", 0), ("step", 0, 9)],
+    "a reset while it is restored behind what vLLM has": [("serve", 1, P, BASE, EVICT),
+        ("serve", 0, PROMPTS[2], BASE, KEEP), ("ask", 0, P, BASE), ("step", 0, 1),
+        ("reset_connector", 0), ("step", 0, 9)],
+    "a reset while it is prefilled": [("ask", 0, P, BASE), ("step", 0, 2), ("reset_connector", 0), ("step", 0, 4),
+        ("reset_local", 0), ("serve", 0, P, BASE, EVICT)],
+    "a reset while it waits": [("serve", 1, P, BASE, EVICT), ("ask", 0, P, BASE), ("reset_connector", 0),
+        ("step", 0, 9)],
+    "retrained, loaded in place": [("serve", 0, P, ADAPTED, EVICT), ("load_inplace", 0, "second"),
+        ("serve", 0, P, ADAPTED, EVICT), ("serve", 0, P, ADAPTED, EVICT)],
+    "retrained, and vLLM's own cache still holds the old": [("serve", 0, P, ADAPTED, KEEP),
+        ("load_inplace", 0, "second"), ("serve", 0, P, ADAPTED, KEEP), ("serve", 0, P, ADAPTED, EVICT),
+        ("serve", 0, P, ADAPTED, EVICT)],
+    "retrained, one engine not told": [("retrain", "second"), ("serve", 0, P, ADAPTED, EVICT), ("restart", 1),
+        ("serve", 1, P, ADAPTED, EVICT), ("serve", 0, P, ADAPTED, EVICT)],
+    "retrained while it is restored": [("serve", 1, P, ADAPTED, EVICT), ("ask", 0, P, ADAPTED), ("step", 0, 2),
+        ("load_inplace", 0, "second"), ("step", 0, 9)],
+    "retrained and back while it is prefilled": [("ask", 0, P, ADAPTED), ("step", 0, 1), ("load_inplace", 0, "second"),
+        ("step", 0, 1), ("load_inplace", 0, "first"), ("step", 0, 4), ("serve", 1, P, ADAPTED, EVICT),
+        ("serve", 1, P, ADAPTED, EVICT)],
+    "retrained, then a restart": [("serve", 0, P, ADAPTED, EVICT), ("retrain", "second"), ("restart", 0),
+        ("serve", 0, P, ADAPTED, EVICT)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_change_that_somebody_has_met(name, tmp_path):
+    """One for each way to go wrong: each fails when its guard is taken away."""
+    setting = Setting(tmp_path)
+    for action, *arguments in SCRIPTS[name]:
+        getattr(setting, action)(*arguments)
+    setting.close()
+
+
+def test_what_has_not_changed_is_restored_by_another_engine_and_after_a_restart(tmp_path):
+    """The property above would hold for an engine that never restores."""
+    write_adapter(tmp_path / "ad", "first")
+    store = ListedStore(capacity_bytes=1 << 28)
+    for adapter in (False, True):
+        for expected in (0, 4 * CHUNK, 4 * CHUNK):
+            engine = ChangingEngine(store, tmp_path / "ad")
+            engine.ask(PROMPTS[0], adapter=adapter)
+            engine.run()
+            engine.close()
+            assert engine.num_restored == expected
+    store.close()
+
+
+def test_once_vllms_own_cache_was_reset_what_builds_on_it_is_saved_again(tmp_path):
+    setting = Setting(tmp_path)
+    setting.edit(0, 2.0, True)
+    setting.serve(0, P, BASE, EVICT)
+    assert setting.serve(0, PROMPTS[2], BASE, KEEP) == 0
+    setting.serve(0, P, BASE, EVICT)
+    restored = setting.serve(0, P, BASE, EVICT)
+    setting.close()
+    assert restored == 4 * CHUNK
+
+
+def test_after_a_reset_an_engine_restores_what_it_saves_itself(tmp_path):
+    write_adapter(tmp_path / "ad", "first")
+    store = ListedStore(capacity_bytes=1 << 28)
+    engine = ChangingEngine(store, tmp_path / "ad")
+    restored = []
+    for change in (lambda: None, engine.reset_connector, lambda: engine.edit(2.0, announced=True), lambda: None):
+        change()
+        for _ in range(2):
+            assert engine.reset_local()
+            before = engine.num_restored
+            engine.ask(PROMPTS[0], adapter=False)
+            engine.run()
+            restored.append(engine.num_restored - before)
+    engine.close()
+    store.close()
+    assert restored == [0, 4 * CHUNK] * 3 + [4 * CHUNK] * 2
