@@ -97,7 +97,12 @@ class SchedulerSide:
         self.counts = Counts()
 
     def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
-        """Take in what the workers found out; called once, before the first request."""
+        """Take in what the workers found out, before the first request.
+
+        vLLM repeats it when it has slept. Workers answer what they found at start, so nothing changes then.
+        """
+        if self._ranks:
+            return
         by_stage = slowest_of_stages(facts_by_rank)
         self._facts, self._ranks = by_stage[0], tuple(facts_by_rank)
         self._questions = StoreQuestions(self._lookup, facts_by_rank, self._ordered_saves, clock=self._clock)

@@ -75,13 +75,15 @@ class WorkerSide:
         self._kv_caches = kv_caches
 
     def find_facts(self) -> EngineFacts:
-        """Check the model, test restoration and measure costs; once, before the first request.
+        """Check the model, test restoration and measure costs, before the first request; later what was found then.
 
         Raises:
             UnsupportedModelError: The model cannot be recomputed and the user did not ask for ``load_only``.
             SelfTestError: Restored KV differs from the engine's own.
             ConfigError: The KV cache is laid out in a way CacheFlow does not know.
         """
+        if self._engine is not None:
+            return self._engine.facts
         engine = find_engine(self._options, self._store, self._vllm_config, self._kv_cache_config, self._kv_caches)
         facts = engine.facts
         self._engine = engine
