@@ -38,6 +38,8 @@ NOT_TAKEN_UP = (
     "prompt_logprobs)"
 )
 
+BROUGHT_BY_ANOTHER = "another connector of this engine brought the prefix"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
@@ -72,11 +74,13 @@ class ScheduledRequest:
         request_id: vLLM's.
         num_computed: Tokens.
         num_scheduled: Those of them that the step computes.
+        unproven: Another connector loads a prefix for this very step, and may fail, which shows when it is through.
     """
 
     request_id: str
     num_computed: int
     num_scheduled: int = 0
+    unproven: bool = False
 
 
 class SchedulerSide:
@@ -162,6 +166,7 @@ class SchedulerSide:
             return 0
         if not self._questions.answered(request):
             return None
+        request.allocating = None
         decision = request.decision
         if decision is None or decision.start != num_computed:
             decision = self._decide(request, self._decider, num_computed)
@@ -199,6 +204,19 @@ class SchedulerSide:
         self._restorations.start(request, decision, block_ids)
         request.decision = request.allocating = None
 
+    def passed_over(self, request_id: str, *, num_brought: int) -> None:
+        """Note that vLLM has set blocks aside without asking for a restoration.
+
+        Args:
+            request_id: vLLM's.
+            num_brought: Tokens that some connector brings; 0 where that is none, or not known.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.restoration is not None or request.records:
+            return  # vLLM calls again when our own restoration has ended
+        if num_brought or request.allocating is not None:
+            request.allocating, request.reason = None, BROUGHT_BY_ANOTHER
+
     def step(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, *, num_scheduled_tokens: int
     ) -> StepOrders:
@@ -227,6 +245,10 @@ class SchedulerSide:
         for each in scheduled:
             request = self._requests.get(each.request_id)
             if request is None or request.wishes.mode is Mode.OFF:
+                continue
+            if each.unproven:
+                request.proven_after = len(request.tokens)
+            if len(request.tokens) <= request.proven_after:
                 continue
             if capturing and (capture := self._capture(request, each)) is not None:
                 captures.append(capture)

@@ -89,6 +89,8 @@ class TrackedRequest:
         num_stored: Leading chunks the store is known to hold.
         num_boundaries: Leading chunks of whose boundary states it is known, for each stage behind the first.
         next_save: The first chunk that was not ordered to be saved.
+        proven_after: Nothing is saved before it has more tokens: the next one shows that what another connector loaded
+            for a step was there. 0 where none did.
         decision: The last decision; None before the first.
         allocating: The decision vLLM was told of in this step, with what can be copied now; None otherwise.
         restoration: What is under way; None otherwise.
@@ -113,6 +115,7 @@ class TrackedRequest:
     num_stored: int = 0
     num_boundaries: tuple[int, ...] = ()
     next_save: int = 0
+    proven_after: int = 0
     decision: Decision | None = None
     allocating: Decision | None = None
     restoration: StagedRestoration | None = None
