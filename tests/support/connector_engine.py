@@ -77,7 +77,7 @@ class ServingEngine:
     @property
     def connector(self):
         """The scheduler's half."""
-        return self.scheduler.connector
+        return ours(self.scheduler.connector)
 
     @property
     def side(self):
@@ -86,9 +86,13 @@ class ServingEngine:
     @property
     def worker(self):
         """The worker's half."""
+        return self.worker_connector._worker
+
+    @property
+    def worker_connector(self):
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        return get_kv_transfer_group()._worker
+        return ours(get_kv_transfer_group())
 
     @property
     def store(self):
@@ -238,9 +242,7 @@ class ServingEngine:
         )  # fmt: skip
         fresh.register(self.worker._kv_caches)
         side = SchedulerSide(options, self.store, clock=time.perf_counter)
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-        get_kv_transfer_group()._worker = fresh
+        self.worker_connector._worker = fresh
         connector._scheduler, connector._options = side, options
         facts = fresh.find_facts()
         if facts.costs is not None:  # the scheduler is held to chunks, whatever pass was measured
@@ -281,6 +283,14 @@ class ServingEngine:
         self.side._decider.rates = LiveRates(bytes_per_s=bytes_per_s)
 
 
+def ours(connector):
+    """CacheFlow's connector, which may be a child of vLLM's MultiConnector."""
+    from cacheflow.vllm.connector import CacheFlowConnector
+
+    children = getattr(connector, "sub_connectors", (connector,))
+    return next(each for each in children if isinstance(each, CacheFlowConnector))
+
+
 def random_tokens(count: int, *, seed: int = 3) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, TINY["vocab_size"], (count,), generator=generator).tolist()
@@ -317,8 +327,19 @@ def new_llm(folder: Path, *, dtype: str, chunk_tokens: int, transfer: dict | Non
 
 
 @contextmanager
-def serving_engine(folder: Path, *, dtype: str, chunk_tokens: int = 128, options: dict | None = None, **overrides):
-    """An engine with the connector; ``options=None``: without. Nothing is left of it afterwards."""
+def serving_engine(
+    folder: Path,
+    *,
+    dtype: str,
+    chunk_tokens: int = 128,
+    options: dict | None = None,
+    around: Callable[[dict], dict] | None = None,
+    **overrides,
+):
+    """An engine with the connector; ``options=None``: without. Nothing is left of it afterwards.
+
+    ``around``: the configuration vLLM is given, of the one CacheFlow alone would have.
+    """
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     from cacheflow.vllm.layout import BlockLayout, layer_number
@@ -326,6 +347,7 @@ def serving_engine(folder: Path, *, dtype: str, chunk_tokens: int = 128, options
     transfer = None
     if options is not None:
         transfer = kv_transfer_config(folder / "profiles", {"chunk_tokens": chunk_tokens, **options})
+        transfer = transfer if around is None else around(transfer)
     llm = new_llm(folder, dtype=dtype, chunk_tokens=chunk_tokens, transfer=transfer, **overrides)
     try:
         core = llm.llm_engine.engine_core.engine_core

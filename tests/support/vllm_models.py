@@ -121,7 +121,8 @@ def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overr
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     from cacheflow.vllm.layout import BlockLayout
-    from cacheflow.vllm.model_access import open_model, remember
+    from cacheflow.vllm.model_access import open_model
+    from cacheflow.vllm.plugin import remember
     from vllm import LLM
 
     llm = LLM(

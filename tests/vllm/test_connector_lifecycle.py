@@ -106,13 +106,12 @@ def long_answers_outgrow_the_prompt(engine):
 
 
 REFUSED = [
-    ({"chunk_tokens": 200}, {}, "multiple of vLLM's KV block size of 128"),
-    ({"chunk_token": 256}, {}, "unknown 'chunk_token'; known are store, store_path"),
-    ({"policy": "fastest"}, {}, "policy is 'fastest', must be one of"),
-    ({"store": "file"}, {}, "the file store needs a store_path"),
-    ({"cpu_bytes_to_use": "4GB"}, {}, "cpu_bytes_to_use is '4GB', must be int"),
-    ({"restore_timeout_s": 0}, {}, "restore_timeout_s is 0.0, must be above 0"),
-    ({}, {"kv_load_failure_policy": "fail"}, '"kv_load_failure_policy": "recompute"'),
+    ({"chunk_tokens": 200}, "multiple of vLLM's KV block size of 128"),
+    ({"chunk_token": 256}, "unknown 'chunk_token'; known are store, store_path"),
+    ({"policy": "fastest"}, "policy is 'fastest', must be one of"),
+    ({"store": "file"}, "the file store needs a store_path"),
+    ({"cpu_bytes_to_use": "4GB"}, "cpu_bytes_to_use is '4GB', must be int"),
+    ({"restore_timeout_s": 0}, "restore_timeout_s is 0.0, must be above 0"),
 ]
 
 
@@ -124,9 +123,9 @@ def refusals(engine):
     from cacheflow.vllm.connector import CacheFlowConnector
 
     config = engine.connector._vllm_config
-    for extra, fields, message in REFUSED:
+    for extra, message in REFUSED:
         changed = copy.copy(config)
-        transfer = replace(config.kv_transfer_config, kv_connector_extra_config=extra, **fields)
+        transfer = replace(config.kv_transfer_config, kv_connector_extra_config=extra)
         changed.kv_transfer_config = transfer
         for role in KVConnectorRole:
             with pytest.raises(ConfigError) as caught:
@@ -161,4 +160,24 @@ def test_a_model_that_cannot_be_recomputed_is_refused_at_start(tmp_path, threads
         assert again.record["recomputed_cells"] == 0
         assert (again.kv == own.kv).all()
         assert again.tokens == own.tokens
+    assert threads_left() == []
+
+
+def test_the_failure_policy_is_read_where_vllm_reads_it(folder, threads_left):
+    """As a child of MultiConnector: through a whole start, whatever the child's own says."""
+    from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    from cacheflow.errors import ConfigError
+    from support.connector_engine import kv_transfer_config, new_llm
+
+    child = kv_transfer_config(folder, {"chunk_tokens": CHUNK})
+    assert child["kv_load_failure_policy"] == "recompute"
+    outer = {
+        "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [child]},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"kv_load_failure_policy is 'fail'.*outer"):
+        new_llm(folder, dtype="float32", chunk_tokens=CHUNK, transfer=outer)
+    ensure_kv_transfer_shutdown()  # vLLM keeps the connector of an engine that did not start
+    cleanup_dist_env_and_memory()
     assert threads_left() == []

@@ -16,20 +16,32 @@ class Worker:
     def load_model(self, *, load_dummy_weights=False):
         self.loaded = load_dummy_weights
 """
+FACTORY = """
+class KVConnectorFactory:
+    registered = {}
+    @classmethod
+    def register_connector(cls, name, module_path, class_name):
+        if name in cls.registered:
+            raise ValueError(name)
+        cls.registered[name] = module_path, class_name
+"""
 PRELUDE = """
+import copy
 import sys
 from types import SimpleNamespace
 from cacheflow.vllm.plugin import register
 
 def config(path, extra=None):
     transfer = SimpleNamespace(kv_connector_module_path=path, kv_connector_extra_config=extra or {})
-    return SimpleNamespace(kv_transfer_config=transfer)
+    return SimpleNamespace(
+        kv_transfer_config=transfer, compilation_config=SimpleNamespace(static_forward_context={})
+    )
 
 def known(vllm_config):
     from cacheflow.errors import ConfigError
-    from cacheflow.vllm.model_access import runner_of
+    from cacheflow.vllm.model_access import worker_of
     try:
-        return runner_of(vllm_config)
+        return worker_of(vllm_config).model_runner
     except ConfigError as error:
         assert "vllm.general_plugins" in str(error)
         return None
@@ -38,11 +50,13 @@ def known(vllm_config):
 
 @pytest.fixture
 def run(tmp_path):
-    package = tmp_path / "vllm" / "v1" / "worker"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent, package.parent.parent):
-        (folder / "__init__.py").write_text("")
-    (package / "gpu_worker.py").write_text(WORKER)
+    modules = {"v1/worker/gpu_worker": WORKER, "distributed/kv_transfer/kv_connector/factory": FACTORY}
+    for name, text in modules.items():
+        module = (tmp_path / "vllm" / name).with_suffix(".py")
+        module.parent.mkdir(parents=True)
+        for folder in module.relative_to(tmp_path).parents[:-1]:
+            (tmp_path / folder / "__init__.py").write_text("")
+        module.write_text(text)
     source = Path(__file__).parents[2] / "src"
 
     def script(body):
@@ -90,16 +104,70 @@ assert wrapped.__wrapped__ is original
 """)
 
 
-def test_other_engines_are_left_alone(run):
+def test_an_engine_without_a_connector_is_left_alone(run):
+    run("""
+register()
+from cacheflow.vllm import plugin
+from vllm.v1.worker.gpu_worker import Worker
+worker = Worker(SimpleNamespace(kv_transfer_config=None))
+worker.load_model()
+assert list(plugin.remembered()) == []
+assert "cacheflow.vllm.model_access" not in sys.modules
+""")
+
+
+def test_a_worker_is_found_whichever_way_its_connector_is_reached(run):
+    """By a module of the user's, and by the shallow copy of the configuration that MultiConnector gives a child."""
     run("""
 register()
 from vllm.v1.worker.gpu_worker import Worker
-for other in (config("somebody.else"), SimpleNamespace(kv_transfer_config=None)):
-    Worker(other).load_model()
-assert "cacheflow.vllm.model_access" not in sys.modules
-child = {"connectors": [{"kv_connector_module_path": "cacheflow.vllm.connector"}]}
-multi = config(None, child)
-worker = Worker(multi)
+theirs = config("somebody.else")
+worker = Worker(theirs)
 worker.load_model()
-assert known(multi) == "the runner"
+child = copy.copy(theirs)
+child.kv_transfer_config = config("cacheflow.vllm.connector").kv_transfer_config
+assert known(theirs) == known(child) == "the runner"
 """)
+
+
+def test_two_engines_of_a_process_are_told_apart(run):
+    run("""
+register()
+from vllm.v1.worker.gpu_worker import Worker
+configs = [config("cacheflow.vllm.connector") for _ in range(2)]
+workers = [Worker(each) for each in configs]
+for name, worker in zip("ab", workers):
+    worker.model_runner = name
+    worker.load_model()
+    worker.load_model()
+assert [known(copy.copy(each)) for each in configs] == ["a", "b"]
+assert known(config("cacheflow.vllm.connector")) is None
+""")
+
+
+def test_the_dead_are_not_taken_for_the_living(run):
+    """An engine that ended, and another whose configuration may lie at the same address."""
+    run("""
+register()
+from cacheflow.vllm import plugin
+from vllm.v1.worker.gpu_worker import Worker
+for _ in range(100):
+    ours = config("cacheflow.vllm.connector")
+    assert known(ours) is None
+    Worker(ours).load_model()
+    assert known(ours) is None
+assert len(plugin._workers) == 1
+""")
+
+
+@pytest.mark.parametrize("first", ["register()", "import vllm.distributed.kv_transfer.kv_connector.factory"])
+def test_the_connector_is_known_by_its_name(run, first):
+    run(
+        first
+        + """
+register()
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+register()
+assert KVConnectorFactory.registered == {"CacheFlowConnector": ("cacheflow.vllm.connector", "CacheFlowConnector")}
+"""
+    )

@@ -64,7 +64,6 @@ def test_a_plain_engine_is_accepted():
     ("changes", "reason"),
     [
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
-        ({"speculative_config": object()}, "speculative decoding"),
         ({"cache_config__calculate_kv_scales": True}, "calculate_kv_scales"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size is 2"),
@@ -76,6 +75,35 @@ def test_what_cannot_even_be_loaded(changes, reason):
 
     (found,) = load_refusals(config(**changes), specs())
     assert reason in found
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_drafts_from_the_tokens_alone_are_welcome(method):
+    from cacheflow.vllm.refusals import load_refusals, recompute_refusals
+
+    drafting = config(speculative_config=SimpleNamespace(method=method))
+    assert load_refusals(drafting, specs()) == []
+    assert recompute_refusals(runner(), drafting) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("eagle3", "a KV cache of its own"),
+        ("mtp", "a KV cache of its own"),
+        ("draft_model", "a KV cache of its own"),
+        ("medusa", "never tried"),
+        ("ngram_gpu", "never tried"),
+        ("custom_class", "never tried"),
+    ],
+)
+def test_other_drafters_are_refused_by_name(method, why):
+    from cacheflow.vllm.refusals import load_refusals
+
+    (found,) = load_refusals(config(speculative_config=SimpleNamespace(method=method)), specs())
+    assert f"drafts by {method!r}" in found
+    assert why in found
+    assert "ngram and suffix work" in found
 
 
 @pytest.mark.parametrize(
@@ -142,7 +170,7 @@ def test_the_user_is_told_all_reasons_and_the_way_out():
     from cacheflow.errors import UnsupportedModelError
     from cacheflow.vllm.compat import check_environment
 
-    bad = config(model_config__is_encoder_decoder=True, speculative_config=object())
+    bad = config(model_config__is_encoder_decoder=True, speculative_config=SimpleNamespace(method="eagle"))
     with pytest.raises(UnsupportedModelError, match=r"encoder-decoder.*; speculative"):
         check_environment(bad, specs())
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -26,9 +29,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cacheflow.errors import ConfigError
 from cacheflow.restore.orders import StepReport
 from cacheflow.vllm.adapters import Adapter
+from cacheflow.vllm.child_handshakes import keep_handshakes_apart
 from cacheflow.vllm.compat import check_environment
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.logs import log_beside_vllm
+from cacheflow.vllm.model_access import worker_of
 from cacheflow.vllm.open_store import acquire_store, release_store
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.plugin import register
@@ -41,13 +46,20 @@ from cacheflow.vllm.worker_side import WorkerSide
 logger = logging.getLogger(__name__)
 
 register()  # for a checkout on PYTHONPATH, whose entry point vLLM cannot see; does nothing the second time
+keep_handshakes_apart()
 
 
 @dataclass
 class CacheFlowMetadata(KVConnectorMetadata):
-    """Scheduler to worker, every step."""
+    """Scheduler to worker, every step.
+
+    Attributes:
+        orders: What to do.
+        loads_first: Another connector loads for this very forward, so vLLM calls ``start_load_kv`` before it.
+    """
 
     orders: StepOrders
+    loads_first: bool = False
 
 
 @dataclass
@@ -70,13 +82,22 @@ class CacheFlowWorkerMetadata(KVConnectorWorkerMetadata):
 
 @dataclass
 class CacheFlowHandshake(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, once at start."""
+    """Worker to scheduler at start, and again whenever vLLM has slept."""
 
     facts: EngineFacts
 
 
 class CacheFlowConnector(KVConnectorBase_V1):
-    """Restores evicted prefixes by recomputing and loading at once; see ``docs/vllm.md``."""
+    """Restores evicted prefixes by recomputing and loading at once; see ``docs/vllm.md``.
+
+    Alone or as a child of vLLM's ``MultiConnector``; also as a base class in a module of the user's.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make a subclass known by its name: a ``MultiConnector`` looks its children up by it for statistics."""
+        super().__init_subclass__(**kwargs)
+        with contextlib.suppress(ValueError):  # the name is taken: by ours, which reads the same statistics
+            KVConnectorFactory.register_connector(cls.__name__, cls.__module__, cls.__name__)
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """Check the configuration and open the store.
@@ -89,11 +110,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self._options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
-        if transfer.kv_load_failure_policy != "recompute":
-            raise ConfigError(
-                f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}: a failed load would end the request; "
-                'set "kv_load_failure_policy": "recompute" in --kv-transfer-config'
-            )
+        if role is KVConnectorRole.WORKER:  # which vLLM makes first
+            _check_transfer(worker_of(vllm_config).vllm_config.kv_transfer_config)
         log_beside_vllm()
         check_environment(vllm_config, kv_cache_config)
         self._options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
@@ -104,6 +122,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
         store = acquire_store(self._engine_id, self._options)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._to_carry_out: StepOrders | None = None
+        self._to_save: StepOrders | None = None
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(self._options, store, clock=time.perf_counter)
         else:
@@ -116,14 +136,27 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """A lost save is a later miss, never a wrong answer."""
         return False
 
-    @property
-    def supports_sleep_mode(self) -> bool:
-        """KV blocks must stay where they were registered (vLLM 0.33 and later ask)."""
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any = None) -> bool:
+        """No: reads under way write into KV blocks, which must stay where they are.
+
+        vLLM 0.33 asks the class before it starts an engine with ``--enable-sleep-mode``; 0.32 does not ask.
+        """
         return False
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Any]) -> None:
-        """Take in what the workers found out at start."""
-        self._scheduler_side.set_facts([metadata[rank].facts for rank in sorted(metadata)])
+        """Take in what the workers found out at start.
+
+        Raises:
+            ConfigError: No worker of CacheFlow's is among those that handed something over.
+        """
+        ours = [each for _, each in sorted(metadata.items()) if isinstance(each, CacheFlowHandshake)]
+        if not ours:
+            raise ConfigError(
+                f"none of {len(metadata)} workers handed over what CacheFlow found out at start: without that nothing "
+                "is restored. Another connector stands between them that passes on its own handshake only"
+            )
+        self._scheduler_side.set_facts([each.facts for each in ours])
 
     def on_new_request(self, request: Any) -> None:
         """Start the lookup as soon as a request arrives."""
@@ -140,9 +173,14 @@ class CacheFlowConnector(KVConnectorBase_V1):
         return matched, bool(matched)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Begin the restoration vLLM has set blocks aside for."""
+        """Begin the restoration vLLM has set blocks aside for; none where another connector brings the prefix."""
         if num_external_tokens:
             self._scheduler_side.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        elif not request.skip_reading_prefix_cache:
+            stats = request.prefill_stats
+            self._scheduler_side.passed_over(
+                request.request_id, num_brought=None if stats is None else stats.num_external_cached_tokens
+            )
 
     def build_connector_meta(self, scheduler_output: Any) -> CacheFlowMetadata:
         """Order this step's work."""
@@ -151,7 +189,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
             lambda request_id: self._block_ids(scheduler_output, request_id),
             num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
         )
-        return CacheFlowMetadata(orders)
+        return CacheFlowMetadata(orders, loads_first=scheduler_output.has_sync_kv_loads)
 
     def _block_ids(self, scheduler_output: Any, request_id: str) -> list[int]:
         state = getattr(scheduler_output, "kv_connector_block_state", None)
@@ -197,17 +235,21 @@ class CacheFlowConnector(KVConnectorBase_V1):
         self._worker_side.register(kv_caches)
 
     def get_handshake_metadata(self) -> CacheFlowHandshake:
-        """Self-test and calibration; runs once, before the first request."""
+        """Self-test and calibration, before the first request; what they found when vLLM asks again."""
         return CacheFlowHandshake(self._worker_side.find_facts())
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Take this step's orders; vLLM calls it right before the forward."""
         super().bind_connector_metadata(connector_metadata)
-        self._worker_side.expect(self._orders().captures)
+        orders = connector_metadata.orders if isinstance(connector_metadata, CacheFlowMetadata) else NOTHING
+        self._to_carry_out = self._to_save = orders
+        self._worker_side.expect(orders.captures)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Carry out this step's orders; vLLM calls it every step, after the forward."""
-        self._worker_side.carry_out(self._orders())
+        """Carry out this step's orders; vLLM calls it every step, after the forward unless a connector loads for it."""
+        metadata = self._connector_metadata
+        if not (isinstance(metadata, CacheFlowMetadata) and metadata.loads_first):
+            self._carry_out()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request is parked until all of its prefix is there."""
@@ -217,10 +259,17 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Copy the chunks this step completed; they are written in the background."""
-        self._worker_side.save(self._orders())
+        self._save()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose restoration ended."""
+        """Requests whose restoration ended.
+
+        vLLM asks in every step, after the forward: what has not been carried out or saved by now is. For it starts
+        loads before the forward where another connector loads for it, and with drafts it calls ``wait_for_save`` later
+        or, on a pipeline stage before the last, never.
+        """
+        self._carry_out()
+        self._save()
         self._worker_side.forget(finished_req_ids)
         return None, self._worker_side.take_finished() or None
 
@@ -235,9 +284,15 @@ class CacheFlowConnector(KVConnectorBase_V1):
             return None
         return CacheFlowWorkerMetadata(report or StepReport(), {} if news is None else dict([news]))
 
-    def _orders(self) -> StepOrders:
-        metadata = self._connector_metadata
-        return metadata.orders if isinstance(metadata, CacheFlowMetadata) else NOTHING
+    def _carry_out(self) -> None:
+        orders, self._to_carry_out = self._to_carry_out, None
+        if orders is not None:
+            self._worker_side.carry_out(orders)
+
+    def _save(self) -> None:
+        orders, self._to_save = self._to_save, None
+        if orders is not None:
+            self._worker_side.save(orders)
 
     # Both
 
@@ -313,11 +368,30 @@ def _media(feature: Any) -> MediaSpan:
 
 
 def _scheduled(scheduler_output: Any) -> Iterator[ScheduledRequest]:
-    num_scheduled = scheduler_output.num_scheduled_tokens
-    for new in scheduler_output.scheduled_new_reqs:
-        count = num_scheduled[new.req_id]
-        yield ScheduledRequest(new.req_id, new.num_computed_tokens + count, count)
+    """The step's requests without their drafts: tokens that may be rejected are no request's tokens yet."""
+    drafts, sync_loads = scheduler_output.scheduled_spec_decode_tokens, scheduler_output.has_sync_kv_loads
     cached = scheduler_output.scheduled_cached_reqs
-    for request_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-        count = num_scheduled[request_id]
-        yield ScheduledRequest(request_id, num_computed + count, count)
+    new = [(each.req_id, each.num_computed_tokens) for each in scheduler_output.scheduled_new_reqs]
+    for request_id, num_computed in [*new, *zip(cached.req_ids, cached.num_computed_tokens, strict=True)]:
+        count = scheduler_output.num_scheduled_tokens[request_id] - len(drafts.get(request_id, ()))
+        begins = request_id not in cached.req_ids or request_id in cached.resumed_req_ids
+        yield ScheduledRequest(request_id, num_computed + count, count, unproven=sync_loads and begins)
+
+
+def _check_transfer(transfer: Any) -> None:
+    """Check the configuration that vLLM itself reads: of a child of ``MultiConnector`` that is not its own.
+
+    Raises:
+        ConfigError: A failed load would end the request, or CacheFlow is configured twice.
+    """
+    if transfer.kv_load_failure_policy != "recompute":
+        raise ConfigError(
+            f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}: a failed load would end the request; "
+            'set "kv_load_failure_policy": "recompute" in --kv-transfer-config (with MultiConnector in the outer one)'
+        )
+    if transfer.kv_connector != "MultiConnector":
+        return
+    children = [KVTransferConfig(**each) for each in transfer.kv_connector_extra_config["connectors"]]
+    num_ours = sum(issubclass(KVConnectorFactory.get_connector_class(each), CacheFlowConnector) for each in children)
+    if num_ours > 1:
+        raise ConfigError(f"MultiConnector has {num_ours} children that are CacheFlow's: leave one")

@@ -4,16 +4,34 @@ An engine starts in the generation that it shares with every engine of the same 
 weights that a worker reports, begins a generation of its own: nothing saved before is found any more, and no other
 process finds what is saved from now on. What others share in the store stays.
 
-vLLM's own prefix cache is another matter: it may go on holding KV of the weights or the adapter before. Until it is
-reset too, a request that has tokens from it is not saved, or the old KV would get the new name.
+vLLM's own prefix cache is another matter, and so is what another connector brings: they may go on holding KV of the
+weights or the adapter before. Until they are reset too, a request that has tokens from them is not saved, or the old KV
+would get the new name.
 """
 
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass, field
 
 from cacheflow.vllm.adapters import Adapter, AdapterClaim, AdapterFiles
 from cacheflow.vllm.identity import adapter_namespace, generation_namespace
+
+
+@dataclass(slots=True)
+class _Stale:
+    """Which KV of a cache that is not ours may be old.
+
+    Attributes:
+        everything: All of it, since the weights are other ones.
+        adapters: That of these adapters, by name and path.
+    """
+
+    everything: bool = False
+    adapters: set[tuple[str, str]] = field(default_factory=set)
+
+    def concerns(self, adapter: Adapter | None) -> bool:
+        return self.everything or (adapter is not None and (adapter.name, adapter.path) in self.adapters)
 
 
 class KvIdentity:
@@ -31,21 +49,17 @@ class KvIdentity:
         self.stopped = ""
         self._files = AdapterFiles()
         self._digests: dict[tuple[str, str], str] = {}
-        self._stale_adapters: set[tuple[str, str]] = set()
-        self._all_stale = False
+        self._local, self._others = _Stale(), _Stale()
 
-    def replace_shared(self, namespace: str) -> None:
-        """Take the workers' names anew, after a repeated handshake; the generation goes on."""
-        if namespace != self._shared:
-            self._shared = namespace
-            self.generation += 1
-            self._all_stale = True
+    def reset(self) -> None:
+        """Begin a generation; what was stopped goes on. vLLM resets all connectors at once."""
+        self._begin()
+        self.stopped, self._others = "", _Stale()
 
-    def begin_generation(self) -> None:
-        """From now on nothing that was saved so far is found; what was stopped goes on."""
+    def _begin(self) -> None:
+        """From now on nothing that was saved so far is found."""
         self._token = secrets.token_hex(16)
         self.generation += 1
-        self.stopped = ""
 
     def weights_changed(self, *, stop: str = "") -> None:
         """Begin a generation because a worker's weights are other ones.
@@ -53,14 +67,13 @@ class KvIdentity:
         Args:
             stop: Why to save and restore nothing until a reset; empty: go on.
         """
-        self.begin_generation()
+        self._begin()
         self.stopped = stop
-        self._all_stale = True
+        self._local.everything = self._others.everything = True
 
     def local_cache_was_reset(self) -> None:
         """VLLM's own prefix cache is empty: what is found in it from now on is new."""
-        self._all_stale = False
-        self._stale_adapters.clear()
+        self._local = _Stale()
 
     def claim(self, adapter: Adapter) -> AdapterClaim | None:
         """The adapter by the files that its path holds now; None where they cannot be read."""
@@ -69,7 +82,8 @@ class KvIdentity:
             key = adapter.name, adapter.path
             if self._digests.setdefault(key, claim.digest) != claim.digest:
                 self._digests[key] = claim.digest
-                self._stale_adapters.add(key)
+                self._local.adapters.add(key)
+                self._others.adapters.add(key)
         return claim
 
     def namespace(self, claim: AdapterClaim | None) -> str:
@@ -77,6 +91,12 @@ class KvIdentity:
         own = generation_namespace(self._shared, token=self._token)
         return own if claim is None else adapter_namespace(own, digest=claim.digest)
 
-    def is_stale_locally(self, adapter: Adapter | None) -> bool:
-        """Whether vLLM's own prefix cache may hold KV of other weights, or of the adapter's files before."""
-        return self._all_stale or (adapter is not None and (adapter.name, adapter.path) in self._stale_adapters)
+    def may_be_old(self, adapter: Adapter | None, *, num_local: int, num_brought: int) -> bool:
+        """Whether a request may have KV of other weights, or of its adapter's files before.
+
+        Args:
+            adapter: The request's.
+            num_local: Tokens from vLLM's own prefix cache.
+            num_brought: Tokens that another connector brought.
+        """
+        return bool(num_local and self._local.concerns(adapter)) or bool(num_brought and self._others.concerns(adapter))

@@ -1,12 +1,11 @@
 """How a connector comes to its worker's model, and which models it may recompute with.
 
-vLLM gives a connector the KV cache but not the model. ``plugin`` wraps ``Worker.load_model`` so that this module knows
-the worker; ``open_model`` then checks everything that recomputation relies on.
+vLLM gives a connector the KV cache but not the model. ``plugin`` wraps ``Worker.load_model`` and remembers the worker;
+``worker_of`` finds it again, and ``open_model`` checks everything that recomputation relies on.
 """
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,8 @@ from cacheflow.errors import ConfigError, UnsupportedModelError
 from cacheflow.plan.keys import Shard
 from cacheflow.vllm.compat import RunnerKind, is_compiled, require_runner, runner_kind
 from cacheflow.vllm.families import FAMILIES, Family
+from cacheflow.vllm.plugin import remembered
 from cacheflow.vllm.refusals import load_refusals, recompute_refusals
-
-_workers: dict[int, weakref.ref[Any]] = {}
-"""Workers of this process, by the identity of their ``VllmConfig`` object."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,26 +77,25 @@ class ModelHandle:
         return not self.refusal
 
 
-def remember(worker: Any) -> None:  # noqa: ANN401 -- a vLLM worker
-    """Note a worker that has loaded its model; called by the plugin's wrapper."""
-    _workers[id(worker.vllm_config)] = weakref.ref(worker)
+def worker_of(vllm_config: Any) -> Any:  # noqa: ANN401 -- vLLM's objects
+    """The worker that runs the engine of this configuration.
 
-
-def runner_of(vllm_config: Any) -> Any:  # noqa: ANN401 -- vLLM's objects
-    """The model runner of the worker that was built with this configuration.
+    A child of vLLM's ``MultiConnector`` is given a shallow copy of the configuration, so the two are not one object.
+    What they share is the dictionary in which the attention layers of the engine's model have entered themselves: no
+    two models of a process can share that, since their layers would have the same names.
 
     Raises:
         ConfigError: No such worker loaded a model after the plugin was registered.
     """
-    reference = _workers.get(id(vllm_config))
-    worker = reference() if reference is not None else None
-    if worker is None:
-        raise ConfigError(
-            "CacheFlow does not know this worker's model: its vLLM plugin did not run before the model was loaded. "
-            "Install CacheFlow in the environment of every vLLM process (entry point vllm.general_plugins: cacheflow) "
-            "and, where VLLM_PLUGINS is set, name `cacheflow` in it"
-        )
-    return worker.model_runner
+    layers = vllm_config.compilation_config.static_forward_context
+    for worker in remembered():
+        if worker.vllm_config.compilation_config.static_forward_context is layers:
+            return worker
+    raise ConfigError(
+        "CacheFlow does not know this worker's model: its vLLM plugin did not run before the model was loaded. "
+        "Install CacheFlow in the environment of every vLLM process (entry point vllm.general_plugins: cacheflow) "
+        "and, where VLLM_PLUGINS is set, name `cacheflow` in it"
+    )
 
 
 def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = False) -> ModelHandle:  # noqa: ANN401
@@ -117,7 +113,7 @@ def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = Fals
     reasons = load_refusals(vllm_config, kv_cache_config)
     if reasons:
         raise UnsupportedModelError("CacheFlow cannot restore this model's KV cache: " + "; ".join(reasons))
-    runner = runner_of(vllm_config)
+    runner = worker_of(vllm_config).model_runner
     require_runner(runner)
     model = runner.get_model()
     reasons = recompute_refusals(runner, vllm_config)

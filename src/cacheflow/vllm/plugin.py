@@ -1,17 +1,19 @@
-"""vLLM's entry point into CacheFlow: remembers each worker once its model is loaded, and hears of changed weights.
+"""vLLM's entry point into CacheFlow: remembers workers, hears of changed weights, and makes the connector known.
 
-vLLM calls ``register`` in every process, before it knows any configuration. So nothing of vLLM is imported here: the
-worker's class is wrapped when vLLM itself imports its module, in memory, and the wrapper does nothing unless
-CacheFlow's connector is configured.
+vLLM calls ``register`` in every process, before it knows any configuration. So nothing of vLLM is imported here: its
+modules are changed when vLLM itself imports them, in memory. Of a worker no more than a weak reference is kept, and
+only where a KV connector is configured: which class that is, and whether it stands alone, shows when it asks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
@@ -19,30 +21,43 @@ from typing import Any
 WORKER_MODULE = "vllm.v1.worker.gpu_worker"
 """Its ``Worker`` is the base of the CPU worker too."""
 
+FACTORY_MODULE = "vllm.distributed.kv_transfer.kv_connector.factory"
+"""Its ``KVConnectorFactory`` finds connectors by name, also for the statistics of a ``MultiConnector``'s children."""
+
 CONNECTOR_MODULE = "cacheflow.vllm.connector"
+CONNECTOR = "CacheFlowConnector"
 
 WEIGHT_METHODS = ("apply_model", "reload_weights", "start_weight_update", "update_weights", "finish_weight_update")
 """Of vLLM's worker: each may leave other weights behind. ``apply_model`` may only look; that cannot be told."""
 
 _MARK = "_cacheflow_remembers"
 
+_workers: list[weakref.ref[Any]] = []
+"""Workers of this process that have loaded their model, the newest last."""
+
 
 def register() -> None:
-    """Arrange for ``Worker.load_model`` to remember its worker; calling it again does nothing."""
-    module = sys.modules.get(WORKER_MODULE)
-    if module is not None and hasattr(module, "Worker"):
-        _wrap(module)
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Arrange for ``Worker.load_model`` to remember its worker, and for the connector's name to be known.
+
+    Calling it again does nothing.
+    """
+    for name, (public, action) in _CHANGES.items():
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, public):
+            action(module)
+        elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(name, action))
 
 
-def uses_cacheflow(vllm_config: Any) -> bool:  # noqa: ANN401 -- vLLM's VllmConfig
-    """Whether this engine has CacheFlow's connector, alone or as a child of a ``MultiConnector``."""
-    transfer = vllm_config.kv_transfer_config
-    return transfer is not None and (
-        transfer.kv_connector_module_path == CONNECTOR_MODULE
-        or CONNECTOR_MODULE in str(transfer.kv_connector_extra_config)
-    )
+def remember(worker: Any) -> None:  # noqa: ANN401 -- a vLLM worker
+    """Note a worker that has loaded its model; it is forgotten when it ends."""
+    _workers[:] = [weakref.ref(each) for each in reversed(list(remembered())) if each is not worker]
+    _workers.append(weakref.ref(worker))
+
+
+def remembered() -> Iterator[Any]:
+    """The workers of this process that have loaded their model and live, the newest first."""
+    return (worker for reference in reversed(_workers) if (worker := reference()) is not None)
 
 
 def _announce(worker_class: Any, name: str) -> None:  # noqa: ANN401 -- vLLM's Worker
@@ -56,29 +71,31 @@ def _announce(worker_class: Any, name: str) -> None:  # noqa: ANN401 -- vLLM's W
         try:
             return change(worker, *args, **kwargs)
         finally:
-            if uses_cacheflow(worker.vllm_config):
-                from cacheflow.vllm.weights_watch import announce_change
+            from cacheflow.vllm.weights_watch import announce_change
 
-                announce_change(worker.model_runner, name)
+            announce_change(worker.model_runner, name)
 
     setattr(announcing, _MARK, True)
     setattr(worker_class, name, announcing)
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds the worker's module as everybody else would, and wraps its class once it has run."""
+    """Finds a module of vLLM as everybody else would, and changes it once it has run."""
+
+    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
+        self.name, self._action = name, action
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Only the worker's module, once."""
-        if fullname != WORKER_MODULE:
+        """Only the one module, once."""
+        if fullname != self.name:
             return None
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            _run_after(spec.loader, _wrap)
+            _run_after(spec.loader, self._action)
         return spec
 
 
@@ -103,11 +120,21 @@ def _wrap(module: ModuleType) -> None:
     @functools.wraps(load_model)
     def remembering(worker: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- whatever this vLLM passes
         result = load_model(worker, *args, **kwargs)
-        if uses_cacheflow(worker.vllm_config):
-            from cacheflow.vllm.model_access import remember
-
+        if worker.vllm_config.kv_transfer_config is not None:
             remember(worker)
         return result
 
     setattr(remembering, _MARK, True)
     module.Worker.load_model = remembering
+
+
+def _name_connector(module: ModuleType) -> None:
+    with contextlib.suppress(ValueError):  # registered before
+        module.KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
+
+
+_CHANGES: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
+    WORKER_MODULE: ("Worker", _wrap),
+    FACTORY_MODULE: ("KVConnectorFactory", _name_connector),
+}
+"""By module: the name by which it is known to have run, and what is done to it."""

@@ -10,6 +10,10 @@ from cacheflow.vllm.families import FAMILIES
 Config = Any
 """vLLM's configuration objects, whose types this package does not rely on."""
 
+DRAFTERS = ("ngram", "suffix")
+"""They draft from the tokens alone."""
+MODEL_DRAFTERS = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark")
+"""They have KV blocks of their own."""
 PLAIN_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -47,7 +51,7 @@ def _engine_refusals(vllm_config: Config) -> Iterator[str]:
     if model.is_encoder_decoder:
         yield "it is an encoder-decoder model: cross-attention KV depends on more than the tokens"
     if vllm_config.speculative_config is not None:
-        yield "speculative decoding is on: the drafter's KV cache would not be restored"
+        yield from _drafter_refusals(str(vllm_config.speculative_config.method))
     if getattr(cache, "calculate_kv_scales", False):
         yield "calculate_kv_scales is on: quantised KV then depends on what was served before"
     if getattr(cache, "kv_sharing_fast_prefill", False):
@@ -55,6 +59,15 @@ def _engine_refusals(vllm_config: Config) -> Iterator[str]:
     for key in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, key, 1) > 1:
             yield f"{key} is {getattr(parallel, key)}: a rank's KV blocks then hold other tokens than their ids say"
+
+
+def _drafter_refusals(method: str) -> Iterator[str]:
+    if method in DRAFTERS:
+        return
+    why = "restoration was never tried with it"
+    if method in MODEL_DRAFTERS:
+        why = "its drafter has a KV cache of its own, which would not be restored"
+    yield f"speculative decoding drafts by {method!r}: {why}; {' and '.join(DRAFTERS)} work: they look at tokens alone"
 
 
 def _configured(vllm_config: Config) -> Iterator[str]:

@@ -41,6 +41,8 @@ NOT_TAKEN_UP = (
     "prompt_logprobs)"
 )
 
+BROUGHT_BY_ANOTHER = "another connector of this engine brought the prefix"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
@@ -75,11 +77,13 @@ class ScheduledRequest:
         request_id: vLLM's.
         num_computed: Tokens.
         num_scheduled: Those of them that the step computes.
+        unproven: Another connector loads a prefix for this very step, and may fail, which shows when it is through.
     """
 
     request_id: str
     num_computed: int
     num_scheduled: int = 0
+    unproven: bool = False
 
 
 class SchedulerSide:
@@ -101,7 +105,12 @@ class SchedulerSide:
         self.counts = Counts()
 
     def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
-        """Take in what the workers found out; called once, before the first request."""
+        """Take in what the workers found out, before the first request.
+
+        vLLM repeats it when it has slept. Workers answer what they found at start, so nothing changes then.
+        """
+        if self._ranks:
+            return
         by_stage = slowest_of_stages(facts_by_rank)
         self._facts, self._ranks = by_stage[0], tuple(facts_by_rank)
         self._questions = StoreQuestions(self._lookup, facts_by_rank, self._ordered_saves, clock=self._clock)
@@ -176,12 +185,13 @@ class SchedulerSide:
         request = self._requests.get(request_id)
         if request is None or self._decider is None or self._restorations is None or self._questions is None:
             return 0
-        request.num_local = num_computed
+        request.num_local, request.num_brought = num_computed, 0
         self._ask_anew(request, num_preemptions)
         if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
             return 0
         if not self._questions.answered(request):
             return None
+        request.allocating = None
         decision = request.decision
         if decision is None or decision.start != num_computed:
             decision = self._decide(request, self._decider, num_computed)
@@ -219,6 +229,20 @@ class SchedulerSide:
         self._restorations.start(request, decision, block_ids)
         request.decision = request.allocating = None
 
+    def passed_over(self, request_id: str, *, num_brought: int | None) -> None:
+        """Note that vLLM has set blocks aside without asking for a restoration.
+
+        Args:
+            request_id: vLLM's.
+            num_brought: Tokens that some connector brings; None where that is not known.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.restoration is not None or request.records:
+            return  # vLLM calls again when our own restoration has ended
+        request.num_brought = 1 if num_brought is None else num_brought
+        if num_brought or request.allocating is not None:
+            request.allocating, request.reason = None, BROUGHT_BY_ANOTHER
+
     def step(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, *, num_scheduled_tokens: int
     ) -> StepOrders:
@@ -248,6 +272,10 @@ class SchedulerSide:
             request = self._requests.get(each.request_id)
             if request is None or request.wishes.mode is Mode.OFF or not self._is_current(request):
                 continue
+            if each.unproven:
+                request.proven_after = len(request.tokens)
+            if len(request.tokens) <= request.proven_after:
+                continue
             if capturing and (capture := self._capture(request, each)) is not None:
                 captures.append(capture)
             orders = request.saves(
@@ -264,7 +292,9 @@ class SchedulerSide:
         assert self._identity is not None
         if self._identity.stopped or request.generation != self._identity.generation:
             return False
-        return not (request.num_local and self._identity.is_stale_locally(request.adapter))
+        return not self._identity.may_be_old(
+            request.adapter, num_local=request.num_local, num_brought=request.num_brought
+        )
 
     def _capture(self, request: TrackedRequest, scheduled: ScheduledRequest) -> CaptureOrder | None:
         return request.capture(
@@ -277,7 +307,7 @@ class SchedulerSide:
         """Restore nothing that was saved so far; what is being restored is given up. The store keeps it for others."""
         if self._identity is None or self._restorations is None:
             return
-        self._identity.begin_generation()
+        self._identity.reset()
         self._restorations.discard("the connector was reset")
         logger.info("reset: nothing saved so far is restored any more; from now on KV is saved for this engine alone")
 

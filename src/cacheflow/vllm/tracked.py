@@ -89,6 +89,7 @@ class TrackedRequest:
         generation: The engine's generation (``KvIdentity``) in which its KV is computed; ``MIXED`` where its KV is of
             more than one, or of an adapter that cannot be told.
         num_local: Tokens that vLLM's own prefix cache held when it was scheduled.
+        num_brought: Tokens that another connector brought.
         lookup: The question to the store; None before it was asked.
         asked_at: When it was asked, as ``OrderedSaves`` counts.
         asked_at_s: ... and in seconds.
@@ -97,6 +98,8 @@ class TrackedRequest:
         num_stored: Leading chunks the store is known to hold.
         num_boundaries: Leading chunks of whose boundary states it is known, for each stage behind the first.
         next_save: The first chunk that was not ordered to be saved.
+        proven_after: Nothing is saved before it has more tokens: the next one shows that what another connector loaded
+            for a step was there. 0 where none did.
         decision: The last decision; None before the first.
         allocating: The decision vLLM was told of in this step, with what can be copied now; None otherwise.
         restoration: What is under way; None otherwise.
@@ -117,6 +120,7 @@ class TrackedRequest:
     claim: AdapterClaim | None = None
     generation: int = 0
     num_local: int = 0
+    num_brought: int = 0
     lookup: Lookup | None = None
     boundary_lookups: tuple[Lookup, ...] = ()
     asked_at: int = 0
@@ -125,6 +129,7 @@ class TrackedRequest:
     num_stored: int = 0
     num_boundaries: tuple[int, ...] = ()
     next_save: int = 0
+    proven_after: int = 0
     decision: Decision | None = None
     allocating: Decision | None = None
     restoration: StagedRestoration | None = None

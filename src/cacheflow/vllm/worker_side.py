@@ -18,7 +18,7 @@ from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.find_facts import FoundEngine, find_engine
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.model_access import runner_of
+from cacheflow.vllm.model_access import worker_of
 from cacheflow.vllm.model_state import ModelState
 from cacheflow.vllm.object_keys import StagePart
 from cacheflow.vllm.options import ConnectorOptions
@@ -80,15 +80,17 @@ class WorkerSide:
         self._kv_caches = kv_caches
 
     def find_facts(self) -> EngineFacts:
-        """Check the model, test restoration and measure costs; once, before the first request.
+        """Check the model, test restoration and measure costs, before the first request; later what was found then.
 
         Raises:
             UnsupportedModelError: The model cannot be recomputed and the user did not ask for ``load_only``.
             SelfTestError: Restored KV differs from the engine's own.
             ConfigError: The KV cache is laid out in a way CacheFlow does not know.
         """
+        if self._engine is not None:
+            return self._engine.facts
         # Before the weights' fingerprint is taken: what changes from now on is noticed.
-        runner = runner_of(self._vllm_config)
+        runner = worker_of(self._vllm_config).model_runner
         watch, adapters = watch_weights(runner), LoadedAdapters(runner)
         engine = find_engine(self._options, self._store, self._vllm_config, self._kv_cache_config, self._kv_caches)
         facts = engine.facts
