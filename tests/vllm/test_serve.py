@@ -15,6 +15,8 @@ import pytest
 
 from cacheflow import cli
 from cacheflow.errors import ConfigError
+from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
+from cacheflow.policies.registry import RESTORE_POLICIES
 from cacheflow.vllm import installed
 from cacheflow.vllm.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
 from cacheflow.vllm.options import ConnectorOptions
@@ -77,6 +79,18 @@ def test_every_option_is_a_flag_with_a_help_text_that_says_what_it_does():
     assert "``memory``" in option_helps()["store"]
     assert "``memory``" not in option_helps()["store_path"]
     parser.format_help()  # a stray % would raise
+
+
+def test_the_help_lists_what_the_code_allows(capsys: pytest.CaptureFixture[str]):
+    _, out, _ = run(capsys, "--help")
+    shown = " ".join(out.split())
+    assert f"One of {', '.join(RESTORE_POLICIES)}. (default: cacheflow)" in shown
+    assert f"One of {', '.join(BATCH_POLICY_NAMES)}. (default: mean_ttft)" in shown
+    assert "One of memory, file. (default: memory)" in shown
+    assert "One of refuse, load_only. (default: refuse)" in shown
+    assert "as many first tokens within --ttft-slo-ms as can be" in shown
+    assert "default: 1 in an eager engine, all in a compiled one" in shown
+    assert "(default: on)" in shown
 
 
 def test_flags_take_the_values_of_their_options():
@@ -191,7 +205,9 @@ def test_it_becomes_vllms_server_with_everything_passed_on(machine, capsys: pyte
         sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", "org/model",
         *shlex.split(line), "--port", "1234",
     ]  # fmt: skip
-    assert environment == {"A": "b"}  # nothing is added for a GPU
+    assert not Path(environment.pop("CACHEFLOW_REASON_FILE")).exists()  # made only when there is a reason to tell
+    assert environment.pop("PYTHONWARNINGS") == "ignore:resource_tracker:UserWarning"
+    assert environment == {"A": "b"}  # nothing else is added for a GPU
 
 
 def test_on_the_cpu_a_store_that_the_scheduler_cannot_reach_is_refused(machine):

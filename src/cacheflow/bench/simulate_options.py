@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_workload_arguments(parser)
     parser.add_argument(
         "--costs", default="roofline", metavar="SOURCE",
-        help="roofline (peaks), published (see --measured), or the file of a `cacheflow calibrate` profile",
+        help="roofline (peaks), published (see --measured), or the file of a cacheflow calibrate profile",
     )  # fmt: skip
     parser.add_argument("--measured", type=Path, metavar="DIR", help="folder of LLMServingSim's CSV files")
     parser.add_argument(

@@ -27,6 +27,7 @@ from cacheflow.errors import ConfigError
 from cacheflow.restore.orders import StepReport
 from cacheflow.vllm.compat import check_environment
 from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.last_line import reason_told
 from cacheflow.vllm.logs import log_beside_vllm
 from cacheflow.vllm.open_store import acquire_store, release_store
 from cacheflow.vllm.options import ConnectorOptions
@@ -80,6 +81,11 @@ class CacheFlowConnector(KVConnectorBase_V1):
             StoreError: The store cannot be opened.
         """
         super().__init__(vllm_config, role, kv_cache_config)
+        log_beside_vllm()
+        with reason_told():
+            self._open(vllm_config, role, kv_cache_config)
+
+    def _open(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         transfer = vllm_config.kv_transfer_config
         self._options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
         if transfer.kv_load_failure_policy != "recompute":
@@ -87,7 +93,6 @@ class CacheFlowConnector(KVConnectorBase_V1):
                 f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}: a failed load would end the request; "
                 'set "kv_load_failure_policy": "recompute" in --kv-transfer-config'
             )
-        log_beside_vllm()
         check_environment(vllm_config, kv_cache_config)
         self._options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
         self._options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
@@ -172,7 +177,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def get_handshake_metadata(self) -> CacheFlowHandshake:
         """Self-test and calibration; runs once, before the first request."""
-        return CacheFlowHandshake(self._worker_side.find_facts())
+        with reason_told():
+            return CacheFlowHandshake(self._worker_side.find_facts())
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Take this step's orders; vLLM calls it right before the forward."""

@@ -16,6 +16,8 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
 
+from cacheflow.vllm.last_line import print_reason_last
+
 WORKER_MODULE = "vllm.v1.worker.gpu_worker"
 """Its ``Worker`` is the base of the CPU worker too."""
 
@@ -26,6 +28,7 @@ _MARK = "_cacheflow_remembers"
 
 def register() -> None:
     """Arrange for ``Worker.load_model`` to remember its worker; calling it again does nothing."""
+    print_reason_last()
     module = sys.modules.get(WORKER_MODULE)
     if module is not None and hasattr(module, "Worker"):
         _wrap(module)
