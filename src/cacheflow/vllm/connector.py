@@ -72,6 +72,7 @@ class CacheFlowHandshake(KVConnectorHandshakeMetadata):
 class CacheFlowConnector(KVConnectorBase_V1):
     """Restores evicted prefixes by recomputing and loading at once; see ``docs/vllm.md``."""
 
+    @reason_told()
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """Check the configuration and open the store.
 
@@ -81,11 +82,6 @@ class CacheFlowConnector(KVConnectorBase_V1):
             StoreError: The store cannot be opened.
         """
         super().__init__(vllm_config, role, kv_cache_config)
-        log_beside_vllm()
-        with reason_told():
-            self._open(vllm_config, role, kv_cache_config)
-
-    def _open(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         transfer = vllm_config.kv_transfer_config
         self._options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
         if transfer.kv_load_failure_policy != "recompute":
@@ -93,6 +89,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
                 f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}: a failed load would end the request; "
                 'set "kv_load_failure_policy": "recompute" in --kv-transfer-config'
             )
+        log_beside_vllm()
         check_environment(vllm_config, kv_cache_config)
         self._options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
         self._options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
@@ -175,10 +172,10 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """Learn where the KV blocks are."""
         self._worker_side.register(kv_caches)
 
+    @reason_told()
     def get_handshake_metadata(self) -> CacheFlowHandshake:
         """Self-test and calibration; runs once, before the first request."""
-        with reason_told():
-            return CacheFlowHandshake(self._worker_side.find_facts())
+        return CacheFlowHandshake(self._worker_side.find_facts())
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Take this step's orders; vLLM calls it right before the forward."""
@@ -273,6 +270,7 @@ def _view(request: Any) -> RequestView:
         media=[_media(feature) for feature in request.mm_features],
         params=request.kv_transfer_params,
         hashable=request.prompt_embeds is None and request.pooling_params is None,
+        computes_all=bool(request.skip_reading_prefix_cache),
     )
 
 

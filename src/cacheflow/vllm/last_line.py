@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cacheflow.errors import CacheFlowError
+from cacheflow.vllm.logs import log_beside_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,13 @@ def told_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def reason_told() -> Iterator[None]:
-    """Log a ``CacheFlowError`` as one line and leave it for the server process; it goes on as it came."""
+    """Log a ``CacheFlowError`` as one line and leave it for the server process; the error goes on as it came."""
     try:
         yield
     except CacheFlowError as error:
         line = " ".join(str(error).split())
         if _left(line):
+            log_beside_vllm()
             logger.error("cacheflow: error: %s", line)
         raise
 

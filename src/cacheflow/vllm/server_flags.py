@@ -26,28 +26,25 @@ class ServerFlags:
     def __init__(self, words: Sequence[str]) -> None:
         """Take the words after ``--``."""
         self._values: dict[str, str] = {}
-        self._nested: set[str] = set()
         for index, word in enumerate(words):
             name, equals, value = word.partition("=")
             name = SHORT.get(name, name)
             if not name.startswith("--"):
                 continue
-            name, dot, _ = name.replace("_", "-").partition(".")
+            name, dot, key = name.partition(".")
+            name = name.replace("_", "-") + dot + key
             follower = words[index + 1] if index + 1 < len(words) else ""
             if not equals:
                 value = "" if re.match(r"-+[a-zA-Z]", follower) else follower
-            if dot:
-                self._nested.add(name)
-            else:
-                self._values.pop(name, None)  # the last one given is the last one held
-                self._values[name] = value
+            self._values.pop(name, None)  # the last one given is the last one held
+            self._values[name] = value
 
     def given(self, name: str) -> bool:
         """Whether the option was given, whole or a key of it (``--name.key``)."""
-        return name in self._values or name in self._nested
+        return any(each == name or each.startswith(f"{name}.") for each in self._values)
 
     def text(self, name: str) -> str | None:
-        """Its value; None where it was not given, or only keys of it."""
+        """Its value; None where it was not given, or only keys of it, which are ``--name.key``."""
         return self._values.get(name)
 
     def on(self, name: str) -> bool:

@@ -139,7 +139,6 @@ def _view(flags: ServerFlags, config: Mapping[str, Any]) -> SimpleNamespace:
         f"{axis}_parallel_size": flags.number(f"--{axis.replace('_', '-')}-parallel-size") or 1
         for axis in ("decode_context", "prefill_context", "pipeline", "tensor")
     }
-    speculates = flags.given("--speculative-config")
     return SimpleNamespace(
         model_config=_Given(
             is_encoder_decoder=encodes, is_multimodal_model=False, runner_type="pooling" if pooling else "generate"
@@ -155,6 +154,13 @@ def _view(flags: ServerFlags, config: Mapping[str, Any]) -> SimpleNamespace:
             enable_eplb=flags.on("--enable-eplb"),
             use_ubatching=flags.on("--enable-dbo"),
         ),
-        speculative_config=_Given(**flags.mapping("--speculative-config")) if speculates else None,
+        speculative_config=_drafting(flags),
         lora_config=_Given() if flags.on("--enable-lora") else None,
     )
+
+
+def _drafting(flags: ServerFlags) -> _Given | None:
+    """How drafts are made; None where vLLM works the method out itself."""
+    config = flags.mapping("--speculative-config")
+    method = flags.text("--speculative-config.method") or config.get("method")
+    return None if method is None else _Given(**{**config, "method": method})

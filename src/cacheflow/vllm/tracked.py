@@ -95,6 +95,8 @@ class TrackedRequest:
         num_preemptions: How often vLLM had preempted it when the store was last asked.
         given_up: A restoration failed: vLLM asks again for a request of which nothing was restored, and whatever broke
             the first attempt would break every other.
+        computes_all: vLLM computes the whole prompt, whatever is cached of it.
+        asked_by_vllm: vLLM has asked how much can be restored.
         records: Explain records of its restorations.
         reason: Why nothing was restored when it was last looked at, or why what was begun did not end well; empty when
             something was restored.
@@ -118,6 +120,8 @@ class TrackedRequest:
     restoration: StagedRestoration | None = None
     num_preemptions: int = 0
     given_up: bool = False
+    computes_all: bool = False
+    asked_by_vllm: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
 
