@@ -1,4 +1,5 @@
 import argparse
+import re
 import sys
 from types import ModuleType
 
@@ -82,3 +83,11 @@ def test_every_registered_command_can_explain_itself(capsys: pytest.CaptureFixtu
         with pytest.raises(SystemExit, match="0"):
             cli.main([*registered.words, "--help"])
         assert registered.help in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("words", [(), ("bench",), *(each.words for each in cli.COMMANDS)], ids=" ".join)
+def test_no_help_shows_the_markup_of_the_source(words, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words, "--help"])
+    shown = capsys.readouterr().out
+    assert not re.search(r"`|\*\*|:\w+:`|\]\(|(?<!=)\bNone\b", shown), shown

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -179,3 +180,22 @@ def test_stages_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(words(pipeline_parallel_size="2", suffix="0", out=str(tmp_path))) == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert "Picture: " in capsys.readouterr().out
+
+
+def test_a_model_folder_is_planned_as_its_configuration_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "my-llama-8-B"
+    folder.mkdir()
+    shape = find_model("Llama-3.1-8B")
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": shape.intermediate_size, "vocab_size": shape.vocab_size, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    assert cli.main(words()) == 0
+    known = capsys.readouterr().out
+    assert cli.main(words(model=str(folder))) == 0
+    assert capsys.readouterr().out == known.replace("Llama-3.1-8B", "my-llama-8-B")
+    (folder / "config.json").write_text(json.dumps(config | {"kv_lora_rank": 512}))
+    assert cli.main(words(model=str(folder))) == 2
+    assert f"model file {folder}/config.json: not supported: the model keeps a compressed" in capsys.readouterr().err

@@ -83,3 +83,38 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "gpu.json"
     path.write_bytes(json.dumps(GPU).encode("utf-8-sig"))
     assert find_gpu(str(path)).dense_flops_per_s == 9e14
+
+
+HF = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 256,
+      "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512, "vocab_size": 1000}  # fmt: skip
+
+
+def test_a_hugging_face_configuration_is_a_model_alone_or_in_its_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(HF))
+    assert find_model(str(folder)) == find_model(str(folder / "config.json")) == find_model(str(folder) + "/")
+    assert find_model(str(folder)).name == "tiny"
+    assert find_model(str(folder)).head_dim == 64
+    monkeypatch.chdir(folder)
+    assert find_model("config.json").name == "tiny"
+    (tmp_path / "copied.json").write_text(json.dumps(HF))
+    assert find_model(str(tmp_path / "copied.json")).name == "copied"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"kv_lora_rank": 512}, "not supported: the model keeps a compressed latent"),
+        ({"vocab_size": None}, "lacks vocab_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10,000"),
+        ({"num_key_value_heads": 3}, "num_q_heads 4 is no multiple"),
+    ],
+)
+def test_a_hugging_face_configuration_that_is_none_of_ours_is_refused_by_file_and_key(refusal, changes, reason):
+    assert reason in refusal("model", json.dumps(HF | changes).encode())
+
+
+def test_a_folder_without_a_configuration_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"config.json cannot be read: No such file"):
+        find_model(str(tmp_path))

@@ -379,3 +379,17 @@ def test_a_calibrated_profile_prices_a_simulation(trace: Path, tmp_path: Path, c
     assert only["ttft_max_s"] >= alone_s
     assert cli.main(words(trace, tmp_path / "out", *options, "--model", "Qwen3-8B")) == 2
     assert "costs of 32 layers, Qwen3-8B has 36" in capsys.readouterr().err
+
+
+def test_a_simulated_model_is_a_hugging_face_folder_too(trace: Path, tmp_path: Path):
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512, "vocab_size": 1000,
+    }  # fmt: skip
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    assert cli.main(words(trace, out, "--model", str(folder), "--policies", "cacheflow")) == 0
+    (record,) = read_simulations(out / "results.jsonl")
+    assert record["model"] == "tiny"

@@ -119,6 +119,10 @@ class Case:
                 wait([request.lookup._future], 20)
         raise AssertionError("the lookup never answered")
 
+    def matched_now(self, request_id: str) -> int | None:
+        """``num_matched``, asked once."""
+        return self.side.num_matched(request_id, 0)
+
     def begin(self, request_id: str, num_computed: int = 0) -> int:
         matched = self.matched(request_id, num_computed)
         assert matched

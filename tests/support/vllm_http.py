@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,12 +134,14 @@ def start_server(command: list[str], *, log: Path, core: int) -> HttpServer:
     return HttpServer(process, port, log)
 
 
-def cacheflow_server(model: str, folder: Path, *options: str, name: str = "cacheflow", core: int = 0) -> HttpServer:
-    """``cacheflow serve`` with a file store in ``folder``."""
+def cacheflow_server(
+    model: str, folder: Path, *options: str, name: str = "cacheflow", core: int = 0, more: Sequence[str] = ()
+) -> HttpServer:
+    """``cacheflow serve`` with a file store in ``folder``; ``more`` are options of vLLM."""
     command = [
         sys.executable, "-m", "cacheflow.cli", "serve", model, "--store-path", str(folder / "store"),
         "--profile-dir", str(folder / "profiles"), "--calibrate-budget-s", "1", "--chunk-tokens", "128",
-        "--lookup-timeout-s", "5", *options, "--",
+        "--lookup-timeout-s", "5", *options, "--", *more,
     ]  # fmt: skip
     return start_server(command, log=folder / f"{name}.log", core=core)
 

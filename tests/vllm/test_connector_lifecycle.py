@@ -145,7 +145,7 @@ def test_a_model_that_cannot_be_recomputed_is_refused_at_start(tmp_path, threads
 
     folder = write_model(tmp_path, "phi3", pad_token_id=0)
     with pytest.raises(
-        UnsupportedModelError, match=r"cannot recompute with Phi3ForCausalLM.*unsupported_models=load_only"
+        UnsupportedModelError, match=r"cannot recompute.*the model Phi3ForCausalLM.*unsupported_models=load_only"
     ):
         new_llm(
             folder, dtype="float32", chunk_tokens=CHUNK, transfer=kv_transfer_config(folder, {"chunk_tokens": CHUNK})

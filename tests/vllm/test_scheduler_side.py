@@ -1,6 +1,7 @@
 """The scheduler side without vLLM: lookups, decisions, orders, deadlines, saves, counts."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,13 +114,96 @@ def test_what_a_client_sent_is_not_repeated_at_length(params):
     assert len(case.side.finished("a")["cacheflow_error"]) < 300
 
 
-def test_a_restoration_that_vllm_did_not_take_up_has_a_reason():
+def reason(case, request_id="a"):
+    answer = case.side.finished(request_id)
+    assert all(record["outcome"] != "done" for record in answer["cacheflow"])
+    return answer["cacheflow_reason"]
+
+
+def test_a_prompt_that_vllm_computes_whatever_is_cached_says_so_and_nothing_is_offered():
+    case = Case()
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6), computes_all=True)
+    assert case.matched("a") == 0
+    assert "log-probabilities are asked for" in reason(case)
+
+
+def test_a_restoration_that_vllm_did_not_take_up_claims_no_cause_it_does_not_know():
     case = Case()
     case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6))
-    assert case.matched("a") == 6 * CHUNK  # vLLM asks, and then computes the whole prompt: prompt_logprobs
-    answer = case.side.finished("a")
+    assert case.matched("a") == 6 * CHUNK
+    said = reason(case)
+    assert f"did not take up the {6 * CHUNK} tokens" in said
+    assert "log-probabilities" not in said
+
+
+def test_a_prompt_of_embeddings_says_so_and_is_neither_restored_nor_saved():
+    case = Case()
+    prompt = case.saved_prompt(6 * CHUNK + 1, 6)
+    case.arrive("a", prompt, hashable=False)
+    assert case.matched_now("a") == 0
+    assert not case.step(ScheduledRequest("a", len(prompt), len(prompt))).saves
+    assert "embeddings" in reason(case)
+
+
+def test_a_request_that_ends_early_says_how_far_it_came():
+    case = Case()
+    prompt = case.saved_prompt(6 * CHUNK + 1, 6)
+    case.arrive("queued", prompt)
+    assert "before vLLM asked" in reason(case, "queued")
+    case.arrive("asked", prompt)
+    case.side._requests["asked"].lookup = SimpleNamespace(poll=lambda: None, timed_out=False)  # a slow store
+    assert case.matched_now("asked") is None
+    assert "before the store said" in reason(case, "asked")
+    case.arrive("begun", prompt)
+    case.begin("begun")
+    case.step()
+    assert "while its prefix was being restored" in reason(case, "begun")
+    case.arrive("short", tokens(CHUNK - 1))
+    assert case.matched_now("short") == 0
+    assert "no whole chunk" in reason(case, "short")
+
+
+def restore(case, request_id, prompt):
+    case.arrive(request_id, prompt)
+    case.begin(request_id)
+    Worker(case).run()
+
+
+def test_the_choice_that_ends_last_answers_for_all_of_its_response():
+    """vLLM answers n choices with what the one was told that ended last; which one that is, nobody knows."""
+    for last, first in (("0_x", "1_x"), ("1_x", "0_x")):
+        case = Case()
+        prompt = case.saved_prompt(6 * CHUNK + 1, 6)
+        restore(case, "0_x", prompt)
+        case.arrive("1_x", prompt)
+        assert case.matched("1_x", 6 * CHUNK) == 0  # its prefix is in vLLM's own cache by now
+        case.side.finished(first)
+        answer = case.side.finished(last)
+        (record,) = answer["cacheflow"]
+        assert (record["outcome"], record["choice_index"]) == ("done", 0)
+        assert "cacheflow_reason" not in answer
+        assert not case.side._siblings._families
+
+
+def test_choices_of_which_none_was_restored_give_the_reason_of_the_first():
+    case = Case()
+    prompt = tokens(6 * CHUNK + 1)
+    for name in ("0_x", "1_x"):
+        case.arrive(name, prompt)
+    assert case.matched("0_x") == 0
+    case.side.finished("1_x")
+    answer = case.side.finished("0_x")
     assert answer["cacheflow"] == []
-    assert "prompt_logprobs" in answer["cacheflow_reason"]
+    assert "the store holds 0" in answer["cacheflow_reason"]
+
+
+def test_requests_that_are_alone_are_told_of_themselves_alone():
+    case = Case()
+    prompt = case.saved_prompt(6 * CHUNK + 1, 6)
+    for name in ("0_x", "cmpl-0_x", "0_y"):
+        restore(case, name, prompt)
+        (record,) = case.side.finished(name)["cacheflow"]
+        assert "choice_index" not in record
 
 
 def test_an_idle_minute_between_two_restorations_changes_nothing_in_the_second():

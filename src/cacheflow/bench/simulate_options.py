@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from cacheflow.bench.hardware import GPUS, MODEL_SHAPES
+from cacheflow.bench.hardware import GPUS, MODEL_FILES, MODEL_SHAPES
 from cacheflow.bench.options import name_list
 from cacheflow.errors import ConfigError
 from cacheflow.policies.objective import Objective
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_workload_arguments(parser)
     parser.add_argument(
         "--costs", default="roofline", metavar="SOURCE",
-        help="roofline (peaks), published (see --measured), or the file of a `cacheflow calibrate` profile",
+        help="roofline (peaks), published (see --measured), or the file of a cacheflow calibrate profile",
     )  # fmt: skip
     parser.add_argument("--measured", type=Path, metavar="DIR", help="folder of LLMServingSim's CSV files")
     parser.add_argument(
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", type=Path, metavar="FILE", help=".json or .toml; options override it")
     parser.add_argument("--replicas", type=int, metavar="N", help="engines, a GPU and a link each (default: 8)")
-    parser.add_argument("--model", metavar="SHAPE", help=f"{', '.join(MODEL_SHAPES)}, or a .json file of a shape")
+    parser.add_argument("--model", metavar="SHAPE", help=f"{', '.join(MODEL_SHAPES)}, or {MODEL_FILES}")
     parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or a .json file of peaks")
     parser.add_argument("--bandwidth-gbps", type=float, metavar="G", help="of each link to the store (default: 10)")
     parser.add_argument("--kv-tokens", type=int, metavar="N", help="tokens in GPU memory (default: what it leaves)")

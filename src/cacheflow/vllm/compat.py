@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
-from cacheflow.errors import ConfigError, UnsupportedModelError
-from cacheflow.vllm.refusals import load_refusals
+from cacheflow.errors import ConfigError
+from cacheflow.vllm.refusals import load_refusals, require_loadable
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,7 @@ def check_environment(vllm_config: Any, kv_cache_config: Any) -> VllmVersion:  #
             version.text, ", ".join(PROVED_VERSIONS), ", ".join(READ_VERSIONS),
         )  # fmt: skip
     require_vllm(version.text)
-    reasons = load_refusals(vllm_config, kv_cache_config)
-    if reasons:
-        raise UnsupportedModelError("CacheFlow cannot restore this engine's KV cache: " + "; ".join(reasons))
+    require_loadable(load_refusals(vllm_config, kv_cache_config))
     return version
 
 

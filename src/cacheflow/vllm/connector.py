@@ -32,6 +32,7 @@ from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.child_handshakes import keep_handshakes_apart
 from cacheflow.vllm.compat import check_environment
 from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.last_line import reason_told
 from cacheflow.vllm.logs import log_beside_vllm
 from cacheflow.vllm.model_access import worker_of
 from cacheflow.vllm.open_store import acquire_store, release_store
@@ -99,6 +100,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         with contextlib.suppress(ValueError):  # the name is taken: by ours, which reads the same statistics
             KVConnectorFactory.register_connector(cls.__name__, cls.__module__, cls.__name__)
 
+    @reason_told()
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """Check the configuration and open the store.
 
@@ -234,6 +236,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """Learn where the KV blocks are."""
         self._worker_side.register(kv_caches)
 
+    @reason_told()
     def get_handshake_metadata(self) -> CacheFlowHandshake:
         """Self-test and calibration, before the first request; what they found when vLLM asks again."""
         return CacheFlowHandshake(self._worker_side.find_facts())
@@ -350,6 +353,7 @@ def _view(request: Any) -> RequestView:
         media=[_media(feature) for feature in request.mm_features],
         params=request.kv_transfer_params,
         hashable=request.prompt_embeds is None and request.pooling_params is None,
+        computes_all=bool(request.skip_reading_prefix_cache),
     )
 
 

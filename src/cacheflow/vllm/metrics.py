@@ -7,8 +7,47 @@ Plain numbers in here, so that they cross from the engine to the frontend as vLL
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+LABELS: Mapping[str, Mapping[str, str]] = {
+    "tokens": {
+        "recomputed": "computed again by the restoration",
+        "loaded": "read from the store",
+        "late": "read, but compute was sooner or the deadline had passed",
+        "failed": "the store had lost them, they did not verify, or the read failed",
+        "wasted": "read and not used",
+    },
+    "restorations": {
+        "done": "the whole prefix that was planned is there",
+        "failed": "vLLM computes what is missing",
+        "cancelled": "the request ended first",
+    },
+    "guard": {
+        "hybrid": "recompute and load at once",
+        "load": "load alone",
+        "recompute": "nothing is restored, vLLM's own prefill computes the prompt",
+    },
+    "chunks_saved": {
+        "stored": "written",
+        "exists": "the store had it or was just writing it",
+        "failed": "the store could not take it",
+        "skipped": "too much was waiting to be written",
+    },
+    "boundaries": {
+        "captured": "chunks saved with their KV",
+        "incomplete": "chunks of which a part came from the prefix cache or was not seen",
+        "missed": "a request's part of a step whose rows were not where they should be or could not be copied, a bug",
+        "unseen": "steps that replayed a CUDA graph",
+    },
+}
+"""What the values of each counter's label mean."""
+
+
+def described(name: str, text: str) -> str:
+    """A counter's HELP text: ``text``, then every value of its label with what it means."""
+    return f"{text} {'; '.join(f'{value}: {meaning}' for value, meaning in LABELS[name].items())}."
 
 
 @dataclass(slots=True)
@@ -16,14 +55,12 @@ class Counts:
     """Counts since the last ``take``; one thread.
 
     Attributes:
-        tokens: Tokens (a cell counts its share of the layers) by source: ``recomputed``, ``loaded``,
-            ``wasted`` (read, not used) and ``failed`` (read in vain).
-        restorations: Restorations ended, by outcome: ``done``, ``failed``, ``cancelled``.
+        tokens: Tokens (a cell counts its share of the layers) by source; the values of this and the next four are
+            those of ``LABELS``.
+        restorations: Restorations ended, by outcome.
         guard: Decisions of the never-slower guard, by choice.
-        chunks_saved: Chunks written, by outcome: ``stored``, ``exists``, ``failed``.
-        boundaries: Boundary states: chunks ``captured`` (saved with their KV) and ``incomplete`` (some of their tokens
-            were not seen); a request's part of a step that was ``missed`` (its rows were not where they should be, or
-            could not be copied); steps ``unseen`` (one replayed CUDA graph).
+        chunks_saved: Chunks handed to the store, by outcome.
+        boundaries: What became of boundary states that a later stage was to keep, by outcome.
         loaded_bytes: Bytes that reads moved into the KV cache.
         restore_s: Seconds of each restoration.
         bound_ratio: Seconds over the lower bound of each restoration.

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from cacheflow.errors import ConfigError, UnsupportedModelError
+from cacheflow.errors import ConfigError
 from cacheflow.plan.keys import Shard
 from cacheflow.vllm.compat import RunnerKind, is_compiled, require_runner, runner_kind
 from cacheflow.vllm.families import FAMILIES, Family
 from cacheflow.vllm.plugin import remembered
-from cacheflow.vllm.refusals import load_refusals, recompute_refusals
+from cacheflow.vllm.refusals import load_refusals, recompute_refusals, require_loadable, require_recomputable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,18 +110,11 @@ def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = Fals
         UnsupportedModelError: The model, its attention or its configuration is not supported; lists every reason.
         ConfigError: The plugin did not run, or vLLM's runner lacks something this module relies on.
     """
-    reasons = load_refusals(vllm_config, kv_cache_config)
-    if reasons:
-        raise UnsupportedModelError("CacheFlow cannot restore this model's KV cache: " + "; ".join(reasons))
+    require_loadable(load_refusals(vllm_config, kv_cache_config))
     runner = worker_of(vllm_config).model_runner
     require_runner(runner)
-    model = runner.get_model()
     reasons = recompute_refusals(runner, vllm_config)
-    if reasons and not load_only:
-        raise UnsupportedModelError(
-            f"CacheFlow cannot recompute with {type(model).__name__}: {'; '.join(reasons)}. Supported are "
-            f"{', '.join(FAMILIES)}; unsupported_models=load_only restores by loading alone"
-        )
+    require_recomputable(reasons, load_only=load_only)
     return _describe(runner, vllm_config, kv_cache_config, refusal="; ".join(reasons))
 
 

@@ -16,8 +16,13 @@ from cacheflow.errors import ConfigError
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
 
-STORES = ("memory", "file")
-UNSUPPORTED = ("refuse", "load_only")
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "store": ("memory", "file"),
+    "policy": tuple(RESTORE_POLICIES),
+    "objective": BATCH_POLICY_NAMES,
+    "unsupported_models": ("refuse", "load_only"),
+}
+"""The values of options that have few."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +36,14 @@ class ConnectorOptions:
         cpu_bytes_to_use: Capacity of the store in bytes, on this node.
         chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size.
         layers_per_block: Layers in one stored object; None: 1 in an eager engine, all in a compiled one.
-        policy: Restore policy, a name of ``policies.registry``.
-        objective: Order of several restorations, a name of ``policies.batch_registry``: ``mean_ttft``, ``p99_ttft``,
-            ``makespan``, ``slo`` (as many first tokens within ``ttft_slo_ms`` as can be) or a published way.
+        policy: How a prefix is restored; only ``cacheflow`` has the never-slower guard.
+        objective: Which of several restorations comes first; ``slo``: as many first tokens within ``ttft_slo_ms`` as
+            can be.
         starvation_s: A restoration that has waited this long goes before all that came after it.
-        ttft_slo_ms: Time from the start of a restoration in which it should end, for ``slo``; None: no matter.
+        ttft_slo_ms: Time from the start of a restoration in which it should end; for the objective ``slo`` alone.
         throttle_bytes_per_s: Read the store through a link of this bandwidth (bytes are really read and copied, only
             slower); for measurements. None: as fast as it is.
-        throttle_latency_s: ... and this latency per read.
+        throttle_latency_s: Read the store through a link of this latency; for measurements.
         recompute_budget_ms: Recomputation per engine step while other requests run, in milliseconds, at least one
             layer of one chunk. None: a tenth of what a chunk takes (vLLM's chunked
             prefill would put a whole one into a step).
@@ -47,9 +52,9 @@ class ConnectorOptions:
         max_load_tokens: Never restore more than this many tokens of a request; None: no limit.
         lookup_timeout_s: A request waits at most this long for the store to say what it holds, then it is computed.
         restore_timeout_s: After this long a restoration stops loading and recomputes what is missing.
-        profile_dir: Directory of cost profiles measured on this machine.
+        profile_dir: Directory of cost profiles measured on this machine; None: ``$XDG_CACHE_HOME/cacheflow/profiles``.
         calibrate: Measure costs at start where no profile fits (seconds); off: a profile is required.
-        calibrate_budget_s: Roughly how long that may take.
+        calibrate_budget_s: Roughly how long measuring costs may take.
         save: Save computed KV.
         boundary_states: On pipeline stages behind the first, save what the stage before handed over too: from it a
             stage restores its layers without waiting for the others.
@@ -91,10 +96,8 @@ class ConnectorOptions:
         Raises:
             ConfigError: Names the key, the value and what is allowed.
         """
-        _one_of("store", self.store, STORES)
-        _one_of("policy", self.policy, tuple(RESTORE_POLICIES))
-        _one_of("objective", self.objective, BATCH_POLICY_NAMES)
-        _one_of("unsupported_models", self.unsupported_models, UNSUPPORTED)
+        for key, allowed in CHOICES.items():
+            _one_of(key, getattr(self, key), allowed)
         if (self.store == "file") != (self.store_path is not None):
             raise ConfigError(
                 f"store is {self.store!r} and store_path is {self.store_path!r}: the file store needs a store_path, "

@@ -18,6 +18,8 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
 
+from cacheflow.vllm.last_line import print_reason_last
+
 WORKER_MODULE = "vllm.v1.worker.gpu_worker"
 """Its ``Worker`` is the base of the CPU worker too."""
 
@@ -41,6 +43,7 @@ def register() -> None:
 
     Calling it again does nothing.
     """
+    print_reason_last()
     for name, (public, action) in _CHANGES.items():
         module = sys.modules.get(name)
         if module is not None and hasattr(module, public):

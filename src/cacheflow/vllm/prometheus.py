@@ -8,25 +8,45 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from cacheflow.vllm.metrics import merged
+from cacheflow.vllm.metrics import described, merged
 
 RESTORE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 RATIO_BUCKETS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0)
 SHARE_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 
 COUNTERS = {
-    "tokens": ("vllm:cacheflow_tokens", "Prefix tokens by how they came back, counted afterwards.", "source"),
-    "restorations": ("vllm:cacheflow_restorations", "Restorations ended.", "outcome"),
-    "guard": ("vllm:cacheflow_guard_decisions", "Choices of the never-slower guard.", "choice"),
-    "chunks_saved": ("vllm:cacheflow_chunks_saved", "Chunks handed to the store.", "outcome"),
-    "boundaries": ("vllm:cacheflow_boundaries", "What became of boundary states that were to be kept.", "outcome"),
+    "tokens": (
+        "vllm:cacheflow_tokens",
+        described("tokens", "Prefix tokens by how they came back, counted when the restoration has ended."),
+        "source",
+    ),
+    "restorations": ("vllm:cacheflow_restorations", described("restorations", "Restorations ended."), "outcome"),
+    "guard": ("vllm:cacheflow_guard_decisions", described("guard", "Choices of the never-slower guard."), "choice"),
+    "chunks_saved": (
+        "vllm:cacheflow_chunks_saved",
+        described("chunks_saved", "Chunks of computed KV that were to be saved."),
+        "outcome",
+    ),
+    "boundaries": (
+        "vllm:cacheflow_boundaries",
+        described("boundaries", "What became of boundary states that a later pipeline stage was to keep."),
+        "outcome",
+    ),
     "loaded_bytes": ("vllm:cacheflow_loaded_bytes", "Bytes loaded into the KV cache.", ""),
     "lookup_timeouts": ("vllm:cacheflow_lookup_timeouts", "Prompts computed because the store answered too late.", ""),
 }
 HISTOGRAMS = {
-    "restore_s": ("vllm:cacheflow_restore_seconds", "Seconds of a restoration.", RESTORE_BUCKETS_S),
-    "bound_ratio": ("vllm:cacheflow_bound_ratio", "Seconds of a restoration over the lower bound.", RATIO_BUCKETS),
-    "overlap": ("vllm:cacheflow_overlap", "Share of the shorter side's work that overlapped.", SHARE_BUCKETS),
+    "restore_s": ("vllm:cacheflow_restore_seconds", "Seconds of a restoration that is done.", RESTORE_BUCKETS_S),
+    "bound_ratio": (
+        "vllm:cacheflow_bound_ratio",
+        "Seconds of a restoration over the least it could take; 1 is the bound.",
+        RATIO_BUCKETS,
+    ),
+    "overlap": (
+        "vllm:cacheflow_overlap",
+        "Share of the time of the side, compute or link, that worked less, in which both worked.",
+        SHARE_BUCKETS,
+    ),
 }
 BANDWIDTH = ("vllm:cacheflow_link_bytes_per_second", "Live estimate of the link's bandwidth.")
 

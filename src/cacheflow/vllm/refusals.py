@@ -1,10 +1,17 @@
-"""What CacheFlow refuses to serve inside vLLM, and why: each reason is a sentence for the user."""
+"""What CacheFlow refuses to serve inside vLLM, and why: each reason is a sentence for the user.
+
+Reasons come in two kinds. Those of ``load_refusals`` have no way round but what they name themselves; with those of
+``recompute_refusals`` KV can still be saved and loaded, which is what ``unsupported_models=load_only`` does.
+Imports neither vLLM nor torch, so that ``cacheflow serve`` says the same before vLLM starts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cacheflow.errors import UnsupportedModelError
+from cacheflow.plan.hf_config import CacheKind
 from cacheflow.vllm.families import FAMILIES
 
 Config = Any
@@ -15,20 +22,71 @@ DRAFTERS = ("ngram", "suffix")
 MODEL_DRAFTERS = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark")
 """They have KV blocks of their own."""
 PLAIN_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_KIND_OF_SPEC = {
+    "MLAAttentionSpec": CacheKind.LATENT,
+    "MambaSpec": CacheKind.RECURRENT,
+    "SlidingWindowMLASpec": CacheKind.LATENT,
+    "SlidingWindowSpec": CacheKind.WINDOW,
+}
+"""vLLM's KV cache specs that a user knows by another name."""
+
+
+def require_loadable(reasons: Sequence[str]) -> None:
+    """Pass if there are no ``load_refusals``.
+
+    Raises:
+        UnsupportedModelError: There are; lists all of them.
+    """
+    if reasons:
+        raise UnsupportedModelError("CacheFlow cannot restore this engine's KV cache: " + "; ".join(reasons))
+
+
+def require_recomputable(reasons: Sequence[str], *, load_only: bool) -> None:
+    """Pass if there are no ``recompute_refusals``, or if loading alone is what the user asked for.
+
+    Raises:
+        UnsupportedModelError: There are; lists all of them and says how to load alone.
+    """
+    if reasons and not load_only:
+        raise UnsupportedModelError(
+            f"CacheFlow cannot recompute in this engine: {'; '.join(reasons)}. unsupported_models=load_only "
+            "(--unsupported-models load_only) restores by loading alone"
+        )
+
+
+def family_refusal(class_name: str) -> str:
+    """Why models of this vLLM class are not recomputed; empty where they may be."""
+    if class_name in FAMILIES:
+        return ""
+    return f"the model {class_name} is not on the list of families that were proved ({', '.join(FAMILIES)})"
+
+
+def cache_refusal(kind: CacheKind, *, spec: str = "") -> str:
+    """Why a KV cache of this kind is not restored; empty where it may be.
+
+    Args:
+        kind: What the layers keep.
+        spec: vLLM's name for it, where it is known.
+    """
+    if kind in (CacheKind.FULL, CacheKind.MIXED):  # vLLM keeps all tokens where only some layers have a window
+        return ""
+    way_out = ""
+    if kind is CacheKind.WINDOW:
+        way_out = "; vLLM's --disable-sliding-window keeps every token, of prompts up to the window"
+    return f"the model keeps {kind.value}{f' ({spec})' if spec else ''}{way_out}"
 
 
 def load_refusals(vllm_config: Config, kv_cache_config: Config) -> list[str]:
     """Why blocks cannot even be saved and loaded; empty when they can. Works in the scheduler and in workers."""
-    return [*_cache_refusals(kv_cache_config), *_engine_refusals(vllm_config)]
+    return [*_cache_refusals(kv_cache_config), *engine_refusals(vllm_config)]
 
 
 def recompute_refusals(runner: Any, vllm_config: Config) -> list[str]:  # noqa: ANN401 -- a vLLM model runner
     """Why cells cannot be recomputed bit for bit in this worker; empty when they can."""
     model = runner.get_model()
-    name = type(model).__name__
-    if name not in FAMILIES:
-        return [f"the model {name} is not on the list of families that were proved"]
-    reasons = [*_configured(vllm_config), *_layer_refusals(model)]
+    if reason := family_refusal(type(model).__name__):
+        return [reason]
+    reasons = [*configured_refusals(vllm_config), *_layer_refusals(model)]
     return list(dict.fromkeys(reasons))
 
 
@@ -37,17 +95,22 @@ def _cache_refusals(kv_cache_config: Config) -> Iterator[str]:
 
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
-        yield (
-            f"its KV cache has {len(groups)} groups (hybrid attention); only one is supported, "
-            "try --disable-hybrid-kv-cache-manager"
-        )
-    for group in groups:
-        if type(group.kv_cache_spec) is not FullAttentionSpec:
-            yield f"its KV cache is of kind {type(group.kv_cache_spec).__name__}, only FullAttentionSpec is supported"
+        yield f"its layers keep different things (hybrid attention): {len(groups)} groups of KV cache, one is supported"
+    for spec in dict.fromkeys(type(group.kv_cache_spec) for group in groups):
+        if spec is not FullAttentionSpec:
+            kind = _KIND_OF_SPEC.get(spec.__name__)
+            unnamed = f"its KV cache is of kind {spec.__name__}, only FullAttentionSpec is supported"
+            yield unnamed if kind is None else cache_refusal(kind, spec=spec.__name__)
 
 
-def _engine_refusals(vllm_config: Config) -> Iterator[str]:
+def engine_refusals(vllm_config: Config) -> Iterator[str]:
+    """Why an engine that is configured like this restores nothing, whatever its KV cache."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    if getattr(model, "runner_type", "generate") == "pooling":
+        yield (
+            "it is a pooling engine (embedding, classifying, scoring): each prompt is computed once and no reply "
+            "follows, so there is nothing to restore; serve it without CacheFlow"
+        )
     if model.is_encoder_decoder:
         yield "it is an encoder-decoder model: cross-attention KV depends on more than the tokens"
     if vllm_config.speculative_config is not None:
@@ -70,7 +133,8 @@ def _drafter_refusals(method: str) -> Iterator[str]:
     yield f"speculative decoding drafts by {method!r}: {why}; {' and '.join(DRAFTERS)} work: they look at tokens alone"
 
 
-def _configured(vllm_config: Config) -> Iterator[str]:
+def configured_refusals(vllm_config: Config) -> Iterator[str]:
+    """Why an engine that is configured like this is not recomputed in, whatever its model."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if vllm_config.cache_config.cache_dtype not in PLAIN_CACHE_DTYPES:
         yield f"its KV cache is quantised ({vllm_config.cache_config.cache_dtype})"

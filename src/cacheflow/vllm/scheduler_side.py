@@ -28,18 +28,15 @@ from cacheflow.vllm.questions import StoreQuestions
 from cacheflow.vllm.request_prefix import MediaSpan, RequestPrefix
 from cacheflow.vllm.restorations import Restorations
 from cacheflow.vllm.sharing import Sharing
+from cacheflow.vllm.siblings import Siblings
 from cacheflow.vllm.stage_plans import slowest_of_stages
 from cacheflow.vllm.step import NOTHING, CaptureOrder, ModelNews, SaveOrder, StepOrders
 from cacheflow.vllm.tracked import MIXED, BlockIdsOf, Decision, TrackedRequest
+from cacheflow.vllm.unrestored import EMBEDDED, why_unrestored
 from cacheflow.vllm.weights_watch import WeightsChange
 from cacheflow.vllm.wishes import Mode, Wishes
 
 logger = logging.getLogger(__name__)
-
-NOT_TAKEN_UP = (
-    "vLLM did not take up what the store holds: it computes a prompt whose log-probabilities are asked for (echo, "
-    "prompt_logprobs)"
-)
 
 BROUGHT_BY_ANOTHER = "another connector of this engine brought the prefix"
 
@@ -57,6 +54,7 @@ class RequestView:
         media: Images and sounds in the prompt.
         params: ``kv_transfer_params``.
         hashable: Whether the token ids say what the prompt is (not so for prompt embeddings).
+        computes_all: Whether vLLM computes the whole prompt, whatever is cached of it.
     """
 
     request_id: str
@@ -67,6 +65,7 @@ class RequestView:
     media: Sequence[MediaSpan] = ()
     params: Mapping[str, Any] | None = None
     hashable: bool = True
+    computes_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +101,7 @@ class SchedulerSide:
         self._identity: KvIdentity | None = None
         self._weights_versions: dict[int, int] = {}
         self._ordered_saves = OrderedSaves()
+        self._siblings = Siblings()
         self.counts = Counts()
 
     def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
@@ -125,20 +125,25 @@ class SchedulerSide:
         )
 
     def knows(self, request_id: str) -> bool:
-        """Whether a request was noted and has not ended; one whose token ids do not say what it is never is."""
+        """Whether a request was noted and has not ended."""
         return request_id in self._requests
 
     def new_request(self, view: RequestView) -> None:
         """Note a request and ask the store for its prefix; a second call for the same request changes nothing."""
-        if self._questions is None or view.request_id in self._requests or not view.hashable:
+        if self._questions is None or view.request_id in self._requests:
             return
         wishes = Wishes.of(view.params)
+        if not view.hashable:
+            wishes = replace(wishes, mode=Mode.OFF)
+        elif view.computes_all:
+            wishes = replace(wishes, max_load_tokens=0)
         if wishes.complaint:
             logger.warning("request %s: kv_transfer_params: %s", view.request_id, wishes.complaint)
         request = TrackedRequest(
             request_id=view.request_id,
             tokens=view.tokens,
             num_prompt_tokens=view.num_prompt_tokens,
+            computes_all=view.computes_all,
             wishes=wishes,
             adapter=view.adapter,
             prefix=RequestPrefix(
@@ -146,6 +151,9 @@ class SchedulerSide:
             ),
         )
         self._requests[view.request_id] = request
+        self._siblings.join(view.request_id)
+        if wishes.mode is Mode.OFF:
+            request.reason = "the request asked for 'off'" if view.hashable else EMBEDDED
         self._identify(request)
 
     def _identify(self, request: TrackedRequest) -> None:
@@ -156,13 +164,13 @@ class SchedulerSide:
         request.generation = self._identity.generation
         request.prefix = replace(request.prefix, namespace=self._identity.namespace(request.claim))
         request.forget_store()
+        if request.wishes.mode is Mode.OFF:
+            return
         if request.adapter is not None and request.claim is None:
             request.generation = MIXED
             request.reason = (
                 f"the files of its adapter {request.adapter.name!r} in {request.adapter.path} cannot be read"
             )
-        elif request.wishes.mode is Mode.OFF:
-            request.reason = "the request asked for 'off'"
         elif self._identity.stopped:
             request.reason = self._identity.stopped
         else:
@@ -185,6 +193,7 @@ class SchedulerSide:
         request = self._requests.get(request_id)
         if request is None or self._decider is None or self._restorations is None or self._questions is None:
             return 0
+        request.asked_by_vllm = True
         request.num_local, request.num_brought = num_computed, 0
         self._ask_anew(request, num_preemptions)
         if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
@@ -374,8 +383,8 @@ class SchedulerSide:
         if request.wishes.explain or self._options.explain:
             answer["cacheflow"] = request.records
             if not any(record["outcome"] == "done" for record in request.records):
-                answer["cacheflow_reason"] = request.reason or NOT_TAKEN_UP
-        return answer or None
+                answer["cacheflow_reason"] = why_unrestored(request)
+        return self._siblings.ended(request_id, answer) or None
 
     @property
     def has_work(self) -> bool:

@@ -179,6 +179,5 @@ def _failure(report: SelfTestReport, forward: PartialForward | None) -> str:
     return (
         f"restored KV{model} differs from the engine's own over {report.num_tokens} tokens in {report.num_chunks} "
         f"chunks: recomputed equal {report.recompute_equal} (largest difference {report.worst_difference:.3e}), copied "
-        f"equal {report.copy_equal}. CacheFlow does not serve this engine; unsupported_models=load_only restores by "
-        "loading alone where copies are equal"
+        f"equal {report.copy_equal}. CacheFlow does not serve this engine"
     )

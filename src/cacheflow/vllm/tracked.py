@@ -106,6 +106,8 @@ class TrackedRequest:
         num_preemptions: How often vLLM had preempted it when the store was last asked.
         given_up: A restoration failed: vLLM asks again for a request of which nothing was restored, and whatever broke
             the first attempt would break every other.
+        computes_all: vLLM computes the whole prompt, whatever is cached of it.
+        asked_by_vllm: vLLM has asked how much can be restored.
         records: Explain records of its restorations.
         reason: Why nothing was restored when it was last looked at, or why what was begun did not end well; empty when
             something was restored.
@@ -135,6 +137,8 @@ class TrackedRequest:
     restoration: StagedRestoration | None = None
     num_preemptions: int = 0
     given_up: bool = False
+    computes_all: bool = False
+    asked_by_vllm: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
 
@@ -142,7 +146,7 @@ class TrackedRequest:
         """Forget what the store was asked and has answered: the request's KV has another name from now on."""
         self.lookup, self.boundary_lookups, self.asked_again = None, (), False
         self.num_stored, self.num_boundaries, self.next_save = 0, (), 0
-        self.decision, self.reason = None, ""
+        self.decision = None
 
     def save_again(self, chunk: int) -> None:
         """Count a chunk as not stored: it could not be read, and is written again unless the store has it after all."""

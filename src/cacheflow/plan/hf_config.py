@@ -1,0 +1,184 @@
+"""A model's shape from its Hugging Face ``config.json``: plain attention, dense or with experts.
+
+Pure: takes the parsed JSON. What a shape cannot say (latent caches, recurrent layers, layers that differ) is refused by
+name, never approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from cacheflow.errors import ConfigError
+from cacheflow.types import DTYPE_BYTES, ModelShape
+
+Config = Mapping[str, Any]
+"""A parsed ``config.json``, or its ``text_config``."""
+
+SIGNS = ("architectures", "model_type", "text_config", "num_hidden_layers")
+"""A Hugging Face configuration has at least one of these keys."""
+
+KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_q_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "num_active_experts": "num_experts_per_tok",
+}
+"""What Hugging Face calls a field of ``ModelShape``, where it has another name."""
+
+_FULL = ("full_attention", "attention")
+_WINDOWED = ("sliding_attention", "chunked_attention")
+_RECURRENT_KEYS = (
+    "attn_layer_period", "full_attention_interval", "hybrid_override_pattern", "linear_conv_kernel_dim",
+    "mamba_d_state", "mamba_num_heads", "rwkv_hidden_size", "ssm_cfg", "state_size",
+)  # fmt: skip
+_PATTERN_KEYS = ("sliding_window_pattern", "_sliding_window_pattern", "attention_chunk_size")
+_ALIKE = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
+"""Model types whose ``sliding_window``, where it is on, holds for all layers, or from ``max_window_layers`` on."""
+
+
+class CacheKind(Enum):
+    """What the layers of a model keep of the tokens they have seen."""
+
+    FULL = "keys and values of every token"
+    WINDOW = "a sliding window of tokens in every layer"
+    MIXED = "a sliding window of tokens in some layers and every token in others"
+    LATENT = "a compressed latent (MLA) instead of keys and values"
+    RECURRENT = "a recurrent state in some layers instead of keys and values"
+
+
+def is_hf_config(values: object) -> bool:
+    """Whether a parsed JSON file is a Hugging Face configuration."""
+    return isinstance(values, Mapping) and any(key in values for key in SIGNS)
+
+
+def text_config(config: Config) -> Config:
+    """The part that describes the language model: nested in multimodal models, else the whole."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
+def architectures(config: Config) -> tuple[str, ...]:
+    """Class names that the configuration gives; none where it gives no list of names."""
+    names = config.get("architectures")
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
+
+
+def cache_kind(text: Config) -> CacheKind:
+    """What the layers keep, as far as the configuration says it.
+
+    Args:
+        text: Of the language model, see ``text_config``.
+    """
+    if text.get("kv_lora_rank"):
+        return CacheKind.LATENT
+    listed = text.get("layer_types") or text.get("layers_block_type")
+    if isinstance(listed, list):
+        kinds = {str(kind) for kind in listed}
+        if kinds - {*_FULL, *_WINDOWED}:
+            return CacheKind.RECURRENT
+        if not kinds & {*_WINDOWED}:
+            return CacheKind.FULL
+        return CacheKind.MIXED if len(kinds) > 1 else CacheKind.WINDOW
+    if any(text.get(key) is not None for key in _RECURRENT_KEYS):
+        return CacheKind.RECURRENT
+    return _window_kind(text)
+
+
+def _window_kind(text: Config) -> CacheKind:
+    if any(text.get(key) is not None for key in _PATTERN_KEYS):
+        return CacheKind.MIXED
+    if not text.get("sliding_window") or text.get("use_sliding_window") is False:
+        return CacheKind.FULL
+    if text.get("model_type") not in _ALIKE:
+        return CacheKind.MIXED  # Gemma 2, for one, alternates and does not say so
+    full_layers = text.get("max_window_layers") if "use_sliding_window" in text else None
+    if not full_layers:
+        return CacheKind.WINDOW
+    return CacheKind.FULL if full_layers >= text.get("num_hidden_layers", 0) else CacheKind.MIXED
+
+
+def shape_of(config: Config, *, name: str) -> ModelShape:
+    """The shape that a ``config.json`` describes.
+
+    Args:
+        config: The parsed file.
+        name: For people.
+
+    Raises:
+        ConfigError: A key is missing or no whole number, or the model is of a kind that a shape cannot describe; names
+            the key, not the file.
+    """
+    text = text_config(config)
+    kind = cache_kind(text)
+    if kind not in (CacheKind.FULL, CacheKind.WINDOW):
+        raise ConfigError(f"not supported: the model keeps {kind.value}")
+    if config.get("is_encoder_decoder"):
+        raise ConfigError("not supported: is_encoder_decoder is true; only decoder-only models are")
+    if text.get("quantization_config") or config.get("quantization_config"):
+        raise ConfigError(
+            "not supported: quantization_config; costs are those of unquantised weights: give the config.json of the "
+            "model it was made from"
+        )
+    num_q_heads = _count(text, "num_attention_heads")
+    hidden_size = _count(text, "hidden_size")
+    experts = _experts(text)
+    return ModelShape(
+        name=name,
+        num_layers=_count(text, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_q_heads=num_q_heads,
+        num_kv_heads=_count(text, "num_key_value_heads", default=num_q_heads),
+        head_dim=_count(text, "head_dim", default=hidden_size // max(num_q_heads, 1)),
+        intermediate_size=_count(text, _mlp_key(text, experts)),
+        vocab_size=_count(text, "vocab_size"),
+        num_experts=experts,
+        num_active_experts=_count(text, "num_experts_per_tok") if experts else 0,
+        sliding_window=_count(text, "sliding_window") if kind is CacheKind.WINDOW else None,
+        dtype=_dtype(config, text),
+    )
+
+
+def _experts(text: Config) -> int:
+    """Experts of every layer; 0 for a dense model."""
+    key = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if text.get(key)), None)
+    if key is None:
+        return 0
+    sparse_step, dense = text.get("decoder_sparse_step"), text.get("mlp_only_layers")
+    if sparse_step not in (None, 1) or dense or text.get("first_k_dense_replace"):
+        raise ConfigError(
+            "not supported: some layers are dense and some have experts (decoder_sparse_step, mlp_only_layers, "
+            "first_k_dense_replace)"
+        )
+    for shared in ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"):
+        if text.get(shared):
+            raise ConfigError(f"not supported: {shared} is {text[shared]!r}, experts that every token visits")
+    return _count(text, key)
+
+
+def _mlp_key(text: Config, experts: int) -> str:
+    return "moe_intermediate_size" if experts and text.get("moe_intermediate_size") else "intermediate_size"
+
+
+def _dtype(config: Config, text: Config) -> str:
+    for key in ("dtype", "torch_dtype"):
+        value = text.get(key, config.get(key))
+        if value is None or value == "auto":
+            continue
+        name = str(value).removeprefix("torch.")
+        if name not in DTYPE_BYTES:
+            raise ConfigError(f"{key} is {value!r}, must be one of {', '.join(DTYPE_BYTES)}")
+        return name
+    return "bfloat16"
+
+
+def _count(text: Config, key: str, *, default: int | None = None) -> int:
+    value = text.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ConfigError(f"lacks {key}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{key} is {value!r}, must be a whole number of at least 1")
+    return value

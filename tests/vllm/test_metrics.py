@@ -1,0 +1,77 @@
+"""What a label's values mean is said for every value that can be counted, in the HELP texts and in the docs."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from cacheflow.plan.plan import Choice
+from cacheflow.stores.base import PutOutcome
+from cacheflow.types import LoadOutcome
+from cacheflow.vllm.metrics import LABELS, described
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.saver import _chunk_outcome
+from support.scheduler_cases import CHUNK, Case, Worker
+
+pytestmark = pytest.mark.torch
+
+ROOT = Path(__file__).parents[2]
+SOURCE = "".join(path.read_text() for path in sorted((ROOT / "src/cacheflow/vllm").glob("*.py")))
+SERIES = {
+    "tokens": "tokens_total", "restorations": "restorations_total", "guard": "guard_decisions_total",
+    "chunks_saved": "chunks_saved_total", "boundaries": "boundaries_total",
+}  # fmt: skip
+NOT_YET_COUNTED = {"tokens": {"late"}}
+
+
+def counted() -> dict[str, set[str]]:
+    """Label values that the code can count: those it spells, and those that it takes from what happened."""
+    values = {name: set(re.findall(rf"\b{name}\[\"(\w+)\"\]", SOURCE)) for name in LABELS}
+    values["chunks_saved"] |= {_chunk_outcome(pair) for pair in itertools.product([*PutOutcome, None], repeat=2)}
+    # A guard that settles on the engine's own prefill restores nothing, which is counted as recompute.
+    values["guard"] |= {choice.value for choice in Choice} - {Choice.PREFILL.value}
+    for outcome, compute_error in ((LoadOutcome.OK, ""), (LoadOutcome.MISS, ""), (LoadOutcome.MISS, "boom")):
+        case = Case(options=ConnectorOptions(chunk_tokens=CHUNK, lookup_timeout_s=20.0, policy="cake"))
+        case.arrive("a", case.saved_prompt(8 * CHUNK + 1, 8))
+        case.begin("a")
+        Worker(case, default=outcome, compute_error=compute_error).run()
+        case.arrive("b", case.saved_prompt(8 * CHUNK + 1, 8, seed=1))
+        case.begin("b")
+        worker = Worker(case)
+        worker.carry_out(case.step())
+        case.side.finished("b")
+        worker.run()
+        for name, seen in case.side.counts.take().items():
+            if name in values:
+                values[name] |= set(seen)
+    return values
+
+
+def test_every_value_that_can_be_counted_is_explained_and_no_other():
+    for name, values in counted().items():
+        explained = set(LABELS[name])
+        assert values <= explained, name
+        assert explained - values <= NOT_YET_COUNTED.get(name, set()), name
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_help_texts_and_docs_name_every_value(name):
+    rows = dict(re.findall(r"^\| `vllm:cacheflow_(\w+)\{\w+\}` \| (.*) \|$", (ROOT / "docs/vllm.md").read_text(), re.M))
+    text = described(name, "Text.")
+    for value, meaning in LABELS[name].items():
+        assert f"{value}: {meaning}" in text
+        assert f"`{value}`" in rows[SERIES[name]]
+
+
+@pytest.mark.vllm
+def test_the_help_on_the_endpoint_is_that_text():
+    from cacheflow.vllm.prometheus import COUNTERS
+
+    for name in LABELS:
+        metric, text, label = COUNTERS[name]
+        assert metric + "_total" == f"vllm:cacheflow_{SERIES[name]}"
+        assert text.endswith(described(name, ""))
+        assert label
