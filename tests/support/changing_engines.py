@@ -187,6 +187,7 @@ class ChangingEngine:
             lambda request_id: self.running[request_id].blocks,
             num_scheduled_tokens=sum(n for _, n in scheduled),
         )
+        self.state.begin_step(orders)
         for request, count in scheduled:
             self._compute(request, request.num_computed // CHUNK, range(LAYERS))
             request.num_computed += count

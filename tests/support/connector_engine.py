@@ -103,7 +103,13 @@ class ServingEngine:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def submit(
-        self, tokens: Sequence[int], *, num_tokens: int = 32, params: dict | None = None, salt: str | None = None
+        self,
+        tokens: Sequence[int],
+        *,
+        num_tokens: int = 32,
+        params: dict | None = None,
+        salt: str | None = None,
+        lora: object = None,
     ) -> str:
         """Add a request; returns the name its answer has in ``answers``."""
         from vllm import SamplingParams
@@ -118,7 +124,7 @@ class ServingEngine:
         if salt is not None:
             prompt["cache_salt"] = salt
         before = set(self.scheduler.requests)
-        self.engine.add_request(name, prompt, sampling)
+        self.engine.add_request(name, prompt, sampling, lora_request=lora)
         (internal,) = set(self.scheduler.requests) - before
         self.answers[name], self._prompts[name], self._internal[name] = Answer(), list(tokens), internal
         return name

@@ -16,7 +16,7 @@ from cacheflow.vllm.batch_rows import batch_rows
 from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.step import CaptureOrder, SaveOrder, StepOrders
+from cacheflow.vllm.step import NOTHING, CaptureOrder, SaveOrder, StepOrders
 from cacheflow.vllm.worker_side import WorkerSide
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("way")]
@@ -241,15 +241,15 @@ def test_a_worker_looks_at_no_forward_but_the_step_s_own():
     worker = WorkerSide(None, None, None, None)
     worker._capture = case.capture
     wanted = (CaptureOrder(request_id="a", start=0, end=8),)
-    worker.expect(wanted)
+    worker.expect(StepOrders(captures=wanted))
     worker.carry_out(StepOrders())
     case.run(("a", 0, 8))
     assert case.object("a", 0) is None
-    worker.expect(wanted)
-    worker.expect(())
+    worker.expect(StepOrders(captures=wanted))
+    worker.expect(NOTHING)
     case.run(("a", 0, 8))
     assert case.object("a", 0) is None
-    worker.expect(wanted)
+    worker.expect(StepOrders(captures=wanted))
     case.run(("a", 0, 8))
     worker.carry_out(StepOrders())
     assert torch.equal(case.object("a", 0), expected("a", 0))

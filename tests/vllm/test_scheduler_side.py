@@ -43,6 +43,26 @@ def test_a_prefix_in_the_store_is_restored_by_both_sides_and_reported():
     assert counted["tokens"]["recomputed"] + counted["tokens"]["loaded"] == pytest.approx(10 * CHUNK)
 
 
+@pytest.mark.parametrize(
+    ("outcome", "source"),
+    [
+        (LoadOutcome.LATE, "late"),
+        (LoadOutcome.MISS, "failed"),
+        (LoadOutcome.CORRUPT, "failed"),
+        (LoadOutcome.ERROR, "failed"),
+    ],
+)
+def test_a_read_that_came_too_late_is_not_one_that_failed(outcome, source):
+    case = Case()
+    case.arrive("a", case.saved_prompt(6 * CHUNK + 1, 6))
+    case.begin("a")
+    Worker(case, outcome={(5, LAYERS - 1): outcome}).run()
+    counted = case.side.counts.take()
+    assert counted["restorations"] == {"done": 1}
+    assert counted["tokens"][source] == pytest.approx(CHUNK / LAYERS)
+    assert set(counted["tokens"]) & {"late", "failed"} == {source}
+
+
 def test_the_last_token_is_never_restored():
     case = Case()
     case.arrive("a", case.saved_prompt(4 * CHUNK, 4))

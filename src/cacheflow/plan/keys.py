@@ -76,6 +76,13 @@ class Namespace:
         object.__setattr__(self, "extra", tuple(sorted(self.extra)))
         object.__setattr__(self, "digest", hashlib.sha256(self._canonical_json()).hexdigest()[:32])
 
+    def parts(self) -> dict[str, str]:
+        """What the digest is made of, by name, as text."""
+        values = {
+            each.name: str(getattr(self, each.name)) for each in fields(self) if each.init and each.name != "extra"
+        }
+        return values | dict(self.extra)
+
     def _canonical_json(self) -> bytes:
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
         return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

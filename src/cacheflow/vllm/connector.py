@@ -246,7 +246,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         super().bind_connector_metadata(connector_metadata)
         orders = connector_metadata.orders if isinstance(connector_metadata, CacheFlowMetadata) else NOTHING
         self._to_carry_out = self._to_save = orders
-        self._worker_side.expect(orders.captures)
+        self._worker_side.expect(orders)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Carry out this step's orders; vLLM calls it every step, after the forward unless a connector loads for it."""

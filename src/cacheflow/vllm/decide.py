@@ -105,7 +105,8 @@ class Decider:
         if end <= start:
             reason = (
                 f"nothing to restore: of {num_tokens} tokens {start} are in the KV cache, the store holds "
-                f"{num_stored * self._options.chunk_tokens}, and {end} may be restored"
+                f"{num_stored * self._options.chunk_tokens} that this engine may use (the log says at start how many "
+                f"objects are its own), and {end} may be restored"
             )
             return Decision(start=start, end=start, reason=reason)
         began_s = self._clock()

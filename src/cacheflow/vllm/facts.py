@@ -36,6 +36,7 @@ class EngineFacts:
         boundary_token_bytes: Bytes of one token's boundary states, the input of the stage's first layer; 0 where they
             are not stored: on the first stage, or switched off.
         linked: Whether the stage below can hand activations over, in order, where boundary states are missing.
+        identity: What its KV is interchangeable with, by name, for people; ``namespace`` is the digest of it.
     """
 
     shard: Shard
@@ -50,6 +51,7 @@ class EngineFacts:
     weights: tuple[LayerDigest, ...] = ()
     boundary_token_bytes: int = 0
     linked: bool = False
+    identity: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Check that a load-only engine says why.

@@ -98,6 +98,7 @@ def find_engine(
         first_layer=handle.start_layer,
         weights=weights,
         linked=can_link(handle),
+        identity=tuple(sorted(namespace.parts().items())),
         boundary_token_bytes=boundary_token_bytes(handle) if stores_boundaries(options, handle) else 0,
     )
     _log_stage(facts)

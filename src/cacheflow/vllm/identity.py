@@ -88,6 +88,18 @@ def shared_namespace(ranks: Iterable[EngineFacts]) -> str:
     return _digest(json.dumps([names, layers]))
 
 
+def describe(ranks: Iterable[EngineFacts]) -> dict[str, str]:
+    """What ``shared_namespace`` is the digest of, by name, for people; and how a layer's objects are cut."""
+    facts = sorted(ranks, key=lambda each: each.rank)
+    first = facts[0]
+    layers = sorted((each.shard.tp_rank, layer, digest) for each in facts for layer, digest in each.weights)
+    return dict(first.identity) | {
+        "weights_fingerprint": _digest(json.dumps(layers)),
+        "shard": f"tensor_parallel_size {first.shard.tp_size}",
+        "layers_per_block": str(first.layers_per_block),
+    }
+
+
 def digest_of(weights: Iterable[LayerDigest]) -> str:
     """One digest for a stage's weights."""
     return hashlib.sha256(json.dumps(list(weights)).encode()).hexdigest()

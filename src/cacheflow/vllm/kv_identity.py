@@ -91,6 +91,11 @@ class KvIdentity:
         own = generation_namespace(self._shared, token=self._token)
         return own if claim is None else adapter_namespace(own, digest=claim.digest)
 
+    def parts(self, claim: AdapterClaim | None) -> dict[str, str]:
+        """What tells ``namespace`` from the one that all engines with the weights as loaded share; for people."""
+        own = {"generation": self._token} if self._token else {}
+        return own if claim is None else own | {"lora": claim.digest}
+
     def may_be_old(self, adapter: Adapter | None, *, num_local: int, num_brought: int) -> bool:
         """Whether a request may have KV of other weights, or of its adapter's files before.
 

@@ -8,7 +8,7 @@ present one is not saved, and a restoration that ends in another state than it b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cacheflow.restore.orders import RestoreTarget
 from cacheflow.vllm.adapters import AdapterClaim, LoadedAdapters
@@ -29,12 +29,19 @@ class ModelState:
     """One rank's. Worker's main thread alone."""
 
     def __init__(self, *, rank: int, block_size: int, weights: WeightsWatch, adapters: LoadedAdapters) -> None:
-        """Hold orders against these weights and adapters; ``block_size`` in tokens."""
+        """Hold orders against these weights, as they are now, and these adapters; ``block_size`` in tokens."""
         self._rank, self._block_size = rank, block_size
         self._weights, self._adapters = weights, adapters
         self._begun: dict[int, _Begun] = {}
-        self._told_version = 0
+        self._generation = 0
+        self._first_version, self._told_version = weights.version, weights.version
         self._refused: dict[int, str] = {}
+
+    def begin_step(self, orders: StepOrders) -> None:
+        """Take note of a new generation, before the forward; whatever the weights are now, it begins with them."""
+        if orders.generation > self._generation:
+            self._generation = orders.generation
+            self._weights.accept()
 
     def begin(self, target: RestoreTarget, orders: StepOrders) -> None:
         """Note what a restoration that starts with these orders rests on."""
@@ -67,17 +74,17 @@ class ModelState:
         return tuple(order for order in orders.saves if not self._contradiction(version, order.adapter))
 
     def _contradiction(self, weights_version: int, adapter: AdapterClaim | None) -> str:
-        if weights_version != self._weights.version:
+        if self._first_version + weights_version != self._weights.version:
             return "the weights have changed"
         return "its adapter was loaded again from other files" if self._adapters.contradicts(adapter) else ""
 
     def take_news(self) -> ModelNews:
         """What the scheduler side has not been told."""
-        change, told = self._weights.change, self._told_version
+        change = self._weights.change if self._weights.version > self._told_version else None
         self._told_version = self._weights.version
         refused, self._refused = self._refused, {}
         return ModelNews(
-            weights=change if self._weights.version > told else None,
+            weights=None if change is None else replace(change, version=change.version - self._first_version),
             replaced_adapters=self._adapters.take_replaced(),
             refused=refused,
         )

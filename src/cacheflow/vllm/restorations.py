@@ -13,7 +13,7 @@ from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.orders import RestoreOrders, RestoreTarget, StepReport
 from cacheflow.restore.staged import StagedOrders, StagedRestoration
-from cacheflow.types import Clock
+from cacheflow.types import Clock, LoadOutcome
 from cacheflow.vllm.adapters import AdapterClaim
 from cacheflow.vllm.decide import Decider
 from cacheflow.vllm.metrics import Counts
@@ -271,7 +271,7 @@ class Restorations:
             request.records.append(record)
         self._counts.restorations[outcome] += 1
         self._counts.link_bytes_per_s = min(stage.rates.bytes_per_s for stage in self._decider.stages)
-        self._count_cells(active, report)
+        self._count_cells(active, report, cancelled=outcome == "cancelled")
         request.given_up = request.given_up or stepped.failed
         failed_chunks = [span.chunk for span in report.spans if span.kind is SpanKind.FAILED]
         if failed_chunks:
@@ -291,7 +291,7 @@ class Restorations:
             self._counts.bound_ratio.append(report.restore_s / record["bound_restore_s"])
         self._counts.overlap.append(overlap(report))
 
-    def _count_cells(self, active: _Active, report: RestoreReport) -> None:
+    def _count_cells(self, active: _Active, report: RestoreReport, *, cancelled: bool) -> None:
         """Cells as tokens: a cell is its chunk's tokens times its share of the layers."""
         tokens, num_blocks = self._counts.tokens, self._decider.num_blocks
         for chunk, letters in enumerate(report.cells_KB):
@@ -300,8 +300,12 @@ class Restorations:
                 if count := letters.count(letter):
                     tokens[name] += (end - start) * count / num_blocks
         per_cell = self._options.chunk_tokens / num_blocks
-        if failed := sum(n for outcome, n in report.failed_loads.items() if outcome != "cancelled"):
-            tokens["failed"] += failed * per_cell
+        for load_outcome, count in report.failed_loads.items():
+            # Dropped reads are compute's gain, unless nobody wants the restoration any more.
+            if load_outcome != LoadOutcome.CANCELLED.value:
+                tokens["late" if load_outcome == LoadOutcome.LATE.value else "failed"] += count * per_cell
+            elif not cancelled:
+                tokens["late"] += count * per_cell
         if report.wasted_bytes:
             bytes_per_token = sum(stage.facts.shape.kv_bytes_per_token for stage in self._decider.stages)
             tokens["wasted"] += report.wasted_bytes / bytes_per_token

@@ -18,7 +18,7 @@ from cacheflow.types import Clock
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.decide import Decider
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.identity import shared_namespace
+from cacheflow.vllm.identity import describe, shared_namespace
 from cacheflow.vllm.kv_identity import KvIdentity
 from cacheflow.vllm.lookup import PrefixLookup
 from cacheflow.vllm.metrics import Counts
@@ -31,6 +31,7 @@ from cacheflow.vllm.sharing import Sharing
 from cacheflow.vllm.siblings import Siblings
 from cacheflow.vllm.stage_plans import slowest_of_stages
 from cacheflow.vllm.step import NOTHING, CaptureOrder, ModelNews, SaveOrder, StepOrders
+from cacheflow.vllm.store_census import StoreCensus
 from cacheflow.vllm.tracked import MIXED, BlockIdsOf, Decision, TrackedRequest
 from cacheflow.vllm.unrestored import EMBEDDED, why_unrestored
 from cacheflow.vllm.weights_watch import WeightsChange
@@ -102,6 +103,8 @@ class SchedulerSide:
         self._weights_versions: dict[int, int] = {}
         self._ordered_saves = OrderedSaves()
         self._siblings = Siblings()
+        self._census = StoreCensus(store)
+        self._parts: dict[str, str] = {}
         self.counts = Counts()
 
     def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
@@ -115,6 +118,8 @@ class SchedulerSide:
         self._facts, self._ranks = by_stage[0], tuple(facts_by_rank)
         self._questions = StoreQuestions(self._lookup, facts_by_rank, self._ordered_saves, clock=self._clock)
         self._identity = KvIdentity(shared_namespace(facts_by_rank))
+        self._parts = describe(facts_by_rank)
+        self._census.describe(self._identity.namespace(None), self._parts)
         self._decider = Decider(by_stage, self._options, clock=self._clock)
         self._restorations = Restorations(
             self._options,
@@ -162,7 +167,9 @@ class SchedulerSide:
         assert self._questions is not None
         request.claim = None if request.adapter is None else self._identity.claim(request.adapter)
         request.generation = self._identity.generation
-        request.prefix = replace(request.prefix, namespace=self._identity.namespace(request.claim))
+        namespace = self._identity.namespace(request.claim)
+        self._census.describe(namespace, self._parts | self._identity.parts(request.claim))
+        request.prefix = replace(request.prefix, namespace=namespace)
         request.forget_store()
         if request.wishes.mode is Mode.OFF:
             return
@@ -262,13 +269,15 @@ class SchedulerSide:
             block_ids_of: KV blocks of a request of the step; asked only where a chunk is to be saved.
             num_scheduled_tokens: Tokens of the step's forward; 0 when nobody runs.
         """
-        if self._restorations is None:
+        if self._restorations is None or self._identity is None:
             return NOTHING
         saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
+        generation = self._identity.generation
         if not saves and not captures and self._restorations.idle:
-            return NOTHING
+            return StepOrders(generation=generation) if generation else NOTHING
         orders = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
-        return replace(orders, captures=captures, weights_versions=dict(self._weights_versions))
+        versions = dict(self._weights_versions)
+        return replace(orders, captures=captures, weights_versions=versions, generation=generation)
 
     def _saves(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf
@@ -392,5 +401,6 @@ class SchedulerSide:
         return self._restorations is not None and not self._restorations.idle
 
     def close(self) -> None:
-        """End the lookups."""
+        """End the lookups and the census."""
         self._lookup.close()
+        self._census.close()

@@ -55,6 +55,7 @@ class StepOrders:
         wait_s: With nothing to compute, wait up to this long for a read to end before the step ends.
         weights_versions: How often each rank's weights had changed when it was last heard of; left out where never.
         adapters: The adapter of each restoration that starts with this step and has one, by ``restore_id``.
+        generation: The engine's (``KvIdentity``): counts its resets and the changes of weights it has heard of.
     """
 
     targets: tuple[RestoreTarget, ...] = ()
@@ -66,6 +67,7 @@ class StepOrders:
     wait_s: float = 0.0
     weights_versions: Mapping[int, int] = field(default_factory=dict)
     adapters: Mapping[int, AdapterClaim] = field(default_factory=dict)
+    generation: int = 0
 
     @property
     def idle(self) -> bool:

@@ -25,7 +25,7 @@ from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.recompute import VllmComputePort
 from cacheflow.vllm.saver import ChunkSaver, MorePuts
 from cacheflow.vllm.stage_link import StageAnswers, StageLink, link_stages
-from cacheflow.vllm.step import CaptureOrder, ModelNews, StepOrders
+from cacheflow.vllm.step import ModelNews, StepOrders
 from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 from cacheflow.vllm.weights_watch import watch_weights
 
@@ -92,6 +92,7 @@ class WorkerSide:
         # Before the weights' fingerprint is taken: what changes from now on is noticed.
         runner = worker_of(self._vllm_config).model_runner
         watch, adapters = watch_weights(runner), LoadedAdapters(runner)
+        watch.check()
         engine = find_engine(self._options, self._store, self._vllm_config, self._kv_cache_config, self._kv_caches)
         facts = engine.facts
         self._engine = engine
@@ -125,10 +126,12 @@ class WorkerSide:
             return self._capture.put
         return None
 
-    def expect(self, orders: tuple[CaptureOrder, ...]) -> None:
-        """Keep boundary states of the forward that is about to run; call before every forward."""
+    def expect(self, orders: StepOrders) -> None:
+        """Get ready for the forward that is about to run, and keep boundary states of it; call before every forward."""
+        if self._model_state is not None:
+            self._model_state.begin_step(orders)
         if self._capture is not None:
-            self._capture.expect(orders)
+            self._capture.expect(orders.captures)
 
     def forget(self, request_ids: set[str]) -> None:
         """Drop what was kept of requests that ended."""

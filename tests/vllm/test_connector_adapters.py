@@ -1,0 +1,82 @@
+"""LoRA adapters in a real engine: known by their content, whatever they are called and wherever they lie."""
+
+import json
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+CHUNK = 128
+
+
+def restored(answer):
+    return sum(record["end"] - record["start"] for record in answer.records if record["outcome"] == "done")
+
+
+def write_adapter(folder, seed):
+    import torch
+    from safetensors.torch import save_file
+
+    from support.vllm_models import TINY
+
+    hidden, kv = TINY["hidden_size"], TINY["num_key_value_heads"] * TINY["head_dim"]
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    for layer in range(TINY["num_hidden_layers"]):
+        for name, width in (("q_proj", TINY["num_attention_heads"] * TINY["head_dim"]), ("k_proj", kv), ("v_proj", kv)):
+            base = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{base}.lora_A.weight"] = torch.randn(8, hidden, generator=generator) * 0.3
+            weights[f"{base}.lora_B.weight"] = torch.randn(width, 8, generator=generator) * 0.3
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM",
+        "target_modules": ["q_proj", "k_proj", "v_proj"], "base_model_name_or_path": "x",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def lora(folder, *, number=1, load_inplace=False):
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"ad{number}", number, str(folder), load_inplace=load_inplace)
+
+
+@pytest.mark.usefixtures("_single_process_vllm")
+def test_adapters_are_known_by_their_content(tmp_path):
+    """Starts on the CPU; the same adapter is restored, also under another name; a retrained one is not."""
+    from support.connector_engine import random_tokens, serving_engine
+    from support.vllm_models import write_model
+
+    folder, prompt = write_model(tmp_path / "model", "llama"), random_tokens(4 * CHUNK + 20, seed=11)
+    options = {"store": "memory", "unsupported_models": "load_only"}
+    adapter, copied = tmp_path / "ad", tmp_path / "copied"
+    write_adapter(adapter, 1)
+    write_adapter(copied, 1)
+    with serving_engine(
+        folder, dtype="float32", chunk_tokens=CHUNK, options=options, enable_lora=True, max_lora_rank=8, max_loras=2
+    ) as engine:
+        base = engine.saved(prompt).tokens
+        first = engine.saved(prompt, lora=lora(adapter)).tokens
+        assert first != base
+        for request, expected in ((None, base), (lora(adapter), first), (lora(copied, number=2), first)):
+            answer = engine.ask(prompt, lora=request)
+            assert (restored(answer), answer.tokens) == (4 * CHUNK, expected)
+            engine.evict()
+
+        write_adapter(adapter, 2)  # retrained, and loaded again in place
+        second = engine.ask(prompt, lora=lora(adapter, load_inplace=True))
+        assert restored(second) == 0
+        assert second.tokens == engine.own(prompt, lora=lora(adapter)).tokens != first
+        again = engine.saved(prompt, lora=lora(adapter)).tokens
+        answer = engine.ask(prompt, lora=lora(adapter))
+        assert again == second.tokens == answer.tokens
+        assert restored(answer) == 4 * CHUNK
+        engine.evict()
+
+        write_adapter(adapter, 3)  # retrained, and the engine is not told: it goes on with what it has loaded
+        answer = engine.ask(prompt, lora=lora(adapter))
+        assert answer.tokens == second.tokens
+        engine.evict()
+        third = engine.ask(prompt, lora=lora(adapter, load_inplace=True))
+        assert restored(third) == 0, "saved for the new files by an engine that had the old ones loaded"
+        assert third.tokens == engine.own(prompt, lora=lora(adapter)).tokens != second.tokens
