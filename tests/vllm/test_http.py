@@ -177,6 +177,43 @@ def test_a_wish_that_is_not_understood_is_answered(smollm):
 
 
 @pytest.mark.model
+def test_explain_is_where_the_docs_say_and_nowhere_else(smollm):
+    from support.vllm_http import MODEL
+
+    prompt = [1000 + number for number in range(3 * CHUNK + 5)]
+    wish = {"kv_transfer_params": {"explain": True, "cacheflow": "load"}, "ignore_eos": True}
+    with smollm.server.client() as client:
+
+        def ask(prompt=prompt, **more):
+            smollm.server.reset()
+            return client.completions.create(model=MODEL, prompt=prompt, max_tokens=8, extra_body=wish, **more)
+
+        answer = ask(temperature=0).choices[0].text
+        several = ask(n=2, temperature=1.0).kv_transfer_params
+        restored = [record for record in several["cacheflow"] if record["outcome"] == "done"]
+        assert [record["end"] for record in restored] == [3 * CHUNK]
+        assert restored[0]["choice_index"] in (0, 1)
+        assert "cacheflow_reason" not in several
+        short = prompt[: CHUNK // 2]
+        of_the_first = ask([short, prompt]).kv_transfer_params
+        assert "no whole chunk" in of_the_first["cacheflow_reason"]
+        chunks = list(ask(stream=True))
+        assert len(chunks) > 1
+        assert all(getattr(chunk, "kv_transfer_params", None) is None for chunk in chunks)
+        stopped = ask(temperature=0, stop=[answer[2:5]])
+        assert stopped.choices[0].finish_reason == "stop"
+        assert stopped.kv_transfer_params is None
+        computed = ask(echo=True, logprobs=1).kv_transfer_params
+        assert computed["cacheflow"] == []
+        assert "log-probabilities" in computed["cacheflow_reason"]
+        events = list(
+            client.responses.create(model=MODEL, input="Hello", max_output_tokens=4, stream=True, extra_body=EXPLAIN)
+        )
+        assert events[-1].type == "response.completed"
+        assert "no whole chunk" in events[-1].response.kv_transfer_params["cacheflow_reason"]
+
+
+@pytest.mark.model
 def test_vllms_own_benchmark_client_runs_through(smollm):
     from support.vllm_http import MODEL
 

@@ -217,7 +217,7 @@ def test_a_store_in_memory_and_workers_elsewhere(vllm, words):
 def test_the_real_registry_can_be_read():
     classes = model_classes(find_vllm())
     assert classes["LlamaForCausalLM"] == "LlamaForCausalLM"
-    assert classes["InternLMForCausalLM"] == "LlamaForCausalLM"
+    assert classes["InternLM3ForCausalLM"] == "LlamaForCausalLM"
     assert len(classes) > 200
 
 
