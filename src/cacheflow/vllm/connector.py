@@ -197,6 +197,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, CacheFlowWorkerMetadata):
             self._scheduler_side.take_report(meta.report)
+        if connector_output.invalid_block_ids:
+            self._scheduler_side.load_failed()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; vLLM itself keeps the blocks of one that is being restored until the worker is through."""
