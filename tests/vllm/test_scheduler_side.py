@@ -556,3 +556,57 @@ def test_a_cancelled_restoration_leaves_one_record_of_what_it_had_done(steps_bef
     assert (record["recomputed_cells"] > 0) == (steps_before > 0)
     worker.run(max_steps=2)
     assert request.records == [record]
+
+
+def test_what_another_connector_loads_for_a_step_is_saved_once_a_token_proves_it():
+    """Steps may overlap: the next one is ordered before it is known whether the load succeeded."""
+    case = Case()
+    prompt = tokens(3 * CHUNK + 5)
+    case.arrive("a", prompt)
+    begins = ScheduledRequest("a", len(prompt), 5, unproven=True)
+    assert case.step(begins, busy=5).saves == ()
+    assert case.step(ScheduledRequest("a", len(prompt) + 1, 1), busy=1).saves == ()
+    prompt.append(7)
+    assert [each.chunk for each in case.step(ScheduledRequest("a", len(prompt), 1), busy=1).saves] == [0, 1, 2]
+
+
+def test_nothing_is_saved_of_a_request_whose_load_failed():
+    case = Case()
+    prompts = {name: tokens(3 * CHUNK + 5, seed=seed) for seed, name in enumerate("ab")}
+    for name, prompt in prompts.items():
+        case.arrive(name, prompt)
+    assert case.step(*(ScheduledRequest(each, 3 * CHUNK + 5, 5, unproven=True) for each in "ab"), busy=10).saves == ()
+    prompts["b"].append(7)  # its own came
+    case.side.load_failed()
+    prompts["a"] += [7] * CHUNK
+    scheduled = [ScheduledRequest(name, len(prompt), 1) for name, prompt in prompts.items()]
+    assert {each.request_id for each in case.step(*scheduled, busy=2).saves} == {"b"}
+
+
+def test_who_brought_a_prefix_is_said():
+    """Offered and passed over, or brought without an offer; not where vLLM looked for nobody's."""
+    case = Case()
+    prompt = case.saved_prompt(4 * CHUNK + 5, 4)
+    by_another = "another connector of this engine brought the prefix"
+    for name, num_brought in (("offered", 0), ("brought", 4 * CHUNK)):
+        case.arrive(name, prompt)
+        assert case.matched(name) == 4 * CHUNK
+        case.side.passed_over(name, num_brought=num_brought)
+        assert case.side.finished(name)["cacheflow_reason"] == by_another
+    case.arrive("lacking", tokens(2 * CHUNK, seed=9))
+    assert case.matched("lacking") == 0
+    case.side.passed_over("lacking", num_brought=0)
+    assert "nothing to restore" in case.side.finished("lacking")["cacheflow_reason"]
+
+
+def test_the_second_call_for_a_restored_request_is_no_pass_over():
+    case = Case()
+    worker = Worker(case)
+    case.arrive("a", case.saved_prompt(4 * CHUNK + 5, 4))
+    assert case.begin("a") == 4 * CHUNK
+    case.side.passed_over("a", num_brought=4 * CHUNK)  # under way
+    worker.run()
+    case.side.passed_over("a", num_brought=4 * CHUNK)  # vLLM counts it as brought
+    answer = case.side.finished("a")
+    assert "cacheflow_reason" not in answer
+    assert [record["outcome"] for record in answer["cacheflow"]] == ["done"]

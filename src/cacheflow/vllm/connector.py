@@ -207,6 +207,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
         if isinstance(meta, CacheFlowWorkerMetadata):
             self._scheduler_side.take_news(meta.news)
             self._scheduler_side.take_report(meta.report)
+        if connector_output.invalid_block_ids:
+            self._scheduler_side.load_failed()
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """Learn whenever vLLM empties its own prefix cache, which after a change of weights may hold old KV."""

@@ -7,6 +7,7 @@ import vLLM: the connector translates.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -374,6 +375,15 @@ class SchedulerSide:
         """Take in what the workers did."""
         if self._restorations is not None:
             self._restorations.apply(report)
+
+    def load_failed(self) -> None:
+        """Save nothing of requests whose prefix another connector was to load, and of which no token came since.
+
+        A load failed, and vLLM computes again what depended on it: not in all of its runners with the right result.
+        """
+        for request in self._requests.values():
+            if len(request.tokens) <= request.proven_after:
+                request.proven_after = sys.maxsize
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """A request ended or was aborted; what is under way for it is cancelled.

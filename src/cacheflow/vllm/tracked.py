@@ -99,7 +99,7 @@ class TrackedRequest:
         num_boundaries: Leading chunks of whose boundary states it is known, for each stage behind the first.
         next_save: The first chunk that was not ordered to be saved.
         proven_after: Nothing is saved before it has more tokens: the next one shows that what another connector loaded
-            for a step was there. 0 where none did.
+            for a step was there. 0 where none did, more than there can be where the load failed.
         decision: The last decision; None before the first.
         allocating: The decision vLLM was told of in this step, with what can be copied now; None otherwise.
         restoration: What is under way; None otherwise.
