@@ -99,6 +99,12 @@ class HttpServer:
 
         wait_for(done, "the prefix cache to be reset")
 
+    def post(self, path: str) -> dict:
+        """What the server answers to an empty request."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", b"", method="POST")
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
     def metrics(self) -> dict[tuple[str, str], float]:
         """Samples by name and by the one label that is not about the engine (empty without one)."""
         found = {}

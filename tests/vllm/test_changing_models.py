@@ -11,8 +11,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
+from cacheflow.plan.keys import Shard
+from cacheflow.vllm.step import ModelNews
+from cacheflow.vllm.weights_watch import WeightsChange
 from support.changing_engines import ChangingEngine, ListedStore, write_adapter
-from support.scheduler_cases import CHUNK, tokens
+from support.scheduler_cases import BLOCK, CHUNK, Case, facts, tokens
 
 pytestmark = pytest.mark.torch
 PROMPTS = [tokens(4 * CHUNK + 5, seed=1), tokens(3 * CHUNK + 1, seed=2)]
@@ -234,3 +237,24 @@ def test_after_a_reset_an_engine_restores_what_it_saves_itself(tmp_path):
     engine.close()
     store.close()
     assert restored == [0, 4 * CHUNK] * 3 + [4 * CHUNK] * 2
+
+
+def test_one_rank_whose_weights_change_is_enough():
+    """A worker that is told its own count takes part again; the others never had another."""
+    shards = [Shard(tp_rank=rank, tp_size=2) for rank in range(2)]
+    case = Case(facts_by_rank=tuple(facts(shard=shard, namespace=f"{rank:032x}") for rank, shard in enumerate(shards)))
+    prompt = case.saved_prompt(4 * CHUNK + 1, 4)
+    case.arrive("a", prompt)
+    case.begin("a")
+    case.step()
+    change = WeightsChange(version=1, how="test", announced=False)
+    case.side.take_news({1: ModelNews(weights=change)})
+    orders = case.step()
+    assert all(each.cancel for each in orders.restorations)
+    assert orders.failed_blocks[0] == tuple(range(100, 100 + 4 * CHUNK // BLOCK))
+    assert (orders.weights_versions, orders.generation) == ({1: 1}, 1)
+    case.arrive("b", prompt)
+    assert case.matched("b") == 0
+    assert "without notice" in case.side.finished("b")["cacheflow_reason"]
+    case.side.reset()
+    assert case.step().generation == 2

@@ -236,6 +236,22 @@ def test_vllms_own_benchmark_client_runs_through(smollm):
 
 
 @pytest.mark.model
+@pytest.mark.parametrize("paths", [["/reset_prefix_cache?reset_external=true"], ["/pause?clear_cache=true", "/resume"]])
+def test_a_reset_of_the_connector_forgets_what_was_saved_and_saves_anew(smollm, paths):
+    turns = [list(range(1000 + len(paths), 1000 + len(paths) + 3 * CHUNK))]
+    restored, answers = [], []
+    for before in ([], ["/reset_prefix_cache"], paths, ["/reset_prefix_cache"]):
+        for path in before:
+            assert smollm.server.post(path).get("success", True)
+        asked = complete(smollm.server, turns, extra=EXPLAIN)
+        restored += asked.restored_tokens
+        answers += asked.answers
+    assert restored[0] == restored[2] == 0
+    assert restored[1] == restored[3] == 2 * CHUNK
+    assert len({tuple(answer) for answer in answers}) == 1
+
+
+@pytest.mark.model
 def test_the_server_says_what_it_checked_and_ends_when_asked(smollm):
     """The last test of this server."""
     log = smollm.server.log_text()

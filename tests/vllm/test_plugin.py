@@ -11,6 +11,10 @@ pytestmark = pytest.mark.torch
 WORKER = """
 class Worker:
     model_runner = "the runner"
+    def apply_model(self, func):
+        return func("the model")
+    def update_weights(self, update_info):
+        raise RuntimeError("half-way")
     def __init__(self, vllm_config):
         self.vllm_config = vllm_config
     def load_model(self, *, load_dummy_weights=False):
@@ -101,6 +105,29 @@ wrapped = Worker.load_model
 register()
 assert Worker.load_model is wrapped is not original
 assert wrapped.__wrapped__ is original
+""")
+
+
+def test_ways_to_change_weights_tell_whoever_watches_them_also_where_they_fail(run):
+    """A vLLM that lacks one of them is left as it is."""
+    run("""
+register()
+import types
+told = []
+watch = types.ModuleType("cacheflow.vllm.weights_watch")
+watch.announce_change = lambda runner, how: told.append((runner, how))
+sys.modules["cacheflow.vllm.weights_watch"] = watch
+from vllm.v1.worker.gpu_worker import Worker
+worker = Worker(config("cacheflow.vllm.connector"))
+assert worker.apply_model(str.upper) == "THE MODEL"
+try:
+    worker.update_weights({})
+except RuntimeError as error:
+    assert str(error) == "half-way"
+else:
+    raise AssertionError("the error was swallowed")
+assert told == [("the runner", "apply_model"), ("the runner", "update_weights")]
+assert not hasattr(Worker, "reload_weights")
 """)
 
 
