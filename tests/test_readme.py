@@ -27,13 +27,13 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def pasted(folder: Path, *command: str, timeout_s: float) -> str:
-    """Run Python in a folder as a user would, with nothing of the repository in it."""
+    """Run Python in a folder as a user would, with nothing of the repository in it; returns all it printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     ended = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s,
-        check=False,
+        [sys.executable, *command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.returncode == 0, ended.stdout[-3000:]
     return ended.stdout
 
 
@@ -65,11 +65,10 @@ def test_predictions_run_in_an_empty_folder(tmp_path):
 @pytest.mark.timeout(1800)
 def test_the_python_runs_as_pasted_into_an_empty_folder(tmp_path):
     shown = pasted(tmp_path, "-c", "\n".join(blocks(README, "python")), timeout_s=1700)
-    restored, *_ = re.findall(r"^(\d+) [\d.]+ \{", shown, re.MULTILINE)
-    assert int(restored) >= 1024
-    several = re.findall(r"^\[(\d+), (\d+)\]$", shown, re.MULTILINE)
-    assert several
-    assert all(int(each) >= 1024 for each in several[-1])
+    (restored,) = re.findall(r"^(\d+) [\d.]+ (?:\{|None)", shown, re.MULTILINE)
+    (several,) = re.findall(r"^\[(\d+), (\d+)\]$", shown, re.MULTILINE)
+    if "not to be relied on" not in shown:  # a machine so busy that costs could not be measured so far
+        assert all(int(each) >= 1024 for each in (restored, *several))
     assert {path.name for path in tmp_path.iterdir()} == {"kv", "profile.json"}
 
 
