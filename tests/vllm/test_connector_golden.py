@@ -148,7 +148,7 @@ def replaced(engine, prompt, chunk, layer, change):
 
     chunk_tokens = engine.connector._options.chunk_tokens
     hashes = chain_hashes(prompt, list(range(chunk_tokens, (chunk + 1) * chunk_tokens + 1, chunk_tokens)))
-    key = object_key(engine.side._namespace, hashes[chunk].hex(), layers=(layer, layer + 1))
+    key = object_key(engine.side._identity.namespace(None), hashes[chunk].hex(), layers=(layer, layer + 1))
     payload = np.empty(engine.layout.num_bytes(1, chunk_tokens // engine.layout.block_size), dtype=np.uint8)
     assert engine.store.submit_get([GetRequest(key, payload)]).wait() == (LoadOutcome.OK,)
     change(payload)

@@ -22,7 +22,9 @@ MAX_HISTORY = 1400
 MAX_LIVE = 7
 ENGINE = {"max_model_len": 2048, "num_gpu_blocks_override": 22}
 READ_FAULTS = (Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.LATE, Fault.HANG)
-THREADS = {f"cacheflow-{name}" for name in ("io", "lookup-0", "lookup-1", "reaper", "save", "store-0", "store-1")}
+THREADS = {
+    f"cacheflow-{name}" for name in ("census", "io", "lookup-0", "lookup-1", "reaper", "save", "store-0", "store-1")
+}
 TIE = 3e-4
 """Log-probabilities this close may swap: another batch or chunk grid rounds differently, also without a connector."""
 
