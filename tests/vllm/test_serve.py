@@ -1,6 +1,7 @@
 """``cacheflow serve`` up to the moment it becomes vLLM's server. Needs no vLLM: what is installed is faked."""
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import re
@@ -27,6 +28,17 @@ NAMES = [field.name for field in fields(ConnectorOptions)]
 CPU = InstalledVllm(version="0.32.0", on_cpu=True)
 GPU = InstalledVllm(version="0.32.0", on_cpu=False)
 GIB = 1 << 20  # in meminfo's kB
+
+
+@pytest.fixture(autouse=True)
+def _this_process_goes_on(monkeypatch: pytest.MonkeyPatch):
+    """Nothing becomes a server here, also where the suite has told vLLM to run its engines in this process."""
+
+    def become(*command: object) -> None:
+        raise AssertionError(f"the test would have become {command}")
+
+    monkeypatch.setattr("cacheflow.bench.serve_command.serve", functools.partial(serve, replace=become))
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
 
 
 @pytest.fixture
