@@ -34,13 +34,11 @@ from cacheflow.vllm.stage_plans import slowest_of_stages
 from cacheflow.vllm.step import NOTHING, CaptureOrder, ModelNews, SaveOrder, StepOrders
 from cacheflow.vllm.store_census import StoreCensus
 from cacheflow.vllm.tracked import MIXED, BlockIdsOf, Decision, TrackedRequest
-from cacheflow.vllm.unrestored import EMBEDDED, why_unrestored
+from cacheflow.vllm.unrestored import BROUGHT_BY_ANOTHER, EMBEDDED, why_unrestored
 from cacheflow.vllm.weights_watch import WeightsChange
 from cacheflow.vllm.wishes import Mode, Wishes
 
 logger = logging.getLogger(__name__)
-
-BROUGHT_BY_ANOTHER = "another connector of this engine brought the prefix"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

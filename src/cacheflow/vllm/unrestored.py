@@ -11,6 +11,7 @@ from cacheflow.vllm.tracked import TrackedRequest
 from cacheflow.vllm.wishes import Mode
 
 EMBEDDED = "the prompt is given as embeddings: its token ids do not say what it is"
+BROUGHT_BY_ANOTHER = "another connector of this engine brought the prefix"
 COMPUTES_ALL = (
     "vLLM computes all of this prompt, whatever is cached: its log-probabilities are asked for (echo, "
     "prompt_logprobs), or skip_reading_prefix_cache is set"
