@@ -3,9 +3,9 @@ from itertools import pairwise
 import pytest
 
 from cacheflow.bench.rehearsal import rehearse
-from cacheflow.plan.explain import Lane, busy_share
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.state.report import Lane, busy_share
 from support.problems import transformer_problem
 
 

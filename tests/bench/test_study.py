@@ -23,7 +23,7 @@ def torch_threads():
 
 def new_link(model, directory=None):
     from cacheflow.bench.study_link import StoreStudyLink
-    from cacheflow.plan.keys import Namespace
+    from cacheflow.stores.keys import Namespace
 
     namespace = Namespace(weights_fingerprint=model.fingerprint, dtype=model.shape.dtype, chunk_tokens=CHUNK)
     return StoreStudyLink(namespace, directory=directory)

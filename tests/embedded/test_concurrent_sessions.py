@@ -322,8 +322,8 @@ def test_closing_early_gives_up_what_is_left(store):
 
 
 def test_lost_and_damaged_objects_cost_time_only(store):
-    from cacheflow.plan.keys import ObjectKind
     from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+    from cacheflow.stores.keys import ObjectKind
     from support.embedded_cases import make_engine, tiny
 
     model = tiny()

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from cacheflow.embedded import Engine
-from cacheflow.plan.explain import SpanKind
-from cacheflow.plan.keys import ObjectKind
 from cacheflow.policies.registry import RESTORE_POLICIES
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.state.report import SpanKind
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
+from cacheflow.stores.keys import ObjectKind
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.record import HEADER_BYTES
 from support.embedded_cases import (

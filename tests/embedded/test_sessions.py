@@ -13,10 +13,10 @@ from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.saver import SaveReport
 from cacheflow.errors import ConfigError, CostRangeError, PromptError, RestoreCancelled
-from cacheflow.plan.keys import ObjectKind
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
+from cacheflow.stores.keys import ObjectKind
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.throttled import ThrottledStore
 from support.embedded_cases import (

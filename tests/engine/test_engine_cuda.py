@@ -10,7 +10,7 @@ from cacheflow.engine.saver import PrefixSaver
 from cacheflow.engine.selftest import self_test
 from cacheflow.engine.transfer_port import StoreTransferPort
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.keys import Namespace, chain_hashes
+from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from support.engine_cases import prefilled, restore, same_kv

@@ -11,8 +11,8 @@ from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, hidden_key
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.keys import Namespace, chain_hashes
 from cacheflow.stores.base import GetRequest
+from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from support.engine_cases import prefilled, same_kv

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheflow.plan.batch import BatchOrder, WaitingRequest, bounded, predict_ends
+from cacheflow.plan.batch import Ranking, WaitingRequest, bounded, predict_ends
 from cacheflow.plan.remaining import Remaining, compute_share, together_s
 
 
@@ -65,7 +65,7 @@ def test_the_link_goes_on_while_compute_runs_new_tokens():
 
 def test_who_has_waited_too_long_goes_first_in_the_order_of_arrival():
     requests = [waiting(0, 9, 9, arrival_s=0.0), waiting(1, 1, 1, arrival_s=4.0), waiting(2, 5, 5, arrival_s=1.0)]
-    order = BatchOrder(compute=(1, 2, 0), link=(1, 0, 2))
+    order = Ranking(compute=(1, 2, 0), link=(1, 0, 2))
     in_order_of_arrival = sorted(requests, key=lambda request: request.arrival_s)
     assert bounded(order, in_order_of_arrival, 5.0, starvation_s=10.0) == order
     bound = bounded(order, in_order_of_arrival, 5.0, starvation_s=3.0)

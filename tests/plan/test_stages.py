@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
-from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.planner import plan_levels
-from cacheflow.plan.problem import LinkCost
+from cacheflow.plan.problem import BoundarySource, LinkCost
 from cacheflow.plan.stage_bounds import stage_bound, staged_bound
 from cacheflow.plan.stages import RankLayout, boundary_bytes_per_token, split_layers, stage_problems, suffix_through_s
 from cacheflow.plan.staircase import staircase_compute_s, staircase_load_bytes

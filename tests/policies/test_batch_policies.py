@@ -24,7 +24,7 @@ def request(request_id: int, compute_s: float, load_s: float = 1.0, *, suffix_s=
 
 
 def order(name: str, *waiting: WaitingRequest, now_s: float = 0.0):
-    return make_batch_policy(name, make_policy("cacheflow")).order(now_s, waiting)
+    return make_batch_policy(name, make_policy("cacheflow")).rank(now_s, waiting)
 
 
 def test_unknown_names_are_answered_with_the_known_ones():

@@ -13,10 +13,10 @@ from support.random_problems import equal_blocks
 def test_equal_blocks_keep_the_meeting_point_free():
     problem = equal_blocks(num_chunks=8, num_blocks=30, suffix_s=0.02)
     plan = CacheFlow().plan(problem)
-    assert [tile.chunk_lo for tile in plan.compute_order] == list(range(8))
-    tail_first = plan.compute_order[::-1]
-    assert plan.load_order[:8] == tuple(replace(tile, block_lo=1) for tile in tail_first)
-    assert plan.load_order[8:] == tuple(replace(tile, block_hi=1) for tile in tail_first)
+    assert [tile.chunk_lo for tile in plan.compute_sequence] == list(range(8))
+    tail_first = plan.compute_sequence[::-1]
+    assert plan.load_sequence[:8] == tuple(replace(tile, block_lo=1) for tile in tail_first)
+    assert plan.load_sequence[8:] == tuple(replace(tile, block_hi=1) for tile in tail_first)
     assert plan.bottom_row_by_compute
     assert plan.suffix_start is SuffixStart.BEHIND_LOAD
     assert plan.balance_suffix
@@ -31,15 +31,15 @@ def test_a_wide_staircase_is_claimed_first():
     plan = CacheFlow().plan(problem)
     planned = sum(level > 0 for level in plan.levels_K)
     assert plan.levels_K[-1] > 0, "cheap bottom blocks are recomputed in every chunk"
-    assert [tile.block_hi for tile in plan.compute_order[:planned]] == list(plan.levels_K)
-    assert plan.load_order == plan.compute_order[::-1]
+    assert [tile.block_hi for tile in plan.compute_sequence[:planned]] == list(plan.levels_K)
+    assert plan.load_sequence == plan.compute_sequence[::-1]
     assert not plan.bottom_row_by_compute
 
 
 def test_a_slow_link_is_not_used():
     plan = CacheFlow().plan(equal_blocks(load_ratio=1e4))
     assert plan.guard.choice is Choice.RECOMPUTE
-    assert plan.load_order == ()
+    assert plan.load_sequence == ()
     assert "not 1% and 1 ms sooner" in plan.guard.reason
 
 
@@ -48,7 +48,7 @@ def test_a_fast_link_loads_everything_and_compute_stands_by():
     plan = CacheFlow().plan(problem)
     assert plan.guard.choice is Choice.LOAD
     assert set(plan.levels_K) == {0}
-    assert len(plan.compute_order) == problem.grid.num_chunks
+    assert len(plan.compute_sequence) == problem.grid.num_chunks
     assert plan.guard.reason.startswith("load: ")
 
 

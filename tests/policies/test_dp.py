@@ -47,5 +47,5 @@ def test_one_program_plans_all_that_have_not_started():
     load_s = sum(plan.predicted.load_s for plan in plans.values())
     assert compute_s == pytest.approx(load_s, rel=0.05)
     for index, plan in plans.items():
-        cells = [cell for tile in (*plan.compute_order, *plan.load_order) for cell in tile.cells()]
+        cells = [cell for tile in (*plan.compute_sequence, *plan.load_sequence) for cell in tile.cells()]
         assert len(cells) == len(set(cells)) == problems[index].compute_KB.size

@@ -33,13 +33,15 @@ def test_orders_cover_the_grid_and_every_compute_prefix_is_a_staircase(problem):
     grid = problem.grid
     everything = {(chunk, block) for chunk in range(grid.num_chunks) for block in range(grid.num_blocks)}
     for name, plan in plans_of(problem).items():
-        orders = [[cell for tile in order for cell in tile.cells()] for order in (plan.compute_order, plan.load_order)]
+        orders = [
+            [cell for tile in order for cell in tile.cells()] for order in (plan.compute_sequence, plan.load_sequence)
+        ]
         assert set(orders[0]) | set(orders[1]) == everything, name
         assert all(len(set(order)) == len(order) for order in orders), name
         if name in ("recompute", "load", "layerwise_load", "cacheflow_v2"):
             assert len(orders[0]) + len(orders[1]) == len(everything), name
         done = set()
-        for tile in plan.compute_order:
+        for tile in plan.compute_sequence:
             done |= set(tile.cells())
             assert is_staircase(done, grid), name
         assert list(plan.levels_K) == sorted(plan.levels_K, reverse=True)
@@ -72,7 +74,7 @@ def test_without_a_suffix_the_first_token_is_the_restoration(problem):
 @pytest.mark.parametrize("name", RESTORE_POLICIES)
 def test_nothing_to_restore_is_an_empty_plan(name):
     plan = make_policy(name).plan(equal_blocks(num_chunks=0, suffix_s=0.5))
-    assert plan.compute_order == plan.load_order == plan.levels_K == ()
+    assert plan.compute_sequence == plan.load_sequence == plan.levels_K == ()
     assert plan.predicted.ttft_s == pytest.approx(0.5)
 
 

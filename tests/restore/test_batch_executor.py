@@ -13,10 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError, PromptError, RestoreCancelled
-from cacheflow.plan.admission import Admission
-from cacheflow.plan.batch import BatchOrder
-from cacheflow.plan.batch_scheduler import BatchScheduler
-from cacheflow.plan.explain import Lane
+from cacheflow.plan.batch import Ranking
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES, make_batch_policy
 from cacheflow.policies.registry import make_policy
@@ -25,6 +22,9 @@ from cacheflow.restore.batch_leaders import LeadersFirst
 from cacheflow.restore.batch_pace import DecodePace
 from cacheflow.restore.batch_request import Follow, Prepared
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.state.admission import Admission
+from cacheflow.state.batch import BatchScheduler
+from cacheflow.state.report import Lane
 from cacheflow.types import LoadOutcome
 from support.batch_cases import OUTCOMES, FakeLink, FakeRequest, new_executor, problem, running_threads
 
@@ -465,10 +465,10 @@ def test_leaders_stand_before_their_followers():
     class Backwards:
         name = "backwards"
 
-        def order(self, now_s, waiting):
+        def rank(self, now_s, waiting):
             ids = tuple(reversed(waiting))
-            return BatchOrder(compute=ids, link=ids)
+            return Ranking(compute=ids, link=ids)
 
     leader_of = {4: 2, 2: 1, 3: 9}
-    order = LeadersFirst(Backwards(), leader_of.get).order(0.0, (0, 1, 2, 3, 4))
+    order = LeadersFirst(Backwards(), leader_of.get).rank(0.0, (0, 1, 2, 3, 4))
     assert order.compute == order.link == (1, 2, 4, 3, 0)

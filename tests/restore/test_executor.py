@@ -7,11 +7,11 @@ import threading
 import pytest
 
 from cacheflow.errors import ConfigError, RestoreCancelled
-from cacheflow.plan.explain import Lane, SpanKind
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.rates import LiveRates
 from cacheflow.restore.executor import execute
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.state.report import Lane, SpanKind
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTransfer
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan

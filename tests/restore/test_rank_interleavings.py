@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.problem import BoundarySource
 from cacheflow.policies.registry import RESTORE_POLICIES
-from cacheflow.restore.carrier import OrderCarrier
-from cacheflow.restore.orders import RankReport, StepReport
-from cacheflow.restore.staged import StagedRestoration
+from cacheflow.restore.pipeline import PipelineRestoration
+from cacheflow.restore.step_executor import StepExecutor
 from cacheflow.restore.step_reads import ReadDeadline
+from cacheflow.restore.work import RankReport, StepReport
 from cacheflow.types import LoadOutcome
 from support.stage_ports import StageBuffer, StageCompute, StageTransfer
 from support.stage_problems import stage_problem, staged_for
@@ -38,7 +38,7 @@ class World:
     """A scheduler that makes a step's orders now and then, and ranks that carry them out in their own time."""
 
     rng: np.random.Generator
-    staged: StagedRestoration
+    staged: PipelineRestoration
     ranks: list[StageRank]
     cancel_share: float
     close_share: float
@@ -77,7 +77,7 @@ class World:
         if self.rng.random() < self.close_share:
             self.closed = True
             self.staged.close_link()
-        orders = self.staged.orders(
+        orders = self.staged.next_work(
             now_s,
             compute_budget_s=float(self.rng.choice([0, 1e-9, 0.01, 0.1, math.inf])),
             read_ahead_s=float(self.rng.choice([0, 1e-9, 0.05, math.inf])),
@@ -161,7 +161,7 @@ def make_sources(rng: np.random.Generator, num_stages: int) -> list[BoundarySour
     return [BoundarySource.FIRST_STAGE, *later]
 
 
-def make_staged(rng: np.random.Generator, sources: list[BoundarySource], **kwargs) -> StagedRestoration:
+def make_staged(rng: np.random.Generator, sources: list[BoundarySource], **kwargs) -> PipelineRestoration:
     args = {"num_tokens": int(rng.integers(1, 3500)), "ratio": float(10 ** rng.uniform(-1.5, 1.5))}
     boundary_bytes = int(rng.choice([200, 1536, 6000]))
     problems = [
@@ -224,7 +224,7 @@ def test_any_interleaving_ends_restored_failed_or_cancelled_on_every_rank(block)
     assert len(ends) > 2, "some end well, some fail, some are cancelled"
 
 
-def run_live(seed: int, delay: int) -> StagedRestoration:
+def run_live(seed: int, delay: int) -> PipelineRestoration:
     """The same over carriers: one a rank, I/O threads and all; ranks take their steps in turn, bottom stage first."""
     rng = np.random.default_rng(seed)
     num_stages, num_tp = SHAPES[seed % len(SHAPES)]
@@ -242,7 +242,7 @@ def run_live(seed: int, delay: int) -> StagedRestoration:
             transfer = StageTransfer(buffer)
             if len(carriers) == faulty:
                 _break(transfer, np.random.default_rng([seed, 1]))
-            carriers.append(OrderCarrier(lambda target, ports=(compute, transfer): ports, poll_s=0.001))
+            carriers.append(StepExecutor(lambda target, ports=(compute, transfer): ports, poll_s=0.001))
             buffers.append(buffer)
             transfers.append(transfer)
         pipes = above
@@ -271,14 +271,14 @@ def _break(transfer: StageTransfer, rng: np.random.Generator) -> None:
     transfer.boundary_outcome_of = lambda chunk: draw(boundary_share)
 
 
-def _drive(staged: StagedRestoration, carriers: list[OrderCarrier], rng: np.random.Generator, *, delay: int) -> None:
+def _drive(staged: PipelineRestoration, carriers: list[StepExecutor], rng: np.random.Generator, *, delay: int) -> None:
     for carrier in carriers:
         carrier.begin(staged.target)
     pending: deque[StepReport] = deque()
     num_tp = len(carriers) // len(staged.stages)
     for step in range(MAX_STEPS):
         read_ahead_s = float(rng.choice([1e-9, 1.0]))
-        orders = staged.orders(0.001 * step, compute_budget_s=0.05, read_ahead_s=read_ahead_s)
+        orders = staged.next_work(0.001 * step, compute_budget_s=0.05, read_ahead_s=read_ahead_s)
         reports = {}
         for rank, carrier in enumerate(carriers):
             carrier.carry_out([orders.by_stage[rank // num_tp]], wait_s=0.005)

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError, TraceError, UnknownPolicyError
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost
@@ -19,6 +18,7 @@ from cacheflow.sim.granularity import coarsen
 from cacheflow.sim.link import SharedBandwidth, SimulatedLink
 from cacheflow.sim.policies import SYSTEMS, make_system
 from cacheflow.sim.run import simulate
+from cacheflow.state.batch import BatchScheduler
 from support.clusters import CONFIG, SHAPE, TOKENS, ask, mixed_requests, serve, tiny_costs
 
 LONG_S = 1000.0

@@ -10,7 +10,7 @@ from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable, build_problem
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost
-from cacheflow.plan.roofline import Efficiency, Roofline, problem_from_roofline
+from cacheflow.shapes.roofline import Efficiency, Roofline, problem_from_roofline
 from cacheflow.sim.costs import measured_costs
 from support.clusters import GPU, SHAPE, TOKENS, tiny_costs
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cacheflow.plan.batch import WaitingRequest
 from cacheflow.plan.plan import Choice
 from cacheflow.plan.remaining import Remaining
-from cacheflow.sim.plugin import STARVATION_S, STEP_OVERHEAD_S, PluginOrder
+from cacheflow.sim.plugin import STARVATION_S, STEP_OVERHEAD_S, PluginRanking
 from cacheflow.sim.policies import DEFAULT_SYSTEMS, EMBEDDED, SYSTEMS, make_system
 from support.clusters import CONFIG, TOKENS, ask, serve
 from support.random_problems import equal_blocks
@@ -107,16 +107,16 @@ def test_new_tokens_start_when_the_prefix_is_complete():
 
 
 def test_a_starved_restoration_passes_restorations_and_no_prompt():
-    order = PluginOrder(make_system(EMBEDDED).batch, starvation_s=10.0)
+    order = PluginRanking(make_system(EMBEDDED).batch, starvation_s=10.0)
     waiting = [
         WaitingRequest(request_id=index, arrival_s=float(index), remaining=remaining)
         for index, remaining in enumerate(
             [Remaining(9.0, 9.0, 1.0), Remaining(0.0, 0.0, 5.0), Remaining(1.0, 1.0, 1.0), Remaining(0.0, 0.0, 1.0)]
         )
     ]
-    assert order.order(5.0, waiting).compute == (1, 3, 2, 0)
-    assert order.order(10.5, waiting).compute == (1, 3, 0, 2)
-    assert order.order(5.0, waiting).link[:2] == (2, 0)
+    assert order.rank(5.0, waiting).compute == (1, 3, 2, 0)
+    assert order.rank(10.5, waiting).compute == (1, 3, 0, 2)
+    assert order.rank(5.0, waiting).link[:2] == (2, 0)
 
 
 def test_the_plan_is_that_of_the_prefix_alone():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost
 from cacheflow.plan.rates import LiveRates
@@ -22,6 +21,7 @@ from cacheflow.sim.device import SimulatedDevice
 from cacheflow.sim.link import SimulatedLink
 from cacheflow.sim.policies import make_system
 from cacheflow.sim.ranks import RankCosts
+from cacheflow.state.batch import BatchScheduler
 from support.clusters import CONFIG, SHAPE, TOKENS, mixed_requests, tiny_costs
 from support.problems import transformer_problem
 

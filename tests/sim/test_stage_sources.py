@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.stage_sources import sooner, stage_times, times_of
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import plan_stages

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import Namespace, ObjectKind
 from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest, ReadTap
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
@@ -21,6 +20,7 @@ from cacheflow.stores.identity_record import (
     read_identities,
     write_identity,
 )
+from cacheflow.stores.keys import Namespace, ObjectKind
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from support.store_objects import NAMESPACE, TIMEOUT_S, put

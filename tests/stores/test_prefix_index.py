@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import Namespace, ObjectKey, ObjectKind, chain_hash, chain_hashes, chain_root
 from cacheflow.stores.base import PutRequest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind, chain_hash, chain_hashes, chain_root
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.prefix_index import MAX_NOTED, PROBE_CHUNKS, find_prefix, next_key, note_boundary
 from support.store_objects import NAMESPACE, TIMEOUT_S

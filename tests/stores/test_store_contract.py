@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacheflow.plan.keys import Namespace, ObjectKey, ObjectKind
 from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest
 from cacheflow.stores.faults import FaultPlan, FaultyStore, ThrottledStore
 from cacheflow.stores.file import FileStore
+from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put, put_request

@@ -6,7 +6,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
@@ -14,6 +13,7 @@ from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.batch_executor import BatchExecutor
 from cacheflow.restore.batch_request import BatchRequest, Prepared
+from cacheflow.state.batch import BatchScheduler
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTicket, FakeTransfer
 from support.problems import transformer_problem

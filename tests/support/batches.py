@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from cacheflow.plan.batch import BatchPolicy
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.device import Restored, SimulatedDevice
 from cacheflow.sim.link import SimulatedLink
+from cacheflow.state.batch import BatchScheduler
 
 BYTES_PER_TOKEN_BLOCK = 768
 MIXED = (2048, 1024, 6144, 512, 3072, 1024, 4096, 2048)

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from cacheflow.plan.keys import WHOLE
-from cacheflow.restore.orders import ComputeReport, LoadReport, RankReport, StepReport
+from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.stores.base import GetRequest, PutRequest
+from cacheflow.stores.keys import WHOLE
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.adapters import Adapter, LoadedAdapters

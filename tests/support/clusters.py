@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 
-from cacheflow.plan.roofline import GpuPeaks, Roofline
+from cacheflow.shapes.roofline import GpuPeaks, Roofline
 from cacheflow.sim.cluster import Cluster, ClusterConfig
 from cacheflow.sim.costs import ChunkCosts, ModelCosts, roofline_costs
 from cacheflow.sim.policies import make_system

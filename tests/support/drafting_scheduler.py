@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from cacheflow.plan.keys import chain_hashes
+from cacheflow.stores.keys import chain_hashes
 from cacheflow.vllm.options import ConnectorOptions
 from support.scheduler_cases import facts
 

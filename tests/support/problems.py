@@ -50,14 +50,14 @@ def shared_plan(problem: RestoreProblem, *, bottom_row: bool = False) -> Restore
     columns = tuple(Tile(k, k + 1, 0, grid.num_blocks) for k in range(grid.num_chunks))
     has_suffix = bool(grid.suffix_ends)
     bottom_row = bottom_row and grid.num_blocks > 1
-    load_order = columns[::-1]
+    load_sequence = columns[::-1]
     if bottom_row:
-        upper = tuple(Tile(t.chunk_lo, t.chunk_hi, 1, t.block_hi) for t in load_order)
-        load_order = (*upper, *(Tile(t.chunk_lo, t.chunk_hi, 0, 1) for t in load_order))
+        upper = tuple(Tile(t.chunk_lo, t.chunk_hi, 1, t.block_hi) for t in load_sequence)
+        load_sequence = (*upper, *(Tile(t.chunk_lo, t.chunk_hi, 0, 1) for t in load_sequence))
     return RestorePlan(
         policy="cacheflow",
-        compute_order=columns,
-        load_order=load_order,
+        compute_sequence=columns,
+        load_sequence=load_sequence,
         share=Share.LAYERS,
         suffix_start=SuffixStart.BEHIND_LOAD if has_suffix else SuffixStart.AFTER_RESTORE,
         levels_K=(0,) * grid.num_chunks,
@@ -73,8 +73,8 @@ def whole_chunk_plan(problem: RestoreProblem) -> RestorePlan:
     columns = tuple(Tile(k, k + 1, 0, grid.num_blocks) for k in range(grid.num_chunks))
     return RestorePlan(
         policy="cake",
-        compute_order=columns,
-        load_order=columns[::-1],
+        compute_sequence=columns,
+        load_sequence=columns[::-1],
         share=Share.NONE,
         suffix_start=SuffixStart.AFTER_RESTORE,
         levels_K=(0,) * grid.num_chunks,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cacheflow.plan.boundaries import BoundarySource
+from cacheflow.plan.problem import BoundarySource
 from support import v2_runner
 
 BLOCK = 128

@@ -10,16 +10,16 @@ import numpy as np
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable
 from cacheflow.plan.engine_pass import EnginePass
-from cacheflow.plan.keys import WHOLE, ObjectKey, ObjectKind
 from cacheflow.plan.problem import LinkCost
-from cacheflow.restore.orders import ComputeReport, LoadReport, RankReport, StepReport
+from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.stores.base import PutRequest
+from cacheflow.stores.keys import WHOLE, ObjectKey, ObjectKind
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome, ModelShape
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
-from cacheflow.vllm.step import StepOrders
+from cacheflow.vllm.step import StepWork
 
 CHUNK, BLOCK, LAYERS, MAX_TOKENS = 64, 16, 4, 4096
 NAMESPACE = "0" * 31 + "1"
@@ -130,7 +130,7 @@ class Case:
         self.side.allocated(request_id, range(100, 100 + num_blocks), matched)
         return matched
 
-    def step(self, *scheduled: ScheduledRequest, busy: int = 0) -> StepOrders:
+    def step(self, *scheduled: ScheduledRequest, busy: int = 0) -> StepWork:
         return self.side.step(scheduled, lambda _: range(1000), num_scheduled_tokens=busy)
 
 
@@ -150,7 +150,7 @@ class Worker:
     finished: list[int] = field(default_factory=list)
     failed_blocks: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
-    def carry_out(self, orders: StepOrders) -> None:
+    def carry_out(self, orders: StepWork) -> None:
         for target in orders.targets:
             self.targets[target.restore_id] = target
             self.restored[target.restore_id] = set()

@@ -1,4 +1,4 @@
-"""Ports of one rank of a pipeline stage without torch, for ``OrderCarrier``."""
+"""Ports of one rank of a pipeline stage without torch, for ``StepExecutor``."""
 
 from __future__ import annotations
 

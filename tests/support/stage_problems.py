@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from cacheflow.plan.boundaries import BoundarySource
-from cacheflow.plan.pointers import RestoreState
-from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import plan_stages
-from cacheflow.restore.staged import StagedRestoration
+from cacheflow.restore.pipeline import PipelineRestoration
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import ModelShape
 from support.problems import transformer_problem
 from support.virtual_steps import target_for
@@ -42,14 +41,14 @@ def stage_problem(
 
 def staged_for(
     problems: Sequence[RestoreProblem], sources: Sequence[BoundarySource], *, policy: str = "cacheflow", **kwargs
-) -> StagedRestoration:
+) -> PipelineRestoration:
     states = [
         RestoreState(problem, plan, LiveRates(bytes_per_s=problem.link.bytes_per_s), source=source)
         for problem, plan, source in zip(
             problems, plan_stages(make_policy(policy), problems, sources), sources, strict=True
         )
     ]
-    return StagedRestoration(target_for(problems[0]), states, **kwargs)
+    return PipelineRestoration(target_for(problems[0]), states, **kwargs)
 
 
 def stages_of(

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cacheflow.plan.boundaries import BoundarySource
-from cacheflow.restore.orders import ComputeOrder, ComputeReport, LoadReport, RankReport, RestoreOrders
+from cacheflow.plan.problem import BoundarySource
+from cacheflow.restore.work import ComputeReport, ComputeWork, LoadReport, RankReport, StageWork
 from cacheflow.types import LoadOutcome
 
 FAULTS = [LoadOutcome.MISS, LoadOutcome.CORRUPT, LoadOutcome.ERROR, LoadOutcome.LATE]
@@ -35,10 +35,10 @@ class Meeting:
     """Where the tensor-parallel ranks of one stage all-reduce: everyone brings its n-th order, all must be the same."""
 
     num_ranks: int
-    orders: dict[int, ComputeOrder] = field(default_factory=dict)
+    orders: dict[int, ComputeWork] = field(default_factory=dict)
     arrived: Counter[int] = field(default_factory=Counter)
 
-    def arrive(self, position: int, order: ComputeOrder) -> None:
+    def arrive(self, position: int, order: ComputeWork) -> None:
         assert self.orders.setdefault(position, order) == order, "ranks of a stage all-reduce different orders"
         self.arrived[position] += 1
 
@@ -56,7 +56,7 @@ class StageRank:
     meeting: Meeting
     below: deque[tuple[int, bool]] | None
     above: deque[tuple[int, bool]] | None
-    inbox: deque[RestoreOrders] = field(default_factory=deque)
+    inbox: deque[StageWork] = field(default_factory=deque)
     outbox: list[RankReport] = field(default_factory=list)
     heights: dict[int, int] = field(default_factory=dict)
     seeds: set[int] = field(default_factory=set)
@@ -67,7 +67,7 @@ class StageRank:
     reading: list[tuple[int, int]] = field(default_factory=list)
     started: set[tuple[int, int]] = field(default_factory=set)
     forbidden: set[tuple[int, int]] = field(default_factory=set)
-    log: list[ComputeOrder] = field(default_factory=list)
+    log: list[ComputeWork] = field(default_factory=list)
     ended: list[LoadReport] = field(default_factory=list)
     num_met: int = 0
     broken: bool = False
@@ -80,7 +80,7 @@ class StageRank:
                 yield
             yield from self._step(self.inbox.popleft())
 
-    def _step(self, orders: RestoreOrders) -> Iterator[None]:
+    def _step(self, orders: StageWork) -> Iterator[None]:
         if self.over:
             assert orders.idle, "orders after the end"
             self.outbox.append(RankReport())
@@ -113,7 +113,7 @@ class StageRank:
             finished = (7,)
         self.outbox.append(RankReport(loads=self._take_ended(), computes=tuple(computes), finished=finished))
 
-    def _drop_and_read(self, orders: RestoreOrders) -> None:
+    def _drop_and_read(self, orders: StageWork) -> None:
         for cell in orders.drops:
             self.forbidden.add(cell)
             if cell in self.reading:
@@ -127,9 +127,7 @@ class StageRank:
             self.started.add(cell)
             self.reading.append(cell)
 
-    def _compute(
-        self, orders: tuple[ComputeOrder, ...], done: list[ComputeReport], *, received: bool
-    ) -> Iterator[None]:
+    def _compute(self, orders: tuple[ComputeWork, ...], done: list[ComputeReport], *, received: bool) -> Iterator[None]:
         first, seconds = len(self.log), []
         was_broken = self.broken
         self.broken = self.broken or not received
@@ -154,7 +152,7 @@ class StageRank:
         if not was_broken:
             done.append(ComputeReport(restore_id=7, first=first, seconds=tuple(seconds), error=error))
 
-    def _recompute(self, order: ComputeOrder) -> None:
+    def _recompute(self, order: ComputeWork) -> None:
         tile, chunk = order.tile, order.tile.chunk_lo
         assert tile.chunk_hi == chunk + 1
         if order.restart:

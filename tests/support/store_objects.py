@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from cacheflow.plan.keys import Namespace, ObjectKey, ObjectKind
 from cacheflow.stores.base import GetRequest, PutRequest
+from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind
 
 NAMESPACE = Namespace(weights_fingerprint="fake weights", dtype="bfloat16", chunk_tokens=4)
 TIMEOUT_S = 20.0  # for what should take milliseconds: a hang fails, a slow machine does not

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cacheflow.plan.claims import ClaimKind, ComputeClaim
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
+from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 
 MAX_EVENTS = 200_000

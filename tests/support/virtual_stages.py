@@ -6,23 +6,23 @@ from collections import deque
 from collections.abc import Sequence
 
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.restore.orders import StepReport
-from cacheflow.restore.staged import StagedOrders, StagedRestoration
-from cacheflow.restore.stepped import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
+from cacheflow.restore.pipeline import PipelineRestoration, PipelineWork
+from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
+from cacheflow.restore.work import StepReport
 from support.virtual_steps import MAX_STEPS, VirtualWorker
 
 
 def run_staged(
-    staged: StagedRestoration, truths: Sequence[RestoreProblem], *, delay: int = 1, wait_s: float = 0.002
+    staged: PipelineRestoration, truths: Sequence[RestoreProblem], *, delay: int = 1, wait_s: float = 0.002
 ) -> list[VirtualWorker]:
     """One rank a stage; ``delay`` is how many steps later a report is there when orders are made."""
     workers = [VirtualWorker(truth) for truth in truths]
-    ordered: deque[StagedOrders] = deque()
+    ordered: deque[PipelineWork] = deque()
     for _ in range(MAX_STEPS):
         now_s = max(worker.now for worker in workers)
         for worker in workers:
             worker.now = now_s
-        ordered.append(staged.orders(now_s, compute_budget_s=IDLE_COMPUTE_BUDGET_S, read_ahead_s=READ_AHEAD_S))
+        ordered.append(staged.next_work(now_s, compute_budget_s=IDLE_COMPUTE_BUDGET_S, read_ahead_s=READ_AHEAD_S))
         if len(ordered) == delay:
             orders = ordered.popleft()
             reports = {rank: worker.step(orders.by_stage[rank], wait_s=wait_s) for rank, worker in enumerate(workers)}

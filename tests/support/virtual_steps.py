@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from cacheflow.plan.boundaries import BOUNDARY_ROW
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
-from cacheflow.restore.orders import (
-    ComputeOrder,
+from cacheflow.restore.stage import StageRestoration
+from cacheflow.restore.work import (
     ComputeReport,
+    ComputeWork,
     LoadReport,
     RankReport,
-    RestoreOrders,
     RestoreTarget,
+    StageWork,
     StepReport,
 )
-from cacheflow.restore.stepped import SteppedRestoration
+from cacheflow.state.boundary import BOUNDARY_ROW
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 
 STEP_OVERHEAD_S = 0.0012
@@ -42,9 +42,9 @@ def target_for(problem: RestoreProblem, *, restore_id: int = 7, start: int = 0, 
     )
 
 
-def stepped_for(problem: RestoreProblem, plan: RestorePlan, **kwargs) -> SteppedRestoration:
+def stepped_for(problem: RestoreProblem, plan: RestorePlan, **kwargs) -> StageRestoration:
     state = RestoreState(problem, plan, LiveRates(bytes_per_s=problem.link.bytes_per_s))
-    return SteppedRestoration(target_for(problem), state, **kwargs)
+    return StageRestoration(target_for(problem), state, **kwargs)
 
 
 @dataclass
@@ -60,7 +60,7 @@ class VirtualWorker:
     _reads: deque[tuple[float, float, tuple[int, int]]] = field(default_factory=deque)
     _num_computed: int = 0
 
-    def step(self, orders: RestoreOrders, *, wait_s: float) -> RankReport:
+    def step(self, orders: StageWork, *, wait_s: float) -> RankReport:
         for read in orders.reads:
             start = max(self.now, self._link_free)
             self._link_free = start + self._bytes(read.chunk, read.block) / self.truth.link.bytes_per_s
@@ -77,7 +77,7 @@ class VirtualWorker:
         computes = (ComputeReport(restore_id=7, first=first, seconds=seconds, end_s=end_s),) if seconds else ()
         return RankReport(loads=tuple(self._ended()), computes=computes, finished=(7,) if orders.finish else ())
 
-    def _compute(self, order: ComputeOrder) -> float:
+    def _compute(self, order: ComputeWork) -> float:
         seconds = 0.0
         for chunk, block in order.tile.cells():
             kv_only = order.kv_only_top and block == order.tile.block_hi - 1
@@ -110,7 +110,7 @@ class VirtualSteps:
     """One restoration, step by step; ``delay`` is how many steps later a report is there when orders are made."""
 
     truth: RestoreProblem
-    stepped: SteppedRestoration
+    stepped: StageRestoration
     budget_s: float
     read_ahead_s: float
     wait_s: float = 0.002
@@ -121,11 +121,11 @@ class VirtualSteps:
     def run(self) -> VirtualWorker:
         worker = VirtualWorker(self.truth, self.overhead_s)
         reports: deque[RankReport] = deque()
-        ordered: deque[RestoreOrders] = deque()
+        ordered: deque[StageWork] = deque()
         for _ in range(MAX_STEPS):
             # With a delay of 2, orders are made while the step before is still to be carried out.
             ordered.append(
-                self.stepped.orders(worker.now, compute_budget_s=self.budget_s, read_ahead_s=self.read_ahead_s)
+                self.stepped.next_work(worker.now, compute_budget_s=self.budget_s, read_ahead_s=self.read_ahead_s)
             )
             if len(ordered) == self.delay:
                 reports.append(worker.step(ordered.popleft(), wait_s=self.wait_s))

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cacheflow.plan.keys import ObjectKey, ObjectKind
+from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.record import HEADER_BYTES, verify
 from cacheflow.types import LoadOutcome
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import ObjectKind, Shard
+from cacheflow.stores.keys import ObjectKind, Shard
 from cacheflow.tensors.row_copy import HostRows
 from cacheflow.vllm import boundary
 from cacheflow.vllm.batch_rows import batch_rows
 from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.step import NOTHING, CaptureOrder, SaveOrder, StepOrders
+from cacheflow.vllm.step import NOTHING, CaptureWork, SaveWork, StepWork
 from cacheflow.vllm.worker_side import WorkerSide
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("way")]
@@ -109,7 +109,7 @@ class Case:
     def forward(self, *spans, wanted=None, shift=0):
         """One forward over ``(request, first token, one past the last)``; keeps all of it unless told what."""
         orders = spans if wanted is None else wanted
-        self.capture.expect([CaptureOrder(request_id=name, start=start, end=end) for name, start, end in orders])
+        self.capture.expect([CaptureWork(request_id=name, start=start, end=end) for name, start, end in orders])
         self.run(*spans, shift=shift)
 
     def run(self, *spans, shift=0):
@@ -125,7 +125,7 @@ class Case:
 
     def object(self, name, chunk):
         """The object of a chunk, as tensors ``[2, tokens, C]``; None when there is none."""
-        order = SaveOrder(namespace="a" * 32, chain_hash=f"{chunk:064x}", block_ids=(0,), request_id=name, chunk=chunk)
+        order = SaveWork(namespace="a" * 32, chain_hash=f"{chunk:064x}", block_ids=(0,), request_id=name, chunk=chunk)
         found = list(self.capture.put(order))
         if not found:
             return None
@@ -189,7 +189,7 @@ def test_rows_that_are_not_where_the_batch_says_are_not_saved():
 
 def test_rows_that_end_with_another_token_are_not_saved():
     case = Case()
-    case.capture.expect([CaptureOrder(request_id="a", start=0, end=8)])
+    case.capture.expect([CaptureWork(request_id="a", start=0, end=8)])
     case.runner.begin_step(["a"], [0, 8])
     both = {
         key: torch.ones(8, HIDDEN, dtype=torch.bfloat16, device=case.device) for key in ("hidden_states", "residual")
@@ -218,7 +218,7 @@ def test_a_runner_that_does_not_tell_its_rows_is_refused():
 
 def test_a_failure_does_not_reach_the_forward():
     case = Case()
-    case.capture.expect([CaptureOrder(request_id="a", start=0, end=8)])
+    case.capture.expect([CaptureWork(request_id="a", start=0, end=8)])
     case.runner.begin_step(["a"], [0, 8])
     alone = {"hidden_states": torch.ones(8, HIDDEN, dtype=torch.bfloat16)}  # no residual
     case.model(input_ids=None, positions=torch.arange(8), intermediate_tensors=alone)
@@ -228,7 +228,7 @@ def test_a_failure_does_not_reach_the_forward():
 def test_a_forward_that_was_not_seen_is_missed_and_the_next_is_not_taken_for_it():
     """A replayed graph runs none of the model's Python code; recomputation behind it does."""
     case = Case()
-    case.capture.expect([CaptureOrder(request_id="a", start=0, end=8)])
+    case.capture.expect([CaptureWork(request_id="a", start=0, end=8)])
     case.capture.forward_ended()
     case.run(("a", 0, 8))
     assert case.object("a", 0) is None
@@ -240,18 +240,18 @@ def test_a_worker_looks_at_no_forward_but_the_step_s_own():
     case = Case()
     worker = WorkerSide(None, None, None, None)
     worker._capture = case.capture
-    wanted = (CaptureOrder(request_id="a", start=0, end=8),)
-    worker.expect(StepOrders(captures=wanted))
-    worker.carry_out(StepOrders())
+    wanted = (CaptureWork(request_id="a", start=0, end=8),)
+    worker.expect(StepWork(captures=wanted))
+    worker.carry_out(StepWork())
     case.run(("a", 0, 8))
     assert case.object("a", 0) is None
-    worker.expect(StepOrders(captures=wanted))
+    worker.expect(StepWork(captures=wanted))
     worker.expect(NOTHING)
     case.run(("a", 0, 8))
     assert case.object("a", 0) is None
-    worker.expect(StepOrders(captures=wanted))
+    worker.expect(StepWork(captures=wanted))
     case.run(("a", 0, 8))
-    worker.carry_out(StepOrders())
+    worker.carry_out(StepWork())
     assert torch.equal(case.object("a", 0), expected("a", 0))
 
 

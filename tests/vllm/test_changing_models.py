@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from cacheflow.plan.keys import Shard
+from cacheflow.stores.keys import Shard
 from cacheflow.vllm.step import ModelNews
 from cacheflow.vllm.weights_watch import WeightsChange
 from support.changing_engines import ChangingEngine, ListedStore, write_adapter

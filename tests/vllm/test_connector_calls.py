@@ -43,11 +43,11 @@ def connector():
 def step(connector, *, loads_first=False, saves_late=False, never_saves=False):
     """One step of a worker, as vLLM's runner makes it."""
     from cacheflow.vllm.connector import CacheFlowMetadata
-    from cacheflow.vllm.step import StepOrders
+    from cacheflow.vllm.step import StepWork
 
     worker = connector._worker
     worker.now, worker.calls = BEFORE, []
-    connector.bind_connector_metadata(CacheFlowMetadata(StepOrders(), loads_first=loads_first))
+    connector.bind_connector_metadata(CacheFlowMetadata(StepWork(), loads_first=loads_first))
     if loads_first:
         connector.start_load_kv(None)
     worker.now = AFTER

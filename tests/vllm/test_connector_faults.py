@@ -102,7 +102,7 @@ def test_a_damaged_object_is_written_anew(engine):
 
 
 def chain_of(prompt, chunk):
-    from cacheflow.plan.keys import chain_hashes
+    from cacheflow.stores.keys import chain_hashes
 
     return chain_hashes(prompt, list(range(CHUNK, (chunk + 1) * CHUNK + 1, CHUNK)))[chunk].hex()
 

@@ -93,8 +93,8 @@ class FixedStaircase:
 
     def plan(self, problem):
         return RestorePlan(
-            policy=self.name, compute_order=compute_tiles(self.levels_K),
-            load_order=load_tiles(self.levels_K, problem.grid.num_blocks), share=Share.NONE,
+            policy=self.name, compute_sequence=compute_tiles(self.levels_K),
+            load_sequence=load_tiles(self.levels_K, problem.grid.num_blocks), share=Share.NONE,
             suffix_start=SuffixStart.AFTER_RESTORE, levels_K=self.levels_K, kv_only_top=self.kv_only_top,
             predicted=Prediction(restore_s=1.0, ttft_s=1.0, compute_s=1.0, load_s=1.0),
         )  # fmt: skip
@@ -141,8 +141,8 @@ def test_what_decoding_computed_comes_back_bit_for_bit(setting):
 
 def replaced(engine, prompt, chunk, layer, change):
     """Put other bytes in the place of a stored object, checksum and all."""
-    from cacheflow.plan.keys import chain_hashes
     from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest
+    from cacheflow.stores.keys import chain_hashes
     from cacheflow.types import LoadOutcome
     from cacheflow.vllm.transfer import object_key
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from cacheflow.errors import ProfileError
-from cacheflow.plan.keys import Shard
+from cacheflow.stores.keys import Shard
 from support import v2_runner
 from support.scheduler_cases import facts
 

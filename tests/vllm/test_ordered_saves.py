@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 
 from cacheflow.vllm import ordered_saves
 from cacheflow.vllm.ordered_saves import OrderedSaves
-from cacheflow.vllm.step import SaveOrder
+from cacheflow.vllm.step import SaveWork
 
 
 def order(chunk, namespace="n"):
-    return SaveOrder(namespace=namespace, chain_hash=f"{chunk:064x}", block_ids=(chunk,))
+    return SaveWork(namespace=namespace, chain_hash=f"{chunk:064x}", block_ids=(chunk,))
 
 
 def test_those_who_asked_before_the_order_do_not_order_again():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cacheflow.plan.grid import Tile
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cacheflow.plan.grid import Tile
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.partial_forward import Activations
 from cacheflow.vllm.recompute import VllmComputePort
 

@@ -16,7 +16,7 @@ from cacheflow.vllm.layout import BlockLayout, LayerView
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
 from cacheflow.vllm.saver import ChunkSaver
-from cacheflow.vllm.step import SaveOrder
+from cacheflow.vllm.step import SaveWork
 
 pytestmark = pytest.mark.torch
 
@@ -79,7 +79,7 @@ class Case:
 
 
 def order(chunk):
-    return SaveOrder(namespace=NAMESPACE, chain_hash=f"{chunk:064x}", block_ids=(2 * chunk, 2 * chunk + 1))
+    return SaveWork(namespace=NAMESPACE, chain_hash=f"{chunk:064x}", block_ids=(2 * chunk, 2 * chunk + 1))
 
 
 def threads():

@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("torch")
 
 from cacheflow.plan.engine_pass import EnginePass
-from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost
+from cacheflow.stores.keys import Shard
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.options import ConnectorOptions

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from cacheflow.plan.keys import ObjectKey, ObjectKind, Shard
 from cacheflow.stores.base import PutRequest
+from cacheflow.stores.keys import ObjectKey, ObjectKind, Shard
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.object_keys import boundary_key
 from cacheflow.vllm.scheduler_side import ScheduledRequest
-from cacheflow.vllm.step import CaptureOrder
+from cacheflow.vllm.step import CaptureWork
 from support.scheduler_cases import CHUNK, LAYERS, Case, Worker, facts, tokens
 
 STATE_BYTES = 2 * 8 * 2
@@ -167,10 +167,10 @@ def test_what_later_stages_are_to_keep_of_a_step():
     steps = [(half, half), (2 * CHUNK, 2 * CHUNK - half), (3 * CHUNK + 9, CHUNK + 9), (3 * CHUNK + 10, 1)]
     captured = [case.step(ScheduledRequest("a", end, count), busy=1).captures for end, count in steps]
     assert captured == [
-        (CaptureOrder(request_id="a", start=0, end=half),),
-        (CaptureOrder(request_id="a", start=half, end=2 * CHUNK),),
-        (CaptureOrder(request_id="a", start=2 * CHUNK, end=3 * CHUNK + 9),),
-        (CaptureOrder(request_id="a", start=3 * CHUNK + 9, end=3 * CHUNK + 10),),
+        (CaptureWork(request_id="a", start=0, end=half),),
+        (CaptureWork(request_id="a", start=half, end=2 * CHUNK),),
+        (CaptureWork(request_id="a", start=2 * CHUNK, end=3 * CHUNK + 9),),
+        (CaptureWork(request_id="a", start=3 * CHUNK + 9, end=3 * CHUNK + 10),),
     ]
     plain = case_of(boundary_token_bytes=0)
     plain.arrive("a", prompt)

@@ -98,7 +98,7 @@ def test_a_small_kv_cache_is_named(tiny):
 @pytest.mark.parametrize("tiny", ["llama-bf16-compiled"], indirect=True, scope="session")
 def test_a_compiled_engine_is_restored_in_whole_passes(tiny):
     from cacheflow.plan.grid import Tile
-    from cacheflow.restore.orders import RestoreTarget
+    from cacheflow.restore.work import RestoreTarget
     from cacheflow.vllm.recompute import VllmComputePort
     from cacheflow.vllm.selftest import self_test
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.sharing import Sharing, Wanted, find_shared
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, tokens
 

@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from cacheflow.plan.keys import ObjectKey, ObjectKind
 from cacheflow.stores.base import PutRequest
 from cacheflow.stores.identity_record import read_identities, write_identity
+from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.vllm.identity import describe, shared_namespace
 from cacheflow.vllm.store_census import StoreCensus, census_line

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.keys import Shard
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import PutRequest
+from cacheflow.stores.keys import Shard
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.layout import BlockLayout, LayerView

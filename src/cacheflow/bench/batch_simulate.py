@@ -8,12 +8,12 @@ from functools import partial
 
 from cacheflow.bench.batch_policies import Contender
 from cacheflow.bench.batch_record import BatchTimes
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.device import Restored, SimulatedDevice
 from cacheflow.sim.link import SimulatedLink
+from cacheflow.state.batch import BatchScheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

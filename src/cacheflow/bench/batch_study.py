@@ -24,16 +24,16 @@ from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.saver import PrefixSaver
 from cacheflow.engine.transfer_port import StoreTicket, StoreTransferPort
 from cacheflow.errors import ConfigError, StoreError
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.costs import CostTable, build_problem
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.keys import Namespace, chain_hashes
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.profiling.calibrate import Calibration, CalibrationOptions, OnStep
 from cacheflow.restore.batch_executor import BatchExecutor
 from cacheflow.restore.batch_request import BatchHandle, BatchOutcome, BatchRequest, Prepared
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.state.batch import BatchScheduler
+from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.throttled import ThrottledStore
 

@@ -17,12 +17,12 @@ from cacheflow.embedded.session import Session
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.plan.bound import bound
-from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import make_policy
 from cacheflow.profiling.calibrate import Calibration, CalibrationOptions, OnStep
+from cacheflow.state.report import RestoreReport
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.workloads.coding import SYSTEM, coding_session

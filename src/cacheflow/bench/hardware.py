@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json, read_text
-from cacheflow.plan.hf_config import KEYS, is_hf_config, shape_of
-from cacheflow.plan.roofline import GpuPeaks
+from cacheflow.shapes.hf_config import KEYS, is_hf_config, shape_of
+from cacheflow.shapes.roofline import GpuPeaks
 from cacheflow.types import ModelShape
 
 T = TypeVar("T", ModelShape, GpuPeaks)

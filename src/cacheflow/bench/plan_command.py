@@ -19,9 +19,9 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
-from cacheflow.plan.roofline import GpuPeaks, Roofline, problem_from_roofline
 from cacheflow.plan.stages import RankLayout, rank_problem
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.shapes.roofline import GpuPeaks, Roofline, problem_from_roofline
 from cacheflow.types import ModelShape
 
 MOST_TOKENS = 10**9

@@ -11,15 +11,14 @@ from rich.table import Table
 from cacheflow.bench.plan_report import over
 from cacheflow.bench.table import seconds, size
 from cacheflow.bench.timeline import Timeline
-from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.stage_bounds import StagedBound, staged_bound
 from cacheflow.plan.stages import RankLayout, StageProblem, split_layers, stage_problems
 from cacheflow.policies.recompute import Recompute
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import plan_stages
-from cacheflow.sim.stages import HandOver, StagedRun, run_stages
+from cacheflow.sim.stages import HandOver, PipelineRun, run_stages
 from cacheflow.types import ModelShape
 
 RECOMPUTE, LOAD = "recompute", "load"
@@ -43,7 +42,7 @@ class Way:
 
     name: str
     stages: tuple[StageProblem, ...]
-    run: StagedRun
+    run: PipelineRun
     bound: StagedBound
 
 

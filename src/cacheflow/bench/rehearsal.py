@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from cacheflow.plan.claims import ClaimKind, ComputeClaim
-from cacheflow.plan.explain import Lane, Span, SpanKind, cell_letters
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
+from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.state.report import Lane, Span, SpanKind, cell_letters
+from cacheflow.state.restoration import RestoreState
 
 READS_IN_FLIGHT = 3
 

@@ -14,7 +14,7 @@ from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.random_models import random_weights
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import Namespace
+from cacheflow.stores.keys import Namespace
 from cacheflow.tensors.fingerprint import kernel_identity
 from cacheflow.types import ModelShape
 from cacheflow.workloads.coding import source_text

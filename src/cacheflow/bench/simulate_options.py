@@ -9,7 +9,7 @@ from pathlib import Path
 from cacheflow.bench.hardware import GPUS, MODEL_FILES, MODEL_SHAPES
 from cacheflow.bench.options import name_list
 from cacheflow.errors import ConfigError
-from cacheflow.policies.objective import Objective
+from cacheflow.policies.objective import BatchObjective
 from cacheflow.sim.granularity import MAX_CELLS
 from cacheflow.sim.policies import DEFAULT_SYSTEMS, EMBEDDED, PLUGIN, SYSTEMS
 from cacheflow.workloads.sessions import PROFILES
@@ -17,7 +17,7 @@ from cacheflow.workloads.traces import FORMAT_NAMES
 
 RESULTS = "results.jsonl"
 PICTURE = "ttft-cdf.png"
-OBJECTIVES = tuple(each.value for each in Objective)
+OBJECTIVES = tuple(each.value for each in BatchObjective)
 OURS = (PLUGIN, EMBEDDED)
 """The systems that have an objective."""
 DEFAULT_SESSION_RATE = 0.5

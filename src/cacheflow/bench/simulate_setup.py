@@ -11,9 +11,9 @@ from typing import Any
 from cacheflow.bench.hardware import GPUS, find_gpu, find_model
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json, read_text
-from cacheflow.plan.published import published_gpus, read_published
-from cacheflow.plan.roofline import Roofline
 from cacheflow.plan.stages import RankLayout
+from cacheflow.shapes.published import published_gpus, read_published
+from cacheflow.shapes.roofline import Roofline
 from cacheflow.sim.cluster import ClusterConfig
 from cacheflow.sim.costs import ChunkCosts, measured_costs, published_costs, roofline_costs
 from cacheflow.sim.router import make_router

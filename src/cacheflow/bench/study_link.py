@@ -10,8 +10,8 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
 from cacheflow.errors import StoreError
-from cacheflow.plan.keys import Namespace, chain_hashes
 from cacheflow.restore.ports import TransferPort
+from cacheflow.stores.keys import Namespace, chain_hashes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
 from cacheflow.plan.grid import Grid, Tile
-from cacheflow.plan.keys import ObjectKey, chain_hashes, chain_root
+from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root
 from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_boundary
 
 NOTE_TIMEOUT_S = 1.0

@@ -8,7 +8,7 @@ from cacheflow.embedded.host import SessionHost
 from cacheflow.engine.arguments import flag, whole
 from cacheflow.engine.sampling import Sampling
 from cacheflow.errors import ConfigError, PromptError
-from cacheflow.plan.keys import as_token_array
+from cacheflow.stores.keys import as_token_array
 
 
 def checked_tokens(name: str, tokens: object) -> list[int]:

@@ -23,12 +23,12 @@ from cacheflow.engine.arguments import number
 from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.transfer_port import StoreTicket
 from cacheflow.errors import ConfigError
-from cacheflow.plan.admission import Admission
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.restore.batch_executor import BatchExecutor
 from cacheflow.restore.batch_pace import DecodePace
 from cacheflow.restore.batch_request import BatchOutcome, BatchRequest
+from cacheflow.state.admission import Admission
+from cacheflow.state.batch import BatchScheduler
 
 
 class ConcurrentBatch:

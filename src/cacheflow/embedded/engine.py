@@ -23,12 +23,12 @@ from cacheflow.engine.selftest import self_test
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.costs import CostTable, build_problem
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.keys import Namespace
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.stores.base import Store
+from cacheflow.stores.keys import Namespace
 from cacheflow.tensors.fingerprint import kernel_identity
 
 

@@ -9,9 +9,9 @@ from cacheflow.embedded.restorer import Restorer
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.keys import Namespace
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.stores.base import Store
+from cacheflow.stores.keys import Namespace
 
 
 class SessionHost(Protocol):

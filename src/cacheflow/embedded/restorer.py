@@ -13,14 +13,14 @@ import torch
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.runner import LayerRunner
-from cacheflow.plan.explain import RestoreReport
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.restore.executor import execute
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import Ticket, TransferPort
+from cacheflow.state.report import RestoreReport
+from cacheflow.state.restoration import RestoreState
 
 CUDA_CLAIM_S = 0.002
 """On an asynchronous device compute claims blocks for this long at once, so that launching keeps ahead of running."""

@@ -18,10 +18,10 @@ from cacheflow.engine.sampling import Sampling, TokenSampler
 from cacheflow.engine.saver import SaveReport
 from cacheflow.engine.transfer_port import StoreTicket
 from cacheflow.errors import CostRangeError
-from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.restore.batch_request import BatchHandle, BatchOutcome, Follow, Prepared
+from cacheflow.state.report import RestoreReport
 
 
 class SubmittedTurn:

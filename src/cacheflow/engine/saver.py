@@ -19,8 +19,8 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.transfer_port import cell_key, hidden_key
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.keys import ObjectKey
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
+from cacheflow.stores.keys import ObjectKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.cuda import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.keys import ObjectKey, ObjectKind
 from cacheflow.stores.base import GetHandle, GetRequest, Store
+from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
 

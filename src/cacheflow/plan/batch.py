@@ -32,7 +32,7 @@ class WaitingRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchOrder:
+class Ranking:
     """Whom each resource serves first; every waiting request stands once in both.
 
     Attributes:
@@ -43,10 +43,10 @@ class BatchOrder:
     compute: tuple[int, ...]
     link: tuple[int, ...]
 
-    def first(self, request_ids: Sequence[int]) -> BatchOrder:
+    def first(self, request_ids: Sequence[int]) -> Ranking:
         """The same order with some requests moved to the front of both resources, in the order given."""
         chosen = frozenset(request_ids)
-        return BatchOrder(
+        return Ranking(
             compute=(*request_ids, *(request_id for request_id in self.compute if request_id not in chosen)),
             link=(*request_ids, *(request_id for request_id in self.link if request_id not in chosen)),
         )
@@ -58,7 +58,7 @@ class BatchPolicy(Protocol):
     name: ClassVar[str]
     """What the policy is called in configuration, records and plots."""
 
-    def order(self, now_s: float, waiting: Sequence[WaitingRequest]) -> BatchOrder:
+    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
         """Rank the requests for both resources. ``waiting`` is in the order of arrival."""
         ...
 
@@ -101,7 +101,7 @@ def predict_ends(waiting: Sequence[WaitingRequest]) -> tuple[PredictedEnd, ...]:
     return tuple(ends)
 
 
-def bounded(order: BatchOrder, waiting: Sequence[WaitingRequest], now_s: float, *, starvation_s: float) -> BatchOrder:
+def bounded(order: Ranking, waiting: Sequence[WaitingRequest], now_s: float, *, starvation_s: float) -> Ranking:
     """An order in which nobody is passed for ever: who has waited too long goes first, in the order of arrival.
 
     So a request waits at most ``starvation_s``, and then for those that came before it.

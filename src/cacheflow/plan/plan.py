@@ -1,7 +1,7 @@
-"""What a policy hands to the state machine: two orders over the grid and the rules for meeting.
+"""What a policy hands to the state machine: two sequences over the grid and the rules for meeting.
 
-A plan is a hint. Compute claims the next open tile of ``compute_order``, I/O the next of ``load_order``; where both
-orders hold the same cells, whoever comes first takes them.
+A plan is a hint. Compute claims the next open tile of ``compute_sequence``, I/O the next of ``load_sequence``; where
+both hold the same cells, whoever comes first takes them.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ class GuardDecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestorePlan:
-    """Two orders over a grid, and the rules under which they meet.
+    """Two sequences over a grid, and the rules under which they meet.
 
     Attributes:
         policy: Name of the policy that made it.
-        compute_order: Tiles compute claims, in order; every prefix of it is a staircase. May be empty.
-        load_order: Tiles I/O claims, in order. May be empty. Together the two orders hold every cell of the grid.
+        compute_sequence: Tiles compute claims, in order; every prefix of it is a staircase. May be empty.
+        load_sequence: Tiles I/O claims, in order. May be empty. Together the two hold every cell of the grid.
         share: How tiles that stand in both orders change hands.
         suffix_start: When the new tokens may start.
         balance_suffix: Live rule of the ``cacheflow`` policy: stop recomputing when the rest of the load would end
@@ -104,8 +104,8 @@ class RestorePlan:
     """
 
     policy: str
-    compute_order: tuple[Tile, ...]
-    load_order: tuple[Tile, ...]
+    compute_sequence: tuple[Tile, ...]
+    load_sequence: tuple[Tile, ...]
     share: Share
     suffix_start: SuffixStart
     levels_K: tuple[int, ...]

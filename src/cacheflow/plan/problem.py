@@ -7,6 +7,7 @@ Shapes: ``K`` prefix chunks, ``B`` layer blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,19 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid
 
 Seconds = npt.NDArray[np.float64]
+
+
+class BoundarySource(Enum):
+    """Where the activations below a stage's bottom block come from."""
+
+    FIRST_STAGE = "first_stage"
+    """From the tokens: the stage holds the model's first layer."""
+    STORED = "stored"
+    """Out of the store: the stage depends on no other."""
+    HANDED_OVER = "handed_over"
+    """From the stage below, once it has recomputed the chunk: in order, stage after stage."""
+    NONE = "none"
+    """From nowhere: the stage only loads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

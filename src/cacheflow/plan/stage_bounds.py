@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cacheflow.plan.bound import Bound, bound, lower_bound_s
-from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.lagrange import least_weighted_s
-from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.stages import StageProblem, suffix_through_s
 from cacheflow.plan.tradeoff import tradeoff
 

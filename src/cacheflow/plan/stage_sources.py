@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cacheflow.plan.boundaries import BoundarySource
-from cacheflow.plan.problem import RestoreProblem, Seconds
+from cacheflow.plan.problem import BoundarySource, RestoreProblem, Seconds
 
 WAIT_MARGIN = 1.05
 """Hand-overs must promise this much: stages that wait for each other feel every delay, those that read do not."""

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.types import DTYPE_BYTES, ModelShape
 
 BOUNDARY_TENSORS = 2

@@ -27,8 +27,8 @@ def empty_plan(policy: str, problem: RestoreProblem) -> RestorePlan:
     """The plan of a grid without chunks: only the suffix is left to do."""
     return RestorePlan(
         policy=policy,
-        compute_order=(),
-        load_order=(),
+        compute_sequence=(),
+        load_sequence=(),
         share=Share.NONE,
         suffix_start=SuffixStart.AFTER_RESTORE,
         levels_K=(),

@@ -12,14 +12,14 @@ from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.dp import DynamicProgram
 from cacheflow.policies.fcfs import FirstComeFirstServed
 from cacheflow.policies.longest_first import LongestFirst
-from cacheflow.policies.objective import Objective, ObjectivePolicy
+from cacheflow.policies.objective import BatchObjective, ObjectivePolicy
 
 _POLICIES: Mapping[str, Callable[[RestorePolicy], BatchPolicy]] = MappingProxyType({
     "fcfs": FirstComeFirstServed,
     "longest_first": LongestFirst,
     "dp": DynamicProgram,
     "objective": ObjectivePolicy,
-    **{objective.value: partial(ObjectivePolicy, objective=objective) for objective in Objective},
+    **{objective.value: partial(ObjectivePolicy, objective=objective) for objective in BatchObjective},
 })  # fmt: skip
 
 BATCH_POLICY_NAMES = tuple(_POLICIES)

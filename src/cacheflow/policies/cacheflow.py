@@ -144,8 +144,8 @@ def _columns(problem: RestoreProblem) -> tuple[Tile, ...]:
 def _recompute_plan(policy: str, problem: RestoreProblem, guard: GuardDecision) -> RestorePlan:
     return RestorePlan(
         policy=policy,
-        compute_order=_columns(problem),
-        load_order=(),
+        compute_sequence=_columns(problem),
+        load_sequence=(),
         share=Share.LAYERS,
         suffix_start=SuffixStart.AFTER_RESTORE,
         levels_K=(problem.grid.num_blocks,) * problem.grid.num_chunks,
@@ -159,19 +159,19 @@ def _recompute_plan(policy: str, problem: RestoreProblem, guard: GuardDecision) 
 def _shared_plan(policy: str, problem: RestoreProblem, hybrid: _Candidate, guard: GuardDecision) -> RestorePlan:
     """The hybrid, or the load with compute standing by: it may still rescue a slow link."""
     order = _columns(problem)
-    load_order = order[::-1]
+    load_sequence = order[::-1]
     bottom_row = not hybrid.wide and problem.grid.num_blocks > 1
     if bottom_row:
-        upper = tuple(Tile(t.chunk_lo, t.chunk_hi, 1, t.block_hi) for t in load_order)
-        load_order = (*upper, *(Tile(t.chunk_lo, t.chunk_hi, 0, 1) for t in load_order))
+        upper = tuple(Tile(t.chunk_lo, t.chunk_hi, 1, t.block_hi) for t in load_sequence)
+        load_sequence = (*upper, *(Tile(t.chunk_lo, t.chunk_hi, 0, 1) for t in load_sequence))
     if hybrid.wide:
         order = (*compute_tiles(hybrid.levels_K), *upper_tiles(hybrid.levels_K, problem.grid.num_blocks))
-        load_order = order[::-1]
+        load_sequence = order[::-1]
     has_suffix = bool(problem.grid.suffix_ends)
     return RestorePlan(
         policy=policy,
-        compute_order=order,
-        load_order=load_order,
+        compute_sequence=order,
+        load_sequence=load_sequence,
         share=Share.LAYERS,
         suffix_start=SuffixStart.BEHIND_LOAD if has_suffix else SuffixStart.AFTER_RESTORE,
         levels_K=tuple(hybrid.levels_K.tolist()),

@@ -54,8 +54,8 @@ def layer_wise_plan(policy: str, problem: RestoreProblem) -> RestorePlan:
     met = meet(problem, problem.compute_KB.sum(axis=0), problem.load_bytes_KB.sum(axis=0))
     return RestorePlan(
         policy=policy,
-        compute_order=rows,
-        load_order=rows[::-1],
+        compute_sequence=rows,
+        load_sequence=rows[::-1],
         share=Share.NONE,
         suffix_start=SuffixStart.AFTER_RESTORE,
         levels_K=(met.num_computed,) * grid.num_chunks,

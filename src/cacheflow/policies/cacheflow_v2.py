@@ -37,8 +37,8 @@ class CacheFlowV2:
         levels_K = check_levels(planned.levels_K, grid.num_blocks)
         return RestorePlan(
             policy=self.name,
-            compute_order=compute_tiles(levels_K),
-            load_order=load_tiles(levels_K, grid.num_blocks),
+            compute_sequence=compute_tiles(levels_K),
+            load_sequence=load_tiles(levels_K, grid.num_blocks),
             share=Share.NONE,
             suffix_start=SuffixStart.AFTER_RESTORE,
             levels_K=planned.levels_K,

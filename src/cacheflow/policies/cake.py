@@ -33,8 +33,8 @@ def token_wise_plan(policy: str, problem: RestoreProblem) -> RestorePlan:
     met = meet(problem, problem.compute_KB.sum(axis=1), problem.load_bytes_KB.sum(axis=1))
     return RestorePlan(
         policy=policy,
-        compute_order=columns,
-        load_order=columns[::-1],
+        compute_sequence=columns,
+        load_sequence=columns[::-1],
         share=Share.NONE,
         suffix_start=SuffixStart.AFTER_RESTORE,
         levels_K=(grid.num_blocks,) * met.num_computed + (0,) * (grid.num_chunks - met.num_computed),

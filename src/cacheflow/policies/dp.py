@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cacheflow.plan.batch import BatchOrder, WaitingRequest
+from cacheflow.plan.batch import Ranking, WaitingRequest
 from cacheflow.plan.plan import RestorePlan, Share, SuffixStart
 from cacheflow.plan.problem import RestoreProblem, Seconds
 from cacheflow.plan.staircase import (
@@ -54,10 +54,10 @@ class DynamicProgram:
     def __init__(self, restore: RestorePolicy) -> None:
         """Take a restore policy as every batch policy does; the program decides every split itself."""
 
-    def order(self, now_s: float, waiting: Sequence[WaitingRequest]) -> BatchOrder:
+    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
         """The oldest first."""
         arrived = tuple(request.request_id for request in waiting)
-        return BatchOrder(compute=arrived, link=arrived)
+        return Ranking(compute=arrived, link=arrived)
 
     def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
         """One program over all that have not started."""
@@ -77,8 +77,8 @@ def _plan(problem: RestoreProblem, num_cells: int) -> RestorePlan:
     levels_K = _levels(problem, num_cells)
     return RestorePlan(
         policy=DynamicProgram.name,
-        compute_order=compute_tiles(levels_K),
-        load_order=load_tiles(levels_K, problem.grid.num_blocks),
+        compute_sequence=compute_tiles(levels_K),
+        load_sequence=load_tiles(levels_K, problem.grid.num_blocks),
         share=Share.NONE,
         suffix_start=SuffixStart.AFTER_RESTORE,
         levels_K=tuple(levels_K.tolist()),

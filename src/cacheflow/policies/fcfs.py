@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from cacheflow.plan.batch import BatchOrder, WaitingRequest
+from cacheflow.plan.batch import Ranking, WaitingRequest
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.base import RestorePolicy
@@ -20,10 +20,10 @@ class FirstComeFirstServed:
         """Take the policy that plans each restoration."""
         self._restore = restore
 
-    def order(self, now_s: float, waiting: Sequence[WaitingRequest]) -> BatchOrder:
+    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
         """The oldest first."""
         arrived = tuple(request.request_id for request in waiting)
-        return BatchOrder(compute=arrived, link=arrived)
+        return Ranking(compute=arrived, link=arrived)
 
     def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
         """As if it were alone."""

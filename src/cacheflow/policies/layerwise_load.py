@@ -25,8 +25,8 @@ class LayerwiseLoad:
             return empty_plan(self.name, problem)
         return RestorePlan(
             policy=self.name,
-            compute_order=(),
-            load_order=tuple(Tile(0, grid.num_chunks, block, block + 1) for block in range(grid.num_blocks)),
+            compute_sequence=(),
+            load_sequence=tuple(Tile(0, grid.num_chunks, block, block + 1) for block in range(grid.num_blocks)),
             share=Share.NONE,
             suffix_start=SuffixStart.BEHIND_LOAD,
             levels_K=(0,) * grid.num_chunks,

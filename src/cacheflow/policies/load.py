@@ -23,8 +23,8 @@ class Load:
             return empty_plan(self.name, problem)
         return RestorePlan(
             policy=self.name,
-            compute_order=(),
-            load_order=tuple(Tile(chunk, chunk + 1, 0, grid.num_blocks) for chunk in range(grid.num_chunks)),
+            compute_sequence=(),
+            load_sequence=tuple(Tile(chunk, chunk + 1, 0, grid.num_blocks) for chunk in range(grid.num_chunks)),
             share=Share.NONE,
             suffix_start=SuffixStart.AFTER_RESTORE,
             levels_K=(0,) * grid.num_chunks,

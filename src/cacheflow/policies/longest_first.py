@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from cacheflow.plan.batch import BatchOrder, WaitingRequest
+from cacheflow.plan.batch import Ranking, WaitingRequest
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.base import RestorePolicy
@@ -24,10 +24,10 @@ class LongestFirst:
         """Take the policy that plans each restoration."""
         self._restore = restore
 
-    def order(self, now_s: float, waiting: Sequence[WaitingRequest]) -> BatchOrder:
+    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
         """Compute by arrival, the link by saving; of equal savings the one with more left to recompute."""
         by_saving = sorted(waiting, key=_saving, reverse=True)
-        return BatchOrder(
+        return Ranking(
             compute=tuple(request.request_id for request in waiting),
             link=tuple(request.request_id for request in by_saving),
         )

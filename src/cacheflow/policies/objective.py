@@ -15,7 +15,7 @@ from enum import Enum
 from typing import ClassVar
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.batch import BatchOrder, WaitingRequest, predict_ends
+from cacheflow.plan.batch import Ranking, WaitingRequest, predict_ends
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.base import RestorePolicy
@@ -28,7 +28,7 @@ TIE_WEIGHT = 0.01
 """What the mean counts beside another objective, so that of two orders as good the one that serves more soon wins."""
 
 
-class Objective(Enum):
+class BatchObjective(Enum):
     """What the operator wants to be small."""
 
     MEAN_TTFT = "mean_ttft"
@@ -43,7 +43,7 @@ class ObjectivePolicy:
 
     name: ClassVar[str] = "objective"
 
-    def __init__(self, restore: RestorePolicy, *, objective: str | Objective = Objective.MEAN_TTFT) -> None:
+    def __init__(self, restore: RestorePolicy, *, objective: str | BatchObjective = BatchObjective.MEAN_TTFT) -> None:
         """Take the policy that plans each restoration, and what is to be minimised.
 
         Raises:
@@ -51,21 +51,21 @@ class ObjectivePolicy:
         """
         self._restore = restore
         try:
-            self.objective = Objective(objective)
+            self.objective = BatchObjective(objective)
         except ValueError as error:
-            known = ", ".join(each.value for each in Objective)
+            known = ", ".join(each.value for each in BatchObjective)
             raise ConfigError(f"objective {objective!r} is not one of {known}") from error
 
-    def order(self, now_s: float, waiting: Sequence[WaitingRequest]) -> BatchOrder:
+    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
         """The best candidate by prediction."""
         if len(waiting) < 2:
             only = tuple(request.request_id for request in waiting)
-            return BatchOrder(compute=only, link=only)
+            return Ranking(compute=only, link=only)
         score = _SCORES[self.objective]
         orders = self._orders(now_s, waiting)
         best = orders[0] if len(orders) == 1 else min(orders, key=lambda order: score(_ends(order), now_s))
         ids = tuple(request.request_id for request in _swapped(best, lambda ends: score(ends, now_s)))
-        return BatchOrder(compute=ids, link=ids)
+        return Ranking(compute=ids, link=ids)
 
     def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
         """As if it were alone: where the pointers meet is decided live, by what else the resources have to do."""
@@ -73,9 +73,9 @@ class ObjectivePolicy:
 
     def _orders(self, now_s: float, waiting: Sequence[WaitingRequest]) -> list[Sequence[WaitingRequest]]:
         shortest = sorted(waiting, key=lambda request: request.remaining.alone_s)
-        if self.objective is Objective.MEAN_TTFT:
+        if self.objective is BatchObjective.MEAN_TTFT:
             return [shortest]
-        if self.objective is Objective.SLO:
+        if self.objective is BatchObjective.SLO:
             return [_most_in_time(now_s, waiting), shortest]
         return [shortest, waiting, shortest[::-1]]
 
@@ -122,11 +122,11 @@ def _late_s(ends: _Ends, now_s: float) -> float:
     return late * (1.0 + max(end_s for _, end_s in ends)) + _mean_s(ends, now_s)
 
 
-_SCORES: Mapping[Objective, Callable[[_Ends, float], float]] = {
-    Objective.MEAN_TTFT: _mean_s,
-    Objective.P99_TTFT: _longest_s,
-    Objective.MAKESPAN: _makespan_s,
-    Objective.SLO: _late_s,
+_SCORES: Mapping[BatchObjective, Callable[[_Ends, float], float]] = {
+    BatchObjective.MEAN_TTFT: _mean_s,
+    BatchObjective.P99_TTFT: _longest_s,
+    BatchObjective.MAKESPAN: _makespan_s,
+    BatchObjective.SLO: _late_s,
 }
 
 

@@ -23,8 +23,8 @@ class Recompute:
             return empty_plan(self.name, problem)
         return RestorePlan(
             policy=self.name,
-            compute_order=tuple(Tile(chunk, chunk + 1, 0, grid.num_blocks) for chunk in range(grid.num_chunks)),
-            load_order=(),
+            compute_sequence=tuple(Tile(chunk, chunk + 1, 0, grid.num_blocks) for chunk in range(grid.num_chunks)),
+            load_sequence=(),
             share=Share.NONE,
             suffix_start=SuffixStart.AFTER_RESTORE,
             levels_K=(grid.num_blocks,) * grid.num_chunks,

@@ -8,10 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import RestorePlan, Share
-from cacheflow.plan.problem import RestoreProblem, Seconds
+from cacheflow.plan.problem import BoundarySource, RestoreProblem, Seconds
 from cacheflow.plan.stage_sources import stage_times
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.cake import token_wise_plan
@@ -81,11 +80,11 @@ def _by_columns(policy: RestorePolicy, problem: RestoreProblem) -> RestorePlan:
     """Chunk after chunk from the head, each shared by layers where the policy does; another order: whole chunks."""
     plan, grid = policy.plan(problem), problem.grid
     columns = tuple(Tile(chunk, chunk + 1, 0, grid.num_blocks) for chunk in range(grid.num_chunks))
-    if plan.compute_order in ((), columns) and (plan.share is Share.LAYERS or not plan.compute_order):
+    if plan.compute_sequence in ((), columns) and (plan.share is Share.LAYERS or not plan.compute_sequence):
         return plan
     if plan.share is not Share.LAYERS:
         return token_wise_plan(policy.name, problem)
-    return replace(plan, compute_order=columns, load_order=columns[::-1], bottom_row_by_compute=False)
+    return replace(plan, compute_sequence=columns, load_sequence=columns[::-1], bottom_row_by_compute=False)
 
 
 def _with_full_top(problem: RestoreProblem) -> RestoreProblem:
@@ -134,7 +133,7 @@ def _columns_whole(plan: RestorePlan) -> RestorePlan:
     """The plan without a bottom row of its own: to compute it, every chunk would need its boundary."""
     if not plan.bottom_row_by_compute:
         return plan
-    num_blocks = max(tile.block_hi for tile in plan.load_order)
-    chunks = dict.fromkeys(tile.chunk_lo for tile in plan.load_order)
-    load_order = tuple(Tile(chunk, chunk + 1, 0, num_blocks) for chunk in chunks)
-    return replace(plan, load_order=load_order, bottom_row_by_compute=False)
+    num_blocks = max(tile.block_hi for tile in plan.load_sequence)
+    chunks = dict.fromkeys(tile.chunk_lo for tile in plan.load_sequence)
+    load_sequence = tuple(Tile(chunk, chunk + 1, 0, num_blocks) for chunk in chunks)
+    return replace(plan, load_sequence=load_sequence, bottom_row_by_compute=False)

@@ -14,8 +14,6 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.admission import Admission
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.restore.batch_jobs import Job, Jobs
 from cacheflow.restore.batch_late import LateReads
 from cacheflow.restore.batch_loop import ComputeLoop
@@ -24,6 +22,8 @@ from cacheflow.restore.batch_request import BatchHandle, BatchRequest
 from cacheflow.restore.io_loop import IoLoop
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import Ticket
+from cacheflow.state.admission import Admission
+from cacheflow.state.batch import BatchScheduler
 
 T = TypeVar("T", bound=Ticket)
 

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.admission import Admission
 from cacheflow.plan.batch import WaitingRequest
-from cacheflow.plan.batch_scheduler import BatchScheduler
-from cacheflow.plan.cells import RESIDENT
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.plan.remaining import remaining_of
 from cacheflow.restore.batch_leaders import LeadersFirst
 from cacheflow.restore.batch_request import BatchHandle, BatchRequest, Prepared
 from cacheflow.restore.ports import Ticket
 from cacheflow.restore.shared import LoadOrder, Restoration
+from cacheflow.state.admission import Admission
+from cacheflow.state.batch import BatchScheduler
+from cacheflow.state.board import RESIDENT
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import Clock
 
 T = TypeVar("T", bound=Ticket)
@@ -135,7 +135,7 @@ class Jobs(Generic[T]):
             )
             for job in self._waiting
         ]
-        order = self.scheduler.policy.order(now_s, requests).compute
+        order = self.scheduler.policy.rank(now_s, requests).compute
         admitted = [self.by_name[name] for name in self._admission.admit(order, now_s)]
         for job in admitted:
             self._waiting.remove(job)

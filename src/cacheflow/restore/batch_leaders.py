@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
-from cacheflow.plan.batch import BatchOrder, BatchPolicy, WaitingRequest
+from cacheflow.plan.batch import BatchPolicy, Ranking, WaitingRequest
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 
@@ -19,10 +19,10 @@ class LeadersFirst:
         """Take the policy, and who restores something for a request; None for nobody."""
         self._policy, self._leader_of = policy, leader_of
 
-    def order(self, now_s: float, waiting: Sequence[WaitingRequest]) -> BatchOrder:
-        """See ``BatchPolicy.order``."""
-        order = self._policy.order(now_s, waiting)
-        return BatchOrder(compute=self._leaders_first(order.compute), link=self._leaders_first(order.link))
+    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
+        """See ``BatchPolicy.rank``."""
+        order = self._policy.rank(now_s, waiting)
+        return Ranking(compute=self._leaders_first(order.compute), link=self._leaders_first(order.link))
 
     def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
         """See ``BatchPolicy.plans``."""

@@ -8,15 +8,15 @@ from dataclasses import replace
 from typing import Generic, TypeVar
 
 from cacheflow.errors import ConfigError, RestoreCancelled
-from cacheflow.plan.batch_scheduler import BatchClaim
-from cacheflow.plan.claims import ClaimKind, ComputeClaim
-from cacheflow.plan.explain import RestoreReport, Span, restoration_report
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.batch_jobs import Job, Jobs
 from cacheflow.restore.batch_pace import DecodePace
 from cacheflow.restore.batch_request import BatchOutcome, Prepared
 from cacheflow.restore.executor import carry_out
 from cacheflow.restore.ports import Ticket
+from cacheflow.state.batch import BatchClaim
+from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.state.report import RestoreReport, Span, restoration_report
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T", bound=Ticket)

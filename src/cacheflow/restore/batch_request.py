@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
-from cacheflow.plan.explain import RestoreReport
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.restore.ports import ComputePort, Ticket, TransferPort
+from cacheflow.state.report import RestoreReport
 
 T = TypeVar("T", bound=Ticket)
 

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from cacheflow.errors import RestoreCancelled
-from cacheflow.plan.claims import ClaimKind, ComputeClaim
-from cacheflow.plan.explain import Lane, RestoreReport, Span, SpanKind, restoration_report
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.restore.io_loop import IoLoop
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import ComputePort, Ticket, TransferPort
 from cacheflow.restore.shared import Restoration, Shared
+from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.state.report import Lane, RestoreReport, Span, SpanKind, restoration_report
+from cacheflow.state.restoration import RestoreState
 
 T = TypeVar("T", bound=Ticket)
 

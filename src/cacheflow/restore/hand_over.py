@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from cacheflow.restore.orders import ComputeOrder
 from cacheflow.restore.ports import ComputePort, HandOverPort
+from cacheflow.restore.work import ComputeWork
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def take_unwanted(port: object, chunks: Sequence[int]) -> None:
             logger.debug("chunk %d is not needed, and was not received", chunk, exc_info=True)
 
 
-def recompute(port: ComputePort, order: ComputeOrder) -> None:
+def recompute(port: ComputePort, order: ComputeWork) -> None:
     """Carry out one order; raises what the port raises, once the stage above was told."""
     chunk = order.tile.chunk_lo
     try:
@@ -48,7 +48,7 @@ def recompute(port: ComputePort, order: ComputeOrder) -> None:
         raise
 
 
-def forfeit(port: object, orders: Sequence[ComputeOrder]) -> None:
+def forfeit(port: object, orders: Sequence[ComputeWork]) -> None:
     """Answer the hand-overs of orders that will not be carried out, because an earlier one failed."""
     for order in orders:
         if not order.sends:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from cacheflow.plan.explain import Lane, Span, SpanKind
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.link_clock import LinkClock
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import Ticket, TransferPort
 from cacheflow.restore.shared import LoadSource, Restoration
+from cacheflow.state.report import Lane, Span, SpanKind
 from cacheflow.types import LoadOutcome
 
 logger = logging.getLogger(__name__)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from cacheflow.restore.orders import ComputeOrder, ComputeReport, LoadReport
+from cacheflow.restore.work import ComputeReport, ComputeWork, LoadReport
 from cacheflow.types import LoadOutcome
 
 CellIndex = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class DoneOrder:
+class DoneCompute:
     """A compute order that every rank has carried out; times of the rank that took longest, on its own clock."""
 
-    order: ComputeOrder
+    order: ComputeWork
     predicted_s: float
     actual_s: float
     end_s: float
@@ -23,7 +23,7 @@ class DoneOrder:
 
 @dataclass(slots=True)
 class _Ordered:
-    order: ComputeOrder
+    order: ComputeWork
     predicted_s: float
     taken_by_rank: dict[int, tuple[float, float]] = field(default_factory=dict)
 
@@ -37,11 +37,11 @@ class ComputeLedger:
         self._orders: list[_Ordered] = []
         self._num_done = 0
 
-    def add(self, order: ComputeOrder, predicted_s: float) -> None:
+    def add(self, order: ComputeWork, predicted_s: float) -> None:
         """Note an order that goes out to every rank."""
         self._orders.append(_Ordered(order, predicted_s))
 
-    def take(self, rank: int, report: ComputeReport) -> list[DoneOrder]:
+    def take(self, rank: int, report: ComputeReport) -> list[DoneCompute]:
         """Note what a rank did; returns the orders that are done now on all of them, in order."""
         end_s = report.end_s
         for index in range(len(report.seconds) - 1, -1, -1):
@@ -55,7 +55,7 @@ class ComputeLedger:
             if len(ordered.taken_by_rank) < self._num_ranks:
                 break
             actual_s, end_s = max(ordered.taken_by_rank.values())
-            done.append(DoneOrder(ordered.order, ordered.predicted_s, actual_s, end_s))
+            done.append(DoneCompute(ordered.order, ordered.predicted_s, actual_s, end_s))
             self._num_done += 1
         return done
 

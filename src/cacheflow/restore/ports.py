@@ -2,7 +2,7 @@
 
 Threads: every ``ComputePort`` method is called on the thread that called ``execute``; every ``TransferPort`` method
 on the executor's one I/O thread, except ``close``, which comes from the calling thread after the I/O thread ended.
-Under ``carrier.OrderCarrier`` the calling thread is the one that carries out orders, the I/O thread serves all its
+Under ``carrier.StepExecutor`` the calling thread is the one that carries out orders, the I/O thread serves all its
 restorations, and ``cancel`` may come from any thread at any time, because a store that hangs must hold up nobody.
 """
 

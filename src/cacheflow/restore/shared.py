@@ -6,10 +6,10 @@ import threading
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from cacheflow.plan.explain import Span
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.restore.ports import Ticket, TransferPort
+from cacheflow.state.report import Span
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import Clock
 
 T = TypeVar("T", bound=Ticket)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cacheflow.plan.boundaries import BOUNDARY_ROW
-from cacheflow.plan.cells import Cell
-from cacheflow.plan.explain import Span, SpanKind
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.restore.ledgers import CellIndex, ReadLedger
-from cacheflow.restore.orders import LoadReport, ReadOrder
 from cacheflow.restore.step_spans import load_span
+from cacheflow.restore.work import LoadReport, ReadWork
+from cacheflow.state.board import CellState
+from cacheflow.state.boundary import BOUNDARY_ROW
+from cacheflow.state.report import Span, SpanKind
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 
 MIN_READS = 2
@@ -68,7 +68,7 @@ class StepReads:
         self._chunk_limit = min(self._chunk_limit, chunk)
         self.drop([cell for cell in self._ledger.wanted if cell[0] >= self._chunk_limit])
 
-    def order(self, now_s: float, read_ahead_s: float) -> tuple[ReadOrder, ...]:
+    def next_reads(self, now_s: float, read_ahead_s: float) -> tuple[ReadWork, ...]:
         """Reads to start in this step; boundary states first, because compute waits for them.
 
         Args:
@@ -76,7 +76,7 @@ class StepReads:
             read_ahead_s: Seconds of the link to keep under way: 0 for no further reads, otherwise at least
                 ``MIN_READS`` reads.
         """
-        reads: list[ReadOrder] = []
+        reads: list[ReadWork] = []
         state = self._state
         while read_ahead_s > 0 and len(self._ledger) < MAX_READS:
             boundary = state.boundary.claim(now_s)
@@ -89,15 +89,15 @@ class StepReads:
             if tile is None:
                 break
             cell = (tile.chunk_lo, tile.block_lo)
-            if state.cell(*cell) is not Cell.LOADING or tile.chunk_lo >= self.chunk_limit:
+            if state.cell(*cell) is not CellState.LOADING or tile.chunk_lo >= self.chunk_limit:
                 state.drop_load(tile)
                 continue
             reads.append(self._begin(cell))
         return tuple(reads)
 
-    def _begin(self, cell: CellIndex) -> ReadOrder:
+    def _begin(self, cell: CellIndex) -> ReadWork:
         self._ledger.add(cell)
-        return ReadOrder(*cell, self._deadline.floor_s + self._deadline.factor * self._state.expected_load_s())
+        return ReadWork(*cell, self._deadline.floor_s + self._deadline.factor * self._state.expected_load_s())
 
     def drop(self, cells: Iterable[CellIndex]) -> None:
         """Compute takes these cells over: the next drops hold those of them whose reads are under way."""

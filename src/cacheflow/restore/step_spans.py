@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cacheflow.plan.explain import Lane, Span, SpanKind
-from cacheflow.restore.ledgers import DoneOrder
-from cacheflow.restore.orders import LoadReport
+from cacheflow.restore.ledgers import DoneCompute
+from cacheflow.restore.work import LoadReport
+from cacheflow.state.report import Lane, Span, SpanKind
 
 
-def compute_span(done: DoneOrder) -> Span:
+def compute_span(done: DoneCompute) -> Span:
     """The span of one compute order."""
     tile = done.order.tile
     return Span(

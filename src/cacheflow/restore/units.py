@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from cacheflow.plan.claims import ComputeClaim
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.restore.orders import ComputeOrder
+from cacheflow.restore.work import ComputeWork
+from cacheflow.state.claims import ComputeClaim
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
     """An order with what the profile expects it to take, uncorrected."""
 
-    order: ComputeOrder
+    order: ComputeWork
     predicted_s: float
 
 
@@ -28,7 +28,7 @@ def cut(claim: ComputeClaim, problem: RestoreProblem) -> list[Unit]:
     for chunk, block in tile.cells():
         kv_only = claim.kv_only_top and block == tile.block_hi - 1
         cost_KB = problem.kv_only_KB if kv_only else problem.compute_KB
-        order = ComputeOrder(
+        order = ComputeWork(
             Tile(chunk, chunk + 1, block, block + 1), restart=claim.restart and not units, kv_only_top=kv_only
         )
         units.append(Unit(order, float(cost_KB[chunk, block])))
@@ -57,7 +57,7 @@ def join(units: Iterable[Unit]) -> list[Unit]:
     return joined
 
 
-def _continues(before: ComputeOrder, after: ComputeOrder) -> bool:
+def _continues(before: ComputeWork, after: ComputeWork) -> bool:
     if before.kv_only_top or before.sends or after.restart or before.tile.chunk_lo != after.tile.chunk_lo:
         return False
     return before.tile.block_hi == after.tile.block_lo

@@ -15,8 +15,8 @@ from cacheflow.errors import ConfigError, CostRangeError
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds
-from cacheflow.plan.published import PublishedCosts
-from cacheflow.plan.roofline import Roofline
+from cacheflow.shapes.published import PublishedCosts
+from cacheflow.shapes.roofline import Roofline
 from cacheflow.types import ModelShape
 
 Tokens = npt.NDArray[np.int64]

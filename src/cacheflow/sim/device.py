@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from cacheflow.plan.batch_scheduler import BatchClaim, BatchLoad, BatchScheduler
-from cacheflow.plan.claims import ClaimKind, ComputeClaim
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.link import SimulatedLink
+from cacheflow.state.batch import BatchClaim, BatchLoad, BatchScheduler
+from cacheflow.state.claims import ClaimKind, ComputeClaim
 
 READS_IN_FLIGHT = 3
 """As the live executor keeps them. With 1 a read stands for many small ones: see ``SimulatedLink.read``."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cacheflow.plan.batch import BatchOrder, BatchPolicy, WaitingRequest, bounded
+from cacheflow.plan.batch import BatchPolicy, Ranking, WaitingRequest, bounded
 from cacheflow.plan.plan import Choice, GuardDecision, RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.base import RestorePolicy
@@ -64,7 +64,7 @@ def _pays(plan: RestorePlan, guard: GuardDecision) -> bool:
     return plan.predicted.restore_s + STEP_OVERHEAD_S <= guard.without_loading_s
 
 
-class PluginOrder:
+class PluginRanking:
     """Prompts with nothing left to restore by arrival, then restorations by a batch policy that sees only those.
 
     A prompt whose restoration ends moves up when requests are ranked again, which is a step later in vLLM too.
@@ -81,7 +81,7 @@ class PluginOrder:
         """
         self._restorations, self._starvation_s = restorations, starvation_s
 
-    def order(self, now_s: float, waiting: Sequence[WaitingRequest]) -> BatchOrder:
+    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
         """Rank the requests; ``waiting`` is in the order of arrival."""
         prompts = tuple(request.request_id for request in waiting if not _restoring(request))
         # The plugin does not know what vLLM will need for the new tokens.
@@ -90,9 +90,9 @@ class PluginOrder:
             for request in waiting
             if _restoring(request)
         ]
-        order = self._restorations.order(now_s, restoring)
+        order = self._restorations.rank(now_s, restoring)
         order = bounded(order, restoring, now_s, starvation_s=self._starvation_s)
-        return BatchOrder(compute=(*prompts, *order.compute), link=(*order.link, *prompts))
+        return Ranking(compute=(*prompts, *order.compute), link=(*order.link, *prompts))
 
     def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
         """As the policy of the restorations plans them."""

@@ -16,11 +16,11 @@ from cacheflow.plan.remaining import together_s
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.cacheflow_v1 import CacheFlowV1
-from cacheflow.policies.objective import Objective
+from cacheflow.policies.objective import BatchObjective
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import StagePolicy
 from cacheflow.sim.granularity import CELLS, COLUMNS, EXACT, MAX_CELLS, ROWS, Grain
-from cacheflow.sim.plugin import STEP_OVERHEAD_S, PluginOrder, RestoreThenPrefill
+from cacheflow.sim.plugin import STEP_OVERHEAD_S, PluginRanking, RestoreThenPrefill
 
 CLOSE = 1.15
 """A plan is within this of the closed form of compute and link together; a slower prefill cannot be the better way."""
@@ -30,7 +30,7 @@ GrainOf = Callable[[RestoreProblem], Grain]
 
 def _longer_way(problem: RestoreProblem) -> Grain:
     """What v1 hands over: whole chunks or whole layers, as it chooses on the exact grid."""
-    order = CacheFlowV1().plan(problem).compute_order
+    order = CacheFlowV1().plan(problem).compute_sequence
     return COLUMNS if not order or order[0].block_hi == problem.grid.num_blocks else ROWS
 
 
@@ -134,7 +134,7 @@ class SimPolicy:
 
 
 def make_system(
-    name: str, *, objective: str = Objective.MEAN_TTFT.value, exact: bool = False, max_cells: int = MAX_CELLS
+    name: str, *, objective: str = BatchObjective.MEAN_TTFT.value, exact: bool = False, max_cells: int = MAX_CELLS
 ) -> SimPolicy:
     """A system by name.
 
@@ -149,7 +149,7 @@ def make_system(
     """
     if name not in SYSTEMS:
         raise UnknownPolicyError(f"policy {name!r} is not known; known are {', '.join(SYSTEMS)}")
-    known = [each.value for each in Objective]
+    known = [each.value for each in BatchObjective]
     if objective not in known:
         raise UnknownPolicyError(f"objective {objective!r} is not known; known are {', '.join(known)}")
     system = SYSTEMS[name]
@@ -159,7 +159,7 @@ def make_system(
     batch = make_batch_policy(system.batch or objective, restore)
     return SimPolicy(
         name=name,
-        batch=PluginOrder(batch) if system.in_plugin else batch,
+        batch=PluginRanking(batch) if system.in_plugin else batch,
         restore=restore,
         prefills=system.prefills,
         in_plugin=system.in_plugin,

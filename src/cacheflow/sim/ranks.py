@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.plan.problem import BoundarySource, LinkCost, RestoreProblem
 from cacheflow.plan.stage_sources import StageTimes, sooner, stage_times
 from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
 from cacheflow.sim.costs import ModelCosts

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
@@ -24,6 +23,7 @@ from cacheflow.sim.kv_cache import BlockLru, Changed, KvCache, Lease
 from cacheflow.sim.link import SharedBandwidth, SimulatedLink
 from cacheflow.sim.policies import SimPolicy
 from cacheflow.sim.ranks import RankCosts
+from cacheflow.state.batch import BatchScheduler
 from cacheflow.workloads.request import TraceRequest, num_blocks
 
 

@@ -12,17 +12,17 @@ from enum import Enum
 from functools import partial
 from itertools import pairwise
 
-from cacheflow.plan.boundaries import BoundarySource
-from cacheflow.plan.claims import ClaimKind, ComputeClaim
-from cacheflow.plan.explain import Lane, Span, SpanKind, busy_share, cell_letters
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.pointers import RestoreState
+from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.stages import StageProblem, suffix_through_s
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.device import READS_IN_FLIGHT
 from cacheflow.sim.link import SharedBandwidth, SimulatedLink
+from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.state.report import Lane, Span, SpanKind, busy_share, cell_letters
+from cacheflow.state.restoration import RestoreState
 
 
 class HandOver(Enum):
@@ -67,7 +67,7 @@ class StageRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StagedRun:
+class PipelineRun:
     """What came of a restoration over stages.
 
     Attributes:
@@ -88,7 +88,7 @@ def run_stages(
     num_suffix_chunks: int = 0,
     shared_link: bool = False,
     hand_over: HandOver = HandOver.CHUNK,
-) -> StagedRun:
+) -> PipelineRun:
     """Restore on hardware that costs exactly what the problems say.
 
     Args:
@@ -114,7 +114,7 @@ def run_stages(
     loop.run()
     results = tuple(each.result() for each in running)
     restore_s = max(each.restore_s for each in results)
-    return StagedRun(
+    return PipelineRun(
         restore_s=restore_s,
         ttft_s=restore_s + suffix_through_s(tuple(stages), num_suffix_chunks),
         stages=results,

@@ -22,7 +22,7 @@ from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy.typing as npt
 
-from cacheflow.plan.keys import ObjectKey
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.types import LoadOutcome
 
 ByteBuffer = bytes | bytearray | memoryview | npt.NDArray[Any]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from threading import Lock
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import ObjectKey, namespace_of
+from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.lru import LruIndex
 from cacheflow.stores.record import ChecksumAlgorithm
 from cacheflow.stores.threaded import ThreadedStore, Usage

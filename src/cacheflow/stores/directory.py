@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheflow.errors import StoreError
-from cacheflow.plan.keys import ObjectKey, namespace_of
+from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import RECORD_VERSION, ChecksumAlgorithm, best_algorithm, require
 
 STALE_STAGING_S = 3600.0

@@ -10,7 +10,6 @@ from enum import Enum
 from threading import Condition, Lock
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import ObjectKey
 from cacheflow.stores.base import (
     Capabilities,
     GetHandle,
@@ -25,6 +24,7 @@ from cacheflow.stores.base import (
 )
 from cacheflow.stores.handle import READS, WRITES
 from cacheflow.stores.held import FixedGate, Held, HeldHandle, WrapperStore
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.types import LoadOutcome
 

@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
-from cacheflow.plan.keys import ObjectKey
 from cacheflow.stores.base import Capabilities, PutOutcome
 from cacheflow.stores.bounded import BoundedStore
 from cacheflow.stores.directory import RecordDirectory, RecordFile, drop_front, is_full
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm
 from cacheflow.types import Clock
 

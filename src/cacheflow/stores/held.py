@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from threading import Condition, Lock
 from typing import Any, Generic, Protocol
 
-from cacheflow.plan.keys import ObjectKey
 from cacheflow.stores.base import Capabilities, Handle, Store, StoreStats
 from cacheflow.stores.handle import Ledger, O, Verdicts, wait_s
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.meter import Meter
 from cacheflow.types import Clock
 

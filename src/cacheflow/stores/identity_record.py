@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json
-from cacheflow.plan.keys import CHAIN_HASH_BYTES, ObjectKey, ObjectKind
 from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest, Store
+from cacheflow.stores.keys import CHAIN_HASH_BYTES, ObjectKey, ObjectKind
 from cacheflow.types import LoadOutcome
 
 IDENTITY_BYTES = 16384

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cacheflow.plan.keys import ObjectKey
 from cacheflow.stores.base import Capabilities, PutOutcome
 from cacheflow.stores.bounded import BoundedStore
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm, best_algorithm
 from cacheflow.types import Clock
 

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import Namespace, ObjectKey, ObjectKind, TokenIds, as_token_array, chain_hashes, chain_root
 from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest, Store
+from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind, TokenIds, as_token_array, chain_hashes, chain_root
 from cacheflow.types import Clock, LoadOutcome
 
 MAX_NOTED = 8

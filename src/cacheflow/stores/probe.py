@@ -10,9 +10,9 @@ from collections import deque
 import numpy as np
 
 from cacheflow.errors import StoreError
-from cacheflow.plan.keys import ObjectKey, ObjectKind, chain_hash, chain_root
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import GetHandle, GetRequest, PutOutcome, PutRequest, Store
+from cacheflow.stores.keys import ObjectKey, ObjectKind, chain_hash, chain_root
 from cacheflow.types import LoadOutcome
 
 _NAMESPACE = "0" * 32

@@ -30,7 +30,7 @@ from functools import cache
 from typing import Any
 
 from cacheflow.errors import StoreError
-from cacheflow.plan.keys import ObjectKey
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.types import LoadOutcome
 
 HEADER_BYTES = 4096

@@ -19,7 +19,6 @@ from threading import Condition, Lock, Thread
 from typing import Any, Generic, TypeVar
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import ObjectKey
 from cacheflow.stores.base import (
     GetHandle,
     GetRequest,
@@ -31,6 +30,7 @@ from cacheflow.stores.base import (
     byte_view,
 )
 from cacheflow.stores.handle import READS, WRITES, O, OperationHandle, Verdicts
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.meter import Meter
 from cacheflow.stores.record import (
     HEADER_BYTES,

@@ -26,7 +26,7 @@ from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.object_keys import boundary_key
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.step import CaptureOrder, SaveOrder
+from cacheflow.vllm.step import CaptureWork, SaveWork
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class _Chunk:
 class _Step:
     """Rows of one forward on their way to the host: of each request wanted, its order and rows ``[first, last)``."""
 
-    wanted: tuple[tuple[CaptureOrder, int, int], ...]
+    wanted: tuple[tuple[CaptureWork, int, int], ...]
     rows: RowsUnderWay
 
 
@@ -98,14 +98,14 @@ class BoundaryCapture:
         self._handle, self._chunk_tokens, self._counts = handle, chunk_tokens, counts
         self._row_bytes = handle.hidden_size * handle.dtype.itemsize
         self._max_chunks = max(MAX_CAPTURED_BYTES // (2 * self._row_bytes), 2 * batch_tokens) // chunk_tokens
-        self._expected: tuple[CaptureOrder, ...] = ()
+        self._expected: tuple[CaptureWork, ...] = ()
         self._chunks: OrderedDict[tuple[str, int], _Chunk] = OrderedDict()
         self._copies = row_copies(handle.device)
         self._under_way: deque[_Step] = deque()
         self._batch_rows = batch_rows(handle.runner, handle.runner_kind)
         self._hook = handle.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def expect(self, orders: Sequence[CaptureOrder]) -> None:
+    def expect(self, orders: Sequence[CaptureWork]) -> None:
         """Of the next forward, keep these requests' rows; call before every forward."""
         self.forward_ended()
         self._settle(at_most=MAX_STEPS_UNDER_WAY)
@@ -135,7 +135,7 @@ class BoundaryCapture:
         else:
             self._under_way.append(step)
 
-    def _begin(self, expected: Sequence[CaptureOrder], received: Any, positions: torch.Tensor) -> _Step | None:  # noqa: ANN401
+    def _begin(self, expected: Sequence[CaptureWork], received: Any, positions: torch.Tensor) -> _Step | None:  # noqa: ANN401
         """Begin to copy the rows from the first wanted to the last: one copy a step, however many requests it has."""
         batch = self._batch_rows.of_batch()
         spans = [(order, *batch.get(order.request_id, (0, 0))) for order in expected]
@@ -164,7 +164,7 @@ class BoundaryCapture:
             logger.exception("boundary states could not be copied to the host")
             self._counts.boundaries["missed"] += len(step.wanted)
 
-    def _sort_one(self, order: CaptureOrder, hidden: Bytes, residual: Bytes, positions: Bytes) -> None:
+    def _sort_one(self, order: CaptureWork, hidden: Bytes, residual: Bytes, positions: Bytes) -> None:
         # The batch says whose rows they are; that they are of the tokens ordered their positions prove.
         at = positions.view(np.int64)[:, 0]
         low, high = order.start - int(at[0]), order.end - int(at[0])
@@ -173,7 +173,7 @@ class BoundaryCapture:
             return
         self._keep(order, hidden[low:high], residual[low:high])
 
-    def _keep(self, order: CaptureOrder, hidden: Bytes, residual: Bytes) -> None:
+    def _keep(self, order: CaptureWork, hidden: Bytes, residual: Bytes) -> None:
         size = self._chunk_tokens
         for chunk in range(order.start // size, -(-order.end // size)):
             low, high = max(order.start, chunk * size), min(order.end, (chunk + 1) * size)
@@ -204,7 +204,7 @@ class BoundaryCapture:
         incomplete = (name for name, each in self._chunks.items() if each.filled < self._chunk_tokens)
         del self._chunks[next(incomplete, next(iter(self._chunks)))]
 
-    def put(self, order: SaveOrder) -> Iterator[PutRequest]:
+    def put(self, order: SaveWork) -> Iterator[PutRequest]:
         """The object of a chunk that is complete, to be saved with its KV; nothing when a token of it was not seen."""
         self._settle(at_most=0)
         kept = self._chunks.pop((order.request_id, order.chunk), None)

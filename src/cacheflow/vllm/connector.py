@@ -27,7 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from cacheflow.errors import ConfigError
-from cacheflow.restore.orders import StepReport
+from cacheflow.restore.work import StepReport
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.child_handshakes import keep_handshakes_apart
 from cacheflow.vllm.compat import check_environment
@@ -41,7 +41,7 @@ from cacheflow.vllm.plugin import register
 from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
 from cacheflow.vllm.request_prefix import MediaSpan
 from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
-from cacheflow.vllm.step import NOTHING, ModelNews, StepOrders
+from cacheflow.vllm.step import NOTHING, ModelNews, StepWork
 from cacheflow.vllm.worker_side import WorkerSide
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class CacheFlowMetadata(KVConnectorMetadata):
         loads_first: Another connector loads for this very forward, so vLLM calls ``start_load_kv`` before it.
     """
 
-    orders: StepOrders
+    orders: StepWork
     loads_first: bool = False
 
 
@@ -124,8 +124,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
         store = acquire_store(self._engine_id, self._options)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        self._to_carry_out: StepOrders | None = None
-        self._to_save: StepOrders | None = None
+        self._to_carry_out: StepWork | None = None
+        self._to_save: StepWork | None = None
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(self._options, store, clock=time.perf_counter)
         else:

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from cacheflow.errors import CostRangeError
-from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.plan import Choice, RestorePlan
+from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.stage_sources import StageTimes, sooner, times_of
 from cacheflow.policies.base import RestorePolicy

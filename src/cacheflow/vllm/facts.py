@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from cacheflow.errors import ConfigError
 from cacheflow.plan.costs import CostTable, build_problem
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.keys import Shard
 from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.stores.keys import Shard
 from cacheflow.types import ModelShape
 
 LayerDigest = tuple[int, str]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cacheflow.plan.costs import CostIdentity
-from cacheflow.plan.keys import Namespace
+from cacheflow.stores.keys import Namespace
 from cacheflow.tensors.device import device_name
 from cacheflow.tensors.fingerprint import FULL_LIMIT_BYTES, kernel_identity, weights_fingerprint
 from cacheflow.vllm.facts import BOTTOM, EngineFacts, LayerDigest

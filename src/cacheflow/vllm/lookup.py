@@ -8,8 +8,8 @@ from concurrent.futures import Future, TimeoutError
 from queue import SimpleQueue
 from threading import Thread
 
-from cacheflow.plan.keys import ObjectKey
 from cacheflow.stores.base import Store
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.keys import Shard
+from cacheflow.stores.keys import Shard
 from cacheflow.vllm.compat import RunnerKind, is_compiled, require_runner, runner_kind
 from cacheflow.vllm.families import FAMILIES, Family
 from cacheflow.vllm.plugin import remembered

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.adapters import AdapterClaim, LoadedAdapters
-from cacheflow.vllm.step import ModelNews, SaveOrder, StepOrders
+from cacheflow.vllm.step import ModelNews, SaveWork, StepWork
 from cacheflow.vllm.weights_watch import WeightsWatch
 
 
@@ -37,13 +37,13 @@ class ModelState:
         self._first_version, self._told_version = weights.version, weights.version
         self._refused: dict[int, str] = {}
 
-    def begin_step(self, orders: StepOrders) -> None:
+    def begin_step(self, orders: StepWork) -> None:
         """Take note of a new generation, before the forward; whatever the weights are now, it begins with them."""
         if orders.generation > self._generation:
             self._generation = orders.generation
             self._weights.accept()
 
-    def begin(self, target: RestoreTarget, orders: StepOrders) -> None:
+    def begin(self, target: RestoreTarget, orders: StepWork) -> None:
         """Note what a restoration that starts with these orders rests on."""
         self._begun[target.restore_id] = _Begun(
             weights_version=orders.weights_versions.get(self._rank, 0),
@@ -65,7 +65,7 @@ class ModelState:
                 failed.update(begun.block_ids)
         return failed
 
-    def may_save(self, orders: StepOrders) -> tuple[SaveOrder, ...]:
+    def may_save(self, orders: StepWork) -> tuple[SaveWork, ...]:
         """The saves that fit the present state."""
         if not orders.saves:
             return ()

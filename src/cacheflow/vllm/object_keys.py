@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cacheflow.plan.keys import WHOLE, ObjectKey, ObjectKind, Shard
+from cacheflow.stores.keys import WHOLE, ObjectKey, ObjectKind, Shard
 
 
 @dataclass(frozen=True, slots=True)

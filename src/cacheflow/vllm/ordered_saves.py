@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from cacheflow.vllm.step import SaveOrder
+from cacheflow.vllm.step import SaveWork
 
 MAX_REMEMBERED = 16_384
 """Chunks; what is forgotten is at worst copied once more, for the store to find that it has it."""
@@ -27,7 +27,7 @@ class OrderedSaves:
         self.now = 0
         self._ordered_at: OrderedDict[tuple[str, str], int] = OrderedDict()
 
-    def new(self, orders: Iterable[SaveOrder], *, asked_at: int) -> list[SaveOrder]:
+    def new(self, orders: Iterable[SaveWork], *, asked_at: int) -> list[SaveWork]:
         """Those that were not ordered since the request asked the store; they count as ordered from now on.
 
         Args:

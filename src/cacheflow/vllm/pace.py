@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cacheflow.restore.stepped import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
+from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
 
 IDLE_WAIT_S = 0.002
 """With nothing to compute and nobody running, a worker waits this long for a read to end before the step ends."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cacheflow.plan.keys import ObjectKey
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.lookup import Lookup, PrefixLookup

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from cacheflow.plan.grid import Tile
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.object_keys import block_layers
 from cacheflow.vllm.partial_forward import Activations, PartialForward, Piece
 from cacheflow.vllm.stage_link import StageLink

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cacheflow.errors import UnsupportedModelError
-from cacheflow.plan.hf_config import CacheKind
+from cacheflow.shapes.hf_config import CacheKind
 from cacheflow.vllm.families import FAMILIES
 
 Config = Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cacheflow.plan.keys import ObjectKey, ObjectKind, Shard, chain_hashes, chain_root
+from cacheflow.stores.keys import ObjectKey, ObjectKind, Shard, chain_hashes, chain_root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

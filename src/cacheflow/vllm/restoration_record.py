@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from cacheflow.plan.explain import Lane, RestoreReport
-from cacheflow.restore.staged import StagedRestoration
+from cacheflow.restore.pipeline import PipelineRestoration
+from cacheflow.state.report import Lane, RestoreReport
 from cacheflow.vllm.tracked import Decision
 
 
 def record_of(
-    decision: Decision, stepped: StagedRestoration, report: RestoreReport, *, outcome: str, now_s: float
+    decision: Decision, stepped: PipelineRestoration, report: RestoreReport, *, outcome: str, now_s: float
 ) -> dict[str, Any]:
     """What a response says of a restoration; stage by stage where there are several."""
     staged = stepped.stage_reports(now_s)

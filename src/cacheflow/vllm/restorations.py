@@ -6,13 +6,13 @@ import itertools
 import logging
 from collections.abc import Sequence
 
-from cacheflow.plan.batch_scheduler import BatchScheduler
-from cacheflow.plan.explain import RestoreReport, SpanKind
-from cacheflow.plan.pointers import RestoreState
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
-from cacheflow.restore.orders import RestoreOrders, RestoreTarget, StepReport
-from cacheflow.restore.staged import StagedOrders, StagedRestoration
+from cacheflow.restore.pipeline import PipelineRestoration, PipelineWork
+from cacheflow.restore.work import RestoreTarget, StageWork, StepReport
+from cacheflow.state.batch import BatchScheduler
+from cacheflow.state.report import RestoreReport, SpanKind
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import Clock, LoadOutcome
 from cacheflow.vllm.adapters import AdapterClaim
 from cacheflow.vllm.decide import Decider
@@ -21,7 +21,7 @@ from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.pace import Pace, StepBudget
 from cacheflow.vllm.restoration_record import overlap, record_of
 from cacheflow.vllm.sharing import NOTHING_SHARED, Shared, Wanted, find_shared
-from cacheflow.vllm.step import SaveOrder, StepOrders
+from cacheflow.vllm.step import SaveWork, StepWork
 from cacheflow.vllm.tracked import Decision, TrackedRequest
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class _Active:
 
     __slots__ = ("decision", "discarded", "request", "stalled", "stepped", "timed_out")
 
-    def __init__(self, stepped: StagedRestoration, request: TrackedRequest, decision: Decision) -> None:
+    def __init__(self, stepped: PipelineRestoration, request: TrackedRequest, decision: Decision) -> None:
         self.stepped, self.request, self.decision = stepped, request, decision
         self.timed_out = False
         self.stalled = False
@@ -111,7 +111,7 @@ class Restorations:
             RestoreState(stage.problem, stage.plan, planner.rates, source=stage.source)
             for stage, planner in zip(decision.stages, self._decider.stages, strict=True)
         ]
-        stepped = StagedRestoration(
+        stepped = PipelineRestoration(
             target, states, ranks_per_stage=self._ranks_per_stage, can_compute=self._decider.can_compute
         )
         request.restoration = stepped
@@ -154,26 +154,26 @@ class Restorations:
             active.discarded = active.discarded or reason
             active.stepped.fail()
 
-    def step(self, saves: tuple[SaveOrder, ...], *, busy: bool) -> StepOrders:
+    def step(self, saves: tuple[SaveWork, ...], *, busy: bool) -> StepWork:
         """Order one step's work."""
         if not self._active:
-            return StepOrders(saves=saves)
+            return StepWork(saves=saves)
         now_s = self._clock()
         budget = self._budget(now_s, busy=busy)
         compute_s, read_ahead_s, spent_s = budget.compute_s, budget.read_ahead_s, 0.0
-        by_stage: list[list[RestoreOrders]] = [[] for _ in self._decider.stages]
+        by_stage: list[list[StageWork]] = [[] for _ in self._decider.stages]
         failed_blocks = {}
-        order = self._scheduler.order(now_s)
-        reader = next((each for each in order.link if not self._active[each].stepped.only_compute_left), None)
+        ranking = self._scheduler.ranking(now_s)
+        reader = next((each for each in ranking.link if not self._active[each].stepped.only_compute_left), None)
         reads = False
-        for restore_id in order.compute:
+        for restore_id in ranking.compute:
             active = self._active[restore_id]
             # Nobody waits for ever, whatever the budget: what only compute can bring goes on by a unit a step.
             # So does what the link leaves to compute, when both have stood still for a step.
             unit = self._watch(active, now_s) or active.stepped.only_compute_left or active.stalled
             least_s = LEAST_BUDGET_S if unit else 0.0
             reads = reads or restore_id == reader
-            orders = active.stepped.orders(
+            orders = active.stepped.next_work(
                 now_s, compute_budget_s=max(compute_s, least_s), read_ahead_s=read_ahead_s if reads else 0.0
             )
             works = any(each.compute or each.reads for each in orders.by_stage)
@@ -188,7 +188,7 @@ class Restorations:
                     stage.append(each)
         targets, self._new = tuple(self._new), []
         adapters, self._adapters = self._adapters, {}
-        return StepOrders(
+        return StepWork(
             targets=targets,
             restorations=tuple(by_stage[0]),
             later_stages=tuple(map(tuple, by_stage[1:])),
@@ -226,7 +226,7 @@ class Restorations:
             )  # fmt: skip
         return True
 
-    def _predicted_s(self, active: _Active, orders: StagedOrders) -> float:
+    def _predicted_s(self, active: _Active, orders: PipelineWork) -> float:
         """Of the stage that has most to compute: stages work side by side."""
         return max(
             planner.rates.compute_factor

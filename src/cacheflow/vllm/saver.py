@@ -17,13 +17,13 @@ from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.vllm.layout import BlockLayout
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
-from cacheflow.vllm.step import SaveOrder
+from cacheflow.vllm.step import SaveWork
 
 logger = logging.getLogger(__name__)
 
 MAX_PENDING_BYTES = 1 << 30
 """Copied but not yet written; a chunk that would exceed it is not saved: a slow store must not eat the memory."""
-MorePuts = Callable[[SaveOrder], Iterable[PutRequest]]
+MorePuts = Callable[[SaveWork], Iterable[PutRequest]]
 """What is to be written beside a chunk's KV."""
 CLOSE_S = 2.0
 """What is pending at the end gets this long."""
@@ -95,7 +95,7 @@ class ChunkSaver:
         self._thread: Thread | None = None
         self._closed = False
 
-    def save(self, orders: Sequence[SaveOrder]) -> None:
+    def save(self, orders: Sequence[SaveWork]) -> None:
         """Copy these chunks; call after the forward that completed them was launched."""
         self._settle()
         orders = [order for order in orders if self._has_room(order)]
@@ -109,7 +109,7 @@ class ChunkSaver:
         for order in orders:
             self._copied.put(self._copy(order))
 
-    def _has_room(self, order: SaveOrder) -> bool:
+    def _has_room(self, order: SaveWork) -> bool:
         """Whether a chunk is to be copied; if so, its bytes count as pending."""
         name = (order.namespace, order.chain_hash)
         if name in self._under_way:
@@ -123,7 +123,7 @@ class ChunkSaver:
         self._pending_bytes += num_bytes
         return True
 
-    def _copy(self, order: SaveOrder) -> _Copied:
+    def _copy(self, order: SaveWork) -> _Copied:
         requests = []
         for layer_lo, layer_hi in self._layers_of:
             layers = self._part.of_model((layer_lo, layer_hi))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cacheflow.plan.plan import Choice
-from cacheflow.restore.orders import StepReport
+from cacheflow.restore.work import StepReport
 from cacheflow.stores.base import Store
 from cacheflow.types import Clock
 from cacheflow.vllm.adapters import Adapter
@@ -31,7 +31,7 @@ from cacheflow.vllm.restorations import Restorations
 from cacheflow.vllm.sharing import Sharing
 from cacheflow.vllm.siblings import Siblings
 from cacheflow.vllm.stage_plans import slowest_of_stages
-from cacheflow.vllm.step import NOTHING, CaptureOrder, ModelNews, SaveOrder, StepOrders
+from cacheflow.vllm.step import NOTHING, CaptureWork, ModelNews, SaveWork, StepWork
 from cacheflow.vllm.store_census import StoreCensus
 from cacheflow.vllm.tracked import MIXED, BlockIdsOf, Decision, TrackedRequest
 from cacheflow.vllm.unrestored import BROUGHT_BY_ANOTHER, EMBEDDED, why_unrestored
@@ -260,7 +260,7 @@ class SchedulerSide:
 
     def step(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, *, num_scheduled_tokens: int
-    ) -> StepOrders:
+    ) -> StepWork:
         """Order the work of one step: restorations go on, computed chunks are saved.
 
         Args:
@@ -273,17 +273,17 @@ class SchedulerSide:
         saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
         generation = self._identity.generation
         if not saves and not captures and self._restorations.idle:
-            return StepOrders(generation=generation) if generation else NOTHING
+            return StepWork(generation=generation) if generation else NOTHING
         orders = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
         versions = dict(self._weights_versions)
         return replace(orders, captures=captures, weights_versions=versions, generation=generation)
 
     def _saves(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf
-    ) -> tuple[tuple[SaveOrder, ...], tuple[CaptureOrder, ...]]:
+    ) -> tuple[tuple[SaveWork, ...], tuple[CaptureWork, ...]]:
         assert self._facts is not None
-        saves: list[SaveOrder] = []
-        captures: list[CaptureOrder] = []
+        saves: list[SaveWork] = []
+        captures: list[CaptureWork] = []
         capturing = any(facts.boundary_token_bytes for facts in self._ranks)
         for each in scheduled:
             request = self._requests.get(each.request_id)
@@ -313,7 +313,7 @@ class SchedulerSide:
             request.adapter, num_local=request.num_local, num_brought=request.num_brought
         )
 
-    def _capture(self, request: TrackedRequest, scheduled: ScheduledRequest) -> CaptureOrder | None:
+    def _capture(self, request: TrackedRequest, scheduled: ScheduledRequest) -> CaptureWork | None:
         return request.capture(
             start=scheduled.num_computed - scheduled.num_scheduled,
             end=scheduled.num_computed,

@@ -16,7 +16,7 @@ import torch
 
 from cacheflow.errors import SelfTestError
 from cacheflow.plan.grid import Tile
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.layout import BlockLayout
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.partial_forward import PartialForward

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 
 
 class Sharing(Enum):

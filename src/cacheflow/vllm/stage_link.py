@@ -2,7 +2,7 @@
 
 By vLLM's own pipeline group, on its CPU side, with a tag of its own: what vLLM itself sends between the same two ranks
 in the same step is never taken for it. What is sent is received in the step behind it, or in the same one where that is
-the receiver's last (``restore/staged.py``).
+the receiver's last (``restore/pipeline.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.model_access import ModelHandle
 from cacheflow.vllm.partial_forward import Activations
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cacheflow.errors import CostRangeError
-from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.costs import CostTable, prefill_s
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.plan.problem import BoundarySource, LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.tracked import StagePlan

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.hf_config import CacheKind, architectures, cache_kind, text_config
+from cacheflow.shapes.hf_config import CacheKind, architectures, cache_kind, text_config
 from cacheflow.vllm.installed import InstalledVllm, model_classes
 from cacheflow.vllm.local_config import local_config
 from cacheflow.vllm.options import ConnectorOptions

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cacheflow.restore.orders import RestoreOrders, RestoreTarget
+from cacheflow.restore.work import RestoreTarget, StageWork
 from cacheflow.vllm.adapters import AdapterClaim
 from cacheflow.vllm.weights_watch import WeightsChange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CaptureOrder:
+class CaptureWork:
     """Keep the boundary states of a request's tokens ``[start, end)``, which this step's forward computes."""
 
     request_id: str
@@ -20,7 +20,7 @@ class CaptureOrder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SaveOrder:
+class SaveWork:
     """Write one chunk once this step's forward is through.
 
     Attributes:
@@ -41,7 +41,7 @@ class SaveOrder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepOrders:
+class StepWork:
     """One engine step's work beside the forward.
 
     Attributes:
@@ -59,11 +59,11 @@ class StepOrders:
     """
 
     targets: tuple[RestoreTarget, ...] = ()
-    restorations: tuple[RestoreOrders, ...] = ()
-    later_stages: tuple[tuple[RestoreOrders, ...], ...] = ()
+    restorations: tuple[StageWork, ...] = ()
+    later_stages: tuple[tuple[StageWork, ...], ...] = ()
     failed_blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    captures: tuple[CaptureOrder, ...] = ()
-    saves: tuple[SaveOrder, ...] = ()
+    captures: tuple[CaptureWork, ...] = ()
+    saves: tuple[SaveWork, ...] = ()
     wait_s: float = 0.0
     weights_versions: Mapping[int, int] = field(default_factory=dict)
     adapters: Mapping[int, AdapterClaim] = field(default_factory=dict)
@@ -74,14 +74,14 @@ class StepOrders:
         """Whether there is nothing to do."""
         return not (self.targets or self.restorations or any(self.later_stages) or self.saves or self.wait_s)
 
-    def of_stage(self, stage: int) -> tuple[RestoreOrders, ...]:
+    def of_stage(self, stage: int) -> tuple[StageWork, ...]:
         """What a pipeline stage does for restorations."""
         if not stage:
             return self.restorations
         return self.later_stages[stage - 1] if self.later_stages else ()
 
 
-NOTHING = StepOrders()
+NOTHING = StepWork()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cacheflow.plan.boundaries import BoundarySource
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.problem import RestoreProblem
-from cacheflow.restore.staged import StagedRestoration
+from cacheflow.plan.problem import BoundarySource, RestoreProblem
+from cacheflow.restore.pipeline import PipelineRestoration
 from cacheflow.vllm.adapters import Adapter, AdapterClaim
 from cacheflow.vllm.lookup import Lookup
 from cacheflow.vllm.request_prefix import RequestPrefix
-from cacheflow.vllm.step import CaptureOrder, SaveOrder
+from cacheflow.vllm.step import CaptureWork, SaveWork
 from cacheflow.vllm.wishes import Wishes
 
 MIXED = -1
@@ -134,7 +133,7 @@ class TrackedRequest:
     proven_after: int = 0
     decision: Decision | None = None
     allocating: Decision | None = None
-    restoration: StagedRestoration | None = None
+    restoration: PipelineRestoration | None = None
     num_preemptions: int = 0
     given_up: bool = False
     computes_all: bool = False
@@ -152,7 +151,7 @@ class TrackedRequest:
         """Count a chunk as not stored: it could not be read, and is written again unless the store has it after all."""
         self.num_stored, self.next_save = min(self.num_stored, chunk), min(self.next_save, chunk)
 
-    def capture(self, *, start: int, end: int, decode_too: bool) -> CaptureOrder | None:
+    def capture(self, *, start: int, end: int, decode_too: bool) -> CaptureWork | None:
         """What to keep of boundary states of tokens ``[start, end)``, which the step computes; asked before ``saves``.
 
         Args:
@@ -163,11 +162,11 @@ class TrackedRequest:
         chunk_tokens = self.prefix.chunk_tokens
         start = max(start, max(self.next_save, self.num_stored) * chunk_tokens)
         limit = end if decode_too else min(end, self.num_prompt_tokens // chunk_tokens * chunk_tokens)
-        return CaptureOrder(request_id=self.request_id, start=start, end=limit) if start < limit else None
+        return CaptureWork(request_id=self.request_id, start=start, end=limit) if start < limit else None
 
     def saves(
         self, *, num_computed: int, block_ids_of: BlockIdsOf, block_size: int, decode_too: bool
-    ) -> list[SaveOrder]:
+    ) -> list[SaveWork]:
         """Chunks that are wholly computed and were not saved before; they count as saved from now on.
 
         Args:
@@ -188,7 +187,7 @@ class TrackedRequest:
         while end <= limit:
             first, last = (end - chunk_tokens) // block_size, end // block_size
             orders.append(
-                SaveOrder(
+                SaveWork(
                     namespace=self.prefix.namespace,
                     chain_hash=self.prefix.hashes[self.next_save].hex(),
                     block_ids=tuple(block_ids[first:last]),

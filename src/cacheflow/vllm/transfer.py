@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cacheflow.plan.grid import Tile
-from cacheflow.plan.keys import ObjectKey
-from cacheflow.restore.orders import RestoreTarget
+from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Store
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.layout import BlockLayout, Payload

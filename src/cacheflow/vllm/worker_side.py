@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from cacheflow.plan.grid import Tile
-from cacheflow.restore.carrier import OrderCarrier, Ports
-from cacheflow.restore.orders import RankReport, RestoreTarget, StepReport
 from cacheflow.restore.ports import ComputePort
+from cacheflow.restore.step_executor import Ports, StepExecutor
+from cacheflow.restore.work import RankReport, RestoreTarget, StepReport
 from cacheflow.stores.base import Store
 from cacheflow.vllm.adapters import LoadedAdapters
 from cacheflow.vllm.boundary import BoundaryCapture
@@ -25,7 +25,7 @@ from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.recompute import VllmComputePort
 from cacheflow.vllm.saver import ChunkSaver, MorePuts
 from cacheflow.vllm.stage_link import StageAnswers, StageLink, link_stages
-from cacheflow.vllm.step import ModelNews, StepOrders
+from cacheflow.vllm.step import ModelNews, StepWork
 from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 from cacheflow.vllm.weights_watch import watch_weights
 
@@ -65,7 +65,7 @@ class WorkerSide:
         self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
         self._kv_caches: dict[str, torch.Tensor] = {}
         self._engine: FoundEngine | None = None
-        self._carrier = OrderCarrier(self._ports, clock=time.perf_counter, make_answers=self._answers)
+        self._carrier = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
         self._saver: ChunkSaver | None = None
         self._capture: BoundaryCapture | None = None
         self._link: StageLink | None = None
@@ -126,7 +126,7 @@ class WorkerSide:
             return self._capture.put
         return None
 
-    def expect(self, orders: StepOrders) -> None:
+    def expect(self, orders: StepWork) -> None:
         """Get ready for the forward that is about to run, and keep boundary states of it; call before every forward."""
         if self._model_state is not None:
             self._model_state.begin_step(orders)
@@ -165,7 +165,7 @@ class WorkerSide:
             return None
         return BoundaryReads(pool=self._boundary_pool, token_bytes=token_bytes, give=compute.give)
 
-    def carry_out(self, orders: StepOrders) -> None:
+    def carry_out(self, orders: StepWork) -> None:
         """Begin, drop, read, receive, recompute, finish: as ordered; call behind the forward."""
         if self._capture is not None:
             self._capture.forward_ended()
@@ -190,7 +190,7 @@ class WorkerSide:
             end = target.start // self._engine.facts.block_size
             self._engine.layout.copy(target.copied_from, target.block_ids[end - len(target.copied_from) : end])
 
-    def save(self, orders: StepOrders) -> None:
+    def save(self, orders: StepWork) -> None:
         """Copy the chunks that this step's forward completed, unless weights or adapters have changed since."""
         if self._saver is not None:
             self._saver.save(self._state.may_save(orders))

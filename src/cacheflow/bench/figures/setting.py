@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from cacheflow.bench.hardware import find_gpu, find_model
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost, RestoreProblem
-from cacheflow.plan.roofline import Roofline, problem_from_roofline
+from cacheflow.shapes.roofline import Roofline, problem_from_roofline
 from cacheflow.types import ModelShape
 
 COST_SOURCE = "roofline"

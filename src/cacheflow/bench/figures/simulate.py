@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cacheflow.plan.batch_scheduler import BatchScheduler
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.batch_registry import make_batch_policy
@@ -14,6 +13,7 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.device import READS_IN_FLIGHT, Restored, SimulatedDevice
 from cacheflow.sim.link import SimulatedLink
+from cacheflow.state.batch import BatchScheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

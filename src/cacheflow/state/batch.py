@@ -1,0 +1,232 @@
+"""Chooses, whenever compute or the link is free, which restoration's next tile it takes.
+
+Pure: no clock, no threads. Whoever drives it (threads in the embedded engine, a virtual clock in the simulator) passes
+the time in and holds one lock around every call, those to the restorations' states included. Both resources stay busy
+across requests: where the first in the order has nothing to do for a resource, the next is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cacheflow.errors import ConfigError
+from cacheflow.plan.batch import BatchPolicy, Ranking, WaitingRequest, bounded, predict_ends
+from cacheflow.plan.grid import Tile
+from cacheflow.plan.plan import RestorePlan
+from cacheflow.plan.problem import BoundarySource, RestoreProblem
+from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.remaining import remaining_of
+from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.state.restoration import RestoreState
+
+RERANK_S = 0.05
+"""Rank again after this long although nobody came or went: work goes on, and requests age."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchClaim:
+    """One order to compute, of one request; of kind ``DONE`` when only its first token is left to choose."""
+
+    request_id: int
+    claim: ComputeClaim
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLoad:
+    """One cell for the link to fetch, of one request; with ``boundary``, the boundary states of the tile's chunk."""
+
+    request_id: int
+    tile: Tile
+    boundary: bool = False
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One request: its restoration starts, and is planned, when a resource first turns to it."""
+
+    problem: RestoreProblem
+    arrival_s: float
+    deadline_s: float | None
+    ready: bool
+    state: RestoreState | None = None
+    finishing: bool = False
+
+
+class BatchScheduler:
+    """Any number of restorations on one compute resource and one link."""
+
+    def __init__(
+        self,
+        policy: BatchPolicy,
+        rates: LiveRates,
+        *,
+        starvation_s: float = float("inf"),
+        min_claim_s: float = 0.0,
+    ) -> None:
+        """Start without requests.
+
+        Args:
+            policy: Ranks them, and plans each.
+            rates: What compute and the link really do; shared by all restorations.
+            starvation_s: A request that has waited this long goes before all that came after it, whatever the policy.
+            min_claim_s: See ``RestoreState``.
+
+        Raises:
+            ConfigError: ``starvation_s`` is not above 0.
+        """
+        if not starvation_s > 0:
+            raise ConfigError(f"starvation_s is {starvation_s}, must be above 0 seconds")
+        self.policy, self.rates = policy, rates
+        self._starvation_s, self._min_claim_s = starvation_s, min_claim_s
+        self._entries: dict[int, _Entry] = {}
+        self._plans: dict[int, RestorePlan] = {}
+        self._order = Ranking(compute=(), link=())
+        self._rank_at_s: float | None = None
+
+    def __len__(self) -> int:
+        """Number of requests that have no first token yet."""
+        return len(self._entries)
+
+    def add(
+        self,
+        request_id: int,
+        problem: RestoreProblem,
+        *,
+        arrival_s: float,
+        deadline_s: float | None = None,
+        ready: bool = True,
+    ) -> None:
+        """Take a request in; whoever asks for work next may get some of it.
+
+        Args:
+            request_id: Its name until ``remove``.
+            problem: What its restoration and its new tokens cost.
+            arrival_s: When it came; it may have waited elsewhere since.
+            deadline_s: When its first token should be there, for policies that mind.
+            ready: Whether compute may begin: not while what lies before the grid is still being restored.
+
+        Raises:
+            ConfigError: The name is taken.
+        """
+        if request_id in self._entries:
+            raise ConfigError(f"request {request_id} is being restored already")
+        self._entries[request_id] = _Entry(problem, arrival_s, deadline_s, ready)
+        self._plans.clear()
+        self._rank_at_s = None
+
+    def adopt(self, request_id: int, state: RestoreState, *, arrival_s: float, deadline_s: float | None = None) -> None:
+        """Take in a restoration that was planned elsewhere, for a driver that asks its state for work by ``order``.
+
+        Raises:
+            ConfigError: The name is taken.
+        """
+        self.add(request_id, state.problem, arrival_s=arrival_s, deadline_s=deadline_s)
+        self._entries[request_id].state = state
+
+    def make_ready(self, request_id: int) -> None:
+        """Let compute begin a request that was added before it could."""
+        self._entries[request_id].ready = True
+
+    def remove(self, request_id: int) -> None:
+        """Forget a request: it has its first token, or was given up; the driver ends what it has under way."""
+        del self._entries[request_id]
+        self._plans.pop(request_id, None)
+        self._rank_at_s = None
+
+    def state(self, request_id: int) -> RestoreState:
+        """A request's state machine, for reporting what was done; planned now if nobody had turned to it."""
+        return self._started(request_id)
+
+    def ranking(self, now_s: float) -> Ranking:
+        """Whom each resource serves first now."""
+        if self._rank_at_s is None or now_s >= self._rank_at_s:
+            self._rank(now_s)
+        return self._order
+
+    def claim_compute(self, now_s: float) -> BatchClaim | None:
+        """What compute does next; None when every request waits for the link, or none is there."""
+        for request_id in self.ranking(now_s).compute:
+            entry = self._entries[request_id]
+            if entry.finishing or not entry.ready:
+                continue
+            claim = self._started(request_id).claim_compute(now_s)
+            if claim.kind is not ClaimKind.WAIT:
+                entry.finishing = claim.kind is ClaimKind.DONE
+                return BatchClaim(request_id, claim)
+        return None
+
+    def claim_load(self, now_s: float) -> BatchLoad | None:
+        """Claim one cell for the link; None when it should wait or nothing is left to load."""
+        for request_id in self.ranking(now_s).link:
+            if self._entries[request_id].finishing:
+                continue
+            state = self._started(request_id)
+            chunk = state.boundary.claim(now_s)
+            if chunk is not None:
+                return BatchLoad(request_id, Tile(chunk, chunk + 1, 0, 1), boundary=True)
+            tile = state.claim_load(now_s)
+            if tile is not None:
+                return BatchLoad(request_id, tile)
+        return None
+
+    def close_link(self) -> None:
+        """Stop loading for every request that is there; compute restores the rest."""
+        for request_id in self._entries:
+            self._started(request_id).close_link()
+
+    def waiting(self, now_s: float) -> tuple[WaitingRequest, ...]:
+        """What the policy sees, in the order of arrival."""
+        requests = [
+            WaitingRequest(
+                request_id=request_id,
+                arrival_s=entry.arrival_s,
+                remaining=entry.state.remaining(now_s)
+                if entry.state
+                else remaining_of(
+                    entry.problem, compute_factor=self.rates.compute_factor, bytes_per_s=self.rates.bytes_per_s
+                ),
+                deadline_s=entry.deadline_s,
+            )
+            for request_id, entry in self._entries.items()
+        ]
+        return tuple(sorted(requests, key=lambda request: (request.arrival_s, request.request_id)))
+
+    def _rank(self, now_s: float) -> None:
+        waiting = self.waiting(now_s)
+        order = bounded(self.policy.rank(now_s, waiting), waiting, now_s, starvation_s=self._starvation_s)
+        self._order, self._rank_at_s = order, now_s + RERANK_S
+        by_id = {request.request_id: request for request in waiting}
+        ends = predict_ends([by_id[request_id] for request_id in order.compute])
+        shares = dict(zip(order.compute, (end.compute_share for end in ends), strict=True))
+        compute_s = 0.0
+        ahead_s = {}
+        for request_id in order.compute:
+            ahead_s[request_id] = compute_s
+            left = by_id[request_id].remaining
+            compute_s += shares[request_id] * left.compute_s + left.suffix_s
+        link_s = 0.0
+        for request_id in order.link:
+            state = self._entries[request_id].state
+            if state is not None:
+                state.yield_to(compute_s=ahead_s[request_id], link_s=link_s)
+            link_s += (1.0 - shares[request_id]) * by_id[request_id].remaining.load_s
+
+    def _started(self, request_id: int) -> RestoreState:
+        entry = self._entries[request_id]
+        if entry.state is None:
+            plan = self._plans.pop(request_id, None) or self._plan(request_id)
+            stored = entry.problem.boundary_bytes_K.any()
+            entry.state = RestoreState(
+                entry.problem,
+                plan,
+                self.rates,
+                min_claim_s=self._min_claim_s,
+                source=BoundarySource.STORED if stored else BoundarySource.FIRST_STAGE,
+            )
+        return entry.state
+
+    def _plan(self, request_id: int) -> RestorePlan:
+        waiting = sorted(self._entries, key=lambda other: (self._entries[other].arrival_s, other))
+        problems = {other: self._entries[other].problem for other in waiting if self._entries[other].state is None}
+        self._plans = dict(self.policy.plans(request_id, problems))
+        return self._plans.pop(request_id)

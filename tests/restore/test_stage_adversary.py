@@ -1,0 +1,308 @@
+"""Stepped restorations against a hostile world: random faults, drops, cancels, reports in any order, 1 to 4 ranks.
+
+Every run must end, each cell resident once on every rank, with nothing touched behind a drop or the end; first over
+ranks as plain state, which refuse whatever a transformer could not do, then over carriers with their threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from cacheflow.plan.rates import LiveRates
+from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.restore.stage import StageRestoration
+from cacheflow.restore.step_executor import StepExecutor
+from cacheflow.restore.step_reads import ReadDeadline
+from cacheflow.restore.work import ComputeReport, ComputeWork, LoadReport, RankReport, StageWork, StepReport
+from cacheflow.state.restoration import RestoreState
+from cacheflow.types import LoadOutcome
+from support.fake_ports import FakeBuffer, FakeCompute, FakeTransfer
+from support.problems import transformer_problem
+from support.virtual_steps import target_for
+
+FAULTS = [LoadOutcome.MISS, LoadOutcome.CORRUPT, LoadOutcome.ERROR, LoadOutcome.LATE]
+MAX_STEPS = 3000
+LOADS_ONLY = ("load", "layerwise_load")
+
+
+@dataclass
+class Rank:
+    """One worker as plain state; reads end when chance wants it."""
+
+    rng: np.random.Generator
+    fail_share: float
+    compute_fail_share: float
+    end_share: float
+    heights: dict[int, int] = field(default_factory=dict)
+    resident: set[tuple[int, int]] = field(default_factory=set)
+    computed: set[tuple[int, int]] = field(default_factory=set)
+    placed: set[tuple[int, int]] = field(default_factory=set)
+    forbidden: set[tuple[int, int]] = field(default_factory=set)
+    num_computed: int = 0
+    reading: list[tuple[int, int]] = field(default_factory=list)
+    started: set[tuple[int, int]] = field(default_factory=set)
+    log: list[ComputeWork] = field(default_factory=list)
+    ended: list[LoadReport] = field(default_factory=list)
+    broken: bool = False
+    over: bool = False
+    cancelled: bool = False
+
+    def step(self, orders: StageWork) -> RankReport:
+        if self.over:
+            assert orders.idle or (orders.cancel and not self.cancelled), "orders after the end"
+            return RankReport()
+        computes, finished = [], ()
+        if orders.cancel:
+            self.cancelled = True
+            self._end()
+            return RankReport(loads=self._take_ended(), finished=(7,))
+        for cell in orders.drops:
+            self.forbidden.add(cell)
+            if cell in self.reading:
+                self.reading.remove(cell)
+                self._report(cell, LoadOutcome.CANCELLED)
+        for read in orders.reads:
+            cell = (read.chunk, read.block)
+            assert cell not in self.started, "a cell is read once"
+            assert cell not in self.forbidden, "a read behind its drop"
+            assert read.deadline_s > 0
+            self.started.add(cell)
+            self.reading.append(cell)
+        if orders.compute and not self.broken:
+            computes.append(self._compute(orders.compute))
+        for cell in list(self.reading):
+            if self.rng.random() < self.end_share:
+                self._end_read(cell)
+        if orders.finish and not self.broken:
+            self._end()
+            finished = (7,)
+        return RankReport(loads=self._take_ended(), computes=tuple(computes), finished=finished)
+
+    def _compute(self, orders) -> ComputeReport:
+        first, seconds = len(self.log), []
+        for order in orders:
+            if self.rng.random() < self.compute_fail_share:
+                self.broken = True
+                return ComputeReport(restore_id=7, first=first, seconds=tuple(seconds), error="device lost")
+            self._recompute(order)
+            self.log.append(order)
+            seconds.append(float(10 ** self.rng.uniform(-5, 0)))
+        return ComputeReport(restore_id=7, first=first, seconds=tuple(seconds))
+
+    def _recompute(self, order: ComputeWork) -> None:
+        tile, chunk = order.tile, order.tile.chunk_lo
+        assert tile.chunk_hi == chunk + 1
+        if order.restart:
+            self.heights[chunk] = 0
+        assert self.heights.get(chunk, 0) == tile.block_lo, "the activations below are gone"
+        for block in range(tile.block_lo, tile.block_hi):
+            assert all((earlier, block) in self.resident for earlier in range(chunk)), "an earlier chunk is missing"
+            assert (chunk, block) not in self.reading, "compute takes over what is being read without a drop"
+            self.resident.add((chunk, block))
+            self.computed.add((chunk, block))
+            self.num_computed += 1
+        self.heights[chunk] = -1 if order.kv_only_top else tile.block_hi
+
+    def _end_read(self, cell) -> None:
+        self.reading.remove(cell)
+        if self.rng.random() < self.fail_share:
+            self._report(cell, FAULTS[int(self.rng.integers(len(FAULTS)))])
+            return
+        assert cell not in self.computed, "placed over what compute had restored"
+        self.resident.add(cell)
+        self.placed.add(cell)
+        self._report(cell, LoadOutcome.OK)
+
+    def _report(self, cell, outcome: LoadOutcome) -> None:
+        busy_s = float(10 ** self.rng.uniform(-5, 0))
+        self.ended.append(
+            LoadReport(restore_id=7, chunk=cell[0], block=cell[1], outcome=outcome, num_bytes=100, busy_s=busy_s)
+        )
+
+    def _take_ended(self) -> tuple[LoadReport, ...]:
+        ended, self.ended = tuple(self.ended), []
+        return ended
+
+    def _end(self) -> None:
+        for cell in self.reading:
+            self._report(cell, LoadOutcome.CANCELLED)
+        self.reading.clear()
+        self.over = True
+
+
+@dataclass
+class World:
+    """A scheduler, its ranks, and reports on their way: late, doubled, rank by rank."""
+
+    rng: np.random.Generator
+    stepped: StageRestoration
+    ranks: list[Rank]
+    max_delay: int
+    double_share: float
+    cancels: bool
+    closes_link: bool
+    fail_share: float
+    under_way: list[tuple[int, int, RankReport]] = field(default_factory=list)
+    cancelled: bool = False
+
+    def run(self) -> None:
+        for step in range(MAX_STEPS):
+            self._deliver(step)
+            if self.stepped.done:
+                break
+            self._interfere()
+            budget_s = float(self.rng.choice([0, 1e-9, 0.01, 0.1, math.inf]))
+            read_ahead_s = float(self.rng.choice([0, 1e-9, 0.05, math.inf]))
+            orders = self.stepped.next_work(0.01 * step, compute_budget_s=budget_s, read_ahead_s=read_ahead_s)
+            for rank, worker in enumerate(self.ranks):
+                report = worker.step(orders)
+                if not report.idle:
+                    self.under_way.append((step + int(self.rng.integers(1, self.max_delay + 1)), rank, report))
+            self._check_resident()
+        assert self.stepped.done, "no end in sight"
+        self._deliver(math.inf)
+        self._check_end()
+
+    def _deliver(self, step: float) -> None:
+        due = [entry for entry in self.under_way if entry[0] <= step]
+        self.under_way = [entry for entry in self.under_way if entry[0] > step]
+        for _, rank, report in due:
+            for _ in range(1 + (self.rng.random() < self.double_share)):
+                self.stepped.apply(StepReport({rank: report}), 0.01)
+
+    def _interfere(self) -> None:
+        if self.cancels and self.rng.random() < 0.05:
+            self.cancelled = True
+            self.stepped.cancel()
+        if self.closes_link and self.rng.random() < 0.05:
+            self.stepped.close_link()
+
+    def _check_resident(self) -> None:
+        reached, target = self.stepped.resident_tokens(), self.stepped.target
+        for chunk, end in enumerate(target.chunk_ends):
+            if end > reached:
+                break
+            for block in range(self.stepped._state.problem.grid.num_blocks):
+                assert all((chunk, block) in rank.resident for rank in self.ranks)
+
+    def _check_end(self) -> None:
+        assert all(rank.over and not rank.reading for rank in self.ranks)
+        if not any(rank.broken for rank in self.ranks):
+            assert all(rank.log == self.ranks[0].log for rank in self.ranks), "ranks got different compute orders"
+        grid = self.stepped._state.problem.grid
+        all_cells = {(k, b) for k in range(grid.num_chunks) for b in range(grid.num_blocks)}
+        if self.stepped.failed or self.cancelled:
+            self._check_resident()
+            return
+        assert all(rank.resident == all_cells for rank in self.ranks)
+        assert self.stepped.resident_tokens() == grid.num_tokens
+        rows = self.stepped.report(1.0).cells_KB
+        loaded = {(k, b) for k, row in enumerate(rows) for b, letter in enumerate(row) if letter == "l"}
+        assert all(rank.placed >= loaded for rank in self.ranks)
+        if self.fail_share == 0 and not self.closes_link:
+            assert all(rank.num_computed == len(rank.computed) for rank in self.ranks), "recomputed twice"
+            assert not any(rank.computed & rank.placed for rank in self.ranks), "restored by both sides"
+
+
+def make_stepped(rng: np.random.Generator, *, num_ranks: int, load_only: bool = False, **kwargs) -> StageRestoration:
+    args = {
+        "num_tokens": int(rng.integers(1, 3500)),
+        "suffix_tokens": 0,
+        "num_blocks": int(rng.choice([1, 1, 2, 3, 6])),
+        "ratio": float(10 ** rng.uniform(-1.5, 1.5)),
+    }
+    problem = transformer_problem(**args)
+    policy = rng.choice(LOADS_ONLY) if load_only else rng.choice(sorted(RESTORE_POLICIES))
+    state = RestoreState(problem, make_policy(str(policy)).plan(problem), LiveRates(bytes_per_s=1e6))
+    return StageRestoration(target_for(problem), state, num_ranks=num_ranks, can_compute=not load_only, **kwargs)
+
+
+def run_seed(seed: int) -> World:
+    rng = np.random.default_rng(seed)
+    num_ranks = int(rng.integers(1, 5))
+    stepped = make_stepped(rng, num_ranks=num_ranks, load_only=bool(rng.random() < 0.2))
+    fail_share = float(rng.choice([0, 0, 0.1, 0.5, 1]))
+    compute_fail_share = float(rng.choice([0, 0, 0, 0.02]))
+    end_share = float(rng.choice([0.05, 0.5, 1]))
+    world = World(
+        rng,
+        stepped,
+        [
+            Rank(np.random.default_rng(seed + rank), fail_share, compute_fail_share, end_share)
+            for rank in range(num_ranks)
+        ],
+        max_delay=int(rng.integers(1, 4)),
+        double_share=float(rng.choice([0, 0.2])),
+        cancels=bool(rng.random() < 0.2),
+        closes_link=bool(rng.random() < 0.2),
+        fail_share=fail_share,
+    )
+    world.run()
+    return world
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_any_world_ends_with_every_cell_resident_on_every_rank(block):
+    ends = []
+    for seed in range(1000 * block, 1000 * block + 120):
+        try:
+            world = run_seed(seed)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        ends.append((world.stepped.failed, world.cancelled))
+    assert len(set(ends)) > 2, "some end well, some fail, some are cancelled"
+
+
+def run_live(seed: int, tmp_delay: int) -> None:
+    """The same over carriers: one a rank, threads and all; ranks take their steps in turn."""
+    rng = np.random.default_rng(seed)
+    num_ranks = int(rng.integers(1, 4))
+    stepped = make_stepped(rng, num_ranks=num_ranks, deadline=ReadDeadline(floor_s=0.02, factor=1e-6))
+    grid = stepped._state.problem.grid
+    buffers = [FakeBuffer(grid) for _ in range(num_ranks)]
+    transfers = [FakeTransfer(buffer) for buffer in buffers]
+    fail_share = float(rng.choice([0, 0.1, 0.5]))
+    faults = [*FAULTS[:3], None]
+
+    def outcome_of(tile, rng):
+        return faults[int(rng.integers(4))] if rng.random() < fail_share else LoadOutcome.OK
+
+    for rank, transfer in enumerate(transfers):
+        own = np.random.default_rng([seed, rank])
+        transfer.outcome_of = lambda tile, own=own: outcome_of(tile, own)
+    carriers = [
+        StepExecutor(lambda target, rank=rank: (FakeCompute(buffers[rank]), transfers[rank]), poll_s=0.001)
+        for rank in range(num_ranks)
+    ]
+    for carrier in carriers:
+        carrier.begin(stepped.target)
+    pending: list[StepReport] = []
+    try:
+        for step in range(MAX_STEPS):
+            orders = stepped.next_work(0.001 * step, compute_budget_s=0.05, read_ahead_s=float(rng.choice([1e-9, 1.0])))
+            reports = {}
+            for rank, carrier in enumerate(carriers):
+                carrier.carry_out([orders], wait_s=0.005)
+                reports[rank] = carrier.take_report()
+            pending.append(StepReport(reports))
+            if len(pending) >= tmp_delay:
+                stepped.apply(pending.pop(0), 0.001 * step)
+            if stepped.done:
+                break
+        assert stepped.done, "no end in sight"
+        assert not stepped.failed, stepped.error
+        assert all(buffer.is_right() for buffer in buffers)
+    finally:
+        for carrier in carriers:
+            carrier.close()
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_carriers_with_their_threads_restore_every_cell_on_every_rank(seed, caplog):
+    caplog.set_level(logging.CRITICAL)
+    run_live(seed, 1 + seed % 2)

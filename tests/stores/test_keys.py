@@ -1,0 +1,209 @@
+"""Keys: equal only for interchangeable bytes, and safe as file names."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cacheflow.errors import ConfigError, PromptError
+from cacheflow.stores.keys import (
+    Namespace,
+    ObjectKey,
+    ObjectKind,
+    Shard,
+    as_token_array,
+    chain_hash,
+    chain_hashes,
+    chain_root,
+    namespace_of,
+)
+
+BASE = Namespace(weights_fingerprint="abc", dtype="bfloat16", chunk_tokens=512)
+HASH = "0f" * 32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights_fingerprint": "abd"},
+        {"dtype": "float16"},
+        {"chunk_tokens": 256},
+        {"layout_version": 2},
+        {"rope": "theta=1e6"},
+        {"quantization": "fp8"},
+        {"lora": "adapter"},
+        {"extra": (("kernel", "flash"),)},
+    ],
+)
+def test_every_field_of_a_namespace_changes_its_digest(change):
+    assert replace(BASE, **change).digest != BASE.digest
+
+
+def test_namespace_digest_is_stable_across_versions_of_this_package():
+    # a changed digest silently empties every cache in the world: bump layout_version instead
+    assert BASE.digest == "2d28439e0c48f7dec555f27008fe4ed7"
+
+
+def test_order_of_extra_does_not_matter():
+    one = replace(BASE, extra=(("a", "1"), ("b", "2")))
+    other = replace(BASE, extra=(("b", "2"), ("a", "1")))
+    assert one == other
+    assert one.digest == other.digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weights_fingerprint": ""}, {"dtype": ""}, {"chunk_tokens": 0}, {"extra": (("a", "1"), ("a", "2"))}],
+)
+def test_bad_namespaces_are_refused(change):
+    with pytest.raises(ConfigError):
+        replace(BASE, **change)
+
+
+def test_chain_hash_depends_on_every_part():
+    root = chain_root()
+    hashes = {
+        chain_hash(root, [1, 2]),
+        chain_hash(root, [2, 1]),
+        chain_hash(root, [1]),
+        chain_hash(chain_root("tenant"), [1, 2]),
+        chain_hash(root, [1, 2], "tenant"),
+        chain_hash(root, [1, 2], "", ["image"]),
+        chain_hash(root, [1, 2], "", ["ima", "ge"]),
+        chain_hash(root, [1, 2], "", ["image", ""]),
+        chain_hash(root, [1, 2], "image"),
+        chain_hash(root, [258, 0]),  # the same bytes if ids were packed without a fixed width
+        chain_hash(root, [0, 258]),
+        chain_hash(chain_hash(root, [1]), [2]),
+    }
+    assert len(hashes) == 12
+    assert all(len(each) == 32 for each in hashes)
+
+
+def test_token_ids_hash_alike_whatever_holds_them():
+    ids = [0, 1, 70_000, 5_000_000_000]
+    expected = chain_hash(chain_root(), ids)
+    assert chain_hash(chain_root(), tuple(ids)) == expected
+    for dtype in ("<i8", ">i8", "<u8"):
+        assert chain_hash(chain_root(), np.array(ids, dtype)) == expected
+    assert chain_hash(chain_root(), np.array([ids, ids]).T[:, 0]) == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=40), st.data())
+def test_chains_share_exactly_the_common_whole_chunks(tokens, data):
+    ends = sorted(data.draw(st.sets(st.integers(1, len(tokens)), min_size=1)))
+    changed_at = data.draw(st.integers(0, len(tokens) - 1))
+    changed = [*tokens]
+    changed[changed_at] += 1
+    one, other = chain_hashes(tokens, ends), chain_hashes(changed, ends)
+    assert [a == b for a, b in zip(one, other, strict=True)] == [end <= changed_at for end in ends]
+
+
+def test_chain_hashes_is_chain_hash_repeated_and_continues_from_a_parent():
+    tokens = list(range(10))
+    first = chain_hash(chain_root("s"), tokens[:4], "s", ["img"])
+    second = chain_hash(first, tokens[4:10], "s")
+    assert chain_hashes(tokens, [4, 10], "s", [["img"], []]) == (first, second)
+    assert chain_hashes(tokens[4:], [6], "s", parent=first) == (second,)
+    assert chain_hashes(tokens, []) == ()
+
+
+def test_another_tenant_shares_nothing():
+    tokens = list(range(12))
+    mine, others = chain_hashes(tokens, [4, 8, 12], "mine"), chain_hashes(tokens, [4, 8, 12], "others")
+    assert not set(mine) & set(others)
+    assert chain_root("mine") != chain_root("others")
+
+
+@pytest.mark.parametrize("tokens", [[-1], [1.5], [[1, 2]], [2**63], ["a"], np.array([True])])
+def test_bad_token_ids_are_refused(tokens):
+    with pytest.raises((PromptError, OverflowError)):
+        as_token_array(tokens)
+
+
+@pytest.mark.parametrize("ends", [[0], [2, 2], [3, 1], [6]])
+def test_bad_boundaries_are_refused(ends):
+    with pytest.raises(ConfigError):
+        chain_hashes([1, 2, 3, 4, 5], ends)
+
+
+def test_bad_parents_and_multimodal_lists_are_refused():
+    with pytest.raises(ConfigError, match="32"):
+        chain_hash(b"", [1])
+    with pytest.raises(ConfigError, match="2 chunks"):
+        chain_hashes([1, 2], [1, 2], "", [["image"]])
+
+
+def object_key(**change):
+    values = {"namespace": BASE.digest, "chain_hash": HASH, "kind": ObjectKind.KV, "layer_lo": 0, "layer_hi": 4}
+    return ObjectKey(**(values | change))
+
+
+def test_key_names_are_unique_stable_and_safe_as_file_names():
+    keys = [
+        object_key(),
+        object_key(layer_lo=1),
+        object_key(layer_hi=5),
+        object_key(kind=ObjectKind.HIDDEN, layer_hi=0),
+        object_key(kind=ObjectKind.NEXT, layer_hi=0),
+        object_key(kind=ObjectKind.IDENTITY, layer_hi=0),
+        object_key(chain_hash="1f" * 32),
+        object_key(namespace="ab" * 16),
+        object_key(shard=Shard(tp_rank=1, tp_size=2)),
+        object_key(shard=Shard(tp_rank=0, tp_size=2)),
+        object_key(shard=Shard(pp_rank=1, pp_size=2)),
+    ]
+    assert len({key.name for key in keys}) == len({key.digest for key in keys}) == len(set(keys)) == len(keys)
+    for key in keys:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", key.name)
+        assert len(key.name) < 200
+        assert key.path.split("/") == key.name.split("_")
+        assert namespace_of(key.name) == key.namespace
+    assert keys[0].path == f"{BASE.digest}/{HASH}/kv/0-4/tp0of1.pp0of1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chain_hash": "0F" * 32},
+        {"chain_hash": "0f" * 16},
+        {"chain_hash": "../" + "0" * 61},
+        {"namespace": "abc"},
+        {"namespace": "../" * 20},
+        {"layer_lo": 4},
+        {"layer_lo": -1},
+        {"kind": ObjectKind.NEXT},
+        {"kind": ObjectKind.NEXT, "layer_lo": 4},
+        {"kind": ObjectKind.IDENTITY},
+        {"kind": ObjectKind.IDENTITY, "layer_lo": 4},
+    ],
+)
+def test_bad_keys_are_refused(change):
+    with pytest.raises(ConfigError):
+        object_key(**change)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "core",
+        f"{BASE.digest}_{HASH}",
+        f"{BASE.digest[:31]}_{HASH}_kv_0-4_tp0of1.pp0of1",
+        f"{BASE.digest}_{HASH}_kv_0-4_tp0of1.pp0of1.tmp",
+        f"{BASE.digest}_{HASH[:-1]}_kv_0-4_tp0of1.pp0of1",
+        f"../{BASE.digest}_{HASH}_kv_0-4_tp0of1.pp0of1",
+    ],
+)
+def test_what_is_not_named_like_a_key_is_of_no_namespace(name):
+    assert namespace_of(name) is None
+
+
+@pytest.mark.parametrize("change", [{"tp_rank": 1}, {"pp_rank": -1}, {"tp_size": 0}])
+def test_bad_shards_are_refused(change):
+    with pytest.raises(ConfigError):
+        Shard(**change)
