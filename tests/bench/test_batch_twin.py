@@ -13,7 +13,7 @@ from cacheflow.bench.batch_simulate import BatchCase, simulate_batch
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
-from cacheflow.restore.batch_executor import BatchExecutor
+from cacheflow.restore.executor import BatchExecutor
 from cacheflow.state.batch import BatchScheduler
 from support.batch_cases import FakeLink, FakeRequest
 from support.fake_ports import FakeCompute

@@ -4,7 +4,7 @@ import pytest
 
 from cacheflow.bench.timeline import Timeline, draw_timelines, read_timelines, write_timelines
 from cacheflow.errors import ConfigError
-from cacheflow.state.report import Lane, Span, SpanKind
+from cacheflow.plan.report import Lane, Span, SpanKind
 
 
 def span(kind: SpanKind, start_s: float, end_s: float, *, chunk: int = 0, blocks: tuple[int, int] = (0, 1)) -> Span:

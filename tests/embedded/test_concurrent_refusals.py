@@ -60,7 +60,7 @@ def test_a_refused_option_leaves_the_engine_free(engine, option, value):
 
 
 def test_an_interrupted_wait_ends_every_thread(engine, monkeypatch):
-    from cacheflow.restore.batch_executor import BatchExecutor
+    from cacheflow.restore.executor import BatchExecutor
 
     def interrupted(self) -> None:
         raise KeyboardInterrupt

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from cacheflow.embedded import Engine
+from cacheflow.plan.report import SpanKind
 from cacheflow.policies.registry import RESTORE_POLICIES
 from cacheflow.restore.options import ExecutorOptions
-from cacheflow.state.report import SpanKind
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import ObjectKind

@@ -96,27 +96,6 @@ def test_restart_recomputes_a_chunk_from_the_bottom():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chunks_start_from_boundary_hidden_states(dtype):
-    """A pipeline stage's way: the upper layers alone, from the states saved below them."""
-    case = prefilled("llama", dtype)
-    hidden = {}
-    ends = (*case.grid.chunk_ends, *case.grid.suffix_ends)
-    case.runner.prefill(
-        case.tokens, ends, case.runner.new_kv(len(case.tokens)), boundary_layers=(1,),
-        on_hidden=lambda chunk, layer, states: hidden.__setitem__((chunk, layer), states.clone()),
-    )  # fmt: skip
-    kv = case.runner.new_kv(case.saved.capacity)
-    port = case.new_port(kv)
-    for chunk in range(4):
-        port.seed(chunk, block=1, hidden=hidden[chunk, 1])
-        port.recompute(Tile(chunk, chunk + 1, 1, 3), kv_only_top=True)
-    n = case.grid.num_tokens
-    assert torch.equal(kv.cell(1, 3, 0, n), case.saved.cell(1, 3, 0, n))
-    with pytest.raises(ValueError, match="hidden states of chunk 1"):
-        port.seed(1, block=1, hidden=hidden[0, 1])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_flipped_cell_changes_the_logits(dtype):
     """Negative control: what the suffix reads is the restored cache."""
     case = prefilled("llama", dtype)

@@ -8,10 +8,9 @@ import torch
 from cacheflow.engine.pacing import LinkSchedule
 from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
 from cacheflow.engine.saver import PrefixSaver, SaveReport
-from cacheflow.engine.transfer_port import StoreTransferPort, hidden_key
+from cacheflow.engine.transfer_port import StoreTransferPort
 from cacheflow.errors import ConfigError
-from cacheflow.plan.grid import Tile
-from cacheflow.stores.base import GetRequest
+from cacheflow.plan.grid import Cell, Tile
 from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
@@ -32,7 +31,7 @@ def names(case):
 
 
 def cells(case):
-    return [Tile(c, c + 1, b, b + 1) for c, b in Tile(0, case.grid.num_chunks, 0, case.grid.num_blocks).cells()]
+    return list(Tile(0, case.grid.num_chunks, 0, case.grid.num_blocks).cells())
 
 
 def load(port, tile):
@@ -87,7 +86,7 @@ def test_a_missing_cell_is_a_miss_and_touches_nothing(store):
     case = prefilled("llama", "float32")
     kv = case.runner.new_kv(case.saved.capacity)
     port = StoreTransferPort(store, geometry=case.geometry, kv=kv, **names(case))
-    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=5.0)
+    ticket = port.start(Cell(0, 0), deadline_s=5.0)
     assert port.wait(ticket, timeout_s=5.0) is LoadOutcome.MISS
     port.cancel(ticket)
     assert kv.kv_L2THD.isnan().all()
@@ -101,27 +100,6 @@ def test_a_failed_write_is_counted(store):
     report = saver.wait(5.0)
     assert report == SaveReport(num_failed=3)
     assert not report.complete
-
-
-def test_boundary_hidden_states_are_saved(store):
-    case = prefilled("llama", "bfloat16")
-    saver = PrefixSaver(store, geometry=case.geometry, **names(case))
-    seen = {}
-
-    def keep(chunk, layer, hidden):
-        if chunk < case.grid.num_chunks:
-            seen[chunk, layer] = hidden.clone()
-            saver.save_hidden(chunk, layer, hidden)
-
-    ends = (*case.grid.chunk_ends, *case.grid.suffix_ends)
-    kv = case.runner.new_kv(len(case.tokens))
-    case.runner.prefill(case.tokens, ends, kv, boundary_layers=(1, 2), on_hidden=keep)
-    assert saver.wait(5.0) == SaveReport(num_written=8)
-    lo, hi = case.grid.chunk_range(2)
-    read = torch.empty(case.geometry.hidden_bytes(2), dtype=torch.uint8)
-    key = hidden_key(names(case)["namespace"], names(case)["chain_hashes"][2].hex(), 1)
-    assert store.submit_get([GetRequest(key, read.numpy())]).wait(5.0) == (LoadOutcome.OK,)
-    assert torch.equal(read.view(torch.bfloat16).view(1, hi - lo, 64), seen[2, 1])
 
 
 def test_pinned_link_restores_what_it_holds():
@@ -142,11 +120,10 @@ def test_pinned_link_keeps_its_pace():
     case = prefilled("llama", "float32")
     prefix = PinnedPrefix.save(case.saved, case.geometry)
     kv = case.runner.new_kv(case.saved.capacity)
-    tile = Tile(0, 1, 0, 1)
-    rate = case.geometry.num_bytes(tile) / 0.02
+    rate = case.geometry.num_bytes(Cell(0, 0)) / 0.02
     port = PinnedLinkPort(prefix, kv=kv, bytes_per_s=rate)
     started_s = time.perf_counter()
-    first, second = (port.start(Tile(0, 1, block, block + 1), deadline_s=5.0) for block in (0, 1))
+    first, second = (port.start(Cell(0, block), deadline_s=5.0) for block in (0, 1))
     assert port.wait(first, timeout_s=0.001) is None
     assert port.wait(second, timeout_s=5.0) is LoadOutcome.OK
     assert 0.04 <= time.perf_counter() - started_s < 0.5
@@ -157,7 +134,7 @@ def test_a_late_cell_on_the_pinned_link_touches_nothing():
     case = prefilled("llama", "float32")
     kv = case.runner.new_kv(case.saved.capacity)
     port = PinnedLinkPort(PinnedPrefix.save(case.saved, case.geometry), kv=kv, bytes_per_s=1.0)
-    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=0.005)
+    ticket = port.start(Cell(0, 0), deadline_s=0.005)
     assert port.wait(ticket, timeout_s=5.0) is LoadOutcome.LATE
     port.cancel(ticket)
     assert kv.kv_L2THD.isnan().all()

@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 from cacheflow.errors import ConfigError, PromptError, RestoreCancelled
 from cacheflow.plan.batch import Ranking
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.report import Lane
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES, make_batch_policy
 from cacheflow.policies.registry import make_policy
-from cacheflow.restore.batch_executor import BatchExecutor
-from cacheflow.restore.batch_leaders import LeadersFirst
-from cacheflow.restore.batch_pace import DecodePace
-from cacheflow.restore.batch_request import Follow, Prepared
+from cacheflow.restore.batch import Follow, Prepared
+from cacheflow.restore.executor import BatchExecutor
+from cacheflow.restore.jobs import LeadersFirst
 from cacheflow.restore.options import ExecutorOptions
-from cacheflow.state.admission import Admission
-from cacheflow.state.batch import BatchScheduler
-from cacheflow.state.report import Lane
+from cacheflow.restore.pace import DecodePace
+from cacheflow.state.batch import Admission, BatchScheduler
 from cacheflow.types import LoadOutcome
 from support.batch_cases import OUTCOMES, FakeLink, FakeRequest, new_executor, problem, running_threads
 
@@ -421,10 +420,10 @@ class BrokenScheduler(BatchScheduler):
 
     broken = ""
 
-    def claim_load(self, now_s):
+    def claim_read(self, now_s):
         if self.broken == "load" and len(self) > 1:
             raise ZeroDivisionError
-        return super().claim_load(now_s)
+        return super().claim_read(now_s)
 
     def claim_compute(self, now_s):
         if self.broken == "compute" and len(self) > 1:
@@ -438,14 +437,14 @@ def broken_executor(broken):
     return BatchExecutor(scheduler, options=PATIENT)
 
 
-def test_without_its_io_loop_the_batch_goes_on_by_compute(caplog):
+def test_without_its_io_thread_the_batch_goes_on_by_compute(caplog):
     requests = new_requests((1024, 512, 700))
     with broken_executor("load") as executor:
         executor.submit_all([each.request() for each in requests[:2]])
         executor.drain()
         executor.submit(requests[2].request())
     assert all(each.is_right() for each in requests)
-    assert "I/O loop failed" in caplog.text
+    assert "I/O thread failed" in caplog.text
     assert_all_freed(requests)
 
 

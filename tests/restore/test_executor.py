@@ -8,9 +8,9 @@ import pytest
 
 from cacheflow.errors import ConfigError, RestoreCancelled
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.report import Lane, SpanKind
 from cacheflow.restore.executor import execute
 from cacheflow.restore.options import ExecutorOptions
-from cacheflow.state.report import Lane, SpanKind
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTransfer
@@ -75,13 +75,13 @@ def test_a_failed_read_is_recomputed_and_counted(outcome):
     setup.transfer.outcome_of = outcome_of
     report = setup.run()
     assert report.failed_loads == {outcome.value: 1}
-    assert report.cells_KB[failed[0].chunk_lo][failed[0].block_lo] == "c"
+    assert report.cells_KB[failed[0].chunk][failed[0].block] == "c"
     assert any(s.kind is SpanKind.FAILED for s in report.spans)
 
 
 def test_a_read_that_hangs_is_late_and_recomputed():
     setup = Setup()
-    setup.transfer.outcome_of = lambda tile: None if tile.chunk_lo == 3 else LoadOutcome.OK
+    setup.transfer.outcome_of = lambda piece: None if piece.chunk == 3 else LoadOutcome.OK
     report = setup.run(options=ExecutorOptions(deadline_floor_s=0.02, deadline_factor=0.1))
     assert report.failed_loads["late"] >= 1
     assert report.cells_KB[3].count("l") == 0

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Boundary, Cell, Tile
 from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.report import SpanKind
 from cacheflow.restore.pipeline import PipelineRestoration
 from cacheflow.restore.step_executor import StepExecutor
 from cacheflow.restore.work import ComputeReport, ComputeWork, LoadReport, RankReport, StageWork, StepReport
-from cacheflow.state.boundary import BOUNDARY_ROW, BoundaryState
-from cacheflow.state.report import SpanKind
+from cacheflow.state.board import BoundaryState
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeCompute, FakeTransfer
@@ -48,8 +48,8 @@ class Scheduler:
 
     def loaded(self, rank, *cells, outcome=LoadOutcome.OK) -> None:
         loads = tuple(
-            LoadReport(restore_id=7, chunk=chunk, block=block, outcome=outcome, num_bytes=1000, busy_s=0.01)
-            for chunk, block in cells
+            LoadReport(restore_id=7, piece=piece, outcome=outcome, num_bytes=1000, busy_s=0.01)
+            for piece in (each if isinstance(each, Boundary) else Cell(*each) for each in cells)
         )
         self.staged.apply(StepReport({rank: RankReport(loads=loads)}), self.now_s)
 
@@ -58,11 +58,11 @@ class Scheduler:
         self.staged.apply(StepReport({rank: RankReport(computes=(report,))}), self.now_s)
 
     def boundary(self, stage, chunk):
-        return self.staged.stages[stage].state.boundary.state(chunk)
+        return self.staged.stages[stage].state.boundary(chunk)
 
 
 def reads_of(orders):
-    return [(read.chunk, read.block) for read in orders.reads]
+    return [read.piece for read in orders.reads]
 
 
 # Boundary states
@@ -72,9 +72,9 @@ def test_a_stage_reads_the_boundaries_of_the_head_before_anything_and_keys_and_v
     scheduler = Scheduler(FIRST, STORED)
     first, later = scheduler.next_work(read_ahead_s=0.1)
     assert reads_of(first)[0] == (3, 2)
-    assert not any(read.is_boundary for read in first.reads)
-    assert [read.is_boundary for read in later.reads[:3]] == [True, True, False]
-    assert reads_of(later)[:3] == [(0, BOUNDARY_ROW), (1, BOUNDARY_ROW), (3, 2)]
+    assert not any(isinstance(read.piece, Boundary) for read in first.reads)
+    assert [isinstance(read.piece, Boundary) for read in later.reads[:3]] == [True, True, False]
+    assert reads_of(later)[:3] == [Boundary(0), Boundary(1), (3, 2)]
     assert first.compute
     assert not later.compute, "nothing to recompute from yet"
 
@@ -82,10 +82,10 @@ def test_a_stage_reads_the_boundaries_of_the_head_before_anything_and_keys_and_v
 def test_compute_waits_until_every_rank_of_the_stage_has_the_boundary():
     scheduler = Scheduler(FIRST, STORED, ranks_per_stage=2)
     scheduler.next_work()
-    scheduler.loaded(2, (0, BOUNDARY_ROW))
+    scheduler.loaded(2, Boundary(0))
     assert scheduler.boundary(1, 0) is BoundaryState.READING
     assert not scheduler.next_work()[1].compute
-    scheduler.loaded(3, (0, BOUNDARY_ROW))
+    scheduler.loaded(3, Boundary(0))
     assert scheduler.boundary(1, 0) is BoundaryState.RESIDENT
     assert scheduler.next_work()[1].compute[0].tile == Tile(0, 1, 0, 1)
 
@@ -94,9 +94,9 @@ def test_compute_waits_until_every_rank_of_the_stage_has_the_boundary():
 def test_a_lost_boundary_leaves_its_chunk_and_all_later_ones_to_the_link(outcome):
     scheduler = Scheduler(FIRST, STORED)
     scheduler.next_work()
-    scheduler.loaded(1, (0, BOUNDARY_ROW))
-    scheduler.loaded(1, (1, BOUNDARY_ROW), outcome=outcome)
-    assert not any(scheduler.staged.stages[1].state.boundary.possible(chunk) for chunk in (1, 2, 3))
+    scheduler.loaded(1, Boundary(0))
+    scheduler.loaded(1, Boundary(1), outcome=outcome)
+    assert not any(scheduler.staged.stages[1].state.computable(chunk) for chunk in (1, 2, 3))
     chunks, reads = set(), set()
     for _ in range(20):
         orders = scheduler.next_work(compute_budget_s=math.inf, read_ahead_s=math.inf)[1]
@@ -105,17 +105,19 @@ def test_a_lost_boundary_leaves_its_chunk_and_all_later_ones_to_the_link(outcome
         scheduler.loaded(1, *reads_of(orders))
     assert chunks <= {0}
     assert {(chunk, block) for chunk in (1, 2, 3) for block in range(3)} <= reads
-    assert (2, BOUNDARY_ROW) not in reads, "nothing is read that cannot be used"
+    assert Boundary(2) not in reads, "nothing is read that cannot be used"
     assert not scheduler.staged.failed
 
 
 def test_a_lost_boundary_makes_a_plan_that_loads_nothing_load():
     scheduler = Scheduler(FIRST, STORED, policy="recompute")
-    assert reads_of(scheduler.next_work(read_ahead_s=math.inf)[1]) == [(0, BOUNDARY_ROW), (1, BOUNDARY_ROW)]
-    scheduler.loaded(1, (1, BOUNDARY_ROW), outcome=LoadOutcome.MISS)
-    scheduler.loaded(1, (0, BOUNDARY_ROW), outcome=LoadOutcome.MISS)
+    assert reads_of(scheduler.next_work(read_ahead_s=math.inf)[1]) == [Boundary(0), Boundary(1)]
+    scheduler.loaded(1, Boundary(1), outcome=LoadOutcome.MISS)
+    scheduler.loaded(1, Boundary(0), outcome=LoadOutcome.MISS)
     reads = reads_of(scheduler.next_work(read_ahead_s=math.inf)[1])
-    assert {cell for cell in reads if cell[1] >= 0} == {(chunk, block) for chunk in range(4) for block in range(3)}
+    assert {cell for cell in reads if isinstance(cell, Cell)} == {
+        (chunk, block) for chunk in range(4) for block in range(3)
+    }
 
 
 @pytest.mark.parametrize("policy", ["cacheflow", "cacheflow_v1", "cacheflow_v2", "cake", "recompute"])
@@ -127,24 +129,26 @@ def test_without_any_boundary_a_stage_loads_everything_whatever_its_plan(policy)
         assert not orders.compute
         for cell in reads_of(orders):
             reads.add(cell)
-            scheduler.loaded(1, cell, outcome=LoadOutcome.MISS if cell[1] < 0 else LoadOutcome.OK)
-    assert {cell for cell in reads if cell[1] >= 0} == {(chunk, block) for chunk in range(4) for block in range(3)}
+            scheduler.loaded(1, cell, outcome=LoadOutcome.MISS if isinstance(cell, Boundary) else LoadOutcome.OK)
+    assert {cell for cell in reads if isinstance(cell, Cell)} == {
+        (chunk, block) for chunk in range(4) for block in range(3)
+    }
     assert scheduler.staged.stages[1].restored
 
 
 def test_what_can_be_neither_loaded_nor_recomputed_ends_every_stage_before_that_chunk():
     scheduler = Scheduler(FIRST, STORED)
     first, later = scheduler.next_work(read_ahead_s=0.1)
-    scheduler.loaded(1, (0, BOUNDARY_ROW))
-    scheduler.loaded(1, (1, BOUNDARY_ROW), outcome=LoadOutcome.MISS)
-    lost = next(cell for cell in reads_of(later) if cell[1] >= 0)
+    scheduler.loaded(1, Boundary(0))
+    scheduler.loaded(1, Boundary(1), outcome=LoadOutcome.MISS)
+    lost = next(cell for cell in reads_of(later) if isinstance(cell, Cell))
     scheduler.loaded(1, lost, outcome=LoadOutcome.MISS)
     assert [stage.limit for stage in scheduler.staged.stages] == [4, lost[0]]
     orders = scheduler.next_work(compute_budget_s=math.inf, read_ahead_s=math.inf)
     assert [stage.limit for stage in scheduler.staged.stages] == [lost[0]] * 2
     assert set(orders[0].drops) == {cell for cell in reads_of(first) if cell[0] >= lost[0]}
     for each in orders:
-        assert all(read.chunk < lost[0] for read in each.reads)
+        assert all(read.piece.chunk < lost[0] for read in each.reads)
     assert not scheduler.staged.failed, "what lies before it is still restored"
 
 
@@ -174,7 +178,7 @@ def test_a_stage_at_its_end_waits_for_the_others_and_all_fail_at_the_same_chunk(
             break
     assert first.cancel
     assert scheduler.staged.failed
-    assert scheduler.staged.failed_chunk == 2
+    assert scheduler.staged.resident_tokens() == scheduler.staged.target.chunk_ends[1]
     assert scheduler.staged.resident_tokens() == 1024
 
 
@@ -190,7 +194,7 @@ def test_a_compute_error_on_one_stage_ends_all():
     assert all(each.cancel for each in orders)
     assert scheduler.staged.failed
     assert scheduler.staged.error == "device lost"
-    assert scheduler.staged.failed_chunk == 0
+    assert scheduler.staged.resident_tokens() == 0
     for rank in range(3):
         scheduler.staged.apply(StepReport({rank: RankReport(finished=(7,))}), 1.0)
     assert scheduler.staged.done
@@ -237,7 +241,7 @@ def test_a_stage_waits_once_for_the_boundary_it_awaits_whatever_is_ordered_meanw
     assert first[1].wait_s == pytest.approx(awaited_s, rel=0.1)
     assert first[0].wait_s == 0.0, "it has work"
     assert second[1].wait_s + third[1].wait_s <= 0.1 * awaited_s
-    scheduler.loaded(1, (0, BOUNDARY_ROW))
+    scheduler.loaded(1, Boundary(0))
     assert scheduler.next_work(compute_budget_s=1.0)[1].wait_s == 0.0
     assert Scheduler(FIRST, STORED, num_blocks=20).next_work(compute_budget_s=0.0)[1].wait_s == 0.0, (
         "nobody may compute"
@@ -313,10 +317,10 @@ def test_what_the_stage_below_loads_is_left_to_the_link_once_it_is_through():
             break
     assert scheduler.staged.stages[0].settled
     scheduler.next_work(read_ahead_s=0.0)
-    above = scheduler.staged.stages[1].state.boundary
+    above = scheduler.staged.stages[1].state
     loaded = [chunk for chunk in range(4) if scheduler.boundary(1, chunk) is not BoundaryState.RESIDENT]
     assert loaded
-    assert not any(above.possible(chunk) for chunk in loaded)
+    assert not any(above.computable(chunk) for chunk in loaded)
 
 
 @pytest.mark.parametrize("last", ["cancel", "finish"])
@@ -331,11 +335,11 @@ def test_what_is_on_its_way_is_received_in_the_last_step_too(last):
         scheduler.staged.cancel()
     else:
         above = scheduler.staged.stages[1].state
-        above.boundary.expect([math.inf] * 4, 0.0)
+        above.expect_activations([math.inf] * 4, 0.0)
         above.rates.observe_load(num_bytes=1 << 40, busy_s=1.0)
-        while (tile := above.claim_load(0.0)) is not None:
-            above.begin_place(tile)
-            above.complete_load(tile)
+        while (cell := above.claim_load(0.0)) is not None:
+            above.begin_place(cell)
+            above.complete_load(cell, 0.0)
     orders = scheduler.next_work()[1]
     assert orders.cancel == (last == "cancel")
     assert orders.finish == (last == "finish")
@@ -451,10 +455,10 @@ def test_a_send_that_fails_is_answered_too():
 def test_what_is_lost_behind_a_finite_expectation_is_loaded_however_much_later():
     scheduler = Scheduler(FIRST, HANDED, ratio=1.0)
     state = scheduler.staged.stages[1].state
-    state.boundary.expect([0.1] * 4, 0.0)
+    state.expect_activations([0.1] * 4, 0.0)
     before = sum(1 for _ in iter(lambda: state.claim_load(0.0), None))
     assert 0 < before < 12, "the link leaves some of it to compute"
-    state.boundary.lose_unread()
+    state.end_activations()
     assert before + sum(1 for _ in iter(lambda: state.claim_load(5000.0), None)) == 12
 
 

@@ -18,9 +18,9 @@ import pytest
 
 from cacheflow.plan.problem import BoundarySource
 from cacheflow.policies.registry import RESTORE_POLICIES
+from cacheflow.restore.options import ReadDeadline
 from cacheflow.restore.pipeline import PipelineRestoration
 from cacheflow.restore.step_executor import StepExecutor
-from cacheflow.restore.step_reads import ReadDeadline
 from cacheflow.restore.work import RankReport, StepReport
 from cacheflow.types import LoadOutcome
 from support.stage_ports import StageBuffer, StageCompute, StageTransfer
@@ -31,6 +31,12 @@ MAX_STEPS = 6000
 SHAPES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)]
 """Pipeline stages by tensor-parallel ranks, up to four ranks in all."""
 LATER = (BoundarySource.STORED, BoundarySource.STORED, BoundarySource.HANDED_OVER, BoundarySource.NONE)
+
+
+def first_missing(staged: PipelineRestoration) -> int | None:
+    """The first chunk that is not resident on every rank of every stage."""
+    reached = staged.resident_tokens()
+    return next((chunk for chunk, end in enumerate(staged.target.chunk_ends) if end > reached), None)
 
 
 @dataclass
@@ -121,7 +127,6 @@ class World:
             return
         if self.cancelled:
             return
-        assert self.staged.failed_chunk is None
         for index, rank in enumerate(self.ranks):
             assert rank.resident == self._grid_cells(self._stage_of(index))
         if not any(rank.failed_reads for rank in self.ranks) and not self.closed:
@@ -131,10 +136,10 @@ class World:
 
     def _check_failure(self) -> None:
         """It failed at the first chunk that a fault made impossible, and everything before it is there."""
-        assert not self.cancelled or self.staged.failed_chunk is not None
+        assert not self.cancelled or first_missing(self.staged) is not None
         if any(rank.broken for rank in self.ranks) or self.cancelled:
             return
-        chunk = self.staged.failed_chunk
+        chunk = first_missing(self.staged)
         assert chunk is not None
         self._check_resident()
         holes = []
@@ -249,7 +254,7 @@ def run_live(seed: int, delay: int) -> PipelineRestoration:
     try:
         _drive(staged, carriers, rng, delay=delay)
         for index, buffer in enumerate(buffers):
-            reached = staged.failed_chunk if staged.failed else buffer.grid.num_chunks
+            reached = first_missing(staged) if staged.failed else buffer.grid.num_chunks
             right = buffer.cells == 1000 + np.indices(buffer.cells.shape)[0] * 100 + np.indices(buffer.cells.shape)[1]
             assert right[:reached].all(), f"rank {index}"
         if staged.failed:

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Cell, Tile
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.report import Lane, SpanKind
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.restore.options import ReadDeadline
 from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S, StageRestoration
-from cacheflow.restore.step_reads import MAX_READS, MIN_READS, ReadDeadline
+from cacheflow.restore.stage_reads import MAX_READS, MIN_READS
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
-from cacheflow.state.board import RESIDENT, CellState
-from cacheflow.state.progress import Progress
-from cacheflow.state.report import Lane, SpanKind
+from cacheflow.state.board import RESIDENT, Board, CellState
+from cacheflow.state.compute_side import ComputeSide
 from cacheflow.types import LoadOutcome
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
 from support.virtual_steps import VirtualSteps, run_steps, stepped_for, target_for
@@ -58,20 +59,19 @@ class Scheduler:
         self.tell(rank, loads=tuple(self.load(*cell, outcome=outcome, busy_s=busy_s) for cell in cells))
 
     def load(self, chunk, block, *, outcome=LoadOutcome.OK, busy_s=0.01, restore_id=7):
-        return LoadReport(
-            restore_id=restore_id, chunk=chunk, block=block, outcome=outcome, num_bytes=512 * 768, busy_s=busy_s
-        )
+        piece = Cell(chunk, block)
+        return LoadReport(restore_id=restore_id, piece=piece, outcome=outcome, num_bytes=512 * 768, busy_s=busy_s)
 
     def cell(self, chunk, block):
-        return self.stepped._state.cell(chunk, block)
+        return self.stepped.state.cell(chunk, block)
 
     @property
     def rates(self):
-        return self.stepped._state.rates
+        return self.stepped.state.rates
 
 
 def cells_of(reads):
-    return [(read.chunk, read.block) for read in reads]
+    return [read.piece for read in reads]
 
 
 def load_plan(problem):
@@ -150,14 +150,15 @@ def test_orders_and_reports_pickle():
 
 def test_ordered_compute_lies_ahead_until_it_is_reported():
     problem = small_problem()
-    progress = Progress(problem, shared_plan(problem), LiveRates(bytes_per_s=1e6, compute_factor=2.0))
-    progress.order_compute(0.1, 1.0)
-    progress.order_compute(0.2, 1.0)
-    assert progress.compute_left_s(1.0) == pytest.approx(0.6)
-    assert progress.compute_left_s(1.25) == pytest.approx(0.35), "workers are at it"
-    progress.report_compute(0.1, 1.3)
-    assert progress.compute_left_s(1.3) == pytest.approx(0.4), "what is behind it begins now"
-    assert progress.compute_left_s(9.0) == 0.0
+    rates = LiveRates(bytes_per_s=1e6, compute_factor=2.0)
+    compute = ComputeSide(problem, shared_plan(problem), rates, Board(problem), min_claim_s=0.0)
+    compute.ask(0.1, 1.0)
+    compute.ask(0.2, 1.0)
+    assert compute.left_s(1.0) == pytest.approx(0.6)
+    assert compute.left_s(1.25) == pytest.approx(0.35), "workers are at it"
+    compute.note_done(0.1, 1.3)
+    assert compute.left_s(1.3) == pytest.approx(0.4), "what comes after it begins now"
+    assert compute.left_s(9.0) == 0.0
 
 
 # Reports
@@ -214,10 +215,10 @@ def test_compute_that_takes_over_a_read_drops_it_and_that_is_no_failure():
             break
     assert orders.finish
     assert drops == reads[1:]
-    before = scheduler.stepped._state._failed_in_row
+    before = scheduler.stepped.state._failed_in_row
     scheduler.loaded(*drops, outcome=LoadOutcome.CANCELLED)
-    assert scheduler.stepped._state._failed_in_row == before == 1
-    assert not scheduler.stepped._state._p.in_flight_bytes
+    assert scheduler.stepped.state._failed_in_row == before == 1
+    assert not scheduler.stepped.state.in_flight_bytes
     report = scheduler.stepped.report(1.0)
     assert report.cells_KB == ("cccc",)
     assert report.failed_loads["miss"] == 1
@@ -231,7 +232,7 @@ def test_a_read_that_was_placed_before_its_drop_arrived_counts_as_wasted():
         scheduler.next_work(compute_budget_s=1.0, read_ahead_s=0.0)
     scheduler.loaded((0, 2))
     assert scheduler.stepped.report(1.0).wasted_bytes == 512 * 768
-    assert scheduler.stepped._state.restored
+    assert scheduler.stepped.state.restored
 
 
 @pytest.mark.parametrize("outcome", [LoadOutcome.CANCELLED, LoadOutcome.OK])
@@ -421,7 +422,7 @@ def test_without_compute_and_link_it_is_given_up_though_others_read():
 
 @pytest.mark.parametrize("problem", [small_problem(suffix_tokens=32), small_problem(num_tokens=512)])
 def test_a_target_of_another_grid_or_a_suffix_is_refused(problem):
-    state = stepped_for(small_problem(), shared_plan(small_problem()))._state
+    state = stepped_for(small_problem(), shared_plan(small_problem())).state
     other = stepped_for(small_problem(), shared_plan(small_problem()))
     state.problem = problem
     with pytest.raises(ConfigError, match="needs a grid of as many, without a suffix"):
@@ -431,7 +432,7 @@ def test_a_target_of_another_grid_or_a_suffix_is_refused(problem):
 def test_resident_tokens_count_from_the_start_of_the_target():
     problem = small_problem()
     stepped = StageRestoration(
-        target_for(problem, start=48, object_start=0), stepped_for(problem, shared_plan(problem))._state
+        target_for(problem, start=48, object_start=0), stepped_for(problem, shared_plan(problem)).state
     )
     assert stepped.resident_tokens() == 48
 
@@ -489,5 +490,5 @@ def test_any_plan_budget_and_delay_restores_every_cell(
     stepped = stepped_for(planned, make_policy(policy).plan(planned))
     VirtualSteps(truth, stepped, budget_s=budget_s, read_ahead_s=read_ahead_s, delay=delay).run()
     grid = truth.grid
-    assert {stepped._state.cell(k, b) for k in range(grid.num_chunks) for b in range(num_blocks)} <= set(RESIDENT)
+    assert {stepped.state.cell(k, b) for k in range(grid.num_chunks) for b in range(num_blocks)} <= set(RESIDENT)
     assert stepped.resident_tokens() == num_tokens

@@ -15,9 +15,9 @@ import pytest
 
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.restore.options import ReadDeadline
 from cacheflow.restore.stage import StageRestoration
 from cacheflow.restore.step_executor import StepExecutor
-from cacheflow.restore.step_reads import ReadDeadline
 from cacheflow.restore.work import ComputeReport, ComputeWork, LoadReport, RankReport, StageWork, StepReport
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
@@ -67,7 +67,7 @@ class Rank:
                 self.reading.remove(cell)
                 self._report(cell, LoadOutcome.CANCELLED)
         for read in orders.reads:
-            cell = (read.chunk, read.block)
+            cell = read.piece
             assert cell not in self.started, "a cell is read once"
             assert cell not in self.forbidden, "a read behind its drop"
             assert read.deadline_s > 0
@@ -120,9 +120,7 @@ class Rank:
 
     def _report(self, cell, outcome: LoadOutcome) -> None:
         busy_s = float(10 ** self.rng.uniform(-5, 0))
-        self.ended.append(
-            LoadReport(restore_id=7, chunk=cell[0], block=cell[1], outcome=outcome, num_bytes=100, busy_s=busy_s)
-        )
+        self.ended.append(LoadReport(restore_id=7, piece=cell, outcome=outcome, num_bytes=100, busy_s=busy_s))
 
     def _take_ended(self) -> tuple[LoadReport, ...]:
         ended, self.ended = tuple(self.ended), []
@@ -187,14 +185,14 @@ class World:
         for chunk, end in enumerate(target.chunk_ends):
             if end > reached:
                 break
-            for block in range(self.stepped._state.problem.grid.num_blocks):
+            for block in range(self.stepped.state.problem.grid.num_blocks):
                 assert all((chunk, block) in rank.resident for rank in self.ranks)
 
     def _check_end(self) -> None:
         assert all(rank.over and not rank.reading for rank in self.ranks)
         if not any(rank.broken for rank in self.ranks):
             assert all(rank.log == self.ranks[0].log for rank in self.ranks), "ranks got different compute orders"
-        grid = self.stepped._state.problem.grid
+        grid = self.stepped.state.problem.grid
         all_cells = {(k, b) for k in range(grid.num_chunks) for b in range(grid.num_blocks)}
         if self.stepped.failed or self.cancelled:
             self._check_resident()
@@ -263,7 +261,7 @@ def run_live(seed: int, tmp_delay: int) -> None:
     rng = np.random.default_rng(seed)
     num_ranks = int(rng.integers(1, 4))
     stepped = make_stepped(rng, num_ranks=num_ranks, deadline=ReadDeadline(floor_s=0.02, factor=1e-6))
-    grid = stepped._state.problem.grid
+    grid = stepped.state.problem.grid
     buffers = [FakeBuffer(grid) for _ in range(num_ranks)]
     transfers = [FakeTransfer(buffer) for buffer in buffers]
     fail_share = float(rng.choice([0, 0.1, 0.5]))

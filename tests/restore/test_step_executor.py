@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cacheflow.plan.grid import Grid, Tile
+from cacheflow.plan.grid import Cell, Grid, Tile
 from cacheflow.restore.step_executor import StepExecutor
 from cacheflow.restore.work import ComputeWork, RankReport, ReadWork, StageWork
 from cacheflow.types import LoadOutcome
@@ -36,7 +36,7 @@ class GatedTransfer(FakeTransfer):
         self.placing.set()
         assert self.may_place.wait(PATIENCE_S)
         super().place(ticket)
-        self.placed.append((ticket.tile.chunk_lo, ticket.tile.block_lo))
+        self.placed.append(ticket.piece)
 
     def cancel(self, ticket) -> None:
         assert self.may_cancel.wait(PATIENCE_S)
@@ -78,9 +78,9 @@ class Worker:
             self.step(wait_s=0.01)
 
     def outcomes(self, restore_id: int = 1) -> dict[tuple[int, int], LoadOutcome]:
-        cells = [(each.chunk, each.block) for each in self.loads if each.restore_id == restore_id]
+        cells = [each.piece for each in self.loads if each.restore_id == restore_id]
         assert len(set(cells)) == len(cells), "a read is reported once"
-        return {(each.chunk, each.block): each.outcome for each in self.loads if each.restore_id == restore_id}
+        return {each.piece: each.outcome for each in self.loads if each.restore_id == restore_id}
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def worker():
 
 
 def reads(*cells: tuple[int, int], deadline_s: float = PATIENCE_S) -> tuple[ReadWork, ...]:
-    return tuple(ReadWork(chunk, block, deadline_s) for chunk, block in cells)
+    return tuple(ReadWork(Cell(*cell), deadline_s) for cell in cells)
 
 
 def column(chunk: int, lo: int = 0, hi: int = 3, **kwargs) -> ComputeWork:
@@ -138,7 +138,7 @@ def test_the_sum_of_busy_times_is_no_more_than_what_went_by():
 
 @pytest.mark.parametrize("outcome", [LoadOutcome.MISS, LoadOutcome.CORRUPT, LoadOutcome.ERROR])
 def test_a_read_that_fails_is_reported_and_freed(worker, outcome):
-    worker.transfers[1].outcome_of = lambda tile: outcome if tile.block_lo == 1 else LoadOutcome.OK
+    worker.transfers[1].outcome_of = lambda cell: outcome if cell.block == 1 else LoadOutcome.OK
     worker.step(StageWork(restore_id=1, reads=reads((3, 0), (3, 1), (3, 2))))
     worker.step_until(lambda: len(worker.loads) == 3)
     assert worker.outcomes() == {(3, 0): LoadOutcome.OK, (3, 1): outcome, (3, 2): LoadOutcome.OK}
@@ -214,7 +214,7 @@ def test_a_dropped_read_is_never_placed(worker):
     worker.step(StageWork(restore_id=1, reads=reads((3, 2), (3, 1))))
     eventually(lambda: len(transfer.tickets) == 2)
     report = worker.step(StageWork(restore_id=1, drops=((3, 2),), compute=(column(0),)))
-    assert [(each.chunk, each.block, each.outcome) for each in report.loads] == [(3, 2, LoadOutcome.CANCELLED)]
+    assert [(each.piece, each.outcome) for each in report.loads] == [(Cell(3, 2), LoadOutcome.CANCELLED)]
     for ticket in transfer.tickets:
         ticket.ready_s = 0.0
     worker.step_until(lambda: len(worker.loads) == 2)
@@ -231,7 +231,7 @@ def test_a_drop_waits_for_a_placement_that_has_begun(worker):
     threading.Timer(0.02, transfer.may_place.set).start()
     report = worker.step(StageWork(restore_id=1, drops=((3, 2), (3, 1))))
     assert worker.buffers[1].cells[3, 2] == expected_value(3, 2), "the copy was over before the drop returned"
-    assert {(each.block, each.outcome) for each in report.loads} == {
+    assert {(each.piece.block, each.outcome) for each in report.loads} == {
         (2, LoadOutcome.OK),
         (1, LoadOutcome.CANCELLED),
     }
@@ -296,7 +296,7 @@ def test_a_step_with_nothing_to_compute_waits_for_one_read(worker):
     timer = threading.Timer(0.02, lambda: setattr(transfer.tickets[0], "ready_s", 0.0))
     timer.start()
     report = worker.step(wait_s=PATIENCE_S)
-    assert [each.block for each in report.loads] == [2]
+    assert [each.piece.block for each in report.loads] == [2]
     timer.join()
 
 

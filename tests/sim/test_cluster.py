@@ -13,7 +13,7 @@ from cacheflow.plan.problem import LinkCost
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.cluster import with_replicas
-from cacheflow.sim.device import SimulatedDevice
+from cacheflow.sim.device import VirtualDevice
 from cacheflow.sim.granularity import coarsen
 from cacheflow.sim.link import SharedBandwidth, SimulatedLink
 from cacheflow.sim.policies import SYSTEMS, make_system
@@ -51,7 +51,7 @@ def test_a_restoration_on_an_idle_replica_takes_what_the_device_takes(policy, nu
     exact = costs.problem(grid, link=link)
     problem = coarsen(exact, system.grain_of(exact))
     loop, done = EventLoop(), []
-    device = SimulatedDevice(
+    device = VirtualDevice(
         loop,
         BatchScheduler(system.batch, LiveRates(bytes_per_s=link.bytes_per_s)),
         SimulatedLink(loop, link),

@@ -17,7 +17,7 @@ from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.policies.stages import StagePolicy
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.cluster import Cluster
-from cacheflow.sim.device import SimulatedDevice
+from cacheflow.sim.device import VirtualDevice
 from cacheflow.sim.link import SimulatedLink
 from cacheflow.sim.policies import make_system
 from cacheflow.sim.ranks import RankCosts
@@ -122,7 +122,7 @@ def test_stored_states_and_new_tokens_end_together_under_any_policy(policy):
             make_batch_policy("fcfs", StagePolicy(make_policy(policy))),
             LiveRates(bytes_per_s=problem.link.bytes_per_s),
         )
-        device = SimulatedDevice(loop, scheduler, SimulatedLink(loop, problem.link))
+        device = VirtualDevice(loop, scheduler, SimulatedLink(loop, problem.link))
         device.submit(1, problem, ended.append)
         loop.run()
         assert len(ended) == 1, "no end in sight"

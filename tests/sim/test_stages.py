@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheflow.bench.rehearsal import rehearse
 from cacheflow.plan.problem import BoundarySource
+from cacheflow.plan.report import Lane, SpanKind
 from cacheflow.plan.stage_bounds import staged_bound
 from cacheflow.plan.stages import suffix_through_s
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.policies.stages import plan_stages
+from cacheflow.sim.rehearsal import rehearse
 from cacheflow.sim.stages import run_stages
-from cacheflow.state.report import Lane, SpanKind
 from support.stage_problems import stages_of
 
 STORED, HANDED, NONE = BoundarySource.STORED, BoundarySource.HANDED_OVER, BoundarySource.NONE

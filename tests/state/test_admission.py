@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError, PromptError
-from cacheflow.state.admission import Admission
+from cacheflow.state.batch import Admission
 
 
 def test_without_a_limit_everybody_goes_in_at_once_in_order():

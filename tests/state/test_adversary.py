@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from cacheflow.plan.grid import Grid, Tile
+from cacheflow.plan.grid import Cell, Grid, Tile
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.state.board import CellState
-from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.state.compute_side import ClaimKind, ComputeClaim
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 
@@ -78,7 +78,7 @@ class World:
     any_order: bool
     wild_times: bool
     closes_link: bool
-    reads: list[Tile] = field(default_factory=list)
+    reads: list[Cell] = field(default_factory=list)
     work: ComputeClaim | None = None
     now_s: float = 0.0
     suffix_next: int = 0
@@ -104,8 +104,8 @@ class World:
                 self.work = None
             if self.closes_link and self.rng.random() < 0.02:
                 self.state.close_link()
-        for tile in self.reads:
-            assert not self.state.begin_place(tile), "done while a read was still wanted"
+        for cell in self.reads:
+            assert not self.state.begin_place(cell), "done while a read was still wanted"
         return self.state
 
     def _give_work(self) -> bool:
@@ -121,21 +121,21 @@ class World:
         return True
 
     def _start_reads(self) -> None:
-        while len(self.reads) < self.depth and (tile := self.state.claim_load(self.now_s)) is not None:
-            self.reads.append(tile)
+        while len(self.reads) < self.depth and (cell := self.state.claim_load(self.now_s)) is not None:
+            self.reads.append(cell)
 
     def _end_read(self) -> None:
-        tile = self.reads.pop(int(self.rng.integers(len(self.reads))) if self.any_order else 0)
-        num_bytes = int(self.problem.load_bytes_KB[tile.chunk_lo, tile.block_lo])
+        cell = self.reads.pop(int(self.rng.integers(len(self.reads))) if self.any_order else 0)
+        num_bytes = int(self.problem.load_bytes_KB[cell])
         elapsed_s = self._elapsed_s(num_bytes / self.problem.link.bytes_per_s)
         if self.rng.random() < self.fail_share:
-            self.state.fail_load(tile, FAILURES[int(self.rng.integers(len(FAILURES)))])
+            self.state.fail_load(cell, FAILURES[int(self.rng.integers(len(FAILURES)))])
             return
         self.rates.observe_load(num_bytes=num_bytes, busy_s=elapsed_s)
-        if self.state.begin_place(tile):
+        if self.state.begin_place(cell):
             self.rng.random()
-            self.state.complete_load(tile)
-            self.loaded[tile] += 1
+            self.state.complete_load(cell, self.now_s)
+            self.loaded[cell] += 1
 
     def _elapsed_s(self, expected_s: float) -> float:
         elapsed_s = expected_s * (10 ** self.rng.uniform(-3, 3) if self.wild_times else 1)
@@ -176,10 +176,10 @@ def run_seed(seed: int) -> None:
     )
     state = world.run()
     assert state.restored
-    assert state._p.in_flight_bytes == 0
+    assert state.in_flight_bytes == 0
     assert all(count == 1 for count in world.loaded.values())
     assert world.suffix_next == (problem.grid.num_blocks if problem.grid.suffix_ends else 0)
-    board = state._p.board
+    board = state._board
     assert abs(board.open_bytes) < 1e-6
     assert abs(board.open_compute_s) <= 1e-9 * max(1.0, problem.compute_KB.sum())
 

@@ -12,7 +12,7 @@ from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES, make_batch_policy
 from cacheflow.policies.registry import make_policy
 from cacheflow.state.batch import BatchScheduler
-from cacheflow.state.claims import ClaimKind
+from cacheflow.state.compute_side import ClaimKind
 from support.batches import MIXED, Arrival, convex_problem, run_batch
 
 OURS = ("mean_ttft", "p99_ttft", "makespan", "slo")
@@ -33,7 +33,7 @@ def mixed(ratio: float = 1.0, gap_s: float = 0.0) -> list[Arrival]:
 def test_nothing_waits_nothing_is_claimed():
     empty = scheduler()
     assert empty.claim_compute(0.0) is None
-    assert empty.claim_load(0.0) is None
+    assert empty.claim_read(0.0) is None
     assert len(empty) == 0
 
 
@@ -121,7 +121,7 @@ def test_compute_leaves_a_request_alone_that_is_not_ready_and_the_link_does_not(
     batch = scheduler()
     batch.add(1, convex_problem(2048), arrival_s=0.0, ready=False)
     assert batch.claim_compute(0.0) is None
-    load = batch.claim_load(0.0)
+    load = batch.claim_read(0.0)
     assert load is not None
     assert load.request_id == 1
     batch.make_ready(1)
@@ -147,7 +147,7 @@ def test_a_closed_link_leaves_everything_to_compute():
     batch = scheduler()
     batch.add(1, convex_problem(1024), arrival_s=0.0)
     batch.close_link()
-    assert batch.claim_load(0.0) is None
+    assert batch.claim_read(0.0) is None
     kinds = set()
     while (work := batch.claim_compute(0.0)) is not None and work.claim.kind is not ClaimKind.DONE:
         kinds.add(work.claim.kind)

@@ -13,8 +13,9 @@ from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import Share, SuffixStart
 from cacheflow.plan.rates import LiveRates
 from cacheflow.state.board import CellState
-from cacheflow.state.claims import ClaimKind
-from cacheflow.state.restoration import SUFFIX_CLAIM_S, RestoreState
+from cacheflow.state.compute_pointer import SUFFIX_CLAIM_S
+from cacheflow.state.compute_side import ClaimKind
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
 from support.virtual_driver import Conditions, run_virtual
@@ -152,7 +153,7 @@ def test_a_read_of_a_cell_taken_back_is_wasted_not_placed():
     problem = transformer_problem(num_tokens=512, suffix_tokens=0, num_blocks=4)
     state = RestoreState(problem, shared_plan(problem), LiveRates(bytes_per_s=problem.link.bytes_per_s))
     top, below = state.claim_load(0.0), state.claim_load(0.0)
-    assert (top.block_lo, below.block_lo) == (3, 2)
+    assert (top.block, below.block) == (3, 2)
     state.fail_load(top, LoadOutcome.MISS)
     kinds = []
     while (claim := state.claim_compute(0.0)).kind is not ClaimKind.DONE:

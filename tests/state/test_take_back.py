@@ -8,7 +8,7 @@ import pytest
 
 from cacheflow.plan.rates import LiveRates
 from cacheflow.state.board import CellState
-from cacheflow.state.claims import ClaimKind
+from cacheflow.state.compute_side import ClaimKind
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 from support.falling_link import bound_over_falling_link
@@ -65,13 +65,13 @@ def waiting_state() -> RestoreState:
 
 def test_a_read_that_is_overdue_counts_before_it_ends_and_no_longer_once_it_has():
     state = waiting_state()
-    tile = state.claim_load(0.0)
+    cell = state.claim_load(0.0)
     expected_s = state.expected_load_s()
     state.claim_compute(0.0)
     assert state.expected_load_s() == pytest.approx(expected_s), "not overdue"
     state.claim_compute(4 * expected_s)
     assert state.expected_load_s() > 1.5 * expected_s
-    state.begin_place(tile)
+    state.begin_place(cell)
     state.claim_load(4 * expected_s)
     assert state.expected_load_s() == pytest.approx(expected_s)
 
@@ -96,24 +96,24 @@ def test_a_cell_taken_back_is_placed_all_the_same_when_its_read_comes_first():
     problem = transformer_problem(num_tokens=512, suffix_tokens=64, num_blocks=4, ratio=0.5)
     state = RestoreState(problem, shared_plan(problem), LiveRates(bytes_per_s=problem.link.bytes_per_s))
     reads = [state.claim_load(0.0)]
-    state._p.board.set(reads[0].chunk_lo, reads[0].block_lo, CellState.OPEN)
+    state._board.set(*reads[0], CellState.OPEN)
     assert state.begin_place(reads[0])
-    state.complete_load(reads[0])
-    assert state.cell(reads[0].chunk_lo, reads[0].block_lo) is CellState.LOADED
+    state.complete_load(reads[0], 0.0)
+    assert state.cell(*reads[0]) is CellState.LOADED
 
 
 def test_a_taken_read_that_fails_is_not_asked_for_again():
     state = waiting_state()
-    tile = state.claim_load(0.0)
-    state._p.board.set(tile.chunk_lo, tile.block_lo, CellState.OPEN)
-    state.fail_load(tile, LoadOutcome.MISS)
+    cell = state.claim_load(0.0)
+    state._board.set(*cell, CellState.OPEN)
+    state.fail_load(cell, LoadOutcome.MISS)
     now_s = 0.0
     while (claim := state.claim_compute(now_s)).kind is not ClaimKind.DONE:
         read = state.claim_load(now_s)
-        assert read != tile
+        assert read != cell
         if read is not None and state.begin_place(read):
-            state.complete_load(read)
+            state.complete_load(read, now_s)
         if claim.kind is not ClaimKind.WAIT:
             state.complete_compute(claim, actual_s=claim.predicted_s)
         now_s += 0.01
-    assert state.cell(tile.chunk_lo, tile.block_lo) is CellState.COMPUTED
+    assert state.cell(*cell) is CellState.COMPUTED

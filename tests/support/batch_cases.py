@@ -11,8 +11,8 @@ from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
-from cacheflow.restore.batch_executor import BatchExecutor
-from cacheflow.restore.batch_request import BatchRequest, Prepared
+from cacheflow.restore.batch import BatchRequest, Prepared
+from cacheflow.restore.executor import BatchExecutor
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTicket, FakeTransfer

@@ -239,10 +239,10 @@ class ChangingEngine:
             request_id, target = self.targets[each.restore_id]
             request, first = self.running[request_id], target.object_start // CHUNK
             for read in each.reads:
-                outcome = self._read(request, target, read.chunk, read.block)
+                outcome = self._read(request, target, *read.piece)
                 loads.append(
                     LoadReport(
-                        restore_id=each.restore_id, chunk=read.chunk, block=read.block, outcome=outcome,
+                        restore_id=each.restore_id, piece=read.piece, outcome=outcome,
                         num_bytes=CHUNK * SHAPE.kv_bytes_per_token_layer, busy_s=0.01,
                     )
                 )  # fmt: skip

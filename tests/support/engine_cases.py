@@ -12,7 +12,7 @@ from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.runner import LayerRunner
-from cacheflow.plan.grid import Grid, Tile
+from cacheflow.plan.grid import Cell, Grid, Tile
 
 WINDOWED = {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1}
 
@@ -36,7 +36,7 @@ class Case:
         )  # fmt: skip
 
     def copy_cell(self, kv: KVBuffer, chunk: int, block: int) -> None:
-        cell = self.geometry.cell(Tile(chunk, chunk + 1, block, block + 1))
+        cell = self.geometry.extent(Cell(chunk, block))
         kv.cell(*cell).copy_(self.saved.cell(*cell))
 
 

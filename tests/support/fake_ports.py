@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cacheflow.plan.grid import Grid, Tile
+from cacheflow.plan.grid import Grid, Piece, Tile
 from cacheflow.types import LoadOutcome
 
 
@@ -70,7 +70,7 @@ class FakeCompute:
 
 @dataclass
 class FakeTicket:
-    tile: Tile
+    piece: Piece
     num_bytes: int
     ready_s: float
     outcome: LoadOutcome
@@ -83,15 +83,15 @@ class FakeTransfer:
     def __init__(self, buffer: FakeBuffer, *, cell_s: float = 0.0, num_bytes: int = 1000) -> None:
         self.buffer, self.cell_s, self.num_bytes = buffer, cell_s, num_bytes
         self.tickets: list[FakeTicket] = []
-        self.outcome_of: Callable[[Tile], LoadOutcome | None] = lambda tile: LoadOutcome.OK
+        self.outcome_of: Callable[[Piece], LoadOutcome | None] = lambda piece: LoadOutcome.OK
         self.raise_in: str | None = None
         self._free_s = 0.0
 
-    def start(self, tile: Tile, *, deadline_s: float) -> FakeTicket:
+    def start(self, piece: Piece, *, deadline_s: float) -> FakeTicket:
         self._maybe_raise("start")
-        outcome = self.outcome_of(tile)
+        outcome = self.outcome_of(piece)
         self._free_s = max(time.perf_counter(), self._free_s) + self.cell_s
-        ticket = FakeTicket(tile, self.num_bytes, self._free_s if outcome else float("inf"), outcome or LoadOutcome.OK)
+        ticket = FakeTicket(piece, self.num_bytes, self._free_s if outcome else float("inf"), outcome or LoadOutcome.OK)
         self.tickets.append(ticket)
         return ticket
 
@@ -107,7 +107,7 @@ class FakeTransfer:
         assert ticket.outcome is LoadOutcome.OK
         assert not ticket.freed
         ticket.freed = True
-        chunk, block = ticket.tile.chunk_lo, ticket.tile.block_lo
+        chunk, block = ticket.piece
         self.buffer.cells[chunk, block] = expected_value(chunk, block)
 
     def cancel(self, ticket: FakeTicket) -> None:

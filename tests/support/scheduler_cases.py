@@ -160,12 +160,12 @@ class Worker:
         for each in orders.restorations:
             resident = self.restored[each.restore_id]
             for read in each.reads:
-                outcome = self.outcome.get((read.chunk, read.block), self.default)
+                outcome = self.outcome.get(read.piece, self.default)
                 if outcome is LoadOutcome.OK:
-                    resident.add((read.chunk, read.block))
+                    resident.add(read.piece)
                 loads.append(
                     LoadReport(
-                        restore_id=each.restore_id, chunk=read.chunk, block=read.block, outcome=outcome,
+                        restore_id=each.restore_id, piece=read.piece, outcome=outcome,
                         num_bytes=CHUNK * SHAPE.kv_bytes_per_token_layer, busy_s=0.01,
                     )
                 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Boundary, Piece, Tile
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTicket, FakeTransfer
 
@@ -50,22 +50,19 @@ class StageTransfer(FakeTransfer):
     def __init__(self, buffer: StageBuffer, **kwargs) -> None:
         super().__init__(buffer, **kwargs)
         self.boundary_outcome_of = lambda chunk: LoadOutcome.OK
-        self._boundary_of: dict[int, int] = {}
 
-    def start_boundary(self, chunk: int, *, deadline_s: float) -> FakeTicket:
-        outcome = self.boundary_outcome_of(chunk)
-        ticket = FakeTicket(
-            Tile(chunk, chunk + 1, 0, 1), self.num_bytes, 0.0 if outcome else float("inf"), outcome or LoadOutcome.OK
-        )
-        self._boundary_of[id(ticket)] = chunk
+    def start(self, piece: Piece, *, deadline_s: float) -> FakeTicket:
+        if not isinstance(piece, Boundary):
+            return super().start(piece, deadline_s=deadline_s)
+        outcome = self.boundary_outcome_of(piece.chunk)
+        ticket = FakeTicket(piece, self.num_bytes, 0.0 if outcome else float("inf"), outcome or LoadOutcome.OK)
         self.tickets.append(ticket)
         return ticket
 
     def place(self, ticket: FakeTicket) -> None:
-        chunk = self._boundary_of.get(id(ticket))
-        if chunk is None:
+        if not isinstance(ticket.piece, Boundary):
             super().place(ticket)
             return
         assert ticket.outcome is LoadOutcome.OK
         ticket.freed = True
-        self.buffer.boundaries.add(chunk)
+        self.buffer.boundaries.add(ticket.piece.chunk)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cacheflow.plan.grid import Boundary, Piece
 from cacheflow.plan.problem import BoundarySource
 from cacheflow.restore.work import ComputeReport, ComputeWork, LoadReport, RankReport, StageWork
 from cacheflow.types import LoadOutcome
@@ -63,10 +64,10 @@ class StageRank:
     resident: set[tuple[int, int]] = field(default_factory=set)
     computed: Counter[tuple[int, int]] = field(default_factory=Counter)
     placed: set[tuple[int, int]] = field(default_factory=set)
-    failed_reads: set[tuple[int, int]] = field(default_factory=set)
-    reading: list[tuple[int, int]] = field(default_factory=list)
-    started: set[tuple[int, int]] = field(default_factory=set)
-    forbidden: set[tuple[int, int]] = field(default_factory=set)
+    failed_reads: set[Piece] = field(default_factory=set)
+    reading: list[Piece] = field(default_factory=list)
+    started: set[Piece] = field(default_factory=set)
+    forbidden: set[Piece] = field(default_factory=set)
     log: list[ComputeWork] = field(default_factory=list)
     ended: list[LoadReport] = field(default_factory=list)
     num_met: int = 0
@@ -120,10 +121,12 @@ class StageRank:
                 self.reading.remove(cell)
                 self._report(cell, LoadOutcome.CANCELLED)
         for read in orders.reads:
-            cell = (read.chunk, read.block)
+            cell = read.piece
             assert cell not in self.started, "a cell is read once"
             assert cell not in self.forbidden, "a read behind its drop"
-            assert not read.is_boundary or self.source is BoundarySource.STORED, "a boundary that nobody stored"
+            assert not isinstance(read.piece, Boundary) or self.source is BoundarySource.STORED, (
+                "a boundary that nobody stored"
+            )
             self.started.add(cell)
             self.reading.append(cell)
 
@@ -168,26 +171,24 @@ class StageRank:
             self.computed[chunk, block] += 1
         self.heights[chunk] = -1 if order.kv_only_top else tile.block_hi
 
-    def _end_read(self, cell: tuple[int, int]) -> None:
+    def _end_read(self, cell: Piece) -> None:
         self.reading.remove(cell)
-        boundary = cell[1] < 0
+        boundary = isinstance(cell, Boundary)
         if self.rng.random() < (self.faults.boundary if boundary else self.faults.kv):
             self.failed_reads.add(cell)
             self._report(cell, FAULTS[int(self.rng.integers(len(FAULTS)))])
             return
         if boundary:
-            self.seeds.add(cell[0])
+            self.seeds.add(cell.chunk)
         else:
             assert cell not in self.computed, "placed over what compute had restored"
             self.resident.add(cell)
             self.placed.add(cell)
         self._report(cell, LoadOutcome.OK)
 
-    def _report(self, cell: tuple[int, int], outcome: LoadOutcome) -> None:
+    def _report(self, cell: Piece, outcome: LoadOutcome) -> None:
         busy_s = float(10 ** self.rng.uniform(-5, -1))
-        self.ended.append(
-            LoadReport(restore_id=7, chunk=cell[0], block=cell[1], outcome=outcome, num_bytes=100, busy_s=busy_s)
-        )
+        self.ended.append(LoadReport(restore_id=7, piece=cell, outcome=outcome, num_bytes=100, busy_s=busy_s))
 
     def _take_ended(self) -> tuple[LoadReport, ...]:
         ended, self.ended = tuple(self.ended), []

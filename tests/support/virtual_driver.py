@@ -1,23 +1,25 @@
-"""Drives one restoration's state machine by a virtual clock: true costs may differ from the ones planned with.
+"""Drives one restoration by the simulator's virtual clock: true costs may differ from the ones planned with.
 
-Unlike ``bench.rehearsal``, which predicts, this one breaks things: other costs, a changing link, failing reads.
+A variation of ``sim.device`` that breaks things: other costs, a changing link, failing reads.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.batch import Arrival
+from cacheflow.plan.grid import Piece
 from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
-from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.sim.clock import EventLoop
+from cacheflow.sim.device import Completion, VirtualDevice
+from cacheflow.sim.link import SimulatedLink
+from cacheflow.state.batch import BatchScheduler
+from cacheflow.state.compute_side import ComputeClaim
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
-
-MAX_EVENTS = 200_000
 
 
 @dataclass(kw_only=True)
@@ -30,66 +32,40 @@ class Conditions:
     check: Callable[[RestoreState, ComputeClaim], None] = lambda state, claim: None
 
 
-@dataclass
+@dataclass(frozen=True)
 class VirtualRun:
-    """One restoration from the first event to the last."""
+    """What came of one restoration."""
 
-    truth: RestoreProblem
     state: RestoreState
+    restore_s: float
+    ttft_s: float
+
+
+class ChangingLink(SimulatedLink):
+    """A link whose rate depends on when a read begins on it."""
+
+    def __init__(self, loop: EventLoop, bandwidth_at: Callable[[float], float]) -> None:
+        super().__init__(loop, LinkCost(bytes_per_s=bandwidth_at(0.0)))
+        self._bandwidth_at, self._free_s = bandwidth_at, 0.0
+
+    def read(self, num_bytes: int, done: Callable[[float], None], *, follows: bool = False) -> None:
+        start_s = max(self._loop.now_s, self._free_s)
+        busy_s = num_bytes / self._bandwidth_at(start_s)
+        self._free_s = start_s + busy_s
+        self._loop.at(self._free_s, lambda: done(busy_s))
+
+
+class BreakingDevice(VirtualDevice):
+    """Looks at every claim, and fails reads."""
+
     conditions: Conditions
-    depth: int
-    now: float = 0.0
-    restore_s: float = 0.0
-    ttft_s: float = 0.0
-    _link_free: float = 0.0
-    _reads: deque[tuple[float, float, Tile]] = field(default_factory=deque)
-    _work: tuple[float, float, ComputeClaim] | None = None
+    state: RestoreState
 
-    def run(self) -> VirtualRun:
-        for _ in range(MAX_EVENTS):
-            if not self._give_work():
-                self.ttft_s = self.now + self.truth.head_s
-                return self
-            assert self._reads or self._work, f"stuck at {self.now}: nobody works"
-            if self._reads and (self._work is None or self._reads[0][0] <= self._work[0]):
-                self._end_read(*self._reads.popleft())
-            else:
-                end, start, claim = self._work
-                self.now, self._work = end, None
-                self.state.complete_compute(claim, actual_s=end - start)
-            if self.state.restored and not self.restore_s:
-                self.restore_s = self.now
-        raise AssertionError("no end in sight")
+    def claimed(self, request_id: int, claim: ComputeClaim) -> None:
+        self.conditions.check(self.state, claim)
 
-    def _give_work(self) -> bool:
-        self._start_reads()
-        if self._work is None:
-            claim = self.state.claim_compute(self.now)
-            self.conditions.check(self.state, claim)
-            if claim.kind is ClaimKind.DONE:
-                return False
-            if claim.kind is not ClaimKind.WAIT:
-                self._work = (self.now + true_s(self.truth, claim), self.now, claim)
-            self._start_reads()
-        return True
-
-    def _start_reads(self) -> None:
-        while len(self._reads) < self.depth and (tile := self.state.claim_load(self.now)) is not None:
-            start = max(self.now, self._link_free)
-            rate = self.conditions.bandwidth_at(start) if self.conditions.bandwidth_at else self.truth.link.bytes_per_s
-            self._link_free = start + self.truth.load_bytes_KB[tile.chunk_lo, tile.block_lo] / rate
-            self._reads.append((self._link_free, start, tile))
-
-    def _end_read(self, end: float, start: float, tile: Tile) -> None:
-        self.now = end
-        outcome = self.conditions.fails(tile.chunk_lo, tile.block_lo)
-        if outcome is not None:
-            self.state.fail_load(tile, outcome)
-            return
-        num_bytes = int(self.truth.load_bytes_KB[tile.chunk_lo, tile.block_lo])
-        self.state.rates.observe_load(num_bytes=num_bytes, busy_s=end - start)
-        if self.state.begin_place(tile):
-            self.state.complete_load(tile)
+    def outcome(self, request_id: int, piece: Piece) -> LoadOutcome:
+        return self.conditions.fails(*piece) or LoadOutcome.OK
 
 
 def run_virtual(
@@ -102,15 +78,15 @@ def run_virtual(
 ) -> VirtualRun:
     """Run a plan to its end, planned with ``planned`` and carried out under ``conditions``."""
     conditions = conditions or Conditions()
-    state = RestoreState(planned, plan, LiveRates(bytes_per_s=planned.link.bytes_per_s), min_claim_s=min_claim_s)
-    return VirtualRun(conditions.truth or planned, state, conditions, depth).run()
-
-
-def true_s(truth: RestoreProblem, claim: ComputeClaim) -> float:
-    if claim.tile is None:
-        return float(truth.suffix_B[claim.block_lo : claim.block_hi].sum())
-    total = 0.0
-    for chunk, block in claim.tile.cells():
-        kv_only = claim.kv_only_top and block == claim.tile.block_hi - 1
-        total += float((truth.kv_only_KB if kv_only else truth.compute_KB)[chunk, block])
-    return total
+    truth = conditions.truth or planned
+    loop, rates = EventLoop(), LiveRates(bytes_per_s=planned.link.bytes_per_s)
+    link = ChangingLink(loop, conditions.bandwidth_at or (lambda now: truth.link.bytes_per_s))
+    device = BreakingDevice(loop, BatchScheduler(Arrival(), rates), link, reads_in_flight=depth)
+    device.conditions = conditions
+    device.state = state = RestoreState(planned, plan, rates, min_claim_s=min_claim_s)
+    ended: list[Completion] = []
+    device.adopt(0, state, ended.append, truth=truth)
+    device.pump()
+    loop.run()
+    assert ended, f"stuck at {loop.now_s}: nobody works"
+    return VirtualRun(state, ended[0].restored_at_s, ended[0].first_token_at_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from cacheflow.plan.grid import Piece
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
@@ -18,7 +19,7 @@ from cacheflow.restore.work import (
     StageWork,
     StepReport,
 )
-from cacheflow.state.boundary import BOUNDARY_ROW
+from cacheflow.sim.device import true_bytes
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 
@@ -57,14 +58,14 @@ class VirtualWorker:
     compute_s: float = 0.0
     finished_s: float | None = None
     _link_free: float = 0.0
-    _reads: deque[tuple[float, float, tuple[int, int]]] = field(default_factory=deque)
+    _reads: deque[tuple[float, float, Piece]] = field(default_factory=deque)
     _num_computed: int = 0
 
     def step(self, orders: StageWork, *, wait_s: float) -> RankReport:
         for read in orders.reads:
             start = max(self.now, self._link_free)
-            self._link_free = start + self._bytes(read.chunk, read.block) / self.truth.link.bytes_per_s
-            self._reads.append((self._link_free, start, (read.chunk, read.block)))
+            self._link_free = start + true_bytes(self.truth, read.piece) / self.truth.link.bytes_per_s
+            self._reads.append((self._link_free, start, read.piece))
         assert not orders.drops, "nothing fails in this world"
         seconds = tuple(self._compute(order) for order in orders.compute)
         first, self._num_computed = self._num_computed, self._num_computed + len(seconds)
@@ -86,20 +87,14 @@ class VirtualWorker:
         self.compute_s += seconds
         return seconds
 
-    def _bytes(self, chunk: int, block: int) -> int:
-        if block == BOUNDARY_ROW:
-            return int(self.truth.boundary_bytes_K[chunk])
-        return int(self.truth.load_bytes_KB[chunk, block])
-
     def _ended(self):
         while self._reads and self._reads[0][0] <= self.now:
-            end, start, (chunk, block) = self._reads.popleft()
+            end, start, piece = self._reads.popleft()
             yield LoadReport(
                 restore_id=7,
-                chunk=chunk,
-                block=block,
+                piece=piece,
                 outcome=LoadOutcome.OK,
-                num_bytes=self._bytes(chunk, block),
+                num_bytes=true_bytes(self.truth, piece),
                 busy_s=end - start,
                 end_s=end,
             )

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cacheflow.plan.grid import Boundary, Cell
 from cacheflow.stores.base import PutRequest
 from cacheflow.stores.keys import ObjectKey, ObjectKind, Shard
 from cacheflow.types import LoadOutcome
@@ -87,9 +88,8 @@ def test_stored_boundary_states_let_both_stages_begin_at_once():
     orders = case.step()
     first, second = orders.of_stage(0), orders.of_stage(1)
     assert first[0].compute
-    assert not any(read.is_boundary for read in first[0].reads)
-    assert second[0].reads[0].is_boundary
-    assert second[0].reads[0].chunk == 0
+    assert all(isinstance(read.piece, Cell) for read in first[0].reads)
+    assert second[0].reads[0].piece == Boundary(0)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Boundary, Cell
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import PutRequest
 from cacheflow.stores.keys import Shard
@@ -69,7 +69,7 @@ def gathered(layout, layers, block_ids):
 def test_cells_land_in_their_blocks_and_nowhere_else(layout, saved):
     store, cells = saved
     port = new_port(store, layout)
-    ticket = port.start(Tile(1, 2, 2, 3), deadline_s=5)
+    ticket = port.start(Cell(1, 2), deadline_s=5)
     assert ticket.num_bytes == layout.num_bytes(1, 2)  # the top block holds the one layer that is left
     assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
     assert not gathered(layout, (0, LAYERS), range(9)).any()
@@ -82,7 +82,7 @@ def test_cells_land_in_their_blocks_and_nowhere_else(layout, saved):
 def test_a_first_chunk_that_is_partly_there_keeps_its_blocks(layout, saved):
     store, cells = saved
     port = new_port(store, layout, start=4)
-    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=5)
+    ticket = port.start(Cell(0, 0), deadline_s=5)
     assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
     port.place(ticket)
     whole = cells[0, 0].reshape(2, 2, -1)
@@ -93,7 +93,7 @@ def test_a_first_chunk_that_is_partly_there_keeps_its_blocks(layout, saved):
 def test_every_cell_of_a_prefix(layout, saved):
     store, cells = saved
     port = new_port(store, layout)
-    tickets = [port.start(Tile(chunk, chunk + 1, block, block + 1), deadline_s=5) for chunk, block in cells]
+    tickets = [port.start(Cell(chunk, block), deadline_s=5) for chunk, block in cells]
     for ticket in tickets:
         assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
         port.place(ticket)
@@ -105,7 +105,7 @@ def test_every_cell_of_a_prefix(layout, saved):
 def test_another_ranks_objects_are_misses(layout, saved):
     store, _ = saved
     port = new_port(store, layout, shard=Shard(tp_rank=0, tp_size=2))
-    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=5)
+    ticket = port.start(Cell(0, 0), deadline_s=5)
     assert port.wait(ticket, timeout_s=5) is LoadOutcome.MISS
     port.cancel(ticket)
 
@@ -113,10 +113,10 @@ def test_another_ranks_objects_are_misses(layout, saved):
 def test_staging_is_used_again(layout, saved):
     store, _ = saved
     port = new_port(store, layout)
-    first = port.start(Tile(0, 1, 0, 1), deadline_s=5)
+    first = port.start(Cell(0, 0), deadline_s=5)
     port.wait(first, timeout_s=5)
     port.cancel(first)
-    second = port.start(Tile(0, 1, 1, 2), deadline_s=5)
+    second = port.start(Cell(0, 1), deadline_s=5)
     assert second.staging is first.staging
     port.wait(second, timeout_s=5)
     port.place(second)
@@ -138,7 +138,7 @@ def test_boundary_states_are_given_to_compute_and_touch_no_block(layout, saved):
     store, given = saved[0], {}
     payload = save_boundary(store, layer=3)
     port = new_port(store, layout, first_layer=3, given=given)
-    ticket = port.start_boundary(1, deadline_s=5)
+    ticket = port.start(Boundary(1), deadline_s=5)
     assert ticket.num_bytes == CHUNK * STATES
     assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
     assert given == {}
@@ -154,7 +154,7 @@ def test_a_chunk_that_is_partly_there_needs_the_states_of_the_rest(layout, saved
     key = boundary_key(NAMESPACE, CHAIN[0], layer=3, tp_size=2)
     store.submit_put([PutRequest(key, [payload], (payload.size,), "uint8")]).wait(5)
     port = new_port(store, layout, start=4, first_layer=3, given=given)
-    ticket = port.start_boundary(0, deadline_s=5)
+    ticket = port.start(Boundary(0), deadline_s=5)
     assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
     port.place(ticket)
     assert np.array_equal(given[0], payload.reshape(2, CHUNK, -1)[:, 4:].reshape(2, -1))
@@ -164,7 +164,7 @@ def test_a_chunk_that_is_partly_there_needs_the_states_of_the_rest(layout, saved
 def test_states_of_another_layer_or_another_sum_are_misses(layout, saved, changes):
     save_boundary(saved[0], **changes)
     port = new_port(saved[0], layout, first_layer=3, given={})
-    ticket = port.start_boundary(1, deadline_s=5)
+    ticket = port.start(Boundary(1), deadline_s=5)
     assert port.wait(ticket, timeout_s=5) is LoadOutcome.MISS
     port.cancel(ticket)
 
@@ -175,7 +175,7 @@ def test_a_stage_reads_the_layers_it_holds(layout, saved):
     key = object_key(NAMESPACE, CHAIN[0], layers=(7, 9), shard=SHARD)
     store.submit_put([PutRequest(key, [cells[1, 0]], (cells[1, 0].size,), "uint8")]).wait(5)
     port = new_port(store, layout, shard=Shard(tp_rank=1, tp_size=2, pp_rank=2, pp_size=3), first_layer=7)
-    ticket = port.start(Tile(0, 1, 0, 1), deadline_s=5)
+    ticket = port.start(Cell(0, 0), deadline_s=5)
     assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
     port.place(ticket)
     assert np.array_equal(gathered(layout, (0, 2), [7, 2]), cells[1, 0])
@@ -183,4 +183,4 @@ def test_a_stage_reads_the_layers_it_holds(layout, saved):
 
 def test_a_stage_without_boundary_states_was_ordered_none(layout, saved):
     with pytest.raises(ValueError, match="reads no boundary states"):
-        new_port(saved[0], layout).start_boundary(1, deadline_s=5)
+        new_port(saved[0], layout).start(Boundary(1), deadline_s=5)

@@ -14,7 +14,7 @@ from cacheflow.bench.batch_study import BatchStudy, RequestRun
 from cacheflow.bench.record import Environment
 from cacheflow.plan.bound import bound
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.state.report import Lane, Span, SpanKind, busy_share
+from cacheflow.plan.report import Lane, Span, SpanKind, busy_share
 
 STARVATION_SLACK = 1.1
 """What a request may wait beyond the bound on starvation, relative to the work that may come before it."""

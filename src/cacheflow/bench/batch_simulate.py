@@ -11,7 +11,7 @@ from cacheflow.bench.batch_record import BatchTimes
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
-from cacheflow.sim.device import Restored, SimulatedDevice
+from cacheflow.sim.device import Completion, VirtualDevice
 from cacheflow.sim.link import SimulatedLink
 from cacheflow.state.batch import BatchScheduler
 
@@ -33,13 +33,13 @@ class BatchCase:
     starvation_s: float = float("inf")
 
 
-class _Device(SimulatedDevice):
+class _Device(VirtualDevice):
     """Turns to requests that come at the same moment only when it has all of them, as the live executor does."""
 
     held = False
 
     def pump(self) -> None:
-        """See ``SimulatedDevice.pump``."""
+        """See ``VirtualDevice.pump``."""
         if not self.held:
             super().pump()
 
@@ -51,9 +51,9 @@ def simulate_batch(contender: Contender, case: BatchCase, truths: Sequence[Resto
     rates = LiveRates(bytes_per_s=case.problems[0].link.bytes_per_s)
     scheduler = BatchScheduler(contender.make(), rates, starvation_s=case.starvation_s)
     device = _Device(loop, scheduler, SimulatedLink(loop, link))
-    ends: dict[int, Restored] = {}
+    ends: dict[int, Completion] = {}
 
-    def done(restored: Restored) -> None:
+    def done(restored: Completion) -> None:
         ends[restored.request_id] = restored
 
     def arrive(arrival_s: float) -> None:

@@ -29,8 +29,8 @@ from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.profiling.calibrate import Calibration, CalibrationOptions, OnStep
-from cacheflow.restore.batch_executor import BatchExecutor
-from cacheflow.restore.batch_request import BatchHandle, BatchOutcome, BatchRequest, Prepared
+from cacheflow.restore.batch import BatchHandle, BatchOutcome, BatchRequest, Prepared
+from cacheflow.restore.executor import BatchExecutor
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.stores.keys import Namespace, chain_hashes

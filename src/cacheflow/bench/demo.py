@@ -20,9 +20,9 @@ from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.report import RestoreReport
 from cacheflow.policies.registry import make_policy
 from cacheflow.profiling.calibrate import Calibration, CalibrationOptions, OnStep
-from cacheflow.state.report import RestoreReport
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.workloads.coding import SYSTEM, coding_session

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cacheflow.bench.record import Environment, GuardRecord, RestoreRecord
 from cacheflow.engine.model import LoadedModel
 from cacheflow.plan.bound import Bound
-from cacheflow.state.report import Lane, RestoreReport, SpanKind
+from cacheflow.plan.report import Lane, RestoreReport, SpanKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,6 @@ from rich.console import Console
 from cacheflow.bench.hardware import GPUS, MODEL_FILES, MODEL_SHAPES, find_gpu, find_model
 from cacheflow.bench.plan_report import PlanReport, guard_line, prediction_table, split_grid
 from cacheflow.bench.plan_stages import axis_line, predict_stages, stage_timelines, stages_table, ways_table
-from cacheflow.bench.rehearsal import rehearse
 from cacheflow.bench.timeline import Timeline, draw_timelines
 from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
@@ -22,6 +21,7 @@ from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.stages import RankLayout, rank_problem
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.shapes.roofline import GpuPeaks, Roofline, problem_from_roofline
+from cacheflow.sim.rehearsal import rehearse
 from cacheflow.types import ModelShape
 
 MOST_TOKENS = 10**9

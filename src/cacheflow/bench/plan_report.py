@@ -11,10 +11,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from cacheflow.bench.rehearsal import Rehearsal
 from cacheflow.bench.table import seconds, size
 from cacheflow.plan.bound import Bound
 from cacheflow.plan.problem import RestoreProblem
+from cacheflow.sim.rehearsal import Rehearsal
 
 MAX_GRID_ROWS = 16
 MAX_GRID_COLUMNS = 64

@@ -11,8 +11,8 @@ from cacheflow.bench.make_record import RunContext, make_record, recompute_secon
 from cacheflow.bench.record import Environment, RestoreRecord
 from cacheflow.bench.study import CLEAN, Study, StudyRun, Wrong
 from cacheflow.plan.bound import Bound, bound
+from cacheflow.plan.report import RestoreReport
 from cacheflow.policies.registry import make_policy
-from cacheflow.state.report import RestoreReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cacheflow.bench.plots import BOUND_COLOUR, FAINT, INK, empty_figure, plain, save_figure
 from cacheflow.bench.table import seconds
 from cacheflow.errors import ConfigError
-from cacheflow.state.report import Lane, RestoreReport, Span, SpanKind
+from cacheflow.plan.report import Lane, RestoreReport, Span, SpanKind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
-from cacheflow.plan.grid import Grid, Tile
+from cacheflow.plan.grid import Cell, Grid
 from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root
 from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_boundary
 
@@ -100,7 +100,7 @@ class PrefixArchive:
         grid = Grid(chunk_ends=(1,), num_blocks=self._engine.num_blocks)
         geometry = self._geometry(grid)
         name, namespace = chunk_hash.hex(), self._engine.namespace.digest
-        return [cell_key(namespace, name, geometry, Tile(0, 1, b, b + 1)) for b in range(grid.num_blocks)]
+        return [cell_key(namespace, name, geometry, Cell(0, b)) for b in range(grid.num_blocks)]
 
     def _geometry(self, grid: Grid) -> CellGeometry:
         chunking = self._engine.chunking

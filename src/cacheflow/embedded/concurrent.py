@@ -1,6 +1,6 @@
 """Many sessions at once on one engine: their prefixes restored, and their answers decoded, side by side.
 
-Everything that touches the model happens on one compute thread; see ``restore.batch_executor``. An answer is the one
+Everything that touches the model happens on one compute thread; see ``restore.executor``. An answer is the one
 that ``Session.generate`` gives, bit for bit: only the order in which cells are restored differs.
 """
 
@@ -24,11 +24,10 @@ from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.transfer_port import StoreTicket
 from cacheflow.errors import ConfigError
 from cacheflow.policies.batch_registry import make_batch_policy
-from cacheflow.restore.batch_executor import BatchExecutor
-from cacheflow.restore.batch_pace import DecodePace
-from cacheflow.restore.batch_request import BatchOutcome, BatchRequest
-from cacheflow.state.admission import Admission
-from cacheflow.state.batch import BatchScheduler
+from cacheflow.restore.batch import BatchOutcome, BatchRequest
+from cacheflow.restore.executor import BatchExecutor
+from cacheflow.restore.pace import DecodePace
+from cacheflow.state.batch import Admission, BatchScheduler
 
 
 class ConcurrentBatch:

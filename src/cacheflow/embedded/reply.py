@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cacheflow.engine.saver import SaveReport
-from cacheflow.state.report import RestoreReport
+from cacheflow.plan.report import RestoreReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,11 @@ from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.report import RestoreReport
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.restore.executor import execute
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import Ticket, TransferPort
-from cacheflow.state.report import RestoreReport
 from cacheflow.state.restoration import RestoreState
 
 CUDA_CLAIM_S = 0.002

@@ -27,7 +27,7 @@ from cacheflow.engine.sampling import Sampling, TokenSampler, generate
 from cacheflow.engine.saver import SaveReport
 from cacheflow.errors import CostRangeError, PromptError, RestoreCancelled
 from cacheflow.plan.grid import Grid, regular_ends
-from cacheflow.state.report import RestoreReport
+from cacheflow.plan.report import RestoreReport
 from cacheflow.stores.prefix_index import PrefixMatch
 
 logger = logging.getLogger(__name__)

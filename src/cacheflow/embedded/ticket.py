@@ -20,8 +20,8 @@ from cacheflow.engine.transfer_port import StoreTicket
 from cacheflow.errors import CostRangeError
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.restore.batch_request import BatchHandle, BatchOutcome, Follow, Prepared
-from cacheflow.state.report import RestoreReport
+from cacheflow.plan.report import RestoreReport
+from cacheflow.restore.batch import BatchHandle, BatchOutcome, Follow, Prepared
 
 
 class SubmittedTurn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cacheflow.plan.grid import Grid
-from cacheflow.state.report import RestoreReport
+from cacheflow.plan.report import RestoreReport
 from cacheflow.stores.prefix_index import PrefixMatch
 from cacheflow.types import LoadOutcome
 

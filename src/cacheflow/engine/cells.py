@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.grid import Grid, Tile
-from cacheflow.types import DTYPE_BYTES, ModelShape
+from cacheflow.plan.grid import Cell, Grid
+from cacheflow.types import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,19 +45,14 @@ class CellGeometry:
         lo = block * self.layers_per_block
         return lo, min(lo + self.layers_per_block, self.shape.num_layers)
 
-    def cell(self, tile: Tile) -> tuple[int, int, int, int]:
-        """``(layer_lo, layer_hi, token_lo, token_hi)`` of a tile one chunk wide."""
-        return self.layers(tile.block_lo)[0], self.layers(tile.block_hi - 1)[1], *self.grid.chunk_range(tile.chunk_lo)
+    def extent(self, cell: Cell) -> tuple[int, int, int, int]:
+        """``(layer_lo, layer_hi, token_lo, token_hi)`` of a cell."""
+        return *self.layers(cell.block), *self.grid.chunk_range(cell.chunk)
 
-    def num_bytes(self, tile: Tile) -> int:
-        """Payload bytes of a tile one chunk wide."""
-        layer_lo, layer_hi, token_lo, token_hi = self.cell(tile)
+    def num_bytes(self, cell: Cell) -> int:
+        """Payload bytes of a cell."""
+        layer_lo, layer_hi, token_lo, token_hi = self.extent(cell)
         return (layer_hi - layer_lo) * (token_hi - token_lo) * self.shape.kv_bytes_per_token_layer
-
-    def hidden_bytes(self, chunk: int) -> int:
-        """Bytes of the hidden states of a chunk at one block boundary."""
-        lo, hi = self.grid.chunk_range(chunk)
-        return (hi - lo) * self.shape.hidden_size * DTYPE_BYTES[self.shape.dtype]
 
     @property
     def max_cell_bytes(self) -> int:

@@ -97,19 +97,6 @@ class EngineComputePort:
         """Forget the activations of a chunk, so that it can be recomputed from block 0."""
         self._chunks.pop(chunk, None)
 
-    def seed(self, chunk: int, *, block: int, hidden: torch.Tensor) -> None:
-        """Start a chunk from stored hidden states ``[1, n, C]``, the input of ``block``, instead of from its tokens.
-
-        Raises:
-            ValueError: ``hidden`` has another shape or dtype than the chunk's activations.
-        """
-        lo, hi = self._grid.chunk_range(chunk)
-        if hidden.shape != (1, hi - lo, self._runner.model.shape.hidden_size) or hidden.dtype != self._kv.dtype:
-            raise ValueError(f"hidden states of chunk {chunk} have shape {tuple(hidden.shape)}, dtype {hidden.dtype}")
-        state = _ChunkState(hidden.to(self._kv.device), ChunkCache(self._kv, lo, hi), self._runner.rope(lo, hi))
-        state.next_block = block
-        self._chunks[chunk] = state
-
     def run_suffix(self, block_lo: int, block_hi: int) -> None:
         """See ``ComputePort.run_suffix``; within a block the chunks run one after another.
 

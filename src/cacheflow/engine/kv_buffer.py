@@ -90,11 +90,6 @@ class KVBuffer:
         target = self.raw_cell(*cell)
         np.copyto(target, payload.view(target.dtype).reshape(target.shape))
 
-    def read_payload(self, payload: npt.NDArray[np.uint8], cell: tuple[int, int, int, int]) -> None:
-        """Copy a cell out into ``payload``, the inverse of ``write_payload``; CPU."""
-        source = self.raw_cell(*cell)
-        np.copyto(payload.view(source.dtype).reshape(source.shape), source)
-
 
 class KeysAndValuesWritten(Exception):
     """Leaves a decoder layer right after it wrote keys and values; never escapes the runner."""

@@ -14,7 +14,7 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.cuda import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.pacing import LinkSchedule
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Boundary, Cell, Piece, Tile
 from cacheflow.types import Clock, LoadOutcome
 
 
@@ -24,36 +24,36 @@ class PinnedPrefix:
     def __init__(self, geometry: CellGeometry, *, pinned: bool) -> None:
         """Reserve room for every cell of the grid, page-locked if ``pinned``."""
         self.geometry = geometry
-        self._spans: dict[tuple[int, int], tuple[int, int]] = {}
+        self._spans: dict[Cell, tuple[int, int]] = {}
         end = 0
-        for chunk, block in Tile(0, geometry.grid.num_chunks, 0, geometry.grid.num_blocks).cells():
-            start, end = end, end + geometry.num_bytes(Tile(chunk, chunk + 1, block, block + 1))
-            self._spans[chunk, block] = start, end
+        for cell in Tile(0, geometry.grid.num_chunks, 0, geometry.grid.num_blocks).cells():
+            start, end = end, end + geometry.num_bytes(cell)
+            self._spans[cell] = start, end
         self._bytes = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
 
     @classmethod
     def save(cls, kv: KVBuffer, geometry: CellGeometry) -> PinnedPrefix:
         """Copy the grid's prefix out of a KV buffer; pinned when the buffer is on CUDA. Waits for the copies."""
         prefix = cls(geometry, pinned=kv.device.type == "cuda")
-        for chunk, block in prefix._spans:
-            cell = kv.cell(*geometry.cell(Tile(chunk, chunk + 1, block, block + 1)))
-            prefix.payload(chunk, block).view(cell.dtype).view(cell.shape).copy_(cell)
+        for cell in prefix._spans:
+            values = kv.cell(*geometry.extent(cell))
+            prefix.payload(cell).view(values.dtype).view(values.shape).copy_(values)
         return prefix
 
-    def payload(self, chunk: int, block: int) -> torch.Tensor:
+    def payload(self, cell: Cell) -> torch.Tensor:
         """Bytes of one cell, a uint8 view."""
-        start, end = self._spans[chunk, block]
+        start, end = self._spans[cell]
         return self._bytes[start:end]
 
 
 class PinnedTicket:
     """One cell on the link; made by ``PinnedLinkPort.start``."""
 
-    __slots__ = ("cell", "due_at_s", "event", "late_at_s", "num_bytes", "staging")
+    __slots__ = ("due_at_s", "event", "extent", "late_at_s", "num_bytes", "staging")
 
-    def __init__(self, *, cell: tuple[int, int, int, int], staging: torch.Tensor, num_bytes: int) -> None:
+    def __init__(self, *, extent: tuple[int, int, int, int], staging: torch.Tensor, num_bytes: int) -> None:
         """Hold what the port needs to place or cancel the read."""
-        self.cell = cell
+        self.extent = extent
         self.staging = staging
         self.num_bytes = num_bytes
         self.due_at_s = 0.0
@@ -90,12 +90,13 @@ class PinnedLinkPort:
         self._lane = CopyLane(kv.device) if kv.device.type == "cuda" else None
         self._free: list[torch.Tensor] = []
 
-    def start(self, tile: Tile, *, deadline_s: float) -> PinnedTicket:
+    def start(self, piece: Piece, *, deadline_s: float) -> PinnedTicket:
         """See ``TransferPort.start``; on the CPU the copy into staging happens here."""
+        assert not isinstance(piece, Boundary), "the first stage reads no boundary states"
         now_s = self._clock()
-        payload = self._prefix.payload(tile.chunk_lo, tile.block_lo)
+        payload = self._prefix.payload(piece)
         staging = self._take()
-        ticket = PinnedTicket(cell=self._geometry.cell(tile), staging=staging, num_bytes=payload.numel())
+        ticket = PinnedTicket(extent=self._geometry.extent(piece), staging=staging, num_bytes=payload.numel())
         ticket.due_at_s = self._schedule.reserve(ticket.num_bytes)
         ticket.late_at_s = now_s + deadline_s
         if self._lane is None:
@@ -117,9 +118,9 @@ class PinnedLinkPort:
     def place(self, ticket: PinnedTicket) -> None:
         """See ``TransferPort.place``."""
         if self._lane is None:
-            self._kv.write_payload(ticket.staging.numpy()[: ticket.num_bytes], ticket.cell)
+            self._kv.write_payload(ticket.staging.numpy()[: ticket.num_bytes], ticket.extent)
         else:
-            target = self._kv.cell(*ticket.cell)
+            target = self._kv.cell(*ticket.extent)
             source = ticket.staging[: ticket.num_bytes].view(target.dtype).view(target.shape)
             self._lane.copy(target, source).synchronize()
         self._free.append(ticket.staging)

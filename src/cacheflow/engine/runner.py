@@ -8,8 +8,7 @@ which cells were restored. Every call runs on the calling thread (and device str
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from cacheflow.engine.model import LoadedModel
 from cacheflow.errors import ConfigError, PromptError
 
 Rope = tuple[torch.Tensor, torch.Tensor]
-OnHidden = Callable[[int, int, torch.Tensor], None]
 
 
 class LayerRunner:
@@ -105,9 +103,6 @@ class LayerRunner:
         tokens: Sequence[int],
         chunk_ends: Sequence[int],
         kv: KVBuffer,
-        *,
-        boundary_layers: Collection[int] = (),
-        on_hidden: OnHidden | None = None,
     ) -> torch.Tensor:
         """Compute a whole prompt chunk by chunk and return the last token's logits ``[V]``.
 
@@ -115,8 +110,6 @@ class LayerRunner:
             tokens: The prompt.
             chunk_ends: Ascending boundaries, the last one ``len(tokens)``.
             kv: At least ``len(tokens)`` long; the chunks are written into it.
-            boundary_layers: Layers whose input hidden states ``on_hidden`` gets.
-            on_hidden: Called with ``(chunk, layer, hidden [1, n, C])``; must copy what it keeps beyond the call.
 
         Raises:
             ConfigError: The boundaries do not end at the prompt, or the buffer is too short.
@@ -128,15 +121,10 @@ class LayerRunner:
                 f"the KV buffer holds {kv.capacity}"
             )
         ids = self.token_tensor(tokens)
-        cuts = (0, *sorted(set(boundary_layers) - {0, self.num_layers}), self.num_layers)
         lo = 0
-        for chunk, hi in enumerate(chunk_ends):
+        for hi in chunk_ends:
             hidden = self.embed(ids[:, lo:hi])
-            rope, cache = self.rope(lo, hi), ChunkCache(kv, lo, hi)
-            for bottom, top in pairwise(cuts):
-                hidden = self._full(hidden, cache, rope, (bottom, top))
-                if on_hidden is not None and top in boundary_layers:
-                    on_hidden(chunk, top, hidden)
+            hidden = self._full(hidden, ChunkCache(kv, lo, hi), self.rope(lo, hi), (0, self.num_layers))
             lo = hi
         return self.logits(hidden)
 

@@ -1,8 +1,7 @@
-"""Writes a prefilled prefix to a store: one object per cell, and on request the hidden states between blocks.
+"""Writes a prefilled prefix to a store: one object per cell.
 
-Objects: ``KV`` holds ``[layers, 2, n, H, D]``, ``HIDDEN`` holds ``[n, C]`` (the input of its layer), both in the KV
-dtype, C order; see ``cells``. Keys and values are copied out of the KV buffer at submission, so the buffer may be used,
-or evicted, right after.
+An object holds ``[layers, 2, n, H, D]`` in the KV dtype, C order; see ``cells``. Keys and values are copied out of the
+KV buffer at submission, so the buffer may be used, or evicted, right after.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import torch
 
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
-from cacheflow.engine.transfer_port import cell_key, hidden_key
-from cacheflow.plan.grid import Tile
+from cacheflow.engine.transfer_port import cell_key
+from cacheflow.plan.grid import Cell
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey
 
@@ -52,20 +51,15 @@ class PrefixSaver:
         """Start writing every cell of a chunk that is wholly in ``kv``."""
         requests = []
         for block in range(self._geometry.grid.num_blocks):
-            tile = Tile(chunk, chunk + 1, block, block + 1)
-            key = cell_key(self._namespace, self._chain[chunk], self._geometry, tile)
-            requests.append(self._request(key, kv.cell(*self._geometry.cell(tile))))
+            cell = Cell(chunk, block)
+            key = cell_key(self._namespace, self._chain[chunk], self._geometry, cell)
+            requests.append(self._request(key, kv.cell(*self._geometry.extent(cell))))
         self._handles.append(self._store.submit_put(requests))
 
     def save_prefix(self, kv: KVBuffer, *, first_chunk: int = 0) -> None:
         """Start writing every chunk of the grid from ``first_chunk`` on."""
         for chunk in range(first_chunk, self._geometry.grid.num_chunks):
             self.save_chunk(kv, chunk)
-
-    def save_hidden(self, chunk: int, layer: int, hidden: torch.Tensor) -> None:
-        """Start writing the input ``[1, n, C]`` of ``layer``; fits ``LayerRunner.prefill``'s ``on_hidden``."""
-        key = hidden_key(self._namespace, self._chain[chunk], layer)
-        self._handles.append(self._store.submit_put([self._request(key, hidden[0])]))
 
     def wait(self, timeout_s: float | None = None) -> SaveReport:
         """Wait for every write started so far; those still pending after ``timeout_s`` in all count as failed."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.cuda import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.stores.base import GetHandle, GetRequest, Store
 from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
@@ -21,13 +21,13 @@ from cacheflow.types import LoadOutcome
 class StoreTicket:
     """One read of one cell under way; made by ``StoreTransferPort.start``."""
 
-    __slots__ = ("cell", "handle", "num_bytes", "staging")
+    __slots__ = ("extent", "handle", "num_bytes", "staging")
 
     def __init__(
-        self, *, cell: tuple[int, int, int, int], num_bytes: int, staging: StagingBuffer, handle: GetHandle
+        self, *, extent: tuple[int, int, int, int], num_bytes: int, staging: StagingBuffer, handle: GetHandle
     ) -> None:
-        """Hold what the port needs to place or cancel the read."""
-        self.cell = cell
+        """Hold what the port needs to place or cancel the read; ``extent`` as ``CellGeometry.extent`` has it."""
+        self.extent = extent
         self.num_bytes = num_bytes
         self.staging = staging
         self.handle = handle
@@ -65,14 +65,15 @@ class StoreTransferPort:
         self._lane = CopyLane(kv.device) if kv.device.type == "cuda" else None
         self._pool = StagingPool(geometry.max_cell_bytes, pinned=self._lane is not None)
 
-    def start(self, tile: Tile, *, deadline_s: float) -> StoreTicket:
-        """See ``TransferPort.start``."""
-        num_bytes = self._geometry.num_bytes(tile)
+    def start(self, piece: Piece, *, deadline_s: float) -> StoreTicket:
+        """See ``TransferPort.start``; on one device there are no boundary states to read."""
+        assert not isinstance(piece, Boundary), "the first stage reads no boundary states"
+        num_bytes = self._geometry.num_bytes(piece)
         staging = self._pool.take()
-        key = cell_key(self._namespace, self._chain[tile.chunk_lo], self._geometry, tile)
+        key = cell_key(self._namespace, self._chain[piece.chunk], self._geometry, piece)
         request = GetRequest(key, staging.array[:num_bytes])
         handle = self._store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
-        return StoreTicket(cell=self._geometry.cell(tile), num_bytes=num_bytes, staging=staging, handle=handle)
+        return StoreTicket(extent=self._geometry.extent(piece), num_bytes=num_bytes, staging=staging, handle=handle)
 
     def wait(self, ticket: StoreTicket, *, timeout_s: float) -> LoadOutcome | None:
         """See ``TransferPort.wait``."""
@@ -81,9 +82,9 @@ class StoreTransferPort:
     def place(self, ticket: StoreTicket) -> None:
         """See ``TransferPort.place``; numpy's single-threaded copy on the CPU, a copy stream on CUDA."""
         if self._lane is None:
-            self._kv.write_payload(ticket.staging.array[: ticket.num_bytes], ticket.cell)
+            self._kv.write_payload(ticket.staging.array[: ticket.num_bytes], ticket.extent)
         else:
-            self._lane.upload(ticket.staging.tensor[: ticket.num_bytes], self._kv.cell(*ticket.cell))
+            self._lane.upload(ticket.staging.tensor[: ticket.num_bytes], self._kv.cell(*ticket.extent))
         self._pool.give(ticket.staging)
 
     def cancel(self, ticket: StoreTicket) -> None:
@@ -95,14 +96,9 @@ class StoreTransferPort:
         """Nothing to end: the store belongs to the caller."""
 
 
-def cell_key(namespace: str, chain_hash: str, geometry: CellGeometry, tile: Tile) -> ObjectKey:
+def cell_key(namespace: str, chain_hash: str, geometry: CellGeometry, cell: Cell) -> ObjectKey:
     """Store key of one cell; ``chain_hash`` in hex, at the end of the cell's chunk."""
-    layer_lo, layer_hi = geometry.cell(tile)[:2]
+    layer_lo, layer_hi = geometry.layers(cell.block)
     return ObjectKey(
         namespace=namespace, chain_hash=chain_hash, kind=ObjectKind.KV, layer_lo=layer_lo, layer_hi=layer_hi
     )
-
-
-def hidden_key(namespace: str, chain_hash: str, layer: int) -> ObjectKey:
-    """Store key of a chunk's hidden states below ``layer``; ``chain_hash`` in hex."""
-    return ObjectKey(namespace=namespace, chain_hash=chain_hash, kind=ObjectKind.HIDDEN, layer_lo=layer, layer_hi=layer)

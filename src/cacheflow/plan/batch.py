@@ -72,6 +72,21 @@ class BatchPolicy(Protocol):
         ...
 
 
+class Arrival:
+    """Ranks by arrival, and plans nothing: for restorations that were planned already."""
+
+    name: ClassVar[str] = "arrival"
+
+    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
+        """The oldest first."""
+        arrived = tuple(request.request_id for request in waiting)
+        return Ranking(compute=arrived, link=arrived)
+
+    def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
+        """None."""
+        raise NotImplementedError(f"request {request_id} was to be planned already")
+
+
 @dataclass(frozen=True, slots=True)
 class PredictedEnd:
     """When a request has its first token by prediction, in seconds from now, and the share that compute restores."""

@@ -8,8 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cacheflow.errors import ConfigError
+
+
+class Cell(NamedTuple):
+    """The keys and values of one chunk in one layer block: what is restored once, by compute or by one read."""
+
+    chunk: int
+    block: int
+
+
+class Boundary(NamedTuple):
+    """The boundary hidden states of one chunk: what a later pipeline stage recomputes the chunk from."""
+
+    chunk: int
+
+
+Piece = Cell | Boundary
+"""What one read brings."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -35,11 +53,11 @@ class Tile:
         """Number of cells in the rectangle."""
         return (self.chunk_hi - self.chunk_lo) * (self.block_hi - self.block_lo)
 
-    def cells(self) -> Iterator[tuple[int, int]]:
-        """Yield ``(chunk, block)``, bottom block first within a chunk, head chunk first."""
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cells, bottom block first within a chunk, head chunk first."""
         for chunk in range(self.chunk_lo, self.chunk_hi):
             for block in range(self.block_lo, self.block_hi):
-                yield chunk, block
+                yield Cell(chunk, block)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,8 @@ class RestoreProblem:
             nothing and takes passes of its own; None where it has no other than the chunks of this grid.
         boundary_bytes_K: Bytes of boundary hidden states that the link must bring before a chunk can be recomputed:
             of a later pipeline stage that reads them from the store. Zeros otherwise.
+        recurrent_B: Blocks with recurrent layers: a chunk can be recomputed there only from the running state that
+            recomputing all chunks before it has left. That they are resident is not enough. All false otherwise.
     """
 
     grid: Grid
@@ -87,6 +89,7 @@ class RestoreProblem:
     head_s: float = 0.0
     prefill_s: float | None = None
     boundary_bytes_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    recurrent_B: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
     def __post_init__(self) -> None:
         """Check shapes and signs.
@@ -99,12 +102,15 @@ class RestoreProblem:
             object.__setattr__(self, "suffix_B", np.zeros(self.grid.num_blocks))
         if self.boundary_bytes_K.size == 0:
             object.__setattr__(self, "boundary_bytes_K", np.zeros(self.grid.num_chunks, dtype=np.int64))
+        if self.recurrent_B.size == 0:
+            object.__setattr__(self, "recurrent_B", np.zeros(self.grid.num_blocks, dtype=np.bool_))
         for name, array, shape in (
             ("compute_KB", self.compute_KB, cells),
             ("kv_only_KB", self.kv_only_KB, cells),
             ("load_bytes_KB", self.load_bytes_KB, cells),
             ("suffix_B", self.suffix_B, (self.grid.num_blocks,)),
             ("boundary_bytes_K", self.boundary_bytes_K, (self.grid.num_chunks,)),
+            ("recurrent_B", self.recurrent_B, (self.grid.num_blocks,)),
         ):
             if array.shape != shape:
                 raise ConfigError(f"{name} has shape {array.shape}, the grid needs {shape}")

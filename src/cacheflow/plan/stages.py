@@ -139,6 +139,7 @@ def stage_problems(
             load_bytes_KB=problem.load_bytes_KB[:, lo:hi],
             link=problem.link,
             boundary_bytes_K=tokens_K * (boundary_bytes_per_token(shape) if stored else 0),
+            recurrent_B=problem.recurrent_B[lo:hi],
         )
         suffix_s = float(problem.suffix_B[lo:hi].sum()) + (problem.head_s if hi == shape.num_layers else 0.0)
         stages.append(StageProblem(problem=own, source=source, suffix_s=suffix_s))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-from cacheflow.plan.batch import Ranking, WaitingRequest
+from cacheflow.plan.batch import Arrival
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.base import RestorePolicy
 
 
-class FirstComeFirstServed:
+class FirstComeFirstServed(Arrival):
     """Every request restored as its restore policy says, in the order of arrival."""
 
     name: ClassVar[str] = "fcfs"
@@ -19,11 +19,6 @@ class FirstComeFirstServed:
     def __init__(self, restore: RestorePolicy) -> None:
         """Take the policy that plans each restoration."""
         self._restore = restore
-
-    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
-        """The oldest first."""
-        arrived = tuple(request.request_id for request in waiting)
-        return Ranking(compute=arrived, link=arrived)
 
     def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
         """As if it were alone."""

@@ -13,7 +13,7 @@ import numpy as np
 from cacheflow.plan.plan import Prediction
 from cacheflow.plan.problem import RestoreProblem, Seconds
 from cacheflow.plan.staircase import Levels, recomputed_KB, staircase_compute_s, staircase_load_bytes
-from cacheflow.state.link_side import CLIMB_MARGIN
+from cacheflow.state.link_pointer import CLIMB_MARGIN
 
 TIE = 1e-9
 """Ends that differ by less, relatively, are a tie: sums of equal costs round apart."""

@@ -1,23 +1,27 @@
-"""The live executor: two threads drive one restoration's state machine over two ports.
+"""Live restorations: a batch scheduler driven by one compute thread and one I/O thread; one alone is a batch of one.
 
-Compute runs on the thread that called ``execute``; reads are started, awaited and placed by one I/O thread. Both take
-the same lock around every call into the state machine and hold it nowhere else.
+All work that touches a model happens on the one compute thread: preparing, recomputing, copying shared prefixes, new
+tokens, decoding. Reads of all requests are started, awaited and placed by one I/O thread. When compute meets the link
+on one request both turn to the next at once, because both ask the scheduler whenever they are free.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Generic, Self, TypeVar
 
-from cacheflow.errors import RestoreCancelled
-from cacheflow.plan.grid import Tile
-from cacheflow.restore.io_loop import IoLoop
+from cacheflow.plan.batch import Arrival
+from cacheflow.plan.report import RestoreReport
+from cacheflow.restore.batch import BatchHandle, BatchRequest, Prepared
+from cacheflow.restore.compute_loop import ComputeLoop
+from cacheflow.restore.jobs import Jobs
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.restore.pace import DecodePace
 from cacheflow.restore.ports import ComputePort, Ticket, TransferPort
-from cacheflow.restore.shared import Restoration, Shared
-from cacheflow.state.claims import ClaimKind, ComputeClaim
-from cacheflow.state.report import Lane, RestoreReport, Span, SpanKind, restoration_report
+from cacheflow.restore.reads import Reads
+from cacheflow.state.batch import Admission, BatchScheduler
 from cacheflow.state.restoration import RestoreState
 
 T = TypeVar("T", bound=Ticket)
@@ -32,14 +36,14 @@ def execute(
     planning_s: float = 0.0,
     cancel: threading.Event | None = None,
 ) -> RestoreReport:
-    """Restore every cell of ``state``'s grid, run the suffix, and report what happened.
+    """Restore every cell of ``state``'s grid, run the suffix, and report what happened; computes on this thread.
 
     On return nothing of the restoration is running: no thread, no read that touches a buffer.
 
     Args:
         state: A fresh state machine; its plan decides who does what.
         compute: Called on this thread only.
-        transfer: Called on the I/O thread only.
+        transfer: See ``ports`` for its threads.
         options: Depth and deadlines of the reads, and the clock.
         planning_s: Seconds the plan took, for the report.
         cancel: Set from any thread to give the restoration up.
@@ -48,91 +52,89 @@ def execute(
         RestoreCancelled: ``cancel`` was set before the first token was there.
     """
     options = options or ExecutorOptions()
-    shared = Shared(Restoration(state, transfer), options.clock)
-    io_loop = IoLoop(shared, options)
-    thread = threading.Thread(target=io_loop.run, name="cacheflow-io", daemon=True)
-    thread.start()
+    jobs: Jobs[T] = Jobs(BatchScheduler(Arrival(), state.rates), Admission(), options)
+    reads = Reads(jobs, clock=options.clock, poll_s=options.poll_s)
+    loop = ComputeLoop(jobs, reads, DecodePace(), poll_s=options.poll_s)
+    prepared = Prepared(problem=state.problem, compute=compute, transfer=transfer, state=state, planning_s=planning_s)
+    [handle] = jobs.submit([BatchRequest(problem=state.problem, prepare=lambda running: prepared)])
     try:
-        overhead_s = _drive_compute(shared, compute, options, cancel)
-        compute.finish()
-        end_s = shared.now_s()
+        while not handle.ended.done():
+            if cancel is not None and cancel.is_set():
+                handle.cancel()
+            loop.step()
     finally:
-        shared.stop.set()
-        with shared.changed:
-            shared.changed.notify_all()
-        thread.join()
-    return _report(shared.restoration, planning_s=planning_s, overhead_s=overhead_s, end_s=end_s)
+        reads.close(wait=True)
+    return handle.result().report
 
 
-def _drive_compute(
-    shared: Shared[T], compute: ComputePort, options: ExecutorOptions, cancel: threading.Event | None
-) -> float:
-    """Carry out claims until everything is restored and the suffix is through; returns the overhead in seconds."""
-    overhead_s, restoration = 0.0, shared.restoration
-    while True:
-        if cancel is not None and cancel.is_set():
-            raise RestoreCancelled(f"restoration cancelled after {shared.now_s():.3f} s")
-        before_s = shared.now_s()
-        with shared.changed:
-            claim = restoration.state.claim_compute(shared.now_s())
-            if claim.kind is ClaimKind.WAIT:
-                shared.changed.notify_all()
-                shared.changed.wait(options.poll_s)
-                continue
-        if claim.kind is ClaimKind.DONE:
-            return overhead_s
-        start_s = shared.now_s()
-        spans = carry_out(claim, compute, shared.now_s)
-        end_s = shared.now_s()
-        with shared.changed:
-            restoration.state.complete_compute(claim, actual_s=end_s - start_s)
-            restoration.note_restored(shared.now_s())
-            restoration.spans.extend(spans)
-            shared.changed.notify_all()
-        overhead_s += shared.now_s() - before_s - (end_s - start_s)
+class BatchExecutor(Generic[T]):
+    """Restores requests as they come; thread-safe. A context manager that waits for all of them on leaving."""
 
+    def __init__(
+        self,
+        scheduler: BatchScheduler,
+        *,
+        options: ExecutorOptions | None = None,
+        admission: Admission | None = None,
+        pace: DecodePace | None = None,
+    ) -> None:
+        """Start the compute thread.
 
-def carry_out(claim: ComputeClaim, compute: ComputePort, now_s: Callable[[], float]) -> list[Span]:
-    """Do what a claim orders, chunk by chunk; one span each, on the clock that ``now_s`` reads."""
-    start_s = now_s()
-    if claim.tile is None:
-        compute.run_suffix(claim.block_lo, claim.block_hi)
-        suffix = Tile(0, 1, claim.block_lo, claim.block_hi)
-        return [_span(SpanKind.SUFFIX, start_s, now_s(), suffix, chunk=-1)]
-    tile, spans = claim.tile, []
-    if claim.restart:
-        compute.restart(tile.chunk_lo)
-    kind = SpanKind.KV_ONLY if claim.kv_only_top and tile.block_hi - tile.block_lo == 1 else SpanKind.RECOMPUTE
-    kind = SpanKind.REPAIR if claim.kind is ClaimKind.REPAIR else kind
-    for chunk in range(tile.chunk_lo, tile.chunk_hi):
-        compute.recompute(Tile(chunk, chunk + 1, tile.block_lo, tile.block_hi), kv_only_top=claim.kv_only_top)
-        end_s = now_s()
-        spans.append(_span(kind, start_s, end_s, tile, chunk=chunk))
-        start_s = end_s
-    return spans
+        Args:
+            scheduler: Decides; nobody else may use it, or its rates, until ``close``.
+            options: Depth and deadlines of the reads, and the clock.
+            admission: Bounds the memory of requests that restore or decode.
+            pace: Bounds what restorations cost those that decode.
+        """
+        options = options or ExecutorOptions()
+        self._jobs: Jobs[T] = Jobs(scheduler, admission or Admission(), options)
+        self._reads = Reads(self._jobs, clock=options.clock, poll_s=options.poll_s)
+        loop = ComputeLoop(self._jobs, self._reads, pace or DecodePace(), poll_s=options.poll_s)
+        self._thread = threading.Thread(target=loop.run, name="cacheflow-compute", daemon=True)
+        self._thread.start()
 
+    def now_s(self) -> float:
+        """Seconds since the executor was made: the clock of arrivals."""
+        return self._jobs.now_s()
 
-def _span(kind: SpanKind, start_s: float, end_s: float, tile: Tile, *, chunk: int) -> Span:
-    return Span(
-        lane=Lane.COMPUTE,
-        kind=kind,
-        start_s=start_s,
-        end_s=end_s,
-        chunk=chunk,
-        block_lo=tile.block_lo,
-        block_hi=tile.block_hi,
-    )
+    def submit(self, request: BatchRequest[T]) -> BatchHandle:
+        """Take one request in; see ``submit_all``."""
+        return self.submit_all([request])[0]
 
+    def submit_all(self, requests: Sequence[BatchRequest[T]]) -> list[BatchHandle]:
+        """Take requests in at the same moment, in this order; returns at once.
 
-def _report(restoration: Restoration[T], *, planning_s: float, overhead_s: float, end_s: float) -> RestoreReport:
-    grid = restoration.state.problem.grid
-    has_suffix = bool(grid.suffix_ends)
-    restored_s = restoration.restored_at_s if has_suffix and restoration.restored_at_s is not None else end_s
-    return restoration_report(
-        restoration.state,
-        restore_s=restored_s if grid.num_chunks else 0.0,
-        ttft_s=end_s if has_suffix else None,
-        planning_s=planning_s,
-        overhead_s=overhead_s,
-        spans=restoration.spans,
-    )
+        Raises:
+            PromptError: One of them needs more memory than there is; none was taken in.
+            ConfigError: The executor is closed.
+        """
+        return self._jobs.submit(requests)
+
+    def drain(self) -> None:
+        """Wait until no request is left."""
+        with self._jobs.changed:
+            while self._jobs.by_name:
+                self._jobs.changed.wait()
+
+    def close(self) -> None:
+        """Give up what has not ended and end both threads; on return no read is under way. Closing again is harmless.
+
+        Not for callbacks of handles: it waits for the thread that they run on.
+        """
+        self._jobs.close()
+        self._thread.join()
+        self._reads.close(wait=True)
+
+    def __enter__(self) -> Self:
+        """Return the executor."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for every request, unless an exception ends the batch; then close."""
+        try:
+            if kind is None:
+                self.drain()
+        finally:  # also when waiting is interrupted
+            self.close()

@@ -1,4 +1,4 @@
-"""The scheduler's side of one restoration over several pipeline stages: one stepped restoration a stage.
+"""The scheduler's side of one restoration over all pipeline stages: one ``StageRestoration`` a stage.
 
 Stages are independent: each has its own grid (its layers), link, plan and progress, and finishes when it is through.
 They share the end: what one stage has lost, no other goes on to restore, and a failure of one ends them all. Ranks of
@@ -15,25 +15,25 @@ from itertools import pairwise
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.problem import BoundarySource
+from cacheflow.plan.report import RestoreReport
+from cacheflow.restore.options import ReadDeadline
 from cacheflow.restore.pipeline_report import PipelineReport
 from cacheflow.restore.stage import StageRestoration
-from cacheflow.restore.step_reads import ReadDeadline
 from cacheflow.restore.work import RestoreTarget, StageWork, StepReport
-from cacheflow.state.report import RestoreReport
 from cacheflow.state.restoration import RestoreState
 
 LEAST_BUDGET_S = 1e-9
-"""Orders one unit of compute."""
+"""Gives one unit of compute."""
 HANDED_READ_AHEAD = 2.5
 """A stage that is handed activations waits for them inside its steps, and is given no reads meanwhile: that many times
 as much of its link is kept under way."""
 AWAITED_MARGIN = 1.1
-"""A step that ends just before boundary states come is told of them a step later: rather end just behind."""
+"""A step that ends just before boundary states come is told of them a step later: rather end just after."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineWork:
-    """One step's orders of one restoration, for the ranks of each pipeline stage, bottom stage first."""
+    """One step's work on one restoration, for the ranks of each pipeline stage, bottom stage first."""
 
     by_stage: tuple[StageWork, ...]
 
@@ -84,28 +84,28 @@ class PipelineRestoration:
             ConfigError: There is no stage, or the bottom stage or one above a stage that only loads takes its
                 activations from another.
         """
-        sources = [state.boundary.source for state in states]
+        sources = [state.source for state in states]
         if not states or sources[0] in (BoundarySource.HANDED_OVER, BoundarySource.STORED):
             raise ConfigError(f"a staged restoration needs a first stage, and no boundary below it: {sources}")
         for below, source in pairwise(sources):
             if source is BoundarySource.HANDED_OVER and below is BoundarySource.NONE:
                 raise ConfigError(f"a stage that only loads hands nothing over: {[each.value for each in sources]}")
         self.target, self._tp = target, ranks_per_stage
-        self.stages = tuple(
-            StageRestoration(
+        stages: list[StageRestoration] = []
+        for state in reversed(states):
+            handed = bool(stages) and stages[0].state.source is BoundarySource.HANDED_OVER
+            stage = StageRestoration(
                 target,
                 state,
                 num_ranks=ranks_per_stage,
-                can_compute=can_compute and source is not BoundarySource.NONE,
+                can_compute=can_compute and state.source is not BoundarySource.NONE,
                 deadline=deadline,
+                wanted_above=partial(_wants, stages[0]) if handed else lambda chunk: False,
             )
-            for state, source in zip(states, sources, strict=True)
-        )
+            stages.insert(0, stage)
+        self.stages = tuple(stages)
         self._waits_until_s = [0.0] * len(states)
         self._sent: list[tuple[int, ...]] = [()] * len(states)
-        for index, above in enumerate(self.stages[1:]):
-            if sources[index + 1] is BoundarySource.HANDED_OVER:
-                self.stages[index].wanted_above = partial(_wants, above)
 
     @property
     def failed(self) -> bool:
@@ -154,91 +154,84 @@ class PipelineRestoration:
 
     @property
     def only_compute_left(self) -> bool:
-        """Whether no stage has a read under way or will order one."""
+        """Whether no stage has a read under way or will ask for one."""
         return all(stage.only_compute_left for stage in self.stages)
-
-    @property
-    def failed_chunk(self) -> int | None:
-        """The first chunk that is not resident on every rank of every stage, of a restoration that failed."""
-        if not self.failed:
-            return None
-        reached = self.resident_tokens()
-        return next((chunk for chunk, end in enumerate(self.target.chunk_ends) if end > reached), None)
 
     def resident_tokens(self) -> int:
         """Token position up to which the prefix is completely resident on every rank, as far as reports tell."""
         return min(stage.resident_tokens() for stage in self.stages)
 
     def cancel(self) -> None:
-        """Give the restoration up; the next orders tell the workers, unless they were told to finish."""
+        """Give the restoration up; the next work tells the workers, unless they were told to finish."""
         for stage in self.stages:
             stage.cancel()
 
     def fail(self) -> None:
-        """Give the restoration up as one that has failed: what it brought may not be used."""
+        """Give the restoration up as one that has failed: what it restores may not be used."""
         for stage in self.stages:
             stage.fail()
 
     def close_link(self) -> None:
-        """Order no more reads of keys and values; a stage above the first still reads what it recomputes from."""
+        """Ask for no more reads of keys and values; a stage above the first still reads what it recomputes from."""
         for stage in self.stages:
             stage.close_link()
 
     def next_work(self, now_s: float, *, compute_budget_s: float, read_ahead_s: float) -> PipelineWork:
-        """What the workers do in this step; what it claims counts as ordered, so it must be sent.
+        """What the workers do in this step; what it claims counts as given, so it must be sent.
 
         Args:
             now_s: Seconds on the caller's clock.
-            compute_budget_s: Seconds of compute to order on each stage; see ``StageRestoration.orders``.
+            compute_budget_s: Seconds of compute to give to each stage; see ``StageRestoration.next_work``.
             read_ahead_s: Seconds of each stage's link to keep under way.
         """
         self._share_the_end()
         self._hand_over(now_s)
+        settled = [stage.settled for stage in self.stages]
         by_stage: dict[int, StageWork] = {}
         until_s: float | None = None
         # Who waits for boundary states comes first: the others compute no longer than until those are there, because
         # a step ends with its slowest stage, and only then it is told.
         for index in sorted(range(len(self.stages)), key=lambda index: not self._needs_boundary(index)):
             stage = self.stages[index]
-            orders = stage.next_work(
+            work = stage.next_work(
                 now_s,
                 compute_budget_s=_until(stage, now_s, compute_budget_s, until_s),
                 read_ahead_s=read_ahead_s * _read_ahead_factor(stage),
+                others_settled=all(each for other, each in enumerate(settled) if other != index),
             )
-            awaited_s = None if stage.settled else stage.state.boundary.awaited_s(now_s)
+            awaited_s = None if stage.settled else stage.state.boundary_awaited_s(now_s)
             if awaited_s is not None:
                 until_s = awaited_s if until_s is None else min(until_s, awaited_s)
-                orders = replace(orders, wait_s=self._wait_s(index, now_s, min(awaited_s, compute_budget_s)))
-            by_stage[index] = orders
+                work = replace(work, wait_s=self._wait_s(index, now_s, min(awaited_s, compute_budget_s)))
+            by_stage[index] = work
         return PipelineWork(self._with_receives([by_stage[index] for index in range(len(self.stages))]))
 
     def _wait_s(self, index: int, now_s: float, awaited_s: float) -> float:
-        """How long a stage's ranks may wait for boundary states: once, in whatever steps are ordered meanwhile."""
+        """How long a stage's ranks may wait for boundary states: once, in whatever steps are worked out meanwhile."""
         began_s = max(now_s, self._waits_until_s[index])
         self._waits_until_s[index] = max(began_s, now_s + AWAITED_MARGIN * awaited_s)
         return self._waits_until_s[index] - began_s
 
     def _hand_over(self, now_s: float) -> None:
-        """What was ordered to be sent in the last step is received in this one, before anything is computed."""
+        """What was to be sent in the last step is received in this one, before anything is computed."""
         for stage, sent in zip(self.stages, self._sent, strict=True):
             for chunk in sent:
-                stage.state.boundary.hand_over(chunk)
+                stage.state.take_activations(chunk)
         for below, above in pairwise(self.stages):
-            boundary = above.state.boundary
-            if boundary.source is not BoundarySource.HANDED_OVER:
+            if above.state.source is not BoundarySource.HANDED_OVER:
                 continue
             below.state.keep_whole(not above.settled)
             if below.settled:
-                boundary.lose_unread()
+                above.state.end_activations()
             else:
-                boundary.expect(below.state.whole_chunks_s(now_s), now_s)
+                above.state.expect_activations(below.state.whole_chunks_s(now_s), now_s)
 
-    def _with_receives(self, orders: list[StageWork]) -> tuple[StageWork, ...]:
-        """Every send meets its receive: in the step behind it, or in the same one where that is the receiver's last."""
+    def _with_receives(self, given: list[StageWork]) -> tuple[StageWork, ...]:
+        """Every send meets its receive: in the step after it, or in the same one where that is the receiver's last."""
         before = self._sent
-        self._sent = [(), *(tuple(each.tile.chunk_lo for each in below.compute if each.sends) for below in orders[:-1])]
+        self._sent = [(), *(tuple(each.tile.chunk_lo for each in below.compute if each.sends) for below in given[:-1])]
         received = []
-        for index, each in enumerate(orders):
+        for index, each in enumerate(given):
             chunks = before[index]
             if each.finish or each.cancel:
                 chunks, self._sent[index] = (*chunks, *self._sent[index]), ()
@@ -246,17 +239,16 @@ class PipelineRestoration:
         return tuple(received)
 
     def _needs_boundary(self, index: int) -> bool:
-        boundary = self.stages[index].state.boundary
-        return boundary.source is BoundarySource.STORED and not boundary.any_ready
+        state = self.stages[index].state
+        return state.source is BoundarySource.STORED and not state.any_boundary_ready
 
     def _share_the_end(self) -> None:
         if len(self.stages) == 1:
             return
         limit = min(stage.limit for stage in self.stages)
-        for index, stage in enumerate(self.stages):
+        for stage in self.stages:
             if limit < stage.limit:
                 stage.stop_before(limit)
-            stage.may_give_up = all(other.settled for i, other in enumerate(self.stages) if i != index)
         if self.failed:
             for stage in self.stages:
                 if not stage.closing:
@@ -295,16 +287,16 @@ class PipelineRestoration:
 
 
 def _read_ahead_factor(stage: StageRestoration) -> float:
-    return HANDED_READ_AHEAD if stage.state.boundary.source is BoundarySource.HANDED_OVER else 1.0
+    return HANDED_READ_AHEAD if stage.state.source is BoundarySource.HANDED_OVER else 1.0
 
 
 def _until(stage: StageRestoration, now_s: float, budget_s: float, until_s: float | None) -> float:
     """A stage's budget for a step that should end in ``until_s``, what the stage was ordered before included."""
     if until_s is None or budget_s <= 0:
         return budget_s
-    left_s = AWAITED_MARGIN * until_s - stage.state.boundary.compute_left_s(now_s)
+    left_s = AWAITED_MARGIN * until_s - stage.state.compute_left_s(now_s)
     return min(budget_s, max(LEAST_BUDGET_S, left_s))
 
 
 def _wants(above: StageRestoration, chunk: int) -> bool:
-    return not (above.closing or above.giving_up) and above.state.boundary.wants(chunk)
+    return not (above.closing or above.giving_up) and above.state.wants_activations(chunk)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from cacheflow.plan.report import RestoreReport, Span
 from cacheflow.plan.stage_bounds import stage_bound
-from cacheflow.state.report import RestoreReport, Span
 from cacheflow.state.restoration import RestoreState
 
 
@@ -27,7 +27,7 @@ class PipelineReport:
     @classmethod
     def of(cls, reports: Sequence[RestoreReport], states: Sequence[RestoreState]) -> PipelineReport:
         """Join the stages' reports with their bounds."""
-        bounds_s = tuple(stage_bound(state.problem, state.boundary.source).restore_s for state in states)
+        bounds_s = tuple(stage_bound(state.problem, state.source).restore_s for state in states)
         return cls(stages=tuple(reports), bounds_s=bounds_s)
 
     @property

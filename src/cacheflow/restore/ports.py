@@ -1,21 +1,20 @@
-"""The two protocols the executor drives; the embedded engine, the vLLM worker and the tests' fake provide them.
+"""The protocols that restorations are carried out over; the embedded engine, the vLLM worker and tests provide them.
 
-Threads: every ``ComputePort`` method is called on the thread that called ``execute``; every ``TransferPort`` method
-on the executor's one I/O thread, except ``close``, which comes from the calling thread after the I/O thread ended.
-Under ``carrier.StepExecutor`` the calling thread is the one that carries out orders, the I/O thread serves all its
-restorations, and ``cancel`` may come from any thread at any time, because a store that hangs must hold up nobody.
+Threads: every ``ComputePort``, ``HandOverPort`` and ``DecodePort`` method is called on the thread that computes.
+``TransferPort.cancel`` may be called on any thread, also while another method of the port runs, because a store that
+hangs must hold up nobody; its other methods are called on the I/O thread of ``Reads``.
 """
 
 from __future__ import annotations
 
 from typing import Protocol, TypeVar, runtime_checkable
 
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Piece, Tile
 from cacheflow.types import LoadOutcome
 
 
 class ComputePort(Protocol):
-    """Recomputes prefix cells and runs the new tokens, on one device, in the order it is asked."""
+    """Recomputes prefix cells and runs the new tokens, on one device, in the sequence it is asked."""
 
     def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
         """Recompute the tile's cells and write their keys and values into the KV buffer.
@@ -42,7 +41,7 @@ class ComputePort(Protocol):
 
 @runtime_checkable
 class HandOverPort(Protocol):
-    """What a ``ComputePort`` adds where pipeline stages hand activations over in order.
+    """What a ``ComputePort`` adds where pipeline stages hand activations over in sequence.
 
     What is sent in one step is received in the next, or in the same one where that is the receiver's last.
     """
@@ -53,6 +52,18 @@ class HandOverPort(Protocol):
 
     def send(self, chunk: int, *, failed: bool) -> None:
         """Hand a chunk's activations over to the stage above, or tell it that there are none: ``failed``."""
+        ...
+
+
+class DecodePort(Protocol):
+    """Makes a request's answer, token by token, on the compute thread."""
+
+    def start(self) -> bool:
+        """Choose the first token, right after ``ComputePort.finish``; whether the answer goes on."""
+        ...
+
+    def step(self) -> bool:
+        """Make one more token; whether the answer goes on."""
         ...
 
 
@@ -69,13 +80,16 @@ T = TypeVar("T", bound=Ticket)
 
 
 class TransferPort(Protocol[T]):
-    """Reads prefix cells from a store; two-phase, so that a late read never touches the KV buffer."""
+    """Reads prefix cells, and boundary states where there are any, from a store.
 
-    def start(self, tile: Tile, *, deadline_s: float) -> T:
-        """Start reading one cell and return at once.
+    Two-phase, so that a late read never touches the KV buffer.
+    """
+
+    def start(self, piece: Piece, *, deadline_s: float) -> T:
+        """Start reading one cell, or the boundary states of one chunk, and return at once.
 
         Args:
-            tile: Exactly one cell.
+            piece: What to read. Only a later pipeline stage is asked for a ``Boundary``.
             deadline_s: Seconds from now after which the store may give the read up as ``LATE``.
         """
         ...
@@ -88,22 +102,13 @@ class TransferPort(Protocol[T]):
         ...
 
     def place(self, ticket: T) -> None:
-        """Copy verified bytes into the KV buffer; on return compute may read them. Frees the ticket."""
+        """Copy verified bytes to where compute reads them, and free the ticket.
+
+        Cells go into the KV buffer. Boundary states go to the stage's compute port, which keeps them until the
+        restoration ends: a chunk may be recomputed more than once.
+        """
         ...
 
     def cancel(self, ticket: T) -> None:
         """Give a read up and free the ticket; returns once the store no longer touches its buffer."""
-        ...
-
-
-@runtime_checkable
-class BoundaryPort(Protocol):
-    """What a ``TransferPort`` adds on a later pipeline stage: reads of boundary hidden states.
-
-    Their tickets are awaited, placed and cancelled like all others; ``place`` gives the states to the stage's compute
-    port, which keeps them until the restoration ends: a chunk may be recomputed more than once.
-    """
-
-    def start_boundary(self, chunk: int, *, deadline_s: float) -> Ticket:
-        """Start reading a chunk's boundary states and return at once; arguments as for ``TransferPort.start``."""
         ...

@@ -1,6 +1,6 @@
-"""Reads that were ordered: one I/O thread starts, awaits and places them, for every restoration of a worker.
+"""Reads under way: one I/O thread starts, awaits and places them, for every restoration of an engine or a worker.
 
-Two things must never wait for a store: the worker's main thread and the reads of another restoration. So nothing here
+Two things must never wait for a store: the thread that computes, and the reads of another restoration. So nothing here
 waits for a store to let go of a staging buffer except a ``TicketReaper``, on threads of its own.
 """
 
@@ -8,264 +8,296 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Container
+from typing import Generic, Protocol, TypeVar
 
-from cacheflow.plan.grid import Tile
-from cacheflow.restore.link_clock import LinkClock
-from cacheflow.restore.ports import BoundaryPort, Ticket, TransferPort
+from cacheflow.plan.grid import Piece
+from cacheflow.restore.ports import Ticket, TransferPort
 from cacheflow.restore.reaper import TicketReaper
-from cacheflow.restore.work import LoadReport, ReadWork
 from cacheflow.types import Clock, LoadOutcome
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T", bound=Ticket)
 
 HELD = (None, LoadOutcome.LATE, LoadOutcome.CANCELLED)
 """Outcomes after which a store may still write into the staging buffer."""
 
 
-@dataclass(slots=True, eq=False)
-class _Read:
-    """One read; ``reported``, ``placing`` and membership in the lists are guarded by the lock.
+class ReadOwner(Protocol[T]):
+    """The restoration that a read belongs to. All but ``transfer`` is called with the lock held, on the I/O thread.
 
-    ``suspect``: its port raised, so nobody knows whether the store has let go of its buffer.
+    Of each read exactly one of ``fail_read``, ``drop_read`` and ``end_place`` is called, or none when ``begin_place``
+    has said no.
     """
 
-    restore_id: int
-    order: ReadWork
-    transfer: TransferPort[Ticket]
-    origin_s: float
-    started_s: float
-    num_bytes: int = 0
-    ticket: Ticket | None = None
-    placing: bool = False
-    suspect: bool = False
-    reported: bool = False
+    @property
+    def transfer(self) -> TransferPort[T]:
+        """Where its reads come from."""
+        ...
+
+    def begin_place(self, read: Read[T]) -> bool:
+        """Whether to place a read whose bytes have verified; see ``Read.busy_s`` and ``Read.end_s``."""
+        ...
+
+    def end_place(self, read: Read[T], *, now_s: float, failed: bool) -> None:
+        """Note that a read was placed, or could not be."""
+        ...
+
+    def fail_read(self, read: Read[T], outcome: LoadOutcome) -> None:
+        """Note that a read gave nothing usable; ``outcome`` is neither ``OK`` nor ``CANCELLED``."""
+        ...
+
+    def drop_read(self, read: Read[T]) -> None:
+        """Note that a read was given up by ``Reads.drop``, on the thread that called it."""
+        ...
+
+
+class ReadSource(Protocol[T]):
+    """Where the I/O thread gets its reads from. Every method is called with ``changed`` held."""
 
     @property
-    def deadline_s(self) -> float:
-        return self.started_s + self.order.deadline_s
+    def changed(self) -> threading.Condition:
+        """Guards the source and every owner of its reads; notified whenever one of them changed."""
+        ...
 
+    @property
+    def idle_s(self) -> float | None:
+        """Longest sleep of the I/O thread while nothing is under way; None until ``changed`` is notified."""
+        ...
 
-class Reads:
-    """Reads under way and the reports of those that ended. Called by one thread; works on an I/O thread of its own."""
-
-    def __init__(self, *, clock: Clock, poll_s: float) -> None:
-        """Start no thread before there is something to read.
+    def next_read(self, num_reads: int, num_bytes: int) -> Read[T] | None:
+        """The next read to start; None when the link should wait.
 
         Args:
+            num_reads: Reads under way.
+            num_bytes: What they move.
+        """
+        ...
+
+    def close_link(self) -> None:
+        """Ask for no more reads: the I/O thread has failed."""
+        ...
+
+
+class Read(Generic[T]):
+    """One read, from the claim to its end; guarded by the source's lock.
+
+    Attributes:
+        owner: The restoration it belongs to.
+        piece: What it brings.
+        started_s: When it was claimed, on the clock of ``Reads``; its deadline counts from then.
+        allowed_s: Seconds after which it is late.
+        num_bytes: Bytes it moves; 0 before it was started.
+        busy_s: Seconds the link worked on it, waiting in line excluded; 0 before it ended.
+        end_s: When it ended.
+    """
+
+    __slots__ = (
+        "allowed_s", "busy_s", "dropped", "end_s", "num_bytes", "owner", "piece", "placing", "started_s", "suspect",
+        "ticket",
+    )  # fmt: skip
+
+    def __init__(self, owner: ReadOwner[T], piece: Piece, *, started_s: float, allowed_s: float) -> None:
+        """Claimed, not started yet."""
+        self.owner, self.piece = owner, piece
+        self.started_s, self.allowed_s = started_s, allowed_s
+        self.num_bytes = 0
+        self.busy_s, self.end_s = 0.0, started_s
+        self.ticket: T | None = None
+        self.placing = False
+        self.dropped = False
+        self.suspect = False
+        """Its port raised, so nobody knows whether the store has let go of its buffer."""
+
+
+class Reads(Generic[T]):
+    """The I/O thread and its reads; ``wake``, ``drop`` and ``close`` are called on any thread.
+
+    A transfer port that raises costs that read, not the others.
+    """
+
+    def __init__(self, source: ReadSource[T], *, clock: Clock, poll_s: float) -> None:
+        """Start no thread before ``wake``.
+
+        Args:
+            source: What is read.
             clock: Monotonic seconds.
             poll_s: Longest time the I/O thread waits for one read before it looks at the others.
         """
-        self._clock, self._poll_s = clock, poll_s
-        self._changed = threading.Condition()
-        self._queued: list[_Read] = []
-        self._started: list[_Read] = []
-        self._ended: list[LoadReport] = []
-        self._link = LinkClock()
+        self._source, self._clock, self._poll_s = source, clock, poll_s
+        self._changed = source.changed
+        self._reads: list[Read[T]] = []
+        self._link_free_s = float("-inf")
         self._reaper = TicketReaper()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     @property
     def under_way(self) -> bool:
-        """Whether a read is under way that will still be reported."""
-        return bool(self._queued or self._started)
+        """Whether a read is under way."""
+        return bool(self._reads)
 
-    def start(
-        self, restore_id: int, transfer: TransferPort[Ticket], orders: Sequence[ReadWork], *, origin_s: float
-    ) -> None:
-        """Hand reads to the I/O thread; their deadlines begin now.
-
-        Args:
-            restore_id: Whose reads they are.
-            transfer: Where they come from; called on the I/O thread, ``cancel`` from any.
-            orders: What to read, in order.
-            origin_s: Clock time from which reports count.
-        """
-        if not orders:
-            return
-        now_s = self._clock()
+    def wake(self) -> None:
+        """Have the I/O thread ask its source for reads."""
         with self._changed:
-            self._queued.extend(_Read(restore_id, order, transfer, origin_s, now_s) for order in orders)
-            if self._thread is None:
+            if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="cacheflow-io", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
-    def drop(self, restore_id: int, cells: Collection[tuple[int, int]] | None = None) -> None:
-        """Give up reads of these cells, or of all; on return none of them is being placed or will be.
+    def drop(self, owner: ReadOwner[T], pieces: Container[Piece] | None = None) -> None:
+        """Give up an owner's reads of these pieces, or all; on return none of them is being placed or will be.
 
         Waits for a placement that has begun (a copy), never for a store.
         """
         with self._changed:
-            concerned = [
-                read
-                for read in (*self._queued, *self._started)
-                if read.restore_id == restore_id and (cells is None or (read.order.chunk, read.order.block) in cells)
-            ]
+            concerned = [r for r in self._reads if r.owner is owner and (pieces is None or r.piece in pieces)]
             # First stop all that can be stopped: while this waits for a copy the I/O thread must not begin another.
             for read in concerned:
-                if not read.placing:
-                    self._give_up(read)
+                if not (read.placing or read.dropped):
+                    read.dropped = True
+                    self._end(read)
+                    owner.drop_read(read)
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not any(read.placing for read in concerned))
 
-    def _give_up(self, read: _Read) -> None:
-        if read.reported:
-            return
-        now_s = self._clock()
-        if read.ticket is not None:
-            self._link.end(read.started_s, now_s)
-        self._report(read, LoadOutcome.CANCELLED, 0.0, now_s)
-        if read in self._queued:
-            self._queued.remove(read)
+    def close(self, *, wait: bool) -> None:
+        """End the I/O thread and give every read up; owners are told nothing.
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait until there is something to report, nothing is under way, or ``timeout_s`` seconds went by."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or not self.under_way, timeout=timeout_s)
-
-    def take(self) -> tuple[LoadReport, ...]:
-        """Reads that ended since the last call."""
-        if not self._ended:
-            return ()
-        with self._changed:
-            ended, self._ended = tuple(self._ended), []
-        return ended
-
-    def close(self) -> None:
-        """End the I/O thread and give every read up; does not wait for a store that holds on to a buffer."""
+        Args:
+            wait: Return only once no store touches a buffer any more; without it a store that hangs holds up nobody.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        self._reaper.close()
+        self._reaper.close(wait=wait)
 
     def _run(self) -> None:
+        try:
+            while self._start_reads():
+                self._poll()
+        except Exception:
+            logger.exception("the I/O thread failed; nothing is read any more, compute restores the rest")
+            with self._changed:
+                self._closed = True
+                for read in self._reads:
+                    if not read.dropped:
+                        read.owner.fail_read(read, LoadOutcome.ERROR)
+                self._source.close_link()
+                self._changed.notify_all()
+        finally:
+            for read in list(self._reads):
+                self._free(read, None)
+
+    def _start_reads(self) -> bool:
+        """Start all that the source asks for, and wait for it while nothing is under way; False once closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self.under_way)
-                if self._closed:
-                    break
-                queued, self._queued = self._queued, []
-                self._started.extend(queued)
-            for read in queued:
-                self._begin(read)
-            self._await()
-        for read in [*self._started, *self._queued]:
-            self._free(read, None)
+                read = None
+                while not self._closed and read is None:
+                    read = self._source.next_read(len(self._reads), sum(each.num_bytes for each in self._reads))
+                    if read is None:
+                        if self._reads:
+                            return True
+                        self._changed.wait(self._source.idle_s)
+                if read is None:
+                    return False
+                self._reads.append(read)
+            self._start(read)
 
-    def _begin(self, read: _Read) -> None:
-        if read.reported:
+    def _start(self, read: Read[T]) -> None:
+        if read.dropped:
             self._forget(read)
             return
-        order = read.order
         try:
-            ticket = _start(read.transfer, order)
+            ticket = read.owner.transfer.start(read.piece, deadline_s=read.allowed_s)
         except Exception:
-            logger.exception("transfer port raised on start of cell (%d, %d)", order.chunk, order.block)
-            self._end(read, LoadOutcome.ERROR)
+            logger.exception("transfer port raised on start of %s", read.piece)
+            self._fail(read, LoadOutcome.ERROR)
             return
         with self._changed:
             read.ticket, read.num_bytes = ticket, ticket.num_bytes
 
-    def _await(self) -> None:
+    def _poll(self) -> None:
         """Give the oldest read some time to end, then look at all the others."""
         patient = True
-        for read in list(self._started):
-            if read.reported:
+        for read in list(self._reads):
+            if read.dropped:
                 self._free(read, None)
                 continue
-            left_s = max(0.0, read.deadline_s - self._clock())
+            late_s = read.started_s + read.allowed_s
+            left_s = max(0.0, late_s - self._clock())
             outcome = self._outcome(read, timeout_s=min(self._poll_s, left_s) if patient else 0.0)
             patient = False
-            if outcome is None and self._clock() >= read.deadline_s:
+            if outcome is None and self._clock() >= late_s:
                 outcome = LoadOutcome.LATE
             if outcome is LoadOutcome.OK:
                 self._place(read)
             elif outcome is not None:
-                self._end(read, outcome)
+                self._fail(read, outcome)
 
-    def _outcome(self, read: _Read, *, timeout_s: float) -> LoadOutcome | None:
+    def _outcome(self, read: Read[T], *, timeout_s: float) -> LoadOutcome | None:
         assert read.ticket is not None, "a read is awaited after it was started"
         try:
-            return read.transfer.wait(read.ticket, timeout_s=timeout_s)
+            return read.owner.transfer.wait(read.ticket, timeout_s=timeout_s)
         except Exception:
             read.suspect = True
-            logger.exception("transfer port raised on wait for cell (%d, %d)", read.order.chunk, read.order.block)
+            logger.exception("transfer port raised on wait for %s", read.piece)
             return LoadOutcome.ERROR
 
-    def _place(self, read: _Read) -> None:
+    def _place(self, read: Read[T]) -> None:
         assert read.ticket is not None, "a read is placed after it was started"
-        now_s = self._clock()
         with self._changed:
-            if read.reported:
-                wanted = False
-            else:
-                wanted = read.placing = True
-        if not wanted:
+            if not read.dropped:
+                self._end(read)
+                read.placing = read.owner.begin_place(read)
+                self._changed.notify_all()
+        if not read.placing:
             self._free(read, LoadOutcome.OK)
             return
+        failed = False
         try:
-            read.transfer.place(read.ticket)
-            outcome = LoadOutcome.OK
-        except Exception:
-            read.suspect = True
-            logger.exception("transfer port raised on place of cell (%d, %d)", read.order.chunk, read.order.block)
-            outcome = LoadOutcome.ERROR
-        if outcome is LoadOutcome.OK:
+            read.owner.transfer.place(read.ticket)
             read.ticket = None
-        self._end(read, outcome, now_s=now_s)
-
-    def _end(self, read: _Read, outcome: LoadOutcome, *, now_s: float | None = None) -> None:
-        """Report how a read ended, then free its ticket; without a report when it was given up meanwhile."""
-        now_s = self._clock() if now_s is None else now_s
-        # A store that cancels on its own delivers nothing: to the scheduler CANCELLED is the answer to a drop.
-        told = LoadOutcome.ERROR if outcome is LoadOutcome.CANCELLED else outcome
+        except Exception:
+            failed = read.suspect = True
+            logger.exception("transfer port raised on place of %s", read.piece)
         with self._changed:
             read.placing = False
-            if not read.reported:
-                busy_s = self._link.end(read.started_s, now_s)
-                self._report(read, told, busy_s, now_s)
+            read.owner.end_place(read, now_s=self._clock(), failed=failed)
+            self._changed.notify_all()
+        self._free(read, LoadOutcome.OK)
+
+    def _fail(self, read: Read[T], outcome: LoadOutcome) -> None:
+        with self._changed:
+            if not read.dropped:
+                self._end(read)
+                # A store that cancels on its own delivers nothing: CANCELLED is the answer to a drop.
+                ended = LoadOutcome.ERROR if outcome is LoadOutcome.CANCELLED else outcome
+                read.owner.fail_read(read, ended)
+                self._changed.notify_all()
         self._free(read, outcome)
 
-    def _report(self, read: _Read, outcome: LoadOutcome, busy_s: float, end_s: float) -> None:
-        read.reported = True
-        self._ended.append(
-            LoadReport(
-                restore_id=read.restore_id,
-                chunk=read.order.chunk,
-                block=read.order.block,
-                outcome=outcome,
-                num_bytes=read.num_bytes,
-                busy_s=busy_s,
-                end_s=end_s - read.origin_s,
-            )
-        )
-        self._changed.notify_all()
+    def _end(self, read: Read[T]) -> None:
+        """Note when a read ended; its own time on the link began when it started and the one before it had ended."""
+        read.end_s = self._clock()
+        if read.ticket is not None or not read.dropped:
+            read.busy_s = max(0.0, read.end_s - max(read.started_s, self._link_free_s))
+            self._link_free_s = max(self._link_free_s, read.end_s)
 
-    def _free(self, read: _Read, outcome: LoadOutcome | None) -> None:
+    def _free(self, read: Read[T], outcome: LoadOutcome | None) -> None:
         """Hand a ticket back: at once when its store has let go of the buffer, through the reaper otherwise."""
         self._forget(read)
         if read.ticket is None:
             return
         if outcome in HELD or read.suspect:
-            self._reaper.cancel(read.transfer, read.ticket)
+            self._reaper.cancel(read.owner.transfer, read.ticket)
         else:
-            self._reaper.cancel_now(read.transfer, read.ticket)
+            self._reaper.cancel_now(read.owner.transfer, read.ticket)
 
-    def _forget(self, read: _Read) -> None:
+    def _forget(self, read: Read[T]) -> None:
         with self._changed:
-            if read in self._started:
-                self._started.remove(read)
+            self._reads.remove(read)
             self._changed.notify_all()
-
-
-def _start(transfer: TransferPort[Ticket], order: ReadWork) -> Ticket:
-    if not order.is_boundary:
-        tile = Tile(order.chunk, order.chunk + 1, order.block, order.block + 1)
-        return transfer.start(tile, deadline_s=order.deadline_s)
-    if not isinstance(transfer, BoundaryPort):
-        raise TypeError(f"{type(transfer).__name__} reads no boundary states, and was ordered those of {order.chunk}")
-    return transfer.start_boundary(order.chunk, deadline_s=order.deadline_s)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from typing import Any
 
-from cacheflow.restore.ports import Ticket, TransferPort
+from cacheflow.restore.ports import TransferPort
 
 logger = logging.getLogger(__name__)
 
 MAX_THREADS = 4
 """A store that hangs in one read need not hang in the next: so many may hang before tickets queue up."""
-
-_Work = tuple[TransferPort[Ticket], Ticket] | None
 
 
 class TicketReaper:
@@ -21,32 +20,36 @@ class TicketReaper:
 
     def __init__(self) -> None:
         """Start no thread before there is something to cancel."""
-        self._queue: queue.SimpleQueue[_Work] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[TransferPort[Any], Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._num_threads = self._num_busy = 0
+        self._threads: list[threading.Thread] = []
+        self._num_busy = 0
 
-    def cancel(self, transfer: TransferPort[Ticket], ticket: Ticket) -> None:
+    def cancel(self, transfer: TransferPort[Any], ticket: Any) -> None:  # noqa: ANN401 -- a ticket of that port
         """Cancel a ticket on another thread; returns at once."""
         with self._lock:
             self._num_busy += 1
-            if self._num_busy > self._num_threads < MAX_THREADS:
-                self._num_threads += 1
-                threading.Thread(target=self._run, name="cacheflow-reaper", daemon=True).start()
+            if self._num_busy > len(self._threads) < MAX_THREADS:
+                self._threads.append(threading.Thread(target=self._run, name="cacheflow-reaper", daemon=True))
+                self._threads[-1].start()
         self._queue.put((transfer, ticket))
 
     @staticmethod
-    def cancel_now(transfer: TransferPort[Ticket], ticket: Ticket) -> None:
+    def cancel_now(transfer: TransferPort[Any], ticket: Any) -> None:  # noqa: ANN401 -- a ticket of that port
         """Cancel a ticket whose store has let go of the buffer, on this thread; a port that raises is logged."""
         try:
             transfer.cancel(ticket)
         except Exception:
             logger.exception("transfer port raised on cancel")
 
-    def close(self) -> None:
-        """Let every thread end once it has nothing left to cancel; does not wait for it."""
+    def close(self, *, wait: bool) -> None:
+        """Let every thread end once it has nothing left to cancel; ``wait`` for that."""
         with self._lock:
-            for _ in range(self._num_threads):
-                self._queue.put(None)
+            threads = list(self._threads)
+        for _ in threads:
+            self._queue.put(None)
+        for thread in threads if wait else ():
+            thread.join()
 
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:

@@ -1,20 +1,22 @@
-"""The scheduler's side of one restoration whose workers meet it once per engine step.
+"""The scheduler's side of one stage's restoration, whose workers meet it once per engine step.
 
-Pure: time is passed in. Each step it takes the workers' reports in and turns the state machine's claims into orders of
-counted units. Workers carry orders out strictly in order, so what was ordered to compute counts as resident for what
-is ordered behind it; what the link brings counts once every rank has reported it.
+Pure: time is passed in. Each step it takes the workers' reports in and turns the state machine's claims into counted
+units of work. Workers carry work out strictly in sequence, so what they were given to compute counts as resident for
+what comes after it; what the link brings counts once every rank has reported it.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
 
 from cacheflow.errors import ConfigError
-from cacheflow.restore.ledgers import ComputeLedger
-from cacheflow.restore.step_reads import ReadDeadline, StepReads
-from cacheflow.restore.step_spans import compute_span
-from cacheflow.restore.units import Unit, cut, handed_on, join
+from cacheflow.plan.report import RestoreReport, Span, SpanKind
+from cacheflow.restore.ledgers import ComputeLedger, DoneCompute
+from cacheflow.restore.options import ReadDeadline
+from cacheflow.restore.stage_reads import StageReads
 from cacheflow.restore.work import (
     ComputeReport,
     ComputeWork,
@@ -22,31 +24,51 @@ from cacheflow.restore.work import (
     RestoreTarget,
     StageWork,
     StepReport,
+    Unit,
+    cut,
+    join,
 )
-from cacheflow.state.board import RESIDENT
-from cacheflow.state.report import RestoreReport, Span, restoration_report
 from cacheflow.state.restoration import RestoreState
 
 IDLE_COMPUTE_BUDGET_S = 0.05
 """Recommended compute per step while nobody decodes: with 1.2 ms of overhead a step, restorations end at 1.03 of the
 bound; with half of it at 1.05; with more, a request that arrives in the middle waits longer for little."""
 READ_AHEAD_S = 0.12
-"""Recommended reads under way, in seconds of the link: two such steps and a bit, because orders may be made a step
-before the reports they lack; one step less, and the link idles (1.3 of the bound)."""
+"""Recommended reads under way, in seconds of the link: two such steps and a bit, because work may be given a step
+before the reports it lacks; one step less, and the link idles (1.3 of the bound)."""
 REST_SHARE = 0.25
 """Compute at most this share of what is left at once, so that both sides end together. Little is lost where costs are
 right; where compute takes twice as long as planned and reports come late, all at once ended at 1.6 of the bound."""
 
 
+class Phase(Enum):
+    """How far the workers are with a restoration, as far as they were told."""
+
+    RESTORING = "restoring"
+    FINISHING = "finishing"
+    """They were told to finish: every cell is resident once their work is done."""
+    CANCELLING = "cancelling"
+    """They were told to give everything up."""
+    DONE = "done"
+    """Every rank has reported it finished: nothing of it touches the KV cache any more."""
+
+
+class GivenUp(Enum):
+    """Whether a restoration is to end before every cell is resident, and why."""
+
+    NO = "no"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
 class StageRestoration:
-    """Turns one restoration's state machine into orders, and reports back into its state.
+    """Turns one stage's state machine into work, and reports back into its state.
 
     Attributes:
         target: What the workers were told of the restoration.
+        state: The state machine; to be asked, not driven.
         error: Why compute failed on a worker; empty when it did not.
         waiting: The last step's budget found nothing for compute to do.
-        may_give_up: Whether it may end when nothing more of it can be restored; otherwise it waits for other stages.
-        wanted_above: Whether the pipeline stage above takes a chunk's activations, once its top block is ordered.
     """
 
     def __init__(
@@ -57,15 +79,17 @@ class StageRestoration:
         num_ranks: int = 1,
         can_compute: bool = True,
         deadline: ReadDeadline | None = None,
+        wanted_above: Callable[[int], bool] = lambda chunk: False,
     ) -> None:
         """Wrap a fresh state machine.
 
         Args:
             target: Of the same chunks as the state's grid.
             state: A fresh state machine without a suffix: the engine runs the new tokens itself.
-            num_ranks: Workers that get the orders and report.
+            num_ranks: Workers that get the work and report.
             can_compute: Whether workers can recompute; if not, the plan must leave every cell to the link.
             deadline: When a read is late.
+            wanted_above: Whether the stage above takes a chunk's activations, once its top block is recomputed.
 
         Raises:
             ConfigError: Target, plan and state do not fit each other.
@@ -73,48 +97,47 @@ class StageRestoration:
         grid, plan = state.problem.grid, state.plan
         if grid.suffix_ends or grid.num_chunks != len(target.chunk_ends):
             raise ConfigError(
-                f"a stepped restoration of {len(target.chunk_ends)} chunks needs a grid of as many, without a suffix; "
-                f"it has {grid.num_chunks}, and {grid.suffix_tokens} suffix tokens"
+                f"the restoration of {len(target.chunk_ends)} chunks in steps needs a grid of as many, without a "
+                f"suffix; it has {grid.num_chunks}, and {grid.suffix_tokens} suffix tokens"
             )
         if not can_compute and plan.compute_sequence:
             raise ConfigError(f"policy {plan.policy!r} recomputes, but the workers of this model may only load")
-        self.target, self.error, self.waiting = target, "", False
-        self._state, self._num_ranks, self._can_compute = state, num_ranks, can_compute
+        self.target, self.state, self.error, self.waiting = target, state, "", False
+        self._num_ranks, self._can_compute, self._wanted_above = num_ranks, can_compute, wanted_above
         self._computes = ComputeLedger(num_ranks)
-        self._reads = StepReads(state, num_ranks=num_ranks, can_compute=can_compute, deadline=deadline)
+        self._reads = StageReads(state, num_ranks=num_ranks, can_compute=can_compute, deadline=deadline)
         self._units: deque[Unit] = deque()
         self._spans: list[Span] = []
         self._finished: set[int] = set()
-        self.may_give_up = True
-        self.wanted_above: Callable[[int], bool] = lambda chunk: False
-        self._giving_up = self._told_cancel = self._closing = self._failed = self._undefined = False
+        self._phase, self._given_up = Phase.RESTORING, GivenUp.NO
+        self._undefined = False
         self._start_s: float | None = None
         self._end_s: float | None = None
 
     @property
     def failed(self) -> bool:
         """Whether it ends, or ended, without every cell resident although nobody cancelled it."""
-        return self._failed
+        return self._given_up is GivenUp.FAILED
+
+    @property
+    def giving_up(self) -> bool:
+        """Whether it was cancelled or has failed: what it restored may be overwritten soon."""
+        return self._given_up is not GivenUp.NO
 
     @property
     def restored(self) -> bool:
-        """Whether nothing is left to order: every cell is resident once the orders given are carried out."""
-        return self._state.restored and not self._units and not self._giving_up
+        """Whether no work is left to give: every cell is resident once the work given is done."""
+        return self.state.restored and not self._units and not self.giving_up
 
     @property
     def done(self) -> bool:
         """Whether every rank has reported the restoration finished: nothing of it touches the KV cache any more."""
-        return self._end_s is not None
+        return self._phase is Phase.DONE
 
     @property
     def closing(self) -> bool:
         """Whether the workers were told to end it, well or not."""
-        return self._closing
-
-    @property
-    def giving_up(self) -> bool:
-        """Whether it was cancelled or has failed: what it brought may be overwritten soon."""
-        return self._giving_up
+        return self._phase is not Phase.RESTORING
 
     @property
     def loads_under_way(self) -> bool:
@@ -124,12 +147,12 @@ class StageRestoration:
     @property
     def loads_under_way_s(self) -> float:
         """Seconds of the link that its reads under way take."""
-        return self._state.expected_load_s()
+        return self.state.expected_load_s()
 
     @property
     def only_compute_left(self) -> bool:
-        """Whether what is missing can only be recomputed: no read is under way, and none will be ordered."""
-        return not (self._reads or self._state.loads_possible or self._state.boundary.claims_possible)
+        """Whether what is missing can only be recomputed: no read is under way, and none will be asked for."""
+        return not (self._reads or self.state.loads_possible or self.state.boundaries_possible)
 
     @property
     def limit(self) -> int:
@@ -137,111 +160,113 @@ class StageRestoration:
         return self._reads.chunk_limit
 
     @property
-    def state(self) -> RestoreState:
-        """The state machine; whoever asks it anything must not change it."""
-        return self._state
-
-    @property
     def settled(self) -> bool:
-        """Whether nothing is left to order: all is resident, or all before the first chunk that cannot be restored."""
-        return self._closing or self._giving_up or self.restored or self._at_limit()
+        """Whether no work is left: all is resident, or all before the first chunk that cannot be restored."""
+        return self.closing or self.giving_up or self.restored or self._at_limit()
 
     def resident_tokens(self) -> int:
         """Token position up to which the prefix is completely resident on every rank, as far as reports tell."""
         pending = {
             *self._computes.cells_under_way(),
-            *(cell for unit in self._units for cell in unit.order.tile.cells()),
+            *(cell for unit in self._units for cell in unit.work.tile.cells()),
         }
-        grid, reached = self._state.problem.grid, self.target.start
+        reached = self.target.start
         if self._undefined:
             return reached
         for chunk, end in enumerate(self.target.chunk_ends):
-            cells = [(chunk, block) for block in range(grid.num_blocks)]
-            if any(cell in pending or self._state.cell(*cell) not in RESIDENT for cell in cells):
+            cells = [(chunk, block) for block in range(self.state.problem.grid.num_blocks)]
+            if any(cell in pending or not self.state.is_resident(*cell) for cell in cells):
                 break
             reached = end
         return reached
 
     def cancel(self) -> None:
-        """Give the restoration up; the next orders tell the workers, unless they were told to finish."""
-        self._giving_up = True
+        """Give the restoration up; the next work tells the workers, unless they were told to finish."""
+        self._give_up(GivenUp.CANCELLED)
+
+    def fail(self) -> None:
+        """Give the restoration up because another stage has failed, or because what it restores may not be used."""
+        self._give_up(GivenUp.FAILED)
+
+    def _give_up(self, why: GivenUp) -> None:
+        if self._given_up is GivenUp.NO:
+            self._given_up = why
 
     def stop_before(self, chunk: int) -> None:
         """Restore nothing from a chunk on: another stage has lost it."""
-        self._state.boundary.stop_before(chunk)
+        self.state.stop_before(chunk)
         self._reads.limit(chunk)
 
-    def fail(self) -> None:
-        """Give the restoration up because another stage has failed, or because what it brings may not be used."""
-        self._failed = self._failed or not self._giving_up
-        self._giving_up = True
-
     def close_link(self) -> None:
-        """Order no more reads; what is under way may still arrive, compute restores the rest."""
-        self._state.close_link()
+        """Ask for no more reads; what is under way may still arrive, compute restores the rest."""
+        self.state.close_link()
 
-    def next_work(self, now_s: float, *, compute_budget_s: float, read_ahead_s: float) -> StageWork:
-        """What the workers do in this step; what it claims counts as ordered, so it must be sent.
+    def next_work(
+        self, now_s: float, *, compute_budget_s: float, read_ahead_s: float, others_settled: bool = True
+    ) -> StageWork:
+        """What the workers do in this step; what it claims counts as given, so it must be sent.
 
         Args:
             now_s: Seconds on the caller's clock.
-            compute_budget_s: Seconds of compute to order, by prediction: 0 for none; otherwise at least one unit if
+            compute_budget_s: Seconds of compute to give, by prediction: 0 for none; otherwise at least one unit if
                 there is one, and never more than the budget beyond that; ``inf`` for all there is.
             read_ahead_s: Seconds of the link to keep under way: 0 for no further reads, otherwise at least
                 ``MIN_READS``.
+            others_settled: It may end when nothing more of it can be restored; otherwise it waits for other stages.
         """
         if self._start_s is None:
             self._start_s = now_s
         restore_id = self.target.restore_id
-        if self._closing:
+        if self.closing:
             return StageWork(restore_id=restore_id)
         compute: tuple[ComputeWork, ...] = ()
         reads: tuple[ReadWork, ...] = ()
-        if not self._giving_up:
-            # Compute first: a read ordered in this step must not be dropped in it, drops are carried out before reads.
-            compute = self._order_compute(now_s, compute_budget_s)
+        if not self.giving_up:
+            # Compute first: a read asked for in this step must not be dropped in it, drops are carried out before.
+            compute = self._next_compute(now_s, compute_budget_s)
             reads = self._reads.next_reads(now_s, read_ahead_s)
-            self._give_up_at_limit(read_ahead_s)
-        if self._giving_up:
-            self._closing = self._told_cancel = True
+            if others_settled:
+                self._fail_at_limit(read_ahead_s)
+        if self.giving_up:
+            self._phase = Phase.CANCELLING
             return StageWork(restore_id=restore_id, cancel=True)
-        self._closing = self.restored
+        if self.restored:
+            self._phase = Phase.FINISHING
         return StageWork(
             restore_id=restore_id,
             drops=self._reads.take_drops(),
             reads=reads,
             compute=compute,
-            finish=self._closing,
+            finish=self._phase is Phase.FINISHING,
         )
 
-    def _give_up_at_limit(self, read_ahead_s: float) -> None:
+    def _fail_at_limit(self, read_ahead_s: float) -> None:
         """Fail once nothing more can be restored: of a stage that may only load, or has lost boundary states."""
-        if self._state.restored or self.loads_under_way or not self.may_give_up:
+        if self.state.restored or self.loads_under_way:
             return
-        its_turn = read_ahead_s > 0 or not self._state.loads_possible
+        its_turn = read_ahead_s > 0 or not self.state.loads_possible
         if self._at_limit() if self._can_compute else its_turn:
-            self._failed = self._giving_up = True
+            self.fail()
 
     def _at_limit(self) -> bool:
         """Whether all that can be restored is, as far as reports tell, and something else cannot."""
-        if self.loads_under_way or self._state.restored:
+        if self.loads_under_way or self.state.restored:
             return False
-        if not self._can_compute and not self._state.loads_possible:
+        if not self._can_compute and not self.state.loads_possible:
             return True
-        limit = self.limit
-        if limit == self._state.problem.grid.num_chunks or self._units or self._computes.under_way:
+        grid, limit = self.state.problem.grid, self.limit
+        if limit == grid.num_chunks or self._units or self._computes.under_way:
             return False
-        blocks = range(self._state.problem.grid.num_blocks)
-        return all(self._state.cell(chunk, block) in RESIDENT for chunk in range(limit) for block in blocks)
+        return all(self.state.is_resident(chunk, block) for chunk in range(limit) for block in range(grid.num_blocks))
 
-    def _order_compute(self, now_s: float, budget_s: float) -> tuple[ComputeWork, ...]:
+    def _next_compute(self, now_s: float, budget_s: float) -> tuple[ComputeWork, ...]:
         self.waiting = False
         if budget_s <= 0 or not self._can_compute:
             return ()
-        if len(self._reads) or self._state.loads_possible:
-            budget_s = min(budget_s, REST_SHARE * self._state.expected_left_s(now_s))
+        if len(self._reads) or self.state.loads_possible:
+            budget_s = min(budget_s, REST_SHARE * self.state.expected_left_s(now_s))
         units: list[Unit] = []
-        spent_s, factor = 0.0, self._state.rates.compute_factor
+        spent_s, factor = 0.0, self.state.rates.compute_factor
         while self._units or self._claim(now_s):
             unit = self._next_unit()
             seconds = unit.predicted_s * factor
@@ -250,25 +275,29 @@ class StageRestoration:
             self._units.popleft()
             units.append(unit)
             spent_s += seconds
-        self.waiting = not units and not self._state.restored
+        self.waiting = not units and not self.state.restored
         joined = join(units)
         for unit in joined:
-            self._computes.add(unit.order, unit.predicted_s)
-        return tuple(unit.order for unit in joined)
+            self._computes.add(unit.work, unit.predicted_s)
+        return tuple(unit.work for unit in joined)
 
     def _next_unit(self) -> Unit:
-        unit, problem = self._units[0], self._state.problem
-        at_top = unit.order.tile.block_hi == problem.grid.num_blocks
-        return handed_on(unit, problem) if at_top and self.wanted_above(unit.order.tile.chunk_lo) else unit
+        """The next unit; at the top of a chunk whose activations the stage above takes, in full and handed over."""
+        unit, problem = self._units[0], self.state.problem
+        tile = unit.work.tile
+        if tile.block_hi < problem.grid.num_blocks or not self._wanted_above(tile.chunk_lo):
+            return unit
+        work = replace(unit.work, kv_only_top=False, sends=True)
+        return Unit(work, float(problem.compute_KB[tile.chunk_lo, tile.block_lo]))
 
     def _claim(self, now_s: float) -> bool:
         """Claim the next tile for compute and cut it into units."""
-        claim = self._state.claim_compute(now_s)
+        claim = self.state.claim_compute(now_s)
         if claim.tile is None:
             return False
         self._reads.drop(claim.tile.cells())
-        self._state.assume_compute(claim, now_s)
-        self._units.extend(cut(claim, self._state.problem))
+        self.state.assume_compute(claim, now_s)
+        self._units.extend(cut(claim, self.state.problem))
         return True
 
     def apply(self, report: StepReport, now_s: float) -> None:
@@ -288,20 +317,19 @@ class StageRestoration:
                     self._take_compute(rank, compute, now_s)
             if restore_id in each.finished:
                 self._finished.add(rank)
-        if self._end_s is None and len(self._finished) >= self._num_ranks:
-            self._end_s = now_s
+        if not self.done and len(self._finished) >= self._num_ranks:
+            self._phase, self._end_s = Phase.DONE, now_s
 
     def _take_compute(self, rank: int, report: ComputeReport, now_s: float) -> None:
         for done in self._computes.take(rank, report):
-            self._state.note_computed(now_s, predicted_s=done.predicted_s, actual_s=done.actual_s)
-            self._spans.append(compute_span(done))
+            self.state.note_computed(now_s, predicted_s=done.predicted_s, actual_s=done.actual_s)
+            self._spans.append(_span(done))
         if report.error and not self.done:
             self.error = self.error or report.error
-            self._failed = self._failed or not self._giving_up
-            self._giving_up = True
-            # A device may report late, at the end, what failed anywhere: then no cell is known to be good.
-            self._undefined = self._undefined or (self._closing and not self._told_cancel)
-            self._closing = self._told_cancel
+            self.fail()
+            if self._phase is Phase.FINISHING:
+                # A device may report late, at the end, what failed anywhere: then no cell is known to be good.
+                self._undefined, self._phase = True, Phase.RESTORING
 
     def report(self, now_s: float, *, planning_s: float = 0.0) -> RestoreReport:
         """What was planned and what came of it so far; spans are on the clock of the slowest worker.
@@ -312,4 +340,10 @@ class StageRestoration:
         """
         start_s = now_s if self._start_s is None else self._start_s
         restore_s = (now_s if self._end_s is None else self._end_s) - start_s
-        return restoration_report(self._state, restore_s=restore_s, spans=self._spans, planning_s=planning_s)
+        return self.state.report(restore_s=restore_s, spans=self._spans, planning_s=planning_s)
+
+
+def _span(done: DoneCompute) -> Span:
+    tile = done.work.tile
+    kind = SpanKind.KV_ONLY if done.work.kv_only_top and tile.num_cells == 1 else SpanKind.RECOMPUTE
+    return Span.of_compute(kind, tile, done.end_s - done.actual_s, done.end_s)

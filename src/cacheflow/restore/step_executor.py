@@ -1,47 +1,137 @@
-"""The worker's side of restorations that are decided elsewhere: carries out orders over the two ports, and reports.
+"""The worker's side of restorations that are decided elsewhere: carries out work over the two ports, and reports.
 
-Orders come once per engine step and are carried out strictly in order, so that whoever gave them may count what was
-ordered earlier as done. Compute runs on the calling thread, reads on one I/O thread for all restorations.
+Work comes once per engine step and is carried out strictly in sequence, so that whoever gave it may count what was
+given earlier as done. Compute runs on the calling thread, reads on one I/O thread for all restorations.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from cacheflow.plan.grid import Piece
 from cacheflow.restore.hand_over import forfeit, receive, recompute, take_unwanted
 from cacheflow.restore.ports import ComputePort, HandOverPort, TransferPort
-from cacheflow.restore.reads import Reads
-from cacheflow.restore.work import ComputeReport, RankReport, RestoreTarget, StageWork
-from cacheflow.types import Clock
+from cacheflow.restore.reads import Read, Reads
+from cacheflow.restore.work import (
+    ComputeReport,
+    LoadReport,
+    RankReport,
+    ReadWork,
+    RestoreTarget,
+    StageWork,
+)
+from cacheflow.types import Clock, LoadOutcome
 
 logger = logging.getLogger(__name__)
 
 Ports = tuple[ComputePort, TransferPort[Any]]
 
 
-@dataclass(slots=True, eq=False)
 class _Restoration:
-    """One restoration under way; without ports when they could not be made, broken once compute failed.
+    """One restoration under way, and the owner of its reads.
 
-    ``answers``: the compute port, or what answers for it where there is none.
+    Attributes:
+        ports: None when they could not be made.
+        answers: The compute port, or what answers for it where there is none.
+        broken: Compute has failed.
     """
 
-    ports: Ports | None
-    answers: object
-    origin_s: float
-    num_computed: int = 0
-    broken: bool = False
+    def __init__(self, restore_id: int, given: _GivenReads, *, origin_s: float) -> None:
+        self.restore_id, self.origin_s, self._given = restore_id, origin_s, given
+        self.ports: Ports | None = None
+        self.answers: object = None
+        self.num_computed = 0
+        self.broken = False
+
+    @property
+    def transfer(self) -> TransferPort[Any]:
+        assert self.ports is not None, "a restoration without ports reads nothing"
+        return self.ports[1]
+
+    def begin_place(self, read: Read[Any]) -> bool:
+        return True
+
+    def end_place(self, read: Read[Any], *, now_s: float, failed: bool) -> None:
+        self._report(read, LoadOutcome.ERROR if failed else LoadOutcome.OK, read.busy_s)
+
+    def fail_read(self, read: Read[Any], outcome: LoadOutcome) -> None:
+        self._report(read, outcome, read.busy_s)
+
+    def drop_read(self, read: Read[Any]) -> None:
+        self._report(read, LoadOutcome.CANCELLED, 0.0)
+
+    def _report(self, read: Read[Any], outcome: LoadOutcome, busy_s: float) -> None:
+        self._given.ended.append(
+            LoadReport(
+                restore_id=self.restore_id,
+                piece=read.piece,
+                outcome=outcome,
+                num_bytes=read.num_bytes,
+                busy_s=busy_s,
+                end_s=read.end_s - self.origin_s,
+            )
+        )
+
+
+class _GivenReads:
+    """Reads that were given as work and not claimed by the I/O thread yet, and reports of those that ended."""
+
+    idle_s = None
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.ended: list[LoadReport] = []
+        self._queue: deque[Read[Any]] = deque()
+        self._closed = False
+
+    @property
+    def any_queued(self) -> bool:
+        return bool(self._queue)
+
+    def add(self, owner: _Restoration, work: Sequence[ReadWork], now_s: float) -> None:
+        """Their deadlines begin now."""
+        with self.changed:
+            for each in work:
+                read = Read(owner, each.piece, started_s=now_s, allowed_s=each.deadline_s)
+                if self._closed:
+                    owner.fail_read(read, LoadOutcome.ERROR)
+                else:
+                    self._queue.append(read)
+
+    def drop(self, owner: _Restoration, pieces: Collection[Piece] | None, now_s: float) -> None:
+        with self.changed:
+            for read in list(self._queue):
+                if read.owner is owner and (pieces is None or read.piece in pieces):
+                    self._queue.remove(read)
+                    read.end_s = now_s
+                    owner.drop_read(read)
+
+    def take_ended(self) -> tuple[LoadReport, ...]:
+        if not self.ended:
+            return ()
+        with self.changed:
+            ended, self.ended = tuple(self.ended), []
+        return ended
+
+    def next_read(self, num_reads: int, num_bytes: int) -> Read[Any] | None:
+        return self._queue.popleft() if self._queue else None
+
+    def close_link(self) -> None:
+        self._closed = True
+        while self._queue:
+            read = self._queue.popleft()
+            read.owner.fail_read(read, LoadOutcome.ERROR)
 
 
 class StepExecutor:
-    """Obeys ``StageWork`` and tells what came of them. Every method is called on one thread.
+    """Carries ``StageWork`` out and tells what came of it. Every method is called on one thread.
 
-    A port that raises costs its own restoration only. ``TransferPort.cancel`` is called from threads of its own, so
-    that a store that hangs holds up nobody; all other methods of a transfer port are called on the I/O thread.
+    A port that raises costs its own restoration only.
     """
 
     def __init__(
@@ -61,15 +151,16 @@ class StepExecutor:
             make_answers: Makes what answers the stages above and below for a restoration whose ports cannot be made.
         """
         self._make_ports, self._make_answers, self._clock = make_ports, make_answers, clock
-        self._reads = Reads(clock=clock, poll_s=poll_s)
+        self._given = _GivenReads()
+        self._reads: Reads[Any] = Reads(self._given, clock=clock, poll_s=poll_s)
         self._active: dict[int, _Restoration] = {}
         self._computes: list[ComputeReport] = []
         self._finished: list[int] = []
 
     def begin(self, target: RestoreTarget) -> None:
-        """Take a restoration on, before its first order. One whose ports cannot be made is reported as failed."""
+        """Take a restoration on, before its first work. One whose ports cannot be made is reported as failed."""
         assert target.restore_id not in self._active, f"restoration {target.restore_id} was begun before"
-        restoration = _Restoration(None, None, self._clock())
+        restoration = _Restoration(target.restore_id, self._given, origin_s=self._clock())
         self._active[target.restore_id] = restoration
         try:
             restoration.ports = self._make_ports(target)
@@ -77,101 +168,114 @@ class StepExecutor:
         except Exception as error:
             restoration.answers = self._make_answers(target)
             logger.exception("restoration %d of request %s cannot begin", target.restore_id, target.request_id)
-            self._break(target.restore_id, restoration, (), error)
+            self._break(restoration, (), error)
 
-    def carry_out(self, orders: Sequence[StageWork], *, wait_s: float = 0.0) -> None:
-        """Carry out one step's orders; orders of a restoration that is over, or never began, are ignored.
+    def carry_out(self, work: Sequence[StageWork], *, wait_s: float = 0.0) -> None:
+        """Carry out one step's work; that of a restoration that is over, or never began, is ignored.
 
         Args:
-            orders: At most one per restoration.
-            wait_s: How long to wait for a read to end when there was nothing to compute; an order may say longer.
+            work: At most one per restoration.
+            wait_s: How long to wait for a read to end when there was nothing to compute; a restoration's work may say
+                longer.
         """
-        for each in orders:
+        for each in work:
             restoration = self._active.get(each.restore_id)
             if restoration is not None:
                 self._drop_and_read(each, restoration)
         computed = False
-        for each in orders:
+        for each in work:
             restoration = self._active.get(each.restore_id)
             if restoration is not None:
                 computed = self._compute(each, restoration) or computed
                 if each.finish and not restoration.broken:
-                    self._finish(each.restore_id, restoration)
-        wait_s = max(wait_s, max((each.wait_s for each in orders), default=0.0))
-        if wait_s > 0 and not computed and not (self._computes or self._finished) and self._reads.under_way:
-            self._reads.wait(wait_s)
+                    self._finish(restoration)
+        wait_s = max(wait_s, max((each.wait_s for each in work), default=0.0))
+        if wait_s > 0 and not computed and not (self._computes or self._finished):
+            self._wait(wait_s)
 
-    def _drop_and_read(self, orders: StageWork, restoration: _Restoration) -> None:
-        if orders.cancel:
-            take_unwanted(restoration.answers, orders.receives)
-            self._end(orders.restore_id)
+    def _wait(self, timeout_s: float) -> None:
+        """Wait until a read has ended, or none is under way."""
+        with self._given.changed:
+            self._given.changed.wait_for(
+                lambda: self._given.ended or not (self._given.any_queued or self._reads.under_way), timeout=timeout_s
+            )
+
+    def _drop_and_read(self, work: StageWork, restoration: _Restoration) -> None:
+        if work.cancel:
+            take_unwanted(restoration.answers, work.receives)
+            self._end(restoration)
             return
-        if orders.drops:
-            self._reads.drop(orders.restore_id, frozenset(orders.drops))
-        if orders.reads and restoration.ports is not None:
-            transfer = restoration.ports[1]
-            self._reads.start(orders.restore_id, transfer, orders.reads, origin_s=restoration.origin_s)
+        if work.drops:
+            self._drop(restoration, frozenset(work.drops))
+        if work.reads and restoration.ports is not None:
+            self._given.add(restoration, work.reads, self._clock())
+            self._reads.wake()
 
-    def _compute(self, orders: StageWork, restoration: _Restoration) -> bool:
-        if not (orders.compute or orders.receives):
+    def _drop(self, restoration: _Restoration, pieces: Collection[Piece] | None = None) -> None:
+        """Give reads up; on return none of them is being placed or will be."""
+        self._given.drop(restoration, pieces, self._clock())
+        self._reads.drop(restoration, pieces)
+
+    def _compute(self, work: StageWork, restoration: _Restoration) -> bool:
+        if not (work.compute or work.receives):
             return False
         if restoration.broken or restoration.ports is None:
-            take_unwanted(restoration.answers, orders.receives)
-            forfeit(restoration.answers, orders.compute)
+            take_unwanted(restoration.answers, work.receives)
+            forfeit(restoration.answers, work.compute)
             return False
         port = restoration.ports[0]
-        if orders.finish and not orders.compute:
-            take_unwanted(port, orders.receives)
+        if work.finish and not work.compute:
+            take_unwanted(port, work.receives)
             return False
         try:
-            receive(port, orders.receives)
+            receive(port, work.receives)
         except Exception as error:
-            logger.exception("restoration %d: a chunk was not handed over", orders.restore_id)
-            self._break(orders.restore_id, restoration, (), error)
-            forfeit(port, orders.compute)
+            logger.exception("restoration %d: a chunk was not handed over", work.restore_id)
+            self._break(restoration, (), error)
+            forfeit(port, work.compute)
             return True
-        if not orders.compute:
+        if not work.compute:
             return False
         seconds: list[float] = []
-        for index, order in enumerate(orders.compute):
+        for index, each in enumerate(work.compute):
             before_s = self._clock()
             try:
-                recompute(port, order)
+                recompute(port, each)
             except Exception as error:
-                logger.exception("restoration %d: compute failed on %s", orders.restore_id, order.tile)
-                self._break(orders.restore_id, restoration, tuple(seconds), error)
-                forfeit(port, orders.compute[index + 1 :])
+                logger.exception("restoration %d: compute failed on %s", work.restore_id, each.tile)
+                self._break(restoration, tuple(seconds), error)
+                forfeit(port, work.compute[index + 1 :])
                 return True
             seconds.append(self._clock() - before_s)
-        self._note(orders.restore_id, restoration, tuple(seconds))
+        self._note(restoration, tuple(seconds))
         return True
 
-    def _finish(self, restore_id: int, restoration: _Restoration) -> None:
+    def _finish(self, restoration: _Restoration) -> None:
         assert restoration.ports is not None, "a restoration without ports is broken"
         try:
             restoration.ports[0].finish()
         except Exception as error:
-            logger.exception("restoration %d: compute failed at the end", restore_id)
-            self._break(restore_id, restoration, (), error)
+            logger.exception("restoration %d: compute failed at the end", restoration.restore_id)
+            self._break(restoration, (), error)
             return
-        self._end(restore_id)
+        self._end(restoration)
 
-    def _end(self, restore_id: int) -> None:
+    def _end(self, restoration: _Restoration) -> None:
         """Report a restoration finished; nothing of it touches the KV cache from now on."""
-        self._reads.drop(restore_id)
-        del self._active[restore_id]
-        self._finished.append(restore_id)
+        self._drop(restoration)
+        del self._active[restoration.restore_id]
+        self._finished.append(restoration.restore_id)
 
-    def _break(self, restore_id: int, restoration: _Restoration, seconds: tuple[float, ...], error: Exception) -> None:
+    def _break(self, restoration: _Restoration, seconds: tuple[float, ...], error: Exception) -> None:
         restoration.broken = True
-        self._note(restore_id, restoration, seconds, error=f"{type(error).__name__}: {error}")
+        self._note(restoration, seconds, error=f"{type(error).__name__}: {error}")
 
-    def _note(self, restore_id: int, restoration: _Restoration, seconds: tuple[float, ...], *, error: str = "") -> None:
+    def _note(self, restoration: _Restoration, seconds: tuple[float, ...], *, error: str = "") -> None:
         end_s = self._clock() - restoration.origin_s
         first = restoration.num_computed
         restoration.num_computed += len(seconds)
         self._computes.append(
-            ComputeReport(restore_id=restore_id, first=first, seconds=seconds, end_s=end_s, error=error)
+            ComputeReport(restore_id=restoration.restore_id, first=first, seconds=seconds, end_s=end_s, error=error)
         )
 
     def take_report(self) -> RankReport:
@@ -179,9 +283,9 @@ class StepExecutor:
         # Finished first: a read of a restoration that is over must not be reported after its end.
         finished, self._finished = tuple(self._finished), []
         computes, self._computes = tuple(self._computes), []
-        return RankReport(loads=self._reads.take(), computes=computes, finished=finished)
+        return RankReport(loads=self._given.take_ended(), computes=computes, finished=finished)
 
     def close(self) -> None:
         """End the I/O thread; every restoration is over. Does not wait for a store that hangs."""
         self._active.clear()
-        self._reads.close()
+        self._reads.close(wait=False)

@@ -1,23 +1,24 @@
-"""What crosses between whoever decides a restoration and the workers that carry it out, when both meet once a step.
+"""Work: what those who carry a restoration out are given to do, and what they report.
 
-In vLLM the scheduler side decides and every worker obeys, so that ranks cannot disagree: orders come in counted units
-(cells, never seconds), reports say what became of them. Nothing here knows an engine; everything pickles.
+In vLLM the scheduler side decides and every worker obeys, so that ranks cannot disagree: work comes in counted units
+(cells, never seconds), reports say what became of it. Nothing here knows an engine; everything pickles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.grid import Tile
-from cacheflow.state.boundary import BOUNDARY_ROW
+from cacheflow.plan.grid import Piece, Tile
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.state.compute_side import ComputeClaim
 from cacheflow.types import LoadOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreTarget:
-    """What a worker must know of one restoration; sent once, before its first order.
+    """What a worker must know of one restoration; sent once, before its first work.
 
     Token positions are absolute; a chunk's position range is ``[end of the one before, its end)``.
 
@@ -28,7 +29,7 @@ class RestoreTarget:
         object_start: Where the stored object of the first chunk starts: at or before ``start``.
         chunk_ends: Position at which each chunk ends.
         tokens: Token ids of ``[start, chunk_ends[-1])``.
-        block_ids: Blocks of the KV cache that hold ``[0, chunk_ends[-1])``, in order.
+        block_ids: Blocks of the KV cache that hold ``[0, chunk_ends[-1])``, from the first on.
         namespace: ``Namespace.digest`` of the stored objects.
         chain_hashes: Chain hash (hex) at the end of each chunk.
         layers_per_block: Layers of one block of the grid.
@@ -78,10 +79,10 @@ class ComputeWork:
     """Recompute one tile, one chunk wide.
 
     Attributes:
-        tile: The cells; continues the chunk where its last order ended, or starts at block 0.
+        tile: The cells; continues the chunk where its last work ended, or starts at block 0.
         restart: Forget the chunk's activations first.
         kv_only_top: The topmost block needs keys and values only.
-        sends: Hand the chunk's activations over to the pipeline stage above afterwards, even if this order fails.
+        sends: Hand the chunk's activations over to the pipeline stage above afterwards, even if this fails.
     """
 
     tile: Tile
@@ -92,34 +93,25 @@ class ComputeWork:
 
 @dataclass(frozen=True, slots=True)
 class ReadWork:
-    """Start reading one cell; ``LATE`` when it is not there after ``deadline_s`` seconds.
+    """Start reading one cell, or a chunk's boundary states; ``LATE`` when it is not there after ``deadline_s``."""
 
-    With ``block`` ``BOUNDARY_ROW`` it reads the chunk's boundary states.
-    """
-
-    chunk: int
-    block: int
+    piece: Piece
     deadline_s: float
-
-    @property
-    def is_boundary(self) -> bool:
-        """Whether it reads boundary states, not keys and values."""
-        return self.block == BOUNDARY_ROW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageWork:
-    """What one restoration's workers do in this step: drop, read, receive, compute, finish, in this order.
+    """What one restoration's workers do in this step: drop, read, receive, compute, finish, in this sequence.
 
     Or cancel: then they receive what is on its way, and nothing else.
 
     Attributes:
         restore_id: Which restoration.
-        receives: Chunks whose activations the pipeline stage below was ordered to send, in the order it sends them; to
+        receives: Chunks whose activations the pipeline stage below sends, in its sequence; to
             be taken in any case, of a restoration that is cancelled too.
-        drops: Cells ``(chunk, block)`` whose reads compute has taken over: they must not be placed from now on.
-        reads: Reads to start, in order.
-        compute: Tiles to recompute, in order.
+        drops: Reads that compute has taken over, or that are of no use any more: they must not be placed from now on.
+        reads: Reads to start, one after the other.
+        compute: Tiles to recompute, one after the other.
         finish: Every cell is resident once the above is done: report the restoration finished.
         cancel: Give everything up and report the restoration finished.
         wait_s: With nothing to compute, wait up to this long for a read to end: other stages are at work meanwhile.
@@ -127,7 +119,7 @@ class StageWork:
 
     restore_id: int
     receives: tuple[int, ...] = ()
-    drops: tuple[tuple[int, int], ...] = ()
+    drops: tuple[Piece, ...] = ()
     reads: tuple[ReadWork, ...] = ()
     compute: tuple[ComputeWork, ...] = ()
     finish: bool = False
@@ -143,12 +135,11 @@ class StageWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """How one read ended; ``OK`` means placed in the KV cache, ``CANCELLED`` that an order dropped it.
+    """How one read ended; ``OK`` means placed in the KV cache, ``CANCELLED`` that it was dropped.
 
     Attributes:
         restore_id: Which restoration.
-        chunk: The cell's chunk.
-        block: The cell's layer block; ``BOUNDARY_ROW`` for the chunk's boundary states.
+        piece: What was read.
         outcome: How it ended.
         num_bytes: Bytes the read moved, or was to move.
         busy_s: Seconds the link worked on it, waiting in line excluded.
@@ -156,29 +147,23 @@ class LoadReport:
     """
 
     restore_id: int
-    chunk: int
-    block: int
+    piece: Piece
     outcome: LoadOutcome
     num_bytes: int
     busy_s: float
     end_s: float = 0.0
 
-    @property
-    def is_boundary(self) -> bool:
-        """Whether it was a read of boundary states."""
-        return self.block == BOUNDARY_ROW
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeReport:
-    """What compute did of one restoration in a step: seconds of each order, in order; fewer when one failed.
+    """What compute did of one restoration in a step: seconds of each piece of work; fewer when one failed.
 
     Attributes:
         restore_id: Which restoration.
-        first: How many of the restoration's compute orders this worker had carried out before.
-        seconds: Seconds of each order carried out.
+        first: How many pieces of the restoration's compute work this worker had carried out before.
+        seconds: Of each piece carried out.
         end_s: When the last of them ended, in seconds on the worker's clock since the restoration's target arrived.
-        error: Why the next order failed; empty when none did. The restoration is over then.
+        error: Why the next one failed; empty when none did. The restoration is over then.
     """
 
     restore_id: int
@@ -211,3 +196,47 @@ class StepReport:
     def merged(self, other: StepReport) -> StepReport:
         """Both together; a rank reports once per step."""
         return StepReport({**self.by_rank, **other.by_rank})
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Work with what the profile expects it to take, uncorrected."""
+
+    work: ComputeWork
+    predicted_s: float
+
+
+def cut(claim: ComputeClaim, problem: RestoreProblem) -> list[Unit]:
+    """One unit per cell of a claim, as compute climbs: it may stop after any of them."""
+    units: list[Unit] = []
+    claimed = claim.tile
+    if claimed is None:
+        return units
+    for chunk, block in claimed.cells():
+        kv_only = claim.kv_only_top and block == claimed.block_hi - 1
+        cost_KB = problem.kv_only_KB if kv_only else problem.compute_KB
+        tile = Tile(chunk, chunk + 1, block, block + 1)
+        work = ComputeWork(tile, restart=claim.restart and not units, kv_only_top=kv_only)
+        units.append(Unit(work, float(cost_KB[chunk, block])))
+    return units
+
+
+def join(units: Iterable[Unit]) -> list[Unit]:
+    """Join units that continue each other, so that they are carried out in one go."""
+    joined: list[Unit] = []
+    for unit in units:
+        if joined and _continues(joined[-1].work, unit.work):
+            last = joined.pop()
+            before = last.work.tile
+            tile = Tile(before.chunk_lo, before.chunk_hi, before.block_lo, unit.work.tile.block_hi)
+            work = replace(unit.work, tile=tile, restart=last.work.restart)
+            joined.append(Unit(work, last.predicted_s + unit.predicted_s))
+        else:
+            joined.append(unit)
+    return joined
+
+
+def _continues(before: ComputeWork, after: ComputeWork) -> bool:
+    if before.kv_only_top or before.sends or after.restart or before.tile.chunk_lo != after.tile.chunk_lo:
+        return False
+    return before.tile.block_hi == after.tile.block_lo

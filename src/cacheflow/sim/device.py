@@ -1,40 +1,48 @@
-"""One compute resource and one link that carry out what a batch scheduler decides, in virtual time."""
+"""The virtual driver: one compute resource and one link that carry out, in virtual time, what a scheduler decides.
+
+The twin of ``restore.executor`` under another clock: the same scheduler and state machines, asked whenever compute or
+the link is free. A variation (a pipeline stage, a test that breaks things) overrides what it does otherwise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from cacheflow.plan.grid import Boundary, Piece, Tile
 from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.report import Span, SpanKind
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.link import SimulatedLink
-from cacheflow.state.batch import BatchClaim, BatchLoad, BatchScheduler
-from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.state.batch import BatchClaim, BatchRead, BatchScheduler
+from cacheflow.state.compute_side import ClaimKind, ComputeClaim
+from cacheflow.state.restoration import RestoreState
+from cacheflow.types import LoadOutcome
 
 READS_IN_FLIGHT = 3
 """As the live executor keeps them. With 1 a read stands for many small ones: see ``SimulatedLink.read``."""
 
 
 class Compute(Protocol):
-    """The compute resource: carries out one order at a time, maybe with work of its own in between."""
+    """The compute resource: carries out one piece of work at a time, maybe with work of its own in between."""
 
     def acquire(self) -> bool:
-        """Whether an order may start now; when it may not, whoever owns the resource says when it may."""
+        """Whether work may start now; when it may not, whoever owns the resource says when it may."""
         ...
 
     def run(self, seconds: float, done: Callable[[], None]) -> None:
-        """Carry out an order of so many seconds, then call back."""
+        """Carry out so many seconds of work, then call back."""
         ...
 
     def leave(self) -> None:
-        """There is no order now."""
+        """There is no work now."""
         ...
 
 
 class BareCompute:
-    """Takes as long as the order says."""
+    """Takes as long as the work says."""
 
     def __init__(self, loop: EventLoop) -> None:
         """Start idle."""
@@ -53,7 +61,7 @@ class BareCompute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Restored:
+class Completion:
     """When a request had what.
 
     Attributes:
@@ -62,7 +70,9 @@ class Restored:
         restored_at_s: When its last prefix cell was there.
         first_token_at_s: When its first token was there; equals ``restored_at_s`` without new tokens.
         loaded_bytes: Bytes that were read and used.
-        wasted_bytes: Bytes that were read in vain, those of reads still under way at its end included.
+        wasted_bytes: Bytes that were read and not used, those of reads still under way at its end included.
+        moved_bytes: Bytes of cells whose reads had ended when compute had nothing left to do, used or not.
+        spans: What its compute and its link did; empty where that is not recorded.
     """
 
     request_id: int
@@ -71,24 +81,32 @@ class Restored:
     first_token_at_s: float
     loaded_bytes: int = 0
     wasted_bytes: int = 0
+    moved_bytes: int = 0
+    spans: tuple[Span, ...] = field(default=(), repr=False)
 
 
 @dataclass(slots=True)
 class _Job:
     truth: RestoreProblem
     arrival_s: float
-    done: Callable[[Restored], None]
+    done: Callable[[Completion], None]
     restored_at_s: float | None = None
     asked_bytes: int = 0
     loaded_bytes: int = 0
+    moved_bytes: int = 0
+    ending: bool = False
+    spans: list[Span] = field(default_factory=list)
 
 
-class SimulatedDevice:
+class VirtualDevice:
     """Asks the scheduler for work whenever compute or the link is free.
 
     Attributes:
+        records: Whether spans of everything are kept.
         compute_busy_s: Seconds compute has worked.
     """
+
+    records: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -107,7 +125,7 @@ class SimulatedDevice:
             scheduler: Decides; no other device may use it.
             link: May be shared with other devices.
             reads_in_flight: Reads asked of links at once.
-            compute: Carries out orders; bare unless given.
+            compute: Carries out work; bare unless given.
             link_of: Where the bytes of a request's chunk come from; ``link`` unless given.
         """
         self._loop, self._scheduler = loop, scheduler
@@ -123,7 +141,7 @@ class SimulatedDevice:
         self,
         request_id: int,
         problem: RestoreProblem,
-        done: Callable[[Restored], None],
+        done: Callable[[Completion], None],
         *,
         truth: RestoreProblem | None = None,
         deadline_s: float | None = None,
@@ -144,50 +162,92 @@ class SimulatedDevice:
         self._scheduler.add(request_id, problem, arrival_s=arrival_s, deadline_s=deadline_s)
         self.pump()
 
+    def adopt(
+        self,
+        request_id: int,
+        state: RestoreState,
+        done: Callable[[Completion], None],
+        *,
+        truth: RestoreProblem | None = None,
+    ) -> None:
+        """Carry out a restoration that was planned already; it waits for ``pump``."""
+        self._jobs[request_id] = _Job(truth or state.problem, self._loop.now_s, done)
+        self._scheduler.adopt(request_id, state, arrival_s=self._loop.now_s)
+
+    # What a variation overrides.
+
+    def seconds(self, truth: RestoreProblem, claim: ComputeClaim) -> float:
+        """What a claim takes."""
+        return true_s(truth, claim)
+
+    def claimed(self, request_id: int, claim: ComputeClaim) -> None:
+        """Compute begins a claim, or is through with the last one (``DONE``)."""
+
+    def computed(self, request_id: int, claim: ComputeClaim) -> None:
+        """Compute has ended a claim."""
+
+    def outcome(self, request_id: int, piece: Piece) -> LoadOutcome:
+        """How a read that has moved its bytes ends."""
+        return LoadOutcome.OK
+
+    # The loop.
+
     def pump(self) -> None:
         """Give compute and the link what there is to do."""
         self._start_reads()
         if not self._computing and self._compute.acquire():
             self._start_compute()
-            self._start_reads()
+            self._start_reads()  # compute may have left cells to the link
 
     def _start_compute(self) -> None:
         work = self._scheduler.claim_compute(self._loop.now_s)
         if work is None:
             self._compute.leave()
             return
-        truth = self._jobs[work.request_id].truth
-        seconds = true_s(truth, work.claim)
+        job = self._jobs[work.request_id]
+        self.claimed(work.request_id, work.claim)
         if work.claim.kind is ClaimKind.DONE:
-            seconds = truth.head_s
+            seconds, job.ending = job.truth.head_s, True
             self._note_restored(work.request_id)
+        else:
+            seconds = self.seconds(job.truth, work.claim)
         self._computing = True
         self.compute_busy_s += seconds
         self._compute.run(seconds, partial(self._end_compute, work, seconds))
 
     def _end_compute(self, work: BatchClaim, seconds: float) -> None:
         self._computing = False
-        if work.claim.kind is ClaimKind.DONE:
-            self._end_job(work.request_id)
+        request_id, claim = work.request_id, work.claim
+        if claim.kind is ClaimKind.DONE:
+            self._end_job(request_id)
         else:
-            self._scheduler.state(work.request_id).complete_compute(work.claim, actual_s=seconds)
-            if work.claim.tile is not None:
-                self._note_restored(work.request_id)
+            self._scheduler.state(request_id).complete_compute(claim, actual_s=seconds)
+            if self.records:
+                self._jobs[request_id].spans.append(self._span(claim, seconds))
+            if claim.tile is not None:
+                self._note_restored(request_id)
+            self.computed(request_id, claim)
         self.pump()
+
+    def _span(self, claim: ComputeClaim, seconds: float) -> Span:
+        tile = claim.tile or Tile(0, 1, claim.block_lo, claim.block_hi)
+        kind = claim.span_kind(tile, kv_only=claim.kv_only_top and tile.num_cells == 1)
+        return Span.of_compute(kind, tile, self._loop.now_s - seconds, self._loop.now_s)
 
     def _end_job(self, request_id: int) -> None:
         self._note_restored(request_id)
         self._scheduler.remove(request_id)
         job, now_s = self._jobs.pop(request_id), self._loop.now_s
-        restored_at_s = now_s if job.restored_at_s is None else job.restored_at_s
         job.done(
-            Restored(
+            Completion(
                 request_id=request_id,
                 arrival_s=job.arrival_s,
-                restored_at_s=restored_at_s,
+                restored_at_s=now_s if job.restored_at_s is None else job.restored_at_s,
                 first_token_at_s=now_s,
                 loaded_bytes=job.loaded_bytes,
                 wasted_bytes=job.asked_bytes - job.loaded_bytes,
+                moved_bytes=job.moved_bytes,
+                spans=tuple(job.spans),
             )
         )
 
@@ -198,35 +258,56 @@ class SimulatedDevice:
 
     def _start_reads(self) -> None:
         while self._num_reads < self._depth:
-            load = self._scheduler.claim_load(self._loop.now_s)
-            if load is None:
+            read = self._scheduler.claim_read(self._loop.now_s)
+            if read is None:
                 return
-            job, chunk = self._jobs[load.request_id], load.tile.chunk_lo
-            num_bytes = int(
-                job.truth.boundary_bytes_K[chunk]
-                if load.boundary
-                else job.truth.load_bytes_KB[chunk, load.tile.block_lo]
-            )
+            job = self._jobs[read.request_id]
+            num_bytes = true_bytes(job.truth, read.piece)
             job.asked_bytes += num_bytes
             self._num_reads += 1
-            self._link_of(load.request_id, chunk).read(
-                num_bytes, partial(self._end_read, load, num_bytes), follows=self._depth == 1
-            )
+            link = self._link_of(read.request_id, read.piece.chunk)
+            link.read(num_bytes, partial(self._end_read, read, num_bytes), follows=self._depth == 1)
 
-    def _end_read(self, load: BatchLoad, num_bytes: int, busy_s: float) -> None:
+    def _end_read(self, read: BatchRead, num_bytes: int, busy_s: float) -> None:
         self._num_reads -= 1
-        # A request may have its first token before a read that compute overtook is through.
-        if load.request_id in self._jobs:
-            state = self._scheduler.state(load.request_id)
-            state.rates.observe_load(num_bytes=num_bytes, busy_s=busy_s)
-            if load.boundary:
-                state.boundary.complete(load.tile.chunk_lo, self._loop.now_s)
-                self._jobs[load.request_id].loaded_bytes += num_bytes
-            elif state.begin_place(load.tile):
-                state.complete_load(load.tile)
-                self._jobs[load.request_id].loaded_bytes += num_bytes
-            self._note_restored(load.request_id)
+        # A request may have its first token before a read that compute overtook has ended.
+        job = self._jobs.get(read.request_id)
+        if job is not None:
+            self._settle(job, read, num_bytes, busy_s)
+            self._note_restored(read.request_id)
         self.pump()
+
+    def _settle(self, job: _Job, read: BatchRead, num_bytes: int, busy_s: float) -> None:
+        state, piece = self._scheduler.state(read.request_id), read.piece
+        outcome = self.outcome(read.request_id, piece)
+        if outcome is not LoadOutcome.OK:
+            state.fail_load(piece, outcome)
+            return
+        state.rates.observe_load(num_bytes=num_bytes, busy_s=busy_s)
+        wanted = state.begin_place(piece)
+        if wanted:
+            state.complete_load(piece, self._loop.now_s)
+            job.loaded_bytes += num_bytes
+        if job.ending:
+            return
+        if not isinstance(piece, Boundary):
+            job.moved_bytes += num_bytes
+        if self.records:
+            kind = SpanKind.LOAD if wanted else SpanKind.WASTED
+            job.spans.append(Span.of_read(kind, piece, self._loop.now_s - busy_s, self._loop.now_s))
+
+
+class RecordingDevice(VirtualDevice):
+    """One that keeps spans of everything."""
+
+    records = True
+
+
+def true_bytes(truth: RestoreProblem, piece: Piece) -> int:
+    """Bytes a read moves by these costs."""
+    if isinstance(piece, Boundary):
+        return int(truth.boundary_bytes_K[piece.chunk])
+    return int(truth.load_bytes_KB[piece])
 
 
 def true_s(truth: RestoreProblem, claim: ComputeClaim) -> float:

@@ -145,4 +145,5 @@ def _merged(problem: RestoreProblem, chunk_starts: list[int], block_starts: list
         load_bytes_KB=bytes_KB,
         boundary_bytes_K=np.add.reduceat(problem.boundary_bytes_K, chunk_starts),
         suffix_B=np.add.reduceat(problem.suffix_B, block_starts),
+        recurrent_B=np.logical_or.reduceat(problem.recurrent_B, block_starts),
     )

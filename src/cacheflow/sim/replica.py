@@ -16,7 +16,7 @@ from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.costs import ModelCosts
-from cacheflow.sim.device import Restored, SimulatedDevice
+from cacheflow.sim.device import Completion, VirtualDevice
 from cacheflow.sim.gpu import Gpu
 from cacheflow.sim.granularity import coarse_cut, coarsen
 from cacheflow.sim.kv_cache import BlockLru, Changed, KvCache, Lease
@@ -90,7 +90,7 @@ class _Running:
     host_chunks: int = 0
     elsewhere_s: float = 0.0
     first_token_at_s: float = 0.0
-    restored: Restored | None = None
+    completion: Completion | None = None
 
 
 class Replica:
@@ -135,7 +135,7 @@ class Replica:
         self.host_link = SimulatedLink(loop, spec.host_link)
         self.gpu = Gpu(loop, costs.decode_step_s, budget_s=spec.recompute_budget_s, ended=self._end)
         scheduler = BatchScheduler(policy.batch, LiveRates(bytes_per_s=spec.store_link.bytes_per_s))
-        self._device = SimulatedDevice(
+        self._device = VirtualDevice(
             loop, scheduler, self.store_link, reads_in_flight=1, compute=self.gpu, link_of=self._link_of
         )
         self.gpu.wake = self._device.pump
@@ -219,22 +219,22 @@ class Replica:
         latency_s = max(host.latency_s, store.latency_s if store_chunks else 0.0)
         return LinkCost(bytes_per_s=(host_chunks + store_chunks) / seconds, latency_s=latency_s)
 
-    def _end_prefill(self, restored: Restored) -> None:
-        running = self._running[restored.request_id]
-        running.restored = restored
+    def _end_prefill(self, completion: Completion) -> None:
+        running = self._running[completion.request_id]
+        running.completion = completion
         if running.elsewhere_s > 0:
             at_s = self._loop.now_s + running.elsewhere_s
-            self._loop.at(at_s, lambda: self._end_elsewhere(running, restored), priority=1)
+            self._loop.at(at_s, lambda: self._end_elsewhere(running, completion), priority=1)
         else:
-            self._begin_decode(running, restored)
+            self._begin_decode(running, completion)
 
-    def _end_elsewhere(self, running: _Running, restored: Restored) -> None:
-        self._begin_decode(running, restored)
+    def _end_elsewhere(self, running: _Running, completion: Completion) -> None:
+        self._begin_decode(running, completion)
         self._device.pump()  # nobody else may be there to let the GPU decode
 
-    def _begin_decode(self, running: _Running, restored: Restored) -> None:
+    def _begin_decode(self, running: _Running, completion: Completion) -> None:
         request = running.request
-        running.first_token_at_s = restored.first_token_at_s + running.elsewhere_s
+        running.first_token_at_s = completion.first_token_at_s + running.elsewhere_s
         full = request.block_ids[: request.input_tokens // self._spec.block_tokens]
         self.cache.publish(running.lease, full)
         # Writing is not modelled: the blocks are there at once, and cost no bandwidth.
@@ -251,8 +251,8 @@ class Replica:
     def _end(self, request_id: int) -> None:
         running = self._running.pop(request_id)
         self.cache.release(running.lease)
-        restored = running.restored
-        assert restored is not None, "a request decodes after its first token"
+        completion = running.completion
+        assert completion is not None, "a request decodes after its first token"
         self.served(
             Served(
                 request=running.request,
@@ -261,8 +261,8 @@ class Replica:
                 last_token_at_s=self._loop.now_s,
                 hit_tokens=running.hit_tokens,
                 restored_tokens=running.restored_tokens,
-                loaded_bytes=restored.loaded_bytes * self._spec.num_ranks,
-                wasted_bytes=restored.wasted_bytes * self._spec.num_ranks,
+                loaded_bytes=completion.loaded_bytes * self._spec.num_ranks,
+                wasted_bytes=completion.wasted_bytes * self._spec.num_ranks,
             )
         )
         self._admit()

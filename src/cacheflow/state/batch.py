@@ -1,4 +1,4 @@
-"""Chooses, whenever compute or the link is free, which restoration's next tile it takes.
+"""Several restorations that share compute, a link and memory: who is served next, and who is let in.
 
 Pure: no clock, no threads. Whoever drives it (threads in the embedded engine, a virtual clock in the simulator) passes
 the time in and holds one lock around every call, those to the restorations' states included. Both resources stay busy
@@ -7,16 +7,17 @@ across requests: where the first in the order has nothing to do for a resource, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cacheflow.errors import ConfigError
+from cacheflow.errors import ConfigError, PromptError
 from cacheflow.plan.batch import BatchPolicy, Ranking, WaitingRequest, bounded, predict_ends
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Piece
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.remaining import remaining_of
-from cacheflow.state.claims import ClaimKind, ComputeClaim
+from cacheflow.state.compute_side import ClaimKind, ComputeClaim
 from cacheflow.state.restoration import RestoreState
 
 RERANK_S = 0.05
@@ -25,19 +26,18 @@ RERANK_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class BatchClaim:
-    """One order to compute, of one request; of kind ``DONE`` when only its first token is left to choose."""
+    """What compute does next, of one request; of kind ``DONE`` when only its first token is left to choose."""
 
     request_id: int
     claim: ComputeClaim
 
 
 @dataclass(frozen=True, slots=True)
-class BatchLoad:
-    """One cell for the link to fetch, of one request; with ``boundary``, the boundary states of the tile's chunk."""
+class BatchRead:
+    """What the link reads next, of one request."""
 
     request_id: int
-    tile: Tile
-    boundary: bool = False
+    piece: Piece
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class BatchScheduler:
         self._starvation_s, self._min_claim_s = starvation_s, min_claim_s
         self._entries: dict[int, _Entry] = {}
         self._plans: dict[int, RestorePlan] = {}
-        self._order = Ranking(compute=(), link=())
+        self._ranking = Ranking(compute=(), link=())
         self._rank_at_s: float | None = None
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class BatchScheduler:
         self._rank_at_s = None
 
     def adopt(self, request_id: int, state: RestoreState, *, arrival_s: float, deadline_s: float | None = None) -> None:
-        """Take in a restoration that was planned elsewhere, for a driver that asks its state for work by ``order``.
+        """Take in a restoration that was planned elsewhere, for a driver that asks its state for work by ``ranking``.
 
         Raises:
             ConfigError: The name is taken.
@@ -141,7 +141,7 @@ class BatchScheduler:
         """Whom each resource serves first now."""
         if self._rank_at_s is None or now_s >= self._rank_at_s:
             self._rank(now_s)
-        return self._order
+        return self._ranking
 
     def claim_compute(self, now_s: float) -> BatchClaim | None:
         """What compute does next; None when every request waits for the link, or none is there."""
@@ -155,18 +155,14 @@ class BatchScheduler:
                 return BatchClaim(request_id, claim)
         return None
 
-    def claim_load(self, now_s: float) -> BatchLoad | None:
-        """Claim one cell for the link; None when it should wait or nothing is left to load."""
+    def claim_read(self, now_s: float) -> BatchRead | None:
+        """Claim what the link reads next; None when it should wait or nothing is left to load."""
         for request_id in self.ranking(now_s).link:
             if self._entries[request_id].finishing:
                 continue
-            state = self._started(request_id)
-            chunk = state.boundary.claim(now_s)
-            if chunk is not None:
-                return BatchLoad(request_id, Tile(chunk, chunk + 1, 0, 1), boundary=True)
-            tile = state.claim_load(now_s)
-            if tile is not None:
-                return BatchLoad(request_id, tile)
+            piece = self._started(request_id).claim_read(now_s)
+            if piece is not None:
+                return BatchRead(request_id, piece)
         return None
 
     def close_link(self) -> None:
@@ -193,19 +189,19 @@ class BatchScheduler:
 
     def _rank(self, now_s: float) -> None:
         waiting = self.waiting(now_s)
-        order = bounded(self.policy.rank(now_s, waiting), waiting, now_s, starvation_s=self._starvation_s)
-        self._order, self._rank_at_s = order, now_s + RERANK_S
+        ranking = bounded(self.policy.rank(now_s, waiting), waiting, now_s, starvation_s=self._starvation_s)
+        self._ranking, self._rank_at_s = ranking, now_s + RERANK_S
         by_id = {request.request_id: request for request in waiting}
-        ends = predict_ends([by_id[request_id] for request_id in order.compute])
-        shares = dict(zip(order.compute, (end.compute_share for end in ends), strict=True))
+        ends = predict_ends([by_id[request_id] for request_id in ranking.compute])
+        shares = dict(zip(ranking.compute, (end.compute_share for end in ends), strict=True))
         compute_s = 0.0
         ahead_s = {}
-        for request_id in order.compute:
+        for request_id in ranking.compute:
             ahead_s[request_id] = compute_s
             left = by_id[request_id].remaining
             compute_s += shares[request_id] * left.compute_s + left.suffix_s
         link_s = 0.0
-        for request_id in order.link:
+        for request_id in ranking.link:
             state = self._entries[request_id].state
             if state is not None:
                 state.yield_to(compute_s=ahead_s[request_id], link_s=link_s)
@@ -230,3 +226,88 @@ class BatchScheduler:
         problems = {other: self._entries[other].problem for other in waiting if self._entries[other].state is None}
         self._plans = dict(self.policy.plans(request_id, problems))
         return self._plans.pop(request_id)
+
+
+class Admission:
+    """Lets waiting requests in whose keys and values fit in memory together; not thread-safe.
+
+    Who does not fit may be passed by others that do, but not for ever: one that has waited ``starvation_s`` holds the
+    door until it fits.
+    """
+
+    def __init__(self, capacity_tokens: int | None = None, *, starvation_s: float = float("inf")) -> None:
+        """Start empty.
+
+        Args:
+            capacity_tokens: Tokens of KV that fit; None for no limit.
+            starvation_s: A request that has waited this long is passed by nobody any more.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        if capacity_tokens is not None and capacity_tokens < 1:
+            raise ConfigError(f"capacity_tokens is {capacity_tokens}, must be at least 1, or None for no limit")
+        if not starvation_s > 0:
+            raise ConfigError(f"starvation_s is {starvation_s}, must be above 0 seconds")
+        self.capacity_tokens = capacity_tokens
+        self._starvation_s = starvation_s
+        self._waiting: dict[int, tuple[int, float]] = {}
+        self._held: dict[int, int] = {}
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of the requests that are in."""
+        return sum(self._held.values())
+
+    def ask(self, request_id: int, num_tokens: int, *, arrival_s: float) -> None:
+        """Let a request wait for room.
+
+        Raises:
+            PromptError: It does not fit even alone.
+            ConfigError: The name is taken.
+        """
+        self.check(num_tokens)
+        if request_id in self._waiting or request_id in self._held:
+            raise ConfigError(f"request {request_id} has asked for room already")
+        self._waiting[request_id] = (num_tokens, arrival_s)
+
+    def check(self, num_tokens: int) -> None:
+        """Pass if a request of so many tokens fits alone.
+
+        Raises:
+            PromptError: It does not.
+        """
+        if self.capacity_tokens is not None and num_tokens > self.capacity_tokens:
+            raise PromptError(
+                f"the request needs keys and values of {num_tokens} tokens, memory holds {self.capacity_tokens}: "
+                "shorten the prompt or the answer, or raise kv_capacity_tokens"
+            )
+
+    def admit(self, order: Sequence[int], now_s: float) -> list[int]:
+        """Let in whoever fits, and return them.
+
+        Args:
+            order: Every request that waits, first served first.
+            now_s: On the clock of ``arrival_s``.
+        """
+        starved = [name for name in order if self._has_starved(name, now_s)]
+        starved.sort(key=lambda name: self._waiting[name][1])
+        passed = frozenset(starved)
+        admitted = []
+        for request_id in (*starved, *(name for name in order if name not in passed)):
+            num_tokens = self._waiting[request_id][0]
+            if self.capacity_tokens is None or self.held_tokens + num_tokens <= self.capacity_tokens:
+                del self._waiting[request_id]
+                self._held[request_id] = num_tokens
+                admitted.append(request_id)
+            elif request_id in passed:
+                break
+        return admitted
+
+    def release(self, request_id: int) -> None:
+        """Take a request out: it has ended, or waits no longer."""
+        self._waiting.pop(request_id, None)
+        self._held.pop(request_id, None)
+
+    def _has_starved(self, request_id: int, now_s: float) -> bool:
+        return now_s - self._waiting[request_id][1] > self._starvation_s

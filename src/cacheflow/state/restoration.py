@@ -1,43 +1,48 @@
 """The state machine of one restoration: two pointers over one grid.
 
 Pure: no clock, no threads. Whoever drives it (threads in the embedded engine, engine steps in vLLM, a virtual clock
-in the simulator) passes the time in and holds one lock around every call. A load is claimed, then *placed* (its bytes
-verified and about to be copied into the KV buffer), then complete; compute may take a cell back until it is placed.
+in the simulator) passes the time in and holds one lock around every call. A read is claimed, then *placed* (its bytes
+verified and about to be copied to where compute finds them), then complete; compute may take a cell back until it is
+placed. A read brings a ``Cell`` or the ``Boundary`` states of a chunk; both go the same way.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from cacheflow.plan.grid import Tile
-from cacheflow.plan.plan import RestorePlan, SuffixStart
+from cacheflow.plan.grid import Boundary, Cell, Piece
+from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.rates import LiveRates
-from cacheflow.plan.remaining import Remaining
-from cacheflow.state.board import CellState
-from cacheflow.state.boundary_events import BoundaryEvents
-from cacheflow.state.claims import ClaimKind, ComputeClaim
-from cacheflow.state.compute_side import ComputeSide
-from cacheflow.state.link_side import LinkSide
-from cacheflow.state.progress import Progress
-from cacheflow.state.remaining import expected_left_s, remaining, whole_chunks_s
-from cacheflow.state.take_back import take_back
+from cacheflow.plan.remaining import NO_LINK_S, Remaining
+from cacheflow.plan.report import RestoreReport, Span
+from cacheflow.state.board import RESIDENT, Board, Boundaries, BoundaryState, CellState
+from cacheflow.state.compute_pointer import ComputePointer
+from cacheflow.state.compute_side import ClaimKind, ComputeClaim, ComputeSide
+from cacheflow.state.link_pointer import LinkPointer
+from cacheflow.state.link_side import LinkPhase, LinkSide
 from cacheflow.types import LoadOutcome
 
-SUFFIX_CLAIM_S = 0.05
-"""New tokens are claimed so many seconds of blocks at once, so that a request that comes first waits no longer."""
 MAX_FAILED_IN_ROW = 4
 """After this many failed reads in a row the link counts as down and compute restores the rest."""
+WHOLE_MARGIN = 1.15
+"""A chunk that ends so much later than both sides should, or two cells, may still be compute's. What turns out
+otherwise is put right as soon as the link has a cell of it."""
 
 
 class RestoreState:
     """Which cells are claimed, under way, done or failed, by whom; answers what each side does next.
 
     Attributes:
-        outcomes: Number of loads by outcome.
+        problem: What the restoration costs.
+        plan: Sequences and rules.
+        rates: How fast compute and the link really are.
+        outcomes: Number of reads of cells by outcome.
         wasted_bytes: Bytes that were read but not used.
-        boundary: The boundary states of a later pipeline stage.
-        num_repaired: Cells recomputed because the link did not deliver them.
+        boundary_bytes: Bytes of boundary states that arrived.
+        num_failed_boundaries: Reads of boundary states that gave nothing usable.
     """
 
     def __init__(
@@ -53,7 +58,7 @@ class RestoreState:
 
         Args:
             problem: What the restoration costs.
-            plan: Orders and rules, of the same grid.
+            plan: Sequences and rules, of the same grid.
             rates: Corrected as the restoration goes; may be carried from one restoration to the next.
             min_claim_s: Let compute claim several blocks at once until they last this long (asynchronous devices).
             source: Where the activations below the bottom block come from.
@@ -61,34 +66,75 @@ class RestoreState:
         self.problem, self.plan, self.rates = problem, plan, rates
         self.outcomes: Counter[LoadOutcome] = Counter()
         self.wasted_bytes = 0
-        self.num_repaired = 0
-        self._p = Progress(problem, plan, rates, min_claim_s=min_claim_s, source=source)
-        self._compute = ComputeSide(self._p)
-        self._load = LinkSide(self._p)
-        self.boundary = BoundaryEvents(self._p, self._load)
+        self.boundary_bytes = 0
+        self.num_failed_boundaries = 0
+        self._board = Board(problem)
+        self._boundaries = Boundaries(source, problem.boundary_bytes_K.tolist())
+        self._link = LinkSide(plan, rates, problem.grid.num_chunks)
+        self._compute = ComputeSide(problem, plan, rates, self._board, min_claim_s=min_claim_s)
+        sides = (self._board, self._boundaries, self._link, self._compute)
+        self._compute_pointer, self._link_pointer = ComputePointer(*sides), LinkPointer(*sides)
         self._failed_in_row = 0
-        self._num_placing = 0
-        if self._p.link_down:
+        self._given_to_link: set[int] = set()
+        if self._link.down:
             self._demand_all()
+
+    # What there is.
+
+    @property
+    def source(self) -> BoundarySource:
+        """Where the activations below the bottom block come from."""
+        return self._boundaries.source
 
     @property
     def restored(self) -> bool:
         """Whether every prefix cell is resident."""
-        return self._p.board.num_missing == 0
-
-    @property
-    def loads_possible(self) -> bool:
-        """Whether the load pointer may still claim a cell, now or later."""
-        return not self._p.link_down and self._p.board.num_missing > 0
+        return self._board.num_missing == 0
 
     @property
     def limit(self) -> int:
         """From this chunk on nothing is restored any more: a cell of it can neither be loaded nor recomputed."""
-        return self._p.limit
+        return self._board.limit
+
+    @property
+    def num_repaired(self) -> int:
+        """Cells recomputed because the link did not bring them."""
+        return self._compute.num_repaired
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes of reads under way."""
+        return self._link.in_flight_bytes
 
     def cell(self, chunk: int, block: int) -> CellState:
         """State of one cell."""
-        return self._p.board.state(chunk, block)
+        return self._board.state(chunk, block)
+
+    def is_resident(self, chunk: int, block: int) -> bool:
+        """Whether a cell's keys and values are where compute finds them."""
+        return self._board.state(chunk, block) in RESIDENT
+
+    def boundary(self, chunk: int) -> BoundaryState:
+        """Where a chunk's boundary states are."""
+        return self._boundaries.state(chunk)
+
+    def num_bytes(self, piece: Piece) -> int:
+        """Bytes that a read of a piece moves."""
+        if isinstance(piece, Boundary):
+            return self._boundaries.num_bytes(piece.chunk)
+        return self._board.load_bytes(*piece)
+
+    @property
+    def loads_possible(self) -> bool:
+        """Whether a cell may still be claimed for the link, now or later."""
+        return not self._link.down and not self.restored
+
+    @property
+    def boundaries_possible(self) -> bool:
+        """Whether boundary states may still be claimed for the link, now or later."""
+        return self._link_pointer.boundaries_possible()
+
+    # Compute.
 
     def claim_compute(self, now_s: float) -> ComputeClaim:
         """What compute does next; claims its cells.
@@ -96,198 +142,344 @@ class RestoreState:
         Args:
             now_s: Seconds since the restoration started.
         """
-        self._p.note_time(now_s)
-        tile = self._compute.front(now_s)
-        if (tile is None or self._compute.leaves_behind(tile)) and take_back(self._p, now_s, idle=False):
-            tile = self._compute.front(now_s)
-        if tile is not None:
-            return self._claim_tile(ClaimKind.RECOMPUTE, tile, restart=False, now_s=now_s)
-        bottom = self._compute.bottom()
-        if bottom is not None:
-            return self._claim_tile(ClaimKind.RECOMPUTE, bottom, restart=False, now_s=now_s, kv_only=True)
-        for _ in range(2):
-            repair = self._compute.repair()
-            if repair is not None:
-                return self._claim_tile(ClaimKind.REPAIR, repair[0], restart=repair[1], now_s=now_s)
-            suffix = self._claim_suffix(now_s)
-            if suffix is not None:
-                return suffix
-            if not take_back(self._p, now_s, idle=True):
-                break
-        suffix_done = not self._p.has_suffix or self._p.suffix_next == self._p.board.num_blocks
-        if self.restored and suffix_done:
-            return ComputeClaim(kind=ClaimKind.DONE)
-        self._leave_no_deadlock()
-        return ComputeClaim(kind=ClaimKind.WAIT)
-
-    def _leave_no_deadlock(self) -> None:
-        """With compute waiting and nothing under way, one side must be made to move, whatever the rates say."""
-        if self._p.in_flight_bytes or self._num_placing:
-            return
-        self._p.compute_stopped = True
-        if self._p.link_down:
-            self._demand_all()
-
-    def _claim_tile(
-        self, kind: ClaimKind, tile: Tile, *, restart: bool, now_s: float, kv_only: bool = False
-    ) -> ComputeClaim:
-        kv_only = kv_only or self._compute.kv_only_top(tile)
-        if kind is ClaimKind.REPAIR:
-            self.num_repaired += sum(self._p.board.is_open(*cell) for cell in tile.cells())
-        predicted_s = self._compute.claim(tile, kv_only=kv_only)
-        self._p.begin_compute(predicted_s, now_s)
-        return ComputeClaim(kind=kind, tile=tile, restart=restart, kv_only_top=kv_only, predicted_s=predicted_s)
-
-    def _claim_suffix(self, now_s: float) -> ComputeClaim | None:
-        p = self._p
-        if not p.has_suffix or (p.plan.suffix_start is SuffixStart.AFTER_RESTORE and not self.restored):
-            return None
-        block_lo = block_hi = p.suffix_next
-        limit = p.board.num_blocks if self.restored else min(block_lo + 1, p.board.num_blocks)
-        end_s = p.suffix_from_s(block_lo) - SUFFIX_CLAIM_S
-        while block_hi < limit and p.board.row_resident(block_hi):
-            block_hi += 1
-            if block_hi < limit and p.suffix_from_s(block_hi + 1) < end_s:
-                break
-        if block_hi == block_lo:
-            return None
-        p.suffix_next = block_hi
-        predicted_s = float(self.problem.suffix_B[block_lo:block_hi].sum())
-        p.begin_compute(predicted_s, now_s)
-        return ComputeClaim(kind=ClaimKind.SUFFIX, block_lo=block_lo, block_hi=block_hi, predicted_s=predicted_s)
+        self._link.note_time(now_s)
+        claim = self._compute_pointer.claim(now_s)
+        if claim.kind is ClaimKind.WAIT and not (self._link.in_flight_bytes or self._link.num_placing):
+            # Compute waits and nothing is under way: one side must be made to move, whatever the rates say.
+            self._compute.stop()
+            if self._link.down:
+                self._demand_all()
+        return claim
 
     def complete_compute(self, claim: ComputeClaim, *, actual_s: float) -> None:
-        """Note that compute did what it was ordered to; its cells become resident."""
-        self._p.end_compute()
+        """Note that compute did what it claimed; its cells become resident."""
         self.rates.observe_compute(predicted_s=claim.predicted_s, actual_s=actual_s)
-        self._make_resident(claim)
+        self._compute.end(claim)
 
     def assume_compute(self, claim: ComputeClaim, now_s: float) -> None:
-        """Count a claim as done that was only ordered, for workers that carry out their orders strictly in order.
+        """Count a claim as done that workers were only given, because they carry out their work strictly in sequence.
 
         Whatever compute claims next may build on its cells. Its seconds stay ahead of compute until ``note_computed``.
         """
-        self._p.end_compute()
-        self._p.order_compute(claim.predicted_s, now_s)
-        self._make_resident(claim)
+        self._compute.ask(claim.predicted_s, now_s)
+        self._compute.end(claim)
 
     def note_computed(self, now_s: float, *, predicted_s: float, actual_s: float) -> None:
-        """Note that ordered work, or a part of it, was done after all; the cells were resident already."""
-        self._p.report_compute(predicted_s, now_s)
+        """Note that assumed work, or a part of it, was done after all; the cells were resident already."""
+        self._compute.note_done(predicted_s, now_s)
         self.rates.observe_compute(predicted_s=predicted_s, actual_s=actual_s)
 
-    def _make_resident(self, claim: ComputeClaim) -> None:
-        if claim.tile is not None:
-            for chunk, block in claim.tile.cells():
-                if self._p.board.state(chunk, block) is CellState.COMPUTING:
-                    self._p.board.set(chunk, block, CellState.COMPUTED)
+    # Reads.
 
-    def claim_load(self, now_s: float) -> Tile | None:
+    def claim_load(self, now_s: float) -> Cell | None:
         """Claim one cell for the link; None when the link should wait or has nothing left.
 
         Args:
             now_s: Seconds since the restoration started.
         """
-        self._p.note_time(now_s)
-        cell = self._load.claim(now_s)
-        if cell is None:
-            return None
-        self._p.begin_load(self._p.board.load_bytes(*cell))
-        chunk, block = cell
-        return Tile(chunk, chunk + 1, block, block + 1)
+        self._link.note_time(now_s)
+        cell = self._link_pointer.claim(now_s)
+        if cell is not None:
+            self._link.begin_read(self._board.load_bytes(*cell))
+        return cell
 
-    def expected_load_s(self) -> float:
-        """Seconds until everything in flight should have arrived."""
-        return self._p.link_s(0) - self._p.others_link_s
+    def claim_boundary(self, now_s: float) -> Boundary | None:
+        """Claim the boundary states the link reads next; None when none are due or wanted.
 
-    def expected_left_s(self, now_s: float) -> float:
-        """Seconds to the end of the restoration if compute and link shared what is open so as to end together."""
-        return expected_left_s(self._p, now_s)
+        To be asked before ``claim_load``: compute waits for nothing else of the link.
 
-    def keep_whole(self, wanted: bool) -> None:
-        """Recompute chunks whole or not at all from now on, because the stage above is handed them; False: any part."""
-        self._p.keeps_whole = wanted
+        Args:
+            now_s: Seconds since the restoration started.
+        """
+        self._link.note_time(now_s)
+        boundary = self._link_pointer.claim_boundary(now_s)
+        if boundary is not None:
+            self._link.begin_read(self._boundaries.num_bytes(boundary.chunk))
+        return boundary
 
-    def whole_chunks_s(self, now_s: float) -> list[float]:
-        """Seconds until compute should be through with each chunk; infinite where the link has a part of it."""
-        return whole_chunks_s(self._p, now_s)
+    def claim_read(self, now_s: float) -> Piece | None:
+        """Claim what the link reads next, boundary states first; None when it should wait or has nothing left."""
+        return self.claim_boundary(now_s) or self.claim_load(now_s)
 
-    def remaining(self, now_s: float) -> Remaining:
-        """What is left to do, for whoever chooses among several restorations."""
-        return remaining(self._p, now_s)
+    def begin_place(self, piece: Piece) -> bool:
+        """Take a verified read on to where compute finds it; False when it is not wanted any more: drop the bytes."""
+        num_bytes = self.num_bytes(piece)
+        self._link.end_read(num_bytes)
+        if isinstance(piece, Boundary):
+            self.boundary_bytes += num_bytes
+            wanted = self._boundaries.state(piece.chunk) is BoundaryState.READING
+        else:
+            self._failed_in_row = 0
+            self.outcomes[LoadOutcome.OK] += 1
+            wanted = self._wants(piece)
+            if wanted:
+                self._board.set(*piece, CellState.PLACING)
+            else:
+                self.wasted_bytes += num_bytes
+        if wanted:
+            self._link.begin_place()
+        return wanted
 
-    def yield_to(self, *, compute_s: float, link_s: float) -> None:
-        """Note how many seconds of compute and of the link other restorations come first with."""
-        self._p.others_compute_s, self._p.others_link_s = compute_s, link_s
-
-    def begin_place(self, tile: Tile) -> bool:
-        """Take a verified read on to the KV buffer; False when compute is at or through the cell: drop the bytes."""
-        chunk, block = tile.chunk_lo, tile.block_lo
-        num_bytes = self._p.board.load_bytes(chunk, block)
-        self._p.end_load(num_bytes)
-        self._failed_in_row = 0
-        self.outcomes[LoadOutcome.OK] += 1
-        if self._p.board.state(chunk, block) not in (CellState.LOADING, CellState.OPEN):
-            self.wasted_bytes += num_bytes
+    def _wants(self, cell: Cell) -> bool:
+        """Whether a cell that was read is still of use: compute is neither at it nor through with it."""
+        if self._starts_over(cell):
             return False
-        self._p.board.set(chunk, block, CellState.PLACING)
-        self._num_placing += 1
-        return True
+        return self._board.state(*cell) in (CellState.LOADING, CellState.OPEN)
 
-    def complete_load(self, tile: Tile) -> None:
-        """Note that a placed cell is resident."""
-        self._num_placing -= 1
-        self._p.board.set(tile.chunk_lo, tile.block_lo, CellState.LOADED)
+    def _starts_over(self, cell: Cell) -> bool:
+        """Whether compute must pass a cell for the running state of a recurrent block, whatever the link brings."""
+        return cell.block < self._board.recurrent_blocks(self._compute.demand_K[cell.chunk])
 
-    def fail_load(self, tile: Tile, outcome: LoadOutcome) -> None:
-        """Note that a read gave nothing usable: the cell, and what lies below it, falls to compute."""
-        p, chunk, block = self._p, tile.chunk_lo, tile.block_lo
-        num_bytes = p.board.load_bytes(chunk, block)
-        p.end_load(num_bytes)
+    def complete_load(self, piece: Piece, now_s: float) -> None:
+        """Note that a placed read is where compute finds it."""
+        self._link.end_place()
+        if isinstance(piece, Boundary):
+            self._boundaries.complete(piece.chunk, now_s)
+            return
+        self._board.set(*piece, CellState.OPEN if self._starts_over(piece) else CellState.LOADED)
+
+    def fail_load(self, piece: Piece, outcome: LoadOutcome) -> None:
+        """Note that a read gave nothing usable.
+
+        A cell, and what lies below it, falls to compute. Without its boundary states a chunk, and all after it, are
+        left to the link.
+        """
+        if isinstance(piece, Boundary):
+            self.num_failed_boundaries += 1
+            self.drop_load(piece)
+            return
+        self._link.end_read(self._board.load_bytes(*piece))
         self.outcomes[outcome] += 1
         if outcome is LoadOutcome.CORRUPT:
-            self.wasted_bytes += num_bytes
+            self.wasted_bytes += self._board.load_bytes(*piece)
         self._failed_in_row += 1
         # Open: demanded of compute, which has not got there.
-        if p.board.state(chunk, block) in (CellState.LOADING, CellState.OPEN):
-            self._leave_to_compute(chunk, block)
-            self.boundary.find_limit()
+        if self._board.state(*piece) in (CellState.LOADING, CellState.OPEN):
+            self._leave_to_compute(piece)
         if self._failed_in_row >= MAX_FAILED_IN_ROW:
             self.close_link()
 
-    def drop_load(self, tile: Tile) -> None:
+    def drop_load(self, piece: Piece) -> None:
         """Note that a read was given up on purpose: no fault of the link; its bytes moved for nothing or not at all.
 
         A cell that nobody has taken over falls to compute.
         """
-        p, chunk, block = self._p, tile.chunk_lo, tile.block_lo
-        p.end_load(p.board.load_bytes(chunk, block))
+        self._link.end_read(self.num_bytes(piece))
+        if isinstance(piece, Boundary):
+            if self._boundaries.state(piece.chunk) is BoundaryState.READING:
+                self._lose(piece.chunk)
+            return
         self.outcomes[LoadOutcome.CANCELLED] += 1
-        if p.board.state(chunk, block) is CellState.LOADING:
-            self._leave_to_compute(chunk, block)
-            self.boundary.find_limit()
+        if self._board.state(*piece) is CellState.LOADING:
+            self._leave_to_compute(piece)
 
-    def _leave_to_compute(self, chunk: int, block: int) -> None:
-        self._p.board.set(chunk, block, CellState.OPEN)
-        for blocks_K in (self._p.demand_K, self._p.failed_K):
-            blocks_K[chunk] = max(blocks_K[chunk], block + 1)
-
-    def fail_place(self, tile: Tile) -> None:
-        """Note that a verified read could not be copied into the KV buffer: the cell falls to compute."""
-        self._num_placing -= 1
+    def fail_place(self, piece: Piece) -> None:
+        """Note that a verified read could not be placed; what that means is as in ``fail_load``."""
+        self._link.end_place()
+        if isinstance(piece, Boundary):
+            self.num_failed_boundaries += 1
+            self._lose(piece.chunk)
+            return
         self.outcomes[LoadOutcome.ERROR] += 1
-        self._leave_to_compute(tile.chunk_lo, tile.block_lo)
-        self.boundary.find_limit()
+        self._leave_to_compute(piece)
 
     def close_link(self) -> None:
         """Stop loading; what is in flight may still arrive, compute restores the rest."""
-        self._p.link_down = self._p.link_closed = True
-        self._load.release()
+        self._link.close()
+        self._link_pointer.release()
         self._demand_all()
-        self.boundary.find_limit()
+        self._find_limit()
+
+    def _leave_to_compute(self, cell: Cell) -> None:
+        self._board.set(*cell, CellState.OPEN)
+        self._compute.demand(cell.chunk, cell.block + 1)
+        self._link.note_failed(cell.chunk, cell.block + 1)
+        recurrent = self._board.recurrent_blocks(cell.block + 1)
+        if recurrent:
+            # Its running state is that of all chunks before it: those are recomputed too, even if they are resident.
+            for chunk in range(cell.chunk):
+                self._compute.demand(chunk, recurrent)
+            self._board.reopen(cell.chunk + 1, recurrent, (CellState.LOADING, CellState.LOADED))
+        self._find_limit()
 
     def _demand_all(self) -> None:
-        for chunk in range(self._p.board.num_chunks):
-            top = self._p.board.top_open_block(chunk, 0, self._p.board.num_blocks)
-            for blocks_K in (self._p.demand_K, self._p.failed_K):
-                blocks_K[chunk] = max(blocks_K[chunk], top + 1)
+        for chunk in range(self._board.num_chunks):
+            top = self._board.top_open_block(chunk, 0, self._board.num_blocks)
+            num_blocks = 0 if top is None else top + 1
+            self._compute.demand(chunk, num_blocks)
+            self._link.note_failed(chunk, num_blocks)
+
+    # Boundary states and the end of what can be restored.
+
+    def computable(self, chunk: int) -> bool:
+        """Whether compute may restore cells of a chunk, now or later."""
+        return chunk < self._board.limit and self._boundaries.possible(chunk)
+
+    @property
+    def any_boundary_ready(self) -> bool:
+        """Whether a chunk with open cells is ready to be recomputed, as far as its boundary states are concerned."""
+        return any(
+            self._board.num_open_K[chunk] > 0 and self._boundaries.ready(chunk)
+            for chunk in range(self._board.num_chunks)
+        )
+
+    def boundary_awaited_s(self, now_s: float) -> float | None:
+        """Seconds until the first boundary read under way should end; None when compute waits for none.
+
+        Compute waits while no chunk with open cells is ready to be recomputed.
+        """
+        due_s = None if self.any_boundary_ready else self._boundaries.next_due_s()
+        return None if due_s is None else max(0.0, due_s - now_s)
+
+    def wants_activations(self, chunk: int) -> bool:
+        """Whether the stage below is to hand a chunk's activations over: it has not, and there are cells left."""
+        unread = self.source is BoundarySource.HANDED_OVER and self.boundary(chunk) is BoundaryState.UNREAD
+        return unread and self.computable(chunk) and self._board.num_open_K[chunk] > 0
+
+    def take_activations(self, chunk: int) -> None:
+        """Note that the stage below hands a chunk's activations over before compute comes to it."""
+        assert self.source is BoundarySource.HANDED_OVER, f"a stage whose boundary source is {self.source}"
+        self._boundaries.complete(chunk)
+
+    def expect_activations(self, seconds: Sequence[float], now_s: float) -> None:
+        """Note in how many seconds the stage below is expected to have each chunk it hands over."""
+        for chunk, left_s in enumerate(seconds):
+            if self.wants_activations(chunk):
+                self._boundaries.expect(chunk, now_s + left_s)
+
+    def end_activations(self) -> None:
+        """Leave to the link what was neither stored nor handed over: it will not come any more."""
+        for chunk in range(self._board.num_chunks):
+            if self.boundary(chunk) is BoundaryState.UNREAD and self._boundaries.possible(chunk):
+                self._lose(chunk)
+
+    def stop_before(self, chunk: int) -> None:
+        """Restore nothing from a chunk on: what lies after a hole is of no use."""
+        self._board.stop_before(chunk)
+
+    def _lose(self, chunk: int) -> None:
+        """Leave a chunk, and all later ones if it still has open cells, to the link."""
+        # Without open cells nobody needs the states, unless a read under way fails: later chunks are as good as before.
+        self._boundaries.lose(chunk, and_later=self._board.num_open_K[chunk] > 0)
+        lost = [each for each in range(self._board.num_chunks) if not self._boundaries.possible(each)]
+        # A plan that leaves nothing to a link that is well.
+        opens = not self.plan.load_sequence and self._link.phase is not LinkPhase.CLOSED
+        for each in lost:
+            if each < chunk:
+                continue
+            if opens and each not in self._given_to_link:
+                self._given_to_link.add(each)
+                self._link.forgive(each)
+            self._compute.release(each, self._link.failed_K[each])
+        if opens:
+            self._link.open()
+        self._link_pointer.take_over(min(lost))
+        self._find_limit()
+
+    def _find_limit(self) -> None:
+        """Find the first chunk with a cell that can neither be recomputed nor loaded."""
+        board = self._board
+        for chunk in range(board.limit):
+            if not self._boundaries.possible(chunk):
+                num_blocks = board.num_blocks if self._link.down else self._link.failed_K[chunk]
+                if board.top_open_block(chunk, 0, num_blocks) is not None:
+                    board.stop_before(chunk)
+                    return
+
+    # Estimates, and other restorations.
+
+    def compute_left_s(self, now_s: float) -> float:
+        """Corrected seconds until compute has done what it works on and what workers were given."""
+        return self._compute.left_s(now_s)
+
+    def expected_load_s(self) -> float:
+        """Seconds until everything in flight should have arrived."""
+        return self._link.load_s(0) - self._link.others_s
+
+    def expected_left_s(self, now_s: float) -> float:
+        """Seconds to the end of the restoration if compute and link shared what is open so as to end together."""
+        link, compute_s = self._link, self._compute.left_s(now_s)
+        open_s = self._board.open_compute_s * self.rates.compute_factor
+        if link.down:
+            return max(link.load_s(0), compute_s + open_s)
+        link_s = link.load_s(self._board.open_bytes)
+        total_s = open_s + link_s - link.load_s(0)
+        share = min(1.0, max(0.0, (link_s - compute_s) / total_s)) if total_s > 0 else 0.0
+        return max(link.load_s(0), compute_s + share * open_s)
+
+    def keep_whole(self, wanted: bool) -> None:
+        """Recompute chunks whole or not at all from now on, because the stage above is handed them; False: any part."""
+        self._compute.keep_whole(wanted)
+
+    def whole_chunks_s(self, now_s: float) -> list[float]:
+        """Seconds until compute should have each chunk up to its top block; infinite where the link has a part of it.
+
+        A chunk whose activations are still to come waits for them.
+        """
+        board, factor = self._board, self.rates.compute_factor
+        end_s, latest_s = self._compute.left_s(now_s), WHOLE_MARGIN * self.expected_left_s(now_s)
+        seconds, top = [], board.num_blocks - 1
+        for chunk in range(board.num_chunks):
+            of_compute = board.state(chunk, top) in (CellState.OPEN, CellState.COMPUTING, CellState.COMPUTED)
+            whole = self.computable(chunk) and of_compute
+            if whole and self.boundary(chunk) is BoundaryState.UNREAD:
+                end_s = max(end_s, self._boundaries.due_s(chunk) - now_s)
+            end_s += float(board.open_compute_K[chunk]) * factor
+            late_s = 2.0 * board.compute_s(chunk, top) * factor
+            seconds.append(end_s if whole and end_s <= latest_s + late_s else math.inf)
+        return seconds
+
+    def remaining(self, now_s: float) -> Remaining:
+        """What is left to do, for whoever chooses among several restorations."""
+        open_s = self._board.open_compute_s * self.rates.compute_factor
+        compute_s = self._compute.left_s(now_s) - self._compute.others_s + open_s
+        load_s = NO_LINK_S if self._link.down else self._link.load_s(self._board.open_bytes) - self._link.others_s
+        if self.restored:
+            compute_s = load_s = 0.0
+        return Remaining(compute_s=compute_s, load_s=load_s, suffix_s=self._compute.suffix_left_s())
+
+    def yield_to(self, *, compute_s: float, link_s: float) -> None:
+        """Note how many seconds of compute and of the link other restorations come first with."""
+        self._compute.yield_to(compute_s)
+        self._link.yield_to(link_s)
+
+    # What came of it.
+
+    def letters(self) -> tuple[str, ...]:
+        """How each cell was restored, a string per chunk, a letter per block: ``c``, ``l``, or ``.`` when missing."""
+        letters = {CellState.COMPUTED: "c", CellState.LOADED: "l"}
+        grid = self.problem.grid
+        return tuple(
+            "".join(letters.get(self._board.state(chunk, block), ".") for block in range(grid.num_blocks))
+            for chunk in range(grid.num_chunks)
+        )
+
+    def report(
+        self,
+        *,
+        restore_s: float,
+        spans: Iterable[Span],
+        ttft_s: float | None = None,
+        planning_s: float = 0.0,
+        overhead_s: float = 0.0,
+    ) -> RestoreReport:
+        """The record of the restoration; what is not resident counts as neither loaded nor recomputed."""
+        letters = self.letters()
+        loaded = [(chunk, block) for chunk, row in enumerate(letters) for block, cell in enumerate(row) if cell == "l"]
+        return RestoreReport(
+            plan=self.plan,
+            cells_KB=letters,
+            restore_s=restore_s,
+            ttft_s=ttft_s,
+            recomputed_cells=sum(row.count("c") for row in letters),
+            loaded_cells=len(loaded),
+            repaired_cells=self.num_repaired,
+            failed_loads={outcome.value: n for outcome, n in self.outcomes.items() if outcome is not LoadOutcome.OK},
+            loaded_bytes=sum(self._board.load_bytes(*cell) for cell in loaded),
+            wasted_bytes=self.wasted_bytes,
+            planning_s=planning_s,
+            overhead_s=overhead_s,
+            spans=tuple(spans),
+            boundary_source=self.source,
+            boundary_bytes=self.boundary_bytes,
+        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cacheflow.plan.report import Lane, RestoreReport
 from cacheflow.restore.pipeline import PipelineRestoration
-from cacheflow.state.report import Lane, RestoreReport
 from cacheflow.vllm.tracked import Decision
 
 

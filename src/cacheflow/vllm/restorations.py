@@ -6,12 +6,12 @@ import itertools
 import logging
 from collections.abc import Sequence
 
+from cacheflow.plan.report import RestoreReport, SpanKind
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.pipeline import PipelineRestoration, PipelineWork
 from cacheflow.restore.work import RestoreTarget, StageWork, StepReport
 from cacheflow.state.batch import BatchScheduler
-from cacheflow.state.report import RestoreReport, SpanKind
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import Clock, LoadOutcome
 from cacheflow.vllm.adapters import AdapterClaim

@@ -1,7 +1,6 @@
 """The I/O side of a restoration inside vLLM: reads a cell into staging memory, then places it in the KV blocks.
 
-Provides ``restore.ports.TransferPort`` by structure, and on a later pipeline stage
-``BoundaryPort``. Two phases, because a read that comes late must not touch blocks
+Provides ``restore.ports.TransferPort`` by structure. Two phases, because a read that comes late must not touch blocks
 that compute has taken over. An object holds whole KV blocks: see ``layout``.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Store
 from cacheflow.stores.keys import ObjectKey
@@ -28,11 +27,11 @@ PRIORITY = 1
 class VllmTicket:
     """One read of one cell, or of a chunk's boundary states, under way; made by ``VllmTransferPort``."""
 
-    __slots__ = ("chunk", "handle", "num_bytes", "pool", "staging", "tile")
+    __slots__ = ("handle", "num_bytes", "piece", "pool", "staging")
 
-    def __init__(self, *, chunk: int, tile: Tile | None, num_bytes: int, pool: StagingPool, request: Submitted) -> None:
-        """Hold what the port needs to place or cancel the read; ``tile`` is None for boundary states."""
-        self.chunk, self.tile = chunk, tile
+    def __init__(self, piece: Piece, *, num_bytes: int, pool: StagingPool, request: Submitted) -> None:
+        """Hold what the port needs to place or cancel the read."""
+        self.piece = piece
         self.num_bytes = num_bytes
         self.pool = pool
         self.staging, self.handle = request
@@ -93,26 +92,27 @@ class VllmTransferPort:
         self._part = part or StagePart()
         self._boundaries = boundaries
 
-    def start(self, tile: Tile, *, deadline_s: float) -> VllmTicket:
-        """See ``TransferPort.start``; reads the whole object, also where only its end is wanted."""
-        layers = self._layers(tile)
-        blocks, _ = self._blocks(tile.chunk_lo)
+    def start(self, piece: Piece, *, deadline_s: float) -> VllmTicket:
+        """See ``TransferPort.start``; reads the whole object, also where only its end is wanted.
+
+        Raises:
+            ValueError: Boundary states, and this stage reads none (a caller's bug).
+        """
+        if isinstance(piece, Boundary):
+            return self._start_boundary(piece, deadline_s=deadline_s)
+        layers = self._layers(piece)
+        blocks, _ = self._blocks(piece.chunk)
         num_bytes = self._layout.num_bytes(layers[1] - layers[0], len(blocks))
-        chain_hash = self._target.chain_hashes[tile.chunk_lo]
+        chain_hash = self._target.chain_hashes[piece.chunk]
         of_model = self._part.of_model(layers)
         key = object_key(self._target.namespace, chain_hash, layers=of_model, shard=self._part.shard)
         request = self._submit(key, self._pool, num_bytes, deadline_s=deadline_s)
-        return VllmTicket(chunk=tile.chunk_lo, tile=tile, num_bytes=num_bytes, pool=self._pool, request=request)
+        return VllmTicket(piece, num_bytes=num_bytes, pool=self._pool, request=request)
 
-    def start_boundary(self, chunk: int, *, deadline_s: float) -> VllmTicket:
-        """See ``BoundaryPort.start_boundary``; reads the whole object, also where only its end is wanted.
-
-        Raises:
-            ValueError: This stage reads none (a caller's bug).
-        """
-        reads = self._boundaries
+    def _start_boundary(self, boundary: Boundary, *, deadline_s: float) -> VllmTicket:
+        reads, chunk = self._boundaries, boundary.chunk
         if reads is None:
-            raise ValueError(f"this stage reads no boundary states, and was ordered those of chunk {chunk}")
+            raise ValueError(f"this stage reads no boundary states, and was asked for those of chunk {chunk}")
         start, end = self._target.object_range(chunk)
         num_bytes = (end - start) * reads.token_bytes
         key = boundary_key(
@@ -122,7 +122,7 @@ class VllmTransferPort:
             tp_size=self._part.shard.tp_size,
         )
         request = self._submit(key, reads.pool, num_bytes, deadline_s=deadline_s)
-        return VllmTicket(chunk=chunk, tile=None, num_bytes=num_bytes, pool=reads.pool, request=request)
+        return VllmTicket(boundary, num_bytes=num_bytes, pool=reads.pool, request=request)
 
     def _submit(self, key: ObjectKey, pool: StagingPool, num_bytes: int, *, deadline_s: float) -> Submitted:
         staging = pool.take()
@@ -136,15 +136,15 @@ class VllmTransferPort:
     def place(self, ticket: VllmTicket) -> None:
         """See ``TransferPort.place``; blocks before the target's start keep what they hold."""
         payload = ticket.staging.array[: ticket.num_bytes]
-        if ticket.tile is None:
-            self._place_boundary(ticket.chunk, payload)
+        if isinstance(ticket.piece, Boundary):
+            self._place_boundary(ticket.piece.chunk, payload)
         else:
-            blocks, skip_blocks = self._blocks(ticket.chunk)
-            self._layout.scatter(*self._layers(ticket.tile), blocks, payload, skip_blocks=skip_blocks)
+            blocks, skip_blocks = self._blocks(ticket.piece.chunk)
+            self._layout.scatter(*self._layers(ticket.piece), blocks, payload, skip_blocks=skip_blocks)
         ticket.pool.give(ticket.staging)
 
     def _place_boundary(self, chunk: int, payload: Payload) -> None:
-        assert self._boundaries is not None, "a boundary ticket comes from start_boundary"
+        assert self._boundaries is not None, "boundary states are placed where they are read"
         object_start, end = self._target.object_range(chunk)
         start, _ = self._target.chunk_range(chunk)
         skipped = payload.nbytes // 2 // (end - object_start) * (start - object_start)
@@ -155,8 +155,8 @@ class VllmTransferPort:
         ticket.handle.cancel()
         ticket.pool.give(ticket.staging)
 
-    def _layers(self, tile: Tile) -> tuple[int, int]:
-        return block_layers(tile.block_lo, self._target.layers_per_block, self._layout.num_layers)
+    def _layers(self, cell: Cell) -> tuple[int, int]:
+        return block_layers(cell.block, self._target.layers_per_block, self._layout.num_layers)
 
     def _blocks(self, chunk: int) -> tuple[tuple[int, ...], int]:
         """KV blocks of a chunk's object, and how many of them lie before what is to be restored."""

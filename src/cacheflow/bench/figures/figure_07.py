@@ -19,13 +19,13 @@ from cacheflow.bench.figures.runs import alone
 from cacheflow.bench.figures.setting import Setting
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
+from cacheflow.plan.report import Lane
 from cacheflow.plan.stage_bounds import staged_bound
 from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
 from cacheflow.policies.recompute import Recompute
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import plan_stages
 from cacheflow.sim.stages import HandOver, run_stages
-from cacheflow.state.report import Lane
 
 STAGES = (2, 4)
 LENGTHS = (4096, 16_384, 32_768)

@@ -11,7 +11,7 @@ from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
 from cacheflow.sim.clock import EventLoop
-from cacheflow.sim.device import READS_IN_FLIGHT, Restored, SimulatedDevice
+from cacheflow.sim.device import READS_IN_FLIGHT, Completion, VirtualDevice
 from cacheflow.sim.link import SimulatedLink
 from cacheflow.state.batch import BatchScheduler
 
@@ -67,7 +67,7 @@ class Run:
         io_busy: Share of it in which the link moved bytes.
     """
 
-    restored: tuple[Restored, ...]
+    restored: tuple[Completion, ...]
     compute_busy: float
     io_busy: float
 
@@ -85,8 +85,8 @@ def simulate(requests: Sequence[Request], contender: Contender) -> Run:
     restore = make_policy(contender.policy, crossover_tokens=contender.crossover_tokens)
     batch = make_batch_policy(contender.batch_policy, restore)
     scheduler = BatchScheduler(batch, LiveRates(bytes_per_s=cost.bytes_per_s))
-    device = SimulatedDevice(loop, scheduler, link, reads_in_flight=contender.reads_in_flight)
-    ended: dict[int, Restored] = {}
+    device = VirtualDevice(loop, scheduler, link, reads_in_flight=contender.reads_in_flight)
+    ended: dict[int, Completion] = {}
     for index, request in enumerate(requests):
         left = contender.prefills or restore.plan(request.problem).left_to_prefill
         problem = request.prefill if left else request.problem
@@ -103,15 +103,15 @@ def simulate(requests: Sequence[Request], contender: Contender) -> Run:
     )
 
 
-def _submit(device: SimulatedDevice, index: int, request: Request, ended: dict[int, Restored]) -> None:
-    def done(restored: Restored) -> None:
+def _submit(device: VirtualDevice, index: int, request: Request, ended: dict[int, Completion]) -> None:
+    def done(restored: Completion) -> None:
         ended[index] = restored
 
     deadline_s = None if request.slo_s is None else request.arrival_s + request.slo_s
     device.submit(index, request.problem, done, deadline_s=deadline_s)
 
 
-def _present_s(restored: Sequence[Restored]) -> float:
+def _present_s(restored: Sequence[Completion]) -> float:
     """Seconds in which at least one request waited for its first token."""
     total_s, until_s = 0.0, 0.0
     for each in sorted(restored, key=lambda each: each.arrival_s):

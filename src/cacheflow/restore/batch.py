@@ -7,25 +7,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.restore.ports import ComputePort, Ticket, TransferPort
-from cacheflow.state.report import RestoreReport
+from cacheflow.plan.report import RestoreReport
+from cacheflow.restore.ports import ComputePort, DecodePort, Ticket, TransferPort
+from cacheflow.state.restoration import RestoreState
 
 T = TypeVar("T", bound=Ticket)
-
-
-class DecodePort(Protocol):
-    """Makes a request's answer, token by token, on the compute thread."""
-
-    def start(self) -> bool:
-        """Choose the first token, right after ``ComputePort.finish``; whether the answer goes on."""
-        ...
-
-    def step(self) -> bool:
-        """Make one more token; whether the answer goes on."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +42,8 @@ class Prepared(Generic[T]):
         transfer: Reads its cells.
         decode: Makes the answer; None when the first token is all.
         follow: What must be copied before compute may begin.
+        state: A fresh state machine, where it was planned already; the batch plans it otherwise.
+        planning_s: Seconds that plan took, for the report.
     """
 
     problem: RestoreProblem
@@ -60,6 +51,8 @@ class Prepared(Generic[T]):
     transfer: TransferPort[T]
     decode: DecodePort | None = None
     follow: Follow | None = None
+    state: RestoreState | None = None
+    planning_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

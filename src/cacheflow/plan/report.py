@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from cacheflow.plan.grid import Boundary, Piece, Tile
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource
-from cacheflow.state.board import CellState
-from cacheflow.state.restoration import RestoreState
-from cacheflow.types import LoadOutcome
 
 
 class Lane(Enum):
@@ -37,7 +35,7 @@ class SpanKind(Enum):
 class Span:
     """One stretch of work; times in seconds from the start of the restoration.
 
-    ``chunk`` is -1 for the suffix.
+    ``chunk`` is -1 for the suffix; boundary states have no block: ``block_lo`` and ``block_hi`` are 0.
     """
 
     lane: Lane
@@ -47,6 +45,41 @@ class Span:
     chunk: int
     block_lo: int
     block_hi: int
+
+    def shifted(self, seconds: float) -> Span:
+        """The same on a clock that began ``-seconds`` later."""
+        return replace(self, start_s=self.start_s + seconds, end_s=self.end_s + seconds)
+
+    @classmethod
+    def of_compute(cls, kind: SpanKind, tile: Tile, start_s: float, end_s: float) -> Span:
+        """A tile's, or the suffix's through a tile's blocks."""
+        return cls(
+            lane=Lane.COMPUTE,
+            kind=kind,
+            start_s=start_s,
+            end_s=end_s,
+            chunk=-1 if kind is SpanKind.SUFFIX else tile.chunk_lo,
+            block_lo=tile.block_lo,
+            block_hi=tile.block_hi,
+        )
+
+    @classmethod
+    def of_read(cls, kind: SpanKind, piece: Piece, start_s: float, end_s: float) -> Span:
+        """A read's, of the time the link worked on it; one of boundary states that was of use is ``BOUNDARY``."""
+        if isinstance(piece, Boundary):
+            block_lo = block_hi = 0
+            kind = SpanKind.BOUNDARY if kind is SpanKind.LOAD else kind
+        else:
+            block_lo, block_hi = piece.block, piece.block + 1
+        return cls(
+            lane=Lane.IO,
+            kind=kind,
+            start_s=max(0.0, start_s),
+            end_s=end_s,
+            chunk=piece.chunk,
+            block_lo=block_lo,
+            block_hi=block_hi,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,44 +172,3 @@ def busy_share(spans: Iterable[Span], lane: Lane, end_s: float) -> float:
             covered += end - start
             reached = end
     return covered / end_s if end_s > 0 else 0.0
-
-
-def cell_letters(state: RestoreState) -> tuple[str, ...]:
-    """How each cell was restored, a string per chunk, a letter per block: ``c``, ``l``, or ``.`` when missing."""
-    letters = {CellState.COMPUTED: "c", CellState.LOADED: "l"}
-    grid = state.problem.grid
-    return tuple(
-        "".join(letters.get(state.cell(chunk, block), ".") for block in range(grid.num_blocks))
-        for chunk in range(grid.num_chunks)
-    )
-
-
-def restoration_report(
-    state: RestoreState,
-    *,
-    restore_s: float,
-    spans: Iterable[Span],
-    ttft_s: float | None = None,
-    planning_s: float = 0.0,
-    overhead_s: float = 0.0,
-) -> RestoreReport:
-    """The record of a restoration; what is not resident counts as neither loaded nor recomputed."""
-    letters = cell_letters(state)
-    loaded = [(chunk, block) for chunk, row in enumerate(letters) for block, cell in enumerate(row) if cell == "l"]
-    return RestoreReport(
-        plan=state.plan,
-        cells_KB=letters,
-        restore_s=restore_s,
-        ttft_s=ttft_s,
-        recomputed_cells=sum(row.count("c") for row in letters),
-        loaded_cells=len(loaded),
-        repaired_cells=state.num_repaired,
-        failed_loads={outcome.value: n for outcome, n in state.outcomes.items() if outcome is not LoadOutcome.OK},
-        loaded_bytes=sum(int(state.problem.load_bytes_KB[cell]) for cell in loaded),
-        wasted_bytes=state.wasted_bytes,
-        planning_s=planning_s,
-        overhead_s=overhead_s,
-        spans=tuple(spans),
-        boundary_source=state.boundary.source,
-        boundary_bytes=state.boundary.loaded_bytes,
-    )

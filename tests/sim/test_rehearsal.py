@@ -2,10 +2,10 @@ from itertools import pairwise
 
 import pytest
 
-from cacheflow.bench.rehearsal import rehearse
 from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.report import Lane, busy_share
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
-from cacheflow.state.report import Lane, busy_share
+from cacheflow.sim.rehearsal import rehearse
 from support.problems import transformer_problem
 
 
