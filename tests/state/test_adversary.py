@@ -6,7 +6,7 @@ Every run must end with each cell restored once, every claim possible for a tran
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -84,6 +84,8 @@ class World:
     suffix_next: int = 0
     climbed: dict[int, int | None] = field(default_factory=dict)
     loaded: Counter = field(default_factory=Counter)
+    passed: dict[int, int] = field(default_factory=dict)
+    """Of each recurrent block, the leading chunks whose recomputation its running state holds."""
 
     def run(self) -> RestoreState:
         self.rates = LiveRates(bytes_per_s=self.problem.link.bytes_per_s)
@@ -155,13 +157,18 @@ class World:
             height = 0 if claim.restart else self.climbed.get(chunk, 0)
             assert height == tile.block_lo, "the activations below the claim are gone"
             self.climbed[chunk] = None if claim.kv_only_top else tile.block_hi
+            for block in np.flatnonzero(self.problem.recurrent_B[tile.block_lo : tile.block_hi]) + tile.block_lo:
+                assert chunk in (0, self.passed.get(block, 0)), "the running state is not that of the chunks before"
+                self.passed[block] = chunk + 1
         for head in range(tile.chunk_lo):
             assert all(self.state.cell(head, block) in RESIDENT for block in range(tile.block_lo, tile.block_hi))
 
 
-def run_seed(seed: int) -> None:
+def run_seed(seed: int, *, recurrent: bool = False) -> None:
     rng = np.random.default_rng(seed)
     problem = absurd_problem(rng)
+    if recurrent:
+        problem = replace(problem, recurrent_B=rng.random(problem.grid.num_blocks) < rng.choice([0.3, 1.0]))
     plan = make_policy(list(RESTORE_POLICIES)[int(rng.integers(len(RESTORE_POLICIES)))]).plan(problem)
     world = World(
         problem,
@@ -177,7 +184,11 @@ def run_seed(seed: int) -> None:
     state = world.run()
     assert state.restored
     assert state.in_flight_bytes == 0
-    assert all(count == 1 for count in world.loaded.values())
+    assert recurrent or all(count == 1 for count in world.loaded.values())
+    for block in np.flatnonzero(problem.recurrent_B):
+        last = problem.grid.num_chunks - 1
+        brought = state.cell(last, block) is CellState.LOADED
+        assert brought or world.passed[block] == last + 1, "the state at the end is neither loaded nor recomputed"
     assert world.suffix_next == (problem.grid.num_blocks if problem.grid.suffix_ends else 0)
     board = state._board
     assert abs(board.open_bytes) < 1e-6
@@ -193,3 +204,9 @@ def test_seeds_that_once_deadlocked(seed):
 def test_any_world_ends_with_every_cell_restored_once(block):
     for seed in range(1000 * block, 1000 * block + 200):
         run_seed(seed)
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_recurrent_blocks_are_recomputed_in_sequence_whatever_the_link_fails_to_bring(block):
+    for seed in range(1000 * block, 1000 * block + 200):
+        run_seed(seed, recurrent=True)

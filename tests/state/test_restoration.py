@@ -12,6 +12,7 @@ from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import Share, SuffixStart
 from cacheflow.plan.rates import LiveRates
+from cacheflow.policies.registry import make_policy
 from cacheflow.state.board import CellState
 from cacheflow.state.compute_pointer import SUFFIX_CLAIM_S
 from cacheflow.state.compute_side import ClaimKind
@@ -214,3 +215,15 @@ def test_new_tokens_are_claimed_in_short_pieces_once_the_prefix_is_there():
         state.complete_compute(claim, actual_s=claim.predicted_s)
     assert ends[-1] == problem.grid.num_blocks
     assert claim.kind is ClaimKind.DONE
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1, 4])
+def test_a_last_chunk_that_is_heavier_to_load_is_weighed_by_its_bytes(ratio):
+    """As one whose cells bring the running states of recurrent blocks too."""
+    problem = transformer_problem(num_tokens=2048, suffix_tokens=0, ratio=ratio)
+    heavy_KB = problem.load_bytes_KB.copy()
+    heavy_KB[-1] *= 7
+    heavy = replace(problem, load_bytes_KB=heavy_KB)
+    run = run_virtual(heavy, make_policy("cacheflow").plan(heavy))
+    assert_complete(run.state)
+    assert run.restore_s <= 1.05 * bound(heavy).restore_s

@@ -75,7 +75,7 @@ class CacheFlow:
     def _best_mixed(self, problem: RestoreProblem) -> _Candidate:
         """The best staircase; a split by tokens when that is about as good and no fixed staircase is better."""
         slowed = _slowed(problem, self._interference)
-        if np.ptp(slowed.compute_KB, axis=1).max() == 0:
+        if np.ptp(slowed.compute_KB, axis=1).max() == 0 and _even_to_load(problem):
             # Equal blocks: a split by tokens, and the bottom row for keys and values, is the best staircase there is.
             objective = Objective.TTFT if problem.suffix_s else Objective.RESTORE
             return self._candidate(problem, np.array(plan_levels(slowed, objective).levels_K))
@@ -94,6 +94,13 @@ class CacheFlow:
         # The best that a staircase of full cells could do with the suffix after it (CacheFlow v2).
         fixed_s = plan_levels(slowed, kv_only_top=False).predicted.ttft_s
         return narrow if narrow.predicted.ttft_s <= fixed_s else wide
+
+
+def _even_to_load(problem: RestoreProblem) -> bool:
+    """Whether a token is as many bytes in every chunk: not where one brings the state of recurrent blocks too."""
+    tokens_K = np.diff((problem.grid.start, *problem.grid.chunk_ends))
+    bytes_K = problem.load_bytes_KB.sum(axis=1)
+    return bool((bytes_K * tokens_K[0] == bytes_K[0] * tokens_K).all())
 
 
 def _slowed(problem: RestoreProblem, factor: float) -> RestoreProblem:

@@ -228,7 +228,7 @@ class ComputeSide:
         """Recompute the recurrent blocks below ``num_blocks`` from chunk 0 again: their states are past a chunk."""
         demanded = max(chunk for chunk, demand in enumerate(self.demand_K) if demand)
         for chunk in range(self._board.rewind(demanded + 1, num_blocks)):
-            self._climbed_K[chunk] = 0
+            self._climbed_K[chunk] = 0 if self._climbed_K[chunk] == 0 else None
             block = self._board.top_open_block(chunk, 0, num_blocks)
             if block is not None:
                 self.demand(chunk, block + 1)

@@ -116,8 +116,9 @@ class LinkPointer:
         return None if block is None or not self._loadable(tile.chunk_lo, block) else Cell(tile.chunk_lo, block)
 
     def _claim_whole(self, tile: Tile) -> bool:
-        cells = list(tile.cells())
-        if not all(self._loadable(*cell) for cell in cells):
+        cells = [cell for cell in tile.cells() if self._loadable(*cell)]
+        # Of what compute must pass for a recurrent block's state, the link brings what is left over.
+        if not cells or (len(cells) < tile.num_cells and not self._board.recurrent):
             return False
         for cell in cells:
             self._board.set(*cell, CellState.LOADING)

@@ -292,22 +292,25 @@ class RestoreState:
 
     def _leave_to_compute(self, cell: Cell) -> None:
         self._board.set(*cell, CellState.OPEN)
-        self._compute.demand(cell.chunk, cell.block + 1)
-        self._link.note_failed(cell.chunk, cell.block + 1)
-        recurrent = self._board.recurrent_blocks(cell.block + 1)
-        if recurrent:
-            # Its running state is that of all chunks before it: those are recomputed too, even if they are resident.
-            for chunk in range(cell.chunk):
-                self._compute.demand(chunk, recurrent)
-            self._board.reopen(cell.chunk + 1, recurrent, (CellState.LOADING, CellState.LOADED))
+        self._demand(cell.chunk, cell.block + 1)
         self._find_limit()
 
     def _demand_all(self) -> None:
         for chunk in range(self._board.num_chunks):
             top = self._board.top_open_block(chunk, 0, self._board.num_blocks)
-            num_blocks = 0 if top is None else top + 1
-            self._compute.demand(chunk, num_blocks)
-            self._link.note_failed(chunk, num_blocks)
+            if top is not None:
+                self._demand(chunk, top + 1)
+
+    def _demand(self, chunk: int, num_blocks: int) -> None:
+        """Leave a chunk's first blocks to compute alone, because the link has failed to bring one of them."""
+        self._compute.demand(chunk, num_blocks)
+        self._link.note_failed(chunk, num_blocks)
+        recurrent = self._board.recurrent_blocks(num_blocks)
+        if recurrent:
+            # Their running state is that of all chunks before: those are recomputed too, even if they are resident.
+            for before in range(chunk):
+                self._compute.demand(before, recurrent)
+            self._board.reopen(chunk + 1, num_blocks, (CellState.LOADING, CellState.LOADED))
 
     # Boundary states and the end of what can be restored.
 
