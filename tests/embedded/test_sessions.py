@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cacheflow.embedded import Engine, EngineOptions, restorer
+from cacheflow.embedded import turn as turn_module
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.sampling import Sampling
@@ -281,7 +282,8 @@ class Tripwire:
                 if seen[0] == at_cell:
                     wire.cancel.set()
 
-        monkeypatch.setattr(restorer, "EngineComputePort", Compute)
+        for module in (restorer, turn_module):
+            monkeypatch.setattr(module, "EngineComputePort", Compute)
 
 
 @pytest.mark.parametrize("at_cell", [1, 3])

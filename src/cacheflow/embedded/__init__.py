@@ -11,27 +11,26 @@
 Many sessions at once, from any thread, their prefixes restored and their answers decoded side by side:
 
 >>> with engine.concurrent(objective="mean_ttft", itl_slo_ms=80) as batch:
-...     tickets = [batch.submit(session, tokens, max_new_tokens=64) for session in sessions]
-...     replies = [ticket.result() for ticket in tickets]
+...     pending = [batch.submit(session, tokens, max_new_tokens=64) for session in sessions]
+...     replies = [each.result() for each in pending]
 """
 
 from cacheflow.embedded.batch_options import BatchOptions
-from cacheflow.embedded.concurrent import ConcurrentBatch
+from cacheflow.embedded.concurrent import ConcurrentBatch, PendingReply
 from cacheflow.embedded.engine import Engine, EngineOptions
 from cacheflow.embedded.reply import Reply
 from cacheflow.embedded.restorer import Restored, Restorer, RestoreRequest
 from cacheflow.embedded.session import Session
-from cacheflow.embedded.ticket import Ticket
 
 __all__ = [
     "BatchOptions",
     "ConcurrentBatch",
     "Engine",
     "EngineOptions",
+    "PendingReply",
     "Reply",
     "RestoreRequest",
     "Restored",
     "Restorer",
     "Session",
-    "Ticket",
 ]

@@ -9,25 +9,60 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from cacheflow.embedded.asked import checked_answer
+from cacheflow.embedded.archive import PendingSave
 from cacheflow.embedded.batch_options import BatchOptions
 from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
-from cacheflow.embedded.restorer import CUDA_CLAIM_S
 from cacheflow.embedded.session import Session
-from cacheflow.embedded.ticket import SubmittedTurn, Ticket
-from cacheflow.engine.arguments import number
+from cacheflow.embedded.turn import Turn
+from cacheflow.engine.arguments import number, timeout
 from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.transfer_port import StoreTicket
 from cacheflow.errors import ConfigError
+from cacheflow.plan.report import RestoreReport
 from cacheflow.policies.batch_registry import make_batch_policy
-from cacheflow.restore.batch import BatchOutcome, BatchRequest
+from cacheflow.restore.batch import BatchHandle, BatchOutcome
 from cacheflow.restore.executor import BatchExecutor
 from cacheflow.restore.pace import DecodePace
 from cacheflow.state.batch import Admission, BatchScheduler
+
+
+class PendingReply:
+    """The reply to a request of a batch, once it is there; every method may be called from any thread."""
+
+    def __init__(self, handle: BatchHandle, reply: Future[Reply]) -> None:
+        """Made by ``ConcurrentBatch.submit``."""
+        self._handle, self._reply = handle, reply
+
+    def result(self, timeout_s: float | None = None) -> Reply:
+        """Wait for the reply.
+
+        Raises:
+            TimeoutError: It did not come within ``timeout_s``.
+            RestoreCancelled: The request was cancelled, or the batch closed; the session is as before.
+        """
+        return self._reply.result(timeout("timeout_s", timeout_s))
+
+    def first_token(self, timeout_s: float | None = None) -> RestoreReport:
+        """Wait for the first token; the report counts seconds from the submission.
+
+        Raises:
+            TimeoutError: It did not come within ``timeout_s``.
+            RestoreCancelled: See ``result``.
+        """
+        return self._handle.first_token.result(timeout("timeout_s", timeout_s))
+
+    def done(self) -> bool:
+        """Whether ``result`` would return, or raise, at once."""
+        return self._reply.done()
+
+    def cancel(self) -> None:
+        """Give the request up; ``result`` raises ``RestoreCancelled`` soon, unless the reply is there."""
+        self._handle.cancel()
 
 
 class ConcurrentBatch:
@@ -41,12 +76,11 @@ class ConcurrentBatch:
     ) -> None:
         """Start the threads; made by ``Engine.concurrent``."""
         restorer = engine.restorer
-        on_cuda = engine.model.device.type == "cuda"
         scheduler = BatchScheduler(
             make_batch_policy(options.objective, restorer.policy),
             restorer.rates,
             starvation_s=options.starvation_s,
-            min_claim_s=CUDA_CLAIM_S if on_cuda else 0.0,
+            min_claim_s=restorer.min_claim_s,
         )
         itl_slo_s = None if options.itl_slo_ms is None else options.itl_slo_ms / 1e3
         self._engine, self._options, self._on_close = engine, options, on_close
@@ -70,7 +104,7 @@ class ConcurrentBatch:
         stop_tokens: frozenset[int] = frozenset(),
         save: bool = True,
         deadline_s: float | None = None,
-    ) -> Ticket:
+    ) -> PendingReply:
         """Ask for an answer; looks the prefix up, then returns.
 
         Args:
@@ -88,34 +122,26 @@ class ConcurrentBatch:
                 another engine's; or the batch is closed.
         """
         _check(self._engine, session, deadline_s)
-        stop_tokens = checked_answer(sampling, stop_tokens, save)
         with self._lock:
             if session in self._busy:
                 raise ConfigError("this session has a request in the batch already; wait for its reply")
             self._busy.add(session)
         try:
-            turn = SubmittedTurn(
-                self._engine,
-                session,
-                session.begin(tokens, max_new_tokens=max_new_tokens),
-                sampling=sampling,
-                stop_tokens=stop_tokens,
-                exact_kv=self._options.kv_capacity_tokens is not None,
+            asked = session.ask(
+                tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, save=save
             )
-            ticket = Ticket(turn)
-            request: BatchRequest[StoreTicket] = BatchRequest(
-                problem=turn.problem(),
-                prepare=turn.prepare,
-                num_tokens=turn.num_kv_tokens,
-                deadline_s=None if deadline_s is None else float(deadline_s),
-                tag=turn,
-                on_end=lambda ended: self._answered(ticket, turn, ended, save=save),
+            turn = Turn(self._engine, session, asked, exact_kv=self._options.kv_capacity_tokens is not None)
+            reply: Future[Reply] = Future()
+            reply.set_running_or_notify_cancel()  # a future's own cancel would not end the restoration
+            request = replace(
+                turn.request(deadline_s=None if deadline_s is None else float(deadline_s)),
+                on_end=lambda ended: self._answered(reply, turn, ended),
             )
-            ticket.handle = self._executor.submit(request)
+            handle = self._executor.submit(request)
         except BaseException:
             self._free(session)
             raise
-        return ticket
+        return PendingReply(handle, reply)
 
     def close(self) -> None:
         """Give up what has no reply and end every thread; on return no read is under way. Closing again is harmless."""
@@ -139,34 +165,33 @@ class ConcurrentBatch:
         finally:  # also when waiting is interrupted
             self.close()
 
-    def _answered(self, ticket: Ticket, turn: SubmittedTurn, ended: Future[BatchOutcome], *, save: bool) -> None:
+    def _answered(self, reply: Future[Reply], turn: Turn, ended: Future[BatchOutcome]) -> None:
         """Note the turn in its session and start its save, on the compute thread; the reply comes from another."""
         error = ended.exception()
+        pending: PendingSave | None = None
+        if error is None:
+            try:
+                pending = turn.end(ended.result())
+            except Exception as failed:  # noqa: BLE001 -- the reply fails with it
+                error = failed
         if error is not None:
             self._free(turn.session)
-            ticket.reply.set_exception(error)
-            return
+            reply.set_exception(error)
+        else:
+            self._savers.submit(self._reply, reply, turn, ended.result(), pending)
+
+    def _reply(self, reply: Future[Reply], turn: Turn, outcome: BatchOutcome, pending: PendingSave | None) -> None:
+        """Wait for the save, then reply; on the savers' thread."""
+        answered: Reply | Exception
         try:
-            pending = turn.end(ended.result(), save=save)
-        except Exception as error:  # noqa: BLE001 -- the reply fails with it
-            self._free(turn.session)
-            ticket.reply.set_exception(error)
-            return
-
-        def reply() -> None:
-            answered: Reply | None = None
-            failed: BaseException | None = None
-            try:
-                answered = turn.answered(ended.result(), pending)
-            except Exception as error:  # noqa: BLE001 -- the reply fails with it
-                failed = error
-            self._free(turn.session)
-            if answered is None:
-                ticket.reply.set_exception(failed)
-            else:
-                ticket.reply.set_result(answered)
-
-        self._savers.submit(reply)
+            answered = turn.reply(outcome, pending)
+        except Exception as failed:  # noqa: BLE001 -- the reply fails with it
+            answered = failed
+        self._free(turn.session)
+        if isinstance(answered, Exception):
+            reply.set_exception(answered)
+        else:
+            reply.set_result(answered)
 
     def _free(self, session: Session) -> None:
         with self._lock:

@@ -191,8 +191,8 @@ class Engine:
         """Serve many sessions at once; nothing else may use the engine until the batch is closed.
 
         >>> with engine.concurrent(objective="mean_ttft") as batch:      # doctest: +SKIP
-        ...     tickets = [batch.submit(session, tokens, max_new_tokens=64) for session, tokens in asked]
-        ...     replies = [ticket.result() for ticket in tickets]
+        ...     pending = [batch.submit(session, tokens, max_new_tokens=64) for session, tokens in asked]
+        ...     replies = [each.result() for each in pending]
 
         For the arguments see ``BatchOptions``.
 

@@ -17,9 +17,12 @@ from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.report import RestoreReport
 from cacheflow.policies.base import RestorePolicy
-from cacheflow.restore.executor import execute
+from cacheflow.policies.fcfs import FirstComeFirstServed
+from cacheflow.restore.batch import BatchOutcome, BatchRequest
+from cacheflow.restore.executor import execute, serve
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import Ticket, TransferPort
+from cacheflow.state.batch import BatchScheduler
 from cacheflow.state.restoration import RestoreState
 
 CUDA_CLAIM_S = 0.002
@@ -69,6 +72,20 @@ class Restorer:
     rates: LiveRates
     options: ExecutorOptions = field(default_factory=ExecutorOptions)
 
+    def serve(self, request: BatchRequest[T], *, cancel: threading.Event | None = None) -> BatchOutcome:
+        """Serve one request alone on the calling thread, from plan to last token.
+
+        Raises:
+            RestoreCancelled: ``cancel`` was set before the first token was there.
+        """
+        scheduler = BatchScheduler(FirstComeFirstServed(self.policy), self.rates, min_claim_s=self.min_claim_s)
+        return serve(request, scheduler, options=self.options, cancel=cancel)
+
+    @property
+    def min_claim_s(self) -> float:
+        """What compute claims at once at least, in seconds."""
+        return CUDA_CLAIM_S if self.runner.model.device.type == "cuda" else 0.0
+
     def restore(
         self, request: RestoreRequest, transfer: TransferPort[T], *, cancel: threading.Event | None = None
     ) -> Restored:
@@ -81,8 +98,7 @@ class Restorer:
         started_s = time.perf_counter()
         plan = self.policy.plan(request.problem)
         planning_s = time.perf_counter() - started_s
-        on_cuda = request.kv.device.type == "cuda"
-        state = RestoreState(request.problem, plan, self.rates, min_claim_s=CUDA_CLAIM_S if on_cuda else 0.0)
+        state = RestoreState(request.problem, plan, self.rates, min_claim_s=self.min_claim_s)
         compute = EngineComputePort(
             self.runner,
             grid=request.problem.grid,

@@ -18,14 +18,13 @@ from cacheflow.embedded.archive import PendingSave, PrefixArchive
 from cacheflow.embedded.asked import check_cancel, check_free, checked_answer, checked_tokens
 from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
-from cacheflow.embedded.restorer import Restored, RestoreRequest
-from cacheflow.embedded.turn import Turn, first_unsaved
+from cacheflow.embedded.restorer import RestoreRequest
+from cacheflow.embedded.turn import Asked, Turn
 from cacheflow.engine.arguments import timeout, whole
-from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
-from cacheflow.engine.sampling import Sampling, TokenSampler, generate
+from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.saver import SaveReport
-from cacheflow.errors import CostRangeError, PromptError, RestoreCancelled
+from cacheflow.errors import CostRangeError, PromptError
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.report import RestoreReport
 from cacheflow.stores.prefix_index import PrefixMatch
@@ -89,7 +88,14 @@ class Session:
         kv = self.buffer(len(self.tokens))
         prefix = self.tokens[: match.num_tokens]
         grid = Grid(chunk_ends=match.chunk_ends, num_blocks=self._engine.num_blocks)
-        report = self._restore(prefix, grid, match, kv, cancel).report
+        request = RestoreRequest(
+            tokens=prefix,
+            problem=self._engine.problem(grid),
+            kv=kv,
+            layers_per_block=self._engine.chunking.layers_per_block,
+        )
+        transfer = self._archive.open(grid, match, kv)
+        report = self._engine.restorer.restore(request, transfer, cancel=cancel).report
         self._prompt, self._kv, self._chunk_ends = prefix, kv, match.chunk_ends
         return report
 
@@ -124,56 +130,50 @@ class Session:
         """
         check_free(self._engine)
         check_cancel(cancel)
-        stop_tokens = checked_answer(sampling, stop_tokens, save)
-        turn = self.begin(tokens, max_new_tokens=max_new_tokens)
-        kv = self.buffer(turn.num_tokens)
-        logits, report = self._first_logits(turn, kv, cancel)
-        ttft_s = time.perf_counter() - turn.started_s
-        answer = generate(
-            self._engine.runner,
-            kv,
-            logits,
-            position=len(turn.prompt),
-            max_new_tokens=turn.max_new_tokens,
-            sampler=TokenSampler(sampling),
-            stop_tokens=stop_tokens,
+        turn = Turn(
+            self._engine,
+            self,
+            self.ask(tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, save=save),
         )
-        self.end(turn, kv, answer)
-        return Reply(
-            tokens=tuple(answer),
-            logits=logits,
-            ttft_s=ttft_s,
-            resident_tokens=turn.resident_tokens,
-            restored_tokens=turn.match.num_tokens,
-            suffix_tokens=turn.grid.suffix_tokens,
-            report=report,
-            saved=self.save(first_chunk=first_unsaved(turn, report)) if save else SaveReport(),
-            lookup_timed_out=turn.match.timed_out,
-        )
+        outcome = self._engine.restorer.serve(turn.request(), cancel=cancel)
+        return turn.reply(outcome, turn.end(outcome))
 
-    def begin(self, tokens: Sequence[int], *, max_new_tokens: int) -> Turn:
-        """Check a prompt and look for its prefix; asks the store, computes nothing.
+    def ask(
+        self,
+        tokens: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_tokens: frozenset[int] = frozenset(),
+        save: bool = True,
+    ) -> Asked:
+        """Check what is asked and look for its prefix; asks the store, computes nothing. Arguments as ``generate``'s.
 
         Raises:
             PromptError: See ``generate``.
+            ConfigError: See ``generate``.
         """
         started_s = time.perf_counter()
+        stop_tokens = checked_answer(sampling, stop_tokens, save)
         prompt = self._checked_prompt(tokens, max_new_tokens)
         resident_ends = self._chunk_ends
         match = self._lookup(prompt) if not resident_ends else PrefixMatch(chunk_ends=(), chain_hashes=())
-        return Turn(
+        return Asked(
             started_s=started_s,
             prompt=prompt,
             max_new_tokens=int(max_new_tokens),
+            sampling=sampling,
+            stop_tokens=stop_tokens,
+            save=save,
             resident_ends=resident_ends,
             match=match,
             grid=self._grid(resident_ends or match.chunk_ends, len(prompt)),
         )
 
-    def end(self, turn: Turn, kv: KVBuffer, answer: Sequence[int]) -> None:
-        """Go on from an answered turn, whose keys and values are in ``kv``."""
-        self._kv, self._chunk_ends = kv, (*turn.known_ends, *turn.grid.suffix_ends)
-        self._prompt, self.tokens = turn.prompt, [*turn.prompt, *answer]
+    def note_turn(self, prompt: list[int], chunk_ends: tuple[int, ...], kv: KVBuffer, answer: Sequence[int]) -> None:
+        """Go on from an answered turn, whose prompt has its keys and values in ``kv``, in these chunks."""
+        self._kv, self._chunk_ends = kv, chunk_ends
+        self._prompt, self.tokens = prompt, [*prompt, *answer]
 
     def _checked_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
         new_tokens = checked_tokens("tokens", tokens)
@@ -242,39 +242,6 @@ class Session:
             num_blocks=self._engine.num_blocks,
             suffix_ends=(*lost_ends, *regular_ends(start, num_tokens, self._engine.chunking.chunk_tokens)),
         )
-
-    def _first_logits(
-        self, turn: Turn, kv: KVBuffer, cancel: threading.Event | None
-    ) -> tuple[torch.Tensor, RestoreReport | None]:
-        """Logits of the last prompt token, over a resident, a restored or no prefix."""
-        engine, grid = self._engine, turn.grid
-        layers_per_block = engine.chunking.layers_per_block
-        if not turn.match.chunk_ends:
-            port = EngineComputePort(
-                engine.runner, grid=grid, tokens=turn.prompt, kv=kv, layers_per_block=layers_per_block
-            )
-            for block in range(grid.num_blocks):
-                if cancel is not None and cancel.is_set():
-                    raise RestoreCancelled(f"prefill cancelled before block {block} of {grid.num_blocks}")
-                port.run_suffix(block, block + 1)
-            port.finish()
-            assert port.logits is not None, "the prompt always has a suffix"
-            return port.logits, None
-        restored = self._restore(turn.prompt, grid, turn.match, kv, cancel)
-        assert restored.logits is not None, "the prompt always has a suffix"
-        return restored.logits, restored.report
-
-    def _restore(
-        self, tokens: list[int], grid: Grid, match: PrefixMatch, kv: KVBuffer, cancel: threading.Event | None
-    ) -> Restored:
-        engine = self._engine
-        request = RestoreRequest(
-            tokens=tokens,
-            problem=engine.problem(grid),
-            kv=kv,
-            layers_per_block=engine.chunking.layers_per_block,
-        )
-        return engine.restorer.restore(request, self._archive.open(grid, match, kv), cancel=cancel)
 
     def save(self, *, first_chunk: int = 0, timeout_s: float | None = None) -> SaveReport:
         """Write resident chunks to the store, those it already has left out; waits for the writes.

@@ -1,23 +1,47 @@
-"""One prompt of a conversation, as far as it is known before a token of it is computed."""
+"""One turn of a conversation: the prompt, where its keys and values come from, its answer, and what is saved of it.
+
+The same object serves a turn that is answered alone and one among others. ``prepare``, ``start`` and ``step`` run on
+the thread that computes, the rest on its caller's.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from cacheflow.embedded.archive import PendingSave
+from cacheflow.embedded.host import SessionHost
+from cacheflow.embedded.reply import Reply
+from cacheflow.engine.compute_port import EngineComputePort
+from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.sampling import Sampling, TokenSampler
+from cacheflow.engine.saver import SaveReport
+from cacheflow.engine.transfer_port import StoreTicket
+from cacheflow.errors import CostRangeError
 from cacheflow.plan.grid import Grid
+from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.report import RestoreReport
+from cacheflow.restore.batch import BatchHandle, BatchOutcome, BatchRequest, Follow, Prepared
 from cacheflow.stores.prefix_index import PrefixMatch
 from cacheflow.types import LoadOutcome
 
+if TYPE_CHECKING:
+    from cacheflow.embedded.session import Session
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """A checked prompt and where its keys and values can come from.
+class Asked:
+    """What was asked of a session, checked; nothing is computed yet.
 
     Attributes:
-        started_s: When it was asked for, on ``time.perf_counter``.
+        started_s: When, on ``time.perf_counter``.
         prompt: The conversation and the new tokens.
         max_new_tokens: Longest answer.
+        sampling: How tokens are chosen; None for greedy.
+        stop_tokens: The answer ends after one of these.
+        save: Write what the turn prefills to the store.
         resident_ends: Boundaries of what is in memory.
         match: What the store has; empty when something is in memory.
         grid: Every chunk of the prompt: those known as the prefix, the others as the suffix.
@@ -26,6 +50,9 @@ class Turn:
     started_s: float
     prompt: list[int]
     max_new_tokens: int
+    sampling: Sampling | None
+    stop_tokens: frozenset[int]
+    save: bool
     resident_ends: tuple[int, ...]
     match: PrefixMatch
     grid: Grid
@@ -36,29 +63,159 @@ class Turn:
         return len(self.prompt) + self.max_new_tokens
 
     @property
-    def resident_tokens(self) -> int:
-        """Tokens whose keys and values are in memory."""
-        return self.resident_ends[-1] if self.resident_ends else 0
-
-    @property
-    def known_ends(self) -> tuple[int, ...]:
-        """Boundaries of the prefix that need not be computed from nothing."""
-        return self.grid.chunk_ends
-
-    @property
     def restore_grid(self) -> Grid:
-        """What is to be done: the match and the new chunks, behind what is resident."""
+        """What is to be done: the match and the new chunks, after what is resident."""
         if self.match.chunk_ends:
             return self.grid
-        return Grid(
-            chunk_ends=(),
-            num_blocks=self.grid.num_blocks,
-            suffix_ends=self.grid.suffix_ends,
-            start=self.resident_tokens,
+        start = self.resident_ends[-1] if self.resident_ends else 0
+        return Grid(chunk_ends=(), num_blocks=self.grid.num_blocks, suffix_ends=self.grid.suffix_ends, start=start)
+
+
+class Turn:
+    """A turn from its lookup to its reply.
+
+    Attributes:
+        session: Whose turn.
+        asked: What was asked.
+        grid: What it restores itself; shorter than what was asked when it shares a prefix.
+        kv: Its buffer; None before ``prepare``.
+        tokens: The answer so far.
+    """
+
+    def __init__(self, engine: SessionHost, session: Session, asked: Asked, *, exact_kv: bool = False) -> None:
+        """Allocate nothing yet; ``exact_kv`` for a buffer no longer than the turn needs."""
+        self.session, self.asked, self.grid = session, asked, asked.restore_grid
+        self.kv: KVBuffer | None = None
+        self.tokens: list[int] = []
+        self._engine, self._exact_kv = engine, exact_kv
+        self._port: EngineComputePort | None = None
+        self._sampler = TokenSampler(asked.sampling)
+        self._ttft_s = 0.0
+
+    def request(self, *, deadline_s: float | None = None) -> BatchRequest[StoreTicket]:
+        """The turn as an executor takes it.
+
+        Args:
+            deadline_s: Seconds from now until which the first token should be there.
+        """
+        return BatchRequest(
+            problem=self._problem(),
+            prepare=self._prepare,
+            num_tokens=max(self.asked.num_tokens, self.session.kv_capacity_tokens),
+            deadline_s=deadline_s,
+            tag=self,
         )
 
+    def _problem(self) -> RestoreProblem:
+        """What ``grid`` costs. New tokens alone are served outside the measured range too, at a guess."""
+        try:
+            return self._engine.problem(self.grid)
+        except CostRangeError:
+            if self.grid.num_chunks:
+                raise
+            chunk_tokens = self._engine.chunking.chunk_tokens
+            one = Grid(chunk_ends=(), num_blocks=self.grid.num_blocks, suffix_ends=(chunk_tokens,))
+            guess = self._engine.problem(one)
+            return replace(guess, grid=self.grid, suffix_B=guess.suffix_B * (self.grid.suffix_tokens / chunk_tokens))
 
-def first_unsaved(turn: Turn, report: RestoreReport | None) -> int:
-    """First chunk to write after a turn: the first new one, or all when the store lost or damaged a cell."""
-    damaged = report is not None and {LoadOutcome.MISS.value, LoadOutcome.CORRUPT.value} & report.failed_loads.keys()
-    return 0 if damaged else len(turn.known_ends)
+    def _prepare(self, running: Sequence[BatchHandle]) -> Prepared[StoreTicket]:
+        """Allocate the buffer and open the ports; shares the longest prefix that another turn restores."""
+        engine, asked = self._engine, self.asked
+        if self.kv is None:
+            self.kv = self.session.buffer(asked.num_tokens, spare=not self._exact_kv)
+        self.grid = asked.restore_grid
+        follow = self._find_leader(running)
+        layers_per_block = engine.chunking.layers_per_block
+        self._port = EngineComputePort(
+            engine.runner, grid=self.grid, tokens=asked.prompt, kv=self.kv, layers_per_block=layers_per_block
+        )
+        return Prepared(
+            problem=self._problem(),
+            compute=self._port,
+            transfer=self.session.archive.open(self.grid, asked.match, self.kv),
+            decode=self,
+            follow=follow,
+        )
+
+    def _find_leader(self, running: Sequence[BatchHandle]) -> Follow | None:
+        """Whom to follow; cuts ``grid`` where its part ends."""
+        best: tuple[int, BatchHandle, Turn] | None = None
+        for handle in running:
+            other = handle.tag
+            if isinstance(other, Turn) and (common := self._common_chunks(other)) > (best[0] if best else 0):
+                best = (common, handle, other)
+        if best is None:
+            return None
+        common, leader, source = best
+        ends = self.asked.match.chunk_ends
+        start, rest = ends[common - 1], ends[common:]
+        self.grid = replace(self.asked.grid, chunk_ends=rest, start=start)
+        own_chunks = sum(end <= start for end in source.grid.chunk_ends)
+        return Follow(leader=leader, num_chunks=own_chunks, copy=lambda: self._copy_from(source, start))
+
+    def _common_chunks(self, other: Turn) -> int:
+        """Leading chunks that both find in the store: equal chain hashes are equal tokens in equal chunks."""
+        common = 0
+        for mine, theirs in zip(self.asked.match.chain_hashes, other.asked.match.chain_hashes, strict=False):
+            if mine != theirs:
+                break
+            common += 1
+        return common
+
+    def _copy_from(self, source: Turn, num_tokens: int) -> None:
+        assert self.kv is not None, "prepared turns have a buffer"
+        assert source.kv is not None, "prepared turns have a buffer"
+        self.kv.kv_L2THD[:, :, :num_tokens].copy_(source.kv.kv_L2THD[:, :, :num_tokens])
+
+    def start(self) -> bool:
+        """See ``DecodePort.start``."""
+        assert self._port is not None, "a turn starts to decode after it was prepared"
+        assert self._port.logits is not None, "the prompt always has a suffix"
+        self.tokens.append(self._sampler.choose(self._port.logits))
+        self._ttft_s = time.perf_counter() - self.asked.started_s
+        return self._goes_on()
+
+    def step(self) -> bool:
+        """See ``DecodePort.step``."""
+        assert self.kv is not None, "prepared turns have a buffer"
+        position = len(self.asked.prompt) + len(self.tokens) - 1
+        self.tokens.append(self._sampler.choose(self._engine.runner.decode_step(self.tokens[-1], position, self.kv)))
+        return self._goes_on()
+
+    def _goes_on(self) -> bool:
+        return len(self.tokens) < self.asked.max_new_tokens and self.tokens[-1] not in self.asked.stop_tokens
+
+    def end(self, outcome: BatchOutcome) -> PendingSave | None:
+        """Note the answer in the session and start writing what is new; None for nothing to write."""
+        assert self.kv is not None, "answered turns have a buffer"
+        asked = self.asked
+        self.session.note_turn(asked.prompt, (*asked.grid.chunk_ends, *asked.grid.suffix_ends), self.kv, self.tokens)
+        return self.session.start_save(first_chunk=self._first_unsaved(outcome)) if asked.save else None
+
+    def _first_unsaved(self, outcome: BatchOutcome) -> int:
+        """First chunk to write: the first new one, or all when the store lost or damaged a cell."""
+        report = self._report(outcome)
+        lost = {LoadOutcome.MISS.value, LoadOutcome.CORRUPT.value}
+        return 0 if report is not None and lost & report.failed_loads.keys() else self.asked.grid.num_chunks
+
+    def reply(self, outcome: BatchOutcome, pending: PendingSave | None) -> Reply:
+        """The reply, once the save has ended."""
+        assert self._port is not None, "answered turns have ports"
+        assert self._port.logits is not None, "the prompt always has a suffix"
+        asked = self.asked
+        return Reply(
+            tokens=tuple(self.tokens),
+            logits=self._port.logits,
+            ttft_s=self._ttft_s,
+            resident_tokens=asked.resident_ends[-1] if asked.resident_ends else 0,
+            restored_tokens=asked.match.num_tokens,
+            suffix_tokens=asked.grid.suffix_tokens,
+            report=self._report(outcome),
+            saved=SaveReport() if pending is None else pending.wait(None),
+            lookup_timed_out=asked.match.timed_out,
+            shared_tokens=self.grid.start if asked.match.chunk_ends else 0,
+            itl_s=outcome.itl_s,
+        )
+
+    def _report(self, outcome: BatchOutcome) -> RestoreReport | None:
+        return outcome.report if self.asked.match.chunk_ends else None

@@ -14,7 +14,7 @@ from typing import Generic, Self, TypeVar
 
 from cacheflow.plan.batch import Arrival
 from cacheflow.plan.report import RestoreReport
-from cacheflow.restore.batch import BatchHandle, BatchRequest, Prepared
+from cacheflow.restore.batch import BatchHandle, BatchOutcome, BatchRequest, Prepared
 from cacheflow.restore.compute_loop import ComputeLoop
 from cacheflow.restore.jobs import Jobs
 from cacheflow.restore.options import ExecutorOptions
@@ -51,20 +51,44 @@ def execute(
     Raises:
         RestoreCancelled: ``cancel`` was set before the first token was there.
     """
+    prepared = Prepared(problem=state.problem, compute=compute, transfer=transfer, state=state, planning_s=planning_s)
+    request = BatchRequest(problem=state.problem, prepare=lambda running: prepared)
+    return serve(request, BatchScheduler(Arrival(), state.rates), options=options, cancel=cancel).report
+
+
+def serve(
+    request: BatchRequest[T],
+    scheduler: BatchScheduler,
+    *,
+    options: ExecutorOptions | None = None,
+    cancel: threading.Event | None = None,
+) -> BatchOutcome:
+    """Serve one request alone: restore its prefix and make its answer, on this thread.
+
+    On return nothing of it is running: no thread, no read that touches a buffer.
+
+    Args:
+        request: What is asked for.
+        scheduler: Plans it; without other requests.
+        options: Depth and deadlines of the reads, and the clock.
+        cancel: Set from any thread to give the request up before its first token.
+
+    Raises:
+        RestoreCancelled: ``cancel`` was set before the first token was there.
+    """
     options = options or ExecutorOptions()
-    jobs: Jobs[T] = Jobs(BatchScheduler(Arrival(), state.rates), Admission(), options)
+    jobs: Jobs[T] = Jobs(scheduler, Admission(), options)
     reads = Reads(jobs, clock=options.clock, poll_s=options.poll_s)
     loop = ComputeLoop(jobs, reads, DecodePace(), poll_s=options.poll_s)
-    prepared = Prepared(problem=state.problem, compute=compute, transfer=transfer, state=state, planning_s=planning_s)
-    [handle] = jobs.submit([BatchRequest(problem=state.problem, prepare=lambda running: prepared)])
+    [handle] = jobs.submit([request])
     try:
         while not handle.ended.done():
-            if cancel is not None and cancel.is_set():
+            if cancel is not None and cancel.is_set() and not handle.first_token.done():
                 handle.cancel()
             loop.step()
     finally:
         reads.close(wait=True)
-    return handle.result().report
+    return handle.result()
 
 
 class BatchExecutor(Generic[T]):
