@@ -5,11 +5,9 @@ import time
 import pytest
 import torch
 
-from cacheflow.engine.pacing import LinkSchedule
 from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
 from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort
-from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Cell, Tile
 from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.memory import MemoryStore
@@ -138,15 +136,3 @@ def test_a_late_cell_on_the_pinned_link_touches_nothing():
     assert port.wait(ticket, timeout_s=5.0) is LoadOutcome.LATE
     port.cancel(ticket)
     assert kv.kv_L2THD.isnan().all()
-
-
-def test_link_schedule_is_absolute():
-    now = [10.0]
-    link = LinkSchedule(100.0, clock=lambda: now[0])
-    assert link.reserve(50) == 10.5
-    now[0] = 10.2
-    assert link.reserve(50) == 11.0
-    now[0] = 20.0
-    assert link.reserve(100) == 21.0
-    with pytest.raises(ConfigError, match="bytes_per_s is 0"):
-        LinkSchedule(0.0)

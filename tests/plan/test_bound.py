@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from cacheflow.plan.bound import Bound, bound, uniform_bound_s
+from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.problem import LinkCost
 from support import exact_solver
 from support.random_problems import equal_blocks, problems
@@ -21,10 +21,10 @@ def test_no_staircase_ends_before_the_bound(problem):
 
 @pytest.mark.parametrize("load_ratio", [0.1, 0.5, 1.0, 3.0])
 def test_uniform_cost_gives_the_closed_form(load_ratio):
+    """Source: CacheFlow v1, Eq. 1."""
     problem = equal_blocks(growth=0.0, kv_share=1.0, load_ratio=load_ratio)
-    assert bound(problem).restore_s == pytest.approx(
-        uniform_bound_s(compute_s=problem.recompute_s, load_s=problem.load_s)
-    )
+    compute_s, load_s = problem.recompute_s, problem.load_s
+    assert bound(problem).restore_s == pytest.approx(compute_s * load_s / (compute_s + load_s))
 
 
 def test_rising_chunk_costs_give_the_fractional_token_split():

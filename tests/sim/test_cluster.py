@@ -12,7 +12,6 @@ from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
-from cacheflow.sim.cluster import with_replicas
 from cacheflow.sim.device import VirtualDevice
 from cacheflow.sim.granularity import coarsen
 from cacheflow.sim.link import SharedBandwidth, SimulatedLink
@@ -159,7 +158,7 @@ def test_a_link_that_all_share_is_shared_and_never_faster_than_its_own():
 @pytest.mark.parametrize("policy", SYSTEMS)
 def test_nothing_is_lost_and_nobody_works_more_than_all_the_time(policy, router):
     requests = mixed_requests(120)
-    config = replace(with_replicas(CONFIG, 3), router=router, host_tokens=100 * TOKENS, store_bytes_per_s=1.5e8)
+    config = replace(CONFIG, num_replicas=3, router=router, host_tokens=100 * TOKENS, store_bytes_per_s=1.5e8)
     cluster, served = serve(requests, policy=policy, config=config)
     end_s = cluster.loop.now_s
     assert sorted(served) == [request.request_id for request in requests]
@@ -185,7 +184,7 @@ def test_nothing_is_lost_and_nobody_works_more_than_all_the_time(policy, router)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), policy=st.sampled_from(sorted(SYSTEMS)), rate=st.sampled_from([2.0, 20.0, 200.0]))
 def test_the_same_seed_gives_the_same_result(seed, policy, rate):
-    config = with_replicas(CONFIG, 2)
+    config = replace(CONFIG, num_replicas=2)
     first, second = (
         simulate(
             mixed_requests(40, seed=seed, rate_per_s=rate),

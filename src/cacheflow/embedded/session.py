@@ -19,7 +19,7 @@ from cacheflow.embedded.asked import check_cancel, check_free, checked_answer, c
 from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
 from cacheflow.embedded.restorer import RestoreRequest
-from cacheflow.embedded.turn import Asked, Turn
+from cacheflow.embedded.turn import Turn, TurnPrompt
 from cacheflow.engine.arguments import timeout, whole
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.sampling import Sampling
@@ -146,7 +146,7 @@ class Session:
         sampling: Sampling | None = None,
         stop_tokens: frozenset[int] = frozenset(),
         save: bool = True,
-    ) -> Asked:
+    ) -> TurnPrompt:
         """Check what is asked and look for its prefix; asks the store, computes nothing. Arguments as ``generate``'s.
 
         Raises:
@@ -158,7 +158,7 @@ class Session:
         prompt = self._checked_prompt(tokens, max_new_tokens)
         resident_ends = self._chunk_ends
         match = self._lookup(prompt) if not resident_ends else PrefixMatch(chunk_ends=(), chain_hashes=())
-        return Asked(
+        return TurnPrompt(
             started_s=started_s,
             prompt=prompt,
             max_new_tokens=int(max_new_tokens),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class TurnPrompt:
     """What was asked of a session, checked; nothing is computed yet.
 
     Attributes:
@@ -82,7 +82,7 @@ class Turn:
         tokens: The answer so far.
     """
 
-    def __init__(self, engine: SessionHost, session: Session, asked: Asked, *, exact_kv: bool = False) -> None:
+    def __init__(self, engine: SessionHost, session: Session, asked: TurnPrompt, *, exact_kv: bool = False) -> None:
         """Allocate nothing yet; ``exact_kv`` for a buffer no longer than the turn needs."""
         self.session, self.asked, self.grid = session, asked, asked.restore_grid
         self.kv: KVBuffer | None = None

@@ -13,8 +13,8 @@ import torch
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.cuda import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
-from cacheflow.engine.pacing import LinkSchedule
 from cacheflow.plan.grid import Boundary, Cell, Piece, Tile
+from cacheflow.stores.link import LinkSchedule
 from cacheflow.types import Clock, LoadOutcome
 
 
@@ -86,7 +86,7 @@ class PinnedLinkPort:
         self._geometry = prefix.geometry
         self._kv = kv
         self._clock = clock
-        self._schedule = LinkSchedule(bytes_per_s, clock=clock)
+        self._schedule = LinkSchedule(bytes_per_s)
         self._lane = CopyLane(kv.device) if kv.device.type == "cuda" else None
         self._free: list[torch.Tensor] = []
 
@@ -97,7 +97,8 @@ class PinnedLinkPort:
         payload = self._prefix.payload(piece)
         staging = self._take()
         ticket = PinnedTicket(extent=self._geometry.extent(piece), staging=staging, num_bytes=payload.numel())
-        ticket.due_at_s = self._schedule.reserve(ticket.num_bytes)
+        transfer = self._schedule.submit(ticket.num_bytes, now_s=now_s)
+        ticket.due_at_s = self._schedule.done_at_s(transfer)
         ticket.late_at_s = now_s + deadline_s
         if self._lane is None:
             staging.numpy()[: ticket.num_bytes] = payload.numpy()

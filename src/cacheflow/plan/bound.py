@@ -49,12 +49,3 @@ def lower_bound_s(problem: Tradeoff) -> float:
     Only loading nothing at all saves the link's latency, so that is compared apart.
     """
     return min(best_mixture(problem).bound_s, problem.split(problem.cover()).value_s)
-
-
-def uniform_bound_s(*, compute_s: float, load_s: float) -> float:
-    """Closed form for uniform cost: ``compute_s * load_s / (compute_s + load_s)``.
-
-    Source: CacheFlow v1, Eq. 1.
-    """
-    total_s = compute_s + load_s
-    return compute_s * load_s / total_s if total_s > 0 else 0.0

@@ -21,7 +21,7 @@ class DoneCompute:
 
 
 @dataclass(slots=True)
-class _Given:
+class _GivenWork:
     work: ComputeWork
     predicted_s: float
     taken_by_rank: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -33,12 +33,12 @@ class ComputeLedger:
     def __init__(self, num_ranks: int) -> None:
         """Nothing was given yet."""
         self._num_ranks = num_ranks
-        self._given: list[_Given] = []
+        self._given: list[_GivenWork] = []
         self._num_done = 0
 
     def add(self, work: ComputeWork, predicted_s: float) -> None:
         """Note work that goes out to every rank."""
-        self._given.append(_Given(work, predicted_s))
+        self._given.append(_GivenWork(work, predicted_s))
 
     def take(self, rank: int, report: ComputeReport) -> list[DoneCompute]:
         """Note what a rank did; returns the work that is done now on all of them, in its sequence."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from cacheflow.errors import ConfigError, TraceError
@@ -248,8 +248,3 @@ class Cluster:
         for follower in self._followers.pop(request.request_id, ()):
             self._follow(follower, self.loop.now_s)
         self._served(served)
-
-
-def with_replicas(config: ClusterConfig, num_replicas: int) -> ClusterConfig:
-    """The same cluster with another number of replicas."""
-    return replace(config, num_replicas=num_replicas)
