@@ -21,11 +21,11 @@ from cacheflow.stores.keys import WHOLE
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.adapters import Adapter, LoadedAdapters
-from cacheflow.vllm.model_state import ModelState
 from cacheflow.vllm.object_keys import object_key
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
-from cacheflow.vllm.weights_watch import WeightsWatch
+from cacheflow.vllm.scheduler.side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.worker.model_state import ModelState
+from cacheflow.vllm.worker.weights_watch import WeightsWatch
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, SHAPE, facts
 
 PAYLOAD_BYTES = 128
@@ -143,7 +143,7 @@ class ChangingEngine:
         return float(self.model.weight.detach()[0, 0]), self.loaded if request.view.adapter else ""
 
     def _hashes(self, request: Running) -> list[bytes]:
-        from cacheflow.vllm.request_prefix import RequestPrefix
+        from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 
         prefix = RequestPrefix(namespace="", chunk_tokens=CHUNK)
         prefix.extend(request.view.tokens)

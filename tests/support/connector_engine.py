@@ -236,7 +236,7 @@ class ServingEngine:
 
     def configure(self, **changes) -> None:
         """Start the connector's two halves anew with other options, on the same store, as an engine start would."""
-        from cacheflow.vllm.scheduler_side import SchedulerSide
+        from cacheflow.vllm.scheduler.side import SchedulerSide
 
         self.evict()  # the worker's half tries things out in the KV cache
         connector = self.connector
@@ -260,7 +260,7 @@ class ServingEngine:
     def balance_link(self, num_tokens: int, *, ratio: float = 1.0) -> None:
         """Throttle the link so that loading so many tokens takes ``ratio`` times what recomputing them takes."""
         from cacheflow.plan.rates import LiveRates
-        from cacheflow.vllm.stage_plans import PlanSpan
+        from cacheflow.vllm.scheduler.stage_planner import PlanSpan
 
         decider = self.side._decider
         chunk_tokens = decider._options.chunk_tokens
@@ -348,7 +348,8 @@ def serving_engine(
     """
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    from cacheflow.vllm.layout import BlockLayout, layer_number
+    from cacheflow.vllm.models.model_access import layer_number
+    from cacheflow.vllm.worker.layout import BlockLayout
 
     transfer = None
     if options is not None:

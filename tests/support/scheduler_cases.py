@@ -18,7 +18,7 @@ from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome, ModelShape
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.scheduler.side import RequestView, ScheduledRequest, SchedulerSide
 from cacheflow.vllm.step import StepWork
 
 CHUNK, BLOCK, LAYERS, MAX_TOKENS = 64, 16, 4, 4096

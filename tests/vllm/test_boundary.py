@@ -11,12 +11,12 @@ import torch
 from cacheflow.errors import ConfigError
 from cacheflow.stores.keys import ObjectKind, Shard
 from cacheflow.tensors.row_copy import HostRows
-from cacheflow.vllm import boundary
-from cacheflow.vllm.batch_rows import batch_rows
-from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import NOTHING, CaptureWork, SaveWork, StepWork
+from cacheflow.vllm.worker import boundary
+from cacheflow.vllm.worker.batch_rows import batch_rows
+from cacheflow.vllm.worker.boundary import BoundaryCapture
 from cacheflow.vllm.worker_side import WorkerSide
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("way")]

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cacheflow.stores.keys import Shard
-from cacheflow.vllm.step import ModelNews
-from cacheflow.vllm.weights_watch import WeightsChange
+from cacheflow.vllm.step import ModelNews, WeightsChange
 from support.changing_engines import ChangingEngine, ListedStore, write_adapter
 from support.scheduler_cases import BLOCK, CHUNK, Case, facts, tokens
 

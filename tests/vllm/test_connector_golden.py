@@ -144,7 +144,7 @@ def replaced(engine, prompt, chunk, layer, change):
     from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest
     from cacheflow.stores.keys import chain_hashes
     from cacheflow.types import LoadOutcome
-    from cacheflow.vllm.transfer import object_key
+    from cacheflow.vllm.worker.transfer import object_key
 
     chunk_tokens = engine.connector._options.chunk_tokens
     hashes = chain_hashes(prompt, list(range(chunk_tokens, (chunk + 1) * chunk_tokens + 1, chunk_tokens)))
@@ -178,7 +178,7 @@ def test_wrong_bytes_in_the_store_show(setting):
 
 def test_blocks_that_were_not_restored_show(setting, monkeypatch):
     """Negative control: the KV cache really is empty before a restoration."""
-    from cacheflow.vllm.transfer import VllmTransferPort
+    from cacheflow.vllm.worker.transfer import VllmTransferPort
 
     engine, own = setting
     engine.configure(chunk_tokens=128, policy="load")

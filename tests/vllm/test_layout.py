@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
-from cacheflow.vllm.layout import BlockLayout, blocks_first, layer_number
+from cacheflow.vllm.models.model_access import layer_number
+from cacheflow.vllm.worker.layout import BlockLayout, blocks_first
 
 pytestmark = pytest.mark.torch
 

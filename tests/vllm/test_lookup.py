@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 
-from cacheflow.vllm.lookup import Lookup
+from cacheflow.vllm.scheduler.lookup import Lookup
 
 
 class Watched(Future):

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheflow.vllm import ordered_saves
-from cacheflow.vllm.ordered_saves import OrderedSaves
+from cacheflow.vllm.scheduler import saves as ordered_saves
+from cacheflow.vllm.scheduler.saves import OrderedSaves
 from cacheflow.vllm.step import SaveWork
 
 

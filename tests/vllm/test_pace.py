@@ -5,7 +5,7 @@ import random
 import pytest
 
 from cacheflow.restore.stage import READ_AHEAD_S
-from cacheflow.vllm.pace import Pace
+from cacheflow.vllm.scheduler.pace import Pace
 
 CHUNK_S, UNIT_S = 0.4, 0.002
 

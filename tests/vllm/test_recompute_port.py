@@ -7,8 +7,8 @@ import torch
 
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.vllm.partial_forward import Activations
-from cacheflow.vllm.recompute import VllmComputePort
+from cacheflow.vllm.models.partial_forward import Activations
+from cacheflow.vllm.worker.recompute import VllmComputePort
 
 pytestmark = pytest.mark.torch
 

@@ -11,12 +11,12 @@ import torch
 from cacheflow.stores.base import GetRequest, PutOutcome
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm import saver as saver_module
-from cacheflow.vllm.layout import BlockLayout, LayerView
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
-from cacheflow.vllm.saver import ChunkSaver
 from cacheflow.vllm.step import SaveWork
+from cacheflow.vllm.worker import saver as saver_module
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView
+from cacheflow.vllm.worker.saver import ChunkSaver
 
 pytestmark = pytest.mark.torch
 

@@ -13,8 +13,8 @@ from cacheflow.stores.keys import Shard
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.questions import QUEUED_S
-from cacheflow.vllm.scheduler_side import ScheduledRequest
+from cacheflow.vllm.scheduler.questions import QUEUED_S
+from cacheflow.vllm.scheduler.side import ScheduledRequest
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, costs, facts, tokens
 
 pytestmark = pytest.mark.torch

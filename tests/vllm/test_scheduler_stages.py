@@ -8,7 +8,7 @@ from cacheflow.stores.keys import ObjectKey, ObjectKind, Shard
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.object_keys import boundary_key
-from cacheflow.vllm.scheduler_side import ScheduledRequest
+from cacheflow.vllm.scheduler.side import ScheduledRequest
 from cacheflow.vllm.step import CaptureWork
 from support.scheduler_cases import CHUNK, LAYERS, Case, Worker, facts, tokens
 

@@ -12,7 +12,7 @@ ONE = pytest.mark.parametrize("tiny", ["qwen3-bf16"], indirect=True, scope="sess
 
 
 def new_forward(tiny, **changes):
-    from cacheflow.vllm.partial_forward import PartialForward
+    from cacheflow.vllm.models.partial_forward import PartialForward
 
     return PartialForward(dataclasses.replace(tiny.handle, **changes))
 
@@ -22,7 +22,7 @@ def last_blocks(tiny, count):
 
 
 def test_it_passes_and_leaves_zeros(tiny):
-    from cacheflow.vllm.selftest import self_test
+    from cacheflow.vllm.startup.selftest import self_test
 
     report = self_test(tiny.layout, new_forward(tiny), chunk_tokens=512)
     assert report.passed
@@ -33,7 +33,7 @@ def test_it_passes_and_leaves_zeros(tiny):
 
 @ONE
 def test_copies_alone_are_tested_where_nothing_is_recomputed(tiny):
-    from cacheflow.vllm.selftest import self_test
+    from cacheflow.vllm.startup.selftest import self_test
 
     report = self_test(tiny.layout, None, chunk_tokens=512)
     assert report.copy_equal
@@ -44,8 +44,8 @@ def test_copies_alone_are_tested_where_nothing_is_recomputed(tiny):
 @ONE
 def test_a_family_called_wrongly_is_refused(tiny):
     """Keys without their norm: the kind of mistake a new family would bring."""
-    from cacheflow.vllm.families import FAMILIES
-    from cacheflow.vllm.selftest import self_test
+    from cacheflow.vllm.models.families import FAMILIES
+    from cacheflow.vllm.startup.selftest import self_test
 
     wrong = new_forward(tiny, family=FAMILIES["LlamaForCausalLM"])
     assert wrong.writes_alone
@@ -57,7 +57,7 @@ def test_a_family_called_wrongly_is_refused(tiny):
 
 @ONE
 def test_positions_off_by_one_are_refused(tiny):
-    from cacheflow.vllm.selftest import self_test
+    from cacheflow.vllm.startup.selftest import self_test
 
     forward = new_forward(tiny)
     run = forward.run
@@ -72,7 +72,7 @@ def test_positions_off_by_one_are_refused(tiny):
 
 @ONE
 def test_scatter_into_the_wrong_block_is_refused(tiny):
-    from cacheflow.vllm.selftest import self_test
+    from cacheflow.vllm.startup.selftest import self_test
 
     class Off:
         def __getattr__(self, name):
@@ -88,7 +88,7 @@ def test_scatter_into_the_wrong_block_is_refused(tiny):
 
 @ONE
 def test_a_small_kv_cache_is_named(tiny):
-    from cacheflow.vllm.scratch import scratch_blocks
+    from cacheflow.vllm.startup.scratch import scratch_blocks
 
     too_many = tiny.layout.num_blocks * tiny.size
     with pytest.raises(ConfigError, match=f"{too_many} tokens need"), scratch_blocks(tiny.layout, too_many):
@@ -99,8 +99,8 @@ def test_a_small_kv_cache_is_named(tiny):
 def test_a_compiled_engine_is_restored_in_whole_passes(tiny):
     from cacheflow.plan.grid import Tile
     from cacheflow.restore.work import RestoreTarget
-    from cacheflow.vllm.recompute import VllmComputePort
-    from cacheflow.vllm.selftest import self_test
+    from cacheflow.vllm.startup.selftest import self_test
+    from cacheflow.vllm.worker.recompute import VllmComputePort
 
     assert tiny.handle.compiled
     forward = new_forward(tiny)

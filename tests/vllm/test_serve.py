@@ -18,10 +18,10 @@ from cacheflow import cli
 from cacheflow.errors import ConfigError
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
-from cacheflow.vllm import installed
-from cacheflow.vllm.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.serve import add_option_flags, flag, option_helps, options_from, serve
+from cacheflow.vllm.startup import installed
+from cacheflow.vllm.startup.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
 
 DOCS = Path(__file__).parents[2] / "docs" / "vllm.md"
 NAMES = [field.name for field in fields(ConnectorOptions)]

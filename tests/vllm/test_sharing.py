@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("torch")
 
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.vllm.sharing import Sharing, Wanted, find_shared
+from cacheflow.vllm.scheduler.sharing import Sharing, Wanted, find_shared
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, tokens
 
 pytestmark = pytest.mark.torch

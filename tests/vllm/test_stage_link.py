@@ -10,8 +10,8 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from cacheflow.vllm.partial_forward import Activations
-from cacheflow.vllm.stage_link import StageLink
+from cacheflow.vllm.models.partial_forward import Activations
+from cacheflow.vllm.worker.stage_link import StageLink
 
 SENT = [(7, 0, 3), (8, 0, 3), (7, 1, 5), (8, 5, 2), (9, 0, 3)]
 """Restoration, chunk, tokens; in the order sent."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.vllm.installed import InstalledVllm, find_vllm, model_classes
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.server_flags import ServerFlags
-from cacheflow.vllm.start_checks import check_start
+from cacheflow.vllm.startup.installed import InstalledVllm, find_vllm, model_classes
+from cacheflow.vllm.startup.server_flags import ServerFlags
+from cacheflow.vllm.startup.start_checks import check_start
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
@@ -134,7 +134,9 @@ def test_an_engine_that_would_be_refused(vllm, words, said, load_only_helps):
 
 def test_drafting_is_asked_of_the_same_function_as_in_the_engine(vllm, monkeypatch):
     seen = []
-    monkeypatch.setattr("cacheflow.vllm.start_checks.engine_refusals", lambda view: seen.append(view) or ["no drafts"])
+    monkeypatch.setattr(
+        "cacheflow.vllm.startup.start_checks.engine_refusals", lambda view: seen.append(view) or ["no drafts"]
+    )
     assert "no drafts" in refused("m/n", FILE, ["--speculative-config", '{"method": "eagle", "model": "d"}'], vllm)
     assert seen[0].speculative_config.method == "eagle"
     assert seen[0].speculative_config.num_speculative_tokens is None
@@ -228,7 +230,7 @@ def test_the_real_registry_can_be_read():
 
 def test_it_costs_no_import_of_vllm_or_torch():
     code = (
-        "import sys; from cacheflow.vllm import serve, start_checks; "
+        "import sys; from cacheflow.vllm import serve; from cacheflow.vllm.startup import start_checks; "
         "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

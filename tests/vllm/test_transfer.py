@@ -10,9 +10,9 @@ from cacheflow.stores.base import PutRequest
 from cacheflow.stores.keys import Shard
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm.layout import BlockLayout, LayerView
 from cacheflow.vllm.object_keys import StagePart, block_layers, boundary_key, object_key
-from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView
+from cacheflow.vllm.worker.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 
 pytestmark = pytest.mark.torch
 

@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from cacheflow.vllm.weights_watch import SAMPLE_BYTES, WeightsWatch, announce_change, watch_weights
+from cacheflow.vllm.worker.weights_watch import SAMPLE_BYTES, WeightsWatch, announce_change, watch_weights
 
 pytestmark = pytest.mark.torch
 

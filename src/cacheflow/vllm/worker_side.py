@@ -14,20 +14,20 @@ from cacheflow.restore.step_executor import Ports, StepExecutor
 from cacheflow.restore.work import RankReport, RestoreTarget, StepReport
 from cacheflow.stores.base import Store
 from cacheflow.vllm.adapters import LoadedAdapters
-from cacheflow.vllm.boundary import BoundaryCapture
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.find_facts import FoundEngine, find_engine
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.model_access import worker_of
-from cacheflow.vllm.model_state import ModelState
+from cacheflow.vllm.models.workers import worker_of
 from cacheflow.vllm.object_keys import StagePart
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.recompute import VllmComputePort
-from cacheflow.vllm.saver import ChunkSaver, MorePuts
-from cacheflow.vllm.stage_link import StageAnswers, StageLink, link_stages
+from cacheflow.vllm.startup.find_engine import FoundEngine, find_engine
 from cacheflow.vllm.step import ModelNews, StepWork
-from cacheflow.vllm.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
-from cacheflow.vllm.weights_watch import watch_weights
+from cacheflow.vllm.worker.boundary import BoundaryCapture
+from cacheflow.vllm.worker.model_state import ModelState
+from cacheflow.vllm.worker.recompute import VllmComputePort
+from cacheflow.vllm.worker.saver import ChunkSaver, MorePuts
+from cacheflow.vllm.worker.stage_link import StageAnswers, StageLink, link_stages
+from cacheflow.vllm.worker.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
+from cacheflow.vllm.worker.weights_watch import watch_weights
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,107 @@
+"""Under which name this engine saves and restores KV now, and what must not be saved: the scheduler's side of changes.
+
+An engine starts in the generation that it shares with every engine of the same weights. A reset, or a change of the
+weights that a worker reports, begins a generation of its own: nothing saved before is found any more, and no other
+process finds what is saved from now on. What others share in the store stays.
+
+vLLM's own prefix cache is another matter, and so is what another connector brings: they may go on holding KV of the
+weights or the adapter before. Until they are reset too, a request that has tokens from them is not saved, or the old KV
+would get the new name.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+from cacheflow.vllm.adapters import Adapter, AdapterClaim, AdapterFiles
+from cacheflow.vllm.startup.identity import adapter_namespace, generation_namespace
+
+
+@dataclass(slots=True)
+class _Stale:
+    """Which KV of a cache that is not ours may be old.
+
+    Attributes:
+        everything: All of it, since the weights are other ones.
+        adapters: That of these adapters, by name and path.
+    """
+
+    everything: bool = False
+    adapters: set[tuple[str, str]] = field(default_factory=set)
+
+    def concerns(self, adapter: Adapter | None) -> bool:
+        return self.everything or (adapter is not None and (adapter.name, adapter.path) in self.adapters)
+
+
+class KvIdentity:
+    """Scheduler's thread alone.
+
+    Attributes:
+        generation: Counts the generations; a request of an earlier one holds KV that must not be saved.
+        stopped: Why nothing is saved or restored until the next reset; empty while all is well.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        """Start with what the workers found out; ``namespace`` is from ``shared_namespace``."""
+        self._shared, self._token = namespace, ""
+        self.generation = 0
+        self.stopped = ""
+        self._files = AdapterFiles()
+        self._digests: dict[tuple[str, str], str] = {}
+        self._local, self._others = _Stale(), _Stale()
+
+    def reset(self) -> None:
+        """Begin a generation; what was stopped goes on. vLLM resets all connectors at once."""
+        self._begin()
+        self.stopped, self._others = "", _Stale()
+
+    def _begin(self) -> None:
+        """From now on nothing that was saved so far is found."""
+        self._token = secrets.token_hex(16)
+        self.generation += 1
+
+    def weights_changed(self, *, stop: str = "") -> None:
+        """Begin a generation because a worker's weights are other ones.
+
+        Args:
+            stop: Why to save and restore nothing until a reset; empty: go on.
+        """
+        self._begin()
+        self.stopped = stop
+        self._local.everything = self._others.everything = True
+
+    def local_cache_was_reset(self) -> None:
+        """VLLM's own prefix cache is empty: what is found in it from now on is new."""
+        self._local = _Stale()
+
+    def claim(self, adapter: Adapter) -> AdapterClaim | None:
+        """The adapter by the files that its path holds now; None where they cannot be read."""
+        claim = self._files.claim(adapter)
+        if claim is not None:
+            key = adapter.name, adapter.path
+            if self._digests.setdefault(key, claim.digest) != claim.digest:
+                self._digests[key] = claim.digest
+                self._local.adapters.add(key)
+                self._others.adapters.add(key)
+        return claim
+
+    def namespace(self, claim: AdapterClaim | None) -> str:
+        """Digest for keys, of the base model or of an adapter."""
+        own = generation_namespace(self._shared, token=self._token)
+        return own if claim is None else adapter_namespace(own, digest=claim.digest)
+
+    def parts(self, claim: AdapterClaim | None) -> dict[str, str]:
+        """What tells ``namespace`` from the one that all engines with the weights as loaded share; for people."""
+        own = {"generation": self._token} if self._token else {}
+        return own if claim is None else own | {"lora": claim.digest}
+
+    def may_be_old(self, adapter: Adapter | None, *, num_local: int, num_brought: int) -> bool:
+        """Whether a request may have KV of other weights, or of its adapter's files before.
+
+        Args:
+            adapter: The request's.
+            num_local: Tokens from vLLM's own prefix cache.
+            num_brought: Tokens that another connector brought.
+        """
+        return bool(num_local and self._local.concerns(adapter)) or bool(num_brought and self._others.concerns(adapter))

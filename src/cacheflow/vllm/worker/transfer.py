@@ -1,0 +1,177 @@
+"""The I/O side of a restoration inside vLLM: reads a cell into staging memory, then places it in the KV blocks.
+
+Provides ``restore.ports.TransferPort`` by structure, and on a later pipeline stage
+``BoundaryPort``. Two phases, because a read that comes late must not touch blocks
+that compute has taken over. An object holds whole KV blocks: see ``layout``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cacheflow.plan.grid import Tile
+from cacheflow.restore.work import RestoreTarget
+from cacheflow.stores.base import GetHandle, GetRequest, Store
+from cacheflow.stores.keys import ObjectKey
+from cacheflow.tensors.staging import StagingBuffer, StagingPool
+from cacheflow.types import LoadOutcome
+from cacheflow.vllm.object_keys import StagePart, block_layers, boundary_key, object_key
+from cacheflow.vllm.worker.layout import BlockLayout, Payload
+
+Submitted = tuple[StagingBuffer, GetHandle]
+"""A read under way and the buffer it fills."""
+PRIORITY = 1
+"""Of reads in the store: before saves."""
+
+
+class VllmTicket:
+    """One read of one cell, or of a chunk's boundary states, under way; made by ``VllmTransferPort``."""
+
+    __slots__ = ("chunk", "handle", "num_bytes", "pool", "staging", "tile")
+
+    def __init__(self, *, chunk: int, tile: Tile | None, num_bytes: int, pool: StagingPool, request: Submitted) -> None:
+        """Hold what the port needs to place or cancel the read; ``tile`` is None for boundary states."""
+        self.chunk, self.tile = chunk, tile
+        self.num_bytes = num_bytes
+        self.pool = pool
+        self.staging, self.handle = request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundaryReads:
+    """What reading boundary states needs besides.
+
+    Attributes:
+        pool: From ``boundary_pool``.
+        token_bytes: Bytes of one token's states, hidden and residual.
+        give: Takes a chunk's number and its states' bytes ``[2, n * bytes of a row]``, which it must copy; called on
+            the I/O thread.
+    """
+
+    pool: StagingPool
+    token_bytes: int
+    give: Callable[[int, Payload], None]
+
+
+class VllmTransferPort:
+    """Reads the cells of one restoration; any number of reads may be under way.
+
+    All methods on the I/O thread, but ``cancel`` on any.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layout: BlockLayout,
+        target: RestoreTarget,
+        *,
+        pool: StagingPool,
+        part: StagePart | None = None,
+        boundaries: BoundaryReads | None = None,
+    ) -> None:
+        """Read ``target``'s objects.
+
+        Args:
+            store: Where they are.
+            layout: Where they go.
+            target: Chunks, blocks, names.
+            pool: From ``staging_pool``; shared by all ports of the I/O thread.
+            part: This rank's; None for all of the model.
+            boundaries: How boundary states are read; None where they are not.
+
+        Raises:
+            ValueError: The target's positions do not fall on block boundaries (a caller's bug).
+        """
+        positions = (target.object_start, target.start, *target.chunk_ends)
+        if any(position % layout.block_size for position in positions):
+            raise ValueError(f"positions {positions} are not multiples of the block size {layout.block_size}")
+        self._store = store
+        self._layout = layout
+        self._target = target
+        self._pool = pool
+        self._part = part or StagePart()
+        self._boundaries = boundaries
+
+    def start(self, tile: Tile, *, deadline_s: float) -> VllmTicket:
+        """See ``TransferPort.start``; reads the whole object, also where only its end is wanted."""
+        layers = self._layers(tile)
+        blocks, _ = self._blocks(tile.chunk_lo)
+        num_bytes = self._layout.num_bytes(layers[1] - layers[0], len(blocks))
+        chain_hash = self._target.chain_hashes[tile.chunk_lo]
+        of_model = self._part.of_model(layers)
+        key = object_key(self._target.namespace, chain_hash, layers=of_model, shard=self._part.shard)
+        request = self._submit(key, self._pool, num_bytes, deadline_s=deadline_s)
+        return VllmTicket(chunk=tile.chunk_lo, tile=tile, num_bytes=num_bytes, pool=self._pool, request=request)
+
+    def start_boundary(self, chunk: int, *, deadline_s: float) -> VllmTicket:
+        """See ``BoundaryPort.start_boundary``; reads the whole object, also where only its end is wanted.
+
+        Raises:
+            ValueError: This stage reads none (a caller's bug).
+        """
+        reads = self._boundaries
+        if reads is None:
+            raise ValueError(f"this stage reads no boundary states, and was ordered those of chunk {chunk}")
+        start, end = self._target.object_range(chunk)
+        num_bytes = (end - start) * reads.token_bytes
+        key = boundary_key(
+            self._target.namespace,
+            self._target.chain_hashes[chunk],
+            layer=self._part.first_layer,
+            tp_size=self._part.shard.tp_size,
+        )
+        request = self._submit(key, reads.pool, num_bytes, deadline_s=deadline_s)
+        return VllmTicket(chunk=chunk, tile=None, num_bytes=num_bytes, pool=reads.pool, request=request)
+
+    def _submit(self, key: ObjectKey, pool: StagingPool, num_bytes: int, *, deadline_s: float) -> Submitted:
+        staging = pool.take()
+        request = GetRequest(key, staging.array[:num_bytes])
+        return staging, self._store.submit_get([request], priority=PRIORITY, deadline_s=deadline_s)
+
+    def wait(self, ticket: VllmTicket, *, timeout_s: float) -> LoadOutcome | None:
+        """See ``TransferPort.wait``."""
+        return ticket.handle.wait(timeout_s)[0]
+
+    def place(self, ticket: VllmTicket) -> None:
+        """See ``TransferPort.place``; blocks before the target's start keep what they hold."""
+        payload = ticket.staging.array[: ticket.num_bytes]
+        if ticket.tile is None:
+            self._place_boundary(ticket.chunk, payload)
+        else:
+            blocks, skip_blocks = self._blocks(ticket.chunk)
+            self._layout.scatter(*self._layers(ticket.tile), blocks, payload, skip_blocks=skip_blocks)
+        ticket.pool.give(ticket.staging)
+
+    def _place_boundary(self, chunk: int, payload: Payload) -> None:
+        assert self._boundaries is not None, "a boundary ticket comes from start_boundary"
+        object_start, end = self._target.object_range(chunk)
+        start, _ = self._target.chunk_range(chunk)
+        skipped = payload.nbytes // 2 // (end - object_start) * (start - object_start)
+        self._boundaries.give(chunk, payload.reshape(2, -1)[:, skipped:])
+
+    def cancel(self, ticket: VllmTicket) -> None:
+        """See ``TransferPort.cancel``."""
+        ticket.handle.cancel()
+        ticket.pool.give(ticket.staging)
+
+    def _layers(self, tile: Tile) -> tuple[int, int]:
+        return block_layers(tile.block_lo, self._target.layers_per_block, self._layout.num_layers)
+
+    def _blocks(self, chunk: int) -> tuple[tuple[int, ...], int]:
+        """KV blocks of a chunk's object, and how many of them lie before what is to be restored."""
+        size = self._layout.block_size
+        object_start, end = self._target.object_range(chunk)
+        start, _ = self._target.chunk_range(chunk)
+        return self._target.block_ids[object_start // size : end // size], (start - object_start) // size
+
+
+def staging_pool(layout: BlockLayout, *, chunk_tokens: int, layers_per_block: int) -> StagingPool:
+    """Staging buffers that hold any object of this layout; pinned where the KV cache is on CUDA."""
+    num_bytes = layout.num_bytes(min(layers_per_block, layout.num_layers), chunk_tokens // layout.block_size)
+    return StagingPool(num_bytes, pinned=layout.device.type == "cuda")
+
+
+def boundary_pool(*, token_bytes: int, chunk_tokens: int) -> StagingPool:
+    """Staging buffers that hold a chunk's boundary states."""
+    return StagingPool(token_bytes * chunk_tokens, pinned=False)
