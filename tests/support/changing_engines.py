@@ -17,11 +17,10 @@ import torch
 
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.stores.base import GetRequest, PutRequest
-from cacheflow.stores.keys import WHOLE
+from cacheflow.stores.keys import RankKeys
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.adapters import Adapter, LoadedAdapters
-from cacheflow.vllm.object_keys import object_key
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.side import RequestView, ScheduledRequest, SchedulerSide
 from cacheflow.vllm.worker.model_state import ModelState
@@ -274,7 +273,7 @@ class ChangingEngine:
                     request.kv[chunk, layer] = source.kv[chunk, layer]
 
     def _read(self, request: Running, target, chunk: int, layer: int) -> LoadOutcome:
-        key = object_key(target.namespace, target.chain_hashes[chunk], layers=(layer, layer + 1), shard=WHOLE)
+        key = RankKeys().kv(target.namespace, target.chain_hashes[chunk], (layer, layer + 1))
         payload = np.empty(PAYLOAD_BYTES, np.uint8)
         (outcome,) = self.store.submit_get([GetRequest(key, payload)]).wait(20)
         if outcome is LoadOutcome.OK:
@@ -313,7 +312,7 @@ class ChangingEngine:
         for order in self.state.may_save(orders):
             request = self.running[order.request_id]
             for layer in range(LAYERS):
-                key = object_key(order.namespace, order.chain_hash, layers=(layer, layer + 1), shard=WHOLE)
+                key = RankKeys().kv(order.namespace, order.chain_hash, (layer, layer + 1))
                 payload = encode(request.kv[order.chunk, layer])
                 requests.append(PutRequest(key, [payload], shape=(PAYLOAD_BYTES,), dtype="uint8"))
         if requests:

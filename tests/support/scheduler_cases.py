@@ -13,7 +13,7 @@ from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.problem import LinkCost
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.stores.base import PutRequest
-from cacheflow.stores.keys import WHOLE, ObjectKey, ObjectKind
+from cacheflow.stores.keys import WHOLE, RankKeys
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome, ModelShape
 from cacheflow.vllm.facts import EngineFacts
@@ -93,10 +93,7 @@ class Case:
         for chunk in range(num_chunks):
             for layer in range(LAYERS):
                 for facts in self.facts_by_rank:
-                    key = ObjectKey(
-                        namespace=prefix.namespace, chain_hash=prefix.hashes[chunk].hex(), kind=ObjectKind.KV,
-                        layer_lo=layer, layer_hi=layer + 1, shard=facts.shard,
-                    )  # fmt: skip
+                    key = RankKeys(facts.shard).kv(prefix.namespace, prefix.hashes[chunk].hex(), (layer, layer + 1))
                     requests.append(PutRequest(key, [np.zeros(64, np.uint8)], shape=(64,), dtype="bfloat16"))
         self.store.submit_put(requests).wait(20)
 

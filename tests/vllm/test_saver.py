@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from cacheflow.stores.base import GetRequest, PutOutcome
+from cacheflow.stores.keys import RankKeys
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
 from cacheflow.vllm.step import SaveWork
 from cacheflow.vllm.worker import saver as saver_module
-from cacheflow.vllm.worker.layout import BlockLayout, LayerView
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView, block_layers
 from cacheflow.vllm.worker.saver import ChunkSaver
 
 pytestmark = pytest.mark.torch
@@ -47,7 +47,7 @@ class Case:
 
         self.store.contains = slowly
         self.saver = ChunkSaver(
-            self.store, self.layout, layers_per_block=PER_BLOCK, part=StagePart(), counts=self.counts
+            self.store, self.layout, layers_per_block=PER_BLOCK, keys=RankKeys(), counts=self.counts
         )
 
     @property
@@ -73,7 +73,7 @@ class Case:
 
     def read(self, chunk: int, layers: tuple[int, int]) -> tuple[LoadOutcome | None, np.ndarray]:
         buffer = np.zeros(self.layout.num_bytes(layers[1] - layers[0], 2), dtype=np.uint8)
-        key = object_key(NAMESPACE, order(chunk).chain_hash, layers=layers)
+        key = RankKeys().kv(NAMESPACE, order(chunk).chain_hash, layers)
         (outcome,) = self.store.submit_get([GetRequest(key, buffer)]).wait(20)
         return outcome, buffer
 
@@ -125,7 +125,7 @@ def test_the_store_is_asked_on_another_thread(case):
 
 def test_of_a_chunk_that_lost_objects_only_those_are_written(case):
     case.saved(1)
-    lost = object_key(NAMESPACE, order(1).chain_hash, layers=ROWS[1])
+    lost = RankKeys().kv(NAMESPACE, order(1).chain_hash, ROWS[1])
     assert case.store.delete([lost]) == 1
     assert case.saved(1) == {"stored": 1}
     puts = case.store.stats().put_outcomes

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from cacheflow.stores.base import PutRequest
-from cacheflow.stores.keys import ObjectKey, ObjectKind, Shard
+from cacheflow.stores.keys import RankKeys, Shard
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.object_keys import boundary_key
 from cacheflow.vllm.scheduler.side import ScheduledRequest
 from cacheflow.vllm.step import CaptureWork
 from support.scheduler_cases import CHUNK, LAYERS, Case, Worker, facts, tokens
@@ -35,14 +34,9 @@ def saved(case: Case, num_chunks: int, *, boundaries: int = 0) -> list[int]:
     puts = []
     for chunk in range(num_chunks):
         name = prefix.hashes[chunk].hex()
-        keys = [
-            ObjectKey(
-                namespace=prefix.namespace, chain_hash=name, kind=ObjectKind.KV, layer_lo=layer, layer_hi=layer + 1
-            )
-            for layer in range(2 * LAYERS)
-        ]
+        keys = [RankKeys().kv(prefix.namespace, name, (layer, layer + 1)) for layer in range(2 * LAYERS)]
         if chunk < boundaries:
-            keys.append(boundary_key(prefix.namespace, name, layer=LAYERS, tp_size=1))
+            keys.append(RankKeys(first_layer=LAYERS).boundary(prefix.namespace, name))
         puts += [PutRequest(key, [np.zeros(64, np.uint8)], shape=(64,), dtype="bfloat16") for key in keys]
     case.store.submit_put(puts).wait(20)
     case.side.finished("earlier")
@@ -147,10 +141,7 @@ def test_a_chunk_counts_as_stored_when_every_stage_has_it():
     prompt = saved(case, 3)
     case.arrive("b", prompt)
     name = case.side._requests["b"].prefix.hashes[1].hex()
-    lost = ObjectKey(
-        namespace=case.side._identity.namespace(None), chain_hash=name, kind=ObjectKind.KV, layer_lo=2 * LAYERS - 1,
-        layer_hi=2 * LAYERS,
-    )  # fmt: skip
+    lost = RankKeys().kv(case.side._identity.namespace(None), name, (2 * LAYERS - 1, 2 * LAYERS))
     case.side.finished("b")
     assert case.store.delete([lost]) == 1
     case.arrive("a", prompt)

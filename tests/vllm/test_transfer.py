@@ -7,11 +7,10 @@ import torch
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import PutRequest
-from cacheflow.stores.keys import Shard
+from cacheflow.stores.keys import RankKeys, Shard
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm.object_keys import StagePart, block_layers, boundary_key, object_key
-from cacheflow.vllm.worker.layout import BlockLayout, LayerView
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView, block_layers
 from cacheflow.vllm.worker.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 
 pytestmark = pytest.mark.torch
@@ -40,7 +39,7 @@ def saved(layout):
                 layers = block_layers(block, PER_BLOCK, LAYERS)
                 size = layout.num_bytes(layers[1] - layers[0], CHUNK // SIZE)
                 cells[chunk, block] = random.integers(0, 256, size, dtype=np.uint8)
-                key = object_key(NAMESPACE, CHAIN[chunk], layers=layers, shard=SHARD)
+                key = RankKeys(SHARD).kv(NAMESPACE, CHAIN[chunk], layers)
                 store.submit_put([PutRequest(key, [cells[chunk, block]], (size,), "uint8")]).wait(5)
         yield store, cells
 
@@ -57,7 +56,7 @@ def new_port(store, layout, *, start=0, shard=SHARD, first_layer=0, given=None):
         reads = BoundaryReads(
             pool=states, token_bytes=STATES, give=lambda chunk, payload: given.update({chunk: payload.copy()})
         )
-    return VllmTransferPort(store, layout, target, pool=pool, part=StagePart(shard, first_layer), boundaries=reads)
+    return VllmTransferPort(store, layout, target, pool=pool, keys=RankKeys(shard, first_layer), boundaries=reads)
 
 
 def gathered(layout, layers, block_ids):
@@ -129,7 +128,7 @@ def test_positions_inside_a_block_are_a_bug(layout, saved):
 
 def save_boundary(store, *, layer, tp_size=2):
     payload = np.random.default_rng(layer).integers(0, 256, CHUNK * STATES, dtype=np.uint8)
-    key = boundary_key(NAMESPACE, CHAIN[1], layer=layer, tp_size=tp_size)
+    key = RankKeys(Shard(tp_size=tp_size), layer).boundary(NAMESPACE, CHAIN[1])
     store.submit_put([PutRequest(key, [payload], (payload.size,), "uint8")]).wait(5)
     return payload.reshape(2, -1)
 
@@ -151,7 +150,7 @@ def test_a_chunk_that_is_partly_there_needs_the_states_of_the_rest(layout, saved
     """Of hidden states and of the residual alike."""
     store, given = saved[0], {}
     payload = np.random.default_rng(0).integers(0, 256, CHUNK * STATES, dtype=np.uint8)
-    key = boundary_key(NAMESPACE, CHAIN[0], layer=3, tp_size=2)
+    key = RankKeys(Shard(tp_size=2), 3).boundary(NAMESPACE, CHAIN[0])
     store.submit_put([PutRequest(key, [payload], (payload.size,), "uint8")]).wait(5)
     port = new_port(store, layout, start=4, first_layer=3, given=given)
     ticket = port.start_boundary(0, deadline_s=5)
@@ -172,7 +171,7 @@ def test_states_of_another_layer_or_another_sum_are_misses(layout, saved, change
 def test_a_stage_reads_the_layers_it_holds(layout, saved):
     """The same layers of the model, whichever stage asks for them."""
     store, cells = saved
-    key = object_key(NAMESPACE, CHAIN[0], layers=(7, 9), shard=SHARD)
+    key = RankKeys(SHARD).kv(NAMESPACE, CHAIN[0], (7, 9))
     store.submit_put([PutRequest(key, [cells[1, 0]], (cells[1, 0].size,), "uint8")]).wait(5)
     port = new_port(store, layout, shard=Shard(tp_rank=1, tp_size=2, pp_rank=2, pp_size=3), first_layer=7)
     ticket = port.start(Tile(0, 1, 0, 1), deadline_s=5)

@@ -13,7 +13,7 @@ from cacheflow.engine.cuda import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.plan.grid import Tile
 from cacheflow.stores.base import GetHandle, GetRequest, Store
-from cacheflow.stores.keys import ObjectKey, ObjectKind
+from cacheflow.stores.keys import ObjectKey, RankKeys
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
 
@@ -97,12 +97,9 @@ class StoreTransferPort:
 
 def cell_key(namespace: str, chain_hash: str, geometry: CellGeometry, tile: Tile) -> ObjectKey:
     """Store key of one cell; ``chain_hash`` in hex, at the end of the cell's chunk."""
-    layer_lo, layer_hi = geometry.cell(tile)[:2]
-    return ObjectKey(
-        namespace=namespace, chain_hash=chain_hash, kind=ObjectKind.KV, layer_lo=layer_lo, layer_hi=layer_hi
-    )
+    return RankKeys().kv(namespace, chain_hash, geometry.cell(tile)[:2])
 
 
 def hidden_key(namespace: str, chain_hash: str, layer: int) -> ObjectKey:
     """Store key of a chunk's hidden states below ``layer``; ``chain_hash`` in hex."""
-    return ObjectKey(namespace=namespace, chain_hash=chain_hash, kind=ObjectKind.HIDDEN, layer_lo=layer, layer_hi=layer)
+    return RankKeys(first_layer=layer).boundary(namespace, chain_hash)

@@ -8,7 +8,7 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.costs import CostTable, build_problem
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
-from cacheflow.stores.keys import Shard
+from cacheflow.stores.keys import RankKeys, Shard
 from cacheflow.types import ModelShape
 
 LayerDigest = tuple[int, str]
@@ -66,6 +66,11 @@ class EngineFacts:
     def rank(self) -> int:
         """Its number among the engine's ranks."""
         return self.shard.pp_rank * self.shard.tp_size + self.shard.tp_rank
+
+    @property
+    def keys(self) -> RankKeys:
+        """Names its objects."""
+        return RankKeys(self.shard, self.first_layer)
 
     @property
     def num_blocks(self) -> int:

@@ -17,7 +17,6 @@ from cacheflow.vllm.adapters import LoadedAdapters
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.models.workers import worker_of
-from cacheflow.vllm.object_keys import StagePart
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.startup.find_engine import FoundEngine, find_engine
 from cacheflow.vllm.step import ModelNews, StepWork
@@ -108,7 +107,7 @@ class WorkerSide:
             self._store,
             engine.layout,
             layers_per_block=facts.layers_per_block,
-            part=_part(facts),
+            keys=facts.keys,
             counts=self.counts,
             more=self._start_capturing(engine),
         )
@@ -150,7 +149,7 @@ class WorkerSide:
             engine.layout,
             target,
             pool=self._pool,
-            part=_part(engine.facts),
+            keys=engine.facts.keys,
             boundaries=self._boundary_reads(compute),
         )
         return compute, transfer
@@ -234,7 +233,3 @@ class WorkerSide:
             self._saver.close()
         if self._capture is not None:
             self._capture.close()
-
-
-def _part(facts: EngineFacts) -> StagePart:
-    return StagePart(facts.shard, facts.first_layer)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.object_keys import boundary_key, heads_of
 from cacheflow.vllm.scheduler.lookup import Lookup, PrefixLookup
 from cacheflow.vllm.scheduler.request import TrackedRequest
 from cacheflow.vllm.scheduler.saves import OrderedSaves
@@ -77,19 +76,15 @@ class StoreQuestions:
 
     def _probe_keys(self, request: TrackedRequest, chunk: int) -> list[ObjectKey]:
         """The bottom and the top object of a chunk on every rank: the first and the last that a save writes."""
+        namespace, chain_hash = request.prefix.namespace, request.prefix.hashes[chunk].hex()
         keys = []
         for facts in self._ranks:
             layers, step = facts.shape.num_layers, facts.layers_per_block
             top_lo = (layers - 1) // step * step
-            first, shard = facts.first_layer, heads_of(facts.shard)
-            keys.append(request.prefix.key(chunk, layer_lo=first, layer_hi=first + min(step, layers), shard=shard))
-            if top_lo:
-                keys.append(request.prefix.key(chunk, layer_lo=first + top_lo, layer_hi=first + layers, shard=shard))
+            ends = [(0, min(step, layers)), (top_lo, layers)] if top_lo else [(0, layers)]
+            keys += [facts.keys.kv(namespace, chain_hash, each) for each in ends]
         return keys
 
     def _boundary_keys(self, request: TrackedRequest, chunk: int, facts: EngineFacts) -> list[ObjectKey]:
         """The boundary states from which a stage recomputes a chunk."""
-        chain_hash = request.prefix.hashes[chunk].hex()
-        return [
-            boundary_key(request.prefix.namespace, chain_hash, layer=facts.first_layer, tp_size=facts.shard.tp_size)
-        ]
+        return [facts.keys.boundary(request.prefix.namespace, request.prefix.hashes[chunk].hex())]

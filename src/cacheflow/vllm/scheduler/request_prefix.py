@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cacheflow.stores.keys import ObjectKey, ObjectKind, Shard, chain_hashes, chain_root
+from cacheflow.stores.keys import chain_hashes, chain_root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +51,3 @@ class RequestPrefix:
         """Content of the chunk's media, with its place: the same picture elsewhere is another chunk."""
         spans = [span for span in self.media if span.start < end and span.end > start]
         return [f"{span.content_id}@{span.start - start}" for span in spans]
-
-    def key(self, chunk: int, *, layer_lo: int, layer_hi: int, shard: Shard) -> ObjectKey:
-        """Store key of one cell of a chunk whose hash is known."""
-        return ObjectKey(
-            namespace=self.namespace,
-            chain_hash=self.hashes[chunk].hex(),
-            kind=ObjectKind.KV,
-            layer_lo=layer_lo,
-            layer_hi=layer_hi,
-            shard=shard,
-        )

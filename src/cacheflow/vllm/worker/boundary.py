@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from cacheflow.stores.base import PutRequest
+from cacheflow.stores.keys import RankKeys
 from cacheflow.tensors.row_copy import Bytes, RowsUnderWay, row_copies
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.models.model_access import ModelHandle
-from cacheflow.vllm.object_keys import boundary_key
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.step import CaptureWork, SaveWork
 from cacheflow.vllm.worker.batch_rows import batch_rows
@@ -213,7 +213,7 @@ class BoundaryCapture:
             return
         self._counts.boundaries["captured"] += 1
         handle = self._handle
-        key = boundary_key(order.namespace, order.chain_hash, layer=handle.start_layer, tp_size=handle.shard.tp_size)
+        key = RankKeys(handle.shard, handle.start_layer).boundary(order.namespace, order.chain_hash)
         shape = (2, self._chunk_tokens, handle.hidden_size)
         dtype = str(handle.dtype).removeprefix("torch.")
         yield PutRequest(key, [kept.payload.reshape(-1)], shape=shape, dtype=dtype)

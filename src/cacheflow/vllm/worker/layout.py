@@ -181,6 +181,11 @@ class BlockLayout:
         return f"{self.layout_name or 'unnamed'}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[int, int]:
+    """Layers ``[lo, hi)`` of a layer block; the top one holds what is left."""
+    return block * layers_per_block, min((block + 1) * layers_per_block, num_layers)
+
+
 def blocks_first(kv_cache: torch.Tensor, num_blocks: int, *, name: str, layout_name: str = "") -> torch.Tensor:
     """A layer's tensor viewed as ``[num_blocks, ...]``, without a copy.
 

@@ -15,7 +15,7 @@ import torch
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.models.partial_forward import Activations, PartialForward, Piece
-from cacheflow.vllm.object_keys import block_layers
+from cacheflow.vllm.worker.layout import block_layers
 from cacheflow.vllm.worker.stage_link import StageLink
 
 

@@ -14,10 +14,10 @@ from threading import Thread
 import numpy as np
 
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
+from cacheflow.stores.keys import RankKeys
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.object_keys import StagePart, block_layers, object_key
 from cacheflow.vllm.step import SaveWork
-from cacheflow.vllm.worker.layout import BlockLayout
+from cacheflow.vllm.worker.layout import BlockLayout, block_layers
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ChunkSaver:
         layout: BlockLayout,
         *,
         layers_per_block: int,
-        part: StagePart,
+        keys: RankKeys,
         counts: Counts,
         more: MorePuts | None = None,
     ) -> None:
@@ -80,11 +80,11 @@ class ChunkSaver:
             store: Where to.
             layout: Where from.
             layers_per_block: Layers of an object.
-            part: This rank's.
+            keys: Names this rank's objects.
             counts: Where outcomes are counted.
             more: What else to write of a chunk.
         """
-        self._store, self._layout, self._part, self._counts = store, layout, part, counts
+        self._store, self._layout, self._keys, self._counts = store, layout, keys, counts
         self._dtype, self._more = str(layout.dtype).removeprefix("torch."), more
         num_blocks = -(-layout.num_layers // layers_per_block)
         self._layers_of = [block_layers(block, layers_per_block, layout.num_layers) for block in range(num_blocks)]
@@ -126,8 +126,7 @@ class ChunkSaver:
     def _copy(self, order: SaveWork) -> _Copied:
         requests = []
         for layer_lo, layer_hi in self._layers_of:
-            layers = self._part.of_model((layer_lo, layer_hi))
-            key = object_key(order.namespace, order.chain_hash, layers=layers, shard=self._part.shard)
+            key = self._keys.kv(order.namespace, order.chain_hash, (layer_lo, layer_hi))
             payload = np.empty(self._layout.num_bytes(layer_hi - layer_lo, len(order.block_ids)), dtype=np.uint8)
             self._layout.gather(layer_lo, layer_hi, order.block_ids, payload)
             shape = (layer_hi - layer_lo, len(order.block_ids), self._layout.block_bytes)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Store
-from cacheflow.stores.keys import ObjectKey
+from cacheflow.stores.keys import ObjectKey, RankKeys
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm.object_keys import StagePart, block_layers, boundary_key, object_key
-from cacheflow.vllm.worker.layout import BlockLayout, Payload
+from cacheflow.vllm.worker.layout import BlockLayout, Payload, block_layers
 
 Submitted = tuple[StagingBuffer, GetHandle]
 """A read under way and the buffer it fills."""
@@ -67,7 +66,7 @@ class VllmTransferPort:
         target: RestoreTarget,
         *,
         pool: StagingPool,
-        part: StagePart | None = None,
+        keys: RankKeys = RankKeys(),  # noqa: B008 -- frozen
         boundaries: BoundaryReads | None = None,
     ) -> None:
         """Read ``target``'s objects.
@@ -77,7 +76,7 @@ class VllmTransferPort:
             layout: Where they go.
             target: Chunks, blocks, names.
             pool: From ``staging_pool``; shared by all ports of the I/O thread.
-            part: This rank's; None for all of the model.
+            keys: Names this rank's objects.
             boundaries: How boundary states are read; None where they are not.
 
         Raises:
@@ -90,7 +89,7 @@ class VllmTransferPort:
         self._layout = layout
         self._target = target
         self._pool = pool
-        self._part = part or StagePart()
+        self._keys = keys
         self._boundaries = boundaries
 
     def start(self, tile: Tile, *, deadline_s: float) -> VllmTicket:
@@ -98,9 +97,7 @@ class VllmTransferPort:
         layers = self._layers(tile)
         blocks, _ = self._blocks(tile.chunk_lo)
         num_bytes = self._layout.num_bytes(layers[1] - layers[0], len(blocks))
-        chain_hash = self._target.chain_hashes[tile.chunk_lo]
-        of_model = self._part.of_model(layers)
-        key = object_key(self._target.namespace, chain_hash, layers=of_model, shard=self._part.shard)
+        key = self._keys.kv(self._target.namespace, self._target.chain_hashes[tile.chunk_lo], layers)
         request = self._submit(key, self._pool, num_bytes, deadline_s=deadline_s)
         return VllmTicket(chunk=tile.chunk_lo, tile=tile, num_bytes=num_bytes, pool=self._pool, request=request)
 
@@ -115,12 +112,7 @@ class VllmTransferPort:
             raise ValueError(f"this stage reads no boundary states, and was ordered those of chunk {chunk}")
         start, end = self._target.object_range(chunk)
         num_bytes = (end - start) * reads.token_bytes
-        key = boundary_key(
-            self._target.namespace,
-            self._target.chain_hashes[chunk],
-            layer=self._part.first_layer,
-            tp_size=self._part.shard.tp_size,
-        )
+        key = self._keys.boundary(self._target.namespace, self._target.chain_hashes[chunk])
         request = self._submit(key, reads.pool, num_bytes, deadline_s=deadline_s)
         return VllmTicket(chunk=chunk, tile=None, num_bytes=num_bytes, pool=reads.pool, request=request)
 
