@@ -83,8 +83,7 @@ class ChangingEngine:
         )
         self.now_s = 0.0
         options = ConnectorOptions(chunk_tokens=CHUNK, lookup_timeout_s=20.0, policy=policy)
-        self.side = SchedulerSide(options, store, clock=lambda: self.now_s)
-        self.side.set_facts([facts()])
+        self.side = SchedulerSide(options, store, [facts()], clock=lambda: self.now_s)
         self.local: dict[tuple[str, bytes], Made] = {}
         self.running: dict[str, Running] = {}
         self.targets: dict[int, tuple[str, object]] = {}
@@ -234,7 +233,7 @@ class ChangingEngine:
             self._copy(target)
             self.state.begin(target, orders)
         failed = {block for ids in orders.failed_blocks.values() for block in ids}
-        for each in orders.restorations:
+        for each in orders.of_stage(0):
             request_id, target = self.targets[each.restore_id]
             request, first = self.running[request_id], target.object_start // CHUNK
             for read in each.reads:

@@ -72,8 +72,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.store = MemoryStore(capacity_bytes=1 << 28)
-        self.side = SchedulerSide(self.options, self.store, clock=lambda: self.now_s)
-        self.side.set_facts(self.facts_by_rank)
+        self.side = SchedulerSide(self.options, self.store, self.facts_by_rank, clock=lambda: self.now_s)
         OPEN_CASES.append(self)
 
     def close(self) -> None:
@@ -154,7 +153,7 @@ class Worker:
             self.num_computed[target.restore_id] = 0
         self.failed_blocks |= orders.failed_blocks
         loads, computes, finished = [], [], []
-        for each in orders.restorations:
+        for each in orders.of_stage(0):
             resident = self.restored[each.restore_id]
             for read in each.reads:
                 outcome = self.outcome.get((read.chunk, read.block), self.default)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cacheflow.errors import ConfigError
-from cacheflow.stores.keys import ObjectKind, Shard
+from cacheflow.stores.keys import WHOLE, ObjectKind, Shard
+from cacheflow.stores.memory import MemoryStore
 from cacheflow.tensors.row_copy import HostRows
 from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
@@ -17,7 +18,9 @@ from cacheflow.vllm.step import NOTHING, CaptureWork, SaveWork, StepWork
 from cacheflow.vllm.worker import boundary
 from cacheflow.vllm.worker.batch_rows import batch_rows
 from cacheflow.vllm.worker.boundary import BoundaryCapture
-from cacheflow.vllm.worker_side import WorkerSide
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView
+from cacheflow.vllm.worker.side import WorkerSide
+from support.scheduler_cases import facts
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("way")]
 
@@ -238,8 +241,14 @@ def test_a_forward_that_was_not_seen_is_missed_and_the_next_is_not_taken_for_it(
 def test_a_worker_looks_at_no_forward_but_the_step_s_own():
     """Behind the forward it recomputes through the same model; a step that wants nothing takes the last one's back."""
     case = Case()
-    worker = WorkerSide(None, None, None, None)
-    worker._capture = case.capture
+    engine = SimpleNamespace(
+        handle=SimpleNamespace(shard=WHOLE, can_recompute=False),
+        layout=BlockLayout([LayerView("0", torch.zeros(4, 2, 4))], block_size=4, layout_name=""),
+        facts=facts(block_size=4),
+    )
+    state = SimpleNamespace(begin_step=lambda work: None)
+    store = MemoryStore(capacity_bytes=1 << 20)
+    worker = WorkerSide(store, engine, state, chunk_tokens=CHUNK, capture=case.capture, counts=case.counts)
     wanted = (CaptureWork(request_id="a", start=0, end=8),)
     worker.expect(StepWork(captures=wanted))
     worker.carry_out(StepWork())

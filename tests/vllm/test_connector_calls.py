@@ -4,13 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("torch")
+
+from cacheflow.vllm.worker.side import WorkerSide
+
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("_single_process_vllm")]
 
 BEFORE, AFTER = "before the forward", "after the forward"
 
 
-class Recorder:
-    """A worker side that notes what it is told and when."""
+class Recorder(WorkerSide):
+    """A worker side that notes what it is asked and when."""
 
     def __init__(self):
         self.now, self.calls = "", []
@@ -36,7 +40,7 @@ def connector():
     from cacheflow.vllm.connector import CacheFlowConnector
 
     made = CacheFlowConnector.__new__(CacheFlowConnector)
-    made._worker, made._to_carry_out, made._to_save, made._connector_metadata = Recorder(), None, None, None
+    made._half, made._to_carry_out, made._to_save, made._connector_metadata = Recorder(), None, None, None
     return made
 
 

@@ -254,7 +254,7 @@ def test_ports_that_cannot_be_made(engine, monkeypatch):
         raise RuntimeError("an injected failure at the start")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cacheflow.vllm.worker_side.VllmTransferPort", refuse)
+        patch.setattr("cacheflow.vllm.worker.side.VllmTransferPort", refuse)
         again = engine.ask(prompt)
     assert again.tokens == own.tokens
     assert "an injected failure at the start" in again.params["cacheflow_reason"]

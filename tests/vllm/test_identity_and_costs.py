@@ -62,7 +62,7 @@ def test_one_changed_weight_changes_the_fingerprint(tiny, tmp_path):
 
 def test_ranks_and_adapters_have_names_of_their_own():
     pytest.importorskip("torch")
-    from cacheflow.vllm.startup.identity import adapter_namespace, shared_namespace
+    from cacheflow.vllm.scheduler.kv_identity import adapter_namespace, shared_namespace
 
     one, two = "a" * 32, "b" * 32
     shards = [Shard(tp_rank=rank, tp_size=2) for rank in range(2)]
@@ -92,7 +92,7 @@ def stages(*layers_of, namespace="a" * 32, weights="wxyz", tp_size=1):
 
 def test_a_namespace_is_the_same_for_every_split_into_stages_and_another_for_every_other_change():
     pytest.importorskip("torch")
-    from cacheflow.vllm.startup.identity import shared_namespace
+    from cacheflow.vllm.scheduler.kv_identity import shared_namespace
 
     whole = shared_namespace(stages([0, 1, 2, 3]))
     assert shared_namespace(stages([0, 1], [2, 3])) == whole

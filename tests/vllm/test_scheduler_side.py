@@ -236,7 +236,7 @@ def test_an_idle_minute_between_two_restorations_changes_nothing_in_the_second()
         reads = []
         while case.side.has_work:
             orders = case.step(busy=1)
-            reads.append(sum(len(each.reads) for each in orders.restorations))
+            reads.append(sum(len(each.reads) for each in orders.of_stage(0)))
             worker.carry_out(orders)
         ordered.append(reads)
         case.side.finished(name)
@@ -337,7 +337,7 @@ def test_an_overdue_restoration_stops_loading_and_ends():
     case.step()  # the workers begin and say nothing: the store hangs
     case.now_s = 1.0
     orders = case.step()
-    assert not any(each.reads for each in orders.restorations)
+    assert not any(each.reads for each in orders.of_stage(0))
 
 
 def test_a_store_whose_reads_are_all_late_costs_recomputation():
@@ -392,7 +392,7 @@ def test_compute_stays_within_the_budget_while_others_decode():
     case.arrive("a", case.saved_prompt(40 * CHUNK + 5, 40))
     case.begin("a")
     orders = case.step(busy=3)
-    cells = sum(order.tile.num_cells for each in orders.restorations for order in each.compute)
+    cells = sum(order.tile.num_cells for each in orders.of_stage(0) for order in each.compute)
     assert cells == 2  # of 10 ms each
     assert orders.wait_s == 0
 
@@ -405,7 +405,7 @@ def test_itl_slo_shrinks_the_budget():
         case.step(busy=3)
         case.now_s += 0.03
     orders = case.step(busy=3)
-    assert sum(order.tile.num_cells for each in orders.restorations for order in each.compute) <= 1
+    assert sum(order.tile.num_cells for each in orders.of_stage(0) for order in each.compute) <= 1
 
 
 def test_chunks_are_saved_once_when_they_are_complete():

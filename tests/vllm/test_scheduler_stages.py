@@ -71,7 +71,7 @@ class TwoStages:
                 return
             orders = self.case.step()
             for stage, worker in enumerate(self.stages):
-                worker.carry_out(replace(orders, restorations=orders.of_stage(stage)))
+                worker.carry_out(replace(orders, by_stage=(orders.of_stage(stage),)))
         raise AssertionError("the restoration never ended")
 
 

@@ -11,8 +11,8 @@ from cacheflow.stores.base import PutRequest
 from cacheflow.stores.identity_record import read_identities, write_identity
 from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.vllm.scheduler.kv_identity import describe, shared_namespace
 from cacheflow.vllm.scheduler.store_census import StoreCensus, census_line
-from cacheflow.vllm.startup.identity import describe, shared_namespace
 from support.scheduler_cases import facts
 from support.waiting import eventually
 

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cacheflow.errors import CacheFlowError
-from cacheflow.vllm.logs import log_beside_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,15 @@ REASON_FILE = "CACHEFLOW_REASON_FILE"
 
 _TRACKER_WARNING = "ignore:resource_tracker:UserWarning"
 """After a failed start Python's resource tracker, which outlives the server, warns of memory it has tidied up."""
+
+
+def log_beside_vllm() -> None:
+    """Give ``cacheflow``'s logger vLLM's handlers and level, unless somebody has configured logging for it."""
+    ours, theirs = logging.getLogger("cacheflow"), logging.getLogger("vllm")
+    if ours.handlers or ours.level or logging.getLogger().handlers:
+        return
+    ours.handlers, ours.propagate = list(theirs.handlers), False
+    ours.setLevel(theirs.level)
 
 
 def told_environment(environment: Mapping[str, str]) -> dict[str, str]:

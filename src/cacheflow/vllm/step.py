@@ -45,8 +45,8 @@ class StepWork:
 
     Attributes:
         targets: Restorations that start with this step.
-        restorations: What the first pipeline stage does for each of them and for earlier ones.
-        later_stages: What each stage behind it does.
+        by_stage: What each pipeline stage does for them and for earlier ones, bottom stage first; empty when nothing is
+            under way.
         failed_blocks: For restorations that are cancelled because they cannot be completed: the KV blocks whose content
             is undefined, which vLLM must recompute.
         captures: Tokens of this forward whose boundary states later stages keep.
@@ -58,8 +58,7 @@ class StepWork:
     """
 
     targets: tuple[RestoreTarget, ...] = ()
-    restorations: tuple[StageWork, ...] = ()
-    later_stages: tuple[tuple[StageWork, ...], ...] = ()
+    by_stage: tuple[tuple[StageWork, ...], ...] = ()
     failed_blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     captures: tuple[CaptureWork, ...] = ()
     saves: tuple[SaveWork, ...] = ()
@@ -71,13 +70,11 @@ class StepWork:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.targets or self.restorations or any(self.later_stages) or self.saves or self.wait_s)
+        return not (self.targets or any(self.by_stage) or self.saves or self.wait_s)
 
     def of_stage(self, stage: int) -> tuple[StageWork, ...]:
         """What a pipeline stage does for restorations."""
-        if not stage:
-            return self.restorations
-        return self.later_stages[stage - 1] if self.later_stages else ()
+        return self.by_stage[stage] if self.by_stage else ()
 
 
 NOTHING = StepWork()

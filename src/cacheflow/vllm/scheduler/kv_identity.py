@@ -11,11 +11,14 @@ would get the new name.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cacheflow.vllm.adapters import Adapter, AdapterClaim, AdapterFiles
-from cacheflow.vllm.startup.identity import adapter_namespace, generation_namespace
+from cacheflow.vllm.facts import EngineFacts
 
 
 @dataclass(slots=True)
@@ -105,3 +108,54 @@ class KvIdentity:
             num_brought: Tokens that another connector brought.
         """
         return bool(num_local and self._local.concerns(adapter)) or bool(num_brought and self._others.concerns(adapter))
+
+
+def shared_namespace(ranks: Iterable[EngineFacts]) -> str:
+    """One digest for all ranks of an engine: the same for every number of pipeline stages that share the layers.
+
+    Ranks that know nothing of their weights (fakes) are told apart by number; a single one has its own digest.
+    """
+    facts = sorted(ranks, key=lambda each: each.rank)
+    if len(facts) == 1 and not facts[0].weights:
+        return facts[0].namespace
+    if not all(each.weights for each in facts):
+        return _digest(json.dumps([(each.rank, each.namespace) for each in facts]))
+    names = sorted({(each.shard.tp_rank, each.namespace) for each in facts})
+    layers = sorted((each.shard.tp_rank, layer, digest) for each in facts for layer, digest in each.weights)
+    return _digest(json.dumps([names, layers]))
+
+
+def describe(ranks: Iterable[EngineFacts]) -> dict[str, str]:
+    """What ``shared_namespace`` is the digest of, by name, for people; and how a layer's objects are cut."""
+    facts = sorted(ranks, key=lambda each: each.rank)
+    first = facts[0]
+    layers = sorted((each.shard.tp_rank, layer, digest) for each in facts for layer, digest in each.weights)
+    return dict(first.identity) | {
+        "weights_fingerprint": _digest(json.dumps(layers)),
+        "shard": f"tensor_parallel_size {first.shard.tp_size}",
+        "layers_per_block": str(first.layers_per_block),
+    }
+
+
+def adapter_namespace(namespace: str, *, digest: str) -> str:
+    """Digest under which an adapter's KV is stored.
+
+    Args:
+        namespace: The one without adapter.
+        digest: Of the adapter's files; its name and path do not matter.
+    """
+    return _digest(json.dumps(["adapter", namespace, digest]))
+
+
+def generation_namespace(namespace: str, *, token: str) -> str:
+    """Digest under which an engine stores KV after a reset or a change of its weights.
+
+    Args:
+        namespace: The one that all engines with the weights as loaded share.
+        token: Random: no other process can have it. Empty: ``namespace`` itself.
+    """
+    return _digest(json.dumps(["generation", namespace, token])) if token else namespace
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

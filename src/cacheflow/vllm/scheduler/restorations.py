@@ -190,8 +190,7 @@ class Restorations:
         adapters, self._adapters = self._adapters, {}
         return StepWork(
             targets=targets,
-            restorations=tuple(by_stage[0]),
-            later_stages=tuple(map(tuple, by_stage[1:])),
+            by_stage=tuple(map(tuple, by_stage)),
             failed_blocks=failed_blocks,
             saves=saves,
             wait_s=budget.wait_s,

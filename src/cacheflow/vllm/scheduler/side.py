@@ -22,7 +22,7 @@ from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.decide import Decider
 from cacheflow.vllm.scheduler.explain import Siblings
-from cacheflow.vllm.scheduler.kv_identity import KvIdentity
+from cacheflow.vllm.scheduler.kv_identity import KvIdentity, describe, shared_namespace
 from cacheflow.vllm.scheduler.lookup import PrefixLookup
 from cacheflow.vllm.scheduler.questions import StoreQuestions
 from cacheflow.vllm.scheduler.request import MIXED, BlockIdsOf, Decision, TrackedRequest
@@ -34,7 +34,6 @@ from cacheflow.vllm.scheduler.stage_planner import slowest_of_stages
 from cacheflow.vllm.scheduler.store_census import StoreCensus
 from cacheflow.vllm.scheduler.unrestored import BROUGHT_BY_ANOTHER, EMBEDDED, why_unrestored
 from cacheflow.vllm.scheduler.wishes import Mode, Wishes
-from cacheflow.vllm.startup.identity import describe, shared_namespace
 from cacheflow.vllm.step import NOTHING, CaptureWork, ModelNews, SaveWork, StepWork, WeightsChange
 
 logger = logging.getLogger(__name__)
@@ -87,43 +86,30 @@ class ScheduledRequest:
 class SchedulerSide:
     """Everything that is decided, in one process, once per step."""
 
-    def __init__(self, options: ConnectorOptions, store: Store, *, clock: Clock) -> None:
-        """Wait for the workers' facts; until then nothing is restored or saved."""
-        self._options, self._store, self._clock = options, store, clock
-        self._requests: dict[str, TrackedRequest] = {}
-        self._lookup = PrefixLookup(store, timeout_s=options.lookup_timeout_s, clock=clock)
-        self._decider: Decider | None = None
-        self._restorations: Restorations | None = None
-        self._facts: EngineFacts | None = None
-        self._ranks: tuple[EngineFacts, ...] = ()
-        self._questions: StoreQuestions | None = None
-        self._identity: KvIdentity | None = None
-        self._weights_versions: dict[int, int] = {}
-        self._ordered_saves = OrderedSaves()
-        self._siblings = Siblings()
-        self._census = StoreCensus(store)
-        self._parts: dict[str, str] = {}
-        self.counts = Counts()
-
-    def set_facts(self, facts_by_rank: Sequence[EngineFacts]) -> None:
-        """Take in what the workers found out, before the first request.
-
-        vLLM repeats it when it has slept. Workers answer what they found at start, so nothing changes then.
-        """
-        if self._ranks:
-            return
+    def __init__(
+        self, options: ConnectorOptions, store: Store, facts_by_rank: Sequence[EngineFacts], *, clock: Clock
+    ) -> None:
+        """Serve the engine whose workers found out ``facts_by_rank``."""
         by_stage = slowest_of_stages(facts_by_rank)
-        self._facts, self._ranks = by_stage[0], tuple(facts_by_rank)
-        self._questions = StoreQuestions(self._lookup, facts_by_rank, self._ordered_saves, clock=self._clock)
+        self._options, self._store = options, store
+        self._ranks, self._block_size = tuple(facts_by_rank), by_stage[0].block_size
+        self._requests: dict[str, TrackedRequest] = {}
+        self._weights_versions: dict[int, int] = {}
+        self._siblings = Siblings()
+        self.counts = Counts()
         self._identity = KvIdentity(shared_namespace(facts_by_rank))
         self._parts = describe(facts_by_rank)
+        self._census = StoreCensus(store)
         self._census.describe(self._identity.namespace(None), self._parts)
-        self._decider = Decider(by_stage, self._options, clock=self._clock)
+        self._lookup = PrefixLookup(store, timeout_s=options.lookup_timeout_s, clock=clock)
+        self._ordered_saves = OrderedSaves()
+        self._questions = StoreQuestions(self._lookup, facts_by_rank, self._ordered_saves, clock=clock)
+        self._decider = Decider(by_stage, options, clock=clock)
         self._restorations = Restorations(
-            self._options,
+            options,
             self._decider,
             ranks_per_stage=len(facts_by_rank) // len(by_stage),
-            clock=self._clock,
+            clock=clock,
             counts=self.counts,
         )
 
@@ -133,7 +119,7 @@ class SchedulerSide:
 
     def new_request(self, view: RequestView) -> None:
         """Note a request and ask the store for its prefix; a second call for the same request changes nothing."""
-        if self._questions is None or view.request_id in self._requests:
+        if view.request_id in self._requests:
             return
         wishes = Wishes.of(view.params)
         if not view.hashable:
@@ -161,8 +147,6 @@ class SchedulerSide:
 
     def _identify(self, request: TrackedRequest) -> None:
         """Name a request's KV by the present weights and adapter, and ask the store for it; none of it exists yet."""
-        assert self._identity is not None
-        assert self._questions is not None
         request.claim = None if request.adapter is None else self._identity.claim(request.adapter)
         request.generation = self._identity.generation
         namespace = self._identity.namespace(request.claim)
@@ -183,8 +167,6 @@ class SchedulerSide:
 
     def _ask_anew(self, request: TrackedRequest, num_preemptions: int) -> None:
         """Ask again where the answer is out of date: the engine has another generation, or vLLM took the KV away."""
-        assert self._identity is not None
-        assert self._questions is not None
         if request.generation != self._identity.generation:
             self._identify(request)  # vLLM asks only while it has computed nothing of it, or nothing is left of it
         elif num_preemptions != request.num_preemptions:
@@ -196,7 +178,7 @@ class SchedulerSide:
     def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
         """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
         request = self._requests.get(request_id)
-        if request is None or self._decider is None or self._restorations is None or self._questions is None:
+        if request is None:
             return 0
         request.asked_by_vllm = True
         request.num_local, request.num_brought = num_computed, 0
@@ -208,7 +190,7 @@ class SchedulerSide:
         request.allocating = None
         decision = request.decision
         if decision is None or decision.start != num_computed:
-            decision = self._decide(request, self._decider, num_computed)
+            decision = self._decide(request, num_computed)
         if decision.end > decision.start:
             shared = self._restorations.shared(request, decision)
             if shared.sharing is Sharing.WAIT:
@@ -220,8 +202,8 @@ class SchedulerSide:
                 request.allocating = decision
         return decision.end - decision.start
 
-    def _decide(self, request: TrackedRequest, decider: Decider, num_computed: int) -> Decision:
-        decision = decider.decide(
+    def _decide(self, request: TrackedRequest, num_computed: int) -> Decision:
+        decision = self._decider.decide(
             request, start=num_computed, num_tokens=len(request.tokens), num_stored=request.num_stored
         )
         request.decision, request.reason = decision, decision.reason
@@ -235,7 +217,7 @@ class SchedulerSide:
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
         """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens; 0 is none."""
         request = self._requests.get(request_id)
-        if num_external == 0 or request is None or self._restorations is None:
+        if num_external == 0 or request is None:
             return
         decision = request.allocating
         if decision is None or decision.end - decision.start != num_external:
@@ -267,8 +249,6 @@ class SchedulerSide:
             block_ids_of: KV blocks of a request of the step; asked only where a chunk is to be saved.
             num_scheduled_tokens: Tokens of the step's forward; 0 when nobody runs.
         """
-        if self._restorations is None or self._identity is None:
-            return NOTHING
         saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
         generation = self._identity.generation
         if not saves and not captures and self._restorations.idle:
@@ -280,7 +260,6 @@ class SchedulerSide:
     def _saves(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf
     ) -> tuple[tuple[SaveWork, ...], tuple[CaptureWork, ...]]:
-        assert self._facts is not None
         saves: list[SaveWork] = []
         captures: list[CaptureWork] = []
         capturing = any(facts.boundary_token_bytes for facts in self._ranks)
@@ -297,7 +276,7 @@ class SchedulerSide:
             orders = request.saves(
                 num_computed=each.num_computed,
                 block_ids_of=block_ids_of,
-                block_size=self._facts.block_size,
+                block_size=self._block_size,
                 decode_too=self._options.save_decode_kv,
             )
             saves += self._ordered_saves.new(orders, asked_at=request.asked_at)
@@ -305,7 +284,6 @@ class SchedulerSide:
 
     def _is_current(self, request: TrackedRequest) -> bool:
         """Whether all of a request's KV is of the weights and the adapter that its name stands for."""
-        assert self._identity is not None
         if self._identity.stopped or request.generation != self._identity.generation:
             return False
         return not self._identity.may_be_old(
@@ -321,21 +299,16 @@ class SchedulerSide:
 
     def reset(self) -> None:
         """Restore nothing that was saved so far; what is being restored is given up. The store keeps it for others."""
-        if self._identity is None or self._restorations is None:
-            return
         self._identity.reset()
         self._restorations.discard("the connector was reset")
         logger.info("reset: nothing saved so far is restored any more; from now on KV is saved for this engine alone")
 
     def local_cache_was_reset(self) -> None:
         """VLLM has emptied its own prefix cache."""
-        if self._identity is not None:
-            self._identity.local_cache_was_reset()
+        self._identity.local_cache_was_reset()
 
     def take_news(self, news: Mapping[int, ModelNews]) -> None:
         """Take in what became of the workers' weights and adapters, by rank; before the report of the same step."""
-        if self._identity is None or self._restorations is None:
-            return
         for each in news.values():
             for restore_id, reason in each.refused.items():
                 self._restorations.discard(reason, restore_id)
@@ -348,8 +321,6 @@ class SchedulerSide:
             self._weights_changed(min(changes.values(), key=lambda change: change.announced))
 
     def _weights_changed(self, change: WeightsChange) -> None:
-        assert self._identity is not None
-        assert self._restorations is not None
         if change.announced:
             self._identity.weights_changed()
             logger.warning(
@@ -370,8 +341,7 @@ class SchedulerSide:
 
     def take_report(self, report: StepReport) -> None:
         """Take in what the workers did."""
-        if self._restorations is not None:
-            self._restorations.apply(report)
+        self._restorations.apply(report)
 
     def load_failed(self) -> None:
         """Save nothing of requests whose prefix another connector was to load, and of which no token came since.
@@ -391,7 +361,7 @@ class SchedulerSide:
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
-        if request.restoration is not None and self._restorations is not None:
+        if request.restoration is not None:
             self._restorations.cancel(request)
         answer: dict[str, Any] = {}
         if request.wishes.complaint:
@@ -405,7 +375,7 @@ class SchedulerSide:
     @property
     def has_work(self) -> bool:
         """Whether a restoration is under way."""
-        return self._restorations is not None and not self._restorations.idle
+        return not self._restorations.idle
 
     def close(self) -> None:
         """End the lookups and the census."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,29 +23,13 @@ from cacheflow.vllm.startup.identity import cost_identity, digest_of, stage_weig
 from cacheflow.vllm.startup.selftest import self_test
 from cacheflow.vllm.worker.boundary import boundary_token_bytes, make_receive_buffer, stores_boundaries
 from cacheflow.vllm.worker.layout import BlockLayout
+from cacheflow.vllm.worker.side import FoundEngine
 from cacheflow.vllm.worker.stage_link import can_link
 
 logger = logging.getLogger(__name__)
 
 _DEAR_CHUNK = 0.2
 """Share of a chunk's cost that a long pass saves, from which on longer chunks are advised."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FoundEngine:
-    """One rank's engine, checked.
-
-    Attributes:
-        handle: The model.
-        layout: Its KV blocks.
-        forward: Recomputes; None in an engine that only loads.
-        facts: What the scheduler side needs to know.
-    """
-
-    handle: ModelHandle
-    layout: BlockLayout
-    forward: PartialForward | None
-    facts: EngineFacts
 
 
 def find_engine(

@@ -15,7 +15,7 @@ from cacheflow.plan.costs import CostIdentity
 from cacheflow.stores.keys import Namespace
 from cacheflow.tensors.device import device_name
 from cacheflow.tensors.fingerprint import FULL_LIMIT_BYTES, kernel_identity, weights_fingerprint
-from cacheflow.vllm.facts import BOTTOM, EngineFacts, LayerDigest
+from cacheflow.vllm.facts import BOTTOM, LayerDigest
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.startup.probe import make_probe, random_states, run_by_engine
@@ -73,56 +73,9 @@ def stage_weights(handle: ModelHandle, layout: BlockLayout) -> tuple[LayerDigest
     return (*digests, *((handle.start_layer + index, digest) for index, digest in enumerate(plain)))
 
 
-def shared_namespace(ranks: Iterable[EngineFacts]) -> str:
-    """One digest for all ranks of an engine: the same for every number of pipeline stages that share the layers.
-
-    Ranks that know nothing of their weights (fakes) are told apart by number; a single one has its own digest.
-    """
-    facts = sorted(ranks, key=lambda each: each.rank)
-    if len(facts) == 1 and not facts[0].weights:
-        return facts[0].namespace
-    if not all(each.weights for each in facts):
-        return _digest(json.dumps([(each.rank, each.namespace) for each in facts]))
-    names = sorted({(each.shard.tp_rank, each.namespace) for each in facts})
-    layers = sorted((each.shard.tp_rank, layer, digest) for each in facts for layer, digest in each.weights)
-    return _digest(json.dumps([names, layers]))
-
-
-def describe(ranks: Iterable[EngineFacts]) -> dict[str, str]:
-    """What ``shared_namespace`` is the digest of, by name, for people; and how a layer's objects are cut."""
-    facts = sorted(ranks, key=lambda each: each.rank)
-    first = facts[0]
-    layers = sorted((each.shard.tp_rank, layer, digest) for each in facts for layer, digest in each.weights)
-    return dict(first.identity) | {
-        "weights_fingerprint": _digest(json.dumps(layers)),
-        "shard": f"tensor_parallel_size {first.shard.tp_size}",
-        "layers_per_block": str(first.layers_per_block),
-    }
-
-
 def digest_of(weights: Iterable[LayerDigest]) -> str:
     """One digest for a stage's weights."""
     return hashlib.sha256(json.dumps(list(weights)).encode()).hexdigest()
-
-
-def adapter_namespace(namespace: str, *, digest: str) -> str:
-    """Digest under which an adapter's KV is stored.
-
-    Args:
-        namespace: The one without adapter.
-        digest: Of the adapter's files; its name and path do not matter.
-    """
-    return _digest(json.dumps(["adapter", namespace, digest]))
-
-
-def generation_namespace(namespace: str, *, token: str) -> str:
-    """Digest under which an engine stores KV after a reset or a change of its weights.
-
-    Args:
-        namespace: The one that all engines with the weights as loaded share.
-        token: Random: no other process can have it. Empty: ``namespace`` itself.
-    """
-    return _digest(json.dumps(["generation", namespace, token])) if token else namespace
 
 
 def cost_identity(handle: ModelHandle, *, fingerprint: str) -> CostIdentity:
@@ -200,7 +153,3 @@ def _num_threads(device: torch.device) -> int:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
