@@ -22,7 +22,8 @@ from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.adapters import Adapter, LoadedAdapters
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler.side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.scheduler.side import SchedulerSide
+from cacheflow.vllm.scheduler.view import RequestView, ScheduledRequest
 from cacheflow.vllm.worker.model_state import ModelState
 from cacheflow.vllm.worker.weights_watch import WeightsWatch
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, SHAPE, facts
@@ -143,7 +144,7 @@ class ChangingEngine:
     def _hashes(self, request: Running) -> list[bytes]:
         from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 
-        prefix = RequestPrefix(namespace="", chunk_tokens=CHUNK)
+        prefix = RequestPrefix(chunk_tokens=CHUNK)
         prefix.extend(request.view.tokens)
         return prefix.hashes
 

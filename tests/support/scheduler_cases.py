@@ -18,7 +18,8 @@ from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome, ModelShape
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler.side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.scheduler.side import SchedulerSide
+from cacheflow.vllm.scheduler.view import RequestView, ScheduledRequest
 from cacheflow.vllm.step import StepWork
 
 CHUNK, BLOCK, LAYERS, MAX_TOKENS = 64, 16, 4, 4096
@@ -87,12 +88,12 @@ class Case:
 
     def hold(self, request_id: str, num_chunks: int) -> None:
         """Put the first chunks of a known request into the store."""
-        prefix = self.side._requests[request_id].prefix
+        request = self.side._requests[request_id]
         requests = []
-        for chunk in range(num_chunks):
+        for name in request.prefix.names(0, num_chunks):
             for layer in range(LAYERS):
                 for facts in self.facts_by_rank:
-                    key = RankKeys(facts.shard).kv(prefix.namespace, prefix.hashes[chunk].hex(), (layer, layer + 1))
+                    key = RankKeys(facts.shard).kv(request.name.namespace, name, (layer, layer + 1))
                     requests.append(PutRequest(key, [np.zeros(64, np.uint8)], shape=(64,), dtype="bfloat16"))
         self.store.submit_put(requests).wait(20)
 
@@ -111,8 +112,8 @@ class Case:
             request = self.side._requests.get(request_id)
             if matched is not None or (request is not None and request.decision is not None):
                 return matched
-            if request is not None and request.lookup is not None:
-                wait([request.lookup._future], 20)
+            if request is not None and request.question is not None:
+                wait([request.question.lookup._future], 20)
         raise AssertionError("the lookup never answered")
 
     def matched_now(self, request_id: str) -> int | None:

@@ -91,7 +91,7 @@ def scheduler_output(**changes):
 
 def test_drafts_are_no_tokens_of_a_request():
     from cacheflow.vllm.connector import _scheduled
-    from cacheflow.vllm.scheduler.side import ScheduledRequest
+    from cacheflow.vllm.scheduler.view import ScheduledRequest
 
     assert list(_scheduled(scheduler_output())) == [
         ScheduledRequest("new", 64, 64),

@@ -164,7 +164,7 @@ def nothing_is_left(engine):
     side, worker = engine.side, engine.worker
     assert side._requests == {}
     assert not side.has_work
-    assert side._restorations._began_s == {}
+    assert side._restorations._active == {}
     assert worker._request_of == {}
     assert worker._carrier._active == {}
     assert worker._failed_blocks == set()

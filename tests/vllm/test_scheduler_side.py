@@ -13,8 +13,8 @@ from cacheflow.stores.keys import Shard
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler.questions import QUEUED_S
-from cacheflow.vllm.scheduler.side import ScheduledRequest
+from cacheflow.vllm.scheduler.lookup import QUEUED_S
+from cacheflow.vllm.scheduler.view import ScheduledRequest
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, costs, facts, tokens
 
 pytestmark = pytest.mark.torch
@@ -171,7 +171,7 @@ def test_a_request_that_ends_early_says_how_far_it_came():
     case.arrive("queued", prompt)
     assert "before vLLM asked" in reason(case, "queued")
     case.arrive("asked", prompt)
-    case.side._requests["asked"].lookup = SimpleNamespace(poll=lambda: None, timed_out=False)  # a slow store
+    case.side._requests["asked"].question.lookup = SimpleNamespace(poll=lambda: None, timed_out=False)  # a slow store
     assert case.matched_now("asked") is None
     assert "before the store said" in reason(case, "asked")
     case.arrive("begun", prompt)

@@ -7,7 +7,7 @@ from cacheflow.stores.base import PutRequest
 from cacheflow.stores.keys import RankKeys, Shard
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.scheduler.side import ScheduledRequest
+from cacheflow.vllm.scheduler.view import ScheduledRequest
 from cacheflow.vllm.step import CaptureWork
 from support.scheduler_cases import CHUNK, LAYERS, Case, Worker, facts, tokens
 
@@ -30,13 +30,12 @@ def saved(case: Case, num_chunks: int, *, boundaries: int = 0) -> list[int]:
     """A prompt of which the store holds so many chunks, and boundary states of so many of them."""
     prompt = tokens(num_chunks * CHUNK + 5)
     case.arrive("earlier", prompt)
-    prefix = case.side._requests["earlier"].prefix
+    request = case.side._requests["earlier"]
     puts = []
-    for chunk in range(num_chunks):
-        name = prefix.hashes[chunk].hex()
-        keys = [RankKeys().kv(prefix.namespace, name, (layer, layer + 1)) for layer in range(2 * LAYERS)]
+    for chunk, name in enumerate(request.prefix.names(0, num_chunks)):
+        keys = [RankKeys().kv(request.name.namespace, name, (layer, layer + 1)) for layer in range(2 * LAYERS)]
         if chunk < boundaries:
-            keys.append(RankKeys(first_layer=LAYERS).boundary(prefix.namespace, name))
+            keys.append(RankKeys(first_layer=LAYERS).boundary(request.name.namespace, name))
         puts += [PutRequest(key, [np.zeros(64, np.uint8)], shape=(64,), dtype="bfloat16") for key in keys]
     case.store.submit_put(puts).wait(20)
     case.side.finished("earlier")

@@ -37,8 +37,8 @@ from cacheflow.vllm.models.workers import worker_of
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.plugin import register
 from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
-from cacheflow.vllm.scheduler.request_prefix import MediaSpan
-from cacheflow.vllm.scheduler.side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.scheduler.side import SchedulerSide
+from cacheflow.vllm.scheduler.view import MediaSpan, RequestView, ScheduledRequest
 from cacheflow.vllm.starting import Starting
 from cacheflow.vllm.startup.open_store import acquire_store, release_store
 from cacheflow.vllm.step import NOTHING, ModelNews, StepWork

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cacheflow.errors import CostRangeError
 from cacheflow.plan.plan import Choice, RestorePlan
 from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.rates import LiveRates
@@ -17,15 +16,45 @@ from cacheflow.policies.stages import plan_stages
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler.request import Decision, StagePlan, TrackedRequest
+from cacheflow.vllm.scheduler.lookup import StoreQuestion
 from cacheflow.vllm.scheduler.sharing import Shared
-from cacheflow.vllm.scheduler.stage_planner import PlanSpan, StagePlanner
-from cacheflow.vllm.scheduler.wishes import Mode
-
-logger = logging.getLogger(__name__)
+from cacheflow.vllm.scheduler.stage_planner import PlanSpan, StagePlan, StagePlanner
+from cacheflow.vllm.scheduler.wishes import Mode, Wishes
 
 STEP_OVERHEAD_S = 0.004
 """What a restoration costs beside its work: three engine steps without a forward, each with the engine's own sleep."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """How a prefix is to be restored, for one state of the local prefix cache.
+
+    Attributes:
+        start: Tokens that are in the KV cache already.
+        end: Tokens that will be there after the restoration; equals ``start`` when nothing is restored.
+        stages: A plan for each pipeline stage, bottom first; none when nothing is restored, and none was considered.
+        planning_s: Seconds the plan took.
+        copied_from: KV blocks of another restoration that hold the tokens after ``start``; they are copied, the rest
+            is restored.
+        reason: Why nothing is restored; empty when something is.
+    """
+
+    start: int
+    end: int
+    stages: tuple[StagePlan, ...] = ()
+    planning_s: float = 0.0
+    copied_from: tuple[int, ...] = ()
+    reason: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to restore."""
+        return self.end - self.start
+
+    @property
+    def slowest(self) -> StagePlan | None:
+        """The stage that is predicted to take longest; None without stages."""
+        return max(self.stages, key=lambda stage: stage.plan.predicted.restore_s, default=None)
 
 
 class Decider:
@@ -77,10 +106,11 @@ class Decider:
         """Layers of one row; in a compiled engine a row is a stage, and the largest decides."""
         return max(stage.facts.layers_per_block for stage in self.stages)
 
-    def behind_copy(self, decision: Decision, shared: Shared) -> Decision:
-        """The decision to copy what another restoration has brought and to restore only what lies behind it."""
+    def after_copy(self, decision: Decision, shared: Shared) -> Decision:
+        """The decision to copy what another restoration has restored already, and to restore only the rest."""
         began_s = self._clock()
-        policy = Load() if decision.plan is not None and decision.plan.policy == Load.name else self._policy
+        slowest = decision.slowest
+        policy = Load() if slowest is not None and slowest.plan.policy == Load.name else self._policy
         sources = [stage.source for stage in decision.stages]
         return Decision(
             start=decision.start,
@@ -90,45 +120,42 @@ class Decider:
             copied_from=shared.source_blocks,
         )
 
-    def decide(self, request: TrackedRequest, *, start: int, num_tokens: int, num_stored: int) -> Decision:
+    def decide(self, wishes: Wishes, stored: StoreQuestion, *, start: int, num_tokens: int) -> Decision:
         """How to restore a request whose first ``start`` tokens are in the KV cache.
 
         Args:
-            request: The request.
+            wishes: What the request asked for.
+            stored: What the store holds of it.
             start: Tokens vLLM's prefix cache holds, a multiple of the block size.
             num_tokens: Tokens of the request; the last is always computed, for its logits.
-            num_stored: Leading chunks the store holds.
+
+        Raises:
+            CostRangeError: A chunk lies outside the measured range.
         """
-        end = self._end(request, start=start, num_tokens=num_tokens, num_stored=num_stored)
-        if request.wishes.mode in (Mode.OFF, Mode.RECOMPUTE):
-            return Decision(start=start, end=start, reason=f"the request asked for {request.wishes.mode.value!r}")
+        end = self._end(wishes, start=start, num_tokens=num_tokens, num_stored=stored.num_stored)
+        if wishes.mode in (Mode.OFF, Mode.RECOMPUTE):
+            return Decision(start=start, end=start, reason=f"the request asked for {wishes.mode.value!r}")
         if end <= start:
             reason = (
                 f"nothing to restore: of {num_tokens} tokens {start} are in the KV cache, the store holds "
-                f"{num_stored * self._options.chunk_tokens} that this engine may use (the log says at start how many "
-                f"objects are its own), and {end} may be restored"
+                f"{stored.num_stored * self._options.chunk_tokens} that this engine may use (the log says at start how "
+                f"many objects are its own), and {end} may be restored"
             )
             return Decision(start=start, end=start, reason=reason)
         began_s = self._clock()
-        policy = Load() if request.wishes.mode is Mode.LOAD else self._policy
-        try:
-            span = self._span(start, end, num_tokens)
-            stages = self._plans(policy, span, self._sources(request, span))
-        except CostRangeError as error:
-            logger.warning("request %s is computed, not restored: %s", request.request_id, error)
-            return Decision(start=start, end=start, reason=str(error))
-        if self._guarded and request.wishes.mode is Mode.AUTO and (reason := self._why_not(stages)):
+        policy = Load() if wishes.mode is Mode.LOAD else self._policy
+        span = self._span(start, end, num_tokens)
+        stages = self._plans(policy, span, self._sources(stored.num_boundaries, span))
+        if self._guarded and wishes.mode is Mode.AUTO and (reason := self._why_not(stages)):
             # vLLM's own prefill recomputes at least as fast, and batches with what else there is.
             return Decision(start=start, end=start, stages=stages, reason=reason)
         return Decision(start=start, end=end, stages=stages, planning_s=self._clock() - began_s)
 
-    def _end(self, request: TrackedRequest, *, start: int, num_tokens: int, num_stored: int) -> int:
+    def _end(self, wishes: Wishes, *, start: int, num_tokens: int, num_stored: int) -> int:
         chunk_tokens = self._options.chunk_tokens
         limits = [num_stored * chunk_tokens, num_tokens - 1, self._max_tokens]
         limits += [
-            start + limit
-            for limit in (self._options.max_load_tokens, request.wishes.max_load_tokens)
-            if limit is not None
+            start + limit for limit in (self._options.max_load_tokens, wishes.max_load_tokens) if limit is not None
         ]
         return min(limits) // chunk_tokens * chunk_tokens
 
@@ -137,20 +164,20 @@ class Decider:
         alone = num_tokens if len(self.stages) == 1 else None
         return PlanSpan(start=start, end=end, chunk_tokens=self._options.chunk_tokens, num_tokens=alone)
 
-    def _sources(self, request: TrackedRequest, span: PlanSpan) -> list[BoundarySource]:
-        """How each stage gets at its activations, bottom stage first: the sooner way of those there are."""
+    def _sources(self, num_boundaries: Sequence[int], span: PlanSpan) -> list[BoundarySource]:
+        """Where each stage's activations come from, bottom stage first: the way that is faster, of those there are."""
         if len(self.stages) == 1:
             return [BoundarySource.FIRST_STAGE]
         first_chunk = span.start // span.chunk_tokens
-        num_stored = (0, *request.num_boundaries, *([0] * len(self.stages)))
+        num_stored = (0, *num_boundaries, *([0] * len(self.stages)))
         sources: list[BoundarySource] = []
         times: StageTimes | None = None
         for stage, num in zip(self.stages, num_stored, strict=False):
-            num_boundaries = max(0, num - first_chunk)
-            problem = stage.corrected(stage.problem(span, stored=num_boundaries > 0))
+            left = max(0, num - first_chunk)
+            problem = stage.corrected(stage.problem(span, stored=left > 0))
             ways = {
-                source: times_of(problem, source, below=times, num_boundaries=num_boundaries)
-                for source in stage.sources(num_boundaries=num_boundaries, below=sources[-1] if sources else None)
+                source: times_of(problem, source, below=times, num_boundaries=left)
+                for source in stage.sources(num_boundaries=left, below=sources[-1] if sources else None)
             }
             sources.append(sooner(ways))
             times = ways[sources[-1]]

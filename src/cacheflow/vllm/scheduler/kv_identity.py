@@ -20,6 +20,25 @@ from dataclasses import dataclass, field
 from cacheflow.vllm.adapters import Adapter, AdapterClaim, AdapterFiles
 from cacheflow.vllm.facts import EngineFacts
 
+MIXED = -1
+"""Generation of KV that is of more than one state of the weights or of its adapter: it is not saved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvName:
+    """Under which name a request's KV is saved and looked for.
+
+    Attributes:
+        namespace: ``Namespace.digest`` of its objects.
+        claim: Its adapter by the content of its files; None without one, or where they cannot be read.
+        generation: The engine's generation in which the KV is computed; ``MIXED`` where it is of more than one, or of
+            an adapter that cannot be read.
+    """
+
+    namespace: str
+    claim: AdapterClaim | None
+    generation: int
+
 
 @dataclass(slots=True)
 class _Stale:
@@ -78,8 +97,13 @@ class KvIdentity:
         """VLLM's own prefix cache is empty: what is found in it from now on is new."""
         self._local = _Stale()
 
-    def claim(self, adapter: Adapter) -> AdapterClaim | None:
-        """The adapter by the files that its path holds now; None where they cannot be read."""
+    def name(self, adapter: Adapter | None) -> KvName:
+        """The present name of KV of the base model, or of an adapter by the files that its path holds now."""
+        claim = None if adapter is None else self._claim(adapter)
+        generation = MIXED if claim is None and adapter is not None else self.generation
+        return KvName(namespace=self.namespace(claim), claim=claim, generation=generation)
+
+    def _claim(self, adapter: Adapter) -> AdapterClaim | None:
         claim = self._files.claim(adapter)
         if claim is not None:
             key = adapter.name, adapter.path

@@ -1,4 +1,4 @@
-"""A request as keys of stored chunks: which chunks its tokens make, and what they are called."""
+"""The chunks of a request's tokens, by chain hash."""
 
 from __future__ import annotations
 
@@ -6,15 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cacheflow.stores.keys import chain_hashes, chain_root
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediaSpan:
-    """Where an image or a sound stands in a prompt: tokens ``[start, end)``, and a hash of its content."""
-
-    start: int
-    end: int
-    content_id: str
+from cacheflow.vllm.scheduler.view import MediaSpan
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,14 +14,12 @@ class RequestPrefix:
     """Chain hashes of a request's leading full chunks, computed as its tokens become known. One thread.
 
     Attributes:
-        namespace: ``Namespace.digest`` of the engine with the request's adapter.
         chunk_tokens: Tokens of a chunk.
         salt: Tenant salt; requests with different salts share nothing.
-        media: What stands behind placeholder tokens, in order.
+        media: What the placeholder tokens stand for, in order.
         hashes: Chain hash at the end of each chunk known so far.
     """
 
-    namespace: str
     chunk_tokens: int
     salt: str = ""
     media: Sequence[MediaSpan] = ()
@@ -46,6 +36,10 @@ class RequestPrefix:
             new_tokens = list(tokens[start : start + ends[-1]])
             self.hashes += chain_hashes(new_tokens, list(ends), self.salt, media, parent=parent)
         return len(self.hashes)
+
+    def names(self, first: int, end: int) -> tuple[str, ...]:
+        """Chain hashes of chunks ``[first, end)``, as hex."""
+        return tuple(value.hex() for value in self.hashes[first:end])
 
     def _media(self, start: int, end: int) -> list[str]:
         """Content of the chunk's media, with its place: the same picture elsewhere is another chunk."""

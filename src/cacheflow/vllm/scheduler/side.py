@@ -1,90 +1,47 @@
-"""The scheduler side: looks prefixes up, decides, orders each step's work, and takes in what came of it.
+"""The scheduler side: looks prefixes up, decides, makes each step's work, and takes in what came of it.
 
-One object per engine, on the scheduler's thread alone; nothing in here waits for a store or a worker. It does not
-import vLLM: the connector translates.
+One object per engine, on the scheduler's thread alone; nothing in here waits for a store or a worker.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from cacheflow.errors import CostRangeError
 from cacheflow.plan.plan import Choice
 from cacheflow.restore.work import StepReport
 from cacheflow.stores.base import Store
 from cacheflow.types import Clock
-from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler.decide import Decider
-from cacheflow.vllm.scheduler.explain import Siblings
-from cacheflow.vllm.scheduler.kv_identity import KvIdentity, describe, shared_namespace
-from cacheflow.vllm.scheduler.lookup import PrefixLookup
-from cacheflow.vllm.scheduler.questions import StoreQuestions
-from cacheflow.vllm.scheduler.request import MIXED, BlockIdsOf, Decision, TrackedRequest
-from cacheflow.vllm.scheduler.request_prefix import MediaSpan, RequestPrefix
-from cacheflow.vllm.scheduler.restorations import Restorations
-from cacheflow.vllm.scheduler.saves import OrderedSaves
+from cacheflow.vllm.scheduler.decide import Decider, Decision
+from cacheflow.vllm.scheduler.explain import BROUGHT_BY_ANOTHER, EMBEDDED, Siblings, answer_of
+from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
+from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
+from cacheflow.vllm.scheduler.request import TrackedRequest
+from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
+from cacheflow.vllm.scheduler.restorations import EndedRestoration, RestorationOutcome, Restorations
+from cacheflow.vllm.scheduler.saves import RequestSaves, SaveLog
 from cacheflow.vllm.scheduler.sharing import Sharing
 from cacheflow.vllm.scheduler.stage_planner import slowest_of_stages
 from cacheflow.vllm.scheduler.store_census import StoreCensus
-from cacheflow.vllm.scheduler.unrestored import BROUGHT_BY_ANOTHER, EMBEDDED, why_unrestored
+from cacheflow.vllm.scheduler.view import BlockIdsOf, RequestView, ScheduledRequest
 from cacheflow.vllm.scheduler.wishes import Mode, Wishes
 from cacheflow.vllm.step import NOTHING, CaptureWork, ModelNews, SaveWork, StepWork, WeightsChange
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestView:
-    """What a connector passes on of vLLM's request.
-
-    Attributes:
-        request_id: vLLM's.
-        tokens: Known token ids, prompt and output; a live view that grows.
-        num_prompt_tokens: Tokens of the prompt.
-        salt: ``cache_salt``.
-        adapter: Its LoRA adapter; None without.
-        media: Images and sounds in the prompt.
-        params: ``kv_transfer_params``.
-        hashable: Whether the token ids say what the prompt is (not so for prompt embeddings).
-        computes_all: Whether vLLM computes the whole prompt, whatever is cached of it.
-    """
-
-    request_id: str
-    tokens: Sequence[int]
-    num_prompt_tokens: int
-    salt: str = ""
-    adapter: Adapter | None = None
-    media: Sequence[MediaSpan] = ()
-    params: Mapping[str, Any] | None = None
-    hashable: bool = True
-    computes_all: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """One request of a step, and how many of its tokens are computed when the step is through.
-
-    Attributes:
-        request_id: vLLM's.
-        num_computed: Tokens.
-        num_scheduled: Those of them that the step computes.
-        unproven: Another connector loads a prefix for this very step, and may fail, which shows when it is through.
-    """
-
-    request_id: str
-    num_computed: int
-    num_scheduled: int = 0
-    unproven: bool = False
-
-
 class SchedulerSide:
-    """Everything that is decided, in one process, once per step."""
+    """Everything that is decided, in one process, once per step.
+
+    Attributes:
+        counts: What was counted since they were last taken.
+    """
 
     def __init__(
         self, options: ConnectorOptions, store: Store, facts_by_rank: Sequence[EngineFacts], *, clock: Clock
@@ -92,7 +49,8 @@ class SchedulerSide:
         """Serve the engine whose workers found out ``facts_by_rank``."""
         by_stage = slowest_of_stages(facts_by_rank)
         self._options, self._store = options, store
-        self._ranks, self._block_size = tuple(facts_by_rank), by_stage[0].block_size
+        self._block_size = by_stage[0].block_size
+        self._captures = any(facts.boundary_token_bytes for facts in facts_by_rank)
         self._requests: dict[str, TrackedRequest] = {}
         self._weights_versions: dict[int, int] = {}
         self._siblings = Siblings()
@@ -101,9 +59,9 @@ class SchedulerSide:
         self._parts = describe(facts_by_rank)
         self._census = StoreCensus(store)
         self._census.describe(self._identity.namespace(None), self._parts)
+        self._save_log = SaveLog()
         self._lookup = PrefixLookup(store, timeout_s=options.lookup_timeout_s, clock=clock)
-        self._ordered_saves = OrderedSaves()
-        self._questions = StoreQuestions(self._lookup, facts_by_rank, self._ordered_saves, clock=clock)
+        self._questions = StoreQuestions(self._lookup, facts_by_rank, saved_at=lambda: self._save_log.now, clock=clock)
         self._decider = Decider(by_stage, options, clock=clock)
         self._restorations = Restorations(
             options,
@@ -128,51 +86,51 @@ class SchedulerSide:
             wishes = replace(wishes, max_load_tokens=0)
         if wishes.complaint:
             logger.warning("request %s: kv_transfer_params: %s", view.request_id, wishes.complaint)
+        prefix = RequestPrefix(chunk_tokens=self._options.chunk_tokens, salt=view.salt, media=view.media)
         request = TrackedRequest(
-            request_id=view.request_id,
-            tokens=view.tokens,
-            num_prompt_tokens=view.num_prompt_tokens,
-            computes_all=view.computes_all,
+            view=view,
             wishes=wishes,
-            adapter=view.adapter,
-            prefix=RequestPrefix(
-                namespace="", chunk_tokens=self._options.chunk_tokens, salt=view.salt, media=view.media
-            ),
+            prefix=prefix,
+            saves=RequestSaves(view, prefix, block_size=self._block_size, decode_too=self._options.save_decode_kv),
+            name=self._identity.name(view.adapter),
         )
         self._requests[view.request_id] = request
         self._siblings.join(view.request_id)
         if wishes.mode is Mode.OFF:
             request.reason = "the request asked for 'off'" if view.hashable else EMBEDDED
-        self._identify(request)
+        self._begin_name(request)
 
-    def _identify(self, request: TrackedRequest) -> None:
-        """Name a request's KV by the present weights and adapter, and ask the store for it; none of it exists yet."""
-        request.claim = None if request.adapter is None else self._identity.claim(request.adapter)
-        request.generation = self._identity.generation
-        namespace = self._identity.namespace(request.claim)
-        self._census.describe(namespace, self._parts | self._identity.parts(request.claim))
-        request.prefix = replace(request.prefix, namespace=namespace)
-        request.forget_store()
+    def _begin_name(self, request: TrackedRequest) -> None:
+        """Forget what was known of a request's KV, and ask the store for what has its present name."""
+        name, adapter = request.name, request.view.adapter
+        self._census.describe(name.namespace, self._parts | self._identity.parts(name.claim))
+        request.question = request.decision = None
+        request.saves.forget()
         if request.wishes.mode is Mode.OFF:
             return
-        if request.adapter is not None and request.claim is None:
-            request.generation = MIXED
-            request.reason = (
-                f"the files of its adapter {request.adapter.name!r} in {request.adapter.path} cannot be read"
-            )
+        if adapter is not None and name.claim is None:
+            request.reason = f"the files of its adapter {adapter.name!r} in {adapter.path} cannot be read"
         elif self._identity.stopped:
             request.reason = self._identity.stopped
         else:
-            self._questions.ask(request)
+            request.question = self._ask(request)
+
+    def _ask(self, request: TrackedRequest) -> StoreQuestion:
+        num_chunks = request.prefix.extend(request.view.tokens)
+        if not num_chunks:
+            request.reason = f"the prompt has no whole chunk of {request.prefix.chunk_tokens} tokens"
+        return self._questions.ask(request.name.namespace, request.prefix.names(0, num_chunks))
 
     def _ask_anew(self, request: TrackedRequest, num_preemptions: int) -> None:
         """Ask again where the answer is out of date: the engine has another generation, or vLLM took the KV away."""
-        if request.generation != self._identity.generation:
-            self._identify(request)  # vLLM asks only while it has computed nothing of it, or nothing is left of it
+        if request.name.generation != self._identity.generation:
+            # vLLM asks only while it has computed nothing of it, or nothing is left of it.
+            request.name = self._identity.name(request.view.adapter)
+            self._begin_name(request)
         elif num_preemptions != request.num_preemptions:
             request.decision = None
             if request.wishes.mode is not Mode.OFF:
-                self._questions.ask(request)  # by now the store may hold what the request itself has computed
+                request.question = self._ask(request)  # by now the store may hold what the request has computed itself
         request.num_preemptions = num_preemptions
 
     def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
@@ -183,34 +141,37 @@ class SchedulerSide:
         request.asked_by_vllm = True
         request.num_local, request.num_brought = num_computed, 0
         self._ask_anew(request, num_preemptions)
-        if request.wishes.mode is Mode.OFF or request.lookup is None or request.given_up:
+        question = request.question
+        if question is None or not question.names or request.given_up:
             return 0
-        if not self._questions.answered(request):
+        if not self._questions.answered(question):
             return None
-        request.allocating = None
+        request.saves.stored(question.num_stored)
+        request.offered = None
         decision = request.decision
         if decision is None or decision.start != num_computed:
-            decision = self._decide(request, num_computed)
-        if decision.end > decision.start:
+            decision = request.decision = self._decide(request, question, num_computed)
+        if decision.num_tokens:
             shared = self._restorations.shared(request, decision)
             if shared.sharing is Sharing.WAIT:
                 return None
-            if shared.sharing is Sharing.COPY:
-                # Not kept: the blocks are the other's only as long as it is under way. vLLM allocates in this step.
-                request.allocating = self._decider.behind_copy(decision, shared)
-            else:
-                request.allocating = decision
-        return decision.end - decision.start
+            # A copy is offered for this step alone: the blocks are the other's only as long as it is under way.
+            copies = shared.sharing is Sharing.COPY
+            request.offered = self._decider.after_copy(decision, shared) if copies else decision
+        return decision.num_tokens
 
-    def _decide(self, request: TrackedRequest, num_computed: int) -> Decision:
-        decision = self._decider.decide(
-            request, start=num_computed, num_tokens=len(request.tokens), num_stored=request.num_stored
-        )
-        request.decision, request.reason = decision, decision.reason
-        if request.lookup is not None and request.lookup.timed_out:
+    def _decide(self, request: TrackedRequest, question: StoreQuestion, num_computed: int) -> Decision:
+        num_tokens = len(request.view.tokens)
+        try:
+            decision = self._decider.decide(request.wishes, question, start=num_computed, num_tokens=num_tokens)
+        except CostRangeError as error:
+            logger.warning("request %s is computed, not restored: %s", request.view.request_id, error)
+            decision = Decision(start=num_computed, end=num_computed, reason=str(error))
+        request.reason = decision.reason
+        if question.lookup.timed_out:
             self.counts.lookup_timeouts += 1  # once a decision: vLLM asks in every step while the request waits
             request.reason = f"the store did not answer within {self._options.lookup_timeout_s:g} s"
-        if decision.end == decision.start and decision.plan is not None and decision.plan.guard is not None:
+        if not decision.num_tokens and decision.slowest is not None and decision.slowest.plan.guard is not None:
             self.counts.guard[Choice.RECOMPUTE.value] += 1
         return decision
 
@@ -219,30 +180,30 @@ class SchedulerSide:
         request = self._requests.get(request_id)
         if num_external == 0 or request is None:
             return
-        decision = request.allocating
-        if decision is None or decision.end - decision.start != num_external:
-            raise AssertionError(f"vLLM allocated {num_external} tokens for {request_id}, decided was {decision}")
-        self._restorations.start(request, decision, block_ids)
-        request.decision = request.allocating = None
+        offered = request.offered
+        if offered is None or offered.num_tokens != num_external:
+            raise AssertionError(f"vLLM allocated {num_external} tokens for {request_id}, offered was {offered}")
+        self._restorations.start(request, offered, block_ids)
+        request.decision = request.offered = None
 
     def passed_over(self, request_id: str, *, num_brought: int | None) -> None:
         """Note that vLLM has set blocks aside without asking for a restoration.
 
         Args:
             request_id: vLLM's.
-            num_brought: Tokens that some connector brings; None where that is not known.
+            num_brought: Tokens that some connector loads; None where that is not known.
         """
         request = self._requests.get(request_id)
-        if request is None or request.restoration is not None or request.records:
+        if request is None or request.records or self._restorations.restoring(request_id):
             return  # vLLM calls again when our own restoration has ended
         request.num_brought = 1 if num_brought is None else num_brought
-        if num_brought or request.allocating is not None:
-            request.allocating, request.reason = None, BROUGHT_BY_ANOTHER
+        if num_brought or request.offered is not None:
+            request.offered, request.reason = None, BROUGHT_BY_ANOTHER
 
     def step(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, *, num_scheduled_tokens: int
     ) -> StepWork:
-        """Order the work of one step: restorations go on, computed chunks are saved.
+        """The work of one step: restorations go on, computed chunks are saved.
 
         Args:
             scheduled: The requests of the step.
@@ -253,48 +214,36 @@ class SchedulerSide:
         generation = self._identity.generation
         if not saves and not captures and self._restorations.idle:
             return StepWork(generation=generation) if generation else NOTHING
-        orders = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
+        work = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
         versions = dict(self._weights_versions)
-        return replace(orders, captures=captures, weights_versions=versions, generation=generation)
+        return replace(work, captures=captures, weights_versions=versions, generation=generation)
 
     def _saves(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf
     ) -> tuple[tuple[SaveWork, ...], tuple[CaptureWork, ...]]:
         saves: list[SaveWork] = []
         captures: list[CaptureWork] = []
-        capturing = any(facts.boundary_token_bytes for facts in self._ranks)
         for each in scheduled:
             request = self._requests.get(each.request_id)
             if request is None or request.wishes.mode is Mode.OFF or not self._is_current(request):
                 continue
+            own, num_computed = request.saves, each.num_computed
             if each.unproven:
-                request.proven_after = len(request.tokens)
-            if len(request.tokens) <= request.proven_after:
+                own.unproven()
+            if not own.proven:
                 continue
-            if capturing and (capture := self._capture(request, each)) is not None:
+            if self._captures and (capture := own.capture(num_computed - each.num_scheduled, num_computed)) is not None:
                 captures.append(capture)
-            orders = request.saves(
-                num_computed=each.num_computed,
-                block_ids_of=block_ids_of,
-                block_size=self._block_size,
-                decode_too=self._options.save_decode_kv,
-            )
-            saves += self._ordered_saves.new(orders, asked_at=request.asked_at)
+            computed = own.take(request.name, num_computed=num_computed, block_ids_of=block_ids_of)
+            saves += self._save_log.new(computed, asked_at=request.question.asked_at if request.question else 0)
         return tuple(saves), tuple(captures)
 
     def _is_current(self, request: TrackedRequest) -> bool:
         """Whether all of a request's KV is of the weights and the adapter that its name stands for."""
-        if self._identity.stopped or request.generation != self._identity.generation:
+        if self._identity.stopped or request.name.generation != self._identity.generation:
             return False
         return not self._identity.may_be_old(
-            request.adapter, num_local=request.num_local, num_brought=request.num_brought
-        )
-
-    def _capture(self, request: TrackedRequest, scheduled: ScheduledRequest) -> CaptureWork | None:
-        return request.capture(
-            start=scheduled.num_computed - scheduled.num_scheduled,
-            end=scheduled.num_computed,
-            decode_too=self._options.save_decode_kv,
+            request.view.adapter, num_local=request.num_local, num_brought=request.num_brought
         )
 
     def reset(self) -> None:
@@ -313,8 +262,8 @@ class SchedulerSide:
             for restore_id, reason in each.refused.items():
                 self._restorations.discard(reason, restore_id)
             for request in self._requests.values():
-                if request.claim is not None and request.claim.number in each.replaced_adapters:
-                    request.generation = MIXED
+                if request.name.claim is not None and request.name.claim.number in each.replaced_adapters:
+                    request.name = replace(request.name, generation=MIXED)
         changes = {rank: each.weights for rank, each in news.items() if each.weights is not None}
         self._weights_versions |= {rank: change.version for rank, change in changes.items()}
         if changes:
@@ -341,7 +290,17 @@ class SchedulerSide:
 
     def take_report(self, report: StepReport) -> None:
         """Take in what the workers did."""
-        self._restorations.apply(report)
+        for ended in self._restorations.apply(report):
+            self._restoration_ended(self._requests[ended.request_id], ended)
+
+    def _restoration_ended(self, request: TrackedRequest, ended: EndedRestoration) -> None:
+        request.records.append(ended.record)
+        if ended.lost_chunk is not None:
+            request.saves.lost(ended.lost_chunk)
+        if ended.outcome is not RestorationOutcome.DONE:
+            error = ended.record["error"]
+            request.reason = f"the restoration was {ended.outcome.value}" + (f": {error}" if error else "")
+            request.given_up = request.given_up or ended.outcome is RestorationOutcome.FAILED
 
     def load_failed(self) -> None:
         """Save nothing of requests whose prefix another connector was to load, and of which no token came since.
@@ -349,8 +308,7 @@ class SchedulerSide:
         A load failed, and vLLM computes again what depended on it: not in all of its runners with the right result.
         """
         for request in self._requests.values():
-            if len(request.tokens) <= request.proven_after:
-                request.proven_after = sys.maxsize
+            request.saves.load_failed()
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """A request ended or was aborted; what is under way for it is cancelled.
@@ -361,15 +319,10 @@ class SchedulerSide:
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
-        if request.restoration is not None:
-            self._restorations.cancel(request)
-        answer: dict[str, Any] = {}
-        if request.wishes.complaint:
-            answer["cacheflow_error"] = request.wishes.complaint
-        if request.wishes.explain or self._options.explain:
-            answer["cacheflow"] = request.records
-            if not any(record["outcome"] == "done" for record in request.records):
-                answer["cacheflow_reason"] = why_unrestored(request)
+        record = self._restorations.cancel(request_id)
+        if record is not None:
+            request.records.append(record)
+        answer = answer_of(request, explain=self._options.explain)
         return self._siblings.ended(request_id, answer) or None
 
     @property

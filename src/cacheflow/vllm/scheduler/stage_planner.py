@@ -11,15 +11,15 @@ import numpy as np
 from cacheflow.errors import CostRangeError
 from cacheflow.plan.costs import CostTable, prefill_s
 from cacheflow.plan.grid import Grid
+from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.scheduler.request import StagePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpan:
-    """Which tokens a restoration brings.
+    """Which tokens are restored.
 
     Attributes:
         start: The first, a multiple of the block size.
@@ -34,11 +34,26 @@ class PlanSpan:
     num_tokens: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StagePlan:
+    """How one pipeline stage is to restore its layers.
+
+    Attributes:
+        problem: Costs.
+        plan: The policy's plan.
+        source: Where the activations below its first layer come from.
+    """
+
+    problem: RestoreProblem
+    plan: RestorePlan
+    source: BoundarySource = BoundarySource.FIRST_STAGE
+
+
 class StagePlanner:
     """Plans one stage's share of a restoration.
 
     Attributes:
-        facts: Of the slowest of its tensor-parallel ranks, all of which get the same orders.
+        facts: Of the slowest of its tensor-parallel ranks, all of which do the same work.
         rates: What compute and the link were seen to do; every restoration corrects them.
     """
 
@@ -131,13 +146,13 @@ def slowest_of_stages(ranks: Iterable[EngineFacts]) -> list[EngineFacts]:
 
 
 def own_prefill_s(costs: CostTable, *, start: int, end: int, num_tokens: int) -> float | None:
-    """Seconds by which vLLM's prefill of the whole rest of a prompt is longer than that of what lies behind ``end``."""
+    """Seconds by which vLLM's prefill of the whole rest of a prompt is longer than that of what comes after ``end``."""
     try:
         whole_s = prefill_s(costs, start=start, end=num_tokens)
-        behind_s = prefill_s(costs, start=end, end=num_tokens)
+        after_s = prefill_s(costs, start=end, end=num_tokens)
     except CostRangeError:
         return None  # a prompt longer than the costs reach; the chunks to be restored lie within
-    return None if whole_s is None or behind_s is None else max(0.0, whole_s - behind_s)
+    return None if whole_s is None or after_s is None else max(0.0, whole_s - after_s)
 
 
 def load_only_problem(grid: Grid, facts: EngineFacts, link: LinkCost, *, object_tokens: int) -> RestoreProblem:
