@@ -108,7 +108,8 @@ def test_a_namespace_is_the_same_for_every_split_into_stages_and_another_for_eve
 
 @ONE
 def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_path):
-    from cacheflow.vllm.startup.calibration import Lengths, calibrate, load_costs, profile_path, save_costs
+    from cacheflow.vllm.startup.calibration import Lengths, calibrate
+    from cacheflow.vllm.startup.cost_profile import load_costs, profile_path, save_costs
     from cacheflow.vllm.startup.identity import cost_identity
 
     identity = cost_identity(tiny.handle, fingerprint="f")

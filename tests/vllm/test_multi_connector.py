@@ -132,7 +132,7 @@ def test_the_first_in_line_serves_and_the_reason_says_so(setting):
         assert "cacheflow_reason" not in again.params
     else:
         assert again.records == []
-        assert again.params["cacheflow_reason"] == "another connector of this engine brought the prefix"
+        assert again.params["cacheflow_reason"] == "another connector of this engine loaded the prefix"
 
 
 def test_what_only_the_other_holds_is_brought_by_it(setting):
@@ -144,7 +144,7 @@ def test_what_only_the_other_holds_is_brought_by_it(setting):
     brought = engine.ask(prompt)
     assert brought.tokens == own.tokens
     assert brought.records == []
-    assert brought.params["cacheflow_reason"] == "another connector of this engine brought the prefix"
+    assert brought.params["cacheflow_reason"] == "another connector of this engine loaded the prefix"
     engine.evict()
     forget_sibling(engine)
     engine.balance_link(LENGTH)

@@ -587,15 +587,15 @@ def test_who_brought_a_prefix_is_said():
     """Offered and passed over, or brought without an offer; not where vLLM looked for nobody's."""
     case = Case()
     prompt = case.saved_prompt(4 * CHUNK + 5, 4)
-    by_another = "another connector of this engine brought the prefix"
-    for name, num_brought in (("offered", 0), ("brought", 4 * CHUNK)):
+    by_another = "another connector of this engine loaded the prefix"
+    for name, num_loaded in (("offered", 0), ("brought", 4 * CHUNK)):
         case.arrive(name, prompt)
         assert case.matched(name) == 4 * CHUNK
-        case.side.passed_over(name, num_brought=num_brought)
+        case.side.passed_over(name, num_loaded=num_loaded)
         assert case.side.finished(name)["cacheflow_reason"] == by_another
     case.arrive("lacking", tokens(2 * CHUNK, seed=9))
     assert case.matched("lacking") == 0
-    case.side.passed_over("lacking", num_brought=0)
+    case.side.passed_over("lacking", num_loaded=0)
     assert "nothing to restore" in case.side.finished("lacking")["cacheflow_reason"]
 
 
@@ -604,9 +604,9 @@ def test_the_second_call_for_a_restored_request_is_no_pass_over():
     worker = Worker(case)
     case.arrive("a", case.saved_prompt(4 * CHUNK + 5, 4))
     assert case.begin("a") == 4 * CHUNK
-    case.side.passed_over("a", num_brought=4 * CHUNK)  # under way
+    case.side.passed_over("a", num_loaded=4 * CHUNK)  # under way
     worker.run()
-    case.side.passed_over("a", num_brought=4 * CHUNK)  # vLLM counts it as brought
+    case.side.passed_over("a", num_loaded=4 * CHUNK)  # vLLM counts it as brought
     answer = case.side.finished("a")
     assert "cacheflow_reason" not in answer
     assert [record["outcome"] for record in answer["cacheflow"]] == ["done"]

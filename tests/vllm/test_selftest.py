@@ -88,7 +88,7 @@ def test_scatter_into_the_wrong_block_is_refused(tiny):
 
 @ONE
 def test_a_small_kv_cache_is_named(tiny):
-    from cacheflow.vllm.startup.scratch import scratch_blocks
+    from cacheflow.vllm.startup.probe import scratch_blocks
 
     too_many = tiny.layout.num_blocks * tiny.size
     with pytest.raises(ConfigError, match=f"{too_many} tokens need"), scratch_blocks(tiny.layout, too_many):

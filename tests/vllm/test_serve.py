@@ -150,7 +150,7 @@ def test_folders_in_the_printed_line_do_not_depend_on_where_it_is_pasted(monkeyp
         (["m", "--chunk-tokens", "0"], "chunk_tokens is 0, must be above 0"),
         (["m", "--chunk-tokens", "many"], "--chunk-tokens: invalid int value"),
         (["m", "--max-model-len", "4096"], "known are --print-config, --store, --store-path"),
-        (["m", "--max-model-len", "4096"], "options of vLLM go behind `--`"),
+        (["m", "--max-model-len", "4096"], "options of vLLM go after `--`"),
         (["m", "--boundary-states", "maybe"], "maybe; known are"),
         (["m", "--boundary-states", "maybe"], "--[no-]boundary-states, --[no-]save-decode-kv, "),
         (["m", "--boundary-states", "maybe"], "those with [no-] take no value"),

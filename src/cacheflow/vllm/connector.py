@@ -31,7 +31,7 @@ from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.child_handshakes import keep_handshakes_apart
 from cacheflow.vllm.compat import check_version
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.last_line import log_beside_vllm, reason_told
+from cacheflow.vllm.last_line import log_beside_vllm, reason_left
 from cacheflow.vllm.models.refusals import load_refusals, require_loadable
 from cacheflow.vllm.models.workers import worker_of
 from cacheflow.vllm.options import ConnectorOptions
@@ -65,7 +65,7 @@ class CacheFlowMetadata(KVConnectorMetadata):
 
 @dataclass
 class CacheFlowWorkerMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler, on steps that have something to tell.
+    """Worker to scheduler, in steps that have something to report.
 
     Attributes:
         report: What came of the work.
@@ -100,7 +100,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         with contextlib.suppress(ValueError):  # the name is taken: by ours, which reads the same statistics
             KVConnectorFactory.register_connector(cls.__name__, cls.__module__, cls.__name__)
 
-    @reason_told()
+    @reason_left()
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """Check the configuration and open the store.
 
@@ -180,7 +180,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         elif not request.skip_reading_prefix_cache:
             stats = request.prefill_stats
             self._scheduler.passed_over(
-                request.request_id, num_brought=None if stats is None else stats.num_external_cached_tokens
+                request.request_id, num_loaded=None if stats is None else stats.num_external_cached_tokens
             )
 
     def build_connector_meta(self, scheduler_output: Any) -> CacheFlowMetadata:
@@ -214,13 +214,13 @@ class CacheFlowConnector(KVConnectorBase_V1):
         super().bind_kv_cache_manager(kv_cache_manager)
         reset = kv_cache_manager.reset_prefix_cache
 
-        def telling() -> bool:
+        def reporting() -> bool:
             was_reset = bool(reset())
             if was_reset and isinstance(self._half, SchedulerSide):
                 self._half.local_cache_was_reset()
             return was_reset
 
-        kv_cache_manager.reset_prefix_cache = telling
+        kv_cache_manager.reset_prefix_cache = reporting
 
     def reset_cache(self) -> bool:
         """Restore nothing that was saved so far; what others share in the store stays."""
@@ -229,7 +229,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         return True
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Forget a request; vLLM itself keeps the blocks of one that is being restored until the worker is through."""
+        """Forget a request; vLLM keeps the blocks of one that is being restored until the worker has finished."""
         return False, self._scheduler.finished(request.request_id)
 
     # Worker side
@@ -239,7 +239,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         if isinstance(self._half, Starting):
             self._half.kv_caches = kv_caches
 
-    @reason_told()
+    @reason_left()
     def get_handshake_metadata(self) -> CacheFlowHandshake:
         """Self-test and calibration, before the first request; what they found when vLLM asks again."""
         if isinstance(self._half, Starting):

@@ -56,7 +56,7 @@ class ConnectorOptions:
         calibrate: Measure costs at start where no profile fits (seconds); off: a profile is required.
         calibrate_budget_s: Roughly how long measuring costs may take.
         save: Save computed KV.
-        boundary_states: On pipeline stages behind the first, save what the stage before handed over too: from it a
+        boundary_states: On pipeline stages above the first, save what the stage below handed over too: from it a
             stage restores its layers without waiting for the others.
         save_decode_kv: Save chunks that contain tokens made by decode steps too.
         unsupported_models: What to do with a model CacheFlow cannot recompute: ``refuse`` or ``load_only``.

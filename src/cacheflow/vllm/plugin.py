@@ -30,7 +30,7 @@ CONNECTOR_MODULE = "cacheflow.vllm.connector"
 CONNECTOR = "CacheFlowConnector"
 
 WEIGHT_METHODS = ("apply_model", "reload_weights", "start_weight_update", "update_weights", "finish_weight_update")
-"""Of vLLM's worker: each may leave other weights behind. ``apply_model`` may only look; that cannot be told."""
+"""Of vLLM's worker: each may leave other weights. ``apply_model`` may only look, which cannot be seen from here."""
 
 _MARK = "_cacheflow_remembers"
 
@@ -50,7 +50,7 @@ def register() -> None:
 
 
 def _announce(worker_class: Any, name: str) -> None:  # noqa: ANN401 -- vLLM's Worker
-    """Have a method of the worker tell that it may have changed the weights, also where it fails half-way."""
+    """Have a method of the worker announce that it may have changed the weights, also where it fails half-way."""
     change = getattr(worker_class, name, None)
     if change is None or hasattr(change, _MARK):
         return
@@ -69,7 +69,7 @@ def _announce(worker_class: Any, name: str) -> None:  # noqa: ANN401 -- vLLM's W
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds a module of vLLM as everybody else would, and changes it once it has run."""
+    """Finds a module of vLLM as any finder would, and changes it once it has run."""
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.name, self._action = name, action

@@ -20,7 +20,7 @@ class CaptureWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveWork:
-    """Write one chunk once this step's forward is through.
+    """Write one chunk after this step's forward.
 
     Attributes:
         request_id: Whose tokens they are; with ``chunk`` it names captured boundary states.
@@ -87,7 +87,7 @@ class WeightsChange:
     Attributes:
         version: How often they have, by now.
         how: By what, for people.
-        announced: Through a way that vLLM offers; otherwise a sample differed, and when it happened is not known.
+        announced: By a method that vLLM offers; otherwise a sample differed, and when it happened is not known.
     """
 
     version: int
@@ -97,7 +97,7 @@ class WeightsChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelNews:
-    """What one rank tells of its weights and adapters, besides its report on orders.
+    """What one rank reports of its weights and adapters, besides what it did.
 
     Attributes:
         weights: Their last change, where the scheduler side has not heard of it.
@@ -112,5 +112,5 @@ class ModelNews:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to tell."""
+        """Whether there is nothing to report."""
         return not (self.weights or self.replaced_adapters or self.refused)

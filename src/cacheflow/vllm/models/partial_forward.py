@@ -159,7 +159,7 @@ class PartialForward:
         return Activations(out["hidden_states"], out["residual"])
 
     def wait(self) -> None:
-        """Wait until the last call's kernels are through; does nothing on the CPU."""
+        """Wait until the last call's kernels have run; does nothing on the CPU."""
         if self._running is not None:
             self._running.synchronize()
             self._running = None

@@ -18,7 +18,7 @@ from cacheflow.vllm.scheduler.request import TrackedRequest
 from cacheflow.vllm.scheduler.wishes import Mode
 
 EMBEDDED = "the prompt is given as embeddings: its token ids do not say what it is"
-BROUGHT_BY_ANOTHER = "another connector of this engine brought the prefix"
+LOADED_BY_ANOTHER = "another connector of this engine loaded the prefix"
 COMPUTES_ALL = (
     "vLLM computes all of this prompt, whatever is cached: its log-probabilities are asked for (echo, "
     "prompt_logprobs), or skip_reading_prefix_cache is set"
@@ -92,7 +92,7 @@ def _why_unrestored(request: TrackedRequest) -> str:
     offered = request.decision.end - request.decision.start
     return (
         f"vLLM did not take up the {offered} tokens that were offered: the request ended first, or another connector "
-        "of the engine brought them"
+        "of the engine loaded them"
     )
 
 

@@ -4,7 +4,7 @@ An engine starts in the generation that it shares with every engine of the same 
 weights that a worker reports, begins a generation of its own: nothing saved before is found any more, and no other
 process finds what is saved from now on. What others share in the store stays.
 
-vLLM's own prefix cache is another matter, and so is what another connector brings: they may go on holding KV of the
+vLLM's own prefix cache is another matter, and so is what another connector loads: they may go on holding KV of the
 weights or the adapter before. Until they are reset too, a request that has tokens from them is not saved, or the old KV
 would get the new name.
 """
@@ -123,21 +123,21 @@ class KvIdentity:
         own = {"generation": self._token} if self._token else {}
         return own if claim is None else own | {"lora": claim.digest}
 
-    def may_be_old(self, adapter: Adapter | None, *, num_local: int, num_brought: int) -> bool:
+    def may_be_old(self, adapter: Adapter | None, *, num_local: int, num_loaded: int) -> bool:
         """Whether a request may have KV of other weights, or of its adapter's files before.
 
         Args:
             adapter: The request's.
             num_local: Tokens from vLLM's own prefix cache.
-            num_brought: Tokens that another connector brought.
+            num_loaded: Tokens that another connector loaded.
         """
-        return bool(num_local and self._local.concerns(adapter)) or bool(num_brought and self._others.concerns(adapter))
+        return bool(num_local and self._local.concerns(adapter)) or bool(num_loaded and self._others.concerns(adapter))
 
 
 def shared_namespace(ranks: Iterable[EngineFacts]) -> str:
     """One digest for all ranks of an engine: the same for every number of pipeline stages that share the layers.
 
-    Ranks that know nothing of their weights (fakes) are told apart by number; a single one has its own digest.
+    Ranks that know nothing of their weights (fakes) are distinguished by number; a single one has its own digest.
     """
     facts = sorted(ranks, key=lambda each: each.rank)
     if len(facts) == 1 and not facts[0].weights:

@@ -1,4 +1,4 @@
-"""How much of an engine step may go to recomputation: all of it while nobody runs, a budget while others decode."""
+"""How much of an engine step may go to recomputation: all of it while no request runs, a budget while others decode."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
 
 IDLE_WAIT_S = 0.002
-"""With nothing to compute and nobody running, a worker waits this long for a read to end before the step ends."""
+"""With nothing to compute and no request running, a worker waits this long for a read to end before the step ends."""
 DECAY = 0.8
 """Weight that older steps keep in the estimate of a step's own time."""
 IDLE_CHUNK_SHARE = 0.25
-"""Part of what a chunk takes that a step orders while nobody runs: where chunks are slow, steps cost more as well. A
-request that arrives then waits less than it would for a step of vLLM's own prefill."""
+"""Part of what a chunk takes that a step recomputes while no request runs: where chunks are slow, steps cost more as
+well. A request that arrives then waits less than it would for a step of vLLM's own prefill."""
 CHUNK_SHARE = 0.1
-"""Part of what a chunk takes that recomputation may use in a step while others decode, unless told otherwise."""
+"""Part of what a chunk takes that a step may recompute while others decode, without ``recompute_budget_ms``."""
 HEADROOM = 0.85
 """Part of what ``itl_slo_ms`` leaves beside the engine's own step that recomputation may use: steps vary."""
 
@@ -25,7 +25,7 @@ class StepBudget:
 
     Attributes:
         compute_s: Seconds of recomputation; 0 for none.
-        unit_s: Seconds the least that can be ordered takes; what is left below it is handed to nobody.
+        unit_s: Seconds the least work takes; what is left below it goes to no restoration.
         read_ahead_s: Seconds of the link to keep under way.
         wait_s: How long a worker with nothing to compute may wait for a read.
     """
@@ -61,13 +61,13 @@ class Pace:
         self._last_s = None
 
     def budget(self, now_s: float, *, busy: bool, chunk_s: float, unit_s: float) -> StepBudget:
-        """The budget of the step that is being ordered.
+        """The budget of the step that is being made.
 
         Args:
             now_s: Seconds.
             busy: Other requests run in this step.
             chunk_s: Seconds one chunk takes to recompute.
-            unit_s: Seconds the least that can be ordered takes.
+            unit_s: Seconds the least work takes.
         """
         self._observe(now_s, busy=busy)
         if not busy:

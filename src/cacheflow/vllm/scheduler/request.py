@@ -28,7 +28,7 @@ class TrackedRequest:
         num_preemptions: How often vLLM had preempted it when the store was last asked.
         asked_by_vllm: vLLM has asked how much can be restored.
         num_local: Tokens that vLLM's own prefix cache held when it was scheduled.
-        num_brought: Tokens that another connector loaded.
+        num_loaded: Tokens that another connector loaded.
         decision: The last decision; None before the first.
         offered: What vLLM was offered in this step, with what can be copied now; None otherwise.
         given_up: A restoration failed: vLLM asks again for a request of which nothing was restored, and whatever broke
@@ -47,7 +47,7 @@ class TrackedRequest:
     num_preemptions: int = 0
     asked_by_vllm: bool = False
     num_local: int = 0
-    num_brought: int = 0
+    num_loaded: int = 0
     decision: Decision | None = None
     offered: Decision | None = None
     given_up: bool = False

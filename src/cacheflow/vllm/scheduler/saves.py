@@ -95,9 +95,9 @@ class RequestSaves:
 class SaveLog:
     """The saves of this engine and the questions to the store, by what came first. One thread.
 
-    What the store told a request of a chunk is out of date once the chunk is saved after the question: the burst of
-    requests after one system prompt is answered "missing" before the first of them has computed it. An answer to a
-    question after the save is newer: the write failed, was skipped, or the store has evicted it.
+    What the store answered about a chunk is out of date once the chunk is saved after the question: a burst of requests
+    with one system prompt is answered "missing" before the first of them has computed it. An answer to a question
+    after the save is newer: the write failed, was skipped, or the store has evicted it.
 
     Attributes:
         now: Counts up with every save; what a question asked now is to be compared by.

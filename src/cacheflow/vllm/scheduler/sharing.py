@@ -1,4 +1,4 @@
-"""What a request lacks and another restoration is bringing: restored once, then copied between their blocks."""
+"""What a request lacks and another restoration restores: restored once, then copied between their blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cacheflow.restore.work import RestoreTarget
 
 
 class Sharing(Enum):
-    """What to do about a prefix that somebody else is restoring."""
+    """What to do about a prefix that another request is restoring."""
 
     NOTHING = "nothing"
     """Nobody is, or what is shared is too little to wait for."""
@@ -56,9 +56,9 @@ class Wanted:
 def find_shared(
     wanted: Wanted, others: Iterable[tuple[RestoreTarget, Callable[[], int]]], *, chunk_tokens: int, block_size: int
 ) -> Shared:
-    """What to do about the longest part of ``wanted`` that another restoration brings.
+    """What to do about the longest part of ``wanted`` that another restoration restores.
 
-    One that brings nothing else is waited for: vLLM's prefix cache shares its blocks when it ends. The last chunk is
+    One that restores nothing else is waited for: vLLM's prefix cache shares its blocks when it ends. The last chunk is
     never copied: a restoration has at least one chunk of its own to restore.
 
     Args:

@@ -19,7 +19,7 @@ from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.decide import Decider, Decision
-from cacheflow.vllm.scheduler.explain import BROUGHT_BY_ANOTHER, EMBEDDED, Siblings, answer_of
+from cacheflow.vllm.scheduler.explain import EMBEDDED, LOADED_BY_ANOTHER, Siblings, answer_of
 from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
 from cacheflow.vllm.scheduler.request import TrackedRequest
@@ -139,7 +139,7 @@ class SchedulerSide:
         if request is None:
             return 0
         request.asked_by_vllm = True
-        request.num_local, request.num_brought = num_computed, 0
+        request.num_local, request.num_loaded = num_computed, 0
         self._ask_anew(request, num_preemptions)
         question = request.question
         if question is None or not question.names or request.given_up:
@@ -186,19 +186,19 @@ class SchedulerSide:
         self._restorations.start(request, offered, block_ids)
         request.decision = request.offered = None
 
-    def passed_over(self, request_id: str, *, num_brought: int | None) -> None:
+    def passed_over(self, request_id: str, *, num_loaded: int | None) -> None:
         """Note that vLLM has set blocks aside without asking for a restoration.
 
         Args:
             request_id: vLLM's.
-            num_brought: Tokens that some connector loads; None where that is not known.
+            num_loaded: Tokens that some connector loads; None where that is not known.
         """
         request = self._requests.get(request_id)
         if request is None or request.records or self._restorations.restoring(request_id):
             return  # vLLM calls again when our own restoration has ended
-        request.num_brought = 1 if num_brought is None else num_brought
-        if num_brought or request.offered is not None:
-            request.offered, request.reason = None, BROUGHT_BY_ANOTHER
+        request.num_loaded = 1 if num_loaded is None else num_loaded
+        if num_loaded or request.offered is not None:
+            request.offered, request.reason = None, LOADED_BY_ANOTHER
 
     def step(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, *, num_scheduled_tokens: int
@@ -243,7 +243,7 @@ class SchedulerSide:
         if self._identity.stopped or request.name.generation != self._identity.generation:
             return False
         return not self._identity.may_be_old(
-            request.view.adapter, num_local=request.num_local, num_brought=request.num_brought
+            request.view.adapter, num_local=request.num_local, num_loaded=request.num_loaded
         )
 
     def reset(self) -> None:

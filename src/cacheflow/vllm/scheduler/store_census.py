@@ -46,7 +46,7 @@ class StoreCensus:
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread; a store that hangs is left behind."""
+        """End the thread; without waiting for a store that hangs."""
         self._namespaces.put(None)
 
     def _work(self) -> None:

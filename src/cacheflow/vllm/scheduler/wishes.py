@@ -15,7 +15,7 @@ class Mode(Enum):
     AUTO = "auto"
     """As the configured policy decides."""
     LOAD = "load"
-    """All that the store holds is read, even where recomputing would be sooner; what cannot be read is recomputed."""
+    """All that the store holds is read, even where recomputing would be faster; what cannot be read is recomputed."""
     RECOMPUTE = "recompute"
     """Only by vLLM's own prefill; what it computes is saved."""
     OFF = "off"

@@ -18,16 +18,12 @@ import torch
 
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable, GoldenPoint
+from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.problem import Seconds
-from cacheflow.stores.probe import measure_link
-from cacheflow.vllm.models.partial_forward import Activations, PartialForward
+from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.startup.agreement import from_first_rank
-from cacheflow.vllm.startup.cost_profile import load_costs, profile_path, save_costs
-from cacheflow.vllm.startup.pass_cost import measure_engine_pass
-from cacheflow.vllm.startup.scratch import scratch_blocks
+from cacheflow.vllm.startup.probe import random_states, scratch_blocks
 from cacheflow.vllm.worker.layout import BlockLayout
-
-__all__ = ["Lengths", "calibrate", "load_costs", "measure_link", "profile_path", "save_costs"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +82,13 @@ def calibrate(
         kinds = {}
         for kind in names:
             layers = [layer for layer, each in enumerate(layer_kinds) if each == kind]
-            survey = _Survey(meter, _spread(layers), budget_s / len(names), max_tokens)
-            kinds[kind] = survey.grid(_lengths(chunk_tokens, size), _offsets(max_tokens, chunk_tokens, size))
+            axes = (_lengths(chunk_tokens, size), _offsets(max_tokens, chunk_tokens, size))
+            kinds[kind] = _grid(meter, _spread(layers), *axes, budget_s=budget_s / len(names), max_tokens=max_tokens)
         every = _spread(list(range(len(layer_kinds))))
         overhead_s = meter.seconds(1, 0, every)
         head_s = meter.head_s()
-        engine_pass = measure_engine_pass(
-            [kinds[kind] for kind in layer_kinds],
-            lambda num_tokens: meter.seconds(num_tokens, 0, every),
-            chunk_tokens=chunk_tokens,
-            pass_tokens=pass_tokens,
-            budget_s=budget_s,
-        )
+        reach = Lengths(chunk_tokens=chunk_tokens, pass_tokens=pass_tokens, max_tokens=max_tokens)
+        engine_pass = _engine_pass(meter, every, [kinds[kind] for kind in layer_kinds], reach, budget_s=budget_s)
     kinds, overhead_s, head_s, engine_pass = from_first_rank((kinds, overhead_s, head_s, engine_pass))
     return CostTable(
         identity=identity,
@@ -137,40 +128,33 @@ def _kinds(forward: PartialForward) -> tuple[str, ...]:
     return tuple(_SLIDING if window not in (None, -1, (-1, -1)) else _FULL for window in windows)
 
 
-@dataclass(slots=True)
-class _Survey:
-    """Measures one kind of layer on a grid of lengths and offsets within a budget."""
-
-    meter: _Meter
-    layers: list[int]
-    budget_s: float
-    max_tokens: int
-
-    def grid(self, lengths: list[int], offsets: list[int]) -> CostGrid:
-        """Measure what the budget and the model's longest sequence allow, extend the rest."""
-        started_s = time.perf_counter()
-        full_QP = np.zeros((len(lengths), len(offsets)))
-        measured = 0
-        column_s = 0.0
-        for index, offset in enumerate(offsets):
-            elapsed_s = time.perf_counter() - started_s
-            stretch = (offset + lengths[-1]) / (offsets[index - 1] + lengths[-1]) if index else 1.0
-            fits = offset + lengths[-1] <= self.max_tokens  # beyond, there is no rotary embedding
-            affordable = index < 2 or elapsed_s + column_s * stretch <= self.budget_s
-            if not from_first_rank(fits and affordable):
-                break
-            full_QP[:, index] = [self.meter.seconds(length, offset, self.layers) for length in lengths]
-            column_s = time.perf_counter() - started_s - elapsed_s
-            measured = index + 1
-        if measured < len(offsets):
-            logger.info("costs measured up to offset %d, extended linearly to %d", offsets[measured - 1], offsets[-1])
-            _extend(full_QP, offsets, measured)
-        kv_only_Q = [self.meter.seconds(length, 0, self.layers, kv_only=True) for length in lengths]
-        # A longer chunk never costs less, and neither does a longer past: the rest is noise, which only adds.
-        full_QP = np.minimum.accumulate(full_QP[::-1], axis=0)[::-1]
-        full_QP = np.maximum.accumulate(full_QP, axis=1)
-        kv_only_QP = np.minimum(np.array(kv_only_Q)[:, None], full_QP)
-        return CostGrid(chunk_tokens=tuple(lengths), offsets=tuple(offsets), full_QP=full_QP, kv_only_QP=kv_only_QP)
+def _grid(
+    meter: _Meter, layers: list[int], lengths: list[int], offsets: list[int], *, budget_s: float, max_tokens: int
+) -> CostGrid:
+    """Measure one kind of layer as far as the budget and the model's longest sequence allow, extend the rest."""
+    started_s = time.perf_counter()
+    full_QP = np.zeros((len(lengths), len(offsets)))
+    measured = 0
+    column_s = 0.0
+    for index, offset in enumerate(offsets):
+        elapsed_s = time.perf_counter() - started_s
+        stretch = (offset + lengths[-1]) / (offsets[index - 1] + lengths[-1]) if index else 1.0
+        fits = offset + lengths[-1] <= max_tokens  # beyond, there is no rotary embedding
+        affordable = index < 2 or elapsed_s + column_s * stretch <= budget_s
+        if not from_first_rank(fits and affordable):
+            break
+        full_QP[:, index] = [meter.seconds(length, offset, layers) for length in lengths]
+        column_s = time.perf_counter() - started_s - elapsed_s
+        measured = index + 1
+    if measured < len(offsets):
+        logger.info("costs measured up to offset %d, extended linearly to %d", offsets[measured - 1], offsets[-1])
+        _extend(full_QP, offsets, measured)
+    kv_only_Q = [meter.seconds(length, 0, layers, kv_only=True) for length in lengths]
+    # A longer chunk never costs less, and neither does a longer past: the rest is noise, which only adds.
+    full_QP = np.minimum.accumulate(full_QP[::-1], axis=0)[::-1]
+    full_QP = np.maximum.accumulate(full_QP, axis=1)
+    kv_only_QP = np.minimum(np.array(kv_only_Q)[:, None], full_QP)
+    return CostGrid(chunk_tokens=tuple(lengths), offsets=tuple(offsets), full_QP=full_QP, kv_only_QP=kv_only_QP)
 
 
 def _extend(full_QP: Seconds, offsets: Sequence[int], measured: int) -> None:
@@ -184,26 +168,52 @@ def _extend(full_QP: Seconds, offsets: Sequence[int], measured: int) -> None:
         full_QP[:, index] = full_QP[:, measured - 1] + slope_Q * (offsets[index] - far)
 
 
+def _engine_pass(
+    meter: _Meter, layers: list[int], grids_L: Sequence[CostGrid], lengths: Lengths, *, budget_s: float
+) -> EnginePass | None:
+    """How much less vLLM's own prefill takes than the chunks of a save; see ``plan/engine_pass.py``.
+
+    Times the longest pass at offset 0 that the budget allows; None when it has no two chunks. The pass holds
+    collectives, so its length is the first rank's.
+    """
+    chunk_tokens = lengths.chunk_tokens
+    chunks_s = [0.0]
+    for count in range(1, lengths.pass_tokens // chunk_tokens + 1):
+        total_s = chunks_s[-1] + sum(grid.full_s(chunk_tokens, (count - 1) * chunk_tokens) for grid in grids_L)
+        if count > 2 and total_s * (_REPEATS + 1) > budget_s:  # all layers: on the safe side
+            break
+        chunks_s.append(total_s)
+    count = from_first_rank(len(chunks_s) - 1)
+    if count < 2:
+        return None
+    first_s = sum(grid.full_s(chunk_tokens, 0) for grid in grids_L)
+    total_s = sum(grid.full_s(chunk_tokens, index * chunk_tokens) for grid in grids_L for index in range(count))
+    saved_s = (total_s - meter.seconds(count * chunk_tokens, 0, layers) * len(grids_L)) / (count - 1)
+    # A boundary cannot save more than a chunk; noise can say that it does, or that it costs something.
+    saved_s = min(max(0.0, saved_s), first_s)
+    return EnginePass(pass_tokens=lengths.pass_tokens, chunk_tokens=chunk_tokens, saved_s=saved_s)
+
+
 class _Meter:
     """Times chunks of one layer; median of a few repeats after one that is thrown away."""
 
     def __init__(self, forward: PartialForward, block_ids: list[int], *, past_blocks: int) -> None:
-        """Write chunks behind the first ``past_blocks`` of the scratch blocks, which stand for any past."""
+        """Write chunks after the first ``past_blocks`` of the scratch blocks, which stand for any past."""
         self._forward = forward
         self._past, self._every = block_ids[:past_blocks], block_ids
         self._target = block_ids[past_blocks:]
         self._generator = torch.Generator().manual_seed(5)
 
     def seconds(self, length: int, offset: int, layers: list[int], *, kv_only: bool = False) -> float:
-        """Seconds of one layer for ``length`` tokens behind ``offset``."""
+        """Seconds of one layer for ``length`` tokens after ``offset``."""
         handle = self._forward.handle
         past = [self._past[index % len(self._past)] for index in range(offset // handle.block_size)]
         piece = self._forward.piece(offset, offset + length, [*past, *self._target] if offset else self._every)
         if handle.compiled:
-            boundary = None if handle.is_first_stage else self._random(length)
+            boundary = None if handle.is_first_stage else random_states(handle, length, self._generator)
             tokens = [1] * length
             return self._median_s(lambda: self._forward.run_whole(piece, tokens, boundary)) / handle.num_layers
-        states = [self._random(length) for _ in layers]
+        states = [random_states(handle, length, self._generator) for _ in layers]
 
         def one_pass() -> None:
             for layer, given in zip(layers, states, strict=True):
@@ -216,19 +226,13 @@ class _Meter:
         handle = self._forward.handle
         if handle.shard.pp_rank != handle.shard.pp_size - 1:
             return 0.0
-        hidden = self._random(1).hidden
+        hidden = random_states(handle, 1, self._generator).hidden
 
         def head() -> None:
             with torch.inference_mode():
                 handle.model.compute_logits(hidden)
 
         return self._median_s(head)
-
-    def _random(self, length: int) -> Activations:
-        handle = self._forward.handle
-        shape = (length, handle.hidden_size)
-        made = [torch.randn(shape, generator=self._generator).to(handle.device, handle.dtype) for _ in range(2)]
-        return Activations(made[0], made[1])
 
     def _median_s(self, work: Callable[[], object]) -> float:
         taken = []

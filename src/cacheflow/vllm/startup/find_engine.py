@@ -12,13 +12,15 @@ from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
+from cacheflow.stores.probe import measure_link
 from cacheflow.types import ModelShape
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.models.model_access import ModelHandle, open_model
 from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.startup.calibration import Lengths, calibrate, load_costs, measure_link, profile_path, save_costs
+from cacheflow.vllm.startup.calibration import Lengths, calibrate
+from cacheflow.vllm.startup.cost_profile import load_costs, profile_path, save_costs
 from cacheflow.vllm.startup.identity import cost_identity, digest_of, stage_weights, worker_namespace
 from cacheflow.vllm.startup.selftest import self_test
 from cacheflow.vllm.worker.boundary import boundary_token_bytes, make_receive_buffer, stores_boundaries
@@ -28,7 +30,7 @@ from cacheflow.vllm.worker.stage_link import can_link
 
 logger = logging.getLogger(__name__)
 
-_DEAR_CHUNK = 0.2
+_COSTLY_CHUNK = 0.2
 """Share of a chunk's cost that a long pass saves, from which on longer chunks are advised."""
 
 
@@ -145,12 +147,12 @@ def _costs(
 
 
 def _advise_chunk(costs: CostTable) -> None:
-    """Say when chunks of the save are dear beside the engine's own passes, as with a mixture of experts."""
+    """Say when chunks of the save cost much more than the engine's own passes, as with a mixture of experts."""
     own = costs.engine_pass
     if own is None:
         return
     chunk_s = sum(costs.kinds[kind].full_s(own.chunk_tokens, 0) for kind in costs.layer_kinds)
-    if own.saved_s > _DEAR_CHUNK * chunk_s:
+    if own.saved_s > _COSTLY_CHUNK * chunk_s:
         logger.warning(
             "recomputing in chunks of %d tokens costs %.0f %% more than in this engine's passes of %d: restoration "
             "will seldom pay; set chunk_tokens to %d (prefixes saved so far are then saved anew)",
@@ -160,7 +162,7 @@ def _advise_chunk(costs: CostTable) -> None:
 
 def _link(options: ConnectorOptions, store: Store, *, object_bytes: int) -> LinkCost:
     if options.throttle_bytes_per_s is not None:
-        # The throttle is the link; probing through it would take long and say the same.
+        # The throttle is the link; probing it would take long and say the same.
         return LinkCost(bytes_per_s=options.throttle_bytes_per_s, latency_s=options.throttle_latency_s)
     link = measure_link(store, object_bytes=object_bytes)
     return replace(link, latency_s=max(link.latency_s, options.throttle_latency_s))

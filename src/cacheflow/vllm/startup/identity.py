@@ -18,8 +18,7 @@ from cacheflow.tensors.fingerprint import FULL_LIMIT_BYTES, kernel_identity, wei
 from cacheflow.vllm.facts import BOTTOM, LayerDigest
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.partial_forward import PartialForward
-from cacheflow.vllm.startup.probe import make_probe, random_states, run_by_engine
-from cacheflow.vllm.startup.scratch import scratch_blocks
+from cacheflow.vllm.startup.probe import make_probe, random_states, run_by_engine, scratch_blocks
 from cacheflow.vllm.worker.layout import BlockLayout
 
 _BY_LAYER = "by layer"
@@ -98,7 +97,7 @@ def cost_identity(handle: ModelHandle, *, fingerprint: str) -> CostIdentity:
 def _of_whole_stage(handle: ModelHandle, layout: BlockLayout) -> str:
     """Digest of the weights; on the CPU also of what they do to a probe.
 
-    There vLLM packs the weights of linear layers into kernels' own memory and leaves empty parameters behind.
+    There vLLM packs the weights of linear layers into kernels' own memory and leaves empty parameters.
     """
     config: Any = handle.vllm_config.model_config.hf_config
     digest = weights_fingerprint(handle.model, config.to_dict())

@@ -19,8 +19,7 @@ from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.partial_forward import PartialForward
-from cacheflow.vllm.startup.probe import Probe, gathered, make_probe, run_by_engine
-from cacheflow.vllm.startup.scratch import scratch_blocks, wipe
+from cacheflow.vllm.startup.probe import Probe, gathered, make_probe, run_by_engine, scratch_blocks, wipe
 from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.recompute import VllmComputePort
 
@@ -32,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelfTestReport:
+class SelfTestResult:
     """What the self-test measured.
 
     Attributes:
@@ -57,8 +56,8 @@ class SelfTestReport:
         return self.copy_equal and self.recompute_equal is not False
 
 
-def self_test(layout: BlockLayout, forward: PartialForward | None, *, chunk_tokens: int) -> SelfTestReport:
-    """Run a probe prompt through scratch blocks at the end of the KV cache; they are zero afterwards.
+def self_test(layout: BlockLayout, forward: PartialForward | None, *, chunk_tokens: int) -> SelfTestResult:
+    """Run a probe prompt in scratch blocks at the end of the KV cache; they are zero afterwards.
 
     Call after KV caches are registered and before anything is served, on every rank.
 
@@ -71,12 +70,12 @@ def self_test(layout: BlockLayout, forward: PartialForward | None, *, chunk_toke
         SelfTestError: Something differs; the message carries the report's numbers.
         ConfigError: The KV cache is too small for the probe.
     """
-    started_s = time.perf_counter()
+    started_s, difference = time.perf_counter(), None
     if forward is None:
         num_tokens = min(chunk_tokens, 2 * layout.block_size)
         with scratch_blocks(layout, num_tokens) as block_ids:
             copy_equal = _copies_are_equal(layout, block_ids, _random_bytes(layout, len(block_ids)))
-        report = _report(num_tokens, 1, copy_equal, None, started_s)
+        num_chunks = 1
     else:
         probe = make_probe(forward.handle, num_chunks=_NUM_CHUNKS)
         with scratch_blocks(layout, 2 * len(probe.tokens)) as block_ids:
@@ -84,8 +83,16 @@ def self_test(layout: BlockLayout, forward: PartialForward | None, *, chunk_toke
             own = run_by_engine(forward, layout, probe, block_ids[:half])
             copy_equal = _copies_are_equal(layout, block_ids[:half], own)
             restored = _restored(forward, layout, probe, block_ids[half:][::-1], own)
+        num_tokens, num_chunks = len(probe.tokens), len(probe.chunk_ends)
         difference = _worst_difference(own, restored, layout.dtype)
-        report = _report(len(probe.tokens), len(probe.chunk_ends), copy_equal, difference, started_s)
+    report = SelfTestResult(
+        num_tokens=num_tokens,
+        num_chunks=num_chunks,
+        recompute_equal=None if difference is None else difference == 0.0,
+        copy_equal=copy_equal,
+        worst_difference=difference or 0.0,
+        elapsed_s=time.perf_counter() - started_s,
+    )
     if not report.passed:
         raise SelfTestError(_failure(report, forward))
     return report
@@ -161,20 +168,7 @@ def _worst_difference(own: Bytes, restored: Bytes, dtype: torch.dtype) -> float:
     return worst if worst > 0 else float("inf")  # NaN, or bits that differ in equal numbers
 
 
-def _report(
-    num_tokens: int, num_chunks: int, copy_equal: bool, difference: float | None, started_s: float
-) -> SelfTestReport:
-    return SelfTestReport(
-        num_tokens=num_tokens,
-        num_chunks=num_chunks,
-        recompute_equal=None if difference is None else difference == 0.0,
-        copy_equal=copy_equal,
-        worst_difference=difference or 0.0,
-        elapsed_s=time.perf_counter() - started_s,
-    )
-
-
-def _failure(report: SelfTestReport, forward: PartialForward | None) -> str:
+def _failure(report: SelfTestResult, forward: PartialForward | None) -> str:
     model = "" if forward is None else f" of {type(forward.handle.model).__name__} ({forward.handle.dtype})"
     return (
         f"restored KV{model} differs from the engine's own over {report.num_tokens} tokens in {report.num_chunks} "

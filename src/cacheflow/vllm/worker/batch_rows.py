@@ -38,7 +38,7 @@ class _KeptBatch:
 
 
 class _PreparedBatch:
-    """The second generation makes a batch for each forward and hands it on: noted as it is made, and told once."""
+    """The second generation makes a batch for each forward and hands it on: noted as it is made, and answered once."""
 
     def __init__(self, runner: Any) -> None:  # noqa: ANN401
         self._runner, self._prepare = runner, runner.prepare_inputs

@@ -1,8 +1,8 @@
-"""Boundary hidden states: what a later pipeline stage was handed, kept per token until a chunk is complete and saved.
+"""Boundary hidden states: what a later pipeline stage receives, kept per token until a chunk is complete and saved.
 
 vLLM hands a stage ``hidden_states`` and ``residual`` of the whole batch, and the stage's layers overwrite both. So they
 are copied out right before the forward, the rows of each request from where the runner's batch has them. On a device
-those copies are looked at when they have come, or when a chunk of theirs is saved.
+those copies are looked at when they have arrived, or when a chunk of theirs is saved.
 
 Shapes: ``n`` rows of a batch, ``C`` hidden_size. An object's payload is ``[2, tokens of the chunk, C]``: hidden states,
 then residual.
@@ -70,7 +70,7 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Rows of one forward on their way to the host: of each request wanted, its order and rows ``[first, last)``."""
+    """Rows of one forward on their way to the host: what is wanted of each request, and its rows ``[first, last)``."""
 
     wanted: tuple[tuple[CaptureWork, int, int], ...]
     rows: RowsUnderWay
@@ -87,7 +87,7 @@ class BoundaryCapture:
         """Look at every forward of the runner's model from now on, until ``close``.
 
         Args:
-            handle: The model of a stage behind the first.
+            handle: The model of a stage above the first.
             chunk_tokens: Tokens of a chunk.
             batch_tokens: Tokens of the largest batch.
             counts: Where outcomes are counted.
@@ -105,11 +105,11 @@ class BoundaryCapture:
         self._batch_rows = batch_rows(handle.runner, handle.runner_kind)
         self._hook = handle.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def expect(self, orders: Sequence[CaptureWork]) -> None:
+    def expect(self, captures: Sequence[CaptureWork]) -> None:
         """Of the next forward, keep these requests' rows; call before every forward."""
         self.forward_ended()
         self._settle(at_most=MAX_STEPS_UNDER_WAY)
-        self._expected = tuple(orders)
+        self._expected = tuple(captures)
 
     def forward_ended(self) -> None:
         """Look at no forward before the next ``expect``."""
@@ -138,8 +138,8 @@ class BoundaryCapture:
     def _begin(self, expected: Sequence[CaptureWork], received: Any, positions: torch.Tensor) -> _Step | None:  # noqa: ANN401
         """Begin to copy the rows from the first wanted to the last: one copy a step, however many requests it has."""
         batch = self._batch_rows.of_batch()
-        spans = [(order, *batch.get(order.request_id, (0, 0))) for order in expected]
-        wanted = [(order, first, last) for order, first, last in spans if first < last]
+        spans = [(capture, *batch.get(capture.request_id, (0, 0))) for capture in expected]
+        wanted = [(capture, first, last) for capture, first, last in spans if first < last]
         if len(wanted) < len(spans):
             self._counts.boundaries["missed"] += len(spans) - len(wanted)
         if not wanted:
@@ -147,10 +147,10 @@ class BoundaryCapture:
         low, high = min(first for _, first, _ in wanted), max(last for _, _, last in wanted)
         states = (received["hidden_states"][low:high], received["residual"][low:high])
         rows = self._copies.copy_out(*states, positions[low:high].to(torch.int64))
-        return _Step(tuple((order, first - low, last - low) for order, first, last in wanted), rows)
+        return _Step(tuple((capture, first - low, last - low) for capture, first, last in wanted), rows)
 
     def _settle(self, *, at_most: int) -> None:
-        """Sort what has come to the host into chunks; leave at most so many steps under way."""
+        """Sort what has arrived on the host into chunks; leave at most so many steps under way."""
         while self._under_way and (len(self._under_way) > at_most or self._under_way[0].rows.arrived()):
             self._sort(self._under_way.popleft())
 
@@ -158,30 +158,30 @@ class BoundaryCapture:
         """Sort a step's rows into chunks; waits for them."""
         try:
             hidden, residual, positions = step.rows.take()
-            for order, first, last in step.wanted:
-                self._sort_one(order, hidden[first:last], residual[first:last], positions[first:last])
+            for capture, first, last in step.wanted:
+                self._sort_one(capture, hidden[first:last], residual[first:last], positions[first:last])
         except Exception:  # as in the hook: on a device it is only found out here
             logger.exception("boundary states could not be copied to the host")
             self._counts.boundaries["missed"] += len(step.wanted)
 
-    def _sort_one(self, order: CaptureWork, hidden: Bytes, residual: Bytes, positions: Bytes) -> None:
-        # The batch says whose rows they are; that they are of the tokens ordered their positions prove.
+    def _sort_one(self, capture: CaptureWork, hidden: Bytes, residual: Bytes, positions: Bytes) -> None:
+        # The batch says whose rows they are; that they are of the tokens wanted their positions prove.
         at = positions.view(np.int64)[:, 0]
-        low, high = order.start - int(at[0]), order.end - int(at[0])
-        if low < 0 or high > min(len(hidden), len(residual), len(at)) or int(at[high - 1]) != order.end - 1:
+        low, high = capture.start - int(at[0]), capture.end - int(at[0])
+        if low < 0 or high > min(len(hidden), len(residual), len(at)) or int(at[high - 1]) != capture.end - 1:
             self._counts.boundaries["missed"] += 1
             return
-        self._keep(order, hidden[low:high], residual[low:high])
+        self._keep(capture, hidden[low:high], residual[low:high])
 
-    def _keep(self, order: CaptureWork, hidden: Bytes, residual: Bytes) -> None:
+    def _keep(self, capture: CaptureWork, hidden: Bytes, residual: Bytes) -> None:
         size = self._chunk_tokens
-        for chunk in range(order.start // size, -(-order.end // size)):
-            low, high = max(order.start, chunk * size), min(order.end, (chunk + 1) * size)
+        for chunk in range(capture.start // size, -(-capture.end // size)):
+            low, high = max(capture.start, chunk * size), min(capture.end, (chunk + 1) * size)
             at, end = low - chunk * size, high - chunk * size
-            kept = self._chunk((order.request_id, chunk), at)
+            kept = self._chunk((capture.request_id, chunk), at)
             if kept is None:
                 continue  # tokens before these were not seen: from the prefix cache, or by a replayed graph
-            rows = slice(low - order.start, high - order.start)
+            rows = slice(low - capture.start, high - capture.start)
             kept.payload[0, at:end] = hidden[rows]
             kept.payload[1, at:end] = residual[rows]
             kept.filled = end
@@ -204,16 +204,16 @@ class BoundaryCapture:
         incomplete = (name for name, each in self._chunks.items() if each.filled < self._chunk_tokens)
         del self._chunks[next(incomplete, next(iter(self._chunks)))]
 
-    def put(self, order: SaveWork) -> Iterator[PutRequest]:
+    def put(self, save: SaveWork) -> Iterator[PutRequest]:
         """The object of a chunk that is complete, to be saved with its KV; nothing when a token of it was not seen."""
         self._settle(at_most=0)
-        kept = self._chunks.pop((order.request_id, order.chunk), None)
+        kept = self._chunks.pop((save.request_id, save.chunk), None)
         if kept is None or kept.filled < self._chunk_tokens:
             self._counts.boundaries["incomplete"] += 1
             return
         self._counts.boundaries["captured"] += 1
         handle = self._handle
-        key = RankKeys(handle.shard, handle.start_layer).boundary(order.namespace, order.chain_hash)
+        key = RankKeys(handle.shard, handle.start_layer).boundary(save.namespace, save.chain_hash)
         shape = (2, self._chunk_tokens, handle.hidden_size)
         dtype = str(handle.dtype).removeprefix("torch.")
         yield PutRequest(key, [kept.payload.reshape(-1)], shape=shape, dtype=dtype)

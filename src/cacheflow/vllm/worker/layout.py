@@ -43,7 +43,7 @@ class BlockLayout:
     """The KV blocks of one worker; made once, when vLLM registers its KV caches.
 
     ``gather`` and ``scatter`` may run on any thread, also side by side on different blocks. On the CPU numpy copies
-    (it releases the GIL). On CUDA copies run on a stream of their own, behind the last ``fence``, and a call returns
+    (it releases the GIL). On CUDA copies run on a stream of their own, after the last ``fence``, and a call returns
     when its bytes are there.
     """
 
@@ -114,7 +114,7 @@ class BlockLayout:
         return num_layers * num_blocks * self.block_bytes
 
     def fence(self) -> None:
-        """Order later copies behind the kernels queued so far; call on the worker's main thread.
+        """Make later copies wait for the kernels queued so far; call on the worker's main thread.
 
         A gather needs it after the forward that wrote its blocks was launched, a scatter after the blocks were given
         to its request: kernels of their last owner may still be queued. Does nothing on the CPU.

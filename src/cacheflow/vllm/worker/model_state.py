@@ -1,7 +1,7 @@
 """What decides the KV that a worker computes and may change while it serves: its weights and its adapters.
 
-The scheduler side orders saves and restorations for the weights and the adapters it knows of, and hears of a change
-only after the step in which it shows. So the worker has the last word: what was ordered for another state than the
+The scheduler side decides on saves and restorations by the weights and the adapters it knows of, and hears of a change
+only after the step in which it shows. So the worker has the last word: what was decided for another state than the
 present one is not saved, and a restoration that ends in another state than it began for is reported as failed.
 """
 
@@ -29,25 +29,25 @@ class ModelState:
     """One rank's. Worker's main thread alone."""
 
     def __init__(self, *, rank: int, block_size: int, weights: WeightsWatch, adapters: LoadedAdapters) -> None:
-        """Hold orders against these weights, as they are now, and these adapters; ``block_size`` in tokens."""
+        """Compare work with these weights, as they are now, and these adapters; ``block_size`` in tokens."""
         self._rank, self._block_size = rank, block_size
         self._weights, self._adapters = weights, adapters
         self._begun: dict[int, _Begun] = {}
         self._generation = 0
-        self._first_version, self._told_version = weights.version, weights.version
+        self._first_version = self._reported_version = weights.version
         self._refused: dict[int, str] = {}
 
-    def begin_step(self, orders: StepWork) -> None:
+    def begin_step(self, work: StepWork) -> None:
         """Take note of a new generation, before the forward; whatever the weights are now, it begins with them."""
-        if orders.generation > self._generation:
-            self._generation = orders.generation
+        if work.generation > self._generation:
+            self._generation = work.generation
             self._weights.accept()
 
-    def begin(self, target: RestoreTarget, orders: StepWork) -> None:
-        """Note what a restoration that starts with these orders rests on."""
+    def begin(self, target: RestoreTarget, work: StepWork) -> None:
+        """Note what a restoration that starts with this step rests on."""
         self._begun[target.restore_id] = _Begun(
-            weights_version=orders.weights_versions.get(self._rank, 0),
-            adapter=orders.adapters.get(target.restore_id),
+            weights_version=work.weights_versions.get(self._rank, 0),
+            adapter=work.adapters.get(target.restore_id),
             # With the blocks that are copied from another restoration: they lie right before ``start``.
             block_ids=target.block_ids[target.start // self._block_size - len(target.copied_from) :],
         )
@@ -65,13 +65,13 @@ class ModelState:
                 failed.update(begun.block_ids)
         return failed
 
-    def may_save(self, orders: StepWork) -> tuple[SaveWork, ...]:
+    def may_save(self, work: StepWork) -> tuple[SaveWork, ...]:
         """The saves that fit the present state."""
-        if not orders.saves:
+        if not work.saves:
             return ()
         self._weights.check()
-        version = orders.weights_versions.get(self._rank, 0)
-        return tuple(order for order in orders.saves if not self._contradiction(version, order.adapter))
+        version = work.weights_versions.get(self._rank, 0)
+        return tuple(save for save in work.saves if not self._contradiction(version, save.adapter))
 
     def _contradiction(self, weights_version: int, adapter: AdapterClaim | None) -> str:
         if self._first_version + weights_version != self._weights.version:
@@ -79,9 +79,9 @@ class ModelState:
         return "its adapter was loaded again from other files" if self._adapters.contradicts(adapter) else ""
 
     def take_news(self) -> ModelNews:
-        """What the scheduler side has not been told."""
-        change = self._weights.change if self._weights.version > self._told_version else None
-        self._told_version = self._weights.version
+        """What the scheduler side does not know yet."""
+        change = self._weights.change if self._weights.version > self._reported_version else None
+        self._reported_version = self._weights.version
         refused, self._refused = self._refused, {}
         return ModelNews(
             weights=None if change is None else replace(change, version=change.version - self._first_version),

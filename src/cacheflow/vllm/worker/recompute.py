@@ -87,7 +87,7 @@ class VllmComputePort:
     def give(self, chunk: int, payload: npt.NDArray[np.uint8]) -> None:
         """Copy a chunk's boundary states in, as they are stored: bytes ``[2, n * C]`` of hidden states and residual.
 
-        On the I/O thread, before compute is ordered for the chunk.
+        On the I/O thread, before the chunk is recomputed.
         """
         start, end = self._target.chunk_range(chunk)
         handle = self._forward.handle
@@ -114,7 +114,7 @@ class VllmComputePort:
         Raises:
             RuntimeError: The stage below could not recompute the chunk, or did not answer in time.
         """
-        assert self._link is not None, "hand-overs are ordered only where stages are linked"
+        assert self._link is not None, "hand-overs are asked for only where stages are linked"
         start, end = self._target.chunk_range(chunk)
         received = self._link.receive(restore_id=self._target.restore_id, chunk=chunk, num_tokens=end - start)
         if received is None:
@@ -123,7 +123,7 @@ class VllmComputePort:
 
     def send(self, chunk: int, *, failed: bool) -> None:
         """See ``HandOverPort.send``."""
-        assert self._link is not None, "hand-overs are ordered only where stages are linked"
+        assert self._link is not None, "hand-overs are asked for only where stages are linked"
         start, end = self._target.chunk_range(chunk)
         state = self._chunks.get(chunk)
         out = None if failed or state is None else state.activations

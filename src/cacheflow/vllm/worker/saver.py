@@ -95,27 +95,27 @@ class ChunkSaver:
         self._thread: Thread | None = None
         self._closed = False
 
-    def save(self, orders: Sequence[SaveWork]) -> None:
+    def save(self, saves: Sequence[SaveWork]) -> None:
         """Copy these chunks; call after the forward that completed them was launched."""
         self._settle()
-        orders = [order for order in orders if self._has_room(order)]
-        if not orders:
+        saves = [save for save in saves if self._has_room(save)]
+        if not saves:
             return
         if self._thread is None:
             # A daemon: a store that hangs must not keep the process from ending.
             self._thread = Thread(target=self._submit_copied, name="cacheflow-save", daemon=True)
             self._thread.start()
         self._layout.fence()
-        for order in orders:
-            self._copied.put(self._copy(order))
+        for save in saves:
+            self._copied.put(self._copy(save))
 
-    def _has_room(self, order: SaveWork) -> bool:
+    def _has_room(self, save: SaveWork) -> bool:
         """Whether a chunk is to be copied; if so, its bytes count as pending."""
-        name = (order.namespace, order.chain_hash)
+        name = (save.namespace, save.chain_hash)
         if name in self._under_way:
             self._counts.chunks_saved["exists"] += 1
             return False
-        num_bytes = self._layout.num_bytes(self._layout.num_layers, len(order.block_ids))
+        num_bytes = self._layout.num_bytes(self._layout.num_layers, len(save.block_ids))
         if self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
             self._counts.chunks_saved["skipped"] += 1
             return False
@@ -123,19 +123,19 @@ class ChunkSaver:
         self._pending_bytes += num_bytes
         return True
 
-    def _copy(self, order: SaveWork) -> _Copied:
+    def _copy(self, save: SaveWork) -> _Copied:
         requests = []
         for layer_lo, layer_hi in self._layers_of:
-            key = self._keys.kv(order.namespace, order.chain_hash, (layer_lo, layer_hi))
-            payload = np.empty(self._layout.num_bytes(layer_hi - layer_lo, len(order.block_ids)), dtype=np.uint8)
-            self._layout.gather(layer_lo, layer_hi, order.block_ids, payload)
-            shape = (layer_hi - layer_lo, len(order.block_ids), self._layout.block_bytes)
+            key = self._keys.kv(save.namespace, save.chain_hash, (layer_lo, layer_hi))
+            payload = np.empty(self._layout.num_bytes(layer_hi - layer_lo, len(save.block_ids)), dtype=np.uint8)
+            self._layout.gather(layer_lo, layer_hi, save.block_ids, payload)
+            shape = (layer_hi - layer_lo, len(save.block_ids), self._layout.block_bytes)
             requests.append(PutRequest(key, [payload], shape=shape, dtype=self._dtype))
-        num_bytes = self._layout.num_bytes(self._layout.num_layers, len(order.block_ids))
+        num_bytes = self._layout.num_bytes(self._layout.num_layers, len(save.block_ids))
         if self._more is not None:
             # Before the KV, so that a chunk whose top layer is there is there with its boundary.
-            requests = [*self._more(order), *requests]
-        self._pending.append(_Copied((order.namespace, order.chain_hash), requests, num_bytes))
+            requests = [*self._more(save), *requests]
+        self._pending.append(_Copied((save.namespace, save.chain_hash), requests, num_bytes))
         return self._pending[-1]
 
     def _submit_copied(self) -> None:

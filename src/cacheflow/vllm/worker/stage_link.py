@@ -1,7 +1,7 @@
 """Neighbouring pipeline stages: a chunk's activations, handed over in order where no boundary states are stored.
 
 By vLLM's own pipeline group, on its CPU side, with a tag of its own: what vLLM itself sends between the same two ranks
-in the same step is never taken for it. What is sent is received in the step behind it, or in the same one where that is
+in the same step is never taken for it. What is sent is received in the next step, or in the same one where that is
 the receiver's last (``restore/pipeline.py``).
 """
 
@@ -27,7 +27,7 @@ TAG_RESTORATIONS, TAG_CHUNKS = 1 << 16, 1 << 14
 """Messages have a tag for each chunk of each restoration, because several restorations' hand-overs may be received in
 another order than they were sent in; tags are used again after so many restorations."""
 PATIENCE_S = 120.0
-"""How long a stage waits for what it was ordered to take. It comes or is answered for unless the other rank has died or
+"""How long a stage waits for what it is to take. It comes or is answered for unless the other rank has died or
 stands still; torch then closes the connection, and vLLM, which uses it too, ends with an error of its own."""
 
 
@@ -38,18 +38,18 @@ class StageLink:
         """Use vLLM's pipeline group (``GroupCoordinator``)."""
         self._group, self._dtype, self._device, self._hidden_size = group, dtype, device, hidden_size
         self._sent: deque[list[tuple[Any, torch.Tensor]]] = deque([[]])
-        # Received in the step behind it; vLLM has as many steps under way as there are stages, and one more where it
+        # Received in the next step; vLLM has as many steps under way as there are stages, and one more where it
         # schedules asynchronously. What was sent in the step before those has been received when a step begins, so
         # waiting for it takes no time.
         self._num_steps_kept = group.world_size + 2
 
     @property
     def has_stage_above(self) -> bool:
-        """Whether there is somebody to send to."""
+        """Whether there is a stage to send to."""
         return not self._group.is_last_rank
 
     def begin_step(self) -> None:
-        """Free what was received; to be called before a step's orders are carried out."""
+        """Free what was received; to be called before a step's work."""
         self._sent.append([])
         while len(self._sent) > self._num_steps_kept:
             for work, _ in self._sent.popleft():
@@ -104,7 +104,7 @@ class StageAnswers:
         self._link.receive(restore_id=self._target.restore_id, chunk=chunk, num_tokens=self._num_tokens(chunk))
 
     def send(self, chunk: int, *, failed: bool) -> None:
-        """Tell the stage above that there is nothing."""
+        """Send the stage above word that there is nothing."""
         assert failed, "nothing was recomputed"
         num_tokens = self._num_tokens(chunk)
         self._link.send(None, restore_id=self._target.restore_id, chunk=chunk, num_tokens=num_tokens)

@@ -1,8 +1,8 @@
 """The I/O side of a restoration inside vLLM: reads a cell into staging memory, then places it in the KV blocks.
 
-Provides ``restore.ports.TransferPort`` by structure, and on a later pipeline stage
-``BoundaryPort``. Two phases, because a read that comes late must not touch blocks
-that compute has taken over. An object holds whole KV blocks: see ``layout``.
+Provides ``restore.ports.TransferPort`` by structure, and on a later pipeline stage ``BoundaryPort``. Two phases,
+because a read that comes late must not touch blocks that compute has taken over. An object holds whole KV blocks: see
+``layout``.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.worker.layout import BlockLayout, Payload, block_layers
 
-Submitted = tuple[StagingBuffer, GetHandle]
-"""A read under way and the buffer it fills."""
 PRIORITY = 1
 """Of reads in the store: before saves."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class VllmTicket:
-    """One read of one cell, or of a chunk's boundary states, under way; made by ``VllmTransferPort``."""
+    """One read under way: of one cell, or of a chunk's boundary states; made by ``VllmTransferPort``.
 
-    __slots__ = ("chunk", "handle", "num_bytes", "pool", "staging", "tile")
+    Attributes:
+        chunk: Of the target.
+        tile: The cell; None for boundary states.
+        num_bytes: Bytes of the object.
+        pool: Where ``staging`` came from.
+        staging: Receives the object.
+        handle: The store's.
+    """
 
-    def __init__(self, *, chunk: int, tile: Tile | None, num_bytes: int, pool: StagingPool, request: Submitted) -> None:
-        """Hold what the port needs to place or cancel the read; ``tile`` is None for boundary states."""
-        self.chunk, self.tile = chunk, tile
-        self.num_bytes = num_bytes
-        self.pool = pool
-        self.staging, self.handle = request
+    chunk: int
+    tile: Tile | None
+    num_bytes: int
+    pool: StagingPool
+    staging: StagingBuffer
+    handle: GetHandle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +104,8 @@ class VllmTransferPort:
         blocks, _ = self._blocks(tile.chunk_lo)
         num_bytes = self._layout.num_bytes(layers[1] - layers[0], len(blocks))
         key = self._keys.kv(self._target.namespace, self._target.chain_hashes[tile.chunk_lo], layers)
-        request = self._submit(key, self._pool, num_bytes, deadline_s=deadline_s)
-        return VllmTicket(chunk=tile.chunk_lo, tile=tile, num_bytes=num_bytes, pool=self._pool, request=request)
+        staging, handle = self._submit(key, self._pool, num_bytes, deadline_s=deadline_s)
+        return VllmTicket(tile.chunk_lo, tile, num_bytes, self._pool, staging, handle)
 
     def start_boundary(self, chunk: int, *, deadline_s: float) -> VllmTicket:
         """See ``BoundaryPort.start_boundary``; reads the whole object, also where only its end is wanted.
@@ -109,14 +115,16 @@ class VllmTransferPort:
         """
         reads = self._boundaries
         if reads is None:
-            raise ValueError(f"this stage reads no boundary states, and was ordered those of chunk {chunk}")
+            raise ValueError(f"this stage reads no boundary states, and was asked for those of chunk {chunk}")
         start, end = self._target.object_range(chunk)
         num_bytes = (end - start) * reads.token_bytes
         key = self._keys.boundary(self._target.namespace, self._target.chain_hashes[chunk])
-        request = self._submit(key, reads.pool, num_bytes, deadline_s=deadline_s)
-        return VllmTicket(chunk=chunk, tile=None, num_bytes=num_bytes, pool=reads.pool, request=request)
+        staging, handle = self._submit(key, reads.pool, num_bytes, deadline_s=deadline_s)
+        return VllmTicket(chunk, None, num_bytes, reads.pool, staging, handle)
 
-    def _submit(self, key: ObjectKey, pool: StagingPool, num_bytes: int, *, deadline_s: float) -> Submitted:
+    def _submit(
+        self, key: ObjectKey, pool: StagingPool, num_bytes: int, *, deadline_s: float
+    ) -> tuple[StagingBuffer, GetHandle]:
         staging = pool.take()
         request = GetRequest(key, staging.array[:num_bytes])
         return staging, self._store.submit_get([request], priority=PRIORITY, deadline_s=deadline_s)

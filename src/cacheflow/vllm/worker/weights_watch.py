@@ -1,7 +1,7 @@
 """Notices that a worker's weights have changed since it started: announced by vLLM's own ways, or found by a sample.
 
 vLLM lets weights be replaced in a running engine (``apply_model``, ``reload_weights``, weight transfer from a trainer),
-and anybody with ``collective_rpc`` can edit them. KV of other weights is wrong KV. Changes through vLLM's methods and
+and any user of ``collective_rpc`` can edit them. KV of other weights is wrong KV. Changes through vLLM's methods and
 through the model's ``load_weights`` are announced here by wrappers (``plugin``). An edit that uses none of them is
 found by comparing a few bytes of every weight, each time that chunks are saved and that a restoration ends.
 """
