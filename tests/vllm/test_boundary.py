@@ -16,7 +16,7 @@ from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import NOTHING, CaptureWork, SaveWork, StepWork
 from cacheflow.vllm.worker import boundary
-from cacheflow.vllm.worker.batch_rows import batch_rows
+from cacheflow.vllm.worker.batch_rows import BatchRows
 from cacheflow.vllm.worker.boundary import BoundaryCapture
 from cacheflow.vllm.worker.layout import BlockLayout, LayerView
 from cacheflow.vllm.worker.side import WorkerSide
@@ -205,7 +205,7 @@ def test_rows_that_end_with_another_token_are_not_saved():
 
 def test_a_batch_is_told_for_one_forward_and_the_runner_left_as_it_was():
     runner = MakesABatch()
-    rows = batch_rows(runner, RunnerKind.V2)
+    rows = BatchRows(runner, RunnerKind.V2)
     runner.begin_step(["a", "b"], [0, 3, 8])
     assert rows.of_batch() == {"a": (0, 3), "b": (3, 8)}
     assert rows.of_batch() == {}
@@ -216,7 +216,7 @@ def test_a_batch_is_told_for_one_forward_and_the_runner_left_as_it_was():
 
 def test_a_runner_that_does_not_tell_its_rows_is_refused():
     with pytest.raises(ConfigError, match=r"lacks prepare_inputs.*boundary_states=false"):
-        batch_rows(SimpleNamespace(), RunnerKind.V2)
+        BatchRows(SimpleNamespace(), RunnerKind.V2)
 
 
 def test_a_failure_does_not_reach_the_forward():

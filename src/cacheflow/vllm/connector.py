@@ -350,20 +350,11 @@ def _view(request: Any) -> RequestView:
         tokens=request.all_token_ids,
         num_prompt_tokens=request.num_prompt_tokens,
         salt=request.cache_salt or "",
-        adapter=_adapter(lora) if lora else None,
+        adapter=Adapter.of(lora) if lora else None,
         media=[_media(feature) for feature in request.mm_features],
         params=request.kv_transfer_params,
         hashable=request.prompt_embeds is None and request.pooling_params is None,
         computes_all=bool(request.skip_reading_prefix_cache),
-    )
-
-
-def _adapter(lora: Any) -> Adapter:
-    return Adapter(
-        name=lora.lora_name,
-        number=lora.lora_int_id,
-        path=lora.lora_path,
-        stacked_experts=bool(getattr(lora, "is_3d_lora_weight", False)),
     )
 
 

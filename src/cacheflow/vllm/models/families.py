@@ -35,17 +35,6 @@ class Family:
     prepare: Prepare
 
 
-def run_layer(
-    layer: Any,  # noqa: ANN401 -- a vLLM decoder layer
-    positions: torch.Tensor,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One decoder layer over ``hidden [n, C]``; ``hidden`` and ``residual`` may be overwritten."""
-    out: tuple[torch.Tensor, torch.Tensor] = layer(positions, hidden, residual)
-    return out
-
-
 def write_keys_and_values(
     family: Family,
     layer: Any,  # noqa: ANN401 -- a vLLM decoder layer
@@ -74,8 +63,9 @@ def write_keys_and_values(
     unified_kv_cache_update(k.view(shape), v.view(shape), core.layer_name)
 
 
-def can_write_alone(attention: Any) -> bool:  # noqa: ANN401 -- vLLM's Attention
-    """Whether this attention layer's backend writes the KV cache in a call of its own, unquantised."""
+def can_write_alone(layer: Any) -> bool:  # noqa: ANN401 -- a vLLM decoder layer
+    """Whether the backend of this layer's attention writes the KV cache in a call of its own, unquantised."""
+    attention = layer.self_attn.attn
     return not attention.attn_backend.forward_includes_kv_cache_update and attention.query_quant is None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cacheflow.vllm.models.families import Family, can_write_alone, run_layer, write_keys_and_values
+from cacheflow.vllm.models.families import can_write_alone, write_keys_and_values
 from cacheflow.vllm.models.model_access import ModelHandle
 
 
@@ -66,7 +66,7 @@ class PartialForward:
     @property
     def writes_alone(self) -> bool:
         """Whether ``kv_only_top`` saves work: the backend can write keys and values without attending."""
-        return bool(self._layers) and not self.handle.compiled and all(map(_writes_alone, self._layers))
+        return bool(self._layers) and not self.handle.compiled and all(map(can_write_alone, self._layers))
 
     def attention_layers(self) -> list[Any]:
         """VLLM's ``Attention`` of each layer of this stage, bottom first."""
@@ -122,13 +122,14 @@ class PartialForward:
             The input of layer ``hi``; None with ``kv_only_top``.
         """
         lo, hi = layers
-        full = hi - 1 if kv_only_top and _writes_alone(self._layers[hi - 1]) else hi
+        full = hi - 1 if kv_only_top and can_write_alone(self._layers[hi - 1]) else hi
         hidden, residual = activations.hidden, activations.residual
         with self._context(piece):
             for layer in self._layers[lo:full]:
-                hidden, residual = run_layer(layer, piece.positions, hidden, residual)
+                hidden, residual = layer(piece.positions, hidden, residual)
             if full < hi:
-                write_keys_and_values(self._family, self._layers[full], piece.positions, hidden, residual)
+                assert self.handle.family is not None, "partial layers are only run where recomputation is supported"
+                write_keys_and_values(self.handle.family, self._layers[full], piece.positions, hidden, residual)
         return None if kv_only_top else Activations(hidden, residual)
 
     def run_whole(self, piece: Piece, tokens: Sequence[int], boundary: Activations | None = None) -> Activations | None:
@@ -163,11 +164,6 @@ class PartialForward:
         if self._running is not None:
             self._running.synchronize()
             self._running = None
-
-    @property
-    def _family(self) -> Family:
-        assert self.handle.family is not None, "partial layers are only run where recomputation is supported"
-        return self.handle.family
 
     def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
         return torch.tensor(tokens, dtype=torch.int32).to(self.handle.device, non_blocking=True)
@@ -244,7 +240,3 @@ def _without_adapter(runner: Any, num_tokens: int) -> Iterator[None]:  # noqa: A
     finally:
         if before is not None:
             adapters.set_adapter_mapping(before)
-
-
-def _writes_alone(layer: Any) -> bool:  # noqa: ANN401 -- a vLLM decoder layer
-    return can_write_alone(layer.self_attn.attn)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
-from cacheflow.restore.pipeline import PipelineRestoration, PipelineWork
+from cacheflow.restore.pipeline import LEAST_BUDGET_S, PipelineRestoration, PipelineWork
 from cacheflow.restore.work import RestoreTarget, StageWork, StepReport
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.state.report import RestoreReport, SpanKind
@@ -28,9 +28,6 @@ from cacheflow.vllm.scheduler.sharing import NOTHING_SHARED, Shared, Wanted, fin
 from cacheflow.vllm.step import SaveWork, StepWork
 
 logger = logging.getLogger(__name__)
-
-LEAST_BUDGET_S = 1e-9
-"""Enough for one unit of compute."""
 
 
 class RestorationOutcome(Enum):

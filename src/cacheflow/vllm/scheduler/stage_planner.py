@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cacheflow.errors import CostRangeError
-from cacheflow.plan.costs import CostTable, prefill_s
+from cacheflow.plan.costs import CostTable, build_problem, prefill_s
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, LinkCost, RestoreProblem
@@ -99,7 +99,7 @@ class StagePlanner:
         link = LinkCost(bytes_per_s=self.rates.bytes_per_s, latency_s=facts.link.latency_s)
         if facts.costs is None:
             return load_only_problem(grid, facts, link, object_tokens=chunk_tokens)
-        problem = facts.problem(grid, link)
+        problem = build_problem(facts.costs, grid, facts.shape, link=link, layers_per_block=facts.layers_per_block)
         if span.num_tokens is not None:
             own_s = own_prefill_s(facts.costs, start=start, end=end, num_tokens=span.num_tokens)
             problem = dataclasses.replace(problem, prefill_s=own_s)

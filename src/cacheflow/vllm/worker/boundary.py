@@ -26,7 +26,7 @@ from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.step import CaptureWork, SaveWork
-from cacheflow.vllm.worker.batch_rows import batch_rows
+from cacheflow.vllm.worker.batch_rows import BatchRows
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class BoundaryCapture:
         self._chunks: OrderedDict[tuple[str, int], _Chunk] = OrderedDict()
         self._copies = row_copies(handle.device)
         self._under_way: deque[_Step] = deque()
-        self._batch_rows = batch_rows(handle.runner, handle.runner_kind)
+        self._batch_rows = BatchRows(handle.runner, handle.runner_kind)
         self._hook = handle.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def expect(self, captures: Sequence[CaptureWork]) -> None:
