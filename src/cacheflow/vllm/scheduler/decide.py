@@ -17,9 +17,9 @@ from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.lookup import StoreQuestion
+from cacheflow.vllm.scheduler.request_params import Mode, RequestParams
 from cacheflow.vllm.scheduler.sharing import Shared
 from cacheflow.vllm.scheduler.stage_planner import PlanSpan, StagePlan, StagePlanner
-from cacheflow.vllm.scheduler.wishes import Mode, Wishes
 
 STEP_OVERHEAD_S = 0.004
 """What a restoration costs beside its work: three engine steps without a forward, each with the engine's own sleep."""
@@ -120,11 +120,11 @@ class Decider:
             copied_from=shared.source_blocks,
         )
 
-    def decide(self, wishes: Wishes, stored: StoreQuestion, *, start: int, num_tokens: int) -> Decision:
+    def decide(self, params: RequestParams, stored: StoreQuestion, *, start: int, num_tokens: int) -> Decision:
         """How to restore a request whose first ``start`` tokens are in the KV cache.
 
         Args:
-            wishes: What the request asked for.
+            params: What the request asked for.
             stored: What the store holds of it.
             start: Tokens vLLM's prefix cache holds, a multiple of the block size.
             num_tokens: Tokens of the request; the last is always computed, for its logits.
@@ -132,9 +132,9 @@ class Decider:
         Raises:
             CostRangeError: A chunk lies outside the measured range.
         """
-        end = self._end(wishes, start=start, num_tokens=num_tokens, num_stored=stored.num_stored)
-        if wishes.mode in (Mode.OFF, Mode.RECOMPUTE):
-            return Decision(start=start, end=start, reason=f"the request asked for {wishes.mode.value!r}")
+        end = self._end(params, start=start, num_tokens=num_tokens, num_stored=stored.num_stored)
+        if params.mode in (Mode.OFF, Mode.RECOMPUTE):
+            return Decision(start=start, end=start, reason=f"the request asked for {params.mode.value!r}")
         if end <= start:
             reason = (
                 f"nothing to restore: of {num_tokens} tokens {start} are in the KV cache, the store holds "
@@ -143,19 +143,19 @@ class Decider:
             )
             return Decision(start=start, end=start, reason=reason)
         began_s = self._clock()
-        policy = Load() if wishes.mode is Mode.LOAD else self._policy
+        policy = Load() if params.mode is Mode.LOAD else self._policy
         span = self._span(start, end, num_tokens)
         stages = self._plans(policy, span, self._sources(stored.num_boundaries, span))
-        if self._guarded and wishes.mode is Mode.AUTO and (reason := self._why_not(stages)):
+        if self._guarded and params.mode is Mode.AUTO and (reason := self._why_not(stages)):
             # vLLM's own prefill recomputes at least as fast, and batches with what else there is.
             return Decision(start=start, end=start, stages=stages, reason=reason)
         return Decision(start=start, end=end, stages=stages, planning_s=self._clock() - began_s)
 
-    def _end(self, wishes: Wishes, *, start: int, num_tokens: int, num_stored: int) -> int:
+    def _end(self, params: RequestParams, *, start: int, num_tokens: int, num_stored: int) -> int:
         chunk_tokens = self._options.chunk_tokens
         limits = [num_stored * chunk_tokens, num_tokens - 1, self._max_tokens]
         limits += [
-            start + limit for limit in (self._options.max_load_tokens, wishes.max_load_tokens) if limit is not None
+            start + limit for limit in (self._options.max_load_tokens, params.max_load_tokens) if limit is not None
         ]
         return min(limits) // chunk_tokens * chunk_tokens
 

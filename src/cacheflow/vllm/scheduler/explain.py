@@ -15,7 +15,7 @@ from cacheflow.restore.pipeline import PipelineRestoration
 from cacheflow.state.report import Lane, RestoreReport
 from cacheflow.vllm.scheduler.decide import Decision
 from cacheflow.vllm.scheduler.request import TrackedRequest
-from cacheflow.vllm.scheduler.wishes import Mode
+from cacheflow.vllm.scheduler.request_params import Mode
 
 EMBEDDED = "the prompt is given as embeddings: its token ids do not say what it is"
 LOADED_BY_ANOTHER = "another connector of this engine loaded the prefix"
@@ -32,10 +32,16 @@ _CHILD = re.compile(r"(\d+)_(.+)", re.DOTALL)
 
 
 def record_of(
-    decision: Decision, stepped: PipelineRestoration, report: RestoreReport, *, outcome: str, error: str, now_s: float
+    decision: Decision,
+    restoration: PipelineRestoration,
+    report: RestoreReport,
+    *,
+    outcome: str,
+    error: str,
+    now_s: float,
 ) -> dict[str, Any]:
     """What a response says of a restoration; stage by stage where there are several."""
-    staged = stepped.stage_reports(now_s)
+    staged = restoration.stage_reports(now_s)
     stages = {"stages": staged.as_dicts()} if len(staged.stages) > 1 else {}
     return (
         report.as_dict()
@@ -71,9 +77,9 @@ def answer_of(request: TrackedRequest, *, explain: bool) -> dict[str, Any]:
         and ``cacheflow_error``.
     """
     answer: dict[str, Any] = {}
-    if request.wishes.complaint:
-        answer["cacheflow_error"] = request.wishes.complaint
-    if request.wishes.explain or explain:
+    if request.params.complaint:
+        answer["cacheflow_error"] = request.params.complaint
+    if request.params.explain or explain:
         answer["cacheflow"] = request.records
         if not request.restored:
             answer["cacheflow_reason"] = _why_unrestored(request)
@@ -81,7 +87,7 @@ def answer_of(request: TrackedRequest, *, explain: bool) -> dict[str, Any]:
 
 
 def _why_unrestored(request: TrackedRequest) -> str:
-    if request.view.computes_all and request.wishes.mode in (Mode.AUTO, Mode.LOAD):
+    if request.view.computes_all and request.params.mode in (Mode.AUTO, Mode.LOAD):
         return COMPUTES_ALL
     if request.reason:
         return request.reason

@@ -8,10 +8,10 @@ from typing import Any
 from cacheflow.vllm.scheduler.decide import Decision
 from cacheflow.vllm.scheduler.kv_identity import KvName
 from cacheflow.vllm.scheduler.lookup import StoreQuestion
+from cacheflow.vllm.scheduler.request_params import RequestParams
 from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 from cacheflow.vllm.scheduler.saves import RequestSaves
 from cacheflow.vllm.scheduler.view import RequestView
-from cacheflow.vllm.scheduler.wishes import Wishes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class TrackedRequest:
 
     Attributes:
         view: The request as vLLM has it.
-        wishes: What it asked for.
+        params: What it asked for.
         prefix: Its chunks.
         saves: Which of them are still to be saved.
         name: Under which its KV is saved and looked for.
@@ -39,7 +39,7 @@ class TrackedRequest:
     """
 
     view: RequestView
-    wishes: Wishes
+    params: RequestParams
     prefix: RequestPrefix
     saves: RequestSaves
     name: KvName

@@ -63,7 +63,7 @@ class _Active:
     """One restoration under way.
 
     Attributes:
-        stepped: The restoration.
+        restoration: The restoration.
         request_id: The request it serves.
         claim: The request's adapter.
         decision: What was decided.
@@ -74,7 +74,7 @@ class _Active:
         discarded: Why nothing that it restored may be used; empty while that is not so.
     """
 
-    stepped: PipelineRestoration
+    restoration: PipelineRestoration
     request_id: str
     claim: AdapterClaim | None
     decision: Decision
@@ -125,9 +125,9 @@ class Restorations:
         names = request.prefix.names(decision.start // chunk_tokens, decision.end // chunk_tokens)
         wanted = Wanted(start=decision.start, namespace=request.name.namespace, chain_hashes=names)
         others = (
-            (active.stepped.target, active.stepped.resident_tokens)
+            (active.restoration.target, active.restoration.resident_tokens)
             for active in self._active.values()
-            if not (active.stepped.done or active.stepped.giving_up)
+            if not (active.restoration.done or active.restoration.giving_up)
         )
         return find_shared(wanted, others, chunk_tokens=chunk_tokens, block_size=self._decider.facts.block_size)
 
@@ -155,12 +155,12 @@ class Restorations:
             RestoreState(stage.problem, stage.plan, planner.rates, source=stage.source)
             for stage, planner in zip(decision.stages, self._decider.stages, strict=True)
         ]
-        stepped = PipelineRestoration(
+        restoration = PipelineRestoration(
             target, states, ranks_per_stage=self._ranks_per_stage, can_compute=self._decider.can_compute
         )
         now_s, slo_ms = self._clock(), self._options.ttft_slo_ms
         active = _Active(
-            stepped=stepped,
+            restoration=restoration,
             request_id=request.view.request_id,
             claim=request.name.claim,
             decision=decision,
@@ -185,17 +185,17 @@ class Restorations:
         """
         if (active := self._of(request_id)) is None:
             return None
-        active.stepped.cancel()
+        active.restoration.cancel()
         active.abandoned = True
         now_s = self._clock()
-        report = active.stepped.report(now_s, planning_s=active.decision.planning_s)
+        report = active.restoration.report(now_s, planning_s=active.decision.planning_s)
         return self._record(active, report, RestorationOutcome.CANCELLED, now_s)
 
     def _record(
         self, active: _Active, report: RestoreReport, outcome: RestorationOutcome, now_s: float
     ) -> dict[str, Any]:
-        error = active.discarded or active.stepped.error
-        return record_of(active.decision, active.stepped, report, outcome=outcome.value, error=error, now_s=now_s)
+        error = active.discarded or active.restoration.error
+        return record_of(active.decision, active.restoration, report, outcome=outcome.value, error=error, now_s=now_s)
 
     def discard(self, reason: str, restore_id: int | None = None) -> None:
         """Give up a restoration that a worker refused, or all that can still be given up.
@@ -204,12 +204,12 @@ class Restorations:
         is left alone; a worker that refuses one has reported its blocks as failed itself.
         """
         if restore_id is None:
-            chosen = [active for active in self._active.values() if not active.stepped.closing]
+            chosen = [active for active in self._active.values() if not active.restoration.closing]
         else:
             chosen = [self._active[each] for each in {restore_id} & self._active.keys()]
         for active in chosen:
             active.discarded = active.discarded or reason
-            active.stepped.fail()
+            active.restoration.fail()
 
     def step(self, saves: tuple[SaveWork, ...], *, busy: bool) -> StepWork:
         """One step's work."""
@@ -221,36 +221,36 @@ class Restorations:
         by_stage: list[list[StageWork]] = [[] for _ in self._decider.stages]
         failed_blocks = {}
         ranking = self._scheduler.ranking(now_s)
-        reader = next((each for each in ranking.link if not self._active[each].stepped.only_compute_left), None)
+        reader = next((each for each in ranking.link if not self._active[each].restoration.only_compute_left), None)
         reads = False
         for restore_id in ranking.compute:
             active = self._active[restore_id]
             # Nobody waits for ever, whatever the budget: what only compute can restore goes on by a unit a step.
             # So does what the link leaves to compute, when both have stood still for a step.
-            unit = self._watch(active, now_s) or active.stepped.only_compute_left or active.stalled
+            unit = self._watch(active, now_s) or active.restoration.only_compute_left or active.stalled
             least_s = LEAST_BUDGET_S if unit else 0.0
             reads = reads or restore_id == reader
-            work = active.stepped.next_work(
+            work = active.restoration.next_work(
                 now_s, compute_budget_s=max(compute_s, least_s), read_ahead_s=read_ahead_s if reads else 0.0
             )
             works = any(each.compute or each.reads for each in work.by_stage)
-            active.stalled = restore_id == reader and not (works or active.stepped.loads_under_way)
+            active.stalled = restore_id == reader and not (works or active.restoration.loads_under_way)
             spent_s += self._predicted_s(active, work)
             compute_s = budget.left_s(spent_s)
-            read_ahead_s = max(0.0, read_ahead_s - active.stepped.loads_under_way_s)
-            if work.cancel and active.stepped.failed:
+            read_ahead_s = max(0.0, read_ahead_s - active.restoration.loads_under_way_s)
+            if work.cancel and active.restoration.failed:
                 failed_blocks[restore_id] = self._undefined_blocks(active)
             for stage, each in zip(by_stage, work.by_stage, strict=True):
                 if not each.idle:
                     stage.append(each)
         new, self._new = self._new, []
         return StepWork(
-            targets=tuple(each.stepped.target for each in new),
+            targets=tuple(each.restoration.target for each in new),
             by_stage=tuple(map(tuple, by_stage)),
             failed_blocks=failed_blocks,
             saves=saves,
             wait_s=budget.wait_s,
-            adapters={each.stepped.target.restore_id: each.claim for each in new if each.claim is not None},
+            adapters={each.restoration.target.restore_id: each.claim for each in new if each.claim is not None},
         )
 
     def _budget(self, now_s: float, *, busy: bool) -> StepBudget:
@@ -272,7 +272,7 @@ class Restorations:
             return False
         if not active.timed_out:
             active.timed_out = True
-            active.stepped.close_link()
+            active.restoration.close_link()
             logger.warning(
                 "request %s: restoring %d tokens has taken %.1f s (restore_timeout_s is %g): loading stops, the "
                 "rest is recomputed",
@@ -294,9 +294,9 @@ class Restorations:
 
     def _undefined_blocks(self, active: _Active) -> tuple[int, ...]:
         if active.discarded:
-            return active.stepped.target.block_ids[active.decision.start // self._decider.facts.block_size :]
-        first = active.stepped.resident_tokens() // self._decider.facts.block_size
-        return active.stepped.target.block_ids[first:]
+            return active.restoration.target.block_ids[active.decision.start // self._decider.facts.block_size :]
+        first = active.restoration.resident_tokens() // self._decider.facts.block_size
+        return active.restoration.target.block_ids[first:]
 
     def apply(self, report: StepReport) -> list[EndedRestoration]:
         """Take in what the workers did; those that every rank has finished and whose request still waits for them."""
@@ -306,8 +306,8 @@ class Restorations:
             max((sum(sum(each.seconds) for each in rank.computes) for rank in report.by_rank.values()), default=0.0)
         )
         for restore_id, active in list(self._active.items()):
-            active.stepped.apply(report, now_s)
-            if active.stepped.done:
+            active.restoration.apply(report, now_s)
+            if active.restoration.done:
                 del self._active[restore_id]
                 self._scheduler.remove(restore_id)
                 end = self._end(active, now_s)
@@ -318,11 +318,11 @@ class Restorations:
         return ended
 
     def _end(self, active: _Active, now_s: float) -> EndedRestoration:
-        stepped = active.stepped
-        report = stepped.report(now_s, planning_s=active.decision.planning_s)
+        restoration = active.restoration
+        report = restoration.report(now_s, planning_s=active.decision.planning_s)
         outcome = RestorationOutcome.CANCELLED
-        if stepped.failed or stepped.restored:
-            outcome = RestorationOutcome.FAILED if stepped.failed else RestorationOutcome.DONE
+        if restoration.failed or restoration.restored:
+            outcome = RestorationOutcome.FAILED if restoration.failed else RestorationOutcome.DONE
         record = self._record(active, report, outcome, now_s)
         self._counts.restorations[outcome.value] += 1
         self._counts.link_bytes_per_s = min(stage.rates.bytes_per_s for stage in self._decider.stages)
@@ -331,7 +331,7 @@ class Restorations:
             logger.warning(
                 "request %s: restored up to token %d of %d, vLLM computes the rest%s",
                 active.request_id,
-                active.decision.start if active.discarded else stepped.resident_tokens(),
+                active.decision.start if active.discarded else restoration.resident_tokens(),
                 active.decision.end, f" ({record['error']})" if record["error"] else "",
             )  # fmt: skip
         elif outcome is RestorationOutcome.DONE:
@@ -340,7 +340,7 @@ class Restorations:
                 self._counts.bound_ratio.append(report.restore_s / record["bound_restore_s"])
             self._counts.overlap.append(overlap(report))
         failed_chunks = [span.chunk for span in report.spans if span.kind is SpanKind.FAILED]
-        first = stepped.target.object_start // self._options.chunk_tokens
+        first = restoration.target.object_start // self._options.chunk_tokens
         lost = first + min(failed_chunks) if failed_chunks else None
         return EndedRestoration(request_id=active.request_id, outcome=outcome, record=record, lost_chunk=lost)
 
@@ -348,7 +348,7 @@ class Restorations:
         """Cells as tokens: a cell is its chunk's tokens times its share of the layers."""
         tokens, num_blocks = self._counts.tokens, self._decider.num_blocks
         for chunk, letters in enumerate(report.cells_KB):
-            start, end = active.stepped.target.chunk_range(chunk)
+            start, end = active.restoration.target.chunk_range(chunk)
             for name, letter in (("recomputed", "c"), ("loaded", "l")):
                 if count := letters.count(letter):
                     tokens[name] += (end - start) * count / num_blocks

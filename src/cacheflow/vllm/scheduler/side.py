@@ -23,6 +23,7 @@ from cacheflow.vllm.scheduler.explain import EMBEDDED, LOADED_BY_ANOTHER, Siblin
 from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
 from cacheflow.vllm.scheduler.request import TrackedRequest
+from cacheflow.vllm.scheduler.request_params import Mode, RequestParams
 from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 from cacheflow.vllm.scheduler.restorations import EndedRestoration, RestorationOutcome, Restorations
 from cacheflow.vllm.scheduler.saves import RequestSaves, SaveLog
@@ -30,7 +31,6 @@ from cacheflow.vllm.scheduler.sharing import Sharing
 from cacheflow.vllm.scheduler.stage_planner import slowest_of_stages
 from cacheflow.vllm.scheduler.store_census import StoreCensus
 from cacheflow.vllm.scheduler.view import BlockIdsOf, RequestView, ScheduledRequest
-from cacheflow.vllm.scheduler.wishes import Mode, Wishes
 from cacheflow.vllm.step import NOTHING, CaptureWork, ModelNews, SaveWork, StepWork, WeightsChange
 
 logger = logging.getLogger(__name__)
@@ -79,24 +79,24 @@ class SchedulerSide:
         """Note a request and ask the store for its prefix; a second call for the same request changes nothing."""
         if view.request_id in self._requests:
             return
-        wishes = Wishes.of(view.params)
+        params = RequestParams.of(view.params)
         if not view.hashable:
-            wishes = replace(wishes, mode=Mode.OFF)
+            params = replace(params, mode=Mode.OFF)
         elif view.computes_all:
-            wishes = replace(wishes, max_load_tokens=0)
-        if wishes.complaint:
-            logger.warning("request %s: kv_transfer_params: %s", view.request_id, wishes.complaint)
+            params = replace(params, max_load_tokens=0)
+        if params.complaint:
+            logger.warning("request %s: kv_transfer_params: %s", view.request_id, params.complaint)
         prefix = RequestPrefix(chunk_tokens=self._options.chunk_tokens, salt=view.salt, media=view.media)
         request = TrackedRequest(
             view=view,
-            wishes=wishes,
+            params=params,
             prefix=prefix,
             saves=RequestSaves(view, prefix, block_size=self._block_size, decode_too=self._options.save_decode_kv),
             name=self._identity.name(view.adapter),
         )
         self._requests[view.request_id] = request
         self._siblings.join(view.request_id)
-        if wishes.mode is Mode.OFF:
+        if params.mode is Mode.OFF:
             request.reason = "the request asked for 'off'" if view.hashable else EMBEDDED
         self._begin_name(request)
 
@@ -106,7 +106,7 @@ class SchedulerSide:
         self._census.describe(name.namespace, self._parts | self._identity.parts(name.claim))
         request.question = request.decision = None
         request.saves.forget()
-        if request.wishes.mode is Mode.OFF:
+        if request.params.mode is Mode.OFF:
             return
         if adapter is not None and name.claim is None:
             request.reason = f"the files of its adapter {adapter.name!r} in {adapter.path} cannot be read"
@@ -129,7 +129,7 @@ class SchedulerSide:
             self._begin_name(request)
         elif num_preemptions != request.num_preemptions:
             request.decision = None
-            if request.wishes.mode is not Mode.OFF:
+            if request.params.mode is not Mode.OFF:
                 request.question = self._ask(request)  # by now the store may hold what the request has computed itself
         request.num_preemptions = num_preemptions
 
@@ -163,7 +163,7 @@ class SchedulerSide:
     def _decide(self, request: TrackedRequest, question: StoreQuestion, num_computed: int) -> Decision:
         num_tokens = len(request.view.tokens)
         try:
-            decision = self._decider.decide(request.wishes, question, start=num_computed, num_tokens=num_tokens)
+            decision = self._decider.decide(request.params, question, start=num_computed, num_tokens=num_tokens)
         except CostRangeError as error:
             logger.warning("request %s is computed, not restored: %s", request.view.request_id, error)
             decision = Decision(start=num_computed, end=num_computed, reason=str(error))
@@ -225,7 +225,7 @@ class SchedulerSide:
         captures: list[CaptureWork] = []
         for each in scheduled:
             request = self._requests.get(each.request_id)
-            if request is None or request.wishes.mode is Mode.OFF or not self._is_current(request):
+            if request is None or request.params.mode is Mode.OFF or not self._is_current(request):
                 continue
             own, num_computed = request.saves, each.num_computed
             if each.unproven:

@@ -20,7 +20,7 @@ from cacheflow.vllm.worker.stage_link import StageLink
 
 
 @dataclass(slots=True)
-class _ChunkState:
+class _ClimbingChunk:
     """A chunk on its way up; ``activations`` is None once nothing can run above."""
 
     piece: Piece
@@ -55,7 +55,7 @@ class VllmComputePort:
         self._target = target
         self._num_layers = handle.num_layers
         self._num_blocks = -(-handle.num_layers // target.layers_per_block)
-        self._chunks: dict[int, _ChunkState] = {}
+        self._chunks: dict[int, _ClimbingChunk] = {}
         self._boundary: dict[int, Activations] = {}
 
     def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
@@ -73,7 +73,7 @@ class VllmComputePort:
             self._run_whole(tile.chunk_lo)
             return
         if state is None:
-            state = self._chunks[tile.chunk_lo] = _ChunkState(self._piece(tile.chunk_lo), self._start(tile.chunk_lo))
+            state = self._chunks[tile.chunk_lo] = _ClimbingChunk(self._piece(tile.chunk_lo), self._start(tile.chunk_lo))
         if state.activations is None:
             raise ValueError(f"activations of chunk {tile.chunk_lo} below block {tile.block_lo} are spent; restart it")
         # At the top of the last stage, and where nothing is handed over, nobody needs what comes out above.
@@ -150,9 +150,9 @@ class VllmComputePort:
         piece = self._piece(chunk)
         out = self._forward.run_whole(piece, self._tokens(chunk), boundary)
         kept = out if self._link is not None else None
-        self._chunks[chunk] = _ChunkState(piece, kept, self._num_blocks)
+        self._chunks[chunk] = _ClimbingChunk(piece, kept, self._num_blocks)
 
-    def _climb(self, state: _ChunkState, tile: Tile, *, kv_only_top: bool) -> None:
+    def _climb(self, state: _ClimbingChunk, tile: Tile, *, kv_only_top: bool) -> None:
         assert state.activations is not None
         layers = (
             block_layers(tile.block_lo, self._target.layers_per_block, self._num_layers)[0],

@@ -23,8 +23,8 @@ class Mode(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """One request's wishes.
+class RequestParams:
+    """One request's parameters, checked.
 
     Attributes:
         mode: How its prefix may come back.
@@ -39,13 +39,13 @@ class Wishes:
     complaint: str = ""
 
     @classmethod
-    def of(cls, params: Any) -> Wishes:  # noqa: ANN401 -- JSON from a client
+    def of(cls, params: Any) -> RequestParams:  # noqa: ANN401 -- JSON from a client
         """Read ``kv_transfer_params``; keys of other connectors are left alone.
 
         A request cannot be refused from inside the engine, so what is wrong is answered, not raised.
         """
         if not params:
-            return NO_WISHES
+            return NOTHING_ASKED
         if not isinstance(params, Mapping):  # it comes from the network, where vLLM does not check its type everywhere
             return cls(complaint=f"kv_transfer_params is {shortened(params)}, must be an object")
         complaints = []
@@ -66,4 +66,4 @@ class Wishes:
         )  # fmt: skip
 
 
-NO_WISHES = Wishes()
+NOTHING_ASKED = RequestParams()
