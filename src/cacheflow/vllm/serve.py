@@ -126,11 +126,7 @@ def check(
 ) -> InstalledVllm | None:
     """Pass unless a server with these options is sure not to start; the same for a configuration that is only printed.
 
-    Args:
-        model: Name or folder, as vLLM takes it; None where only a configuration is printed.
-        options: The connector's.
-        passed_on: Further options of vLLM.
-        environment: Of the server.
+    ``model`` is a name or folder, as vLLM takes it, and None where only a configuration is printed.
 
     Returns:
         The installed vLLM; None where there is none, whose properties then were not checked.
@@ -171,14 +167,7 @@ def serve(
     environment: Mapping[str, str],
     replace: Replace = os.execve,
 ) -> int:
-    """Become vLLM's server for ``model``; prints the configuration first.
-
-    Args:
-        model: Name or folder, as vLLM takes it.
-        options: The connector's.
-        passed_on: Further options of vLLM.
-        environment: Of the server.
-        replace: How to become it.
+    """Become vLLM's server for ``model``, a name or folder, by ``replace``; prints the configuration first.
 
     Returns:
         0, for a ``replace`` that returns.

@@ -75,10 +75,7 @@ class ModelHandle:
 def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = False) -> ModelHandle:  # noqa: ANN401
     """Check the worker's model and describe it; call once KV caches are registered.
 
-    Args:
-        vllm_config: The connector's ``VllmConfig``.
-        kv_cache_config: The connector's ``KVCacheConfig``.
-        load_only: Accept a model that can be loaded but not recomputed; the handle's ``refusal`` then says why.
+    ``load_only`` accepts a model that can be loaded but not recomputed; the handle's ``refusal`` then says why.
 
     Raises:
         UnsupportedModelError: The model, its attention or its configuration is not supported; lists every reason.

@@ -112,11 +112,8 @@ class PartialForward:
     ) -> Activations | None:
         """Run a piece through layers ``[lo, hi)`` of this stage, writing its keys and values; in an eager engine.
 
-        Args:
-            piece: Which tokens.
-            activations: The input of layer ``lo``; overwritten.
-            layers: Counted from this stage's first layer.
-            kv_only_top: Layer ``hi - 1`` needs keys and values only.
+        Overwrites ``activations``, the input of layer ``lo``; layers count from this stage's first. With
+        ``kv_only_top`` layer ``hi - 1`` computes keys and values only.
 
         Returns:
             The input of layer ``hi``; None with ``kv_only_top``.
@@ -135,10 +132,7 @@ class PartialForward:
     def run_whole(self, piece: Piece, tokens: Sequence[int], boundary: Activations | None = None) -> Activations | None:
         """Run a piece through the whole stage as the engine itself would, compiled or not.
 
-        Args:
-            piece: Which tokens.
-            tokens: Their ids.
-            boundary: The input of a later pipeline stage's first layer; None on the first stage.
+        ``boundary`` is the input of a later pipeline stage's first layer; None on the first stage.
 
         Returns:
             What this stage hands to the next; None on the last stage.

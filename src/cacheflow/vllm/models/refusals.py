@@ -62,12 +62,7 @@ def family_refusal(class_name: str) -> str:
 
 
 def cache_refusal(kind: CacheKind, *, spec: str = "") -> str:
-    """Why a KV cache of this kind is not restored; empty where it may be.
-
-    Args:
-        kind: What the layers keep.
-        spec: vLLM's name for it, where it is known.
-    """
+    """Why a KV cache of this kind, vLLM's ``spec`` where that is known, is not restored; empty where it may be."""
     if kind in (CacheKind.FULL, CacheKind.MIXED):  # vLLM keeps all tokens where only some layers have a window
         return ""
     way_out = ""

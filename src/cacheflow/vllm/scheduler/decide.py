@@ -65,12 +65,7 @@ class Decider:
     """
 
     def __init__(self, facts_by_stage: Sequence[EngineFacts], options: ConnectorOptions, *, clock: Clock) -> None:
-        """Make the policy.
-
-        Args:
-            facts_by_stage: What the workers found out at start; the slowest rank's of each pipeline stage.
-            options: The connector's.
-            clock: Times the planning.
+        """Plan for stages, each with the facts of its slowest rank; ``clock`` times the planning.
 
         Raises:
             UnknownPolicyError: There is no such policy.

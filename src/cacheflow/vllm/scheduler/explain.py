@@ -128,11 +128,7 @@ class Siblings:
             family.joined += 1
 
     def ended(self, request_id: str, answer: dict[str, Any]) -> dict[str, Any]:
-        """A request's answer with those of its siblings that have ended; its own where it has none.
-
-        Args:
-            request_id: Of the request that has ended.
-            answer: Its own, from ``answer_of``.
+        """A request's ``answer`` with those of its siblings that have ended; its own where it has none.
 
         Returns:
             The records of all of them, each with its ``choice_index``; the reason of the first choice where nothing was

@@ -84,11 +84,7 @@ class KvIdentity:
         self.generation += 1
 
     def weights_changed(self, *, stop: str = "") -> None:
-        """Begin a generation because a worker's weights are other ones.
-
-        Args:
-            stop: Why to save and restore nothing until a reset; empty: go on.
-        """
+        """Begin a generation because a worker's weights changed; ``stop`` says why nothing goes on until a reset."""
         self._begin()
         self.stopped = stop
         self._local.everything = self._others.everything = True
@@ -126,10 +122,7 @@ class KvIdentity:
     def may_be_old(self, adapter: Adapter | None, *, num_local: int, num_loaded: int) -> bool:
         """Whether a request may have KV of other weights, or of its adapter's files before.
 
-        Args:
-            adapter: The request's.
-            num_local: Tokens from vLLM's own prefix cache.
-            num_loaded: Tokens that another connector loaded.
+        ``num_local`` of its tokens came from vLLM's own prefix cache, ``num_loaded`` by another connector.
         """
         return bool(num_local and self._local.concerns(adapter)) or bool(num_loaded and self._others.concerns(adapter))
 
@@ -162,21 +155,15 @@ def describe(ranks: Iterable[EngineFacts]) -> dict[str, str]:
 
 
 def adapter_namespace(namespace: str, *, digest: str) -> str:
-    """Digest under which an adapter's KV is stored.
-
-    Args:
-        namespace: The one without adapter.
-        digest: Of the adapter's files; its name and path do not matter.
-    """
+    """Digest under which KV of an adapter with files of this digest is stored; its name and path do not matter."""
     return _digest(json.dumps(["adapter", namespace, digest]))
 
 
 def generation_namespace(namespace: str, *, token: str) -> str:
     """Digest under which an engine stores KV after a reset or a change of its weights.
 
-    Args:
-        namespace: The one that all engines with the weights as loaded share.
-        token: Random: no other process can have it. Empty: ``namespace`` itself.
+    A ``token`` is random: no other process can have it. Without one ``namespace`` stays, which all engines share that
+    have the weights as loaded.
     """
     return _digest(json.dumps(["generation", namespace, token])) if token else namespace
 

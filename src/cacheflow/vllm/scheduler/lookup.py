@@ -128,14 +128,7 @@ class StoreQuestions:
     def __init__(
         self, lookup: PrefixLookup, facts_by_rank: Sequence[EngineFacts], *, saved_at: Callable[[], int], clock: Clock
     ) -> None:
-        """Ask for the objects of these ranks.
-
-        Args:
-            lookup: Reaches the store.
-            facts_by_rank: What the workers found out at start.
-            saved_at: ``SaveLog.now``.
-            clock: Says how long a request has queued.
-        """
+        """Ask for the objects of these ranks; ``saved_at`` is ``SaveLog.now``."""
         self._lookup, self._ranks, self._saved_at, self._clock = lookup, tuple(facts_by_rank), saved_at, clock
         self._boundary_stages = [facts for facts in slowest_of_stages(facts_by_rank)[1:] if facts.boundary_token_bytes]
 

@@ -63,11 +63,7 @@ class Pace:
     def budget(self, now_s: float, *, busy: bool, chunk_s: float, unit_s: float) -> StepBudget:
         """The budget of the step that is being made.
 
-        Args:
-            now_s: Seconds.
-            busy: Other requests run in this step.
-            chunk_s: Seconds one chunk takes to recompute.
-            unit_s: Seconds the least work takes.
+        ``busy``: other requests run in it. A chunk takes ``chunk_s`` to recompute, the least work ``unit_s``.
         """
         self._observe(now_s, busy=busy)
         if not busy:

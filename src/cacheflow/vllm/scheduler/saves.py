@@ -18,14 +18,7 @@ class RequestSaves:
     """One request's chunks on their way to the store. Scheduler's thread alone."""
 
     def __init__(self, view: RequestView, prefix: RequestPrefix, *, block_size: int, decode_too: bool) -> None:
-        """Nothing is saved yet.
-
-        Args:
-            view: The request.
-            prefix: Its chunks.
-            block_size: Tokens of a KV block.
-            decode_too: Save chunks with tokens after the prompt.
-        """
+        """Nothing is saved yet; ``decode_too``: save chunks with tokens after the prompt."""
         self._view, self._prefix, self._block_size, self._decode_too = view, prefix, block_size, decode_too
         self._next = self._num_stored = self._proven_after = 0
 
@@ -66,10 +59,8 @@ class RequestSaves:
     def take(self, name: KvName, *, num_computed: int, block_ids_of: BlockIdsOf) -> list[SaveWork]:
         """Chunks that are wholly computed and were not saved before; they count as saved from now on.
 
-        Args:
-            name: Of the request's KV.
-            num_computed: Tokens whose KV is there after this step's forward.
-            block_ids_of: KV blocks of a request; asked only when there is something to save.
+        ``num_computed`` tokens have their KV after this step's forward. ``block_ids_of`` is asked only when there is
+        something to save.
         """
         view, chunk_tokens = self._view, self._prefix.chunk_tokens
         limit = min(num_computed, len(view.tokens) if self._decode_too else view.num_prompt_tokens)
@@ -109,12 +100,7 @@ class SaveLog:
         self._saved_at: OrderedDict[tuple[str, str], int] = OrderedDict()
 
     def new(self, saves: Iterable[SaveWork], *, asked_at: int) -> list[SaveWork]:
-        """Those that were not saved since the request asked the store; they count as saved from now on.
-
-        Args:
-            saves: Of one request.
-            asked_at: ``now`` when the request asked the store.
-        """
+        """Those of a request that were not saved since it asked the store; they count as saved from now on."""
         new = []
         for save in saves:
             name = (save.namespace, save.chain_hash)

@@ -59,13 +59,8 @@ def find_shared(
     """What to do about the longest part of ``wanted`` that another restoration restores.
 
     One that restores nothing else is waited for: vLLM's prefix cache shares its blocks when it ends. The last chunk is
-    never copied: a restoration has at least one chunk of its own to restore.
-
-    Args:
-        wanted: What the request lacks.
-        others: Restorations under way, each with a call that says up to which token its prefix is resident.
-        chunk_tokens: Tokens of a chunk.
-        block_size: Tokens of a KV block.
+    never copied: a restoration has at least one chunk of its own to restore. Each of ``others`` comes with a call that
+    says up to which token its prefix is resident.
     """
     first = wanted.start // chunk_tokens
     most = len(wanted.chain_hashes) - 1

@@ -189,9 +189,7 @@ class SchedulerSide:
     def passed_over(self, request_id: str, *, num_loaded: int | None) -> None:
         """Note that vLLM has set blocks aside without asking for a restoration.
 
-        Args:
-            request_id: vLLM's.
-            num_loaded: Tokens that some connector loads; None where that is not known.
+        Some connector loads ``num_loaded`` tokens; None where that is not known.
         """
         request = self._requests.get(request_id)
         if request is None or request.records or self._restorations.restoring(request_id):

@@ -65,9 +65,8 @@ class StagePlanner:
     def sources(self, *, num_boundaries: int, below: BoundarySource | None) -> list[BoundarySource]:
         """Where the activations below its first layer can come from, at least one.
 
-        Args:
-            num_boundaries: Leading chunks whose boundary states the store holds.
-            below: Where those of the stage below come from; None for the first stage.
+        The store holds boundary states of ``num_boundaries`` leading chunks; those of the stage below come from
+        ``below``, None for the first stage.
         """
         if below is None:
             return [BoundarySource.FIRST_STAGE]
@@ -83,11 +82,7 @@ class StagePlanner:
         return float(stage.problem.compute_KB.sum()) * self.rates.compute_factor
 
     def problem(self, span: PlanSpan, *, stored: bool) -> RestoreProblem:
-        """What restoring a span costs, as measured.
-
-        Args:
-            span: Which tokens.
-            stored: Chunks are recomputed from stored boundary states.
+        """What restoring a span costs, as measured; ``stored``: chunks are recomputed from stored boundary states.
 
         Raises:
             CostRangeError: A chunk lies outside the measured range.

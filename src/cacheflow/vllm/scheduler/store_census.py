@@ -63,13 +63,7 @@ class StoreCensus:
 
 
 def census_line(store: Store, namespace: str, parts: Mapping[str, str]) -> str:
-    """What a store holds, in a sentence.
-
-    Args:
-        store: Asked, for ``TIMEOUT_S`` at most.
-        namespace: This engine's.
-        parts: What it stands for.
-    """
+    """What a store holds beside this engine's ``namespace``, in a sentence; asks for ``TIMEOUT_S`` at most."""
     census = dict(store.census())
     own = census.pop(namespace, 0)
     if not census:

@@ -60,15 +60,9 @@ def calibrate(
 ) -> CostTable:
     """Measure chunks at offsets, for each kind of layer, and the engine's own longest pass.
 
-    Uses scratch blocks at the end of the KV cache; they are zero afterwards. Tensor-parallel ranks measure together
-    and all return the first rank's table, each under its own identity.
-
-    Args:
-        forward: The worker's model.
-        layout: Its KV blocks.
-        identity: What the costs will be valid for.
-        lengths: What the table has to cover.
-        budget_s: Roughly how long this may take; the two nearest offsets are measured whatever they take.
+    Uses scratch blocks at the end of the KV cache; they are zero afterwards. Tensor-parallel ranks measure together and
+    all return the first rank's table, each under its own identity. Takes roughly ``budget_s``, but the two nearest
+    offsets are measured whatever they take.
     """
     size, max_tokens = layout.block_size, lengths.max_tokens
     chunk_tokens = min(lengths.chunk_tokens, max_tokens)

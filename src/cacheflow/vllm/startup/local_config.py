@@ -17,12 +17,10 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 def local_config(
     model: str, *, revision: str | None = None, environment: Mapping[str, str]
 ) -> Mapping[str, Any] | None:
-    """The parsed file; None where there is none on this machine, or none that can be read: vLLM then has the word.
+    """The parsed file of a folder or a name on the hub; None where this machine has none to read: vLLM then decides.
 
-    Args:
-        model: Folder, or name on the hub.
-        revision: Branch, tag or commit of the hub's repository; None for its main branch.
-        environment: Says where Hugging Face's cache is.
+    ``revision`` is a branch, tag or commit of the hub's repository, None its main branch; ``environment`` says where
+    Hugging Face's cache is.
     """
     file = _file_of(model, revision=revision, environment=environment)
     if file is None or not file.is_file():

@@ -47,12 +47,8 @@ def check_start(
 ) -> None:
     """Pass unless vLLM with these options is sure to be refused once it has started.
 
-    Args:
-        model: Name or folder, as vLLM takes it; None where only a configuration is printed.
-        options: The connector's.
-        flags: vLLM's.
-        installed: The vLLM that would run; None where it is not known.
-        environment: Of the server.
+    ``model`` is a name or folder, as vLLM takes it, and None where only a configuration is printed; ``installed`` is
+    None where it is not known which vLLM would run.
 
     Raises:
         ConfigError: It would be; with the reason that the connector or a worker would give.

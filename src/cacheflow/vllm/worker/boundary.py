@@ -84,13 +84,7 @@ class BoundaryCapture:
     """
 
     def __init__(self, handle: ModelHandle, *, chunk_tokens: int, batch_tokens: int, counts: Counts) -> None:
-        """Look at every forward of the runner's model from now on, until ``close``.
-
-        Args:
-            handle: The model of a stage above the first.
-            chunk_tokens: Tokens of a chunk.
-            batch_tokens: Tokens of the largest batch.
-            counts: Where outcomes are counted.
+        """Look at every forward of a later stage's model from now on, until ``close``.
 
         Raises:
             ConfigError: vLLM's runner does not tell whose rows are whose.

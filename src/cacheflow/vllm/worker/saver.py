@@ -74,16 +74,7 @@ class ChunkSaver:
         counts: Counts,
         more: MorePuts | None = None,
     ) -> None:
-        """Save under this rank's keys.
-
-        Args:
-            store: Where to.
-            layout: Where from.
-            layers_per_block: Layers of an object.
-            keys: Names this rank's objects.
-            counts: Where outcomes are counted.
-            more: What else to write of a chunk.
-        """
+        """Save in objects of ``layers_per_block`` layers under this rank's keys; ``more``: what else of a chunk."""
         self._store, self._layout, self._keys, self._counts = store, layout, keys, counts
         self._dtype, self._more = str(layout.dtype).removeprefix("torch."), more
         num_blocks = -(-layout.num_layers // layers_per_block)

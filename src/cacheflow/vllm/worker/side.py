@@ -82,16 +82,7 @@ class WorkerSide:
         capture: BoundaryCapture | None,
         counts: Counts,
     ) -> None:
-        """Serve an engine.
-
-        Args:
-            store: Read and written.
-            engine: What start-up found.
-            state: Compares work with the weights and adapters that are loaded.
-            chunk_tokens: Tokens of a chunk.
-            capture: Keeps boundary states; None where this rank saves none.
-            counts: Counted in here and in ``capture``.
-        """
+        """Serve what start-up found; ``capture`` is None where this rank saves no boundary states."""
         facts = engine.facts
         self._store, self._engine, self._state, self._capture = store, engine, state, capture
         self.counts = counts

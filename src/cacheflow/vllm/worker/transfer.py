@@ -75,15 +75,7 @@ class VllmTransferPort:
         keys: RankKeys = RankKeys(),  # noqa: B008 -- frozen
         boundaries: BoundaryReads | None = None,
     ) -> None:
-        """Read ``target``'s objects.
-
-        Args:
-            store: Where they are.
-            layout: Where they go.
-            target: Chunks, blocks, names.
-            pool: From ``staging_pool``; shared by all ports of the I/O thread.
-            keys: Names this rank's objects.
-            boundaries: How boundary states are read; None where they are not.
+        """Read ``target``'s objects into buffers of ``pool``, which all ports of the I/O thread share.
 
         Raises:
             ValueError: The target's positions do not fall on block boundaries (a caller's bug).
