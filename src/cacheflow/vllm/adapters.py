@@ -75,7 +75,6 @@ class AdapterFiles:
     """Digests of adapters' files; files that did not change are not read again. One thread."""
 
     def __init__(self) -> None:
-        """Know none."""
         self._known: dict[tuple[str, bool], tuple[_Signature, str]] = {}
 
     def claim(self, adapter: Adapter) -> AdapterClaim | None:

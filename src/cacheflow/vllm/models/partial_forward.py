@@ -56,7 +56,6 @@ class PartialForward:
     """
 
     def __init__(self, handle: ModelHandle) -> None:
-        """Make the metadata builders."""
         self.handle = handle
         self._groups = _own_groups(handle)
         self._layers = [] if handle.inner is None else list(handle.inner.layers)[handle.start_layer : handle.end_layer]

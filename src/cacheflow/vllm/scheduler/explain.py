@@ -117,7 +117,6 @@ class Siblings:
     """
 
     def __init__(self) -> None:
-        """Start with none."""
         self._families: dict[str, _Family] = {}
 
     def join(self, request_id: str) -> None:

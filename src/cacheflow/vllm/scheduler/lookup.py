@@ -31,7 +31,6 @@ class Lookup:
     """How many leading chunks the store holds; ``poll`` from the thread that asked."""
 
     def __init__(self, future: Future[int], *, deadline_at_s: float, clock: Clock) -> None:
-        """Wrap an answer that is under way."""
         self._future, self._deadline_at_s, self._clock = future, deadline_at_s, clock
         self._wait_s = INLINE_WAIT_S
         self.timed_out = False

@@ -45,7 +45,6 @@ class Pace:
     """Sets the budget of each step from what recent steps took. Time is passed in."""
 
     def __init__(self, *, recompute_budget_ms: float | None, itl_slo_ms: float | None) -> None:
-        """Take the operator's limits."""
         self._budget_s = None if recompute_budget_ms is None else recompute_budget_ms * 1e-3
         self._itl_s = None if itl_slo_ms is None else itl_slo_ms * 1e-3
         self._own_step_s: float | None = None

@@ -91,7 +91,6 @@ class Restorations:
     def __init__(
         self, options: ConnectorOptions, decider: Decider, *, ranks_per_stage: int, clock: Clock, counts: Counts
     ) -> None:
-        """Start with none."""
         self._options, self._decider, self._counts, self._clock = options, decider, counts, clock
         self._ranks_per_stage = ranks_per_stage
         self._pace = Pace(recompute_budget_ms=options.recompute_budget_ms, itl_slo_ms=options.itl_slo_ms)

@@ -95,7 +95,6 @@ class SaveLog:
     """
 
     def __init__(self) -> None:
-        """Nothing was saved yet."""
         self.now = 0
         self._saved_at: OrderedDict[tuple[str, str], int] = OrderedDict()
 

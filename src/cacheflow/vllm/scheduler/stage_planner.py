@@ -58,7 +58,6 @@ class StagePlanner:
     """
 
     def __init__(self, facts: EngineFacts) -> None:
-        """Start with what was measured."""
         self.facts = facts
         self.rates = LiveRates(bytes_per_s=facts.link.bytes_per_s)
 

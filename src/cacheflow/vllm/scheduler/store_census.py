@@ -28,7 +28,6 @@ class StoreCensus:
     """Asks and writes on a thread of its own: a store that hangs holds up nothing. Scheduler's thread alone."""
 
     def __init__(self, store: Store) -> None:
-        """Ask nothing yet."""
         self._store = store
         self._described: set[str] = set()
         self._namespaces: SimpleQueue[tuple[str, dict[str, str]] | None] = SimpleQueue()

@@ -24,7 +24,6 @@ class ServerFlags:
     """Options by their long names with hyphens; the last one given counts, as for vLLM."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        """Take the words after ``--``."""
         self._values: dict[str, str] = {}
         for index, word in enumerate(words):
             name, equals, value = word.partition("=")

@@ -96,7 +96,6 @@ class StageAnswers:
     """Answers the stages above and below for a restoration that cannot begin on this rank (``HandOverPort``)."""
 
     def __init__(self, link: StageLink, target: RestoreTarget) -> None:
-        """Answer for ``target``."""
         self._link, self._target = link, target
 
     def receive(self, chunk: int) -> None:
