@@ -145,8 +145,8 @@ def test_what_costs_more_engine_steps_than_it_saves_is_left_to_vllm(cell_s, left
 
 
 def test_the_constants_are_the_plugins():
-    from cacheflow.vllm.decide import STEP_OVERHEAD_S as PLUGIN_OVERHEAD_S
     from cacheflow.vllm.options import ConnectorOptions
+    from cacheflow.vllm.scheduler.decide import STEP_OVERHEAD_S as PLUGIN_OVERHEAD_S
 
     assert STEP_OVERHEAD_S == PLUGIN_OVERHEAD_S
     assert ConnectorOptions().starvation_s == STARVATION_S

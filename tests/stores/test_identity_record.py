@@ -16,11 +16,10 @@ from cacheflow.stores.file import FileStore
 from cacheflow.stores.identity_record import (
     IDENTITY_BYTES,
     differing_parts,
-    identity_key,
     read_identities,
     write_identity,
 )
-from cacheflow.stores.keys import Namespace, ObjectKind
+from cacheflow.stores.keys import Namespace, ObjectKind, identity_key
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from support.store_objects import NAMESPACE, TIMEOUT_S, put

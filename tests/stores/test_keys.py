@@ -13,12 +13,15 @@ from cacheflow.stores.keys import (
     Namespace,
     ObjectKey,
     ObjectKind,
+    RankKeys,
     Shard,
     as_token_array,
     chain_hash,
     chain_hashes,
     chain_root,
+    identity_key,
     namespace_of,
+    next_key,
 )
 
 BASE = Namespace(weights_fingerprint="abc", dtype="bfloat16", chunk_tokens=512)
@@ -164,6 +167,41 @@ def test_key_names_are_unique_stable_and_safe_as_file_names():
         assert key.path.split("/") == key.name.split("_")
         assert namespace_of(key.name) == key.namespace
     assert keys[0].path == f"{BASE.digest}/{HASH}/kv/0-4/tp0of1.pp0of1"
+
+
+def test_names_and_digests_are_those_that_stores_on_disk_hold():
+    """Literals from version 0.1: another name or digest would silently empty every store in the world."""
+    extra = (("compiled", "False"), ("attention", "CPU_ATTN"))
+    space = Namespace(weights_fingerprint="w", dtype="bfloat16", chunk_tokens=4, rope="{}", extra=extra).digest
+    first, second = chain_hashes(list(range(8)), [4, 8], "tenant", [[], ["cat@1"]])
+    rank = RankKeys(Shard(tp_rank=1, tp_size=2, pp_rank=1, pp_size=3), first_layer=8)
+    one = "3132278a7da3629be5598795dbea58edc8b72ba0519c5f43aff08cb4887a0102"
+    two = "ddc465b23e61058a999a8dee667bcb7cac52bef8dc9a26588e4c2a7e44083b3e"
+    assert (space, first.hex(), second.hex()) == ("9232846d00ce0cb31ec75075e80a946d", one, two)
+    expected = {
+        rank.kv(space, one, (2, 3)): (
+            f"{space}_{one}_kv_10-11_tp1of2.pp0of1",
+            "8d783bee2aab2ea9efc75a7bf895e0d345c9315409b534cbce1f775f50e3909b",
+        ),
+        rank.boundary(space, two): (
+            f"{space}_{two}_hidden_8-8_tp0of2.pp0of1",
+            "3cd0d603c7298caaaba18e00bc4b528a918dd411366e03e2fe7f9ae4b213cfad",
+        ),
+        RankKeys().kv(space, two, (0, 4)): (
+            f"{space}_{two}_kv_0-4_tp0of1.pp0of1",
+            "98ddb34fbd252ed53114494ebd5a3dfa325b736b972cb3a67474bf024857aa39",
+        ),
+        next_key(space, first): (
+            f"{space}_{one}_next_0-0_tp0of1.pp0of1",
+            "35a4322e1866cb676968aa3f6b2c446c8391db852448224bddec5e91773f8bc9",
+        ),
+        identity_key(space): (
+            f"{space}_{'0' * 64}_identity_0-0_tp0of1.pp0of1",
+            "60daee1b4d8205cf659b49fb20af5189a886673cda83b7bc3e0476ded37b1615",
+        ),
+    }
+    for key, (name, digest) in expected.items():
+        assert (key.name, key.digest.hex()) == (name, digest)
 
 
 @pytest.mark.parametrize(

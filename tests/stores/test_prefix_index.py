@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import PutRequest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
-from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind, chain_hash, chain_hashes, chain_root
+from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind, chain_hash, chain_hashes, chain_root, next_key
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.stores.prefix_index import MAX_NOTED, PROBE_CHUNKS, find_prefix, next_key, note_boundary
+from cacheflow.stores.prefix_index import MAX_NOTED, PROBE_CHUNKS, find_prefix, note_boundary
 from support.store_objects import NAMESPACE, TIMEOUT_S
 
 CHUNK = 4
@@ -173,7 +173,7 @@ def test_a_note_that_cannot_be_read_is_a_missed_hit(store, fault):
 def test_a_note_that_cannot_be_written_is_no_error(store):
     failing = FaultyStore(store, FaultPlan(rules=(FaultRule(fault=Fault.PUT_ERROR),)))
     assert not note_boundary(failing, NAMESPACE, chain_root(), 3)
-    assert not store.contains([next_key(NAMESPACE, chain_root())])[0]
+    assert not store.contains([next_key(NAMESPACE.digest, chain_root())])[0]
 
 
 def test_the_deadline_is_for_the_whole_search(store):

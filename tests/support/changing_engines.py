@@ -17,15 +17,15 @@ import torch
 
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.stores.base import GetRequest, PutRequest
-from cacheflow.stores.keys import WHOLE
+from cacheflow.stores.keys import RankKeys
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.adapters import Adapter, LoadedAdapters
-from cacheflow.vllm.model_state import ModelState
-from cacheflow.vllm.object_keys import object_key
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
-from cacheflow.vllm.weights_watch import WeightsWatch
+from cacheflow.vllm.scheduler.side import SchedulerSide
+from cacheflow.vllm.scheduler.view import RequestView, ScheduledRequest
+from cacheflow.vllm.worker.model_state import ModelState
+from cacheflow.vllm.worker.weights_watch import WeightsWatch
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, SHAPE, facts
 
 PAYLOAD_BYTES = 128
@@ -84,8 +84,7 @@ class ChangingEngine:
         )
         self.now_s = 0.0
         options = ConnectorOptions(chunk_tokens=CHUNK, lookup_timeout_s=20.0, policy=policy)
-        self.side = SchedulerSide(options, store, clock=lambda: self.now_s)
-        self.side.set_facts([facts()])
+        self.side = SchedulerSide(options, store, [facts()], clock=lambda: self.now_s)
         self.local: dict[tuple[str, bytes], Made] = {}
         self.running: dict[str, Running] = {}
         self.targets: dict[int, tuple[str, object]] = {}
@@ -143,9 +142,9 @@ class ChangingEngine:
         return float(self.model.weight.detach()[0, 0]), self.loaded if request.view.adapter else ""
 
     def _hashes(self, request: Running) -> list[bytes]:
-        from cacheflow.vllm.request_prefix import RequestPrefix
+        from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 
-        prefix = RequestPrefix(namespace="", chunk_tokens=CHUNK)
+        prefix = RequestPrefix(chunk_tokens=CHUNK)
         prefix.extend(request.view.tokens)
         return prefix.hashes
 
@@ -235,7 +234,7 @@ class ChangingEngine:
             self._copy(target)
             self.state.begin(target, orders)
         failed = {block for ids in orders.failed_blocks.values() for block in ids}
-        for each in orders.restorations:
+        for each in orders.of_stage(0):
             request_id, target = self.targets[each.restore_id]
             request, first = self.running[request_id], target.object_start // CHUNK
             for read in each.reads:
@@ -274,7 +273,7 @@ class ChangingEngine:
                     request.kv[chunk, layer] = source.kv[chunk, layer]
 
     def _read(self, request: Running, target, chunk: int, layer: int) -> LoadOutcome:
-        key = object_key(target.namespace, target.chain_hashes[chunk], layers=(layer, layer + 1), shard=WHOLE)
+        key = RankKeys().kv(target.namespace, target.chain_hashes[chunk], (layer, layer + 1))
         payload = np.empty(PAYLOAD_BYTES, np.uint8)
         (outcome,) = self.store.submit_get([GetRequest(key, payload)]).wait(20)
         if outcome is LoadOutcome.OK:
@@ -313,7 +312,7 @@ class ChangingEngine:
         for order in self.state.may_save(orders):
             request = self.running[order.request_id]
             for layer in range(LAYERS):
-                key = object_key(order.namespace, order.chain_hash, layers=(layer, layer + 1), shard=WHOLE)
+                key = RankKeys().kv(order.namespace, order.chain_hash, (layer, layer + 1))
                 payload = encode(request.kv[order.chunk, layer])
                 requests.append(PutRequest(key, [payload], shape=(PAYLOAD_BYTES,), dtype="uint8"))
         if requests:

@@ -236,31 +236,30 @@ class ServingEngine:
 
     def configure(self, **changes) -> None:
         """Start the connector's two halves anew with other options, on the same store, as an engine start would."""
-        from cacheflow.vllm.scheduler_side import SchedulerSide
+        from cacheflow.vllm.starting import Starting
 
         self.evict()  # the worker's half tries things out in the KV cache
         connector = self.connector
         options = dataclasses.replace(connector._options, **changes)
         self.worker.close()
         self.side.close()
-        fresh = type(self.worker)(
-            options, self.store, self.worker._vllm_config, self.worker._kv_cache_config
+        worker_connector, runner = self.worker_connector, self.core.model_executor.driver_worker.worker.model_runner
+        fresh = Starting(
+            options=options, store=self.store, vllm_config=worker_connector._vllm_config,
+            kv_cache_config=worker_connector._kv_cache_config, kv_caches=kv_caches_of(runner),
         )  # fmt: skip
-        fresh.register(self.worker._kv_caches)
-        side = SchedulerSide(options, self.store, clock=time.perf_counter)
-        self.worker_connector._worker = fresh
-        connector._scheduler, connector._options = side, options
-        facts = fresh.find_facts()
+        worker_connector._half, connector._options = fresh.worker(), options
+        facts = worker_connector._half.facts
         if facts.costs is not None:  # the scheduler is held to chunks, whatever pass was measured
             facts = dataclasses.replace(facts, costs=dataclasses.replace(facts.costs, engine_pass=None))
-        side.set_facts([facts])
+        connector._half = fresh.scheduler([facts])
         if "chunk_tokens" in changes:
             self.scheduler.max_num_scheduled_tokens = options.chunk_tokens
 
     def balance_link(self, num_tokens: int, *, ratio: float = 1.0) -> None:
         """Throttle the link so that loading so many tokens takes ``ratio`` times what recomputing them takes."""
         from cacheflow.plan.rates import LiveRates
-        from cacheflow.vllm.stage_plans import PlanSpan
+        from cacheflow.vllm.scheduler.stage_planner import PlanSpan
 
         decider = self.side._decider
         chunk_tokens = decider._options.chunk_tokens
@@ -295,6 +294,15 @@ def ours(connector):
 
     children = getattr(connector, "sub_connectors", (connector,))
     return next(each for each in children if isinstance(each, CacheFlowConnector))
+
+
+def kv_caches_of(runner) -> dict[str, torch.Tensor]:
+    """The KV blocks of each layer, bottom first, as vLLM registers them."""
+    from cacheflow.vllm.models.model_access import layer_number
+
+    context = runner.vllm_config.compilation_config.static_forward_context
+    names = sorted(runner.kv_cache_config.kv_cache_groups[0].layer_names, key=layer_number)
+    return {name: context[name].kv_cache for name in names}
 
 
 def random_tokens(count: int, *, seed: int = 3) -> list[int]:
@@ -348,7 +356,7 @@ def serving_engine(
     """
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    from cacheflow.vllm.layout import BlockLayout, layer_number
+    from cacheflow.vllm.worker.layout import BlockLayout
 
     transfer = None
     if options is not None:
@@ -358,11 +366,10 @@ def serving_engine(
     try:
         core = llm.llm_engine.engine_core.engine_core
         runner = core.model_executor.driver_worker.worker.model_runner
-        context = runner.vllm_config.compilation_config.static_forward_context
-        names = sorted(runner.kv_cache_config.kv_cache_groups[0].layer_names, key=layer_number)
-        caches = {name: context[name].kv_cache for name in names}
-        serving = ServingEngine(llm, BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=names))
-        del core, runner, context, caches
+        caches = kv_caches_of(runner)
+        layout = BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=list(caches))
+        serving = ServingEngine(llm, layout)
+        del core, runner, caches
         yield serving
         serving.llm = None
     finally:

@@ -155,7 +155,7 @@ class DraftingEngine:
 
     def _save(self, output: Any) -> None:
         """As the worker does: copy what is in the blocks when the step's forward is through."""
-        for order in output.kv_connector_metadata.orders.saves:
+        for order in output.kv_connector_metadata.work.saves:
             entries = [entry for block in order.block_ids for entry in self.kv[block]]
             assert self.saved.setdefault(order.chain_hash, entries) == entries, "saved twice, with other KV"
 
@@ -191,7 +191,7 @@ def drafting_engine(config: Any, *, seed: int, luck: float, overlap: int, num_bl
         vllm_config=config, kv_cache_config=caches, block_size=BLOCK, hash_block_size=BLOCK,
         structured_output_manager=StructuredOutputManager(config),
     )  # fmt: skip
-    scheduler.connector._scheduler.set_facts([facts(block_size=BLOCK)])
+    scheduler.connector._half = scheduler.connector._half.scheduler([facts(block_size=BLOCK)])
     return DraftingEngine(scheduler, luck, overlap, random.Random(seed))
 
 

@@ -274,7 +274,8 @@ def runner_generation(worker: Any) -> str:
 
 
 def layout_of(worker: Any) -> Any:
-    from cacheflow.vllm.layout import BlockLayout, layer_number
+    from cacheflow.vllm.models.model_access import layer_number
+    from cacheflow.vllm.worker.layout import BlockLayout
 
     runner = runner_of(worker)
     context = runner.vllm_config.compilation_config.static_forward_context
@@ -287,7 +288,7 @@ def gather(worker: Any, block_ids: list[int]) -> tuple[int, int, np.ndarray]:
     """First layer, tensor-parallel rank and KV bytes of this rank."""
     from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-    from cacheflow.vllm.layout import layer_number
+    from cacheflow.vllm.models.model_access import layer_number
 
     layout = layout_of(worker)
     out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)

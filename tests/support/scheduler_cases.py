@@ -13,12 +13,13 @@ from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.problem import LinkCost
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.stores.base import PutRequest
-from cacheflow.stores.keys import WHOLE, ObjectKey, ObjectKind
+from cacheflow.stores.keys import WHOLE, RankKeys
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome, ModelShape
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.scheduler.side import SchedulerSide
+from cacheflow.vllm.scheduler.view import RequestView, ScheduledRequest
 from cacheflow.vllm.step import StepWork
 
 CHUNK, BLOCK, LAYERS, MAX_TOKENS = 64, 16, 4, 4096
@@ -72,8 +73,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.store = MemoryStore(capacity_bytes=1 << 28)
-        self.side = SchedulerSide(self.options, self.store, clock=lambda: self.now_s)
-        self.side.set_facts(self.facts_by_rank)
+        self.side = SchedulerSide(self.options, self.store, self.facts_by_rank, clock=lambda: self.now_s)
         OPEN_CASES.append(self)
 
     def close(self) -> None:
@@ -88,15 +88,12 @@ class Case:
 
     def hold(self, request_id: str, num_chunks: int) -> None:
         """Put the first chunks of a known request into the store."""
-        prefix = self.side._requests[request_id].prefix
+        request = self.side._requests[request_id]
         requests = []
-        for chunk in range(num_chunks):
+        for name in request.prefix.names(0, num_chunks):
             for layer in range(LAYERS):
                 for facts in self.facts_by_rank:
-                    key = ObjectKey(
-                        namespace=prefix.namespace, chain_hash=prefix.hashes[chunk].hex(), kind=ObjectKind.KV,
-                        layer_lo=layer, layer_hi=layer + 1, shard=facts.shard,
-                    )  # fmt: skip
+                    key = RankKeys(facts.shard).kv(request.name.namespace, name, (layer, layer + 1))
                     requests.append(PutRequest(key, [np.zeros(64, np.uint8)], shape=(64,), dtype="bfloat16"))
         self.store.submit_put(requests).wait(20)
 
@@ -115,8 +112,8 @@ class Case:
             request = self.side._requests.get(request_id)
             if matched is not None or (request is not None and request.decision is not None):
                 return matched
-            if request is not None and request.lookup is not None:
-                wait([request.lookup._future], 20)
+            if request is not None and request.question is not None:
+                wait([request.question.lookup._future], 20)
         raise AssertionError("the lookup never answered")
 
     def matched_now(self, request_id: str) -> int | None:
@@ -157,7 +154,7 @@ class Worker:
             self.num_computed[target.restore_id] = 0
         self.failed_blocks |= orders.failed_blocks
         loads, computes, finished = [], [], []
-        for each in orders.restorations:
+        for each in orders.of_stage(0):
             resident = self.restored[each.restore_id]
             for read in each.reads:
                 outcome = self.outcome.get(read.piece, self.default)

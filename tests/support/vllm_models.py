@@ -120,9 +120,9 @@ def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overr
     """Start an engine on a model folder and open it as the connector would; nothing is left of it afterwards."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    from cacheflow.vllm.layout import BlockLayout
-    from cacheflow.vllm.model_access import open_model
+    from cacheflow.vllm.models.model_access import open_model
     from cacheflow.vllm.plugin import remember
+    from cacheflow.vllm.worker.layout import BlockLayout
     from vllm import LLM
 
     llm = LLM(

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cacheflow.stores.keys import Shard
-from cacheflow.vllm.step import ModelNews
-from cacheflow.vllm.weights_watch import WeightsChange
+from cacheflow.vllm.step import ModelNews, WeightsChange
 from support.changing_engines import ChangingEngine, ListedStore, write_adapter
 from support.scheduler_cases import BLOCK, CHUNK, Case, facts, tokens
 
@@ -250,7 +249,7 @@ def test_one_rank_whose_weights_change_is_enough():
     change = WeightsChange(version=1, how="test", announced=False)
     case.side.take_news({1: ModelNews(weights=change)})
     orders = case.step()
-    assert all(each.cancel for each in orders.restorations)
+    assert all(each.cancel for each in orders.of_stage(0))
     assert orders.failed_blocks[0] == tuple(range(100, 100 + 4 * CHUNK // BLOCK))
     assert (orders.weights_versions, orders.generation) == ({1: 1}, 1)
     case.arrive("b", prompt)

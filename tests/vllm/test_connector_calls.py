@@ -4,13 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("torch")
+
+from cacheflow.vllm.worker.side import WorkerSide
+
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("_single_process_vllm")]
 
 BEFORE, AFTER = "before the forward", "after the forward"
 
 
-class Recorder:
-    """A worker side that notes what it is told and when."""
+class Recorder(WorkerSide):
+    """A worker side that notes what it is asked and when."""
 
     def __init__(self):
         self.now, self.calls = "", []
@@ -36,7 +40,7 @@ def connector():
     from cacheflow.vllm.connector import CacheFlowConnector
 
     made = CacheFlowConnector.__new__(CacheFlowConnector)
-    made._worker, made._to_carry_out, made._to_save, made._connector_metadata = Recorder(), None, None, None
+    made._half, made._to_carry_out, made._to_save, made._connector_metadata = Recorder(), None, None, None
     return made
 
 
@@ -87,7 +91,7 @@ def scheduler_output(**changes):
 
 def test_drafts_are_no_tokens_of_a_request():
     from cacheflow.vllm.connector import _scheduled
-    from cacheflow.vllm.scheduler_side import ScheduledRequest
+    from cacheflow.vllm.scheduler.view import ScheduledRequest
 
     assert list(_scheduled(scheduler_output())) == [
         ScheduledRequest("new", 64, 64),

@@ -24,7 +24,7 @@ def started(tmp_path_factory, _single_process_vllm):
     folder = write_model(tmp_path_factory.mktemp("faults"), "llama", num_hidden_layers=LAYERS)
     options = {"throttle_bytes_per_s": 1e8, "policy": "cake"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cacheflow.vllm.open_store.open_store", faulty_store)
+        patch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty_store)
         with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
             yield engine
 
@@ -204,7 +204,7 @@ def failing(port, *, first, times):
 @pytest.mark.parametrize("first", [1, 2])
 @pytest.mark.parametrize("times", [1, 1000])
 def test_compute_that_fails_leaves_the_rest_to_vllm(engine, monkeypatch, first, times):
-    from cacheflow.vllm.recompute import VllmComputePort
+    from cacheflow.vllm.worker.recompute import VllmComputePort
 
     engine.configure(policy="cake")
     prompt = tokens(seed=6)
@@ -226,7 +226,7 @@ def test_compute_that_fails_leaves_the_rest_to_vllm(engine, monkeypatch, first, 
 
 def test_compute_that_fails_at_the_very_end(engine, monkeypatch):
     """On a device that reports late nobody knows which of the cells are good."""
-    from cacheflow.vllm.recompute import VllmComputePort
+    from cacheflow.vllm.worker.recompute import VllmComputePort
 
     engine.configure(policy="cake")
     prompt = tokens(seed=7)
@@ -254,7 +254,7 @@ def test_ports_that_cannot_be_made(engine, monkeypatch):
         raise RuntimeError("an injected failure at the start")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cacheflow.vllm.worker_side.VllmTransferPort", refuse)
+        patch.setattr("cacheflow.vllm.worker.side.VllmTransferPort", refuse)
         again = engine.ask(prompt)
     assert again.tokens == own.tokens
     assert "an injected failure at the start" in again.params["cacheflow_reason"]
@@ -265,7 +265,7 @@ def test_ports_that_cannot_be_made(engine, monkeypatch):
 @pytest.mark.parametrize("fault", READ_FAULTS)
 def test_an_engine_that_only_loads_gives_the_rest_to_vllm(engine, monkeypatch, fault, every):
     with monkeypatch.context() as patch:
-        patch.setattr("cacheflow.vllm.model_access.recompute_refusals", lambda *_: ["for the test"])
+        patch.setattr("cacheflow.vllm.models.model_access.recompute_refusals", lambda *_: ["for the test"])
         engine.configure(unsupported_models="load_only", policy="cacheflow")
     prompt = tokens(seed=9)
     own = engine.saved(prompt)

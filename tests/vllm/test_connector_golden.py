@@ -142,13 +142,12 @@ def test_what_decoding_computed_comes_back_bit_for_bit(setting):
 def replaced(engine, prompt, chunk, layer, change):
     """Put other bytes in the place of a stored object, checksum and all."""
     from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest
-    from cacheflow.stores.keys import chain_hashes
+    from cacheflow.stores.keys import RankKeys, chain_hashes
     from cacheflow.types import LoadOutcome
-    from cacheflow.vllm.transfer import object_key
 
     chunk_tokens = engine.connector._options.chunk_tokens
     hashes = chain_hashes(prompt, list(range(chunk_tokens, (chunk + 1) * chunk_tokens + 1, chunk_tokens)))
-    key = object_key(engine.side._identity.namespace(None), hashes[chunk].hex(), layers=(layer, layer + 1))
+    key = RankKeys().kv(engine.side._identity.namespace(None), hashes[chunk].hex(), (layer, layer + 1))
     payload = np.empty(engine.layout.num_bytes(1, chunk_tokens // engine.layout.block_size), dtype=np.uint8)
     assert engine.store.submit_get([GetRequest(key, payload)]).wait() == (LoadOutcome.OK,)
     change(payload)
@@ -178,7 +177,7 @@ def test_wrong_bytes_in_the_store_show(setting):
 
 def test_blocks_that_were_not_restored_show(setting, monkeypatch):
     """Negative control: the KV cache really is empty before a restoration."""
-    from cacheflow.vllm.transfer import VllmTransferPort
+    from cacheflow.vllm.worker.transfer import VllmTransferPort
 
     engine, own = setting
     engine.configure(chunk_tokens=128, policy="load")

@@ -154,8 +154,7 @@ def test_what_another_restoration_has_brought_is_copied(engine, abort_first):
 
 def restoring(engine, name):
     """Whether a request's restoration has begun; what it copies is copied in the same step."""
-    request = engine.side._requests.get(engine._internal[name])
-    return request is not None and request.restoration is not None
+    return engine.side._restorations.restoring(engine._internal[name])
 
 
 def free_blocks_of(engine):

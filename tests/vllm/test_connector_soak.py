@@ -125,10 +125,10 @@ def resident_bytes():
 
 
 def test_every_answer_is_vllms_own(folder, monkeypatch, capsys):
-    from cacheflow.vllm.recompute import VllmComputePort
+    from cacheflow.vllm.worker.recompute import VllmComputePort
     from support.connector_engine import our_threads, serving_engine
 
-    monkeypatch.setattr("cacheflow.vllm.open_store.open_store", faulty_store)
+    monkeypatch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty_store)
     monkeypatch.setattr(VllmComputePort, "recompute", sometimes_failing(VllmComputePort.recompute, random.Random(SEED)))
     options = {
         "throttle_bytes_per_s": 3e7, "policy": "cake", "cpu_bytes_to_use": 12 << 20, "restore_timeout_s": 1.0,
@@ -164,7 +164,7 @@ def nothing_is_left(engine):
     side, worker = engine.side, engine.worker
     assert side._requests == {}
     assert not side.has_work
-    assert side._restorations._began_s == {}
+    assert side._restorations._active == {}
     assert worker._request_of == {}
     assert worker._carrier._active == {}
     assert worker._failed_blocks == set()

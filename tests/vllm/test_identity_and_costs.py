@@ -15,7 +15,7 @@ ONE = pytest.mark.parametrize("tiny", ["qwen3-bf16"], indirect=True, scope="sess
 
 @pytest.fixture
 def forward(tiny):
-    from cacheflow.vllm.partial_forward import PartialForward
+    from cacheflow.vllm.models.partial_forward import PartialForward
 
     return PartialForward(tiny.handle)
 
@@ -24,7 +24,7 @@ def forward(tiny):
 def test_the_namespace_is_stable_and_tells_settings_apart(tiny):
     import torch
 
-    from cacheflow.vllm.identity import worker_namespace
+    from cacheflow.vllm.startup.identity import worker_namespace
 
     namespace = worker_namespace(tiny.handle, tiny.layout, chunk_tokens=512)
     assert worker_namespace(tiny.handle, tiny.layout, chunk_tokens=512) == namespace
@@ -43,7 +43,7 @@ def test_one_changed_weight_changes_the_fingerprint(tiny, tmp_path):
     """Also of a linear layer, whose parameter vLLM empties on the CPU once it is packed."""
     import torch
 
-    from cacheflow.vllm.identity import stage_weights
+    from cacheflow.vllm.startup.identity import stage_weights
 
     layer = tiny.handle.inner.layers[1]
     assert layer.mlp.down_proj.weight.numel() == 0
@@ -62,7 +62,7 @@ def test_one_changed_weight_changes_the_fingerprint(tiny, tmp_path):
 
 def test_ranks_and_adapters_have_names_of_their_own():
     pytest.importorskip("torch")
-    from cacheflow.vllm.identity import adapter_namespace, shared_namespace
+    from cacheflow.vllm.scheduler.kv_identity import adapter_namespace, shared_namespace
 
     one, two = "a" * 32, "b" * 32
     shards = [Shard(tp_rank=rank, tp_size=2) for rank in range(2)]
@@ -92,7 +92,7 @@ def stages(*layers_of, namespace="a" * 32, weights="wxyz", tp_size=1):
 
 def test_a_namespace_is_the_same_for_every_split_into_stages_and_another_for_every_other_change():
     pytest.importorskip("torch")
-    from cacheflow.vllm.identity import shared_namespace
+    from cacheflow.vllm.scheduler.kv_identity import shared_namespace
 
     whole = shared_namespace(stages([0, 1, 2, 3]))
     assert shared_namespace(stages([0, 1], [2, 3])) == whole
@@ -108,8 +108,9 @@ def test_a_namespace_is_the_same_for_every_split_into_stages_and_another_for_eve
 
 @ONE
 def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_path):
-    from cacheflow.vllm.calibration import Lengths, calibrate, load_costs, profile_path, save_costs
-    from cacheflow.vllm.identity import cost_identity
+    from cacheflow.vllm.startup.calibration import Lengths, calibrate
+    from cacheflow.vllm.startup.cost_profile import load_costs, profile_path, save_costs
+    from cacheflow.vllm.startup.identity import cost_identity
 
     identity = cost_identity(tiny.handle, fingerprint="f")
     costs = calibrate(
@@ -145,8 +146,8 @@ def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_p
 
 @ONE
 def test_a_spent_budget_extends_the_far_end(tiny, forward):
-    from cacheflow.vllm.calibration import Lengths, calibrate
-    from cacheflow.vllm.identity import cost_identity
+    from cacheflow.vllm.startup.calibration import Lengths, calibrate
+    from cacheflow.vllm.startup.identity import cost_identity
 
     identity = cost_identity(tiny.handle, fingerprint="f")
     costs = calibrate(
@@ -164,13 +165,15 @@ def test_a_spent_budget_extends_the_far_end(tiny, forward):
 
 @ONE
 def test_what_this_engine_is(tiny):
-    from cacheflow.vllm.compat import RunnerKind, check_environment, require_vllm, vllm_version
+    from cacheflow.vllm.compat import RunnerKind, check_version, require_vllm, vllm_version
+    from cacheflow.vllm.models.refusals import load_refusals
 
     handle = tiny.handle
     version = vllm_version()
     assert version.known
     require_vllm(version.text)
-    assert check_environment(handle.vllm_config, handle.runner.kv_cache_config) == version
+    check_version()
+    assert load_refusals(handle.vllm_config, handle.runner.kv_cache_config) == []
     assert handle.runner_kind is (RunnerKind.V2 if v2_runner.WANTED else RunnerKind.V1)
     assert (handle.start_layer, handle.end_layer, handle.num_layers) == (0, 4, 4)
     assert not handle.compiled

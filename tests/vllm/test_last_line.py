@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.vllm.last_line import REASON_FILE, reason_told, told_environment
+from cacheflow.vllm.last_line import REASON_FILE, environment_for_reason, reason_left
 
 SRC = Path(__file__).parents[2] / "src"
 SERVER = """
 import multiprocessing, sys
 sys.path.insert(0, {src!r})
 from cacheflow.errors import ConfigError
-from cacheflow.vllm.last_line import reason_told
+from cacheflow.vllm.last_line import reason_left
 from cacheflow.vllm.plugin import register
 
 def worker(rank):
     register()
-    with reason_told():
+    with reason_left():
         raise ConfigError(f"the reason,\\nfound by rank {{rank}}")
 
 if __name__ == "__main__":
@@ -51,7 +51,7 @@ def server(tmp_path):
 
 
 def test_the_server_process_prints_last_what_the_first_rank_found(server):
-    environment = told_environment({"PATH": "/usr/bin:/bin"})
+    environment = environment_for_reason({"PATH": "/usr/bin:/bin"})
     code, lines = server("fail", environment=environment)
     assert code == 1
     assert lines[-2] == "RuntimeError: Engine core initialization failed. See root cause above."
@@ -64,7 +64,7 @@ def test_the_server_process_prints_last_what_the_first_rank_found(server):
 
 
 def test_a_server_that_ends_for_other_reasons_says_nothing(server):
-    code, lines = server(environment=told_environment({"PATH": "/usr/bin:/bin"}))
+    code, lines = server(environment=environment_for_reason({"PATH": "/usr/bin:/bin"}))
     assert code == 1
     assert not any("cacheflow: error" in line for line in lines)
 
@@ -72,27 +72,27 @@ def test_a_server_that_ends_for_other_reasons_says_nothing(server):
 def test_without_serve_every_rank_logs_its_reason_and_no_file_is_made(caplog, monkeypatch):
     monkeypatch.delenv(REASON_FILE, raising=False)
     for _ in range(2):
-        with caplog.at_level(logging.ERROR, logger="cacheflow"), pytest.raises(ConfigError), reason_told():
+        with caplog.at_level(logging.ERROR, logger="cacheflow"), pytest.raises(ConfigError), reason_left():
             raise ConfigError("a reason\n in two lines")
     assert [record.getMessage() for record in caplog.records] == ["cacheflow: error: a reason in two lines"] * 2
 
 
 def test_a_place_that_cannot_be_written_costs_nothing_but_the_last_line(caplog, monkeypatch):
     monkeypatch.setenv(REASON_FILE, "/proc/nowhere/reason.txt")
-    with caplog.at_level(logging.ERROR, logger="cacheflow"), pytest.raises(ConfigError, match="why"), reason_told():
+    with caplog.at_level(logging.ERROR, logger="cacheflow"), pytest.raises(ConfigError, match="why"), reason_left():
         raise ConfigError("why")
     assert caplog.records
 
 
 def test_bugs_are_not_dressed_up(caplog, monkeypatch):
     monkeypatch.delenv(REASON_FILE, raising=False)
-    with pytest.raises(ZeroDivisionError), reason_told():
+    with pytest.raises(ZeroDivisionError), reason_left():
         raise ZeroDivisionError
     assert not caplog.records
 
 
 def test_the_users_own_warning_filters_stay():
-    made = told_environment({"PYTHONWARNINGS": "error::DeprecationWarning", "A": "b"})
+    made = environment_for_reason({"PYTHONWARNINGS": "error::DeprecationWarning", "A": "b"})
     assert made["PYTHONWARNINGS"] == "error::DeprecationWarning,ignore:resource_tracker:UserWarning"
     assert made["A"] == "b"
     assert not Path(made[REASON_FILE]).exists()

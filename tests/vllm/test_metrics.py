@@ -13,13 +13,13 @@ from cacheflow.stores.base import PutOutcome
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.metrics import LABELS, described
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.saver import _chunk_outcome
+from cacheflow.vllm.worker.saver import _chunk_outcome
 from support.scheduler_cases import CHUNK, Case, Worker
 
 pytestmark = pytest.mark.torch
 
 ROOT = Path(__file__).parents[2]
-SOURCE = "".join(path.read_text() for path in sorted((ROOT / "src/cacheflow/vllm").glob("*.py")))
+SOURCE = "".join(path.read_text() for path in sorted((ROOT / "src/cacheflow/vllm").rglob("*.py")))
 SERIES = {
     "tokens": "tokens_total", "restorations": "restorations_total", "guard": "guard_decisions_total",
     "chunks_saved": "chunks_saved_total", "boundaries": "boundaries_total",

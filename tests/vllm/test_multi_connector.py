@@ -132,7 +132,7 @@ def test_the_first_in_line_serves_and_the_reason_says_so(setting):
         assert "cacheflow_reason" not in again.params
     else:
         assert again.records == []
-        assert again.params["cacheflow_reason"] == "another connector of this engine brought the prefix"
+        assert again.params["cacheflow_reason"] == "another connector of this engine loaded the prefix"
 
 
 def test_what_only_the_other_holds_is_brought_by_it(setting):
@@ -144,7 +144,7 @@ def test_what_only_the_other_holds_is_brought_by_it(setting):
     brought = engine.ask(prompt)
     assert brought.tokens == own.tokens
     assert brought.records == []
-    assert brought.params["cacheflow_reason"] == "another connector of this engine brought the prefix"
+    assert brought.params["cacheflow_reason"] == "another connector of this engine loaded the prefix"
     engine.evict()
     forget_sibling(engine)
     engine.balance_link(LENGTH)
@@ -243,7 +243,7 @@ def test_handshakes_are_kept_apart(setting):
     name, engine, _ = setting
     if "keeping" in name:
         assert KEPT.handshakes == [{0: KeepingHandshake(engine.layout.num_layers)}]
-    assert len(engine.side._ranks) == 1
+    assert len(engine.side._questions._ranks) == 1
 
 
 def test_a_load_of_the_other_that_fails_is_not_saved(setting):

@@ -43,7 +43,7 @@ def config(path, extra=None):
 
 def known(vllm_config):
     from cacheflow.errors import ConfigError
-    from cacheflow.vllm.model_access import worker_of
+    from cacheflow.vllm.models.workers import worker_of
     try:
         return worker_of(vllm_config).model_runner
     except ConfigError as error:
@@ -114,9 +114,9 @@ def test_ways_to_change_weights_tell_whoever_watches_them_also_where_they_fail(r
 register()
 import types
 told = []
-watch = types.ModuleType("cacheflow.vllm.weights_watch")
+watch = types.ModuleType("cacheflow.vllm.worker.weights_watch")
 watch.announce_change = lambda runner, how: told.append((runner, how))
-sys.modules["cacheflow.vllm.weights_watch"] = watch
+sys.modules["cacheflow.vllm.worker.weights_watch"] = watch
 from vllm.v1.worker.gpu_worker import Worker
 worker = Worker(config("cacheflow.vllm.connector"))
 assert worker.apply_model(str.upper) == "THE MODEL"
@@ -134,12 +134,12 @@ assert not hasattr(Worker, "reload_weights")
 def test_an_engine_without_a_connector_is_left_alone(run):
     run("""
 register()
-from cacheflow.vllm import plugin
+from cacheflow.vllm.models import workers
 from vllm.v1.worker.gpu_worker import Worker
 worker = Worker(SimpleNamespace(kv_transfer_config=None))
 worker.load_model()
-assert list(plugin.remembered()) == []
-assert "cacheflow.vllm.model_access" not in sys.modules
+assert list(workers.remembered()) == []
+assert "cacheflow.vllm.models.model_access" not in sys.modules
 """)
 
 
@@ -176,14 +176,14 @@ def test_the_dead_are_not_taken_for_the_living(run):
     """An engine that ended, and another whose configuration may lie at the same address."""
     run("""
 register()
-from cacheflow.vllm import plugin
+from cacheflow.vllm.models import workers
 from vllm.v1.worker.gpu_worker import Worker
 for _ in range(100):
     ours = config("cacheflow.vllm.connector")
     assert known(ours) is None
     Worker(ours).load_model()
     assert known(ours) is None
-assert len(plugin._workers) == 1
+assert len(workers._workers) == 1
 """)
 
 

@@ -13,7 +13,7 @@ NUM_CHUNKS = 3
 
 @pytest.fixture(scope="module")
 def forward(tiny):
-    from cacheflow.vllm.partial_forward import PartialForward
+    from cacheflow.vllm.models.partial_forward import PartialForward
 
     return PartialForward(tiny.handle)
 
@@ -45,7 +45,7 @@ def new_target(tiny, tokens, chunk_tokens, block_ids, *, start=0, layers_per_blo
 @pytest.fixture
 def setting(tiny, forward, prefilled):
     """A port into poisoned blocks, for one chunk size."""
-    from cacheflow.vllm.recompute import VllmComputePort
+    from cacheflow.vllm.worker.recompute import VllmComputePort
 
     def make(chunk_tokens, **arguments):
         tokens, kv = prefilled(chunk_tokens)

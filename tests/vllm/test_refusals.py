@@ -54,7 +54,7 @@ def runner(*, layer_class="LlamaDecoderLayer", model_class="LlamaForCausalLM", c
 
 
 def test_a_plain_engine_is_accepted():
-    from cacheflow.vllm.refusals import load_refusals, recompute_refusals
+    from cacheflow.vllm.models.refusals import load_refusals, recompute_refusals
 
     assert load_refusals(config(), specs()) == []
     assert recompute_refusals(runner(), config()) == []
@@ -71,7 +71,7 @@ def test_a_plain_engine_is_accepted():
     ],
 )
 def test_what_cannot_even_be_loaded(changes, reason):
-    from cacheflow.vllm.refusals import load_refusals
+    from cacheflow.vllm.models.refusals import load_refusals
 
     (found,) = load_refusals(config(**changes), specs())
     assert reason in found
@@ -79,7 +79,7 @@ def test_what_cannot_even_be_loaded(changes, reason):
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
 def test_drafts_from_the_tokens_alone_are_welcome(method):
-    from cacheflow.vllm.refusals import load_refusals, recompute_refusals
+    from cacheflow.vllm.models.refusals import load_refusals, recompute_refusals
 
     drafting = config(speculative_config=SimpleNamespace(method=method))
     assert load_refusals(drafting, specs()) == []
@@ -98,7 +98,7 @@ def test_drafts_from_the_tokens_alone_are_welcome(method):
     ],
 )
 def test_other_drafters_are_refused_by_name(method, why):
-    from cacheflow.vllm.refusals import load_refusals
+    from cacheflow.vllm.models.refusals import load_refusals
 
     (found,) = load_refusals(config(speculative_config=SimpleNamespace(method=method)), specs())
     assert f"drafts by {method!r}" in found
@@ -115,7 +115,7 @@ def test_other_drafters_are_refused_by_name(method, why):
     ],
 )
 def test_kv_caches_of_other_kinds(caches, reason):
-    from cacheflow.vllm.refusals import load_refusals
+    from cacheflow.vllm.models.refusals import load_refusals
 
     assert any(reason in each for each in load_refusals(config(), specs(**caches)))
 
@@ -132,7 +132,7 @@ def test_kv_caches_of_other_kinds(caches, reason):
     ],
 )
 def test_engines_that_only_load(changes, reason):
-    from cacheflow.vllm.refusals import load_refusals, recompute_refusals
+    from cacheflow.vllm.models.refusals import load_refusals, recompute_refusals
 
     assert load_refusals(config(**changes), specs()) == []
     (found,) = recompute_refusals(runner(), config(**changes))
@@ -140,7 +140,7 @@ def test_engines_that_only_load(changes, reason):
 
 
 def test_dense_replicas_and_pipeline_stages_may_recompute():
-    from cacheflow.vllm.refusals import recompute_refusals
+    from cacheflow.vllm.models.refusals import recompute_refusals
 
     assert recompute_refusals(runner(), config(parallel_config__pipeline_parallel_size=2)) == []
     assert recompute_refusals(runner(), config(parallel_config__data_parallel_size=2)) == []
@@ -158,7 +158,7 @@ def test_dense_replicas_and_pipeline_stages_may_recompute():
     ],
 )
 def test_models_that_only_load(arguments, reason):
-    from cacheflow.vllm.refusals import recompute_refusals
+    from cacheflow.vllm.models.refusals import recompute_refusals
 
     if "core" in arguments:
         arguments = {**arguments, "core": attention(**arguments["core"])}
@@ -168,11 +168,11 @@ def test_models_that_only_load(arguments, reason):
 
 def test_the_user_is_told_all_reasons_and_the_way_out():
     from cacheflow.errors import UnsupportedModelError
-    from cacheflow.vllm.compat import check_environment
+    from cacheflow.vllm.models.refusals import load_refusals, require_loadable
 
     bad = config(model_config__is_encoder_decoder=True, speculative_config=SimpleNamespace(method="eagle"))
     with pytest.raises(UnsupportedModelError, match=r"encoder-decoder.*; speculative"):
-        check_environment(bad, specs())
+        require_loadable(load_refusals(bad, specs()))
 
 
 def test_a_vllm_that_lacks_something_is_named():

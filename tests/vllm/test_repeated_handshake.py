@@ -31,12 +31,12 @@ def engine(tmp_path_factory, _single_process_vllm):
 @pytest.fixture
 def _measured_once(monkeypatch):
     """A second self-test or calibration would overwrite KV blocks and cost seconds."""
-    from cacheflow.vllm import worker_side
+    from cacheflow.vllm import starting
 
     def never(*_):
         raise AssertionError("the engine was tested and measured a second time")
 
-    monkeypatch.setattr(worker_side, "find_engine", never)
+    monkeypatch.setattr(starting, "find_engine", never)
 
 
 @pytest.mark.vllm
@@ -105,20 +105,29 @@ def test_counts_are_neither_lost_nor_doubled(engine):
     assert sum(each.get("recomputed", 0) + each.get("loaded", 0) for each in tokens) == 4 * CHUNK
 
 
-@pytest.mark.torch
-def test_the_scheduler_side_takes_facts_once():
+@pytest.mark.vllm
+def test_the_connector_takes_facts_once():
     """Equal facts from another process: a known request, its decision and a restoration under way outlive them."""
+    from cacheflow.vllm.connector import CacheFlowConnector, CacheFlowHandshake
+    from cacheflow.vllm.starting import Starting
     from support.scheduler_cases import CHUNK as SHORT
     from support.scheduler_cases import Case, Worker
 
     case = Case()
+    handshakes = {(0, 0): CacheFlowHandshake(*case.facts_by_rank)}
+    connector = CacheFlowConnector.__new__(CacheFlowConnector)
+    connector._half = Starting(options=case.options, store=case.store, vllm_config=None, kv_cache_config=None)
+    connector.set_xfer_handshake_metadata_pp_aware(handshakes)
+    connector._half.close()
+    connector._half = case.side  # the same, with a clock of the test's
     worker = Worker(case)
     prompt = case.saved_prompt(4 * SHORT + 10, 4)
     case.arrive("a", prompt)
     assert case.begin("a") == 4 * SHORT
     worker.carry_out(case.step())
     case.arrive("b", prompt[: 2 * SHORT + 5])
-    case.side.set_facts(pickle.loads(pickle.dumps(case.facts_by_rank)))
+    connector.set_xfer_handshake_metadata_pp_aware(pickle.loads(pickle.dumps(handshakes)))
+    assert connector._scheduler is case.side
     assert case.side.knows("b")
     assert case.side.has_work
     worker.run()

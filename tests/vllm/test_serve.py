@@ -18,10 +18,10 @@ from cacheflow import cli
 from cacheflow.errors import ConfigError
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
-from cacheflow.vllm import installed
-from cacheflow.vllm.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.serve import add_option_flags, flag, option_helps, options_from, serve
+from cacheflow.vllm.startup import installed
+from cacheflow.vllm.startup.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
 
 DOCS = Path(__file__).parents[2] / "docs" / "vllm.md"
 NAMES = [field.name for field in fields(ConnectorOptions)]
@@ -150,7 +150,7 @@ def test_folders_in_the_printed_line_do_not_depend_on_where_it_is_pasted(monkeyp
         (["m", "--chunk-tokens", "0"], "chunk_tokens is 0, must be above 0"),
         (["m", "--chunk-tokens", "many"], "--chunk-tokens: invalid int value"),
         (["m", "--max-model-len", "4096"], "known are --print-config, --store, --store-path"),
-        (["m", "--max-model-len", "4096"], "options of vLLM go behind `--`"),
+        (["m", "--max-model-len", "4096"], "options of vLLM go after `--`"),
         (["m", "--boundary-states", "maybe"], "maybe; known are"),
         (["m", "--boundary-states", "maybe"], "--[no-]boundary-states, --[no-]save-decode-kv, "),
         (["m", "--boundary-states", "maybe"], "those with [no-] take no value"),

@@ -18,7 +18,7 @@ from cacheflow.embedded.batch_options import BatchOptions
 from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
 from cacheflow.embedded.session import Session
-from cacheflow.embedded.turn import Turn
+from cacheflow.embedded.turn import Conversation, Turn
 from cacheflow.engine.arguments import number, timeout
 from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.transfer_port import StoreTicket
@@ -92,7 +92,7 @@ class ConcurrentBatch:
         )
         self._savers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheflow-save")
         self._lock = threading.Lock()
-        self._busy: set[Session] = set()
+        self._busy: set[Conversation] = set()
 
     def submit(  # noqa: PLR0913 -- what ``Session.generate`` takes, keyword-only, and the session
         self,
@@ -193,7 +193,7 @@ class ConcurrentBatch:
         else:
             reply.set_result(answered)
 
-    def _free(self, session: Session) -> None:
+    def _free(self, session: Conversation) -> None:
         with self._lock:
             self._busy.discard(session)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from cacheflow.embedded.archive import PendingSave
+from cacheflow.embedded.archive import PendingSave, PrefixArchive
 from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
 from cacheflow.engine.compute_port import EngineComputePort
@@ -26,9 +26,6 @@ from cacheflow.plan.report import RestoreReport
 from cacheflow.restore.batch import BatchHandle, BatchOutcome, BatchRequest, Follow, Prepared
 from cacheflow.stores.prefix_index import PrefixMatch
 from cacheflow.types import LoadOutcome
-
-if TYPE_CHECKING:
-    from cacheflow.embedded.session import Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +68,32 @@ class TurnPrompt:
         return Grid(chunk_ends=(), num_blocks=self.grid.num_blocks, suffix_ends=self.grid.suffix_ends, start=start)
 
 
+class Conversation(Protocol):
+    """What a turn needs of its session."""
+
+    @property
+    def archive(self) -> PrefixArchive:
+        """What the store has of the conversation."""
+        ...
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the buffer in memory has room for; 0 without one."""
+        ...
+
+    def buffer(self, num_tokens: int, *, spare: bool = True) -> KVBuffer:
+        """A buffer long enough that holds what is resident."""
+        ...
+
+    def note_turn(self, prompt: list[int], chunk_ends: tuple[int, ...], kv: KVBuffer, answer: Sequence[int]) -> None:
+        """Go on from an answered turn."""
+        ...
+
+    def start_save(self, *, first_chunk: int = 0) -> PendingSave | None:
+        """Start writing resident chunks; None for nothing."""
+        ...
+
+
 class Turn:
     """A turn from its lookup to its reply.
 
@@ -82,7 +105,9 @@ class Turn:
         tokens: The answer so far.
     """
 
-    def __init__(self, engine: SessionHost, session: Session, asked: TurnPrompt, *, exact_kv: bool = False) -> None:
+    def __init__(
+        self, engine: SessionHost, session: Conversation, asked: TurnPrompt, *, exact_kv: bool = False
+    ) -> None:
         """Allocate nothing yet; ``exact_kv`` for a buffer no longer than the turn needs."""
         self.session, self.asked, self.grid = session, asked, asked.restore_grid
         self.kv: KVBuffer | None = None

@@ -13,7 +13,7 @@ from cacheflow.engine.cuda import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.stores.base import GetHandle, GetRequest, Store
-from cacheflow.stores.keys import ObjectKey, ObjectKind
+from cacheflow.stores.keys import ObjectKey, RankKeys
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
 
@@ -98,7 +98,4 @@ class StoreTransferPort:
 
 def cell_key(namespace: str, chain_hash: str, geometry: CellGeometry, cell: Cell) -> ObjectKey:
     """Store key of one cell; ``chain_hash`` in hex, at the end of the cell's chunk."""
-    layer_lo, layer_hi = geometry.layers(cell.block)
-    return ObjectKey(
-        namespace=namespace, chain_hash=chain_hash, kind=ObjectKind.KV, layer_lo=layer_lo, layer_hi=layer_hi
-    )
+    return RankKeys().kv(namespace, chain_hash, geometry.layers(cell.block))

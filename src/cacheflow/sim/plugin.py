@@ -2,7 +2,7 @@
 
 New tokens are vLLM's, those of a restored prompt too: they start when the prefix is complete, and go by arrival. In a
 step that computes prompts the plugin recomputes almost nothing, so restorations get the compute that prompts leave;
-among themselves they share it, and the link, by the batch policy. Source: ``vllm/restorations.py``, ``vllm/decide.py``.
+among themselves they share it, and the link, by the batch policy. Source: ``vllm/scheduler``.
 """
 
 from __future__ import annotations

@@ -14,22 +14,11 @@ from collections.abc import Iterable, Mapping
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json
 from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest, Store
-from cacheflow.stores.keys import CHAIN_HASH_BYTES, ObjectKey, ObjectKind
+from cacheflow.stores.keys import identity_key
 from cacheflow.types import LoadOutcome
 
 IDENTITY_BYTES = 16384
 """Length of every identity's payload, so that it can be read without asking for its length."""
-
-_NO_CHAIN = "0" * (2 * CHAIN_HASH_BYTES)
-
-
-def identity_key(namespace: str) -> ObjectKey:
-    """Key of the identity of a namespace (``Namespace.digest``).
-
-    Raises:
-        ConfigError: The namespace is no digest.
-    """
-    return ObjectKey(namespace=namespace, chain_hash=_NO_CHAIN, kind=ObjectKind.IDENTITY)
 
 
 def write_identity(store: Store, namespace: str, parts: Mapping[str, str], *, timeout_s: float) -> PutOutcome:

@@ -96,7 +96,7 @@ class ObjectKind(Enum):
     HIDDEN = "hidden"
     """Boundary hidden states of one chunk: the input of layer ``layer_lo``."""
     NEXT = "next"
-    """Lengths of the partial chunks that were saved behind this chain hash (see ``stores.prefix_index``)."""
+    """Lengths of the partial chunks that were saved after this chain hash (see ``stores.prefix_index``)."""
     IDENTITY = "identity"
     """What a namespace stands for, as JSON text padded with spaces to ``IDENTITY_BYTES`` (see
     ``stores.identity_record``)."""
@@ -182,6 +182,69 @@ class ObjectKey:
     def digest(self) -> bytes:
         """SHA-256 of the canonical name, 32 bytes; it stands in the record's header."""
         return hashlib.sha256(self.name.encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class RankKeys:
+    """Names the objects of one rank's part of a model.
+
+    By the model's layers and the heads of the tensor-parallel rank, never by the pipeline stage that wrote them: what
+    one split into stages saved, another restores.
+
+    Attributes:
+        shard: Tensor-parallel rank and pipeline stage.
+        first_layer: The model's layer that is the stage's first.
+    """
+
+    shard: Shard = WHOLE
+    first_layer: int = 0
+
+    def kv(self, namespace: str, chain_hash: str, layers: tuple[int, int]) -> ObjectKey:
+        """Key of keys and values of a chunk, given the chain hash (hex) at its end.
+
+        Args:
+            namespace: ``Namespace.digest`` of the save.
+            chain_hash: Hex.
+            layers: ``[lo, hi)``, counted from the stage's first layer.
+        """
+        return ObjectKey(
+            namespace=namespace,
+            chain_hash=chain_hash,
+            kind=ObjectKind.KV,
+            layer_lo=self.first_layer + layers[0],
+            layer_hi=self.first_layer + layers[1],
+            shard=Shard(tp_rank=self.shard.tp_rank, tp_size=self.shard.tp_size),
+        )
+
+    def boundary(self, namespace: str, chain_hash: str) -> ObjectKey:
+        """Key of a chunk's boundary states, the input of the stage's first layer.
+
+        All tensor-parallel ranks hold the same states, so there is one object for them; how many ranks added up to it
+        decides its last bits.
+        """
+        layer, shard = self.first_layer, Shard(tp_size=self.shard.tp_size)
+        return ObjectKey(
+            namespace=namespace,
+            chain_hash=chain_hash,
+            kind=ObjectKind.HIDDEN,
+            layer_lo=layer,
+            layer_hi=layer,
+            shard=shard,
+        )
+
+
+def next_key(namespace: str, parent_hash: bytes) -> ObjectKey:
+    """Key of the ``NEXT`` object at a chain hash."""
+    return ObjectKey(namespace=namespace, chain_hash=parent_hash.hex(), kind=ObjectKind.NEXT)
+
+
+def identity_key(namespace: str) -> ObjectKey:
+    """Key of the identity of a namespace (``Namespace.digest``).
+
+    Raises:
+        ConfigError: The namespace is no digest.
+    """
+    return ObjectKey(namespace=namespace, chain_hash="0" * (2 * CHAIN_HASH_BYTES), kind=ObjectKind.IDENTITY)
 
 
 def namespace_of(name: str) -> str | None:

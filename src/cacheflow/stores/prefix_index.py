@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest, Store
-from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind, TokenIds, as_token_array, chain_hashes, chain_root
+from cacheflow.stores.keys import Namespace, ObjectKey, TokenIds, as_token_array, chain_hashes, chain_root, next_key
 from cacheflow.types import Clock, LoadOutcome
 
 MAX_NOTED = 8
@@ -53,11 +53,6 @@ class PrefixMatch:
         return self.chunk_ends[-1] if self.chunk_ends else 0
 
 
-def next_key(namespace: Namespace, parent_hash: bytes) -> ObjectKey:
-    """Key of the ``NEXT`` object at a chain hash."""
-    return ObjectKey(namespace=namespace.digest, chain_hash=parent_hash.hex(), kind=ObjectKind.NEXT)
-
-
 def note_boundary(
     store: Store, namespace: Namespace, parent_hash: bytes, num_tokens: int, *, timeout_s: float = 1.0
 ) -> bool:
@@ -80,7 +75,7 @@ def note_boundary(
     """
     if num_tokens < 1:
         raise ConfigError(f"a partial chunk has at least 1 token, not {num_tokens}")
-    key = next_key(namespace, parent_hash)
+    key = next_key(namespace.digest, parent_hash)
     noted = _read_noted(store, key, timeout_s=timeout_s)
     if noted[:1] == [num_tokens]:
         return True
@@ -172,7 +167,7 @@ class _Search:
     def partial_chunk(self, start: int, parent: bytes) -> list[tuple[int, bytes]]:
         """``(end, chain hash)`` of the longest noted chunk behind ``start`` that is there, or nothing."""
         room = len(self.tokens) - start
-        key = next_key(self.namespace, parent)
+        key = next_key(self.namespace.digest, parent)
         if room < 1 or self._is_over() or not self.store.contains([key])[0]:
             return []
         left_s = self.end_s - self.clock()

@@ -12,7 +12,7 @@ import numpy as np
 from cacheflow.errors import StoreError
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import GetHandle, GetRequest, PutOutcome, PutRequest, Store
-from cacheflow.stores.keys import ObjectKey, ObjectKind, chain_hash, chain_root
+from cacheflow.stores.keys import ObjectKey, RankKeys, chain_hash, chain_root
 from cacheflow.types import LoadOutcome
 
 _NAMESPACE = "0" * 32
@@ -54,7 +54,7 @@ def measure_link(store: Store, *, object_bytes: int, num_objects: int = 64, roun
 
 def _probe_key(index: int, salt: str) -> ObjectKey:
     chain = chain_hash(chain_root(f"cacheflow link probe {salt}"), [index])
-    return ObjectKey(namespace=_NAMESPACE, chain_hash=chain.hex(), kind=ObjectKind.KV, layer_lo=0, layer_hi=1)
+    return RankKeys().kv(_NAMESPACE, chain.hex(), (0, 1))
 
 
 def _read_one_s(store: Store, key: ObjectKey, num_bytes: int) -> float:

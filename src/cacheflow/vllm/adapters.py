@@ -47,6 +47,16 @@ class Adapter:
     path: str
     stacked_experts: bool = False
 
+    @classmethod
+    def of(cls, lora: Any) -> Adapter:  # noqa: ANN401 -- vLLM's LoRARequest
+        """What vLLM passes with a request."""
+        return cls(
+            name=lora.lora_name,
+            number=lora.lora_int_id,
+            path=lora.lora_path,
+            stacked_experts=bool(getattr(lora, "is_3d_lora_weight", False)),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterClaim:
@@ -65,7 +75,6 @@ class AdapterFiles:
     """Digests of adapters' files; files that did not change are not read again. One thread."""
 
     def __init__(self) -> None:
-        """Know none."""
         self._known: dict[tuple[str, bool], tuple[_Signature, str]] = {}
 
     def claim(self, adapter: Adapter) -> AdapterClaim | None:
@@ -112,12 +121,7 @@ class LoadedAdapters:
             manager._load_adapter = functools.partial(self._load, load)  # noqa: SLF001 -- its one place that reads files
 
     def _load(self, load: Any, request: Any) -> Any:  # noqa: ANN401 -- vLLM's LoRARequest in, its LoRAModel out
-        adapter = Adapter(
-            name=request.lora_name,
-            number=request.lora_int_id,
-            path=request.lora_path,
-            stacked_experts=bool(getattr(request, "is_3d_lora_weight", False)),
-        )
+        adapter = Adapter.of(request)
         before = self._files.claim(adapter)
         loaded = load(request)
         after = self._files.claim(adapter)

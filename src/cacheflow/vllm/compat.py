@@ -13,7 +13,6 @@ from enum import Enum
 from typing import Any
 
 from cacheflow.errors import ConfigError
-from cacheflow.vllm.refusals import load_refusals, require_loadable
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +51,10 @@ class VllmVersion:
 
     Attributes:
         text: Its version.
-        proved: CacheFlow's suite ran on this minor version.
-        known: Proved, or written against its source.
+        known: CacheFlow's suite ran on this minor version, or its source was read.
     """
 
     text: str
-    proved: bool
     known: bool
 
 
@@ -67,17 +64,14 @@ def vllm_version() -> VllmVersion:
 
     text = str(vllm.__version__)
     minor = ".".join(text.split(".")[:2])
-    return VllmVersion(
-        text=text, proved=minor in PROVED_VERSIONS, known=minor in PROVED_VERSIONS or minor in READ_VERSIONS
-    )
+    return VllmVersion(text=text, known=minor in PROVED_VERSIONS + READ_VERSIONS)
 
 
-def check_environment(vllm_config: Any, kv_cache_config: Any) -> VllmVersion:  # noqa: ANN401 -- vLLM's types
-    """Check, on either side, that this vLLM and this engine's configuration can be served.
+def check_version() -> None:
+    """Check, on either side, that vLLM has what CacheFlow relies on; warns of a version that is not known.
 
     Raises:
-        ConfigError: vLLM lacks something CacheFlow relies on; names it.
-        UnsupportedModelError: The engine's KV cache cannot be restored at all; says why.
+        ConfigError: vLLM lacks something; names it.
     """
     version = vllm_version()
     if not version.known:
@@ -86,8 +80,6 @@ def check_environment(vllm_config: Any, kv_cache_config: Any) -> VllmVersion:  #
             version.text, ", ".join(PROVED_VERSIONS), ", ".join(READ_VERSIONS),
         )  # fmt: skip
     require_vllm(version.text)
-    require_loadable(load_refusals(vllm_config, kv_cache_config))
-    return version
 
 
 def require_vllm(version: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,19 +29,20 @@ from cacheflow.errors import ConfigError
 from cacheflow.restore.work import StepReport
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.child_handshakes import keep_handshakes_apart
-from cacheflow.vllm.compat import check_environment
+from cacheflow.vllm.compat import check_version
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.last_line import reason_told
-from cacheflow.vllm.logs import log_beside_vllm
-from cacheflow.vllm.model_access import worker_of
-from cacheflow.vllm.open_store import acquire_store, release_store
+from cacheflow.vllm.last_line import log_beside_vllm, reason_left
+from cacheflow.vllm.models.refusals import load_refusals, require_loadable
+from cacheflow.vllm.models.workers import worker_of
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.plugin import register
 from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
-from cacheflow.vllm.request_prefix import MediaSpan
-from cacheflow.vllm.scheduler_side import RequestView, ScheduledRequest, SchedulerSide
+from cacheflow.vllm.scheduler.side import SchedulerSide
+from cacheflow.vllm.scheduler.view import MediaSpan, RequestView, ScheduledRequest
+from cacheflow.vllm.starting import Starting
+from cacheflow.vllm.startup.open_store import acquire_store, release_store
 from cacheflow.vllm.step import NOTHING, ModelNews, StepWork
-from cacheflow.vllm.worker_side import WorkerSide
+from cacheflow.vllm.worker.side import WorkerSide
 
 logger = logging.getLogger(__name__)
 
@@ -55,20 +55,20 @@ class CacheFlowMetadata(KVConnectorMetadata):
     """Scheduler to worker, every step.
 
     Attributes:
-        orders: What to do.
+        work: What to do.
         loads_first: Another connector loads for this very forward, so vLLM calls ``start_load_kv`` before it.
     """
 
-    orders: StepWork
+    work: StepWork
     loads_first: bool = False
 
 
 @dataclass
 class CacheFlowWorkerMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler, on steps that have something to tell.
+    """Worker to scheduler, in steps that have something to report.
 
     Attributes:
-        report: What came of the orders.
+        report: What came of the work.
         news: What became of the weights and adapters, by rank.
     """
 
@@ -100,7 +100,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         with contextlib.suppress(ValueError):  # the name is taken: by ours, which reads the same statistics
             KVConnectorFactory.register_connector(cls.__name__, cls.__module__, cls.__name__)
 
-    @reason_told()
+    @reason_left()
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """Check the configuration and open the store.
 
@@ -115,21 +115,19 @@ class CacheFlowConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.WORKER:  # which vLLM makes first
             _check_transfer(worker_of(vllm_config).vllm_config.kv_transfer_config)
         log_beside_vllm()
-        check_environment(vllm_config, kv_cache_config)
+        check_version()
+        require_loadable(load_refusals(vllm_config, kv_cache_config))
         self._options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
         self._options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
         self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self._options.require_block_size(self._block_size)
         self._engine_id = str(transfer.engine_id)
         store = acquire_store(self._engine_id, self._options)
-        self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
+        self._half: Starting | SchedulerSide | WorkerSide = Starting(
+            options=self._options, store=store, vllm_config=vllm_config, kv_cache_config=kv_cache_config
+        )
         self._to_carry_out: StepWork | None = None
         self._to_save: StepWork | None = None
-        if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(self._options, store, clock=time.perf_counter)
-        else:
-            self._worker = WorkerSide(self._options, store, vllm_config, kv_cache_config)
 
     # Scheduler side
 
@@ -147,7 +145,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         return False
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Any]) -> None:
-        """Take in what the workers found out at start.
+        """Take in what the workers found out at start; when vLLM repeats it after it has slept, nothing changes.
 
         Raises:
             ConfigError: No worker of CacheFlow's is among those that handed something over.
@@ -158,15 +156,16 @@ class CacheFlowConnector(KVConnectorBase_V1):
                 f"none of {len(metadata)} workers handed over what CacheFlow found out at start: without that nothing "
                 "is restored. Another connector stands between them that passes on its own handshake only"
             )
-        self._scheduler_side.set_facts([each.facts for each in ours])
+        if isinstance(self._half, Starting):
+            self._half = self._half.scheduler([each.facts for each in ours])
 
     def on_new_request(self, request: Any) -> None:
         """Start the lookup as soon as a request arrives."""
-        self._scheduler_side.new_request(_view(request))
+        self._scheduler.new_request(_view(request))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens to restore beyond vLLM's own prefix cache."""
-        scheduler = self._scheduler_side
+        scheduler = self._scheduler
         if not scheduler.knows(request.request_id):  # where vLLM has no on_new_request
             scheduler.new_request(_view(request))
         matched = scheduler.num_matched(
@@ -177,21 +176,21 @@ class CacheFlowConnector(KVConnectorBase_V1):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Begin the restoration vLLM has set blocks aside for; none where another connector brings the prefix."""
         if num_external_tokens:
-            self._scheduler_side.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+            self._scheduler.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
         elif not request.skip_reading_prefix_cache:
             stats = request.prefill_stats
-            self._scheduler_side.passed_over(
-                request.request_id, num_brought=None if stats is None else stats.num_external_cached_tokens
+            self._scheduler.passed_over(
+                request.request_id, num_loaded=None if stats is None else stats.num_external_cached_tokens
             )
 
     def build_connector_meta(self, scheduler_output: Any) -> CacheFlowMetadata:
-        """Order this step's work."""
-        orders = self._scheduler_side.step(
+        """This step's work for the workers."""
+        work = self._scheduler.step(
             _scheduled(scheduler_output),
             lambda request_id: self._block_ids(scheduler_output, request_id),
             num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
         )
-        return CacheFlowMetadata(orders, loads_first=scheduler_output.has_sync_kv_loads)
+        return CacheFlowMetadata(work, loads_first=scheduler_output.has_sync_kv_loads)
 
     def _block_ids(self, scheduler_output: Any, request_id: str) -> list[int]:
         state = getattr(scheduler_output, "kv_connector_block_state", None)
@@ -205,53 +204,57 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """Take in what the workers did."""
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, CacheFlowWorkerMetadata):
-            self._scheduler_side.take_news(meta.news)
-            self._scheduler_side.take_report(meta.report)
+            self._scheduler.take_news(meta.news)
+            self._scheduler.take_report(meta.report)
         if connector_output.invalid_block_ids:
-            self._scheduler_side.load_failed()
+            self._scheduler.load_failed()
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """Learn whenever vLLM empties its own prefix cache, which after a change of weights may hold old KV."""
         super().bind_kv_cache_manager(kv_cache_manager)
         reset = kv_cache_manager.reset_prefix_cache
 
-        def telling() -> bool:
+        def reporting() -> bool:
             was_reset = bool(reset())
-            if was_reset:
-                self._scheduler_side.local_cache_was_reset()
+            if was_reset and isinstance(self._half, SchedulerSide):
+                self._half.local_cache_was_reset()
             return was_reset
 
-        kv_cache_manager.reset_prefix_cache = telling
+        kv_cache_manager.reset_prefix_cache = reporting
 
     def reset_cache(self) -> bool:
         """Restore nothing that was saved so far; what others share in the store stays."""
-        self._scheduler_side.reset()
+        if isinstance(self._half, SchedulerSide):
+            self._half.reset()
         return True
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Forget a request; vLLM itself keeps the blocks of one that is being restored until the worker is through."""
-        return False, self._scheduler_side.finished(request.request_id)
+        """Forget a request; vLLM keeps the blocks of one that is being restored until the worker has finished."""
+        return False, self._scheduler.finished(request.request_id)
 
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn where the KV blocks are."""
-        self._worker_side.register(kv_caches)
+        if isinstance(self._half, Starting):
+            self._half.kv_caches = kv_caches
 
-    @reason_told()
+    @reason_left()
     def get_handshake_metadata(self) -> CacheFlowHandshake:
         """Self-test and calibration, before the first request; what they found when vLLM asks again."""
-        return CacheFlowHandshake(self._worker_side.find_facts())
+        if isinstance(self._half, Starting):
+            self._half = self._half.worker()
+        return CacheFlowHandshake(self._worker.facts)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """Take this step's orders; vLLM calls it right before the forward."""
+        """Take this step's work; vLLM calls it right before the forward."""
         super().bind_connector_metadata(connector_metadata)
-        orders = connector_metadata.orders if isinstance(connector_metadata, CacheFlowMetadata) else NOTHING
-        self._to_carry_out = self._to_save = orders
-        self._worker_side.expect(orders)
+        work = connector_metadata.work if isinstance(connector_metadata, CacheFlowMetadata) else NOTHING
+        self._to_carry_out = self._to_save = work
+        self._worker.expect(work)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Carry out this step's orders; vLLM calls it every step, after the forward unless a connector loads for it."""
+        """Do this step's work; vLLM calls it every step, after the forward unless a connector loads for it."""
         metadata = self._connector_metadata
         if not (isinstance(metadata, CacheFlowMetadata) and metadata.loads_first):
             self._carry_out()
@@ -275,36 +278,35 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """
         self._carry_out()
         self._save()
-        self._worker_side.forget(finished_req_ids)
-        return None, self._worker_side.take_finished() or None
+        self._worker.forget(finished_req_ids)
+        return None, self._worker.take_finished() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """KV blocks of restorations that could not be completed."""
-        return self._worker_side.take_failed_blocks()
+        return self._worker.take_failed_blocks()
 
     def build_connector_worker_meta(self) -> CacheFlowWorkerMetadata | None:
         """What this rank did in this step."""
-        report, news = self._worker_side.take_report(), self._worker_side.take_news()
+        report, news = self._worker.take_report(), self._worker.take_news()
         if report is None and news is None:
             return None
         return CacheFlowWorkerMetadata(report or StepReport(), {} if news is None else dict([news]))
 
     def _carry_out(self) -> None:
-        orders, self._to_carry_out = self._to_carry_out, None
-        if orders is not None:
-            self._worker_side.carry_out(orders)
+        work, self._to_carry_out = self._to_carry_out, None
+        if work is not None:
+            self._worker.carry_out(work)
 
     def _save(self) -> None:
-        orders, self._to_save = self._to_save, None
-        if orders is not None:
-            self._worker_side.save(orders)
+        work, self._to_save = self._to_save, None
+        if work is not None:
+            self._worker.save(work)
 
     # Both
 
     def get_kv_connector_stats(self) -> CacheFlowStats | None:
         """Counts of this side since the last call."""
-        counts = self._scheduler.counts if self._scheduler is not None else self._worker_side.counts
-        data = counts.take()
+        data = self._half.counts.take()
         return CacheFlowStats(data) if data else None
 
     @classmethod
@@ -325,23 +327,20 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def shutdown(self) -> None:
         """End threads and give the store back; what is under way is given up."""
-        if self._scheduler is not None:
-            self._scheduler.close()
-        if self._worker is not None:
-            self._worker.close()
+        self._half.close()
         if self._engine_id:
             release_store(self._engine_id)
             self._engine_id = ""
 
     @property
-    def _scheduler_side(self) -> SchedulerSide:
-        assert self._scheduler is not None, "a scheduler's call on the worker's half"
-        return self._scheduler
+    def _scheduler(self) -> SchedulerSide:
+        assert isinstance(self._half, SchedulerSide), "a scheduler's call on a worker's half, or before the handshake"
+        return self._half
 
     @property
-    def _worker_side(self) -> WorkerSide:
-        assert self._worker is not None, "a worker's call on the scheduler's half"
-        return self._worker
+    def _worker(self) -> WorkerSide:
+        assert isinstance(self._half, WorkerSide), "a worker's call on a scheduler's half, or before the handshake"
+        return self._half
 
 
 def _view(request: Any) -> RequestView:
@@ -351,20 +350,11 @@ def _view(request: Any) -> RequestView:
         tokens=request.all_token_ids,
         num_prompt_tokens=request.num_prompt_tokens,
         salt=request.cache_salt or "",
-        adapter=_adapter(lora) if lora else None,
+        adapter=Adapter.of(lora) if lora else None,
         media=[_media(feature) for feature in request.mm_features],
         params=request.kv_transfer_params,
         hashable=request.prompt_embeds is None and request.pooling_params is None,
         computes_all=bool(request.skip_reading_prefix_cache),
-    )
-
-
-def _adapter(lora: Any) -> Adapter:
-    return Adapter(
-        name=lora.lora_name,
-        number=lora.lora_int_id,
-        path=lora.lora_path,
-        stacked_experts=bool(getattr(lora, "is_3d_lora_weight", False)),
     )
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.costs import CostTable, build_problem
-from cacheflow.plan.grid import Grid
-from cacheflow.plan.problem import LinkCost, RestoreProblem
-from cacheflow.stores.keys import Shard
+from cacheflow.plan.costs import CostTable
+from cacheflow.plan.problem import LinkCost
+from cacheflow.stores.keys import RankKeys, Shard
 from cacheflow.types import ModelShape
 
 LayerDigest = tuple[int, str]
@@ -68,17 +67,11 @@ class EngineFacts:
         return self.shard.pp_rank * self.shard.tp_size + self.shard.tp_rank
 
     @property
+    def keys(self) -> RankKeys:
+        """Names its objects."""
+        return RankKeys(self.shard, self.first_layer)
+
+    @property
     def num_blocks(self) -> int:
         """Rows of the grid."""
         return -(-self.shape.num_layers // self.layers_per_block)
-
-    def problem(self, grid: Grid, link: LinkCost) -> RestoreProblem:
-        """What restoring a grid costs on this rank.
-
-        Raises:
-            CostRangeError: A chunk lies outside the measured range.
-            ConfigError: This engine has no costs.
-        """
-        if self.costs is None:
-            raise ConfigError(f"no costs: this engine only loads ({self.load_only_reason})")
-        return build_problem(self.costs, grid, self.shape, link=link, layers_per_block=self.layers_per_block)

@@ -1,8 +1,8 @@
 """Why CacheFlow ended a start, as one line: in the log of the process that found out, and last on the terminal.
 
-vLLM shows a failure in a worker three times, inside its own stack traces. So whoever fails logs the reason once, and
-leaves it in a file that ``cacheflow serve`` names in the environment; the server process, which ends last, prints it
-when its interpreter ends. Nothing of vLLM is touched; its signals and its exit status stay its own.
+vLLM shows a failure in a worker three times, inside its own stack traces. So the process that fails logs the reason
+once, and leaves it in a file that ``cacheflow serve`` names in the environment; the server process, which ends last,
+prints it when its interpreter ends. Nothing of vLLM is touched; its signals and its exit status stay its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cacheflow.errors import CacheFlowError
-from cacheflow.vllm.logs import log_beside_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,16 @@ _TRACKER_WARNING = "ignore:resource_tracker:UserWarning"
 """After a failed start Python's resource tracker, which outlives the server, warns of memory it has tidied up."""
 
 
-def told_environment(environment: Mapping[str, str]) -> dict[str, str]:
+def log_beside_vllm() -> None:
+    """Give ``cacheflow``'s logger vLLM's handlers and level, unless logging is configured for it."""
+    ours, theirs = logging.getLogger("cacheflow"), logging.getLogger("vllm")
+    if ours.handlers or ours.level or logging.getLogger().handlers:
+        return
+    ours.handlers, ours.propagate = list(theirs.handlers), False
+    ours.setLevel(theirs.level)
+
+
+def environment_for_reason(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a server that is to end with the reason: nothing that it starts writes after it.
 
     The file for the reason is named, not made: it comes to be when there is something to say.
@@ -42,7 +50,7 @@ def told_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def reason_told() -> Iterator[None]:
+def reason_left() -> Iterator[None]:
     """Log a ``CacheFlowError`` as one line and leave it for the server process; the error goes on as it came."""
     try:
         yield

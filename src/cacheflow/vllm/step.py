@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from cacheflow.restore.work import RestoreTarget, StageWork
 from cacheflow.vllm.adapters import AdapterClaim
-from cacheflow.vllm.weights_watch import WeightsChange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +20,7 @@ class CaptureWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveWork:
-    """Write one chunk once this step's forward is through.
+    """Write one chunk after this step's forward.
 
     Attributes:
         request_id: Whose tokens they are; with ``chunk`` it names captured boundary states.
@@ -46,8 +45,8 @@ class StepWork:
 
     Attributes:
         targets: Restorations that start with this step.
-        restorations: What the first pipeline stage does for each of them and for earlier ones.
-        later_stages: What each stage behind it does.
+        by_stage: What each pipeline stage does for them and for earlier ones, bottom stage first; empty when nothing is
+            under way.
         failed_blocks: For restorations that are cancelled because they cannot be completed: the KV blocks whose content
             is undefined, which vLLM must recompute.
         captures: Tokens of this forward whose boundary states later stages keep.
@@ -59,8 +58,7 @@ class StepWork:
     """
 
     targets: tuple[RestoreTarget, ...] = ()
-    restorations: tuple[StageWork, ...] = ()
-    later_stages: tuple[tuple[StageWork, ...], ...] = ()
+    by_stage: tuple[tuple[StageWork, ...], ...] = ()
     failed_blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     captures: tuple[CaptureWork, ...] = ()
     saves: tuple[SaveWork, ...] = ()
@@ -72,21 +70,34 @@ class StepWork:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.targets or self.restorations or any(self.later_stages) or self.saves or self.wait_s)
+        return not (self.targets or any(self.by_stage) or self.saves or self.wait_s)
 
     def of_stage(self, stage: int) -> tuple[StageWork, ...]:
         """What a pipeline stage does for restorations."""
-        if not stage:
-            return self.restorations
-        return self.later_stages[stage - 1] if self.later_stages else ()
+        return self.by_stage[stage] if self.by_stage else ()
 
 
 NOTHING = StepWork()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsChange:
+    """That a worker's weights changed.
+
+    Attributes:
+        version: How often they have, by now.
+        how: By what, for people.
+        announced: By a method that vLLM offers; otherwise a sample differed, and when it happened is not known.
+    """
+
+    version: int
+    how: str
+    announced: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelNews:
-    """What one rank tells of its weights and adapters, besides its report on orders.
+    """What one rank reports of its weights and adapters, besides what it did.
 
     Attributes:
         weights: Their last change, where the scheduler side has not heard of it.
@@ -101,5 +112,5 @@ class ModelNews:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to tell."""
+        """Whether there is nothing to report."""
         return not (self.weights or self.replaced_adapters or self.refused)

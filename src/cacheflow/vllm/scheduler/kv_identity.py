@@ -1,0 +1,172 @@
+"""Under which name this engine saves and restores KV now, and what must not be saved: the scheduler's side of changes.
+
+An engine starts in the generation that it shares with every engine of the same weights. A reset, or a change of the
+weights that a worker reports, begins a generation of its own: nothing saved before is found any more, and no other
+process finds what is saved from now on. What others share in the store stays.
+
+vLLM's own prefix cache is another matter, and so is what another connector loads: they may go on holding KV of the
+weights or the adapter before. Until they are reset too, a request that has tokens from them is not saved, or the old KV
+would get the new name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from cacheflow.vllm.adapters import Adapter, AdapterClaim, AdapterFiles
+from cacheflow.vllm.facts import EngineFacts
+
+MIXED = -1
+"""Generation of KV that is of more than one state of the weights or of its adapter: it is not saved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvName:
+    """Under which name a request's KV is saved and looked for.
+
+    Attributes:
+        namespace: ``Namespace.digest`` of its objects.
+        claim: Its adapter by the content of its files; None without one, or where they cannot be read.
+        generation: The engine's generation in which the KV is computed; ``MIXED`` where it is of more than one, or of
+            an adapter that cannot be read.
+    """
+
+    namespace: str
+    claim: AdapterClaim | None
+    generation: int
+
+
+@dataclass(slots=True)
+class _Stale:
+    """Which KV of a cache that is not ours may be old.
+
+    Attributes:
+        everything: All of it, since the weights are other ones.
+        adapters: That of these adapters, by name and path.
+    """
+
+    everything: bool = False
+    adapters: set[tuple[str, str]] = field(default_factory=set)
+
+    def concerns(self, adapter: Adapter | None) -> bool:
+        return self.everything or (adapter is not None and (adapter.name, adapter.path) in self.adapters)
+
+
+class KvIdentity:
+    """Scheduler's thread alone.
+
+    Attributes:
+        generation: Counts the generations; a request of an earlier one holds KV that must not be saved.
+        stopped: Why nothing is saved or restored until the next reset; empty while all is well.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        """Start with what the workers found out; ``namespace`` is from ``shared_namespace``."""
+        self._shared, self._token = namespace, ""
+        self.generation = 0
+        self.stopped = ""
+        self._files = AdapterFiles()
+        self._digests: dict[tuple[str, str], str] = {}
+        self._local, self._others = _Stale(), _Stale()
+
+    def reset(self) -> None:
+        """Begin a generation; what was stopped goes on. vLLM resets all connectors at once."""
+        self._begin()
+        self.stopped, self._others = "", _Stale()
+
+    def _begin(self) -> None:
+        """From now on nothing that was saved so far is found."""
+        self._token = secrets.token_hex(16)
+        self.generation += 1
+
+    def weights_changed(self, *, stop: str = "") -> None:
+        """Begin a generation because a worker's weights changed; ``stop`` says why nothing goes on until a reset."""
+        self._begin()
+        self.stopped = stop
+        self._local.everything = self._others.everything = True
+
+    def local_cache_was_reset(self) -> None:
+        """VLLM's own prefix cache is empty: what is found in it from now on is new."""
+        self._local = _Stale()
+
+    def name(self, adapter: Adapter | None) -> KvName:
+        """The present name of KV of the base model, or of an adapter by the files that its path holds now."""
+        claim = None if adapter is None else self._claim(adapter)
+        generation = MIXED if claim is None and adapter is not None else self.generation
+        return KvName(namespace=self.namespace(claim), claim=claim, generation=generation)
+
+    def _claim(self, adapter: Adapter) -> AdapterClaim | None:
+        claim = self._files.claim(adapter)
+        if claim is not None:
+            key = adapter.name, adapter.path
+            if self._digests.setdefault(key, claim.digest) != claim.digest:
+                self._digests[key] = claim.digest
+                self._local.adapters.add(key)
+                self._others.adapters.add(key)
+        return claim
+
+    def namespace(self, claim: AdapterClaim | None) -> str:
+        """Digest for keys, of the base model or of an adapter."""
+        own = generation_namespace(self._shared, token=self._token)
+        return own if claim is None else adapter_namespace(own, digest=claim.digest)
+
+    def parts(self, claim: AdapterClaim | None) -> dict[str, str]:
+        """What tells ``namespace`` from the one that all engines with the weights as loaded share; for people."""
+        own = {"generation": self._token} if self._token else {}
+        return own if claim is None else own | {"lora": claim.digest}
+
+    def may_be_old(self, adapter: Adapter | None, *, num_local: int, num_loaded: int) -> bool:
+        """Whether a request may have KV of other weights, or of its adapter's files before.
+
+        ``num_local`` of its tokens came from vLLM's own prefix cache, ``num_loaded`` by another connector.
+        """
+        return bool(num_local and self._local.concerns(adapter)) or bool(num_loaded and self._others.concerns(adapter))
+
+
+def shared_namespace(ranks: Iterable[EngineFacts]) -> str:
+    """One digest for all ranks of an engine: the same for every number of pipeline stages that share the layers.
+
+    Ranks that know nothing of their weights (fakes) are distinguished by number; a single one has its own digest.
+    """
+    facts = sorted(ranks, key=lambda each: each.rank)
+    if len(facts) == 1 and not facts[0].weights:
+        return facts[0].namespace
+    if not all(each.weights for each in facts):
+        return _digest(json.dumps([(each.rank, each.namespace) for each in facts]))
+    names = sorted({(each.shard.tp_rank, each.namespace) for each in facts})
+    layers = sorted((each.shard.tp_rank, layer, digest) for each in facts for layer, digest in each.weights)
+    return _digest(json.dumps([names, layers]))
+
+
+def describe(ranks: Iterable[EngineFacts]) -> dict[str, str]:
+    """What ``shared_namespace`` is the digest of, by name, for people; and how a layer's objects are cut."""
+    facts = sorted(ranks, key=lambda each: each.rank)
+    first = facts[0]
+    layers = sorted((each.shard.tp_rank, layer, digest) for each in facts for layer, digest in each.weights)
+    return dict(first.identity) | {
+        "weights_fingerprint": _digest(json.dumps(layers)),
+        "shard": f"tensor_parallel_size {first.shard.tp_size}",
+        "layers_per_block": str(first.layers_per_block),
+    }
+
+
+def adapter_namespace(namespace: str, *, digest: str) -> str:
+    """Digest under which KV of an adapter with files of this digest is stored; its name and path do not matter."""
+    return _digest(json.dumps(["adapter", namespace, digest]))
+
+
+def generation_namespace(namespace: str, *, token: str) -> str:
+    """Digest under which an engine stores KV after a reset or a change of its weights.
+
+    A ``token`` is random: no other process can have it. Without one ``namespace`` stays, which all engines share that
+    have the weights as loaded.
+    """
+    return _digest(json.dumps(["generation", namespace, token])) if token else namespace
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,176 @@
+"""Asks the store how much of a prompt it holds, off the scheduler's thread: chunks of KV, and boundary states."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
+
+from cacheflow.stores.base import Store
+from cacheflow.stores.keys import ObjectKey
+from cacheflow.types import Clock
+from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.scheduler.stage_planner import slowest_of_stages
+
+logger = logging.getLogger(__name__)
+
+INLINE_WAIT_S = 0.001
+"""A lookup that a local store answers at once is waited for, once; a slow one is asked about again in each step without
+waiting: vLLM asks for every request in its queue, between the tokens of those that decode."""
+QUEUED_S = 1.0
+"""A request that vLLM considers only so long after its arrival has queued, and its question to the store is old."""
+NUM_THREADS = 2
+CHUNKS_PER_PROBE = 64
+"""Chunks asked for in one ``contains``; bounds what is asked after the prompts part."""
+
+
+class Lookup:
+    """How many leading chunks the store holds; ``poll`` from the thread that asked."""
+
+    def __init__(self, future: Future[int], *, deadline_at_s: float, clock: Clock) -> None:
+        self._future, self._deadline_at_s, self._clock = future, deadline_at_s, clock
+        self._wait_s = INLINE_WAIT_S
+        self.timed_out = False
+
+    def poll(self) -> int | None:
+        """Number of leading chunks the store holds; 0 after the deadline, None while it is not known."""
+        if self.timed_out:
+            return 0
+        wait_s, self._wait_s = self._wait_s, 0.0
+        try:
+            return self._future.result(wait_s)
+        except TimeoutError:
+            self.timed_out = self._clock() >= self._deadline_at_s
+            return 0 if self.timed_out else None
+
+
+class PrefixLookup:
+    """Two threads that ask ``Store.contains``: a store that hangs costs a request its deadline, nobody else."""
+
+    def __init__(self, store: Store, *, timeout_s: float, clock: Clock) -> None:
+        """Ask ``store``; a question is given up after ``timeout_s``."""
+        self._store, self._timeout_s, self._clock = store, timeout_s, clock
+        self._closed = False
+        self._questions: SimpleQueue[tuple[Future[int], Sequence[Sequence[ObjectKey]]] | None] = SimpleQueue()
+        self._threads: list[Thread] = []
+
+    def start(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> Lookup:
+        """Ask for the objects of each chunk, in order."""
+        # Daemons, which a pool's threads are not: a store that hangs must not keep the process from ending.
+        while len(self._threads) < NUM_THREADS:
+            name = f"cacheflow-lookup-{len(self._threads)}"
+            self._threads.append(Thread(target=self._answer, name=name, daemon=True))
+            self._threads[-1].start()
+        future: Future[int] = Future()
+        self._questions.put((future, keys_by_chunk))
+        return Lookup(future, deadline_at_s=self._clock() + self._timeout_s, clock=self._clock)
+
+    def _answer(self) -> None:
+        while (question := self._questions.get()) is not None:
+            future, keys_by_chunk = question
+            future.set_result(0 if self._closed else self._count_leading(keys_by_chunk))
+
+    def _count_leading(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> int:
+        try:
+            for first in range(0, len(keys_by_chunk), CHUNKS_PER_PROBE):
+                probe = keys_by_chunk[first : first + CHUNKS_PER_PROBE]
+                there = iter(self._store.contains([key for keys in probe for key in keys]))
+                for index, keys in enumerate(probe):
+                    found = [next(there) for _ in keys]
+                    if not all(found):
+                        return first + index
+        except Exception:  # a bug in a store must cost a hit, not the engine
+            logger.exception("prefix lookup failed; the prompt is computed")
+            return 0
+        return len(keys_by_chunk)
+
+    def close(self) -> None:
+        """End the threads without waiting for a store that hangs."""
+        self._closed = True
+        for _ in self._threads:
+            self._questions.put(None)
+
+
+@dataclass(slots=True, kw_only=True)
+class StoreQuestion:
+    """What the store was asked about one request, and what it answered; written by ``StoreQuestions``.
+
+    Attributes:
+        namespace: Of the request's objects.
+        names: Chain hash (hex) at the end of each chunk asked about.
+        asked_at: When, as ``SaveLog`` counts.
+        asked_at_s: ... and in seconds.
+        lookup: Of the chunks' KV.
+        boundary_lookups: Of the boundary states of each stage above the first that stores them.
+        repeated: Asked once more, because chunks were saved while the request queued.
+        num_stored: Leading chunks the store holds.
+        num_boundaries: Leading chunks of whose boundary states it holds, by ``boundary_lookups``.
+    """
+
+    namespace: str
+    names: tuple[str, ...]
+    asked_at: int
+    asked_at_s: float
+    lookup: Lookup
+    boundary_lookups: tuple[Lookup, ...]
+    repeated: bool = False
+    num_stored: int = 0
+    num_boundaries: tuple[int, ...] = ()
+
+
+class StoreQuestions:
+    """Asks about the objects of all ranks, without waiting. Scheduler's thread alone."""
+
+    def __init__(
+        self, lookup: PrefixLookup, facts_by_rank: Sequence[EngineFacts], *, saved_at: Callable[[], int], clock: Clock
+    ) -> None:
+        """Ask for the objects of these ranks; ``saved_at`` is ``SaveLog.now``."""
+        self._lookup, self._ranks, self._saved_at, self._clock = lookup, tuple(facts_by_rank), saved_at, clock
+        self._boundary_stages = [facts for facts in slowest_of_stages(facts_by_rank)[1:] if facts.boundary_token_bytes]
+
+    def ask(self, namespace: str, names: tuple[str, ...]) -> StoreQuestion:
+        """Ask about chunks, at least one, by their chain hashes (hex)."""
+        return StoreQuestion(
+            namespace=namespace,
+            names=names,
+            asked_at=self._saved_at(),
+            asked_at_s=self._clock(),
+            lookup=self._lookup.start([self._ends(namespace, name) for name in names]),
+            boundary_lookups=tuple(
+                self._lookup.start([[facts.keys.boundary(namespace, name)] for name in names])
+                for facts in self._boundary_stages
+            ),
+        )
+
+    def answered(self, question: StoreQuestion) -> bool:
+        """Note in the question what the store holds; False while that is not known."""
+        num_stored = question.lookup.poll()
+        if num_stored is not None and self._is_old(question, num_stored):
+            again = self.ask(question.namespace, question.names)
+            question.lookup, question.boundary_lookups = again.lookup, again.boundary_lookups
+            question.asked_at, question.asked_at_s, question.repeated = again.asked_at, again.asked_at_s, True
+            num_stored = question.lookup.poll()
+        boundaries = [lookup.poll() for lookup in question.boundary_lookups]
+        if num_stored is None or None in boundaries:
+            return False
+        question.num_stored, question.num_boundaries = num_stored, tuple(num or 0 for num in boundaries)
+        return True
+
+    def _is_old(self, question: StoreQuestion, num_stored: int) -> bool:
+        """Whether what is missing may have been computed since, by a request that was scheduled before this one."""
+        if question.lookup.timed_out or question.repeated or num_stored == len(question.names):
+            return False
+        return self._clock() - question.asked_at_s > QUEUED_S and question.asked_at != self._saved_at()
+
+    def _ends(self, namespace: str, name: str) -> list[ObjectKey]:
+        """The bottom and the top object of a chunk on every rank: the first and the last that a save writes."""
+        keys = []
+        for facts in self._ranks:
+            layers, step = facts.shape.num_layers, facts.layers_per_block
+            top_lo = (layers - 1) // step * step
+            ends = [(0, min(step, layers)), (top_lo, layers)] if top_lo else [(0, layers)]
+            keys += [facts.keys.kv(namespace, name, each) for each in ends]
+        return keys

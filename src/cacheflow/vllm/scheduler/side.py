@@ -1,0 +1,334 @@
+"""The scheduler side: looks prefixes up, decides, makes each step's work, and takes in what came of it.
+
+One object per engine, on the scheduler's thread alone; nothing in here waits for a store or a worker.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cacheflow.errors import CostRangeError
+from cacheflow.plan.plan import Choice
+from cacheflow.restore.work import StepReport
+from cacheflow.stores.base import Store
+from cacheflow.types import Clock
+from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.scheduler.decide import Decider, Decision
+from cacheflow.vllm.scheduler.explain import EMBEDDED, LOADED_BY_ANOTHER, Siblings, answer_of
+from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
+from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
+from cacheflow.vllm.scheduler.request import TrackedRequest
+from cacheflow.vllm.scheduler.request_params import Mode, RequestParams
+from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
+from cacheflow.vllm.scheduler.restorations import EndedRestoration, RestorationOutcome, Restorations
+from cacheflow.vllm.scheduler.saves import RequestSaves, SaveLog
+from cacheflow.vllm.scheduler.sharing import Sharing
+from cacheflow.vllm.scheduler.stage_planner import slowest_of_stages
+from cacheflow.vllm.scheduler.store_census import StoreCensus
+from cacheflow.vllm.scheduler.view import BlockIdsOf, RequestView, ScheduledRequest
+from cacheflow.vllm.step import NOTHING, CaptureWork, ModelNews, SaveWork, StepWork, WeightsChange
+
+logger = logging.getLogger(__name__)
+
+
+class SchedulerSide:
+    """Everything that is decided, in one process, once per step.
+
+    Attributes:
+        counts: What was counted since they were last taken.
+    """
+
+    def __init__(
+        self, options: ConnectorOptions, store: Store, facts_by_rank: Sequence[EngineFacts], *, clock: Clock
+    ) -> None:
+        """Serve the engine whose workers found out ``facts_by_rank``."""
+        by_stage = slowest_of_stages(facts_by_rank)
+        self._options, self._store = options, store
+        self._block_size = by_stage[0].block_size
+        self._captures = any(facts.boundary_token_bytes for facts in facts_by_rank)
+        self._requests: dict[str, TrackedRequest] = {}
+        self._weights_versions: dict[int, int] = {}
+        self._siblings = Siblings()
+        self.counts = Counts()
+        self._identity = KvIdentity(shared_namespace(facts_by_rank))
+        self._parts = describe(facts_by_rank)
+        self._census = StoreCensus(store)
+        self._census.describe(self._identity.namespace(None), self._parts)
+        self._save_log = SaveLog()
+        self._lookup = PrefixLookup(store, timeout_s=options.lookup_timeout_s, clock=clock)
+        self._questions = StoreQuestions(self._lookup, facts_by_rank, saved_at=lambda: self._save_log.now, clock=clock)
+        self._decider = Decider(by_stage, options, clock=clock)
+        self._restorations = Restorations(
+            options,
+            self._decider,
+            ranks_per_stage=len(facts_by_rank) // len(by_stage),
+            clock=clock,
+            counts=self.counts,
+        )
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request was noted and has not ended."""
+        return request_id in self._requests
+
+    def new_request(self, view: RequestView) -> None:
+        """Note a request and ask the store for its prefix; a second call for the same request changes nothing."""
+        if view.request_id in self._requests:
+            return
+        params = RequestParams.of(view.params)
+        if not view.hashable:
+            params = replace(params, mode=Mode.OFF)
+        elif view.computes_all:
+            params = replace(params, max_load_tokens=0)
+        if params.complaint:
+            logger.warning("request %s: kv_transfer_params: %s", view.request_id, params.complaint)
+        prefix = RequestPrefix(chunk_tokens=self._options.chunk_tokens, salt=view.salt, media=view.media)
+        request = TrackedRequest(
+            view=view,
+            params=params,
+            prefix=prefix,
+            saves=RequestSaves(view, prefix, block_size=self._block_size, decode_too=self._options.save_decode_kv),
+            name=self._identity.name(view.adapter),
+        )
+        self._requests[view.request_id] = request
+        self._siblings.join(view.request_id)
+        if params.mode is Mode.OFF:
+            request.reason = "the request asked for 'off'" if view.hashable else EMBEDDED
+        self._begin_name(request)
+
+    def _begin_name(self, request: TrackedRequest) -> None:
+        """Forget what was known of a request's KV, and ask the store for what has its present name."""
+        name, adapter = request.name, request.view.adapter
+        self._census.describe(name.namespace, self._parts | self._identity.parts(name.claim))
+        request.question = request.decision = None
+        request.saves.forget()
+        if request.params.mode is Mode.OFF:
+            return
+        if adapter is not None and name.claim is None:
+            request.reason = f"the files of its adapter {adapter.name!r} in {adapter.path} cannot be read"
+        elif self._identity.stopped:
+            request.reason = self._identity.stopped
+        else:
+            request.question = self._ask(request)
+
+    def _ask(self, request: TrackedRequest) -> StoreQuestion:
+        num_chunks = request.prefix.extend(request.view.tokens)
+        if not num_chunks:
+            request.reason = f"the prompt has no whole chunk of {request.prefix.chunk_tokens} tokens"
+        return self._questions.ask(request.name.namespace, request.prefix.names(0, num_chunks))
+
+    def _ask_anew(self, request: TrackedRequest, num_preemptions: int) -> None:
+        """Ask again where the answer is out of date: the engine has another generation, or vLLM took the KV away."""
+        if request.name.generation != self._identity.generation:
+            # vLLM asks only while it has computed nothing of it, or nothing is left of it.
+            request.name = self._identity.name(request.view.adapter)
+            self._begin_name(request)
+        elif num_preemptions != request.num_preemptions:
+            request.decision = None
+            if request.params.mode is not Mode.OFF:
+                request.question = self._ask(request)  # by now the store may hold what the request has computed itself
+        request.num_preemptions = num_preemptions
+
+    def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
+        """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return 0
+        request.asked_by_vllm = True
+        request.num_local, request.num_loaded = num_computed, 0
+        self._ask_anew(request, num_preemptions)
+        question = request.question
+        if question is None or not question.names or request.given_up:
+            return 0
+        if not self._questions.answered(question):
+            return None
+        request.saves.stored(question.num_stored)
+        request.offered = None
+        decision = request.decision
+        if decision is None or decision.start != num_computed:
+            decision = request.decision = self._decide(request, question, num_computed)
+        if decision.num_tokens:
+            shared = self._restorations.shared(request, decision)
+            if shared.sharing is Sharing.WAIT:
+                return None
+            # A copy is offered for this step alone: the blocks are the other's only as long as it is under way.
+            copies = shared.sharing is Sharing.COPY
+            request.offered = self._decider.after_copy(decision, shared) if copies else decision
+        return decision.num_tokens
+
+    def _decide(self, request: TrackedRequest, question: StoreQuestion, num_computed: int) -> Decision:
+        num_tokens = len(request.view.tokens)
+        try:
+            decision = self._decider.decide(request.params, question, start=num_computed, num_tokens=num_tokens)
+        except CostRangeError as error:
+            logger.warning("request %s is computed, not restored: %s", request.view.request_id, error)
+            decision = Decision(start=num_computed, end=num_computed, reason=str(error))
+        request.reason = decision.reason
+        if question.lookup.timed_out:
+            self.counts.lookup_timeouts += 1  # once a decision: vLLM asks in every step while the request waits
+            request.reason = f"the store did not answer within {self._options.lookup_timeout_s:g} s"
+        if not decision.num_tokens and decision.slowest is not None and decision.slowest.plan.guard is not None:
+            self.counts.guard[Choice.RECOMPUTE.value] += 1
+        return decision
+
+    def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
+        """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens; 0 is none."""
+        request = self._requests.get(request_id)
+        if num_external == 0 or request is None:
+            return
+        offered = request.offered
+        if offered is None or offered.num_tokens != num_external:
+            raise AssertionError(f"vLLM allocated {num_external} tokens for {request_id}, offered was {offered}")
+        self._restorations.start(request, offered, block_ids)
+        request.decision = request.offered = None
+
+    def passed_over(self, request_id: str, *, num_loaded: int | None) -> None:
+        """Note that vLLM has set blocks aside without asking for a restoration.
+
+        Some connector loads ``num_loaded`` tokens; None where that is not known.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.records or self._restorations.restoring(request_id):
+            return  # vLLM calls again when our own restoration has ended
+        request.num_loaded = 1 if num_loaded is None else num_loaded
+        if num_loaded or request.offered is not None:
+            request.offered, request.reason = None, LOADED_BY_ANOTHER
+
+    def step(
+        self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, *, num_scheduled_tokens: int
+    ) -> StepWork:
+        """The work of one step: restorations go on, computed chunks are saved.
+
+        Args:
+            scheduled: The requests of the step.
+            block_ids_of: KV blocks of a request of the step; asked only where a chunk is to be saved.
+            num_scheduled_tokens: Tokens of the step's forward; 0 when nobody runs.
+        """
+        saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
+        generation = self._identity.generation
+        if not saves and not captures and self._restorations.idle:
+            return StepWork(generation=generation) if generation else NOTHING
+        work = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
+        versions = dict(self._weights_versions)
+        return replace(work, captures=captures, weights_versions=versions, generation=generation)
+
+    def _saves(
+        self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf
+    ) -> tuple[tuple[SaveWork, ...], tuple[CaptureWork, ...]]:
+        saves: list[SaveWork] = []
+        captures: list[CaptureWork] = []
+        for each in scheduled:
+            request = self._requests.get(each.request_id)
+            if request is None or request.params.mode is Mode.OFF or not self._is_current(request):
+                continue
+            own, num_computed = request.saves, each.num_computed
+            if each.unproven:
+                own.unproven()
+            if not own.proven:
+                continue
+            if self._captures and (capture := own.capture(num_computed - each.num_scheduled, num_computed)) is not None:
+                captures.append(capture)
+            computed = own.take(request.name, num_computed=num_computed, block_ids_of=block_ids_of)
+            saves += self._save_log.new(computed, asked_at=request.question.asked_at if request.question else 0)
+        return tuple(saves), tuple(captures)
+
+    def _is_current(self, request: TrackedRequest) -> bool:
+        """Whether all of a request's KV is of the weights and the adapter that its name stands for."""
+        if self._identity.stopped or request.name.generation != self._identity.generation:
+            return False
+        return not self._identity.may_be_old(
+            request.view.adapter, num_local=request.num_local, num_loaded=request.num_loaded
+        )
+
+    def reset(self) -> None:
+        """Restore nothing that was saved so far; what is being restored is given up. The store keeps it for others."""
+        self._identity.reset()
+        self._restorations.discard("the connector was reset")
+        logger.info("reset: nothing saved so far is restored any more; from now on KV is saved for this engine alone")
+
+    def local_cache_was_reset(self) -> None:
+        """VLLM has emptied its own prefix cache."""
+        self._identity.local_cache_was_reset()
+
+    def take_news(self, news: Mapping[int, ModelNews]) -> None:
+        """Take in what became of the workers' weights and adapters, by rank; before the report of the same step."""
+        for each in news.values():
+            for restore_id, reason in each.refused.items():
+                self._restorations.discard(reason, restore_id)
+            for request in self._requests.values():
+                if request.name.claim is not None and request.name.claim.number in each.replaced_adapters:
+                    request.name = replace(request.name, generation=MIXED)
+        changes = {rank: each.weights for rank, each in news.items() if each.weights is not None}
+        self._weights_versions |= {rank: change.version for rank, change in changes.items()}
+        if changes:
+            self._weights_changed(min(changes.values(), key=lambda change: change.announced))
+
+    def _weights_changed(self, change: WeightsChange) -> None:
+        if change.announced:
+            self._identity.weights_changed()
+            logger.warning(
+                "the model's weights were changed (%s): nothing saved so far is restored any more, and KV is saved for "
+                "this engine alone. Reset vLLM's prefix cache too (reset_prefix_cache): it holds KV of the old weights",
+                change.how,
+            )  # fmt: skip
+        elif not self._identity.stopped:
+            self._identity.weights_changed(
+                stop=f"the model's weights were changed without notice ({change.how}); reset the connector to go on"
+            )
+            logger.error(
+                "the model's weights were changed without notice (%s): nothing is saved or restored until the "
+                "connector is reset (POST /reset_prefix_cache?reset_external=true, or "
+                "reset_prefix_cache(reset_connector=True))", change.how,
+            )  # fmt: skip
+        self._restorations.discard("the model's weights have changed")
+
+    def take_report(self, report: StepReport) -> None:
+        """Take in what the workers did."""
+        for ended in self._restorations.apply(report):
+            self._restoration_ended(self._requests[ended.request_id], ended)
+
+    def _restoration_ended(self, request: TrackedRequest, ended: EndedRestoration) -> None:
+        request.records.append(ended.record)
+        if ended.lost_chunk is not None:
+            request.saves.lost(ended.lost_chunk)
+        if ended.outcome is not RestorationOutcome.DONE:
+            error = ended.record["error"]
+            request.reason = f"the restoration was {ended.outcome.value}" + (f": {error}" if error else "")
+            request.given_up = request.given_up or ended.outcome is RestorationOutcome.FAILED
+
+    def load_failed(self) -> None:
+        """Save nothing of requests whose prefix another connector was to load, and of which no token came since.
+
+        A load failed, and vLLM computes again what depended on it: not in all of its runners with the right result.
+        """
+        for request in self._requests.values():
+            request.saves.load_failed()
+
+    def finished(self, request_id: str) -> dict[str, Any] | None:
+        """A request ended or was aborted; what is under way for it is cancelled.
+
+        Returns:
+            What the response's ``kv_transfer_params`` are to hold; None for nothing.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        record = self._restorations.cancel(request_id)
+        if record is not None:
+            request.records.append(record)
+        answer = answer_of(request, explain=self._options.explain)
+        return self._siblings.ended(request_id, answer) or None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a restoration is under way."""
+        return not self._restorations.idle
+
+    def close(self) -> None:
+        """End the lookups and the census."""
+        self._lookup.close()
+        self._census.close()

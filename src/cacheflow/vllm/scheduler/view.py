@@ -1,0 +1,65 @@
+"""What the connector passes on of vLLM's requests and steps, in plain data: the scheduler side does not import vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cacheflow.vllm.adapters import Adapter
+
+BlockIdsOf = Callable[[str], Sequence[int]]
+"""KV blocks of a request, in order, by its id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaSpan:
+    """Where an image or a sound stands in a prompt: tokens ``[start, end)``, and a hash of its content."""
+
+    start: int
+    end: int
+    content_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestView:
+    """One request.
+
+    Attributes:
+        request_id: vLLM's.
+        tokens: Known token ids, prompt and output; a live view that grows.
+        num_prompt_tokens: Tokens of the prompt.
+        salt: ``cache_salt``.
+        adapter: Its LoRA adapter; None without.
+        media: Images and sounds in the prompt, in order.
+        params: ``kv_transfer_params``.
+        hashable: Whether the token ids say what the prompt is (not so for prompt embeddings).
+        computes_all: Whether vLLM computes the whole prompt, whatever is cached of it.
+    """
+
+    request_id: str
+    tokens: Sequence[int]
+    num_prompt_tokens: int
+    salt: str = ""
+    adapter: Adapter | None = None
+    media: Sequence[MediaSpan] = ()
+    params: Mapping[str, Any] | None = None
+    hashable: bool = True
+    computes_all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request of a step, and how many of its tokens are computed when the step has run.
+
+    Attributes:
+        request_id: vLLM's.
+        num_computed: Tokens.
+        num_scheduled: Those of them that the step computes.
+        unproven: Another connector loads a prefix for this very step, and may fail, which shows after the step.
+    """
+
+    request_id: str
+    num_computed: int
+    num_scheduled: int = 0
+    unproven: bool = False

@@ -1,0 +1,192 @@
+"""What a worker does at start: open the model, prove that restoration is exact, and know what it costs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cacheflow.errors import ConfigError, ProfileError
+from cacheflow.plan.costs import CostTable
+from cacheflow.plan.problem import LinkCost
+from cacheflow.stores.base import Store
+from cacheflow.stores.probe import measure_link
+from cacheflow.types import ModelShape
+from cacheflow.vllm.compat import vllm_version
+from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.models.model_access import ModelHandle, open_model
+from cacheflow.vllm.models.partial_forward import PartialForward
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.startup.calibration import Lengths, calibrate
+from cacheflow.vllm.startup.cost_profile import load_costs, profile_path, save_costs
+from cacheflow.vllm.startup.identity import cost_identity, digest_of, stage_weights, worker_namespace
+from cacheflow.vllm.startup.selftest import self_test
+from cacheflow.vllm.worker.boundary import boundary_token_bytes, make_receive_buffer, stores_boundaries
+from cacheflow.vllm.worker.layout import BlockLayout
+from cacheflow.vllm.worker.side import FoundEngine
+from cacheflow.vllm.worker.stage_link import can_link
+
+logger = logging.getLogger(__name__)
+
+_COSTLY_CHUNK = 0.2
+"""Share of a chunk's cost that a long pass saves, from which on longer chunks are advised."""
+
+
+def find_engine(
+    options: ConnectorOptions,
+    store: Store,
+    vllm_config: Any,  # noqa: ANN401 -- vLLM's types
+    kv_cache_config: Any,  # noqa: ANN401
+    kv_caches: dict[str, torch.Tensor],
+) -> FoundEngine:
+    """Open, test and measure.
+
+    Raises:
+        UnsupportedModelError: The model cannot be recomputed and ``unsupported_models`` is ``refuse``.
+        SelfTestError: Restored KV differs from the engine's own.
+        ConfigError: The KV cache is laid out in a way CacheFlow does not know, or an option contradicts the engine.
+        ProfileError: There is no profile for this engine and ``calibrate`` is off.
+    """
+    handle = open_model(vllm_config, kv_cache_config, load_only=options.unsupported_models == "load_only")
+    layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names)
+    options.require_room_for_chunk(layout.num_bytes(layout.num_layers, options.chunk_tokens // layout.block_size))
+    make_receive_buffer(handle)
+    layers_per_block = _layers_per_block(options, handle)
+    forward = PartialForward(handle) if handle.can_recompute else None
+    if not options.self_test and not vllm_version().known:
+        raise ConfigError(
+            f"self_test is off, but CacheFlow does not know vLLM {vllm_version().text}: leave it on, it takes a second"
+        )
+    if options.self_test:
+        report = self_test(layout, forward, chunk_tokens=options.chunk_tokens)
+        logger.info(
+            "self-test passed: %d tokens in %d chunks, restored KV equal bit for bit, %.1f s",
+            report.num_tokens, report.num_chunks, report.elapsed_s,
+        )  # fmt: skip
+    else:
+        logger.warning("self_test is off: nothing proves that restored KV equals the engine's own")
+    namespace = worker_namespace(handle, layout, chunk_tokens=options.chunk_tokens)
+    weights = stage_weights(handle, layout)
+    costs = None if forward is None else _costs(options, handle, layout, forward, digest_of(weights))
+    object_bytes = layout.num_bytes(min(layers_per_block, layout.num_layers), options.chunk_tokens // layout.block_size)
+    link = _link(options, store, object_bytes=object_bytes)
+    facts = EngineFacts(
+        shard=handle.shard,
+        namespace=namespace.digest,
+        shape=_shape(handle, layout, vllm_config, kv_cache_config),
+        layers_per_block=layers_per_block,
+        block_size=layout.block_size,
+        costs=costs,
+        load_only_reason=handle.refusal,
+        link=link,
+        first_layer=handle.start_layer,
+        weights=weights,
+        linked=can_link(handle),
+        identity=tuple(sorted(namespace.parts().items())),
+        boundary_token_bytes=boundary_token_bytes(handle) if stores_boundaries(options, handle) else 0,
+    )
+    _log_stage(facts)
+    return FoundEngine(handle, layout, forward, facts)
+
+
+def _log_stage(facts: EngineFacts) -> None:
+    shard = facts.shard
+    if not shard.pp_rank or shard.tp_rank:
+        return
+    if facts.boundary_token_bytes:
+        how = f"starts from stored boundary states, {facts.boundary_token_bytes} bytes a token"
+    else:
+        how = "is handed what the stage below recomputed, in order" if facts.linked else "restores by loading alone"
+    logger.info("pipeline stage %d of %d %s", shard.pp_rank, shard.pp_size, how)
+
+
+def _layers_per_block(options: ConnectorOptions, handle: ModelHandle) -> int:
+    if not handle.compiled:
+        return options.layers_per_block or 1
+    if options.layers_per_block not in (None, handle.num_layers):
+        raise ConfigError(
+            f"layers_per_block is {options.layers_per_block}, but this engine runs a compiled model, which is "
+            "bit-exact only in whole passes: leave it out, or run with --enforce-eager to restore by layers"
+        )
+    return handle.num_layers
+
+
+def _costs(
+    options: ConnectorOptions, handle: ModelHandle, layout: BlockLayout, forward: PartialForward, fingerprint: str
+) -> CostTable:
+    identity = cost_identity(handle, fingerprint=fingerprint)
+    pass_tokens = int(handle.vllm_config.scheduler_config.max_num_batched_tokens)
+    path = profile_path(options.profile_path, identity, chunk_tokens=options.chunk_tokens, pass_tokens=pass_tokens)
+    try:
+        return load_costs(path, identity)
+    except (ProfileError, OSError) as error:
+        if not options.calibrate:
+            raise ProfileError(
+                f"no cost profile for this engine in {options.profile_path} ({error}); leave calibrate on"
+            ) from error
+    logger.info("measuring what recomputation costs in this engine, about %.0f s", options.calibrate_budget_s)
+    costs = calibrate(
+        forward,
+        layout,
+        identity=identity,
+        lengths=Lengths(
+            chunk_tokens=options.chunk_tokens,
+            pass_tokens=pass_tokens,
+            max_tokens=int(handle.vllm_config.model_config.max_model_len),
+        ),
+        budget_s=options.calibrate_budget_s,
+    )
+    _advise_chunk(costs)
+    try:
+        save_costs(costs, path)
+    except OSError as error:
+        logger.warning("the cost profile could not be kept in %s, it is measured again next time: %s", path, error)
+    return costs
+
+
+def _advise_chunk(costs: CostTable) -> None:
+    """Say when chunks of the save cost much more than the engine's own passes, as with a mixture of experts."""
+    own = costs.engine_pass
+    if own is None:
+        return
+    chunk_s = sum(costs.kinds[kind].full_s(own.chunk_tokens, 0) for kind in costs.layer_kinds)
+    if own.saved_s > _COSTLY_CHUNK * chunk_s:
+        logger.warning(
+            "recomputing in chunks of %d tokens costs %.0f %% more than in this engine's passes of %d: restoration "
+            "will seldom pay; set chunk_tokens to %d (prefixes saved so far are then saved anew)",
+            own.chunk_tokens, own.saved_s / max(chunk_s - own.saved_s, 1e-9) * 100, own.pass_tokens, own.pass_tokens,
+        )  # fmt: skip
+
+
+def _link(options: ConnectorOptions, store: Store, *, object_bytes: int) -> LinkCost:
+    if options.throttle_bytes_per_s is not None:
+        # The throttle is the link; probing it would take long and say the same.
+        return LinkCost(bytes_per_s=options.throttle_bytes_per_s, latency_s=options.throttle_latency_s)
+    link = measure_link(store, object_bytes=object_bytes)
+    return replace(link, latency_s=max(link.latency_s, options.throttle_latency_s))
+
+
+def _shape(handle: ModelHandle, layout: BlockLayout, vllm_config: Any, kv_cache_config: Any) -> ModelShape:  # noqa: ANN401
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    model = vllm_config.model_config
+    dtype = str(spec.dtype).removeprefix("torch.")
+    shape = ModelShape(
+        name=str(model.model),
+        num_layers=handle.num_layers,
+        hidden_size=handle.hidden_size,
+        num_q_heads=max(spec.num_kv_heads, model.get_num_attention_heads(vllm_config.parallel_config)),
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_size,
+        intermediate_size=int(getattr(model.hf_text_config, "intermediate_size", None) or 1),
+        vocab_size=int(model.get_vocab_size()),
+        dtype=dtype,
+    )
+    if shape.kv_bytes_per_token_layer * layout.block_size != layout.block_bytes:
+        raise ConfigError(
+            f"a KV block holds {layout.block_bytes} bytes a layer, {layout.block_size} tokens of "
+            f"{shape.num_kv_heads} heads of {shape.head_dim} in {dtype} make "
+            f"{shape.kv_bytes_per_token_layer * layout.block_size}: this KV cache is not supported"
+        )
+    return shape

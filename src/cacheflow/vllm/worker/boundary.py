@@ -1,0 +1,232 @@
+"""Boundary hidden states: what a later pipeline stage receives, kept per token until a chunk is complete and saved.
+
+vLLM hands a stage ``hidden_states`` and ``residual`` of the whole batch, and the stage's layers overwrite both. So they
+are copied out right before the forward, the rows of each request from where the runner's batch has them. On a device
+those copies are looked at when they have arrived, or when a chunk of theirs is saved.
+
+Shapes: ``n`` rows of a batch, ``C`` hidden_size. An object's payload is ``[2, tokens of the chunk, C]``: hidden states,
+then residual.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cacheflow.stores.base import PutRequest
+from cacheflow.stores.keys import RankKeys
+from cacheflow.tensors.row_copy import Bytes, RowsUnderWay, row_copies
+from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.models.model_access import ModelHandle
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.step import CaptureWork, SaveWork
+from cacheflow.vllm.worker.batch_rows import BatchRows
+
+logger = logging.getLogger(__name__)
+
+MAX_CAPTURED_BYTES = 256 << 20
+"""Of chunks that are not saved yet, or two whole batches where those are more; beyond it chunks are forgotten, and
+their stages will load them."""
+MAX_STEPS_UNDER_WAY = 4
+"""Copies of so many forwards may be under way before one is waited for."""
+
+
+def boundary_token_bytes(handle: ModelHandle) -> int:
+    """Bytes of one token's boundary states at this stage's entry; 0 on the first stage."""
+    return 0 if handle.is_first_stage else 2 * handle.hidden_size * handle.dtype.itemsize
+
+
+def stores_boundaries(options: ConnectorOptions, handle: ModelHandle) -> bool:
+    """Whether this rank's stage restores from boundary states: only where it recomputes."""
+    return options.boundary_states and not handle.is_first_stage and handle.can_recompute
+
+
+def make_receive_buffer(handle: ModelHandle) -> None:
+    """Make the buffer in which a later stage receives its input, where vLLM has not.
+
+    vLLM makes it in its profile run, which it leaves out for an eager model on the CPU; its first forward then fails.
+    """
+    runner = handle.runner
+    if handle.is_first_stage or getattr(runner, "intermediate_tensors", True) is not None:
+        return
+    runner.intermediate_tensors = handle.model.make_empty_intermediate_tensors(
+        batch_size=runner.max_num_tokens, dtype=handle.dtype, device=handle.device
+    )
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """States of one chunk's leading tokens, up to ``filled``."""
+
+    payload: Bytes
+    filled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Rows of one forward on their way to the host: what is wanted of each request, and its rows ``[first, last)``."""
+
+    wanted: tuple[tuple[CaptureWork, int, int], ...]
+    rows: RowsUnderWay
+
+
+class BoundaryCapture:
+    """Copies boundary states out before each forward of a later stage. Worker's main thread only.
+
+    A forward is looked at once after ``expect``: recomputation goes through the same model. One that does not go
+    through the model's Python code (a replayed CUDA graph of a whole batch) is not seen.
+    """
+
+    def __init__(self, handle: ModelHandle, *, chunk_tokens: int, batch_tokens: int, counts: Counts) -> None:
+        """Look at every forward of a later stage's model from now on, until ``close``.
+
+        Raises:
+            ConfigError: vLLM's runner does not tell whose rows are whose.
+        """
+        self._handle, self._chunk_tokens, self._counts = handle, chunk_tokens, counts
+        self._row_bytes = handle.hidden_size * handle.dtype.itemsize
+        self._max_chunks = max(MAX_CAPTURED_BYTES // (2 * self._row_bytes), 2 * batch_tokens) // chunk_tokens
+        self._expected: tuple[CaptureWork, ...] = ()
+        self._chunks: OrderedDict[tuple[str, int], _Chunk] = OrderedDict()
+        self._copies = row_copies(handle.device)
+        self._under_way: deque[_Step] = deque()
+        self._batch_rows = BatchRows(handle.runner, handle.runner_kind)
+        self._hook = handle.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def expect(self, captures: Sequence[CaptureWork]) -> None:
+        """Of the next forward, keep these requests' rows; call before every forward."""
+        self.forward_ended()
+        self._settle(at_most=MAX_STEPS_UNDER_WAY)
+        self._expected = tuple(captures)
+
+    def forward_ended(self) -> None:
+        """Look at no forward before the next ``expect``."""
+        if self._expected:
+            self._counts.boundaries["unseen"] += 1
+            self._expected = ()
+
+    def _before_forward(self, _: Any, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+        expected, self._expected = self._expected, ()
+        received = kwargs.get("intermediate_tensors")
+        if not expected or received is None:
+            return
+        try:
+            step = self._begin(expected, received, kwargs["positions"])
+        except Exception:  # what is not captured is loaded later; the forward must go on
+            logger.exception("boundary states could not be captured")
+            self._counts.boundaries["missed"] += len(expected)
+            return
+        if step is None:
+            return
+        if self._copies.immediate:
+            self._sort(step)
+        else:
+            self._under_way.append(step)
+
+    def _begin(self, expected: Sequence[CaptureWork], received: Any, positions: torch.Tensor) -> _Step | None:  # noqa: ANN401
+        """Begin to copy the rows from the first wanted to the last: one copy a step, however many requests it has."""
+        batch = self._batch_rows.of_batch()
+        spans = [(capture, *batch.get(capture.request_id, (0, 0))) for capture in expected]
+        wanted = [(capture, first, last) for capture, first, last in spans if first < last]
+        if len(wanted) < len(spans):
+            self._counts.boundaries["missed"] += len(spans) - len(wanted)
+        if not wanted:
+            return None
+        low, high = min(first for _, first, _ in wanted), max(last for _, _, last in wanted)
+        states = (received["hidden_states"][low:high], received["residual"][low:high])
+        rows = self._copies.copy_out(*states, positions[low:high].to(torch.int64))
+        return _Step(tuple((capture, first - low, last - low) for capture, first, last in wanted), rows)
+
+    def _settle(self, *, at_most: int) -> None:
+        """Sort what has arrived on the host into chunks; leave at most so many steps under way."""
+        while self._under_way and (len(self._under_way) > at_most or self._under_way[0].rows.arrived()):
+            self._sort(self._under_way.popleft())
+
+    def _sort(self, step: _Step) -> None:
+        """Sort a step's rows into chunks; waits for them."""
+        try:
+            hidden, residual, positions = step.rows.take()
+            for capture, first, last in step.wanted:
+                self._sort_one(capture, hidden[first:last], residual[first:last], positions[first:last])
+        except Exception:  # as in the hook: on a device it is only found out here
+            logger.exception("boundary states could not be copied to the host")
+            self._counts.boundaries["missed"] += len(step.wanted)
+
+    def _sort_one(self, capture: CaptureWork, hidden: Bytes, residual: Bytes, positions: Bytes) -> None:
+        # The batch says whose rows they are; that they are of the tokens wanted their positions prove.
+        at = positions.view(np.int64)[:, 0]
+        low, high = capture.start - int(at[0]), capture.end - int(at[0])
+        if low < 0 or high > min(len(hidden), len(residual), len(at)) or int(at[high - 1]) != capture.end - 1:
+            self._counts.boundaries["missed"] += 1
+            return
+        self._keep(capture, hidden[low:high], residual[low:high])
+
+    def _keep(self, capture: CaptureWork, hidden: Bytes, residual: Bytes) -> None:
+        size = self._chunk_tokens
+        for chunk in range(capture.start // size, -(-capture.end // size)):
+            low, high = max(capture.start, chunk * size), min(capture.end, (chunk + 1) * size)
+            at, end = low - chunk * size, high - chunk * size
+            kept = self._chunk((capture.request_id, chunk), at)
+            if kept is None:
+                continue  # tokens before these were not seen: from the prefix cache, or by a replayed graph
+            rows = slice(low - capture.start, high - capture.start)
+            kept.payload[0, at:end] = hidden[rows]
+            kept.payload[1, at:end] = residual[rows]
+            kept.filled = end
+
+    def _chunk(self, name: tuple[str, int], at: int) -> _Chunk | None:
+        """A chunk to go on with at token ``at``; None, and nothing kept of it, when it has a hole before that."""
+        kept = self._chunks.pop(name, None)
+        if at > (0 if kept is None else kept.filled):
+            return None
+        if kept is None:
+            self._make_room()
+            kept = _Chunk(np.empty((2, self._chunk_tokens, self._row_bytes), dtype=np.uint8))
+        self._chunks[name] = kept
+        return kept
+
+    def _make_room(self) -> None:
+        """Forget a chunk where there are too many: the longest untouched that is not complete, else the oldest."""
+        if len(self._chunks) < max(1, self._max_chunks):
+            return
+        incomplete = (name for name, each in self._chunks.items() if each.filled < self._chunk_tokens)
+        del self._chunks[next(incomplete, next(iter(self._chunks)))]
+
+    def put(self, save: SaveWork) -> Iterator[PutRequest]:
+        """The object of a chunk that is complete, to be saved with its KV; nothing when a token of it was not seen."""
+        self._settle(at_most=0)
+        kept = self._chunks.pop((save.request_id, save.chunk), None)
+        if kept is None or kept.filled < self._chunk_tokens:
+            self._counts.boundaries["incomplete"] += 1
+            return
+        self._counts.boundaries["captured"] += 1
+        handle = self._handle
+        key = RankKeys(handle.shard, handle.start_layer).boundary(save.namespace, save.chain_hash)
+        shape = (2, self._chunk_tokens, handle.hidden_size)
+        dtype = str(handle.dtype).removeprefix("torch.")
+        yield PutRequest(key, [kept.payload.reshape(-1)], shape=shape, dtype=dtype)
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Drop what is kept of requests that ended."""
+        if not request_ids:
+            return
+        self._under_way = deque(_without(step, request_ids) for step in self._under_way)
+        for name in [name for name in self._chunks if name[0] in request_ids]:
+            del self._chunks[name]
+
+    def close(self) -> None:
+        """Look at no further forward."""
+        self._hook.remove()
+        self._batch_rows.close()
+        self._under_way.clear()
+        self._chunks.clear()
+
+
+def _without(step: _Step, request_ids: set[str]) -> _Step:
+    return replace(step, wanted=tuple(each for each in step.wanted if each[0].request_id not in request_ids))

@@ -1,0 +1,227 @@
+"""Raw bytes of KV-cache blocks, whatever is in them: gathered for a save, scattered for a load.
+
+Nothing is assumed about the inside of a block, so any layout works whose blocks are whole: the block dimension of each
+layer's tensor is found from the number of blocks, and a tensor that cannot be understood is refused with its shape.
+
+Shapes: ``L`` layers of this pipeline stage (counted from its first), ``N`` KV blocks, ``P`` bytes of one block of one
+layer. A payload is the bytes of ``[layers, blocks, P]`` in C order: layers ascending, blocks in the order of the ids;
+inside a block the bytes stand in the logical order of the registered tensor, whatever its strides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cacheflow.errors import ConfigError
+from cacheflow.tensors.block_copy import DeviceCopies, HostCopies
+from cacheflow.vllm.models.model_access import layer_number
+
+Payload = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """One layer's tensor with its blocks in front.
+
+    Attributes:
+        name: vLLM's name of the attention layer.
+        blocks_NI: ``[N, ...]``: blocks first, then what vLLM put inside one, in logical order.
+    """
+
+    name: str
+    blocks_NI: torch.Tensor
+
+
+class BlockLayout:
+    """The KV blocks of one worker; made once, when vLLM registers its KV caches.
+
+    ``gather`` and ``scatter`` may run on any thread, also side by side on different blocks. On the CPU numpy copies
+    (it releases the GIL). On CUDA copies run on a stream of their own, after the last ``fence``, and a call returns
+    when its bytes are there.
+    """
+
+    def __init__(self, layers: Sequence[LayerView], *, block_size: int, layout_name: str) -> None:
+        """Take over checked views; see ``from_kv_caches``.
+
+        Raises:
+            ConfigError: There is no layer, or blocks differ between layers in size, dtype, number or device.
+        """
+        if not layers:
+            raise ConfigError("no KV cache was registered: nothing to restore")
+        self.layer_names = tuple(layer.name for layer in layers)
+        first = layers[0].blocks_NI
+        for layer in layers:
+            blocks = layer.blocks_NI
+            if (blocks.shape, blocks.dtype, blocks.device) != (first.shape, first.dtype, first.device):
+                raise ConfigError(
+                    f"KV caches differ: {layers[0].name} is {_describe(first)}, {layer.name} is {_describe(blocks)}; "
+                    "only models whose layers share one shape are supported"
+                )
+        self.num_layers = len(layers)
+        self.num_blocks = int(first.shape[0])
+        self.block_size = block_size
+        self.block_bytes = int(first[0].numel()) * first.element_size()
+        self.device = first.device
+        self.dtype = first.dtype
+        self.layout_name = layout_name
+        self.identity = self._identity(first)
+        views = [layer.blocks_NI for layer in layers]
+        self._copies = HostCopies(views) if self.device.type == "cpu" else DeviceCopies(views)
+
+    @classmethod
+    def from_kv_caches(
+        cls,
+        kv_caches: Mapping[str, torch.Tensor],
+        kv_cache_config: Any,  # noqa: ANN401 -- vllm.v1.kv_cache_interface.KVCacheConfig
+        *,
+        layer_names: Sequence[str] | None = None,
+    ) -> BlockLayout:
+        """Understand what ``register_kv_caches`` was given.
+
+        Args:
+            kv_caches: One tensor per attention layer, by name.
+            kv_cache_config: vLLM's KV cache config: number of blocks, block size, name of the layout.
+            layer_names: The layers to serve, bottom first; None: those of the only KV cache group, by number.
+
+        Raises:
+            ConfigError: There is more than one KV cache group, layers are missing, or a tensor's block dimension is
+                unknown or ambiguous; the message has the shapes.
+        """
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise ConfigError(f"{len(groups)} KV cache groups; only models with one are supported")
+        names = list(layer_names) if layer_names is not None else sorted(groups[0].layer_names, key=layer_number)
+        missing = [name for name in names if name not in kv_caches]
+        if missing:
+            raise ConfigError(f"no KV cache was registered for {missing}; registered are {sorted(kv_caches)}")
+        num_blocks = int(kv_cache_config.num_blocks)
+        layout_name = str(kv_cache_config.kv_cache_layout or "")
+        views = [
+            LayerView(name, blocks_first(kv_caches[name], num_blocks, name=name, layout_name=layout_name))
+            for name in names
+        ]
+        return cls(views, block_size=int(groups[0].kv_cache_spec.block_size), layout_name=layout_name)
+
+    def num_bytes(self, num_layers: int, num_blocks: int) -> int:
+        """Bytes of the payload of so many blocks in so many layers."""
+        return num_layers * num_blocks * self.block_bytes
+
+    def fence(self) -> None:
+        """Make later copies wait for the kernels queued so far; call on the worker's main thread.
+
+        A gather needs it after the forward that wrote its blocks was launched, a scatter after the blocks were given
+        to its request: kernels of their last owner may still be queued. Does nothing on the CPU.
+        """
+        self._copies.fence()
+
+    def gather(self, layer_lo: int, layer_hi: int, block_ids: Sequence[int], out: Payload) -> None:
+        """Copy blocks of layers ``[layer_lo, layer_hi)`` out.
+
+        Args:
+            layer_lo: First layer, counted from the stage's first.
+            layer_hi: One past the last.
+            block_ids: Which blocks, in the order of the payload.
+            out: Receives exactly ``num_bytes(layer_hi - layer_lo, len(block_ids))`` bytes.
+
+        Raises:
+            ValueError: Layers, blocks or the size of ``out`` do not fit (a caller's bug).
+        """
+        self._require(layer_lo, layer_hi, block_ids, out)
+        self._copies.gather(layer_lo, layer_hi, _ids(block_ids), out)
+
+    def scatter(
+        self, layer_lo: int, layer_hi: int, block_ids: Sequence[int], payload: Payload, *, skip_blocks: int = 0
+    ) -> None:
+        """Copy a payload into blocks of layers ``[layer_lo, layer_hi)``; on return kernels launched later see it.
+
+        Args:
+            layer_lo: First layer, counted from the stage's first.
+            layer_hi: One past the last.
+            block_ids: Target of every block of the payload; the first ``skip_blocks`` of them are not looked at.
+            payload: Exactly ``num_bytes(layer_hi - layer_lo, len(block_ids))`` bytes.
+            skip_blocks: Blocks at the payload's start that are not written: they hold tokens that are there already.
+
+        Raises:
+            ValueError: Layers, blocks or the size of ``payload`` do not fit (a caller's bug).
+        """
+        if not 0 <= skip_blocks < len(block_ids):
+            raise ValueError(f"skip_blocks is {skip_blocks}, must be in [0, {len(block_ids)})")
+        self._require(layer_lo, layer_hi, block_ids, payload, skip_blocks)
+        self._copies.scatter(layer_lo, layer_hi, _ids(block_ids), payload, skip_blocks)
+
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy whole blocks of all layers; call on the worker's main thread.
+
+        Raises:
+            ValueError: Blocks do not fit, or are not as many (a caller's bug).
+        """
+        if len(source) != len(target) or not 0 <= min(*source, *target) <= max(*source, *target) < self.num_blocks:
+            raise ValueError(f"cannot copy blocks {list(source)} over {list(target)} of {self.num_blocks}")
+        self._copies.copy(_ids(source), _ids(target))
+
+    def _require(self, layer_lo: int, layer_hi: int, ids: Sequence[int], payload: Payload, skip: int = 0) -> None:
+        if not 0 <= layer_lo < layer_hi <= self.num_layers:
+            raise ValueError(f"layers [{layer_lo}, {layer_hi}) are not within this stage's {self.num_layers}")
+        written = ids[skip:]
+        if not written or not 0 <= min(written) <= max(written) < self.num_blocks:
+            raise ValueError(f"block ids {list(ids)} are not within [0, {self.num_blocks})")
+        expected = self.num_bytes(layer_hi - layer_lo, len(ids))
+        if payload.nbytes != expected or payload.dtype != np.uint8 or not payload.flags.c_contiguous:
+            raise ValueError(f"payload of {payload.nbytes} bytes of {payload.dtype}, must be {expected} of uint8")
+
+    def _identity(self, first: torch.Tensor) -> str:
+        text = f"{self.layout_name}|{tuple(first.shape[1:])}|{first.dtype}|{self.block_size}"
+        return f"{self.layout_name or 'unnamed'}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[int, int]:
+    """Layers ``[lo, hi)`` of a layer block; the top one holds what is left."""
+    return block * layers_per_block, min((block + 1) * layers_per_block, num_layers)
+
+
+def blocks_first(kv_cache: torch.Tensor, num_blocks: int, *, name: str, layout_name: str = "") -> torch.Tensor:
+    """A layer's tensor viewed as ``[num_blocks, ...]``, without a copy.
+
+    The block dimension is the one of ``num_blocks`` entries, or, where the kernel's blocks are smaller than the KV
+    manager's, the first if it is a multiple: that many kernel blocks make one.
+
+    Raises:
+        ConfigError: No dimension or more than one can be it, or blocks are not whole in memory.
+    """
+    if not isinstance(kv_cache, torch.Tensor) or kv_cache.ndim < 2:
+        raise ConfigError(f"{name}: a KV cache of type {type(kv_cache).__name__} is not supported, only one tensor is")
+    found = [dim for dim, size in enumerate(kv_cache.shape) if size == num_blocks]
+    described = f"{name} ({_describe(kv_cache)}, strides {kv_cache.stride()}, layout {layout_name or 'unnamed'})"
+    if len(found) > 1:
+        found = _by_layout(found, layout_name)
+    if len(found) == 1:
+        return kv_cache.movedim(found[0], 0)
+    split, rest = divmod(int(kv_cache.shape[0]), num_blocks)
+    if found or rest or split < 2:
+        reason = "more than one dimension" if found else "no dimension"
+        raise ConfigError(f"{described}: {reason} can hold its {num_blocks} blocks; this layout is not supported")
+    if kv_cache.stride(0) * split != kv_cache[0].numel() * split:
+        raise ConfigError(f"{described}: {split} kernel blocks make one block but do not lie side by side")
+    joined: torch.Tensor = torch.unflatten(kv_cache, 0, (num_blocks, split))
+    return joined
+
+
+def _by_layout(candidates: list[int], layout_name: str) -> list[int]:
+    """VLLM's named layouts all register the logical shape ``[B, H, N, C]``: the first dimension is the block's."""
+    named = len(layout_name) == 5 and set(layout_name) == set("LBHNC")
+    return [0] if named and 0 in candidates else candidates
+
+
+def _ids(block_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.asarray(block_ids, dtype=np.int64)
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"shape {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"

@@ -1,0 +1,179 @@
+"""The compute side of a restoration inside vLLM: recomputes cells with the worker's own model.
+
+Provides ``restore.ports.ComputePort`` by structure, for one restoration. Shapes: ``n`` tokens of a chunk, ``C``
+hidden_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cacheflow.plan.grid import Tile
+from cacheflow.restore.work import RestoreTarget
+from cacheflow.vllm.models.partial_forward import Activations, PartialForward, Piece
+from cacheflow.vllm.worker.layout import block_layers
+from cacheflow.vllm.worker.stage_link import StageLink
+
+
+@dataclass(slots=True)
+class _ClimbingChunk:
+    """A chunk on its way up; ``activations`` is None once nothing can run above."""
+
+    piece: Piece
+    activations: Activations | None
+    next_block: int = 0
+
+
+class VllmComputePort:
+    """Recomputes cells of one restoration; on the worker's main thread only.
+
+    A compiled engine is bit-exact only in whole passes: there the grid has one block, all layers of the stage.
+    """
+
+    def __init__(self, forward: PartialForward, target: RestoreTarget, *, link: StageLink | None = None) -> None:
+        """Serve ``target``; nothing runs yet. ``link``: to the neighbouring stages, where activations are handed over.
+
+        Raises:
+            ValueError: This model cannot be recomputed with, the engine is compiled and the target's blocks are not
+                the whole stage, or chunks do not end on block boundaries (a caller's bug).
+        """
+        handle = forward.handle
+        if not handle.can_recompute:
+            raise ValueError(f"this model cannot be recomputed with: {handle.refusal}")
+        if handle.compiled and target.layers_per_block < handle.num_layers:
+            raise ValueError(
+                f"a compiled engine recomputes whole passes: blocks of {target.layers_per_block} layers do not hold "
+                f"this stage's {handle.num_layers}"
+            )
+        if any(position % handle.block_size for position in (target.start, *target.chunk_ends)):
+            raise ValueError(f"chunks {target.start}, {target.chunk_ends} do not end on blocks of {handle.block_size}")
+        self._forward, self._link = forward, link
+        self._target = target
+        self._num_layers = handle.num_layers
+        self._num_blocks = -(-handle.num_layers // target.layers_per_block)
+        self._chunks: dict[int, _ClimbingChunk] = {}
+        self._boundary: dict[int, Activations] = {}
+
+    def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
+        """See ``ComputePort.recompute``.
+
+        Raises:
+            ValueError: The tile is wider than a chunk or does not continue the chunk's activations, or a later
+                pipeline stage has no boundary states for it (a caller's bug).
+        """
+        state = self._chunks.get(tile.chunk_lo)
+        expected = state.next_block if state else 0
+        if tile.chunk_hi - tile.chunk_lo != 1 or tile.block_lo != expected or tile.block_hi > self._num_blocks:
+            raise ValueError(f"{tile} does not continue chunk {tile.chunk_lo} at block {expected}")
+        if self._forward.handle.compiled:
+            self._run_whole(tile.chunk_lo)
+            return
+        if state is None:
+            state = self._chunks[tile.chunk_lo] = _ClimbingChunk(self._piece(tile.chunk_lo), self._start(tile.chunk_lo))
+        if state.activations is None:
+            raise ValueError(f"activations of chunk {tile.chunk_lo} below block {tile.block_lo} are spent; restart it")
+        # At the top of the last stage, and where nothing is handed over, nobody needs what comes out above.
+        at_top = tile.block_hi == self._num_blocks and not (self._link and self._link.has_stage_above)
+        self._climb(state, tile, kv_only_top=kv_only_top or at_top)
+
+    def restart(self, chunk: int) -> None:
+        """Forget the activations of a chunk, so that it can be recomputed from block 0."""
+        self._chunks.pop(chunk, None)
+
+    def give(self, chunk: int, payload: npt.NDArray[np.uint8]) -> None:
+        """Copy a chunk's boundary states in, as they are stored: bytes ``[2, n * C]`` of hidden states and residual.
+
+        On the I/O thread, before the chunk is recomputed.
+        """
+        start, end = self._target.chunk_range(chunk)
+        handle = self._forward.handle
+        both = torch.from_numpy(np.ascontiguousarray(payload).copy()).view(handle.dtype)
+        hidden, residual = both.view(2, end - start, handle.hidden_size).to(handle.device)
+        self.seed(chunk, hidden, residual)
+
+    def seed(self, chunk: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
+        """Give a chunk's boundary states ``[n, C]``, the input of a later pipeline stage's first layer.
+
+        Raises:
+            ValueError: They have another shape or dtype than the chunk's activations.
+        """
+        start, end = self._target.chunk_range(chunk)
+        handle = self._forward.handle
+        for name, states in (("hidden", hidden), ("residual", residual)):
+            if states.shape != (end - start, handle.hidden_size) or states.dtype != handle.dtype:
+                raise ValueError(f"{name} of chunk {chunk} has shape {tuple(states.shape)}, dtype {states.dtype}")
+        self._boundary[chunk] = Activations(hidden, residual)
+
+    def receive(self, chunk: int) -> None:
+        """See ``HandOverPort.receive``.
+
+        Raises:
+            RuntimeError: The stage below could not recompute the chunk, or did not answer in time.
+        """
+        assert self._link is not None, "hand-overs are asked for only where stages are linked"
+        start, end = self._target.chunk_range(chunk)
+        received = self._link.receive(restore_id=self._target.restore_id, chunk=chunk, num_tokens=end - start)
+        if received is None:
+            raise RuntimeError(f"the pipeline stage below could not recompute chunk {chunk}")
+        self._boundary[chunk] = received
+
+    def send(self, chunk: int, *, failed: bool) -> None:
+        """See ``HandOverPort.send``."""
+        assert self._link is not None, "hand-overs are asked for only where stages are linked"
+        start, end = self._target.chunk_range(chunk)
+        state = self._chunks.get(chunk)
+        out = None if failed or state is None else state.activations
+        self._link.send(out, restore_id=self._target.restore_id, chunk=chunk, num_tokens=end - start)
+        if state is not None:
+            state.activations = None
+
+    def run_suffix(self, block_lo: int, block_hi: int) -> None:
+        """Never called: vLLM computes the new tokens itself.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"vLLM runs the suffix itself, asked for blocks [{block_lo}, {block_hi})")
+
+    def finish(self) -> None:
+        """Free what this restoration holds; on CUDA waits for its last tile."""
+        self._chunks.clear()
+        self._boundary.clear()
+        self._forward.wait()
+
+    def _run_whole(self, chunk: int) -> None:
+        boundary = None if self._forward.handle.is_first_stage else self._start(chunk)
+        piece = self._piece(chunk)
+        out = self._forward.run_whole(piece, self._tokens(chunk), boundary)
+        kept = out if self._link is not None else None
+        self._chunks[chunk] = _ClimbingChunk(piece, kept, self._num_blocks)
+
+    def _climb(self, state: _ClimbingChunk, tile: Tile, *, kv_only_top: bool) -> None:
+        assert state.activations is not None
+        layers = (
+            block_layers(tile.block_lo, self._target.layers_per_block, self._num_layers)[0],
+            block_layers(tile.block_hi - 1, self._target.layers_per_block, self._num_layers)[1],
+        )
+        state.activations = self._forward.run(state.piece, state.activations, layers=layers, kv_only_top=kv_only_top)
+        state.next_block = tile.block_hi
+
+    def _piece(self, chunk: int) -> Piece:
+        return self._forward.piece(*self._target.chunk_range(chunk), self._target.block_ids)
+
+    def _tokens(self, chunk: int) -> tuple[int, ...]:
+        start, end = self._target.chunk_range(chunk)
+        return self._target.tokens[start - self._target.start : end - self._target.start]
+
+    def _start(self, chunk: int) -> Activations:
+        """A fresh copy of the input of the stage's first layer: layers overwrite it."""
+        if self._forward.handle.is_first_stage:
+            return self._forward.embed(self._tokens(chunk))
+        if chunk not in self._boundary:
+            raise ValueError(f"chunk {chunk} has no boundary states; a later pipeline stage starts from them")
+        given = self._boundary[chunk]
+        assert given.residual is not None
+        return Activations(given.hidden.clone(), given.residual.clone())

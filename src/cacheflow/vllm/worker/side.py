@@ -1,0 +1,192 @@
+"""The worker side: does on this rank what the scheduler side decided for a step, and saves chunks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from cacheflow.plan.grid import Tile
+from cacheflow.restore.ports import ComputePort
+from cacheflow.restore.step_executor import Ports, StepExecutor
+from cacheflow.restore.work import RankReport, RestoreTarget, StepReport
+from cacheflow.stores.base import Store
+from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.models.model_access import ModelHandle
+from cacheflow.vllm.models.partial_forward import PartialForward
+from cacheflow.vllm.step import ModelNews, StepWork
+from cacheflow.vllm.worker.boundary import BoundaryCapture
+from cacheflow.vllm.worker.layout import BlockLayout
+from cacheflow.vllm.worker.model_state import ModelState
+from cacheflow.vllm.worker.recompute import VllmComputePort
+from cacheflow.vllm.worker.saver import ChunkSaver
+from cacheflow.vllm.worker.stage_link import StageAnswers, link_stages
+from cacheflow.vllm.worker.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
+
+NOTHING_DONE = RankReport()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FoundEngine:
+    """One rank's engine, checked and measured.
+
+    Attributes:
+        handle: The model.
+        layout: Its KV blocks.
+        forward: Recomputes; None in an engine that only loads.
+        facts: What the scheduler side needs to know.
+    """
+
+    handle: ModelHandle
+    layout: BlockLayout
+    forward: PartialForward | None
+    facts: EngineFacts
+
+
+class NoComputePort:
+    """The compute side of an engine that only loads: nobody asks it to compute."""
+
+    def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
+        """Never called.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"an engine that only loads was asked to recompute {tile}, keys only: {kv_only_top}")
+
+    def restart(self, chunk: int) -> None:
+        """Nothing to forget."""
+
+    def run_suffix(self, block_lo: int, block_hi: int) -> None:
+        """Never called: vLLM runs the new tokens."""
+        raise ValueError(f"an engine that only loads was asked to run blocks [{block_lo}, {block_hi})")
+
+    def finish(self) -> None:
+        """Nothing to wait for."""
+
+
+class WorkerSide:
+    """One rank of one engine; every method is called on the worker's main thread.
+
+    Attributes:
+        counts: What this rank counted since they were last taken.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        engine: FoundEngine,
+        state: ModelState,
+        *,
+        chunk_tokens: int,
+        capture: BoundaryCapture | None,
+        counts: Counts,
+    ) -> None:
+        """Serve what start-up found; ``capture`` is None where this rank saves no boundary states."""
+        facts = engine.facts
+        self._store, self._engine, self._state, self._capture = store, engine, state, capture
+        self.counts = counts
+        self._link = link_stages(engine.handle)
+        self._pool = staging_pool(engine.layout, chunk_tokens=chunk_tokens, layers_per_block=facts.layers_per_block)
+        self._boundary_pool = boundary_pool(token_bytes=facts.boundary_token_bytes, chunk_tokens=chunk_tokens)
+        self._saver = ChunkSaver(
+            store,
+            engine.layout,
+            layers_per_block=facts.layers_per_block,
+            keys=facts.keys,
+            counts=counts,
+            more=None if capture is None else capture.put,
+        )
+        self._carrier = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
+        self._request_of: dict[int, str] = {}
+        self._report = NOTHING_DONE
+        self._failed_blocks: set[int] = set()
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the scheduler side needs to know."""
+        return self._engine.facts
+
+    def expect(self, work: StepWork) -> None:
+        """Get ready for the forward that is about to run, and keep boundary states of it; call before every forward."""
+        self._state.begin_step(work)
+        if self._capture is not None:
+            self._capture.expect(work.captures)
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Drop what was kept of requests that ended."""
+        if self._capture is not None:
+            self._capture.forget(request_ids)
+
+    def _ports(self, target: RestoreTarget) -> Ports:
+        engine = self._engine
+        engine.layout.fence()
+        compute: ComputePort = NoComputePort()
+        boundaries = None
+        if engine.forward is not None:
+            compute = recomputing = VllmComputePort(engine.forward, target, link=self._link)
+            if token_bytes := engine.facts.boundary_token_bytes:
+                boundaries = BoundaryReads(pool=self._boundary_pool, token_bytes=token_bytes, give=recomputing.give)
+        transfer = VllmTransferPort(
+            self._store, engine.layout, target, pool=self._pool, keys=engine.facts.keys, boundaries=boundaries
+        )
+        return compute, transfer
+
+    def _answers(self, target: RestoreTarget) -> StageAnswers | None:
+        return None if self._link is None else StageAnswers(self._link, target)
+
+    def carry_out(self, work: StepWork) -> None:
+        """Begin, drop, read, receive, recompute, finish; call after the forward."""
+        if self._capture is not None:
+            self._capture.forward_ended()
+        if work.idle:
+            return
+        if self._link is not None:
+            self._link.begin_step()
+        for target in work.targets:
+            self._request_of[target.restore_id] = target.request_id
+            self._copy_shared(target)
+            self._state.begin(target, work)
+            self._carrier.begin(target)
+        for block_ids in work.failed_blocks.values():
+            self._failed_blocks.update(block_ids)
+        self._carrier.carry_out(work.of_stage(self._engine.handle.shard.pp_rank), wait_s=work.wait_s)
+
+    def _copy_shared(self, target: RestoreTarget) -> None:
+        """Copy what another restoration has restored; its blocks are held at least until the end of this step."""
+        if target.copied_from:
+            end = target.start // self._engine.facts.block_size
+            self._engine.layout.copy(target.copied_from, target.block_ids[end - len(target.copied_from) : end])
+
+    def save(self, work: StepWork) -> None:
+        """Copy the chunks that this step's forward completed, unless weights or adapters have changed since."""
+        self._saver.save(self._state.may_save(work))
+
+    def take_finished(self) -> set[str]:
+        """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""
+        self._report = report = self._carrier.take_report()
+        if report.finished:
+            self._failed_blocks.update(self._state.end(report.finished))
+        return {self._request_of.pop(restore_id) for restore_id in report.finished}
+
+    def take_report(self) -> StepReport | None:
+        """What was done up to the last ``take_finished``; None when nothing was."""
+        report, self._report = self._report, NOTHING_DONE
+        return None if report.idle else StepReport({self.facts.rank: report})
+
+    def take_news(self) -> tuple[int, ModelNews] | None:
+        """This rank's number and what has become of its weights and adapters; None when there is nothing to tell."""
+        news = self._state.take_news()
+        return None if news.idle else (self.facts.rank, news)
+
+    def take_failed_blocks(self) -> set[int]:
+        """KV blocks whose content is undefined, of restorations that ended since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def close(self) -> None:
+        """End the threads; nothing touches the KV blocks any more."""
+        self._carrier.close()
+        self._saver.close()
+        if self._capture is not None:
+            self._capture.close()

@@ -1,0 +1,237 @@
+"""What ``cacheflow serve`` refuses before vLLM starts, and what it leaves to vLLM. Needs no vLLM: it is faked."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cacheflow.errors import ConfigError
+from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.startup.installed import InstalledVllm, find_vllm, model_classes
+from cacheflow.vllm.startup.server_flags import ServerFlags
+from cacheflow.vllm.startup.start_checks import check_start
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 100,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+REGISTRY = """
+import sys
+_TEXT_GENERATION_MODELS = {
+    "AquilaForCausalLM": ("llama", "LlamaForCausalLM"),
+    "LlamaForCausalLM": ("llama", "LlamaForCausalLM"),
+    "BloomForCausalLM": ("bloom", "BloomForCausalLM"),
+}
+_MULTIMODAL_MODELS = {"LlavaForConditionalGeneration": ("llava", "LlavaForConditionalGeneration"), **{}}
+_COMMAND = [sys.executable]
+"""
+FILE = ConnectorOptions(store="file", store_path="/kv")
+LOAD_ONLY = ConnectorOptions(store="file", store_path="/kv", unsupported_models="load_only")
+
+
+@pytest.fixture
+def vllm(tmp_path) -> InstalledVllm:
+    file = tmp_path / "site" / "vllm" / "model_executor" / "models" / "registry.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(REGISTRY)
+    return InstalledVllm(version="0.32.0", on_cpu=False, folder=tmp_path / "site" / "vllm")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Writes a model folder: ``model(architectures=[...])``."""
+
+    def write(**changes) -> str:
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+        return str(folder)
+
+    return write
+
+
+def refused(model, options, words, installed, environment=None) -> str:
+    with pytest.raises(ConfigError) as raised:
+        check_start(model, options, ServerFlags(words), installed=installed, environment=environment or {})
+    return str(raised.value)
+
+
+def passes(model, options, words, installed, environment=None) -> None:
+    check_start(model, options, ServerFlags(words), installed=installed, environment=environment or {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["BloomForCausalLM"]}, "the model BloomForCausalLM is not on the list"),
+        ({"architectures": ["LlavaForConditionalGeneration"]}, "the model LlavaForConditionalGeneration is not on"),
+    ],
+)
+def test_a_model_that_is_not_recomputed(model, vllm, changes, said):
+    path = model(**changes)
+    message = refused(path, FILE, [], vllm)
+    assert said in message
+    assert "unsupported_models=load_only" in message
+    passes(path, LOAD_ONLY, [], vllm)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "a compressed latent (MLA)"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "a recurrent state in some layers"),
+        ({"model_type": "mistral", "sliding_window": 512}, "--disable-sliding-window"),
+        (
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": 512},
+            "a sliding window of tokens in every layer",
+        ),
+    ],
+)
+def test_a_model_that_is_not_even_loaded(model, vllm, changes, said):
+    path = model(**changes)
+    for options in (FILE, LOAD_ONLY):
+        message = refused(path, options, [], vllm)
+        assert said in message
+        assert "load_only" not in message  # it would not help
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "load_only_helps"),
+    [
+        (["--kv-cache-dtype", "fp8"], "quantised (fp8)", True),
+        (["--kv_cache_dtype=fp8_e5m2"], "quantised (fp8_e5m2)", True),
+        (["--enable-lora"], "LoRA is on", True),
+        (["--enable-eplb"], "expert load balancing", True),
+        (["--enable-dbo"], "dual-batch overlap", True),
+        (["--runner", "pooling"], "there is nothing to restore", False),
+        (["--convert", "embed"], "there is nothing to restore", False),
+        (["--convert=classify"], "there is nothing to restore", False),
+        (["-dcp", "2"], "decode_context_parallel_size is 2", False),
+        (["--prefill-context-parallel-size=4"], "prefill_context_parallel_size is 4", False),
+        (["--calculate-kv-scales"], "calculate_kv_scales is on", False),
+        (["--kv-sharing-fast-prefill"], "kv_sharing_fast_prefill is on", False),
+        (["--max-model-len", "512"], "must be below vLLM's max_model_len of 512", False),
+        (["--max-model-len", "0.5k"], "must be below vLLM's max_model_len of 500", False),
+        (["--speculative-config", '{"method": "eagle", "model": "d"}'], "drafts by 'eagle'", False),
+        (["-sc", '{"method": "mtp", "num_speculative_tokens": 2}'], "drafts by 'mtp'", False),
+        (["--block-size", "48"], "must be a multiple of vLLM's KV block size of 48", False),
+    ],
+    ids=str,
+)
+def test_an_engine_that_would_be_refused(vllm, words, said, load_only_helps):
+    message = refused("some/model", FILE, words, vllm)
+    assert said in message
+    assert ("load_only" in message) == load_only_helps
+    if load_only_helps:
+        passes("some/model", LOAD_ONLY, words, vllm)
+    else:
+        assert said in refused("some/model", LOAD_ONLY, words, vllm)
+
+
+def test_drafting_is_asked_of_the_same_function_as_in_the_engine(vllm, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "cacheflow.vllm.startup.start_checks.engine_refusals", lambda view: seen.append(view) or ["no drafts"]
+    )
+    assert "no drafts" in refused("m/n", FILE, ["--speculative-config", '{"method": "eagle", "model": "d"}'], vllm)
+    assert seen[0].speculative_config.method == "eagle"
+    assert seen[0].speculative_config.num_speculative_tokens is None
+    refused("m/n", FILE, ["--speculative-config.method", "ngram"], vllm)
+    assert seen[1].speculative_config.method == "ngram"
+    for words in ([], ["--speculative-config", '{"model": "d"}'], ["-sc", "{no json"]):
+        refused("m/n", FILE, words, vllm)
+        assert seen[-1].speculative_config is None, words  # vLLM works the method out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--kv-cache-dtype", "auto"],
+        ["--kv-cache-dtype", "bfloat16"],
+        ["--enable-lora", "--no-enable-lora"],
+        ["-dcp", "1"],
+        ["--max-model-len", "auto"],
+        ["--max-model-len", "16k"],
+        ["--max-model-len", "512", "--max-model-len", "1024"],
+        ["--runner", "generate", "--convert", "none"],
+        ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+        ["--speculative-config.method", "suffix"],
+        ["--speculative-config", '{"model": "d"}'],
+        ["--block-size", "128"],
+        ["--served-model-name", "--enable-eplb-model"],
+        ["--some-new-option", "pooling"],
+    ],
+    ids=str,
+)
+def test_what_is_fine_or_not_known_is_left_to_vllm(model, vllm, words):
+    passes(model(), FILE, words, vllm)
+    passes("some/model-not-here", FILE, words, vllm)
+
+
+def test_another_name_for_a_family_that_was_proved_is_accepted(model, vllm):
+    passes(model(architectures=["AquilaForCausalLM"]), FILE, [], vllm)
+
+
+def test_nothing_is_said_where_the_configuration_may_not_be_what_runs(model, vllm, tmp_path):
+    path = model(architectures=["BloomForCausalLM"])
+    passes(path, FILE, ["--hf-overrides", "{}"], vllm)
+    passes(path, FILE, [], InstalledVllm(version="0.32.0", on_cpu=False))  # its registry cannot be read
+    passes(model(architectures=["BrandNewForCausalLM"]), FILE, [], vllm)
+    passes(model(model_type="minicpm3", kv_lora_rank=256), FILE, [], vllm)
+    passes(model(model_type="deepseek_v3", kv_lora_rank=256), FILE, [], vllm, {"VLLM_MLA_DISABLE": "1"})
+    passes(model(model_type="mistral", sliding_window=2048), FILE, ["--disable-sliding-window"], vllm)
+    (Path(path) / "config.json").write_text("{not json")
+    passes(path, FILE, [], vllm)
+
+
+def test_the_models_longest_prompt_bounds_the_chunk(model, vllm):
+    assert "max_model_len of 256" in refused(model(max_position_embeddings=256), FILE, [], vllm)
+    stretched = {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}, "max_position_embeddings": 256}
+    passes(model(**stretched), FILE, [], vllm)
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "max_position_embeddings": 256}
+    assert "max_model_len of 256" in refused(model(**plain), FILE, [], vllm)
+
+
+def test_a_model_in_hugging_faces_cache_is_read(tmp_path, vllm):
+    repository = tmp_path / "hub" / "models--org--bloom"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc123")
+    (repository / "snapshots" / "abc123").mkdir(parents=True)
+    config = json.dumps(LLAMA | {"architectures": ["BloomForCausalLM"]})
+    (repository / "snapshots" / "abc123" / "config.json").write_text(config)
+    for environment in ({"HF_HOME": str(tmp_path)}, {"HF_HUB_CACHE": str(tmp_path / "hub")}):
+        assert "BloomForCausalLM" in refused("org/bloom", FILE, [], vllm, environment)
+        assert "BloomForCausalLM" in refused("org/bloom", FILE, ["--revision", "abc123"], vllm, environment)
+        passes("org/bloom", FILE, ["--revision", "other"], vllm, environment)
+        passes("org/other", FILE, [], vllm, environment)
+
+
+@pytest.mark.parametrize(
+    "words", [["-tp", "2"], ["--pipeline-parallel-size=2"], ["--distributed-executor-backend", "ray"]]
+)
+def test_a_store_in_memory_and_workers_elsewhere(vllm, words):
+    assert "store is 'memory', but vLLM's executor" in refused("m/n", ConnectorOptions(), words, vllm)
+    passes("m/n", FILE, words, vllm)
+    passes("m/n", ConnectorOptions(), [], vllm)
+
+
+@pytest.mark.vllm
+def test_the_real_registry_can_be_read():
+    classes = model_classes(find_vllm())
+    assert classes["LlamaForCausalLM"] == "LlamaForCausalLM"
+    assert classes["InternLM3ForCausalLM"] == "LlamaForCausalLM"
+    assert len(classes) > 200
+
+
+def test_it_costs_no_import_of_vllm_or_torch():
+    code = (
+        "import sys; from cacheflow.vllm import serve; from cacheflow.vllm.startup import start_checks; "
+        "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "[]"
