@@ -57,30 +57,26 @@ class Command:
 
 
 COMMANDS = (
-    Command(("demo",), "play a coding session on the bundled model under every policy", "cacheflow.bench.demo_command"),
-    Command(("calibrate",), "measure what a model and a store cost on this machine", "cacheflow.profiling.command"),
-    Command(("plan",), "predict and draw a restoration on hardware you do not have", "cacheflow.bench.plan_command"),
+    Command(("demo",), "play a coding session on the bundled model under every policy", "cacheflow.commands.demo"),
+    Command(("calibrate",), "measure what a model and a store cost on this machine", "cacheflow.commands.calibrate"),
+    Command(("plan",), "predict and draw a restoration on hardware you do not have", "cacheflow.commands.plan"),
+    Command(("simulate",), "replay a trace on a simulated cluster under every policy", "cacheflow.commands.simulate"),
+    Command(("serve",), "run stock vLLM's OpenAI server with CacheFlow", "cacheflow.commands.serve", passes_on=True),
     Command(
-        ("simulate",), "replay a trace on a simulated cluster under every policy", "cacheflow.bench.simulate_command"
+        ("bench", "restore"), "restore one prefix under every policy, side by side", "cacheflow.bench.restore.command"
     ),
     Command(
-        ("serve",), "run stock vLLM's OpenAI server with CacheFlow", "cacheflow.bench.serve_command", passes_on=True
-    ),
-    Command(
-        ("bench", "restore"), "restore one prefix under every policy, side by side", "cacheflow.bench.restore_command"
-    ),
-    Command(
-        ("bench", "batch"), "restore many prefixes at once under every batch policy", "cacheflow.bench.batch_command"
+        ("bench", "batch"), "restore many prefixes at once under every batch policy", "cacheflow.bench.batch.command"
     ),
     Command(
         ("bench", "vllm"),
         "restore inside stock vLLM, beside its own prefill and others",
-        "cacheflow.bench.vllm_command",
+        "cacheflow.bench.vllm.command",
     ),
     Command(
         ("bench", "ranks"),
         "restore on several ranks of vLLM at once, pipeline stages and tensor-parallel ranks",
-        "cacheflow.bench.ranks_command",
+        "cacheflow.bench.ranks.command",
     ),
     Command(
         ("bench", "figures"),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cacheflow.bench.plots import draw_results, policy_names
+from cacheflow.bench.chart import draw_results, policy_names
 from cacheflow.bench.record import append_record
 from cacheflow.bench.summary import summarise
 from cacheflow.errors import ConfigError

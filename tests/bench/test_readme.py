@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from cacheflow.bench import readme
-from cacheflow.bench.ranks_record import RanksRecord
+from cacheflow.bench.ranks.record import RanksRecord
 from cacheflow.bench.record import append_record
-from cacheflow.bench.vllm_record import VllmRecord
+from cacheflow.bench.vllm.record import VllmRecord
 from cacheflow.errors import ConfigError
 from support.sample_records import sample_record, sample_sweep
 

@@ -183,7 +183,7 @@ def calibrate(words, *, clock, cpu_share=1.0):
     """The command on a clock of the test's; its exit code as ``cli.main`` gives it, or the error it raises."""
     import argparse
 
-    from cacheflow.profiling import command
+    from cacheflow.commands import calibrate as command
 
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

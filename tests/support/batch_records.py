@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cacheflow.bench.batch_record import BatchRecord, BatchTimes, RequestRecord
+from cacheflow.bench.batch.record import BatchRecord, BatchTimes, RequestRecord
 
 
 def batch_record(

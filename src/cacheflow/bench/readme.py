@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from cacheflow.bench.plots import draw_over_bound, studies
-from cacheflow.bench.ranks_record import SUITE as RANKS
-from cacheflow.bench.ranks_record import RanksRecord, read_ranks_records
-from cacheflow.bench.ranks_report import draw_one, ranks_markdown
+from cacheflow.bench.chart import draw_over_bound, studies
+from cacheflow.bench.ranks.record import SUITE as RANKS
+from cacheflow.bench.ranks.record import RanksRecord, read_ranks_records
+from cacheflow.bench.ranks.report import draw_one, ranks_markdown
 from cacheflow.bench.record import RestoreRecord, read_records
 from cacheflow.bench.summary import Setting, summarise
 from cacheflow.bench.table import markdown_caption, markdown_table
-from cacheflow.bench.vllm_record import SUITE as VLLM
-from cacheflow.bench.vllm_record import read_vllm_records
+from cacheflow.bench.vllm.record import SUITE as VLLM
+from cacheflow.bench.vllm.record import read_vllm_records
 from cacheflow.errors import ConfigError
 
 BEGIN = "<!-- results:begin -->"

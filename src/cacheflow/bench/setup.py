@@ -1,39 +1,17 @@
-"""Opens what a restore benchmark runs on: the model, the prompt, the link."""
+"""Opens what benchmarks on this machine run on: the model and the prompt."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 from itertools import islice, pairwise
 
-from cacheflow.bench.hardware import find_model
 from cacheflow.bench.options import DEFAULT_MODEL
-from cacheflow.bench.study import Study, StudyOptions
-from cacheflow.bench.study_link import PinnedStudyLink, StoreStudyLink, StudyLink
-from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.random_models import random_weights
 from cacheflow.errors import ConfigError
-from cacheflow.stores.keys import Namespace
-from cacheflow.tensors.fingerprint import kernel_identity
+from cacheflow.shapes.hardware import find_model
 from cacheflow.types import ModelShape
 from cacheflow.workloads.coding import source_text
-
-
-def open_study(args: argparse.Namespace, num_tokens: int) -> Study:
-    """A study as ``bench restore`` was asked for, not prepared yet.
-
-    Raises:
-        ConfigError: The model cannot be loaded, the device is missing, or the prompt is too long.
-    """
-    model = open_model(args.model, shape=args.shape, device=args.device, dtype=args.dtype)
-    options = StudyOptions(
-        num_tokens=num_tokens,
-        suffix_tokens=args.suffix,
-        chunk_tokens=args.chunk,
-        layers_per_block=args.layers_per_block,
-    )
-    return Study(model, prompt_tokens(model, num_tokens + args.suffix), options=options, link=_open_link(args, model))
 
 
 def open_model(name: str | None, *, shape: str | None, device: str, dtype: str) -> LoadedModel:
@@ -76,18 +54,3 @@ def prompt_tokens(model: LoadedModel, num_tokens: int) -> list[int]:
     if len(tokens) < num_tokens:
         raise ConfigError(f"{num_tokens} prompt tokens asked for, the bundled text has {len(tokens)}")
     return list(islice(tokens, num_tokens))
-
-
-def _open_link(args: argparse.Namespace, model: LoadedModel) -> StudyLink:
-    if args.device == "cuda":
-        return PinnedStudyLink()
-    namespace = Namespace(
-        weights_fingerprint=model.fingerprint,
-        dtype=model.shape.dtype,
-        chunk_tokens=args.chunk,
-        extra=(
-            *kernel_identity(model.device, library="transformers"),
-            ("num_threads", str(model_identity(model).num_threads)),
-        ),
-    )
-    return StoreStudyLink(namespace, directory=str(args.out / "store") if args.store == "file" else None)

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheflow.bench.plots import BOUND_COLOUR, FAINT, INK, empty_figure, plain, save_figure
+from cacheflow.bench.chart import BOUND_COLOUR, FAINT, INK, empty_figure, plain, save_figure
 from cacheflow.bench.table import seconds
 from cacheflow.errors import ConfigError
 from cacheflow.state.report import Lane, RestoreReport, Span, SpanKind

@@ -11,12 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cacheflow.bench.chart import BOUND_COLOUR, INK, POLICY_STYLES, new_figure, save_figure
 from cacheflow.bench.figures.chart import Chart, ChartKind, Figure
 from cacheflow.bench.figures.gains import gains
 from cacheflow.bench.figures.record import PROBABILITIES, FigureRecord
 from cacheflow.bench.figures.registry import FIGURES
 from cacheflow.bench.figures.runs import OURS
-from cacheflow.bench.plots import BOUND_COLOUR, INK, POLICY_STYLES, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cacheflow.bench.hardware import find_gpu, find_model
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.shapes.hardware import find_gpu, find_model
 from cacheflow.shapes.roofline import Roofline, problem_from_roofline
 from cacheflow.types import ModelShape
 

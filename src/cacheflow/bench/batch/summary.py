@@ -1,0 +1,257 @@
+"""Records of batches to tables: medians by setting and policy, and how far the simulator was from what happened.
+
+Policies are compared within a repeat, where they served the same order of arrival side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+
+from cacheflow.bench.batch.policies import OURS
+from cacheflow.bench.batch.record import BatchRecord
+from cacheflow.bench.summary import Spread
+
+CLEARLY = 1.05
+"""Two policies differ when one takes this many times as long; the simulator must rank those alike."""
+
+Measure = Callable[[BatchRecord], float]
+
+OBJECTIVES: Mapping[str, Measure] = {
+    "mean_ttft": lambda record: record.mean_ttft_s,
+    "p99_ttft": lambda record: record.p99_ttft_s,
+    "makespan": lambda record: record.makespan_s,
+    "slo": lambda record: 1.0 + record.num_late,
+}
+"""By policy of ours: what it minimises. One more than the late requests, so that ratios exist."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BatchSetting:
+    """What must be equal for two runs to be compared."""
+
+    model: str
+    device: str
+    dtype: str
+    lengths: tuple[int, ...]
+    suffix_tokens: int
+    chunk_tokens: int
+    arrival_gap_s: float
+    starvation_s: float
+    load_compute_ratio: float
+    slo_factor: float = 0.0
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, record: BatchRecord) -> BatchSetting:
+        """The setting of a record."""
+        return cls(
+            model=record.model,
+            device=record.device,
+            dtype=record.dtype,
+            lengths=record.lengths,
+            suffix_tokens=record.suffix_tokens,
+            chunk_tokens=record.chunk_tokens,
+            arrival_gap_s=record.arrival_gap_s,
+            starvation_s=float("inf") if record.starvation_s is None else record.starvation_s,
+            load_compute_ratio=float(f"{record.load_compute_ratio:.3g}"),
+            slo_factor=record.slo_factor or 0.0,
+            fingerprint=record.fingerprint,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContenderSummary:
+    """One policy in one setting, over its repeats; times are None when a run of it was wrong.
+
+    Attributes:
+        policy: Its name.
+        num_runs: Repeats.
+        num_wrong: Those that were not exact.
+        mean_ttft_s: Mean time to first token.
+        p99_ttft_s: Its 99th percentile.
+        makespan_s: To the last first token.
+        mean_over_bound: Mean time to first token over its bound.
+        makespan_over_bound: Makespan over its bound.
+        num_late: Requests past their deadline.
+        compute_busy: Median share.
+        io_busy: Median share.
+        starvation_kept: In every repeat; None without a bound.
+        over_rival: What it minimises, over the best rival's, within repeats; None for rivals.
+        rival: Who that is.
+        ttft_by_request: Median time to first token of each request, by its index among the lengths.
+    """
+
+    policy: str
+    num_runs: int
+    num_wrong: int
+    mean_ttft_s: Spread | None = None
+    p99_ttft_s: Spread | None = None
+    makespan_s: Spread | None = None
+    mean_over_bound: Spread | None = None
+    makespan_over_bound: Spread | None = None
+    num_late: Spread | None = None
+    compute_busy: float | None = None
+    io_busy: float | None = None
+    starvation_kept: bool | None = None
+    over_rival: Spread | None = None
+    rival: str | None = None
+    ttft_by_request: tuple[float, ...] = ()
+
+    @property
+    def loses(self) -> bool:
+        """Whether a rival does better by what this policy of ours minimises."""
+        return self.over_rival is not None and self.over_rival.median > 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSummary:
+    """Every policy in one setting, in the order of their first runs, and the median bounds."""
+
+    setting: BatchSetting
+    policies: tuple[ContenderSummary, ...]
+    bound_mean_ttft_s: float
+    bound_makespan_s: float
+
+    def of(self, policy: str) -> ContenderSummary | None:
+        """The summary of one policy; None when it did not run here."""
+        return next((each for each in self.policies if each.policy == policy), None)
+
+
+Runs = Mapping[int, BatchRecord]
+
+
+def summarise_batches(records: Sequence[BatchRecord]) -> list[BatchSummary]:
+    """Group records by setting and summarise each policy; of a repeat that was run again the last run counts."""
+    settings: dict[BatchSetting, dict[str, dict[int, BatchRecord]]] = {}
+    for record in records:
+        settings.setdefault(BatchSetting.of(record), {}).setdefault(record.policy, {})[record.repeat] = record
+    summaries = []
+    for setting in sorted(settings):
+        by_policy = settings[setting]
+        every = [run for runs in by_policy.values() for run in runs.values()]
+        summaries.append(
+            BatchSummary(
+                setting=setting,
+                policies=tuple(_summarise(policy, by_policy) for policy in by_policy),
+                bound_mean_ttft_s=median(run.bound_mean_ttft_s for run in every),
+                bound_makespan_s=median(run.bound_makespan_s for run in every),
+            )
+        )
+    return summaries
+
+
+def _summarise(policy: str, by_policy: Mapping[str, Runs]) -> ContenderSummary:
+    runs = list(by_policy[policy].values())
+    num_wrong = sum(not run.correct for run in runs)
+    if num_wrong:
+        return ContenderSummary(policy=policy, num_runs=len(runs), num_wrong=num_wrong)
+    rival = _best_rival(policy, by_policy)
+    kept = [run.starvation_kept for run in runs]
+    return ContenderSummary(
+        policy=policy,
+        num_runs=len(runs),
+        num_wrong=0,
+        mean_ttft_s=Spread.of(run.mean_ttft_s for run in runs),
+        p99_ttft_s=Spread.of(run.p99_ttft_s for run in runs),
+        makespan_s=Spread.of(run.makespan_s for run in runs),
+        mean_over_bound=Spread.of(run.mean_ttft_s / run.bound_mean_ttft_s for run in runs),
+        makespan_over_bound=Spread.of(run.makespan_s / run.bound_makespan_s for run in runs),
+        num_late=Spread.of(run.num_late for run in runs),
+        compute_busy=median(run.compute_busy for run in runs),
+        io_busy=median(run.io_busy for run in runs),
+        starvation_kept=None if None in kept else all(kept),
+        over_rival=None if rival is None else _over(OBJECTIVES[policy], by_policy[policy], by_policy[rival]),
+        rival=rival,
+        ttft_by_request=_ttft_by_request(runs),
+    )
+
+
+def _best_rival(policy: str, by_policy: Mapping[str, Runs]) -> str | None:
+    """The policy that is not ours with the least median of what ``policy`` minimises; None for rivals."""
+    if policy not in OBJECTIVES:
+        return None
+    medians = {
+        other: median(map(OBJECTIVES[policy], runs.values()))
+        for other, runs in by_policy.items()
+        if other not in OURS and all(run.correct for run in runs.values())
+    }
+    return min(medians, key=lambda other: medians[other]) if medians else None
+
+
+def _over(measure: Measure, mine: Runs, theirs: Runs) -> Spread | None:
+    return Spread.of(measure(run) / measure(theirs[repeat]) for repeat, run in mine.items() if repeat in theirs)
+
+
+def _ttft_by_request(runs: Iterable[BatchRecord]) -> tuple[float, ...]:
+    by_index: dict[int, list[float]] = {}
+    for run in runs:
+        for index, request in zip(run.order, run.requests, strict=True):
+            by_index.setdefault(index, []).append(request.ttft_s)
+    return tuple(median(by_index[index]) for index in sorted(by_index))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How far the simulator was from what happened.
+
+    Attributes:
+        num_requests: Requests compared.
+        median_error: Median of ``|simulated - measured| / measured`` of the time to first token.
+        max_error: Its maximum.
+        mean_ttft_error: Median of the same of the mean over a batch.
+        makespan_error: Median of the same of the makespan.
+        num_pairs: Pairs of policies in one repeat whose mean time to first token, or makespan, clearly differed.
+        num_ranked_alike: Those that the simulator ranked the same.
+    """
+
+    num_requests: int
+    median_error: float
+    max_error: float
+    mean_ttft_error: float
+    makespan_error: float
+    num_pairs: int
+    num_ranked_alike: int
+
+
+def simulator_agreement(records: Sequence[BatchRecord]) -> Agreement | None:
+    """Compare every correct record with its simulation; None without any."""
+    checked = [record for record in records if record.correct]
+    if not checked:
+        return None
+    errors = [
+        abs(simulated_s - request.ttft_s) / request.ttft_s
+        for record in checked
+        for request, simulated_s in zip(record.requests, record.simulated.ttft_s, strict=True)
+    ]
+    alike = [each for pair in _side_by_side(checked) for each in _ranked_alike(*pair)]
+    return Agreement(
+        num_requests=len(errors),
+        median_error=median(errors),
+        max_error=max(errors),
+        mean_ttft_error=median(abs(r.simulated.mean_ttft_s - r.mean_ttft_s) / r.mean_ttft_s for r in checked),
+        makespan_error=median(abs(r.simulated.makespan_s - r.makespan_s) / r.makespan_s for r in checked),
+        num_pairs=len(alike),
+        num_ranked_alike=sum(alike),
+    )
+
+
+def _side_by_side(records: Sequence[BatchRecord]) -> Iterable[tuple[BatchRecord, BatchRecord]]:
+    rounds: dict[tuple[BatchSetting, int], dict[str, BatchRecord]] = {}
+    for record in records:
+        rounds.setdefault((BatchSetting.of(record), record.repeat), {})[record.policy] = record
+    for by_policy in rounds.values():
+        yield from combinations(by_policy.values(), 2)
+
+
+def _ranked_alike(one: BatchRecord, other: BatchRecord) -> Iterable[bool]:
+    """For each measure by which two runs clearly differ, whether the simulator says the same is less."""
+    pairs = (
+        ((one.mean_ttft_s, other.mean_ttft_s), (one.simulated.mean_ttft_s, other.simulated.mean_ttft_s)),
+        ((one.makespan_s, other.makespan_s), (one.simulated.makespan_s, other.simulated.makespan_s)),
+    )
+    for measured, simulated in pairs:
+        if max(measured) > CLEARLY * min(measured):
+            yield (measured[0] < measured[1]) == (simulated[0] < simulated[1])
