@@ -1,6 +1,7 @@
 import pytest
 
-from cacheflow.bench.summary import Spread, summarise
+from cacheflow.bench.spread import Spread
+from cacheflow.bench.summary import summarise
 from support.sample_records import sample_record, sample_sweep
 
 

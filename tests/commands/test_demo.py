@@ -3,7 +3,7 @@
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.record import read_records
+from cacheflow.bench.record import RestoreRecord, read_records
 from cacheflow.policies.registry import RESTORE_POLICIES
 
 pytestmark = pytest.mark.torch
@@ -60,7 +60,7 @@ def demo(byte_model, tmp_path, capsys, short):
 
     def run(*options, out=tmp_path / "out"):
         code = cli.main(["demo", "--out", str(out), "--model", str(byte_model), *options])
-        return code, read_records(out / RECORDS), " ".join(capsys.readouterr().out.split())
+        return code, read_records(out / RECORDS, RestoreRecord), " ".join(capsys.readouterr().out.split())
 
     return run
 
@@ -177,7 +177,7 @@ def test_the_real_model_is_exact(tmp_path, capsys, monkeypatch):
     policies = ("--policy", "cacheflow", "--policy", "recompute")
     assert cli.main(["demo", "--out", str(tmp_path), "--repeats", "1", *policies]) == 0
     assert EXACT in " ".join(capsys.readouterr().out.split())
-    records = read_records(tmp_path / RECORDS)
+    records = read_records(tmp_path / RECORDS, RestoreRecord)
     assert len(records) == 2 * 2
     assert all(record.correct for record in records)
     assert any(record.loaded_cells and record.recomputed_cells for record in records if record.policy == "cacheflow")

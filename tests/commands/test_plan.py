@@ -60,7 +60,7 @@ def test_without_matplotlib_the_numbers_stand_and_the_picture_is_explained(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"bandwidth_gbps": "0"}, "--bandwidth-gbps is 0, must be above 0"),
+        ({"bandwidth_gbps": "0"}, "--bandwidth-gbps is 0.0, must be above 0"),
         ({"bandwidth_gbps": "-1"}, "must be above 0"),
         ({"bandwidth_gbps": "nan"}, "must be above 0 and finite"),
         ({"bandwidth_gbps": "inf"}, "must be above 0 and finite"),

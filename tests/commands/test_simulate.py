@@ -4,12 +4,14 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from cacheflow import cli
-from cacheflow.commands.simulate_cluster import cluster_config, cluster_values, find_costs, find_shape
-from cacheflow.commands.simulate_report import comparable, read_simulations
+from cacheflow.bench.record import SimulationRecord, read_records
+from cacheflow.commands.simulate_cluster import cluster_config, cluster_values, find_costs
+from cacheflow.commands.simulate_report import comparable
 from cacheflow.commands.simulate_workload import measure, restarted, shaped, trace_workload
 from cacheflow.errors import ConfigError
 from cacheflow.plan.cost_grid import CostGrid
@@ -17,6 +19,7 @@ from cacheflow.plan.costs import CostIdentity, CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.plan.stages import RankLayout
 from cacheflow.profiling.profile import Profile, save_profile
+from cacheflow.shapes.hardware import find_model
 
 ROWS = [
     {"timestamp": 400 * n, "input_length": 512 * len(ids), "output_length": 5 + n, "hash_ids": ids}
@@ -40,21 +43,21 @@ def test_every_policy_gets_a_record_a_row_and_a_line(trace: Path, tmp_path: Path
     out = tmp_path / "out"
     assert cli.main(words(trace, out)) == 0
     text = capsys.readouterr().out
-    records = read_simulations(out / "results.jsonl")
+    records = read_records(out / "results.jsonl", SimulationRecord)
     names = ["vllm", "lmcache", "hicache", "cake", "cacheflow_v1", "cacheflow_v2", "cacheflow"]
-    assert [each["policy"] for each in records] == names
+    assert [each.policy for each in records] == names
     assert "cacheflow: ours, the vLLM plugin" in " ".join(text.split())
     assert "cacheflow_embedded" not in text
     for each in records:
-        assert each["policy"] in text
-        assert each["num_requests"] == len(ROWS)
-        assert each["costs"] == "roofline"
-        assert each["cluster"]["num_replicas"] == 2
-        assert each["output_tokens"] == sum(row["output_length"] for row in ROWS)
-        tokens = each["hit_tokens"] + each["loaded_tokens"] + each["recomputed_tokens"] + each["new_tokens"]
+        assert each.policy in text
+        assert each.num_requests == len(ROWS)
+        assert each.costs == "roofline"
+        assert each.cluster["num_replicas"] == 2
+        assert each.output_tokens == sum(row["output_length"] for row in ROWS)
+        tokens = each.hit_tokens + each.loaded_tokens + each.recomputed_tokens + each.new_tokens
         assert tokens == pytest.approx(sum(row["input_length"] for row in ROWS))
-        assert 0 < each["ttft_p50_s"] <= each["ttft_p90_s"] <= each["ttft_p99_s"] <= each["ttft_max_s"]
-        assert each["ttft_percentiles_s"]["50.0"] == each["ttft_p50_s"]
+        assert 0 < each.ttft_p50_s <= each.ttft_p90_s <= each.ttft_p99_s <= each.ttft_max_s
+        assert each.ttft_percentiles_s["50.0"] == each.ttft_p50_s
     assert (out / "ttft-cdf.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -74,18 +77,18 @@ def test_a_trace_without_reuse_says_so_and_gives_nobody_a_gain(tmp_path: Path, c
     said = one_line(capsys.readouterr().out)
     assert "reuse: none. No prompt of this workload begins with a full block of 512 tokens of an earlier one" in said
     assert "nothing can be restored, and no row differs at all" in said
-    plain = read_simulations(tmp_path / "plain" / "results.jsonl")
-    assert {each["reusable_tokens"] for each in plain} == {0}
+    plain = read_records(tmp_path / "plain" / "results.jsonl", SimulationRecord)
+    assert {each.reusable_tokens for each in plain} == {0}
     assert len(plain) == 7
     for each in plain:
         for key in ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "ttlt_mean_s"):
-            assert each[key] == pytest.approx(plain[0][key], rel=1e-9), each["policy"]
+            assert getattr(each, key) == pytest.approx(getattr(plain[0], key), rel=1e-9), each.policy
     assert cli.main([*command, str(tmp_path / "all"), "--policies", ALL]) == 0
     said = one_line(capsys.readouterr().out)
     assert "no row differs but cacheflow_embedded, which serves new prompts in another order" in said
-    *others, embedded = read_simulations(tmp_path / "all" / "results.jsonl")
-    assert embedded["policy"] == "cacheflow_embedded"
-    assert embedded["ttft_mean_s"] < 0.99 * others[-1]["ttft_mean_s"]
+    *others, embedded = read_records(tmp_path / "all" / "results.jsonl", SimulationRecord)
+    assert embedded.policy == "cacheflow_embedded"
+    assert embedded.ttft_mean_s < 0.99 * others[-1].ttft_mean_s
 
 
 def test_the_share_of_reusable_tokens_is_printed(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -95,8 +98,8 @@ def test_the_share_of_reusable_tokens_is_printed(trace: Path, tmp_path: Path, ca
     once, again = 0 + 3 + 1 + 4 + 2 + 0, 2 + 3 + 1 + 5 + 3 + 1
     tokens = 512 * (once + 2 * again)
     total = sum(row["input_length"] for row in ROWS)
-    [record] = read_simulations(tmp_path / "out" / "results.jsonl")
-    assert record["reusable_tokens"] == tokens
+    [record] = read_records(tmp_path / "out" / "results.jsonl", SimulationRecord)
+    assert record.reusable_tokens == tokens
     assert f"reuse: {tokens / total:.1%} of the prompt tokens ({tokens:,} of {total:,})" in one_line(
         capsys.readouterr().out
     )
@@ -107,45 +110,47 @@ def test_the_embedded_engines_order_is_a_row_that_says_so(
 ):
     options = ("--policies", "cacheflow,cacheflow_embedded", "--objective", "p99_ttft")
     assert cli.main(words(trace, tmp_path / "out", *options)) == 0
-    plugin, embedded = read_simulations(tmp_path / "out" / "results.jsonl")
-    assert plugin["order"] == "restorations by objective, new tokens by arrival"
-    assert embedded["order"] == "all work by objective, new prompts too"
+    plugin, embedded = read_records(tmp_path / "out" / "results.jsonl", SimulationRecord)
+    assert plugin.order == "restorations by objective, new tokens by arrival"
+    assert embedded.order == "all work by objective, new prompts too"
     said = one_line(capsys.readouterr().out)
     for each in (plugin, embedded):
-        assert f"order: {each['order']}" in said
+        assert f"order: {each.order}" in said
     assert "cacheflow_embedded: ours, the embedded engine" in said
 
 
-def as_of_old(record: dict) -> dict:
+def as_of_old(record: SimulationRecord) -> dict:
     """The record of a time when ``cacheflow`` ordered new prompts too, and nobody said so."""
-    return {key: value for key, value in record.items() if key not in ("order", "reusable_tokens")}
+    return {
+        key: value for key, value in json.loads(record.to_json()).items() if key not in ("order", "reusable_tokens")
+    }
 
 
 def test_records_of_old_are_named_as_what_they_were(trace: Path, tmp_path: Path):
     results = tmp_path / "out" / "results.jsonl"
     assert cli.main(words(trace, tmp_path / "out", "--policies", "vllm,cacheflow_embedded")) == 0
-    old = [as_of_old(each) for each in read_simulations(results)]
+    old = [as_of_old(each) for each in read_records(results, SimulationRecord)]
     old[1]["policy"] = "cacheflow"
     results.write_text("".join(json.dumps(each) + "\n" for each in old))
-    assert [each["policy"] for each in read_simulations(results)] == ["vllm", "cacheflow_embedded"]
+    assert [each.policy for each in read_records(results, SimulationRecord)] == ["vllm", "cacheflow_embedded"]
     assert cli.main(words(trace, tmp_path / "out", "--policies", "cacheflow")) == 0
     assert "order" not in json.loads(results.read_text().splitlines()[1]), "what was written stays as it was"
-    records = read_simulations(results)
+    records = read_records(results, SimulationRecord)
     shown, num_others = comparable(records, records[-1])
-    assert ([each["policy"] for each in shown], num_others) == (["vllm", "cacheflow_embedded", "cacheflow"], 0)
-    assert shown[1]["ttft_mean_s"] == old[1]["ttft_mean_s"]
+    assert ([each.policy for each in shown], num_others) == (["vllm", "cacheflow_embedded", "cacheflow"], 0)
+    assert shown[1].ttft_mean_s == old[1]["ttft_mean_s"]
 
 
 def test_the_committed_records_read_and_tell_both_orders_apart():
-    records = read_simulations(Path(__file__).parents[2] / "benchmarks" / "simulated" / "results.jsonl")
-    settings = {each["requests_fingerprint"]: comparable(records, each)[0] for each in records}
+    records = read_records(Path(__file__).parents[2] / "benchmarks" / "simulated" / "results.jsonl", SimulationRecord)
+    settings = {each.requests_fingerprint: comparable(records, each)[0] for each in records}
     assert len(settings) == 3
     for same in settings.values():
-        by_name = {each["policy"]: each for each in same}
+        by_name = {each.policy: each for each in same}
         assert set(by_name) == set(ALL.split(","))
         plugin, embedded = by_name["cacheflow"], by_name["cacheflow_embedded"]
-        assert (plugin["order"], "order" in embedded) == ("restorations by objective, new tokens by arrival", True)
-        assert embedded["ttft_mean_s"] < plugin["ttft_mean_s"] < by_name["cake"]["ttft_mean_s"]
+        assert (plugin.order, bool(embedded.order)) == ("restorations by objective, new tokens by arrival", True)
+        assert embedded.ttft_mean_s < plugin.ttft_mean_s < by_name["cake"].ttft_mean_s
 
 
 def test_the_same_seed_gives_the_same_records(tmp_path: Path):
@@ -153,17 +158,18 @@ def test_the_same_seed_gives_the_same_records(tmp_path: Path):
     for name in ("a", "b"):
         command = ["simulate", *options, "--policies", "cake,cacheflow", "--out", str(tmp_path / name)]
         assert cli.main(command) == 0
-    first, second = (read_simulations(tmp_path / name / "results.jsonl") for name in ("a", "b"))
-    assert [each.pop("wall_s") > 0 for each in [*first, *second]] == [True] * 4
+    first, second = (read_records(tmp_path / name / "results.jsonl", SimulationRecord) for name in ("a", "b"))
+    assert [each.wall_s > 0 for each in [*first, *second]] == [True] * 4
+    first, second = ([msgspec.structs.replace(each, wall_s=0.0) for each in records] for records in (first, second))
     assert first == second
-    assert first[0]["seed"] == 4
+    assert first[0].seed == 4
 
 
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
         (["--policies", "cake,best"], "--policies: policy 'best' is not known; known are vllm, lmcache"),
-        (["--policies", ","], "--policies names none"),
+        (["--policies", ","], "--policies is empty; known: vllm"),
         (["--objective", "best"], "--objective: objective 'best' is not known; known are mean_ttft"),
         (["--model", "GPT-9"], "unknown model 'GPT-9'; known: Llama-3.1-8B"),
         (["--gpu", "H9000"], "unknown gpu 'H9000'; known: L40S"),
@@ -210,9 +216,9 @@ def test_a_bad_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_cluster_file_is_read_and_options_override_it(tmp_path: Path):
     path = tmp_path / "cluster.toml"
     path.write_text('num_replicas = 4\nbandwidth_gbps = 40\ngpu = "A100"\nhost_gb = 1.31072\nrouter = "round_robin"\n')
-    values = cluster_values(path, {"bandwidth_gbps": 80.0, "gpu": None})
-    config = cluster_config(values, find_shape("Llama-3.1-8B"), slo_ttft_s=2.0)
-    assert (config.num_replicas, config.router, values["gpu"]) == (4, "round_robin", "A100")
+    values = cluster_values(path, {"bandwidth_gbps": 80.0})
+    config = cluster_config(values, find_model("Llama-3.1-8B"), slo_ttft_s=2.0)
+    assert (config.num_replicas, config.router, values.gpu) == (4, "round_robin", "A100")
     assert config.nic_bytes_per_s == 1e10
     assert config.host_tokens == 10_000
     assert config.host_bytes_per_s == 32e9
@@ -243,7 +249,7 @@ def test_a_malformed_cluster_file_is_named(tmp_path: Path, text, reason):
 def test_a_model_that_no_gpu_holds_is_refused():
     values = cluster_values(None, {"model": "Llama-3.1-70B"})
     with pytest.raises(ConfigError, match=r"the weights of Llama-3.1-70B take 141 GB, H100 has 80 GB"):
-        cluster_config(values, find_shape("Llama-3.1-70B"), slo_ttft_s=2.0)
+        cluster_config(values, find_model("Llama-3.1-70B"), slo_ttft_s=2.0)
 
 
 def test_a_model_too_large_for_one_gpu_is_shared_by_several(tmp_path: Path):
@@ -251,7 +257,7 @@ def test_a_model_too_large_for_one_gpu_is_shared_by_several(tmp_path: Path):
     path.write_text(
         '{"model": "Llama-3.1-70B", "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "link_per_rank": false}'
     )
-    config = cluster_config(cluster_values(path, {}), find_shape("Llama-3.1-70B"), slo_ttft_s=2.0)
+    config = cluster_config(cluster_values(path, {}), find_model("Llama-3.1-70B"), slo_ttft_s=2.0)
     assert config.layout == RankLayout(pipeline_parallel_size=2, tensor_parallel_size=2, link_per_rank=False)
     # 4 x 72 GB less 141 GB of weights, at 328 kB a token.
     assert config.kv_tokens == pytest.approx(448e3, rel=0.03)
@@ -271,7 +277,7 @@ def test_a_layout_that_makes_no_sense_is_refused(tmp_path: Path, text: str, reas
     path = tmp_path / "cluster.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=reason):
-        cluster_config(cluster_values(path, {}), find_shape("Llama-3.1-8B"), slo_ttft_s=2.0)
+        cluster_config(cluster_values(path, {}), find_model("Llama-3.1-8B"), slo_ttft_s=2.0)
 
 
 def test_a_repeated_trace_goes_on_with_prefixes_of_its_own(trace: Path):
@@ -322,7 +328,7 @@ def test_a_turn_after_one_that_was_left_out_follows_the_one_before(tmp_path: Pat
 
 def test_a_workload_is_measured_before_anything_runs(trace: Path):
     values = cluster_values(None, {"kv_tokens": 8192})
-    shape = find_shape("Llama-3.1-8B")
+    shape = find_model("Llama-3.1-8B")
     config = cluster_config(values, shape, slo_ttft_s=2.0)
     costs = find_costs("roofline", values, shape, measured=None, extrapolate=False)
     size = measure(trace_workload(trace, format="auto", block_tokens=512, repeat=1), config, costs)
@@ -349,7 +355,7 @@ def test_published_costs_are_named_and_refused_beyond_their_range(
     assert "the longest prompt has 3,072 tokens, for which published:CARD/Llama-3.1-8B" in capsys.readouterr().err
     assert cli.main(words(trace, tmp_path / "out", *options, "--max-tokens", "1536")) == 0
     assert cli.main(words(trace, tmp_path / "out", *options, "--extrapolate")) == 0
-    sources = [each["costs"] for each in read_simulations(tmp_path / "out" / "results.jsonl")]
+    sources = [each.costs for each in read_records(tmp_path / "out" / "results.jsonl", SimulationRecord)]
     assert sources == ["published:CARD/Llama-3.1-8B", "published:CARD/Llama-3.1-8B+extrapolated"]
     assert cli.main(words(trace, tmp_path / "out", *options[:-4], "--gpu", "OTHER")) == 2
     assert "no measurements of gpu 'OTHER'; known: CARD" in capsys.readouterr().err
@@ -372,11 +378,11 @@ def test_a_calibrated_profile_prices_a_simulation(trace: Path, tmp_path: Path, c
     save_profile(profile, path)
     options = ["--costs", str(path), "--policies", "vllm"]
     assert cli.main(words(trace, tmp_path / "out", *options)) == 0
-    [only] = read_simulations(tmp_path / "out" / "results.jsonl")
-    assert (only["costs"], only["gpu"]) == (f"measured:{path}", "box")
+    [only] = read_records(tmp_path / "out" / "results.jsonl", SimulationRecord)
+    assert (only.costs, only.gpu) == (f"measured:{path}", "box")
     # The first prompt of all, 1,536 tokens: three chunks through 32 layers, and the head.
     alone_s = 32 * sum(1e-5 * 512 + 1e-9 * 512 * offset for offset in (0, 512, 1024)) + 0.001
-    assert only["ttft_max_s"] >= alone_s
+    assert only.ttft_max_s >= alone_s
     assert cli.main(words(trace, tmp_path / "out", *options, "--model", "Qwen3-8B")) == 2
     assert "costs of 32 layers, Qwen3-8B has 36" in capsys.readouterr().err
 
@@ -391,5 +397,5 @@ def test_a_simulated_model_is_a_hugging_face_folder_too(trace: Path, tmp_path: P
     (folder / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
     assert cli.main(words(trace, out, "--model", str(folder), "--policies", "cacheflow")) == 0
-    (record,) = read_simulations(out / "results.jsonl")
-    assert record["model"] == "tiny"
+    (record,) = read_records(out / "results.jsonl", SimulationRecord)
+    assert record.model == "tiny"

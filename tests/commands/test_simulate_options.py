@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cacheflow import cli
-from cacheflow.commands.simulate_report import comparable, read_simulations
+from cacheflow.bench.record import SimulationRecord, read_records
+from cacheflow.commands.simulate_report import comparable
 
 ROW = {"timestamp": 0, "input_length": 700, "output_length": 3, "hash_ids": [1, 2]}
 
@@ -116,12 +117,13 @@ def test_a_cluster_file_is_json_or_toml(simulate, tmp_path, name):
 
 
 def test_the_host_link_of_a_gpu_file_is_that_of_the_file(tmp_path):
-    from cacheflow.commands.simulate_cluster import cluster_config, cluster_values, find_shape
+    from cacheflow.commands.simulate_cluster import cluster_config, cluster_values
+    from cacheflow.shapes.hardware import find_model
 
     gpu = {"name": "X", "memory_bytes": 80e9, "memory_bytes_per_s": 3e12, "dense_flops_per_s": 9e14}
     path = tmp_path / "x.json"
     path.write_text(json.dumps(gpu | {"pcie_bytes_per_s": 123e9}))
-    config = cluster_config(cluster_values(None, {"gpu": str(path)}), find_shape("Qwen3-8B"), slo_ttft_s=2.0)
+    config = cluster_config(cluster_values(None, {"gpu": str(path)}), find_model("Qwen3-8B"), slo_ttft_s=2.0)
     assert config.host_bytes_per_s == pytest.approx(123e9)
 
 
@@ -129,9 +131,9 @@ def last_setting(records: list) -> tuple:
     return comparable(records, records[-1])
 
 
-def setting_of(record: dict) -> dict:
+def setting_of(record: SimulationRecord) -> dict:
     keys = ("format", "limit", "duration_s", "repeat", "max_tokens", "num_sessions", "session_rate_per_s")
-    return {key: record[key] for key in keys if record[key] is not None}
+    return {key: value for key in keys if (value := getattr(record, key)) is not None}
 
 
 def test_records_hold_what_shaped_the_workload(simulate, tmp_path):
@@ -140,7 +142,7 @@ def test_records_hold_what_shaped_the_workload(simulate, tmp_path):
     assert simulate("--format", "mooncake", "--limit", 3, "--duration-s", 9, "--repeat", 2, "--max-tokens", 900,
                     "--session-rate", 5)[0] == 0  # fmt: skip
     assert simulate("--workload", "swe-bench", "--sessions", 2, "--limit", 5, trace=None)[0] == 0
-    first, second = read_simulations(tmp_path / "out" / "results.jsonl")
+    first, second = read_records(tmp_path / "out" / "results.jsonl", SimulationRecord)
     assert setting_of(first) == shaping
     assert setting_of(second) == {"num_sessions": 2, "limit": 5}
 
@@ -154,19 +156,19 @@ def test_the_picture_shows_one_setting(simulate, tmp_path, other):
     code, said = simulate("--policies", "lmcache", *other)
     assert code == 0
     assert "without 2 records of other settings" in said.replace("\n", " ")
-    shown, num_others = last_setting(read_simulations(results))
-    assert ([each["policy"] for each in shown], num_others) == (["lmcache"], 2)
+    shown, num_others = last_setting(read_records(results, SimulationRecord))
+    assert ([each.policy for each in shown], num_others) == (["lmcache"], 2)
     simulate("--policies", "lmcache")
-    shown, num_others = last_setting(read_simulations(results))
-    assert ([each["policy"] for each in shown], num_others) == (["cake", "vllm", "lmcache"], 1)
+    shown, num_others = last_setting(read_records(results, SimulationRecord))
+    assert ([each.policy for each in shown], num_others) == (["cake", "vllm", "lmcache"], 1)
 
 
 def test_another_trace_of_the_same_name_is_another_setting(simulate, trace, tmp_path):
     simulate()
     trace.write_text(trace.read_text().replace('"output_length": 3', '"output_length": 4'))
     simulate("--policies", "vllm")
-    shown, num_others = last_setting(read_simulations(tmp_path / "out" / "results.jsonl"))
-    assert ([each["policy"] for each in shown], num_others) == (["vllm"], 1)
+    shown, num_others = last_setting(read_records(tmp_path / "out" / "results.jsonl", SimulationRecord))
+    assert ([each.policy for each in shown], num_others) == (["vllm"], 1)
 
 
 def test_another_gpu_file_of_the_same_name_is_another_setting(simulate, tmp_path):
@@ -176,15 +178,15 @@ def test_another_gpu_file_of_the_same_name_is_another_setting(simulate, tmp_path
     for flops in (9e14, 8e14):
         path.write_text(json.dumps(gpu | {"dense_flops_per_s": flops}))
         assert simulate("--gpu", path)[0] == 0
-    _, num_others = last_setting(read_simulations(tmp_path / "out" / "results.jsonl"))
+    _, num_others = last_setting(read_records(tmp_path / "out" / "results.jsonl", SimulationRecord))
     assert num_others == 1
 
 
 def test_the_objective_is_no_setting_of_those_that_have_none(simulate, tmp_path):
     simulate()
     simulate("--policies", "cacheflow", "--objective", "makespan")
-    shown, num_others = last_setting(read_simulations(tmp_path / "out" / "results.jsonl"))
-    assert ([each["policy"] for each in shown], num_others) == (["cake", "cacheflow"], 0)
+    shown, num_others = last_setting(read_records(tmp_path / "out" / "results.jsonl", SimulationRecord))
+    assert ([each.policy for each in shown], num_others) == (["cake", "cacheflow"], 0)
 
 
 def test_a_half_written_record_is_found_before_anything_is_simulated(simulate, tmp_path, monkeypatch):
@@ -206,7 +208,7 @@ def test_a_half_written_record_is_found_before_anything_is_simulated(simulate, t
     assert code == 0
     assert order == [whole]
     assert "the last line was only half written" in said
-    assert [each["policy"] for each in read_simulations(results)] == ["cake", "vllm"]
+    assert [each.policy for each in read_records(results, SimulationRecord)] == ["cake", "vllm"]
 
 
 def test_a_damaged_record_is_named_before_anything_is_simulated(simulate, tmp_path, monkeypatch):
@@ -218,7 +220,7 @@ def test_a_damaged_record_is_named_before_anything_is_simulated(simulate, tmp_pa
     monkeypatch.setattr(simulate_command, "simulate", lambda *args, **options: pytest.fail("simulated"))
     code, said = simulate()
     assert code == 2
-    assert "results.jsonl, line 2: a simulation without policy" in said
+    assert "results.jsonl, line 2: malformed record: Object missing required field `policy`" in said
 
 
 def test_a_folder_that_nothing_can_be_written_into_is_refused_before_anything_is_simulated(simulate, monkeypatch):
@@ -245,23 +247,23 @@ def test_an_interrupted_simulation_keeps_what_is_done(simulate, tmp_path, monkey
     code, said = simulate("--policies", "cake,vllm,lmcache")
     assert code == 130
     assert "interrupted" in said
-    assert [each["policy"] for each in read_simulations(tmp_path / "out" / "results.jsonl")] == ["cake"]
+    assert [each.policy for each in read_records(tmp_path / "out" / "results.jsonl", SimulationRecord)] == ["cake"]
 
 
 def test_a_run_draws_its_own_setting_whoever_else_wrote_last(simulate, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from cacheflow.bench import chart
+    from cacheflow.bench.results_file import append_line
     from cacheflow.commands import simulate as simulate_command
 
     assert simulate("--limit", 2)[0] == 0
     results = tmp_path / "out" / "results.jsonl"
-    other, drawn, real = results.read_text(), [], simulate_command.append_line
+    other, drawn, real = results.read_text(), [], simulate_command.append_record
 
-    def append_and_be_overtaken(path, line):
-        real(path, line)
-        real(path, other.strip())
+    def append_and_be_overtaken(path, record):
+        real(path, record)
+        append_line(path, other.strip())
 
-    monkeypatch.setattr(simulate_command, "append_line", append_and_be_overtaken)
-    monkeypatch.setattr(chart, "draw_ttft_cdf", lambda records, path: drawn.append(records))
+    monkeypatch.setattr(simulate_command, "append_record", append_and_be_overtaken)
+    monkeypatch.setattr(simulate_command, "draw_ttft_cdf", lambda records, path: drawn.append(records))
     assert simulate("--limit", 3)[0] == 0
-    assert [[each["limit"] for each in records] for records in drawn] == [[3]]
+    assert [[each.limit for each in records] for records in drawn] == [[3]]

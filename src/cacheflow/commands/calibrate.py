@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import TaskID
 
+from cacheflow.bench.options import DTYPES, Flags, option
+from cacheflow.bench.suite import new_progress
+from cacheflow.bench.table import Row, text_table
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.types import Clock
 
@@ -22,33 +23,34 @@ if TYPE_CHECKING:
     from cacheflow.profiling.calibrate import CalibrationOptions
     from cacheflow.profiling.profile import Profile
 
-TIME_LIMIT_S = 180.0
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrateFlags(Flags):
+    """The options of ``calibrate``."""
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``calibrate``."""
-    parser.add_argument("model", metavar="MODEL", help="model folder, or smollm2-135m")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
-    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="chunk tokens (default: %(default)s)")
-    parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="longest sequence (default: the model's, up to 8192)"
+    model: str = option(help="model folder, or smollm2-135m", words="positional", metavar="MODEL")
+    device: str = option("cpu", choices=("cpu", "cuda"))
+    dtype: str = option("bfloat16", choices=DTYPES)
+    chunk: int = option(512, "chunk tokens", metavar="N")
+    max_tokens: int | None = option(None, "longest sequence (default: the model's, up to 8192)", metavar="N")
+    repeats: int = option(2, "rounds of measurement", metavar="N")
+    time_limit_s: float = option(
+        180.0, "seconds of measuring; far offsets, then repeats, then big passes are left out and named",
+        metavar="S", above=0, finite=True,
+    )  # fmt: skip
+    accept_noise: bool = option(
+        False, "write the profile although the machine was busy; it is marked, and said again when it is loaded"
     )
-    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="rounds of measurement (default: 2)")
-    parser.add_argument(
-        "--time-limit-s", type=float, default=TIME_LIMIT_S, metavar="S",
-        help="seconds of measuring; far offsets, then repeats, then big passes are left out and named "
-        "(default: %(default)g)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--accept-noise", action="store_true",
-        help="write the profile although the machine was busy; it is marked, and whoever loads it is told",
-    )  # fmt: skip
-    parser.add_argument("--store", type=Path, metavar="DIR", help="folder of the file store whose link is measured "
-                        "(default: a temporary folder)")  # fmt: skip
-    parser.add_argument("--bandwidth-gbps", type=float, metavar="G",
-                        help="throttle the store to this link, in gigabits per second")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", help="profile to write (default: in the cache folder)")
+    store: Path | None = option(
+        None, "folder of the file store whose link is measured (default: a temporary folder)", metavar="DIR"
+    )
+    bandwidth_gbps: float | None = option(
+        None, "throttle the store to this link, in gigabits per second", metavar="G", above=0
+    )
+    out: Path | None = option(None, "profile to write (default: in the cache folder)", metavar="FILE")
+
+
+add_arguments = CalibrateFlags.add_flags
 
 
 def run(args: argparse.Namespace, *, clock: Clock = time.perf_counter, cpu_clock: Clock = time.process_time) -> int:
@@ -68,13 +70,13 @@ def run(args: argparse.Namespace, *, clock: Clock = time.perf_counter, cpu_clock
     from cacheflow.profiling.profile import profile_path, require_place, save_profile
     from cacheflow.tensors.device import device_name
 
-    options = _options(args)
+    flags = CalibrateFlags.of(args)
+    options = _options(flags)
     console = Console()
-    model = load_model(args.model, device=args.device, dtype=args.dtype)
-    path = args.out or profile_path(device=device_name(model.device), model=model.name, dtype=args.dtype)
+    model = load_model(flags.model, device=flags.device, dtype=flags.dtype)
+    path = flags.out or profile_path(device=device_name(model.device), model=model.name, dtype=flags.dtype)
     require_place(path)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
+    with new_progress(console) as progress:
         tasks: dict[str, TaskID] = {}
 
         def on_step(what: str, done: int, total: int) -> None:
@@ -84,29 +86,29 @@ def run(args: argparse.Namespace, *, clock: Clock = time.perf_counter, cpu_clock
 
         began_s = clock()
         on_step("link", 0, 1)
-        link = _measure_store(args, args.chunk * model.shape.kv_bytes_per_token_layer)
+        link = _measure_store(flags, flags.chunk * model.shape.kv_bytes_per_token_layer)
         on_step("link", 1, 1)
-        options = replace(options, time_limit_s=_left_s(args.time_limit_s, clock() - began_s))
+        options = replace(options, time_limit_s=_left_s(flags.time_limit_s, clock() - began_s))
         calibration = Calibration(model, options, on_step, clock, cpu_clock)
         profile = calibration.run(link)
     _print(profile, console)
     for each in calibration.left_out:
-        console.print(f"left out, within {args.time_limit_s:g} s: {each}", soft_wrap=True)
-    if args.repeats == 1:
+        console.print(f"left out, within {flags.time_limit_s:g} s: {each}", soft_wrap=True)
+    if flags.repeats == 1:
         console.print("every chunk was timed once: --repeats 2 would tell whether the machine was busy")
-    if profile.busy and not args.accept_noise:
+    if profile.busy and not flags.accept_noise:
         raise ProfileError(
             f"{profile.busy}. No profile was written, {path} is as before: calibrate again when the machine is quiet, "
             "or write what was measured with --accept-noise"
         )
     save_profile(profile, path)
     if profile.busy:
-        console.print(f"{profile.busy}. The profile says so, and so will whoever loads it", soft_wrap=True)
+        console.print(f"{profile.busy}. The profile says so, and so will what loads it", soft_wrap=True)
     console.print(f"wrote {path}", markup=False)
     return 0
 
 
-def _options(args: argparse.Namespace) -> CalibrationOptions:
+def _options(flags: CalibrateFlags) -> CalibrationOptions:
     """What is to be measured, checked before a model is loaded.
 
     Raises:
@@ -116,14 +118,10 @@ def _options(args: argparse.Namespace) -> CalibrationOptions:
 
     from cacheflow.profiling.calibrate import CalibrationOptions
 
-    if not 0 < args.time_limit_s < math.inf:
-        raise ConfigError(f"--time-limit-s is {args.time_limit_s}, must be above 0 and finite")
-    if args.bandwidth_gbps is not None and not args.bandwidth_gbps > 0:
-        raise ConfigError(f"--bandwidth-gbps is {args.bandwidth_gbps}, must be above 0")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if flags.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
     return CalibrationOptions(
-        chunk_tokens=args.chunk, max_tokens=args.max_tokens, repeats=args.repeats, time_limit_s=args.time_limit_s
+        chunk_tokens=flags.chunk, max_tokens=flags.max_tokens, repeats=flags.repeats, time_limit_s=flags.time_limit_s
     )
 
 
@@ -140,33 +138,32 @@ def _left_s(limit_s: float, spent_s: float) -> float:
     return limit_s - spent_s
 
 
-def _measure_store(args: argparse.Namespace, object_bytes: int) -> LinkCost:
+def _measure_store(flags: CalibrateFlags, object_bytes: int) -> LinkCost:
     from cacheflow.stores.base import Store
     from cacheflow.stores.file import FileStore
     from cacheflow.stores.probe import measure_link
     from cacheflow.stores.throttled import ThrottledStore
 
-    num_objects = 64 if args.bandwidth_gbps is None else 16
+    num_objects = 64 if flags.bandwidth_gbps is None else 16
     with tempfile.TemporaryDirectory(prefix="cacheflow-") as scratch:
         # Without a bound of its own, so that the probes push out nothing of the user's.
-        store: Store = FileStore(args.store or Path(scratch), capacity_bytes=1 << 62)
-        if args.bandwidth_gbps is not None:
-            store = ThrottledStore(store, args.bandwidth_gbps * 1e9 / 8)
+        store: Store = FileStore(flags.store or Path(scratch), capacity_bytes=1 << 62)
+        if flags.bandwidth_gbps is not None:
+            store = ThrottledStore(store, flags.bandwidth_gbps * 1e9 / 8)
         with store:
             return measure_link(store, object_bytes=object_bytes, num_objects=num_objects)
 
 
 def _print(profile: Profile, console: Console) -> None:
     costs, chunk = profile.costs, profile.chunk_tokens
-    table = Table(title=f"{costs.identity.model}, {costs.identity.dtype}, {costs.identity.device}")
-    table.add_column("tokens before the chunk", justify="right")
-    table.add_column(f"{chunk} tokens, ms", justify="right")
-    table.add_column("keys and values only, ms", justify="right")
+    rows: list[Row] = []
     for offset in next(iter(costs.kinds.values())).offsets:
         full_s = sum(costs.kinds[kind].full_s(chunk, offset) for kind in costs.layer_kinds)
         kv_only_s = sum(costs.kinds[kind].kv_only_s(chunk, offset) for kind in costs.layer_kinds)
-        table.add_row(str(offset), f"{full_s * 1e3:.1f}", f"{kv_only_s * 1e3:.1f}")
-    console.print(table)
+        rows.append(((str(offset), f"{full_s * 1e3:.1f}", f"{kv_only_s * 1e3:.1f}"), None))
+    title = f"{costs.identity.model}, {costs.identity.dtype}, {costs.identity.device}"
+    heads = ("tokens before the chunk", f"{chunk} tokens, ms", "keys and values only, ms")
+    console.print(text_table(title, heads, rows, padding=1))
     for length, seconds in profile.big_pass_s.items():
         console.print(f"one big pass of {length} tokens: {seconds:.3f} s")
     gigabytes = profile.link.bytes_per_s / 1e9

@@ -8,56 +8,70 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cacheflow.bench.options import make_folder
-from cacheflow.bench.record import append_record, read_records
-from cacheflow.bench.summary import summarise
-from cacheflow.bench.table import console_tables
-from cacheflow.errors import ConfigError
+from cacheflow.bench.chart import draw_results
+from cacheflow.bench.options import DEFAULT_MODEL, Flags, make_folder, option
+from cacheflow.bench.record import RestoreRecord, append_record, read_records
+from cacheflow.bench.suite import print_pictures
+from cacheflow.bench.summary import console_tables, summarise
+from cacheflow.bench.timeline import draw_timelines
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 
 if TYPE_CHECKING:
     from cacheflow.commands.demo_session import Demo
 
-MODEL = "smollm2-135m"
 TURN_CHARS = (5_200, 4_200, 0)
 """Characters of source a turn shows: some 1,300 tokens, then 1,100 more, then a question alone."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``demo``."""
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--model", default=MODEL, help="model folder or name (default: %(default)s)")
-    parser.add_argument("--policy", action="append", dest="policies", metavar="NAME",
-                        help="only this policy; may be repeated (default: all)")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="alternations (default: %(default)s)")
+@dataclass(frozen=True, kw_only=True)
+class DemoFlags(Flags):
+    """The options of ``demo``."""
+
+    out: Path = option(Path("out/demo"), metavar="DIR")
+    model: str = option(DEFAULT_MODEL, "model folder or name")
+    policies: tuple[str, ...] | None = option(
+        None, "only this policy; may be repeated (default: all)", flag="--policy", words="repeated", metavar="NAME"
+    )
+    repeats: int = option(1, "alternations", metavar="N", at_least=1)
+
+
+add_arguments = DemoFlags.add_flags
 
 
 def run(args: argparse.Namespace) -> int:
     """Play the session, print the answers and the table, draw the pictures."""
-    policies = tuple(args.policies or RESTORE_POLICIES)
+    flags = DemoFlags.of(args)
+    policies = flags.policies or tuple(RESTORE_POLICIES)
     for name in policies:
         make_policy(name)
-    if args.repeats < 1:
-        raise ConfigError(f"--repeats is {args.repeats}, must be at least 1")
     console, started_s = Console(), time.monotonic()
-    make_folder("--out", args.out)
-    results = args.out / "demo.jsonl"
-    console.print(f"loading {args.model} (the first time it is converted, about 20 s)", markup=False)
+    make_folder("--out", flags.out)
+    results = flags.out / "demo.jsonl"
+    console.print(f"loading {flags.model} (the first time it is converted, about 20 s)", markup=False)
     from cacheflow.commands.demo_session import Demo
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        demo = Demo.open(args.model, policies=policies, num_turns=len(TURN_CHARS))
+        demo = Demo.open(flags.model, policies=policies, num_turns=len(TURN_CHARS))
         results.unlink(missing_ok=True)
-        _play(demo, args.repeats, results, progress, console)
-    console.print(console_tables(summarise(read_records(results))))
-    _draw(demo, results, args.out, console)
+        _play(demo, flags.repeats, results, progress, console)
+    records = read_records(results, RestoreRecord)
+    console.print(console_tables(summarise(records)))
+    title = f"{demo.last_prefix_tokens:,} evicted tokens, then the first token, under every policy"
+    print_pictures(
+        lambda: [
+            *draw_results(records, flags.out),
+            draw_timelines(demo.timelines, flags.out / "timeline.png", title=title),
+        ],
+        console,
+    )
     console.print(f"records in {results}; took {time.monotonic() - started_s:.0f} s", markup=False)
     if not demo.all_equal:
         console.print("NOT EXACT: a restored answer, its KV or its logits differed from the never-evicted session")
@@ -68,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _play(demo: Demo, repeats: int, results: Path, progress: Progress, console: Console) -> None:
     task: TaskID = progress.add_task("measuring this machine", total=None)
-
     shown: list[str] = []
 
     def on_step(what: str, done: int, total: int) -> None:
@@ -91,18 +104,3 @@ def _play(demo: Demo, repeats: int, results: Path, progress: Progress, console: 
                 append_record(results, record)
         demo.save()
         console.print(f"turn {index + 1}: KV saved, then evicted")
-
-
-def _draw(demo: Demo, results: Path, out: Path, console: Console) -> None:
-    from cacheflow.bench.chart import draw_results
-    from cacheflow.bench.timeline import draw_timelines
-
-    try:
-        written = draw_results(results, out)
-        title = f"{demo.last_prefix_tokens:,} evicted tokens, then the first token, under every policy"
-        written.append(draw_timelines(demo.timelines, out / "timeline.png", title=title))
-    except ConfigError as error:
-        console.print(f"no pictures: {error}", markup=False)
-        return
-    for path in written:
-        console.print(f"drew {path}", markup=False)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from cacheflow.bench.environment import environment
 from cacheflow.bench.make_record import RunContext, make_record, recompute_seconds
-from cacheflow.bench.record import RestoreRecord, environment
+from cacheflow.bench.record import RestoreRecord
+from cacheflow.bench.setup import slowed
+from cacheflow.bench.suite import rotated
 from cacheflow.bench.timeline import Timeline
 from cacheflow.embedded.engine import Engine, EngineOptions
 from cacheflow.embedded.reply import Reply
@@ -33,7 +36,7 @@ SUITE = "demo"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class DemoTurn:
     """One turn as tokens: what is new, and how much conversation lies before it."""
 
     tokens: tuple[int, ...]
@@ -89,19 +92,19 @@ class Demo:
         )
         self._session = self._engine.session()
 
-    def turns(self, chars_per_turn: tuple[int, ...]) -> Iterator[Turn]:
+    def turns(self, chars_per_turn: tuple[int, ...]) -> Iterator[DemoTurn]:
         """The user's turns as tokens of the model's chat format; each needs the answer to the one before."""
         for index, turn in enumerate(coding_session(chars_per_turn)):
             system = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n" if index == 0 else "<|im_end|>\n"
             text = f"{system}<|im_start|>user\n{turn.content}<|im_end|>\n<|im_start|>assistant\n"
             tokens = tuple(self._tokenizer(text)["input_ids"])
-            yield Turn(tokens=tokens, history_tokens=len(self._session.tokens))
+            yield DemoTurn(tokens=tokens, history_tokens=len(self._session.tokens))
 
     def text(self, tokens: tuple[int, ...]) -> str:
         """Tokens as text."""
         return str(self._tokenizer.decode(list(tokens)))
 
-    def answer_resident(self, turn: Turn) -> Reply:
+    def answer_resident(self, turn: DemoTurn) -> Reply:
         """Answer a turn with the KV still in memory: the reference."""
         self._history, self._saved_ends = tuple(self._session.tokens), self._session.chunk_ends
         self._reference = self._session.generate(turn.tokens, max_new_tokens=ANSWER_TOKENS, save=False)
@@ -117,7 +120,9 @@ class Demo:
         if not report.complete:
             raise StoreError(f"{report.num_failed} objects could not be saved")
 
-    def restore_everywhere(self, turn: Turn, *, repeats: int, alone: bool, on_step: OnStep) -> Iterator[RestoreRecord]:
+    def restore_everywhere(
+        self, turn: DemoTurn, *, repeats: int, alone: bool, on_step: OnStep
+    ) -> Iterator[RestoreRecord]:
         """Answer the turn from an evicted state under every policy, ``repeats`` times, policies alternating.
 
         Args:
@@ -137,15 +142,14 @@ class Demo:
         for repeat in range(repeats):
             for with_suffix in objectives:
                 runs: dict[str, tuple[RestoreReport, bool]] = {}
-                shift = repeat % len(self.policies)
-                for name in (*self.policies[shift:], *self.policies[:shift]):
+                for name in rotated(self.policies, repeat):
                     on_step(f"{prefix.num_tokens} evicted tokens, {name}", done, total)
                     runs[name] = self._run(turn, name, with_suffix=with_suffix)
                     done += 1
                     on_step(f"{prefix.num_tokens} evicted tokens, {name}", done, total)
                 yield from self._records(runs, prefix, turn, repeat=repeat, with_suffix=with_suffix)
 
-    def _run(self, turn: Turn, policy: str, *, with_suffix: bool) -> tuple[RestoreReport, bool]:
+    def _run(self, turn: DemoTurn, policy: str, *, with_suffix: bool) -> tuple[RestoreReport, bool]:
         """Restore the conversation in a fresh session; the report, and whether everything equalled the reference."""
         restorer = self._engine.restorer
         restorer.policy, restorer.rates = make_policy(policy), LiveRates(bytes_per_s=self._engine.link.bytes_per_s)
@@ -166,11 +170,17 @@ class Demo:
         return report, equal
 
     def _records(
-        self, runs: dict[str, tuple[RestoreReport, bool]], prefix: Grid, turn: Turn, *, repeat: int, with_suffix: bool
+        self,
+        runs: dict[str, tuple[RestoreReport, bool]],
+        prefix: Grid,
+        turn: DemoTurn,
+        *,
+        repeat: int,
+        with_suffix: bool,
     ) -> list[RestoreRecord]:
         grid = self._with_suffix(prefix, turn) if with_suffix else prefix
         problem = self._engine.problem(grid)
-        least = bound(_scaled(problem, self._drift(runs, problem)))
+        least = bound(slowed(problem, self._drift(runs, problem)))
         if with_suffix and repeat == 0:
             self.timelines = [Timeline.of(runs[name][0], bound_s=least.ttft_s) for name in self.policies]
         context = RunContext(
@@ -192,7 +202,7 @@ class Demo:
             return 1.0
         return recompute_seconds(runs["recompute"][0]) / float(problem.compute_KB.sum())
 
-    def _with_suffix(self, prefix: Grid, turn: Turn) -> Grid:
+    def _with_suffix(self, prefix: Grid, turn: DemoTurn) -> Grid:
         end = len(self._history) + len(turn.tokens)
         return Grid(
             chunk_ends=prefix.chunk_ends,
@@ -203,13 +213,3 @@ class Demo:
     @property
     def _tokenizer(self) -> Any:  # noqa: ANN401 -- a transformers tokenizer
         return self.model.tokenizer
-
-
-def _scaled(problem: RestoreProblem, factor: float) -> RestoreProblem:
-    return replace(
-        problem,
-        compute_KB=problem.compute_KB * factor,
-        kv_only_KB=problem.kv_only_KB * factor,
-        suffix_B=problem.suffix_B * factor,
-        head_s=problem.head_s * factor,
-    )

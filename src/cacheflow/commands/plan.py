@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
+from cacheflow.bench.options import Flags, option
 from cacheflow.bench.rehearsal import rehearse
 from cacheflow.bench.timeline import Timeline, draw_timelines
 from cacheflow.commands.plan_report import PlanReport, guard_line, prediction_table, split_grid
@@ -29,32 +30,46 @@ LEAST_GBPS = 1e-6
 """Below it nothing would come to an end."""
 MAX_CHUNKS = 4096
 PICTURE = "plan.png"
+NOT_MEASURED = "\nPredicted from published peaks, not measured; `cacheflow calibrate` measures."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``cacheflow plan``."""
-    parser.add_argument("--model", required=True, metavar="SHAPE", help=f"{', '.join(MODEL_SHAPES)}, or {MODEL_FILES}")
-    parser.add_argument("--gpu", required=True, metavar="NAME", help=f"{', '.join(GPUS)}, or a .json file of peaks")
-    parser.add_argument("--bandwidth-gbps", required=True, type=float, metavar="G", help="link, in Gbit/s")
-    parser.add_argument("--tokens", required=True, type=int, metavar="N", help="tokens of the cached prefix")
-    parser.add_argument("--suffix", type=int, default=512, metavar="N", help="new tokens behind it (default: 512)")
-    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens of a chunk (default: 512)")
-    parser.add_argument(
-        "--policy",
-        default="cacheflow",
-        metavar="NAME",
-        help="policy whose guard and split to show (default: cacheflow)",
-    )
-    parser.add_argument(
-        "--pipeline-parallel-size", type=int, default=1, metavar="S", help="stages, each with its layers (default: 1)"
-    )
-    parser.add_argument(
-        "--tensor-parallel-size", type=int, default=1, metavar="T", help="ranks that share every layer (default: 1)"
-    )
-    parser.add_argument(
-        "--shared-link", action="store_true", help="all ranks share the link; otherwise each has one like it"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"draw {PICTURE} into this folder")
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags(Flags):
+    """The options of ``cacheflow plan``."""
+
+    model: str = option(help=f"{', '.join(MODEL_SHAPES)}, or {MODEL_FILES}", metavar="SHAPE")
+    gpu: str = option(help=f"{', '.join(GPUS)}, or a .json file of peaks", metavar="NAME")
+    bandwidth_gbps: float = option(help="link, in Gbit/s", metavar="G", above=0, finite=True)
+    tokens: int = option(help="tokens of the cached prefix", metavar="N", at_least=1)
+    suffix: int = option(512, "new tokens after it", metavar="N", at_least=0)
+    chunk: int = option(512, "tokens of a chunk", metavar="N", at_least=1)
+    policy: str = option("cacheflow", "policy whose guard and split to show", metavar="NAME")
+    pipeline_parallel_size: int = option(1, "stages, each with its layers", metavar="S")
+    tensor_parallel_size: int = option(1, "ranks that share every layer", metavar="T")
+    shared_link: bool = option(False, "all ranks share the link; otherwise each has one like it")
+    out: Path | None = option(None, f"draw {PICTURE} into this folder", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        """Check each value, and what would take for ever.
+
+        Raises:
+            ConfigError: Names the option.
+            UnknownPolicyError: There is no such policy.
+        """
+        make_policy(self.policy)
+        super().__post_init__()
+        if self.bandwidth_gbps < LEAST_GBPS:
+            raise ConfigError(f"--bandwidth-gbps is {self.bandwidth_gbps:g}, must be at least {LEAST_GBPS:g}")
+        for name in ("tokens", "suffix", "chunk"):
+            if (value := getattr(self, name)) > MOST_TOKENS:
+                raise ConfigError(f"--{name} must be at most {MOST_TOKENS:,}, it has {len(str(value))} digits")
+        if self.tokens > MAX_CHUNKS * self.chunk:
+            raise ConfigError(
+                f"--tokens {self.tokens} in chunks of {self.chunk} exceed {MAX_CHUNKS} chunks: give a larger --chunk"
+            )
+
+
+add_arguments = PlanFlags.add_flags
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,44 +78,33 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: A value is out of range, or a model, GPU or policy is unknown.
     """
-    make_policy(args.policy)
+    flags = PlanFlags.of(args)
     layout = RankLayout(
-        pipeline_parallel_size=args.pipeline_parallel_size,
-        tensor_parallel_size=args.tensor_parallel_size,
-        link_per_rank=not args.shared_link,
+        pipeline_parallel_size=flags.pipeline_parallel_size,
+        tensor_parallel_size=flags.tensor_parallel_size,
+        link_per_rank=not flags.shared_link,
     )
+    shape, gpu = find_model(flags.model), find_gpu(flags.gpu)
+    tokens = (flags.tokens, flags.suffix, flags.chunk)
+    console = Console(highlight=False, markup=False)
     if layout.pipeline_parallel_size > 1:
-        return _run_stages(args, layout)
-    report = predict(
-        find_model(args.model),
-        find_gpu(args.gpu),
-        bandwidth_gbps=args.bandwidth_gbps,
-        grid_tokens=_checked_tokens(args.tokens, args.suffix, args.chunk),
-        chosen=args.policy,
-        layout=layout,
-    )
-    console = Console(highlight=False, markup=False)
-    console.print(prediction_table(report))
-    console.print(guard_line(report), soft_wrap=True)
-    console.print(split_grid(report))
-    console.print("\nPredicted from published peaks, not measured; `cacheflow calibrate` measures.", style="dim")
-    if args.out is not None:
-        console.print(_draw(report, args.out), soft_wrap=True)
-    return 0
-
-
-def _run_stages(args: argparse.Namespace, layout: RankLayout) -> int:
-    shape, gpu = find_model(args.model), find_gpu(args.gpu)
-    tokens = _checked_tokens(args.tokens, args.suffix, args.chunk)
-    problem = whole_problem(shape, gpu, bandwidth_gbps=args.bandwidth_gbps, grid_tokens=tokens, layout=layout)
-    report = predict_stages(problem, shape, layout, policy=args.policy, title=_title(shape, gpu, problem, layout))
-    console = Console(highlight=False, markup=False)
-    console.print(ways_table(report))
-    console.print(axis_line(report), soft_wrap=True)
-    console.print(stages_table(report))
-    console.print("\nPredicted from published peaks, not measured; `cacheflow calibrate` measures.", style="dim")
-    if args.out is not None:
-        console.print(_picture(stage_timelines(report), args.out, title=report.title), soft_wrap=True)
+        problem = whole_problem(shape, gpu, bandwidth_gbps=flags.bandwidth_gbps, grid_tokens=tokens, layout=layout)
+        stages = predict_stages(problem, shape, layout, policy=flags.policy, title=_title(shape, gpu, problem, layout))
+        title, timelines = stages.title, stage_timelines(stages)
+        console.print(ways_table(stages))
+        console.print(axis_line(stages), soft_wrap=True)
+        console.print(stages_table(stages))
+    else:
+        report = predict(
+            shape, gpu, bandwidth_gbps=flags.bandwidth_gbps, grid_tokens=tokens, chosen=flags.policy, layout=layout
+        )
+        title, timelines = report.title, report.timelines()
+        console.print(prediction_table(report))
+        console.print(guard_line(report), soft_wrap=True)
+        console.print(split_grid(report))
+    console.print(NOT_MEASURED, style="dim")
+    if flags.out is not None:
+        console.print(_picture(timelines, flags.out, title=title), soft_wrap=True)
     return 0
 
 
@@ -124,7 +128,7 @@ def predict(
         layout: Tensor-parallel ranks of one stage; one GPU unless given.
 
     Raises:
-        ConfigError: The bandwidth is not above 0 and finite, or the KV cache does not fit the GPU.
+        ConfigError: The KV cache does not fit the GPU.
     """
     layout = layout or RankLayout()
     problem = whole_problem(shape, gpu, bandwidth_gbps=bandwidth_gbps, grid_tokens=grid_tokens, layout=layout)
@@ -145,12 +149,8 @@ def whole_problem(
     """What restoring costs on one such GPU with memory enough, by its peaks.
 
     Raises:
-        ConfigError: The bandwidth is not above 0 and finite, or the KV cache does not fit the GPUs.
+        ConfigError: The KV cache does not fit the GPUs.
     """
-    if not (math.isfinite(bandwidth_gbps) and bandwidth_gbps > 0):
-        raise ConfigError(f"--bandwidth-gbps is {bandwidth_gbps:g}, must be above 0 and finite")
-    if bandwidth_gbps < LEAST_GBPS:
-        raise ConfigError(f"--bandwidth-gbps is {bandwidth_gbps:g}, must be at least {LEAST_GBPS:g}")
     num_tokens, suffix_tokens, chunk_tokens = grid_tokens
     parts = layout.kv_parts(shape) * layout.pipeline_parallel_size
     kv_bytes = (num_tokens + suffix_tokens) * shape.kv_bytes_per_token // parts
@@ -166,23 +166,6 @@ def whole_problem(
     return problem_from_roofline(Roofline(shape=shape, gpu=gpu), grid, link=link)
 
 
-def _checked_tokens(num_tokens: int, suffix_tokens: int, chunk_tokens: int) -> tuple[int, int, int]:
-    for key, value, least in (
-        ("--tokens", num_tokens, 1),
-        ("--suffix", suffix_tokens, 0),
-        ("--chunk", chunk_tokens, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{key} is {value}, must be at least {least}")
-        if value > MOST_TOKENS:
-            raise ConfigError(f"{key} must be at most {MOST_TOKENS:,}, it has {len(str(value))} digits")
-    if num_tokens > MAX_CHUNKS * chunk_tokens:
-        raise ConfigError(
-            f"--tokens {num_tokens} in chunks of {chunk_tokens} exceed {MAX_CHUNKS} chunks: give a larger --chunk"
-        )
-    return num_tokens, suffix_tokens, chunk_tokens
-
-
 def _title(shape: ModelShape, gpu: GpuPeaks, problem: RestoreProblem, layout: RankLayout) -> str:
     gpus, each = gpu.name, ""
     if layout.num_ranks > 1:
@@ -192,24 +175,6 @@ def _title(shape: ModelShape, gpu: GpuPeaks, problem: RestoreProblem, layout: Ra
         f"{shape.name} on {gpus}, link {problem.link.bytes_per_s * 8 / 1e9:.4g} Gbit/s{each}: "
         f"{problem.grid.num_tokens:,} cached + {problem.grid.suffix_tokens:,} new tokens"
     )
-
-
-def _draw(report: PlanReport, out: Path) -> str:
-    """Draw the timelines of all policies; returns the line that tells the user."""
-    has_suffix = report.problem.grid.suffix_tokens > 0
-    timelines = [
-        Timeline(
-            label=rehearsal.plan.policy,
-            spans=rehearsal.spans,
-            num_chunks=report.problem.grid.num_chunks,
-            num_blocks=report.problem.grid.num_blocks,
-            restore_s=rehearsal.restore_s,
-            ttft_s=rehearsal.ttft_s if has_suffix else None,
-            bound_s=report.bound.ttft_s,
-        )
-        for rehearsal in report.rehearsals
-    ]
-    return _picture(timelines, out, title=report.title)
 
 
 def _picture(timelines: Sequence[Timeline], out: Path, *, title: str) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from cacheflow.bench.rehearsal import Rehearsal
-from cacheflow.bench.table import seconds, size
+from cacheflow.bench.table import Row, over, seconds, size, text_table
+from cacheflow.bench.timeline import Timeline
 from cacheflow.plan.bound import Bound
 from cacheflow.plan.problem import RestoreProblem
 
@@ -44,29 +44,41 @@ class PlanReport:
         """The rehearsal of the chosen policy."""
         return next(r for r in self.rehearsals if r.plan.policy == self.chosen)
 
+    def timelines(self) -> list[Timeline]:
+        """What compute and the link do under every policy."""
+        grid = self.problem.grid
+        return [
+            Timeline(
+                label=rehearsal.plan.policy,
+                spans=rehearsal.spans,
+                num_chunks=grid.num_chunks,
+                num_blocks=grid.num_blocks,
+                restore_s=rehearsal.restore_s,
+                ttft_s=rehearsal.ttft_s if grid.suffix_tokens > 0 else None,
+                bound_s=self.bound.ttft_s,
+            )
+            for rehearsal in self.rehearsals
+        ]
+
 
 def prediction_table(report: PlanReport) -> Table:
     """Predicted times of every policy, also over the bound."""
-    table = Table(title=report.title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("policy", no_wrap=True)
-    for head in ("restore", "× bound", "TTFT", "× bound", "recomputed", "loaded"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for rehearsal in report.rehearsals:
-        table.add_row(
-            rehearsal.plan.policy,
-            seconds(rehearsal.restore_s),
-            over(rehearsal.restore_s, report.bound.restore_s),
-            seconds(rehearsal.ttft_s),
-            over(rehearsal.ttft_s, report.bound.ttft_s),
-            f"{rehearsal.recomputed_share:.0%}",
-            size(rehearsal.loaded_bytes),
-            style="bold" if rehearsal.plan.policy == report.chosen else None,
+    least = report.bound
+    rows: list[Row] = []
+    for each in report.rehearsals:
+        cells = (
+            each.plan.policy,
+            seconds(each.restore_s),
+            over(each.restore_s, least.restore_s),
+            seconds(each.ttft_s),
+            over(each.ttft_s, least.ttft_s),
+            f"{each.recomputed_share:.0%}",
+            size(each.loaded_bytes),
         )
-    table.add_section()
-    table.add_row(
-        "lower bound", seconds(report.bound.restore_s), "1.00", seconds(report.bound.ttft_s), "1.00", style="dim"
-    )
-    return table
+        rows.append((cells, "bold" if each.plan.policy == report.chosen else None))
+    heads = ("policy", "restore", "× bound", "TTFT", "× bound", "recomputed", "loaded")
+    last = ("lower bound", seconds(least.restore_s), "1.00", seconds(least.ttft_s), "1.00")
+    return text_table(report.title, heads, rows, last=last, padding=1)
 
 
 def guard_line(report: PlanReport) -> str:
@@ -107,8 +119,3 @@ def _ranges(count: int, at_most: int) -> Sequence[tuple[int, int]]:
     pieces = min(count, at_most)
     edges = [count * piece // pieces for piece in range(pieces + 1)]
     return list(pairwise(edges))
-
-
-def over(time_s: float, bound_s: float) -> str:
-    """A time over its bound, for a table."""
-    return f"{time_s / bound_s:.2f}" if bound_s > 0 else "–"

@@ -1,16 +1,14 @@
-"""What ``cacheflow plan`` shows of several pipeline stages: every way to restore them, and the sooner one by stage."""
+"""What ``cacheflow plan`` shows of several pipeline stages: every way to restore them, and the faster one by stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.table import Table
 
-from cacheflow.bench.table import seconds, size
+from cacheflow.bench.table import Row, over, seconds, size, text_table
 from cacheflow.bench.timeline import Timeline
-from cacheflow.commands.plan_report import over
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.stage_bounds import StagedBound, staged_bound
@@ -64,7 +62,7 @@ class StagesReport:
 
     @property
     def best(self) -> Way:
-        """The sooner of the two ways that recompute and load at once as ``cacheflow`` does."""
+        """The faster of the two ways that recompute and load at once as ``cacheflow`` does."""
         return min((self.way(STORED), self.way(HANDED_OVER)), key=lambda way: way.run.restore_s)
 
     @property
@@ -126,22 +124,11 @@ def _plans(name: str, policy: str, stages: Sequence[StageProblem]) -> list[Resto
 
 def ways_table(report: StagesReport) -> Table:
     """Predicted times of every way, restoration over the least of all too; bytes are those of one rank a stage."""
-    table = Table(
-        title=report.title,
-        title_style="bold",
-        title_justify="left",
-        caption=f"× bound: over the least that any way could take. {LOAD}: stages above the first only load.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("way", no_wrap=True)
-    for head in ("restore", "× bound", "TTFT", "computed", "loaded", "boundary"):
-        table.add_column(head, justify="right", no_wrap=True)
+    rows: list[Row] = []
     for way in report.ways:
         stages = way.run.stages
         share = sum(stage.recomputed_share * (hi - lo) for stage, (lo, hi) in zip(stages, report.layers, strict=True))
-        table.add_row(
+        cells = (
             way.name,
             seconds(way.run.restore_s),
             over(way.run.restore_s, report.least_restore_s),
@@ -149,9 +136,11 @@ def ways_table(report: StagesReport) -> Table:
             f"{share / report.layers[-1][1]:.0%}",
             size(sum(stage.loaded_bytes for stage in stages)),
             size(sum(stage.boundary_bytes for stage in stages)),
-            style="bold" if way is report.best else None,
         )
-    return table
+        rows.append((cells, "bold" if way is report.best else None))
+    heads = ("way", "restore", "× bound", "TTFT", "computed", "loaded", "boundary")
+    caption = f"× bound: over the least that any way could take. {LOAD}: stages above the first only load."
+    return text_table(report.title, heads, rows, caption=caption, padding=1)
 
 
 def axis_line(report: StagesReport) -> str:
@@ -172,22 +161,12 @@ def axis_line(report: StagesReport) -> str:
 
 
 def stages_table(report: StagesReport) -> Table:
-    """The sooner way, stage by stage, each over its own bound."""
+    """The faster way, stage by stage, each over its own bound."""
     best = report.best
-    table = Table(
-        title=f"Stages: {best.name}",
-        title_style="bold",
-        title_justify="left",
-        caption="× bound: of each stage this way.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for head in ("stage", "layers", "computed", "loaded", "boundary", "restore", "× bound"):
-        table.add_column(head, justify="left" if head == "stage" else "right", no_wrap=True)
-    rows = zip(best.run.stages, best.bound.stages, report.layers, strict=True)
-    for index, (stage, least, (lo, hi)) in enumerate(rows):
-        table.add_row(
+    stages = zip(best.run.stages, best.bound.stages, report.layers, strict=True)
+    rows: list[Row] = []
+    for index, (stage, least, (lo, hi)) in enumerate(stages):
+        cells = (
             str(index),
             f"{lo}-{hi - 1}",
             f"{stage.recomputed_share:.0%}",
@@ -196,11 +175,13 @@ def stages_table(report: StagesReport) -> Table:
             seconds(stage.restore_s),
             over(stage.restore_s, least.restore_s),
         )
-    return table
+        rows.append((cells, None))
+    heads = ("stage", "layers", "computed", "loaded", "boundary", "restore", "× bound")
+    return text_table(f"Stages: {best.name}", heads, rows, caption="× bound: of each stage this way.", padding=1)
 
 
 def stage_timelines(report: StagesReport) -> list[Timeline]:
-    """What each stage's GPU and link do in the sooner way."""
+    """What each stage's GPU and link do in the faster way."""
     best = report.best
     return [
         Timeline(

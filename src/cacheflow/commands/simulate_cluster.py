@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from cacheflow.bench.options import Flags, flag_of, knobs, option
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json, read_text
 from cacheflow.plan.stages import RankLayout
-from cacheflow.shapes.hardware import GPUS, find_gpu, find_model
+from cacheflow.shapes.hardware import GPUS, MODEL_FILES, MODEL_SHAPES, find_gpu
 from cacheflow.shapes.published import published_gpus, read_published
 from cacheflow.shapes.roofline import Roofline
 from cacheflow.sim.cluster import ClusterConfig
@@ -19,76 +22,76 @@ from cacheflow.sim.costs import ChunkCosts, measured_costs, published_costs, roo
 from cacheflow.sim.router import make_router
 from cacheflow.types import ModelShape
 
-CLUSTER_DEFAULTS: dict[str, Any] = {
-    "num_replicas": 8,
-    "model": "Llama-3.1-8B",
-    "gpu": "H100",
-    "bandwidth_gbps": 10.0,
-    "latency_s": 5e-4,
-    "store_gb": 10_000.0,
-    "store_gbps": math.inf,
-    "host_gb": 0.0,
-    "host_gbps": None,
-    "kv_tokens": None,
-    "block_tokens": 512,
-    "pass_tokens": 2048,
-    "max_num_seqs": 256,
-    "recompute_budget_s": 0.05,
-    "router": "affinity",
-    "pipeline_parallel_size": 1,
-    "tensor_parallel_size": 1,
-    "link_per_rank": True,
-}
-"""Keys of a cluster file, and what holds where it is silent: eight H100 before a store of 10 TB at 10 Gbit/s each.
-
-``None`` means: from the GPU (its host link, and what its memory leaves beside the weights).
-"""
-OPTIONS = {
-    "num_replicas": "--replicas",
-    "model": "--model",
-    "gpu": "--gpu",
-    "bandwidth_gbps": "--bandwidth-gbps",
-    "kv_tokens": "--kv-tokens",
-}
-"""Options that override a key of a cluster file."""
-TEXT_KEYS = ("model", "gpu", "router")
-FLAG_KEYS = ("link_per_rank",)
-COUNT_KEYS = {
-    "num_replicas": 100_000,
-    "pipeline_parallel_size": 1024,
-    "tensor_parallel_size": 1024,
-    "kv_tokens": 10**12,
-    "block_tokens": 10**6,
-    "pass_tokens": 10**6,
-    "max_num_seqs": 10**6,
-}
-"""Whole numbers, and the greatest that memory here or the numbers we calculate with allow."""
-FROM_ZERO_KEYS = ("latency_s", "store_gb", "host_gb")
 LEAST = 1e-6
 """Of bandwidths in Gbit/s and seconds that must not be 0: below it nothing would come to an end."""
+GREATEST = 1e15
+"""No number of a cluster file is as great; it is there for slips, and for what no float holds."""
 MEMORY_SHARE = 0.9
 """Share of a GPU's memory that an engine uses, weights included (vLLM's default)."""
 PUBLISHED_MEMORY_GB = {"rtxpro6000": 96, "rtx4090": 24}
 """Memory of GPUs that have published measurements but no peaks here."""
-GREATEST = 1e15
-"""No number of a cluster file is as great; it is there for slips, and for what no float holds."""
 DEFAULT_HOST_GBPS = 256.0
 """PCIe 4 x16, for GPUs whose host link is not known."""
+_RANKS: dict[str, Any] = {"flag": "", "at_least": 1, "at_most": 1024}
+_TOKENS: dict[str, Any] = {"flag": "", "at_least": 1, "at_most": 10**6}
 
 
-def cluster_values(path: Path | None, overrides: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ClusterFile(Flags):
+    """Keys of a cluster file, and what holds where it is silent; some have a flag that overrides it.
+
+    The default is eight H100, each with a link of 10 Gbit/s to a store of 10 TB. Greatest values are what memory here,
+    or the numbers we calculate with, allow.
+    """
+
+    num_replicas: int = option(
+        8, "engines, a GPU and a link each", flag="--replicas", metavar="N", at_least=1, at_most=100_000
+    )
+    model: str = option("Llama-3.1-8B", f"{', '.join(MODEL_SHAPES)}, or {MODEL_FILES}", metavar="SHAPE")
+    gpu: str = option("H100", f"{', '.join(GPUS)}, or a .json file of peaks", metavar="NAME")
+    bandwidth_gbps: float = option(10.0, "of each link to the store", metavar="G", at_least=LEAST)
+    latency_s: float = option(5e-4, "of each link to the store", flag="", at_least=0)
+    store_gb: float = option(10_000.0, "room of the store", flag="", at_least=0)
+    store_gbps: float = option(math.inf, "the store's own bandwidth, for all links", flag="", at_least=LEAST)
+    host_gb: float = option(0.0, "room of each replica's host tier", flag="", at_least=0)
+    host_gbps: float | None = option(None, "of the host tier; None: the GPU's host link", flag="", at_least=LEAST)
+    kv_tokens: int | None = option(
+        None, "tokens in GPU memory (default: what it leaves)", metavar="N", at_least=1, at_most=10**12
+    )
+    block_tokens: int = option(512, "of a prefix block, and of a chunk", **_TOKENS)
+    pass_tokens: int = option(2048, "most of one pass of prefill", **_TOKENS)
+    max_num_seqs: int = option(256, "requests a replica runs at once", **_TOKENS)
+    recompute_budget_s: float = option(0.05, "work after which decoding gets a token", flag="", at_least=LEAST)
+    router: str = option("affinity", "who gets a request", flag="")
+    pipeline_parallel_size: int = option(1, "stages of a replica", **_RANKS)
+    tensor_parallel_size: int = option(1, "ranks of a stage", **_RANKS)
+    link_per_rank: bool = option(True, "each GPU has a link of its own", flag="")
+
+    @property
+    def layout(self) -> RankLayout:
+        """How a replica's GPUs share the model."""
+        return RankLayout(
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            tensor_parallel_size=self.tensor_parallel_size,
+            link_per_rank=self.link_per_rank,
+        )
+
+
+def cluster_values(path: Path | None, given: Mapping[str, Any]) -> ClusterFile:
     """Every key of a cluster file: the option where one was given, else the file, else the default.
+
+    Args:
+        path: The file; None for none.
+        given: Options that were given, by key.
 
     Raises:
         ConfigError: The file cannot be read, or a value is wrong; names the option, or the file and its key.
     """
-    given = {key: value for key, value in overrides.items() if value is not None}
+    known = knobs(ClusterFile)
     found = _read_cluster(path) if path is not None else {}
-    for key, value in found.items():
-        _check_value(f"--cluster {path}: {key}", key, value)
-    for key, value in given.items():
-        _check_value(OPTIONS[key], key, value)
-    return CLUSTER_DEFAULTS | found | given
+    checked = {key: _checked(f"--cluster {path}: {key}", key, value) for key, value in found.items()}
+    checked |= {key: _checked(flag_of(key, known[key]), key, value) for key, value in given.items()}
+    return ClusterFile(**checked)
 
 
 def _read_cluster(path: Path) -> dict[str, Any]:
@@ -99,42 +102,38 @@ def _read_cluster(path: Path) -> dict[str, Any]:
         values: Any = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--cluster {path} cannot be read: {error}") from error
-    if not isinstance(values, dict) or values.keys() - CLUSTER_DEFAULTS.keys():
-        raise ConfigError(f"--cluster {path} must be one table with the keys {', '.join(CLUSTER_DEFAULTS)}")
+    known = knobs(ClusterFile)
+    if not isinstance(values, dict) or values.keys() - known.keys():
+        raise ConfigError(f"--cluster {path} must be one table with the keys {', '.join(known)}")
     return values
 
 
-def _check_value(name: str, key: str, value: Any) -> None:  # noqa: ANN401 -- whatever a file holds
-    """Refuse a value of the wrong type or out of range; ``name`` is what the user called it."""
-    if key in TEXT_KEYS:
+def _checked(name: str, key: str, value: Any) -> Any:  # noqa: ANN401 -- whatever a file holds
+    """A value of the right type and within its limits; ``name`` is what the user called it."""
+    hint = get_type_hints(ClusterFile)[key]
+    if hint is str:
         if not isinstance(value, str):
             raise ConfigError(f"{name} is {value!r}, must be a name")
         if key == "router":
             _check_router(name, value)
-        return
-    if key in FLAG_KEYS:
+        return value
+    if hint is bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}, must be true or false")
-        return
+        return value
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}, must be a number")
-    if key == "store_gbps" and value == math.inf:
-        return
-    if not abs(value) < GREATEST:
+    if not abs(value) < GREATEST and not (key == "store_gbps" and value == math.inf):
         raise ConfigError(f"{name} must be finite and below {GREATEST:g}")
-    if (reason := _out_of_range(key, value)) is not None:
-        raise ConfigError(f"{name} is {value:g}, must be {reason}")
-
-
-def _out_of_range(key: str, value: float) -> str | None:
-    """What a number must be, when it is not."""
-    if key in COUNT_KEYS:
-        if value == int(value) and 1 <= value <= COUNT_KEYS[key]:
-            return None
-        return f"a whole number of at least 1 and at most {COUNT_KEYS[key]:,}"
-    if key in FROM_ZERO_KEYS:
-        return None if value >= 0 else "0 or more"
-    return None if value >= LEAST else f"above 0, and at least {LEAST:g}"
+    knob = knobs(ClusterFile)[key]
+    whole = knob.at_most is not None
+    if not knob.allows(value) or (whole and value != int(value)):
+        if whole:
+            allowed = f"a whole number of at least {knob.at_least} and at most {knob.at_most:,}"
+        else:
+            allowed = f"above 0, and at least {LEAST:g}" if knob.at_least else "0 or more"
+        raise ConfigError(f"{name} is {value:g}, must be {allowed}")
+    return int(value) if whole else value
 
 
 def _check_router(name: str, value: str) -> None:
@@ -144,45 +143,33 @@ def _check_router(name: str, value: str) -> None:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def cluster_config(values: dict[str, Any], shape: ModelShape, *, slo_ttft_s: float) -> ClusterConfig:
-    """The cluster that these values describe, as ``cluster_values`` checked them.
+def cluster_config(values: ClusterFile, shape: ModelShape, *, slo_ttft_s: float) -> ClusterConfig:
+    """The cluster that these values describe.
 
     Raises:
         ConfigError: The weights do not leave room for keys and values.
     """
     token_bytes = shape.kv_bytes_per_token
-    layout = RankLayout(
-        pipeline_parallel_size=int(values["pipeline_parallel_size"]),
-        tensor_parallel_size=int(values["tensor_parallel_size"]),
-        link_per_rank=values["link_per_rank"],
-    )
-    kv_tokens = values["kv_tokens"] or _kv_tokens(values["gpu"], shape, layout)
+    kv_tokens = values.kv_tokens or _kv_tokens(values.gpu, shape, values.layout)
+    same = {each.name for each in fields(ClusterConfig)} & knobs(ClusterFile).keys() - {"kv_tokens"}
     return ClusterConfig(
-        num_replicas=int(values["num_replicas"]),
-        kv_tokens=int(kv_tokens),
-        nic_bytes_per_s=values["bandwidth_gbps"] * 1e9 / 8,
-        nic_latency_s=values["latency_s"],
-        store_tokens=int(values["store_gb"] * 1e9 / token_bytes),
-        store_bytes_per_s=values["store_gbps"] * 1e9 / 8,
-        host_tokens=int(values["host_gb"] * 1e9 / token_bytes),
+        **{name: getattr(values, name) for name in same},
+        kv_tokens=kv_tokens,
+        nic_bytes_per_s=values.bandwidth_gbps * 1e9 / 8,
+        nic_latency_s=values.latency_s,
+        store_tokens=int(values.store_gb * 1e9 / token_bytes),
+        store_bytes_per_s=values.store_gbps * 1e9 / 8,
+        host_tokens=int(values.host_gb * 1e9 / token_bytes),
         host_bytes_per_s=_host_gbps(values) * 1e9 / 8,
-        block_tokens=int(values["block_tokens"]),
-        pass_tokens=int(values["pass_tokens"]),
-        max_num_seqs=int(values["max_num_seqs"]),
-        recompute_budget_s=values["recompute_budget_s"],
-        router=values["router"],
         slo_ttft_s=slo_ttft_s,
-        pipeline_parallel_size=layout.pipeline_parallel_size,
-        tensor_parallel_size=layout.tensor_parallel_size,
-        link_per_rank=layout.link_per_rank,
     )
 
 
-def _host_gbps(values: dict[str, Any]) -> float:
-    if values["host_gbps"] is not None:
-        return float(values["host_gbps"])
+def _host_gbps(values: ClusterFile) -> float:
+    if values.host_gbps is not None:
+        return values.host_gbps
     try:
-        return find_gpu(values["gpu"]).pcie_bytes_per_s * 8 / 1e9
+        return find_gpu(values.gpu).pcie_bytes_per_s * 8 / 1e9
     except ConfigError:  # one that has published measurements alone
         return DEFAULT_HOST_GBPS
 
@@ -205,23 +192,23 @@ def _kv_tokens(gpu_name: str, shape: ModelShape, layout: RankLayout) -> int:
 
 
 def find_costs(
-    source: str, values: dict[str, Any], shape: ModelShape, *, measured: Path | None, extrapolate: bool
+    source: str, values: ClusterFile, shape: ModelShape, *, measured: Path | None, extrapolate: bool
 ) -> ChunkCosts:
     """The costs that ``--costs`` names.
 
     Raises:
         ConfigError: Nothing of that name, or it does not fit the model or the GPU; says what there is.
     """
-    chunk_tokens = int(values["block_tokens"])
+    chunk_tokens = values.block_tokens
     if source == "roofline":
-        roofline = Roofline(shape=shape, gpu=find_gpu(values["gpu"]))
+        roofline = Roofline(shape=shape, gpu=find_gpu(values.gpu))
         return roofline_costs(roofline, chunk_tokens=chunk_tokens)
     if source == "published":
         if measured is None or not measured.is_dir():
             raise ConfigError(
                 f"--costs published needs --measured, a folder of LLMServingSim's CSV files; got {measured}"
             )
-        gpu = values["gpu"]
+        gpu = values.gpu
         if gpu.lower() not in (each.lower() for each in published_gpus(measured)):
             known = ", ".join(published_gpus(measured)) or "none"
             raise ConfigError(f"--measured {measured} has no measurements of gpu {gpu!r}; known: {known}")
@@ -233,7 +220,7 @@ def find_costs(
     return measured_costs(load_profile(Path(source)).costs, shape, path=source, chunk_tokens=chunk_tokens)
 
 
-def inputs_fingerprint(source: str, values: dict[str, Any], shape: ModelShape, *, measured: Path | None) -> str:
+def inputs_fingerprint(source: str, values: ClusterFile, shape: ModelShape, *, measured: Path | None) -> str:
     """What tells two simulations apart whose model, GPU and costs have equal names: a digest of all they say.
 
     Raises:
@@ -242,7 +229,7 @@ def inputs_fingerprint(source: str, values: dict[str, Any], shape: ModelShape, *
     digest = hashlib.blake2b(repr(shape).encode(), digest_size=8)
     try:
         if source == "roofline":
-            digest.update(repr(find_gpu(values["gpu"])).encode())
+            digest.update(repr(find_gpu(values.gpu)).encode())
         elif source == "published":
             for path in sorted(measured.glob("*.csv")) if measured is not None else ():
                 digest.update(path.name.encode() + path.read_bytes())
@@ -251,12 +238,3 @@ def inputs_fingerprint(source: str, values: dict[str, Any], shape: ModelShape, *
     except OSError as error:
         raise ConfigError(f"--costs {source} cannot be read: {error}") from error
     return digest.hexdigest()
-
-
-def find_shape(name: str) -> ModelShape:
-    """The model by name, or from a file.
-
-    Raises:
-        ConfigError: Not known; lists those that are.
-    """
-    return find_model(name)

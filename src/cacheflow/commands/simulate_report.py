@@ -1,29 +1,24 @@
-"""Records of simulations, and the table of them."""
+"""What ``cacheflow simulate`` puts on record and shows of it."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from rich import box
+import msgspec
 from rich.table import Table
 
-from cacheflow.bench.results_file import read_lines
-from cacheflow.bench.table import seconds
+from cacheflow.bench.record import SimulationRecord
+from cacheflow.bench.table import Row, seconds, text_table
 from cacheflow.commands.simulate_workload import WorkloadSize
-from cacheflow.errors import ConfigError
-from cacheflow.json_text import parse_json
 from cacheflow.sim.cluster import ClusterConfig
-from cacheflow.sim.costs import ChunkCosts
 from cacheflow.sim.policies import EMBEDDED, PLUGIN, SYSTEMS
 from cacheflow.sim.results import RunResult, percentiles_s
 from cacheflow.sim.run import Run
 
-SUITE = "simulate"
 CDF_PERCENTS = (*(float(each) for each in range(101)), 99.5, 99.9)
 """Percentiles of the time to first token that a record keeps, for the picture."""
 OUTCOMES = {
@@ -31,92 +26,25 @@ OUTCOMES = {
     *(each.name for each in fields(RunResult)),
 }  # fmt: skip
 """Fields of a record that do not belong to its setting."""
-NEEDED = ("policy", "workload", "model", "costs", "ttft_percentiles_s")
-"""Fields that are drawn, and that every record has had."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What all runs of one command share.
-
-    Attributes:
-        workload: Name of the trace or profile.
-        costs: What the GPUs take.
-        cluster: The cluster.
-        objective: What ours minimise.
-        seed: Of everything that is drawn.
-        max_cells: Cells of a restoration; 0 for exact grids.
-        rate_scale: How many times as many requests a second as the workload has by itself.
-        shaping: The other options that shape the workload, by name; None for those that were not given.
-        inputs_fingerprint: Tells apart models, GPUs and costs of the same names.
-        requests_fingerprint: Tells apart traces of the same name, and whatever else makes other requests of them.
-        reusable_tokens: Prompt tokens that an earlier prompt began with too.
-    """
-
-    workload: str
-    costs: ChunkCosts
-    cluster: ClusterConfig
-    objective: str
-    seed: int
-    max_cells: int
-    rate_scale: float
-    shaping: Mapping[str, Any]
-    inputs_fingerprint: str
-    requests_fingerprint: str = ""
-    reusable_tokens: int = 0
-
-
-def record(setting: Setting, run: Run, *, wall_s: float) -> dict[str, Any]:
-    """One line of ``results.jsonl``; but for ``wall_s`` it depends on nothing but the command."""
-    cdf = dict(zip(map(str, CDF_PERCENTS), percentiles_s(run.ttfts_s, CDF_PERCENTS), strict=True))
+def outcome(run: Run, config: ClusterConfig) -> dict[str, Any]:
+    """What a record says of one run; depends on nothing but the command."""
     return {
-        "suite": SUITE,
+        **asdict(run.result),
         "policy": run.policy,
         "order": SYSTEMS[run.policy].order,
-        "workload": setting.workload,
-        "model": setting.costs.model,
-        "gpu": setting.costs.gpu,
-        "costs": setting.costs.source,
-        "objective": setting.objective,
-        "seed": setting.seed,
-        "max_cells": setting.max_cells,
-        "rate_scale": setting.rate_scale,
-        **setting.shaping,
-        "inputs_fingerprint": setting.inputs_fingerprint,
-        "requests_fingerprint": setting.requests_fingerprint,
-        "reusable_tokens": setting.reusable_tokens,
-        "cluster": {key: _plain(value) for key, value in asdict(setting.cluster).items()},
-        **asdict(run.result),
-        "ttft_percentiles_s": cdf,
-        "wall_s": wall_s,
+        "cluster": {key: _plain(value) for key, value in asdict(config).items()},
+        "ttft_percentiles_s": dict(zip(map(str, CDF_PERCENTS), percentiles_s(run.ttfts_s, CDF_PERCENTS), strict=True)),
     }
 
 
-def read_simulations(path: Path) -> list[dict[str, Any]]:
-    """The simulations in a results file, in its order; lines of other suites are skipped.
-
-    Records that do not say their order are of the time when ``cacheflow`` was the embedded engine's: they are named so.
-
-    Raises:
-        ConfigError: It cannot be read, or a line is malformed; the message names the line.
-    """
-    return [each for each in read_lines(path, _parse) if each.get("suite") == SUITE]
+def _plain(value: object) -> object:
+    """JSON has no infinity."""
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
-def _parse(line: str) -> dict[str, Any]:
-    values = parse_json(line)
-    if not isinstance(values, dict):
-        raise ConfigError(f"a record is a JSON object, not {type(values).__name__}")
-    if values.get("suite") == SUITE and (missing := [key for key in NEEDED if key not in values]):
-        raise ConfigError(f"a simulation without {', '.join(missing)}")
-    if values.get("suite") == SUITE and values["policy"] == PLUGIN and "order" not in values:
-        values |= {"policy": EMBEDDED, "order": SYSTEMS[EMBEDDED].order}
-    return values
-
-
-def comparable(
-    records: Sequence[Mapping[str, Any]], like: Mapping[str, Any]
-) -> tuple[tuple[Mapping[str, Any], ...], int]:
+def comparable(records: Sequence[SimulationRecord], like: SimulationRecord) -> tuple[tuple[SimulationRecord, ...], int]:
     """What may be compared with a record: the last record of every policy in its setting.
 
     Returns:
@@ -124,12 +52,12 @@ def comparable(
     """
     wanted = _setting_of(like)
     same = [each for each in records if _setting_of(each) == wanted]
-    return tuple({each["policy"]: each for each in same}.values()), len(records) - len(same)
+    return tuple({each.policy: each for each in same}.values()), len(records) - len(same)
 
 
-def _setting_of(values: Mapping[str, Any]) -> str:
+def _setting_of(record: SimulationRecord) -> dict[str, Any]:
     """Everything but what came of it, and what is a policy's own."""
-    return json.dumps({key: value for key, value in values.items() if key not in OUTCOMES}, sort_keys=True)
+    return {key: value for key, value in msgspec.structs.asdict(record).items() if key not in OUTCOMES}
 
 
 _LEGEND = (
@@ -158,47 +86,42 @@ def reuse_line(size: WorkloadSize, names: Sequence[str], *, block_tokens: int) -
     )
 
 
-def _legend(records: Sequence[Mapping[str, Any]]) -> str:
-    """What the columns are, and whom each of ours serves first."""
-    about = [f"{each['policy']}: {SYSTEMS[each['policy']].about}; order: {each['order']}" for each in records
-             if each["policy"] in (PLUGIN, EMBEDDED)]  # fmt: skip
-    return "\n".join([_LEGEND, *about])
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> Table:
+def table(records: Sequence[SimulationRecord]) -> Table:
     """Policies side by side, best mean first to the eye: in bold."""
     first = records[0]
+    cluster = first.cluster or {}
     title = (
-        f"{first['workload']}: {first['num_requests']:,} requests, {first['model']} on "
-        f"{first['cluster']['num_replicas']} x {first['gpu']}, "
-        f"{first['cluster']['nic_bytes_per_s'] * 8 / 1e9:.4g} Gbit/s each; costs: {first['costs']}; "
-        f"prompts {first['hit_tokens'] / 1e6:.1f}M tokens in GPU memory, {first['new_tokens'] / 1e6:.1f}M new"
+        f"{first.workload}: {first.num_requests:,} requests, {first.model} on "
+        f"{cluster['num_replicas']} x {first.gpu}, {cluster['nic_bytes_per_s'] * 8 / 1e9:.4g} Gbit/s each; "
+        f"costs: {first.costs}; "
+        f"prompts {(first.hit_tokens or 0) / 1e6:.1f}M tokens in GPU memory, {(first.new_tokens or 0) / 1e6:.1f}M new"
     )
-    shown = Table(
-        title=title,
-        title_style="bold",
-        title_justify="left",
-        caption=_legend(records),
-        caption_style="dim",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
-    shown.add_column("policy", no_wrap=True)
-    for name in ("TTFT", "p50", "p99", "TTLT", "in SLO", "GPU", "link", "loaded", "recomp"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    best_s = min(each["ttft_mean_s"] for each in records)
+    best_s = min(each.ttft_mean_s or 0.0 for each in records)
+    rows: list[Row] = []
     for each in records:
+        values = msgspec.structs.asdict(each)
         cells = [
-            *(seconds(each[key]) for key in ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "ttlt_mean_s")),
-            *(f"{each[key]:.0%}" for key in ("in_time_share", "compute_busy", "link_busy")),
-            *(f"{each[key] / 1e6:.1f}M" for key in ("loaded_tokens", "recomputed_tokens")),
+            each.policy,
+            *(seconds(values[key]) for key in ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "ttlt_mean_s")),
+            *(f"{values[key]:.0%}" for key in ("in_time_share", "compute_busy", "link_busy")),
+            *(f"{values[key] / 1e6:.1f}M" for key in ("loaded_tokens", "recomputed_tokens")),
         ]
-        shown.add_row(each["policy"], *cells, style="bold" if each["ttft_mean_s"] == best_s else None)
-    return shown
+        rows.append((cells, "bold" if each.ttft_mean_s == best_s else None))
+    heads = ("policy", "TTFT", "p50", "p99", "TTLT", "in SLO", "GPU", "link", "loaded", "recomp")
+    about = [f"{each.policy}: {SYSTEMS[each.policy].about}; order: {each.order}" for each in records
+             if each.policy in (PLUGIN, EMBEDDED)]  # fmt: skip
+    return text_table(title, heads, rows, caption="\n".join([_LEGEND, *about]))
 
 
-def _plain(value: object) -> object:
-    """JSON has no infinity."""
-    return None if isinstance(value, float) and math.isinf(value) else value
+def draw_ttft_cdf(records: Sequence[SimulationRecord], path: Path) -> Path:
+    """Distributions of the time to first token, one of each policy, all of one setting.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    from cacheflow.bench.chart import draw_distributions
+
+    first = records[0]
+    title = f"{first.workload}: {first.model}, costs {first.costs}"
+    return draw_distributions({each.policy: each.ttft_percentiles_s for each in records}, path, title=title,
+                              dashed=EMBEDDED)  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from cacheflow.errors import ConfigError, CostRangeError, TraceError
+from cacheflow.errors import CostRangeError, TraceError
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost
 from cacheflow.sim.cluster import ClusterConfig
@@ -63,8 +63,6 @@ class WorkloadSize:
 
 def trace_workload(path: Path, *, format: str, block_tokens: int, repeat: int) -> Workload:
     """The requests of a file, ``repeat`` times after each other, each time with prefixes of its own."""
-    if repeat < 1:
-        raise ConfigError(f"--repeat is {repeat}, must be at least 1")
 
     def read() -> Iterator[TraceRequest]:
         return _repeated(lambda: read_trace(path, format=format, block_tokens=block_tokens), repeat)
@@ -75,13 +73,7 @@ def trace_workload(path: Path, *, format: str, block_tokens: int, repeat: int) -
 def generated_workload(
     name: str, *, num_sessions: int, rate_per_s: float, seed: int, block_tokens: int, max_tokens: int | None
 ) -> Workload:
-    """Sessions of a profile.
-
-    Raises:
-        ConfigError: No such profile (known ones are listed), or a number is out of range.
-    """
-    if name not in PROFILES:
-        raise ConfigError(f"--workload {name!r} is not known; known are {', '.join(PROFILES)}")
+    """Sessions of a profile."""
     arrivals = Poisson(rate_per_s)
 
     def read() -> Iterator[TraceRequest]:
@@ -125,15 +117,7 @@ def shaped(
         rate_scale: So many times as many requests a second; pauses inside sessions shrink as much.
         seed: Of everything that is drawn.
         max_tokens: Longer prompts are left out; a turn after one follows the one before it.
-
-    Raises:
-        ConfigError: A number is out of range.
     """
-    for key, value in (("--limit", limit), ("--duration-s", duration_s), ("--max-tokens", max_tokens)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{key} is {value}, must be above 0")
-    if not 0 < rate_scale < math.inf:
-        raise ConfigError(f"--rate-scale is {rate_scale}, must be above 0 and finite")
 
     def read() -> Iterator[TraceRequest]:
         requests: Iterable[TraceRequest] = workload.read()

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cacheflow.bench.batch.bound import batch_bound
 from cacheflow.bench.batch.policies import CONTENDERS, find_contender
 from cacheflow.bench.batch.simulate import BatchCase, simulate_batch
+from cacheflow.bench.batch_bound import batch_bound
 from cacheflow.errors import UnknownPolicyError
 from cacheflow.plan.bound import bound
 from support.problems import transformer_problem

@@ -9,7 +9,7 @@ import pytest
 
 from cacheflow import cli
 from cacheflow.bench.batch.policies import CONTENDERS
-from cacheflow.bench.batch.record import read_batch_records
+from cacheflow.bench.record import BatchRecord, read_records
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
 
@@ -26,7 +26,7 @@ def bench(model_folder, tmp_path, capsys):
         code = cli.main(["bench", "batch", "--out", str(out), "--model", str(model_folder), *options])
         results = out / "results.jsonl"
         printed = capsys.readouterr()
-        return code, read_batch_records(results) if results.exists() else [], printed.out + printed.err
+        return code, read_records(results, BatchRecord) if results.exists() else [], printed.out + printed.err
 
     return run
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cacheflow.bench.batch.record import BatchRecord, BatchTimes, append_batch_record, read_batch_records
+from cacheflow.bench.record import BatchRecord, BatchTimes, append_record, read_records
 from cacheflow.errors import ConfigError
 from support.batch_records import batch_record
 
@@ -15,8 +15,8 @@ def test_there_and_back(tmp_path):
     records = [batch_record(), batch_record("cake", starvation_s=3.0, starvation_kept=False, correct=False)]
     path = tmp_path / "results.jsonl"
     for record in records:
-        append_batch_record(path, record)
-    assert read_batch_records(path) == records
+        append_record(path, record)
+    assert read_records(path, BatchRecord) == records
 
 
 def test_times_of_a_batch():
@@ -66,7 +66,7 @@ def test_malformed_lines_are_refused_with_their_number(tmp_path, edit, message):
     path = tmp_path / "results.jsonl"
     path.write_text(batch_record().to_json() + "\n\n" + json.dumps(values) + "\n")
     with pytest.raises(ConfigError, match=f"line 3.*{message}"):
-        read_batch_records(path)
+        read_records(path, BatchRecord)
 
 
 @pytest.mark.parametrize("line", ["[]", "{", "3"])

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.batch.record import read_batch_records
 from cacheflow.bench.batch.summary import BatchSetting, summarise_batches
+from cacheflow.bench.record import BatchRecord, read_records
 from support.batch_records import batch_record
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
@@ -48,7 +48,7 @@ def test_other_deadlines_are_other_runs(bench, results):
     assert bench()[0] == 0
     assert bench("--slo-factor", 5)[0] == 0
     assert bench("--slo-factor", 5)[0] == 0
-    records = read_batch_records(results)
+    records = read_records(results, BatchRecord)
     assert [record.slo_factor for record in records] == [2.0, 5.0]
     assert len(summarise_batches(records)) == 2
 
@@ -57,12 +57,12 @@ def test_a_changed_shape_of_the_same_name_is_another_model(bench, shape_file, re
     bench()
     shape_file.write_text(json.dumps(SHAPE | {"intermediate_size": 96}))
     assert bench()[0] == 0
-    first, second = read_batch_records(results)
+    first, second = read_records(results, BatchRecord)
     assert first.model == second.model
     assert first.fingerprint != second.fingerprint
     assert BatchSetting.of(first) != BatchSetting.of(second)
     bench()
-    assert len(read_batch_records(results)) == 2
+    assert len(read_records(results, BatchRecord)) == 2
 
 
 def test_records_from_before_these_fields_are_read_and_do_not_count_as_done(bench, results):
@@ -71,7 +71,7 @@ def test_records_from_before_these_fields_are_read_and_do_not_count_as_done(benc
     del old["fingerprint"], old["slo_factor"]
     results.write_text(json.dumps(old) + "\n")
     assert bench()[0] == 0
-    assert [record.slo_factor for record in read_batch_records(results)] == [None, 2.0]
+    assert [record.slo_factor for record in read_records(results, BatchRecord)] == [None, 2.0]
 
 
 def test_a_half_written_last_line_is_cut_off_before_the_work_and_its_round_runs_again(bench, results):
@@ -81,7 +81,7 @@ def test_a_half_written_last_line_is_cut_off_before_the_work_and_its_round_runs_
     code, said = bench()
     assert code == 0
     assert f"the last line was only half written when a run ended; its {len(torn):,} bytes were cut off" in said
-    assert len(read_batch_records(results)) == 1
+    assert len(read_records(results, BatchRecord)) == 1
 
 
 def test_a_damaged_line_is_named_before_the_work(bench, results, no_work):
@@ -114,7 +114,7 @@ def test_a_folder_that_nothing_can_be_written_into_is_refused_before_the_work(be
         (("--model", "some"), "--model and --shape both say what is restored: drop one of them"),
         (("--ratios", "1e-300"), "--ratios 1e-300 must be between 0.001 and 1000"),
         (("--ratios", "1,nan"), "--ratios 1.0,nan must be above 0 and finite"),
-        (("--slo-factor", "nan"), "--slo-factor nan must be above 0 and finite"),
+        (("--slo-factor", "nan"), "--slo-factor is nan, must be above 0 and finite"),
         (("--time-limit-s", "nan"), "--time-limit-s is nan, must be above 0"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_run_that_is_interrupted_goes_on_where_it_was(bench, results, monkeypa
 
     monkeypatch.setattr(batch_rounds, "run_batch_round", interrupted)
     assert bench("--ratios", "1,2")[0] == 130
-    assert [record.load_compute_ratio for record in read_batch_records(results)] == [1.0]
+    assert [record.load_compute_ratio for record in read_records(results, BatchRecord)] == [1.0]
     assert bench("--ratios", "1,2")[0] == 0
-    assert [record.load_compute_ratio for record in read_batch_records(results)] == [1.0, 2.0]
+    assert [record.load_compute_ratio for record in read_records(results, BatchRecord)] == [1.0, 2.0]
     assert calls == [1.0, 2.0, 2.0]

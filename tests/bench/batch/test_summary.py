@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from cacheflow.bench.batch.plot import draw_batches
+from cacheflow.bench.batch.report import batch_tables, draw_batches
 from cacheflow.bench.batch.summary import simulator_agreement, summarise_batches
-from cacheflow.bench.batch.table import batch_tables
 from cacheflow.bench.table import LOSES
 from support.batch_records import batch_record
 
 
 def shown(records):
     console = Console(width=140, record=True)
-    console.print(batch_tables(summarise_batches(records), simulator_agreement(records)))
+    console.print(batch_tables(records))
     return console.export_text()
 
 
@@ -101,5 +100,6 @@ def test_the_figure_is_drawn(tmp_path):
     records = [
         batch_record(policy, load_compute_ratio=ratio) for policy in ("cake", "mean_ttft") for ratio in (0.5, 1.0)
     ]
-    path = draw_batches(summarise_batches(records), tmp_path / "batch.png")
+    (path,) = draw_batches(records, tmp_path)
+    assert path.name == "batch.png"
     assert path.stat().st_size > 10_000

@@ -1,20 +1,20 @@
 from collections import Counter
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from cacheflow.bench.figures.command import read_figures
 from cacheflow.bench.figures.drawing import draw_figures
-from cacheflow.bench.figures.figure_14 import FIGURE as LOSING
-from cacheflow.bench.figures.record import FigureRecord, read_records
 from cacheflow.bench.figures.registry import FIGURES, find_figures
 from cacheflow.bench.figures.runs import ALONE
+from cacheflow.bench.record import FigureRecord
 from cacheflow.cli import main
 from cacheflow.errors import ConfigError
 
 NUMBERS = tuple(FIGURES)
-RIVALS = {contender.series for contender in ALONE}
+RIVALS = {contender.name for contender in ALONE}
 
 
 @cache
@@ -91,9 +91,9 @@ def test_a_losing_cell_is_marked(tmp_path: Path):
     pytest.importorskip("matplotlib")
     behind = [
         replace(record, ttft_s=record.ttft_s * 2 + 1) if record.series == "cacheflow" else record
-        for record in reduced(LOSING.number)
+        for record in reduced(14)
     ]
-    (better,) = draw_figures(reduced(LOSING.number), tmp_path / "as-it-is")
+    (better,) = draw_figures(reduced(14), tmp_path / "as-it-is")
     (worse,) = draw_figures(behind, tmp_path / "behind")
     assert better.read_bytes() != worse.read_bytes()
 
@@ -108,7 +108,7 @@ def test_an_unknown_figure_is_refused_with_the_list(numbers: list[int]):
 def test_the_command_simulates_writes_and_draws_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
     assert main(["bench", "figures", "--out", str(tmp_path), "--only", "9,6", "--fast"]) == 0
-    records = read_records(tmp_path / "results.jsonl")
+    records = read_figures(tmp_path / "results.jsonl")
     assert list(dict.fromkeys(record.suite for record in records)) == ["figure-6", "figure-9"]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["figure-6.png", "figure-9.png"]
     assert "over best" in capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_the_command_refuses_an_unknown_figure_in_one_line(tmp_path: Path, capsy
 def test_another_figure_in_the_same_folder_leaves_the_first_ones_records(tmp_path: Path):
     for number in ("3", "6", "3"):
         assert main(["bench", "figures", "--out", str(tmp_path), "--only", number, "--fast"]) == 0
-    records = read_records(tmp_path / "results.jsonl")
+    records = read_figures(tmp_path / "results.jsonl")
     assert {record.suite for record in records} == {"figure-3", "figure-6"}
     assert len({record.to_json() for record in records}) == len(records)
     assert (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from cacheflow.bench.figures import command
-from cacheflow.bench.figures.record import FigureRecord, read_records, write_records
+from cacheflow.bench.figures.command import read_figures, write_figures
+from cacheflow.bench.record import FigureRecord
 from cacheflow.cli import main
 from support.batch_records import batch_record
 
@@ -45,7 +46,7 @@ def simulate(tmp_path: Path):
 
 
 def test_drawing_is_no_simulating(tmp_path, capsys):
-    write_records(tmp_path / "r.jsonl", [RECORD])
+    write_figures(tmp_path / "r.jsonl", [RECORD])
     words = ["bench", "figures", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "r.jsonl"), "--fast"]
     assert main(words) == 2
     assert "--fast is of simulating, --results draws records that are there: drop one" in capsys.readouterr().err
@@ -60,12 +61,12 @@ def test_records_that_another_run_writes_meanwhile_are_kept(simulate, tmp_path):
         yield RECORD
 
     simulate("figure-6", meanwhile)
-    assert read_records(tmp_path / "results.jsonl") == [other, RECORD]
+    assert read_figures(tmp_path / "results.jsonl") == [other, RECORD]
 
 
 def test_a_half_written_line_is_cut_off_before_anything_is_simulated(simulate, tmp_path, capsys):
     path = tmp_path / "results.jsonl"
-    write_records(path, [replace(RECORD, suite="figure-9")])
+    write_figures(path, [replace(RECORD, suite="figure-9")])
     whole = path.read_text()
     path.write_text(whole + whole[:50])
 
@@ -75,16 +76,16 @@ def test_a_half_written_line_is_cut_off_before_anything_is_simulated(simulate, t
 
     simulate("figure-6", look)
     assert "the last line was only half written" in capsys.readouterr().out.replace("\n", " ")
-    assert len(read_records(path)) == 2
+    assert len(read_figures(path)) == 2
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (batch_record().to_json(), "line 1: no record of a figure, but of something else"),
-        ("[]", "line 1: no record of a figure, but of something else: list"),
-        ('{"suite": "figure-6"}', "line 1: no record of a figure: series, policy"),
-        ("9" * 5000, "line 1: not readable as JSON"),
+        (batch_record().to_json(), "holds no records of figures alone, but of batch"),
+        ("[]", "line 1: malformed record: Expected `object`, got `array`"),
+        ('{"suite": "figure-6"}', "line 1: malformed record: Object missing required field `series`"),
+        ("9" * 5000, "line 1: "),
     ],
     ids=["another benchmark's", "list", "half", "digits"],
 )

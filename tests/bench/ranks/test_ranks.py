@@ -4,16 +4,16 @@ import dataclasses
 import io
 from contextlib import contextmanager, nullcontext
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from cacheflow.bench.ranks import command as ranks_command
-from cacheflow.bench.ranks.record import RanksRecord, read_ranks_records
 from cacheflow.bench.ranks.report import draw_ranks, gain, ranks_tables
-from cacheflow.bench.ranks.study import RanksOptions, RanksStudy, Split, cores_of, splits_of
-from cacheflow.bench.record import append_record
+from cacheflow.bench.ranks.study import RanksOptions, RankSplit, RanksStudy, cores_of, splits_of
+from cacheflow.bench.record import RanksRecord, append_record, read_records
 from cacheflow.bench.results_file import only_run
-from cacheflow.bench.vllm.client import Answer
+from cacheflow.bench.vllm.client import Completion
 from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.bench.vllm.counts import EngineCounts
 from cacheflow.bench.vllm.server import ServerOptions, server_command, server_environment
@@ -29,7 +29,7 @@ SHAPE = ModelShape(
 
 
 def record(split=None, **changes):
-    split = split or Split(1, 1)
+    split = split or RankSplit(1, 1)
     values = {
         "suite": "ranks", "policy": "cacheflow", "model": "toy", "device": "cpu", "dtype": "bfloat16",
         "num_tokens": 1024, "suffix_tokens": 8, "chunk_tokens": 512, "num_layers": 6, "link_bytes_per_s": 1e6,
@@ -59,16 +59,16 @@ def study(tmp_path):
 
 
 def answer(tokens):
-    return Answer(tokens=tokens, arrivals_s=(0.5,) * len(tokens), sent_s=0.0, first_logprobs={}, cached_tokens=1024)
+    return Completion(tokens=tokens, arrivals_s=(0.5,) * len(tokens), sent_s=0.0, first_logprobs={}, cached_tokens=1024)
 
 
 def test_one_rank_comes_first_and_stages_come_with_and_without_the_axis():
     one, axis, in_order, tensor = splits_of([2, 1], (1, 2))
-    assert one == Split(1, 1)
-    assert (axis, in_order) == (Split(2, 1), Split(2, 1, gpu_axis=False))
-    assert tensor == Split(1, 2)
+    assert one == RankSplit(1, 1)
+    assert (axis, in_order) == (RankSplit(2, 1), RankSplit(2, 1, gpu_axis=False))
+    assert tensor == RankSplit(1, 2)
     assert len({split.name for split in splits_of((1, 2, 4), (1, 2, 4))}) == 7
-    assert Split(2, 2).num_ranks == 4
+    assert RankSplit(2, 2).num_ranks == 4
 
 
 def test_each_rank_has_a_core_and_the_server_its_sizes(tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_one_round_measures_one_rank_on_the_prompt_it_has(tmp_path, monkeypatch)
             lengths.append(len(tokens))
             whole = 9.0 if lengths.count(len(tokens)) == 1 else 3.0
             took_s = 0.5 if len(tokens) == 8 else whole
-            return Answer(tokens=(1,), arrivals_s=(took_s,), sent_s=0.0, first_logprobs={}, cached_tokens=0)
+            return Completion(tokens=(1,), arrivals_s=(took_s,), sent_s=0.0, first_logprobs={}, cached_tokens=0)
 
     class Servers:
         client = Client()
@@ -114,7 +114,7 @@ def test_one_round_measures_one_rank_on_the_prompt_it_has(tmp_path, monkeypatch)
 
         @contextmanager
         def turn(self, name):
-            assert name == Split(1, 1).name
+            assert name == RankSplit(1, 1).name
             yield self
 
     @contextmanager
@@ -130,7 +130,7 @@ def test_one_round_measures_one_rank_on_the_prompt_it_has(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("together", [True, False])
 def test_servers_are_kept_where_they_fit_in_memory_and_else_started_for_each_turn(tmp_path, monkeypatch, together):
-    splits = [Split(1, 1), Split(1, 4)]
+    splits = [RankSplit(1, 1), RankSplit(1, 4)]
     asked = study(tmp_path)
     asked = dataclasses.replace(asked, options=dataclasses.replace(asked.options, repeats=2))
     happened = []
@@ -174,13 +174,13 @@ def test_servers_are_kept_where_they_fit_in_memory_and_else_started_for_each_tur
 
 def test_memory_of_all_servers_counts_each_rank_and_what_surrounds_it(tmp_path):
     asked = dataclasses.replace(study(tmp_path), memory_bytes=[50, 30, 20])
-    assert asked.needed_bytes([Split(1, 1)]) == pytest.approx(120)
-    assert asked.needed_bytes([Split(1, 1), Split(4, 1)]) == pytest.approx(1.2 * (200 + 150))
+    assert asked.needed_bytes([RankSplit(1, 1)]) == pytest.approx(120)
+    assert asked.needed_bytes([RankSplit(1, 1), RankSplit(4, 1)]) == pytest.approx(1.2 * (200 + 150))
 
 
 @pytest.mark.parametrize(("tokens", "correct", "equal"), [((7, 8, 9), True, 3), ((7, 1, 9), False, 1)])
 def test_a_record_holds_what_the_engine_counted_and_whether_tokens_are_equal(tmp_path, tokens, correct, equal):
-    split, asked = Split(2, 1), study(tmp_path)
+    split, asked = RankSplit(2, 1), study(tmp_path)
     asked.references[split, 0] = answer((7, 8, 9))
     counts = EngineCounts(
         loaded_bytes=100, recomputed_tokens=256.0, loaded_tokens=768.0, restore_s=1.2, bound_ratio=1.5
@@ -195,8 +195,8 @@ def test_a_record_holds_what_the_engine_counted_and_whether_tokens_are_equal(tmp
 
 def test_what_was_not_restored_has_no_time_of_restoration(tmp_path):
     asked = study(tmp_path)
-    asked.references[Split(1, 1), 0] = answer((7,))
-    made = asked._record(Split(1, 1), answer((7,)), EngineCounts(), own_s=3.0, repeat=0, ratio=1.0)
+    asked.references[RankSplit(1, 1), 0] = answer((7,))
+    made = asked._record(RankSplit(1, 1), answer((7,)), EngineCounts(), own_s=3.0, repeat=0, ratio=1.0)
     assert made.restore_s is None
     assert "not restored" in made.note
     assert gain(made, [made]) is None
@@ -212,11 +212,11 @@ def test_impossible_records_are_refused(changes):
 
 
 def records():
-    in_order = Split(2, 1, gpu_axis=False)
+    in_order = RankSplit(2, 1, gpu_axis=False)
     return [
-        record(), record(Split(2, 1), restore_s=1.0, bound_restore_s=0.9), record(in_order, restore_s=1.6),
-        record(repeat=1, restore_s=4.0), record(Split(2, 1), repeat=1, restore_s=1.0, bound_restore_s=0.8),
-        record(Split(1, 2), restore_s=1.0, correct=False, equal_tokens=2),
+        record(), record(RankSplit(2, 1), restore_s=1.0, bound_restore_s=0.9), record(in_order, restore_s=1.6),
+        record(repeat=1, restore_s=4.0), record(RankSplit(2, 1), repeat=1, restore_s=1.0, bound_restore_s=0.8),
+        record(RankSplit(1, 2), restore_s=1.0, correct=False, equal_tokens=2),
     ]  # fmt: skip
 
 
@@ -241,17 +241,16 @@ def test_records_come_back_from_a_file_and_are_drawn(tmp_path):
     path = tmp_path / "results.jsonl"
     for each in records():
         append_record(path, each)
-    assert read_ranks_records(path) == records()
+    assert read_records(path, RanksRecord) == records()
     (drawn,) = draw_ranks(records(), tmp_path)
     assert drawn.name == "ranks-toy-1024.png"
     assert drawn.stat().st_size > 1000
 
 
 def test_splits_have_names_for_people():
-    assert [record(split).split for split in (Split(1, 1), Split(2, 1), Split(2, 1, gpu_axis=False), Split(2, 2))] == [
-        "1 rank", "PP 2", "PP 2 in order", "PP 2, TP 2",
-    ]  # fmt: skip
-    assert dataclasses.replace(record(), tensor_parallel_size=4).split == "TP 4"
+    splits = (RankSplit(1, 1), RankSplit(2, 1), RankSplit(2, 1, gpu_axis=False), RankSplit(2, 2))
+    assert [record(split).split for split in splits] == ["1 rank", "PP 2", "PP 2 in order", "PP 2, TP 2"]
+    assert msgspec.structs.replace(record(), tensor_parallel_size=4).split == "TP 4"
 
 
 @pytest.mark.parametrize(
@@ -295,7 +294,7 @@ def test_ranks_that_share_a_core_are_told_of(tmp_path, monkeypatch, capsys, num_
     assert ("2 ranks share 1 cores" in capsys.readouterr().out) == (num_cores == 1)
 
 
-def test_advice_in_brackets_and_paths_with_brackets_are_printed_as_they_are(tmp_path, monkeypatch):
+def test_advice_in_brackets_and_paths_with_brackets_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
     def no_matplotlib(*_):
         raise ConfigError("figures need matplotlib: pip install 'cacheflow-kv[plots]'")
 
@@ -303,9 +302,11 @@ def test_advice_in_brackets_and_paths_with_brackets_are_printed_as_they_are(tmp_
     out.mkdir()
     append_record(out / "results.jsonl", record())
     monkeypatch.setattr(ranks_command, "draw_ranks", no_matplotlib)
-    console = Console(file=io.StringIO(), width=300, record=True)
-    assert ranks_command._show(out, console) == 0
-    printed = console.export_text()
+    monkeypatch.setattr(ranks_command, "probe", lambda python: {"accelerator": ""})
+    monkeypatch.setattr(ranks_command, "_study", lambda *_: None)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["bench", "ranks", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
     assert "pip install 'cacheflow-kv[plots]'" in printed
     assert "runs[a]/results.jsonl" in printed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.record import read_records
+from cacheflow.bench.record import RestoreRecord, read_records
 from cacheflow.bench.summary import summarise
 from support.sample_records import sample_record
 
@@ -39,7 +39,7 @@ def test_other_blocks_and_another_store_are_other_runs(bench, results):
     one = ("--ratios", 1)
     for more in ((), ("--layers-per-block", 3), ("--store", "file"), ("--layers-per-block", 3)):
         assert bench(*one, *more)[0] == 0
-    records = read_records(results)
+    records = read_records(results, RestoreRecord)
     kinds = [(record.layers_per_block, record.store) for record in records]
     assert kinds == [(1, "memory"), (3, "memory"), (1, "file")]
     assert all(record.fingerprint for record in records)
@@ -52,7 +52,7 @@ def test_another_models_records_do_not_count_as_done(bench, results):
     bench("--ratios", 1)
     results.write_text(results.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
     bench("--ratios", 1)
-    assert len(read_records(results)) == 2
+    assert len(read_records(results, RestoreRecord)) == 2
 
 
 def test_a_half_written_last_line_is_cut_off_before_the_work(bench, results, no_work, monkeypatch):

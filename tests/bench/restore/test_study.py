@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from cacheflow.errors import ConfigError, StoreError
@@ -353,7 +354,7 @@ def test_a_round_is_done_when_every_policy_of_it_is_on_record(study):
         {"num_tokens": 64},
         {"chunk_tokens": 16},
     ):
-        others = [replace(record, **changes) for record in records]
+        others = [msgspec.structs.replace(record, **changes) for record in records]
         assert not done(round_, others), changes
         link = round_.bytes_per_s
         assert ratio_on_record(study, others, suite="restore", bytes_per_s=link) is None, changes

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cacheflow.bench.vllm.ask import Neighbour, ask, compare, save_prefix
-from cacheflow.bench.vllm.client import Answer, ServerError, VllmClient
+from cacheflow.bench.vllm.client import Completion, ServerError, VllmClient
 from cacheflow.errors import ConfigError
 from support.fake_vllm import FakeVllm, fake_vllm
 
@@ -17,12 +17,12 @@ def client() -> Iterator[VllmClient]:
         yield made
 
 
-def answer(tokens: tuple[int, ...] = (1, 2, 3), **changes: Any) -> Answer:
+def answer(tokens: tuple[int, ...] = (1, 2, 3), **changes: Any) -> Completion:
     values: dict[str, Any] = {
         "tokens": tokens, "arrivals_s": tuple(0.5 + 0.1 * k for k in range(len(tokens))), "sent_s": 10.0,
         "first_logprobs": {"a": -0.5, "b": -1.0}, "cached_tokens": 0,
     }  # fmt: skip
-    return Answer(**{**values, **changes})
+    return Completion(**{**values, **changes})
 
 
 def test_tokens_times_and_hits_are_read_from_the_stream(client: VllmClient):

@@ -8,8 +8,9 @@ import pytest
 from cacheflow.bench.vllm import server as vllm_server
 from cacheflow.bench.vllm.client import ServerError
 from cacheflow.bench.vllm.fleet import Fleet
+from cacheflow.bench.vllm.policies import RivalMissingError
 from cacheflow.bench.vllm.process_group import available_memory, group_cpu_s, group_memory
-from cacheflow.bench.vllm.rivals.lmcache import LMCacheMissingError, lmcache_python
+from cacheflow.bench.vllm.rivals.lmcache import lmcache_python
 from cacheflow.bench.vllm.server import VllmServer, free_port, start_process, stop_process
 from cacheflow.bench.vllm.workload import open_model, read_model
 from cacheflow.cli import main
@@ -22,8 +23,8 @@ PYTHON = Path(sys.executable)
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--policies", "magic"], "--policies magic unknown"),
-        (["--ratios", "0"], "--ratios (0.0,) must be above 0"),
+        (["--policies", "magic"], "--policies: policy 'magic' is not known; known are vllm, load"),
+        (["--ratios", "0"], "--ratios 0.0 must be above 0 and finite"),
         (["--ratios", "inf"], "must be above 0 and finite"),
         (["--tokens", "1000"], "must be a multiple of --chunk 512"),
         (["--repeats", "0"], "--repeats is 0"),
@@ -48,7 +49,7 @@ def test_an_interpreter_without_vllm_is_told_how_to_get_it(tmp_path: Path, capsy
 
 
 def test_an_interpreter_without_lmcache_is_named():
-    with pytest.raises(LMCacheMissingError, match="does not import both lmcache and vllm"):
+    with pytest.raises(RivalMissingError, match="does not import both lmcache and vllm"):
         lmcache_python(Path("/no/python"), PYTHON)
 
 

@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from cacheflow.bench.vllm.client import ServerError
-from cacheflow.bench.vllm.load import LoadOptions, record_of, restored_tokens, session_prompts, show_load
+from cacheflow.bench.vllm.load import LoadOptions, record_of, restored_tokens, session_prompts
+from cacheflow.bench.vllm.report import load_table
 from cacheflow.bench.vllm.workload import PROMPT_STRIDE, prompt
 from cacheflow.errors import ConfigError
 
@@ -63,7 +64,7 @@ def test_what_was_restored_is_read_from_the_servers_counters():
 def test_the_table_shows_the_tail_the_throughput_and_what_was_restored():
     console = Console(width=150)
     with console.capture() as capture:
-        show_load([record_of(RESULT, policy="cacheflow", model="m", options=OPTIONS)], console)
+        console.print(load_table([record_of(RESULT, policy="cacheflow", model="m", options=OPTIONS)]))
     (row,) = [line for line in capture.get().splitlines() if line.startswith(" cacheflow ")]
     assert row.split()[-2:] == ["25%", "1"]
     assert [word for word in row.split()[1:-2] if word != "ms"] == ["500", "400", "900", "20.0", "50.0", "1.50", "900"]

@@ -6,19 +6,18 @@ from pathlib import Path
 import pytest
 
 from cacheflow.bench.vllm.policies import (
-    LINK_NOTES,
     OWN_POLICIES,
     QUICK_POLICIES,
-    VLLM_POLICIES,
     LinkSetup,
-    check_policies,
+    link_note,
     transfer_config,
+    vllm_policies,
 )
 from cacheflow.bench.vllm.server import ServerOptions, server_command, server_environment
 from cacheflow.errors import ConfigError
 from cacheflow.policies.registry import RESTORE_POLICIES
 
-SETUP = LinkSetup(bytes_per_s=2e7, chunk_tokens=512, store_dir=Path("/s"), profile_dir=Path("/p"), lmcache_port=5555)
+SETUP = LinkSetup(bytes_per_s=2e7, chunk_tokens=512, store_dir=Path("/s"), profile_dir=Path("/p"), side_port=5555)
 SERVER = ServerOptions(
     python=Path("python"), model_dir=Path("/m"), dtype="bfloat16", chunk_tokens=512, max_tokens=4165, kv_cache_gib=1,
     compiled=False, log_dir=Path("/l"),
@@ -37,7 +36,7 @@ def test_a_kv_cache_given_in_bytes_is_not_overruled_by_the_environment(monkeypat
 
 def test_the_latency_asked_for_reaches_our_connector_alone():
     asked = dataclasses.replace(SETUP, itl_slo_ms=60.0)
-    for policy in VLLM_POLICIES:
+    for policy in vllm_policies():
         extra = (transfer_config(policy, asked) or {}).get("kv_connector_extra_config", {})
         assert extra.get("itl_slo_ms") == (60.0 if policy in OWN_POLICIES else None)
         assert "itl_slo_ms" not in str(transfer_config(policy, SETUP))
@@ -62,14 +61,14 @@ def test_our_policies_differ_in_the_policy_alone(policy: str):
 
 
 def test_every_policy_that_loads_is_told_the_bandwidth_or_has_a_relay():
-    for policy in set(VLLM_POLICIES) - {"vllm", "lmcache"}:
+    for policy in set(vllm_policies()) - {"vllm", "lmcache"}:
         config = transfer_config(policy, SETUP)
         assert config is not None
         assert config["kv_connector_extra_config"]["throttle_bytes_per_s"] == 2e7
     lmcache = transfer_config("lmcache", SETUP)
     assert lmcache is not None
     assert lmcache["kv_connector_extra_config"]["lmcache.mp.port"] == 5555
-    assert "relay" in LINK_NOTES["lmcache"]
+    assert "relay" in link_note("lmcache")
 
 
 def test_lmcache_without_a_server_is_refused():
@@ -79,7 +78,7 @@ def test_lmcache_without_a_server_is_refused():
 
 
 def test_failed_loads_are_recomputed_not_failed():
-    for policy in set(VLLM_POLICIES) - {"vllm"}:
+    for policy in set(vllm_policies()) - {"vllm"}:
         config = transfer_config(policy, SETUP)
         assert config is not None
         assert config["kv_load_failure_policy"] == "recompute"
@@ -96,19 +95,32 @@ def test_the_configuration_reaches_the_command_line_as_json():
 def test_vllm_can_import_what_the_configuration_names(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", "/theirs")
     ours, theirs = server_environment(SERVER)["PYTHONPATH"].split(":")
-    assert (Path(ours) / "cacheflow" / "bench" / "vllm_offloading_spec.py").is_file()
+    assert (Path(ours) / "cacheflow" / "bench" / "vllm" / "rivals" / "offloading_spec.py").is_file()
     assert theirs == "/theirs"
 
 
 def test_every_policy_says_how_its_link_is_slowed_down():
-    assert set(LINK_NOTES) == set(VLLM_POLICIES)
-    assert set(QUICK_POLICIES) < set(VLLM_POLICIES)
+    assert all(map(link_note, vllm_policies()))
+    assert set(QUICK_POLICIES) < set(vllm_policies())
 
 
-@pytest.mark.parametrize("names", [(), ("vllm", "magic")])
-def test_unknown_policies_are_refused(names: tuple[str, ...]):
-    with pytest.raises(ConfigError, match="known: vllm, load"):
-        check_policies(names)
+def test_unknown_policies_are_refused():
+    with pytest.raises(ConfigError, match="known are vllm, load"):
+        transfer_config("magic", SETUP)
+
+
+def test_without_its_folder_there_are_no_rivals_and_ours_run_all_the_same(monkeypatch: pytest.MonkeyPatch):
+    from cacheflow.bench.vllm import policies
+
+    monkeypatch.setattr(policies, "find_spec", lambda name: None)
+    policies.rivals.cache_clear()
+    try:
+        assert policies.rivals() == {}
+        with pytest.raises(ConfigError, match="'lmcache' is not known"):
+            transfer_config("lmcache", SETUP)
+        assert transfer_config("cake", SETUP) is not None
+    finally:
+        policies.rivals.cache_clear()
 
 
 def test_all_servers_compute_on_the_same_cores_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch):

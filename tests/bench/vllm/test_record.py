@@ -4,11 +4,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cacheflow.bench.record import append_record
+from cacheflow.bench.record import NEIGHBOUR, VllmRecord, append_record, read_records
 from cacheflow.bench.summary import summarise
-from cacheflow.bench.vllm.plot import draw_vllm
-from cacheflow.bench.vllm.record import NEIGHBOUR, SUITE, VllmRecord, read_vllm_records
-from cacheflow.bench.vllm.table import vllm_tables
+from cacheflow.bench.vllm.report import draw_vllm, vllm_tables
 from cacheflow.errors import ConfigError
 from support.sample_records import sample_record
 
@@ -16,7 +14,7 @@ from support.sample_records import sample_record
 def vllm_record(**changes: Any) -> VllmRecord:
     """A plausible record, with fields changed."""
     values: dict[str, Any] = {
-        "suite": SUITE, "policy": "cacheflow", "model": "tiny", "device": "cpu", "dtype": "bfloat16",
+        "suite": "vllm", "policy": "cacheflow", "model": "tiny", "device": "cpu", "dtype": "bfloat16",
         "num_tokens": 4096, "suffix_tokens": 37, "chunk_tokens": 512, "num_layers": 30, "link_bytes_per_s": 2e7,
         "load_compute_ratio": 1.0, "repeat": 0, "restore_s": None, "ttft_s": 2.6, "bound_restore_s": 2.4,
         "bound_ttft_s": 2.5, "compute_busy": None, "io_busy": None, "recomputed_cells": 120, "loaded_cells": 120,
@@ -36,7 +34,7 @@ def test_records_come_back_as_they_were_written_and_other_suites_are_skipped(tmp
     append_record(path, sample_record())
     for record in records:
         append_record(path, record)
-    assert read_vllm_records(path) == records
+    assert read_records(path, VllmRecord) == records
 
 
 def test_a_time_counts_without_a_restoration_time():
@@ -66,9 +64,9 @@ def test_impossible_values_are_refused(changes: dict[str, Any]):
 
 def test_a_malformed_line_is_named(tmp_path: Path):
     path = tmp_path / "results.jsonl"
-    path.write_text(vllm_record().to_json() + "\n" + f'{{"suite": "{SUITE}"}}\n')
+    path.write_text(vllm_record().to_json() + "\n" + '{"suite": "vllm"}\n')
     with pytest.raises(ConfigError, match="line 2"):
-        read_vllm_records(path)
+        read_records(path, VllmRecord)
 
 
 def _shown(records: list[VllmRecord]) -> str:

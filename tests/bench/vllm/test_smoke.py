@@ -8,9 +8,10 @@ import pytest
 
 from cacheflow.bench.vllm.ask import ask, compare, save_prefix
 from cacheflow.bench.vllm.fleet import FleetOptions, open_fleet
-from cacheflow.bench.vllm.policies import OFFLOADING
 from cacheflow.bench.vllm.server import ServerOptions
 from cacheflow.bench.vllm.workload import open_model, prompt_tokens
+
+OFFLOADING = "vllm_offloading"
 
 _SPEC = importlib.util.find_spec("vllm")
 pytestmark = [

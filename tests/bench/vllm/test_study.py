@@ -9,7 +9,7 @@ import pytest
 from cacheflow.bench.vllm.client import VllmClient
 from cacheflow.bench.vllm.costs import PrefixSize, VllmCosts
 from cacheflow.bench.vllm.fleet import Fleet
-from cacheflow.bench.vllm.study import StudyOptions, VllmStudy, longest_sequence, tokens_needed
+from cacheflow.bench.vllm.study import VllmStudy, VllmStudyOptions, longest_sequence, tokens_needed
 from cacheflow.bench.vllm.workload import BenchModel
 from cacheflow.types import ModelShape
 from support.fake_vllm import FakeVllm, fake_vllm
@@ -49,7 +49,7 @@ def _study(**changes: Any) -> VllmStudy:
         "size": SIZE, "repeats": 2, "neighbour": False, "dtype": "bfloat16", "device": "cpu",
         "environment": {"vllm": "0"},
     }  # fmt: skip
-    options = StudyOptions(**{**values, **changes})
+    options = VllmStudyOptions(**{**values, **changes})
     tokens = [1 + (index * 7919) % 900 for index in range(tokens_needed(SIZE, options.repeats))]
     return VllmStudy(BenchModel(Path("/none"), SHAPE, 4096), tokens, options, costs=COSTS)
 

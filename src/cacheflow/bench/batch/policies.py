@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
+from cacheflow.bench.contender import Contender
 from cacheflow.errors import UnknownPolicyError
-from cacheflow.plan.batch import BatchPolicy
-from cacheflow.policies.batch_registry import make_batch_policy
-from cacheflow.policies.registry import make_policy
-
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A batch policy over a restore policy, by name."""
-
-    batch: str
-    restore: str
-
-    def make(self) -> BatchPolicy:
-        """The policy."""
-        return make_batch_policy(self.batch, make_policy(self.restore))
-
 
 CONTENDERS: Mapping[str, Contender] = MappingProxyType(
     {
-        "cake": Contender("fcfs", "cake"),
-        "fcfs": Contender("fcfs", "cacheflow"),
-        "longest_first": Contender("longest_first", "cacheflow_v1"),
-        "dp": Contender("dp", "cacheflow_v2"),
-        "mean_ttft": Contender("mean_ttft", "cacheflow"),
-        "p99_ttft": Contender("p99_ttft", "cacheflow"),
-        "makespan": Contender("makespan", "cacheflow"),
-        "slo": Contender("slo", "cacheflow"),
+        name: Contender(name=name, batch=batch, restore=restore)
+        for name, batch, restore in (
+            ("cake", "fcfs", "cake"),
+            ("fcfs", "fcfs", "cacheflow"),
+            ("longest_first", "longest_first", "cacheflow_v1"),
+            ("dp", "dp", "cacheflow_v2"),
+            ("mean_ttft", "mean_ttft", "cacheflow"),
+            ("p99_ttft", "p99_ttft", "cacheflow"),
+            ("makespan", "makespan", "cacheflow"),
+            ("slo", "slo", "cacheflow"),
+        )
     }
 )
 """By the name on record, rivals first. ``dp`` decides every split itself."""
-
 OURS = ("mean_ttft", "p99_ttft", "makespan", "slo")
 """Each minimises one objective; it is flagged where a rival does better by that objective."""
 

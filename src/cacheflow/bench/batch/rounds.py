@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from cacheflow.bench.batch.bound import batch_bound
 from cacheflow.bench.batch.policies import find_contender
-from cacheflow.bench.batch.record import BatchRecord, BatchTimes, RequestRecord
 from cacheflow.bench.batch.simulate import BatchCase, simulate_batch
 from cacheflow.bench.batch.study import BatchStudy, RequestRun
-from cacheflow.bench.record import Environment
+from cacheflow.bench.batch_bound import batch_bound
+from cacheflow.bench.record import BatchRecord, BatchRequestRecord, BatchTimes, Environment
+from cacheflow.bench.suite import rotated
 from cacheflow.plan.bound import bound
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.state.report import Lane, Span, SpanKind, busy_share
@@ -30,7 +30,7 @@ class BatchRound:
         policies: Names of contenders, in the order of the first repeat.
         arrival_gap_s: Seconds between arrivals; 0 for all together.
         seed: Of the orders of arrival.
-        starvation_s: See ``BatchScheduler``.
+        starvation_s: See ``BatchScheduler``; None for no bound.
         slo_factor: Deadlines, in times of what a request takes alone at best.
     """
 
@@ -39,7 +39,7 @@ class BatchRound:
     policies: tuple[str, ...]
     arrival_gap_s: float = 0.0
     seed: int = 0
-    starvation_s: float = float("inf")
+    starvation_s: float | None = None
     slo_factor: float = 2.0
 
     def order(self, num_requests: int) -> tuple[int, ...]:
@@ -47,12 +47,6 @@ class BatchRound:
         order = list(range(num_requests))
         random.Random(f"{self.seed}/{self.repeat}").shuffle(order)
         return tuple(order)
-
-    @property
-    def rotated(self) -> tuple[str, ...]:
-        """The policies in the order in which this repeat runs them."""
-        shift = self.repeat % len(self.policies)
-        return (*self.policies[shift:], *self.policies[:shift])
 
 
 def run_batch_round(
@@ -70,10 +64,10 @@ def run_batch_round(
         problems=[problems[index] for index in order],
         arrivals_s=[round_.arrival_gap_s * position for position in range(len(order))],
         deadlines_s=[round_.slo_factor * bound(problems[index]).ttft_s for index in order],
-        starvation_s=round_.starvation_s,
+        starvation_s=float("inf") if round_.starvation_s is None else round_.starvation_s,
     )
     records = {}
-    for name in round_.rotated:
+    for name in rotated(round_.policies, round_.repeat):
         on_run(name)
         runs = study.run(find_contender(name), case, order=order)
         records[name] = _record(study, round_, name, case, runs, environment)
@@ -113,7 +107,7 @@ def _record(
         link_bytes_per_s=bytes_per_s,
         repeat=round_.repeat,
         seed=round_.seed,
-        starvation_s=None if round_.starvation_s == float("inf") else round_.starvation_s,
+        starvation_s=round_.starvation_s,
         mean_ttft_s=times.mean_ttft_s,
         p99_ttft_s=times.p99_ttft_s,
         makespan_s=times.makespan_s,
@@ -121,11 +115,11 @@ def _record(
         io_busy=io_busy,
         bound_makespan_s=least.makespan_s,
         bound_mean_ttft_s=least.mean_ttft_s,
-        starvation_kept=starvation_kept(truths, arrivals_s, ttft_s, starvation_s=round_.starvation_s),
+        starvation_kept=starvation_kept(truths, arrivals_s, ttft_s, starvation_s=case.starvation_s),
         compute_drift=drift,
         correct=all(run.correct for run in runs),
         requests=tuple(
-            RequestRecord(
+            BatchRequestRecord(
                 num_tokens=problem.grid.num_tokens,
                 suffix_tokens=problem.grid.suffix_tokens,
                 arrival_s=run.arrival_s,

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from cacheflow.bench.batch.policies import Contender
 from cacheflow.bench.batch.simulate import BatchCase
+from cacheflow.bench.contender import Contender
+from cacheflow.bench.setup import room_bytes, save_prefix, slowed
 from cacheflow.embedded.restorer import CUDA_CLAIM_S
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
-from cacheflow.engine.saver import PrefixSaver
 from cacheflow.engine.transfer_port import StoreTicket, StoreTransferPort
-from cacheflow.errors import ConfigError, StoreError
+from cacheflow.errors import ConfigError
 from cacheflow.plan.costs import CostTable, build_problem
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
@@ -36,9 +36,6 @@ from cacheflow.state.batch import BatchScheduler
 from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.throttled import ThrottledStore
-
-OBJECT_ROOM_BYTES = 8192
-"""Room for what a store keeps beside each object's bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +117,8 @@ class BatchStudy:
         ).digest
         self._prompts: list[_Prompt] = []
         self._costs: CostTable | None = None
-        room = options.num_tokens * model.shape.kv_bytes_per_token
         num_objects = sum(-(-length // options.chunk_tokens) for length in options.lengths) * model.shape.num_layers
-        self._store = MemoryStore(capacity_bytes=room + num_objects * OBJECT_ROOM_BYTES + (1 << 20))
+        self._store = MemoryStore(capacity_bytes=room_bytes(model.shape, options.num_tokens, num_objects))
 
     def prepare(self, on_step: OnStep = lambda what, done, total: None) -> None:
         """Measure costs, prefill every prompt, save every prefix.
@@ -158,16 +154,7 @@ class BatchStudy:
         assert self._costs is not None, "prepare comes first"
         link = LinkCost(bytes_per_s=bytes_per_s)
         problems = [build_problem(self._costs, each.grid, self.model.shape, link=link) for each in self._prompts]
-        return [
-            replace(
-                problem,
-                compute_KB=problem.compute_KB * drift,
-                kv_only_KB=problem.kv_only_KB * drift,
-                suffix_B=problem.suffix_B * drift,
-                head_s=problem.head_s * drift,
-            )
-            for problem in problems
-        ]
+        return [slowed(problem, drift) for problem in problems]
 
     def bytes_per_s(self, ratio: float) -> float:
         """Bandwidth at which loading all prefixes takes ``ratio`` times as long as recomputing them."""
@@ -253,11 +240,7 @@ class BatchStudy:
 
     def _save(self, prompt: _Prompt) -> None:
         geometry = CellGeometry(grid=prompt.grid, shape=self.model.shape)
-        saver = PrefixSaver(self._store, geometry=geometry, namespace=self._namespace, chain_hashes=prompt.chain)
-        saver.save_prefix(prompt.reference)
-        report = saver.wait()
-        if not report.complete:
-            raise StoreError(f"{report.num_failed} cells of a prefix of {prompt.grid.num_tokens} tokens were not saved")
+        save_prefix(self._store, prompt.reference, geometry, self._namespace, prompt.chain)
 
 
 def _submit(

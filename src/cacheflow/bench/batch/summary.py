@@ -1,4 +1,4 @@
-"""Records of batches to tables: medians by setting and policy, and how far the simulator was from what happened.
+"""Records of batches to summaries: medians by setting and policy, and how far the simulator was from what happened.
 
 Policies are compared within a repeat, where they served the same order of arrival side by side.
 """
@@ -11,8 +11,8 @@ from itertools import combinations
 from statistics import median
 
 from cacheflow.bench.batch.policies import OURS
-from cacheflow.bench.batch.record import BatchRecord
-from cacheflow.bench.summary import Spread
+from cacheflow.bench.record import BatchRecord
+from cacheflow.bench.spread import Spread, best_rival, by_setting
 
 CLEARLY = 1.05
 """Two policies differ when one takes this many times as long; the simulator must rank those alike."""
@@ -47,18 +47,12 @@ class BatchSetting:
     @classmethod
     def of(cls, record: BatchRecord) -> BatchSetting:
         """The setting of a record."""
+        same = ("model", "device", "dtype", "lengths", "suffix_tokens", "chunk_tokens", "arrival_gap_s", "fingerprint")
         return cls(
-            model=record.model,
-            device=record.device,
-            dtype=record.dtype,
-            lengths=record.lengths,
-            suffix_tokens=record.suffix_tokens,
-            chunk_tokens=record.chunk_tokens,
-            arrival_gap_s=record.arrival_gap_s,
+            **{name: getattr(record, name) for name in same},
             starvation_s=float("inf") if record.starvation_s is None else record.starvation_s,
             load_compute_ratio=float(f"{record.load_compute_ratio:.3g}"),
             slo_factor=record.slo_factor or 0.0,
-            fingerprint=record.fingerprint,
         )
 
 
@@ -124,13 +118,9 @@ Runs = Mapping[int, BatchRecord]
 
 
 def summarise_batches(records: Sequence[BatchRecord]) -> list[BatchSummary]:
-    """Group records by setting and summarise each policy; of a repeat that was run again the last run counts."""
-    settings: dict[BatchSetting, dict[str, dict[int, BatchRecord]]] = {}
-    for record in records:
-        settings.setdefault(BatchSetting.of(record), {}).setdefault(record.policy, {})[record.repeat] = record
+    """Group records by setting and summarise each policy; settings ascend, policies keep their order."""
     summaries = []
-    for setting in sorted(settings):
-        by_policy = settings[setting]
+    for setting, by_policy in sorted(by_setting(records, BatchSetting.of).items()):
         every = [run for runs in by_policy.values() for run in runs.values()]
         summaries.append(
             BatchSummary(
@@ -173,12 +163,8 @@ def _best_rival(policy: str, by_policy: Mapping[str, Runs]) -> str | None:
     """The policy that is not ours with the least median of what ``policy`` minimises; None for rivals."""
     if policy not in OBJECTIVES:
         return None
-    medians = {
-        other: median(map(OBJECTIVES[policy], runs.values()))
-        for other, runs in by_policy.items()
-        if other not in OURS and all(run.correct for run in runs.values())
-    }
-    return min(medians, key=lambda other: medians[other]) if medians else None
+    rivals = {name: runs for name, runs in by_policy.items() if name not in OURS}
+    return best_rival(rivals, OBJECTIVES[policy], lambda run: run.is_good)
 
 
 def _over(measure: Measure, mine: Runs, theirs: Runs) -> Spread | None:
@@ -239,11 +225,8 @@ def simulator_agreement(records: Sequence[BatchRecord]) -> Agreement | None:
 
 
 def _side_by_side(records: Sequence[BatchRecord]) -> Iterable[tuple[BatchRecord, BatchRecord]]:
-    rounds: dict[tuple[BatchSetting, int], dict[str, BatchRecord]] = {}
-    for record in records:
-        rounds.setdefault((BatchSetting.of(record), record.repeat), {})[record.policy] = record
-    for by_policy in rounds.values():
-        yield from combinations(by_policy.values(), 2)
+    for by_policy in by_setting(records, lambda record: (BatchSetting.of(record), record.repeat)).values():
+        yield from combinations((record for runs in by_policy.values() for record in runs.values()), 2)
 
 
 def _ranked_alike(one: BatchRecord, other: BatchRecord) -> Iterable[bool]:

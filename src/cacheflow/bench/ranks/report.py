@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cacheflow.bench.chart import new_figure, save_figure
-from cacheflow.bench.ranks.record import RanksRecord
-from cacheflow.bench.table import NOTHING, WRONG, seconds
+from cacheflow.bench.chart import PALETTE, draw_bound, draw_line, label_ratios, new_figure, save_figure
+from cacheflow.bench.record import RanksRecord
+from cacheflow.bench.spread import Spread
+from cacheflow.bench.table import NOTHING, WRONG, Row, markdown_table, median_of, not_equal, seconds, text_table
 
 ONE_RANK = "1 rank"
 LEGEND = (
     "load/compute is that of one rank behind one such link; each rank has a core and a link of its own. faster: one\n"
     "rank's restoration time over this one's, same prompt; over bound: the engine's own, of its slowest stage"
 )
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#999999")
-"""Source: Okabe and Ito (2008), as in ``plots``."""
 
 
 def ranks_tables(records: Sequence[RanksRecord]) -> RenderableType:
@@ -36,31 +33,24 @@ def ranks_tables(records: Sequence[RanksRecord]) -> RenderableType:
 def _table(ratio: float, runs: Sequence[RanksRecord]) -> Table:
     first = runs[0]
     title = f"{first.model} in vLLM: {first.num_tokens:,} cached + {first.suffix_tokens:,} new, load/compute {ratio:g}"
-    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("ranks", no_wrap=True)
-    for head in ("restored in", "over bound", "faster", "TTFT", "own prefill", "equal"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for split in dict.fromkeys(record.split for record in runs):
-        table.add_row(split, *_cells([record for record in runs if record.split == split], runs))
-    return table
+    rows: list[Row] = [
+        ([split, *_cells([record for record in runs if record.split == split], runs)], None)
+        for split in dict.fromkeys(record.split for record in runs)
+    ]
+    return text_table(title, ("ranks", "restored in", "over bound", "faster", "TTFT", "own prefill", "equal"), rows)
 
 
 def _cells(own: Sequence[RanksRecord], runs: Sequence[RanksRecord]) -> list[str]:
     if not all(record.correct for record in own):
-        return [*[WRONG] * 5, f"[red]no, {sum(not record.correct for record in own)} of {len(own)}[/red]"]
+        return [*[WRONG] * 5, not_equal(sum(not record.correct for record in own), len(own))]
     return [
-        _median([record.restore_s for record in own], seconds),
-        _median([record.over_bound for record in own], "{:.2f}".format),
-        _median([gain(record, runs) for record in own], "{:.2f}×".format),
-        _median([record.ttft_s for record in own], seconds),
-        _median([record.recompute_s for record in own], seconds),
+        median_of((record.restore_s for record in own), seconds),
+        median_of((record.over_bound for record in own), "{:.2f}".format),
+        median_of((gain(record, runs) for record in own), "{:.2f}×".format),
+        median_of((record.ttft_s for record in own), seconds),
+        median_of((record.recompute_s for record in own), seconds),
         "yes",
     ]
-
-
-def _median(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
-    known = [value for value in values if value is not None]
-    return shown(median(known)) if known else NOTHING
 
 
 def gain(record: RanksRecord, runs: Sequence[RanksRecord]) -> float | None:
@@ -75,20 +65,17 @@ def gain(record: RanksRecord, runs: Sequence[RanksRecord]) -> float | None:
 
 
 def ranks_markdown(records: Sequence[RanksRecord]) -> str:
-    """A table and its caption for a page: time, over the bound, and how much sooner than one rank.
+    """A table and its caption for a page: time, over the bound, and how much faster than one rank.
 
     Args:
         records: Of one model and length; a wrong run's split shows no time.
     """
     ratios = sorted({record.load_compute_ratio for record in records})
     rows = [
-        ["load time / compute time of one rank", *(f"{ratio:g}" for ratio in ratios)],
-        ["---", *(["--:"] * len(ratios))],
+        [split, *(_markdown_cell([r for r in records if r.split == split], records, ratio) for ratio in ratios)]
+        for split in dict.fromkeys(record.split for record in records)
     ]
-    for split in dict.fromkeys(record.split for record in records):
-        rows.append(
-            [split, *(_markdown_cell([r for r in records if r.split == split], records, ratio) for ratio in ratios)]
-        )
+    table = markdown_table(["load time / compute time of one rank", *(f"{ratio:g}" for ratio in ratios)], rows)
     last = records[-1]
     counts = {len({r.repeat for r in records if r.load_compute_ratio == ratio}) for ratio in ratios}
     runs = "one run each" if counts == {1} else f"medians of {min(counts)} to {max(counts)} alternating runs"
@@ -100,17 +87,18 @@ def ranks_markdown(records: Sequence[RanksRecord]) -> str:
         f"vllm {last.environment.get('vllm')}. "
         "Every run shown gave the tokens of stock vLLM."
     )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{caption}"
+    return f"{table}\n\n{caption}"
 
 
 def _markdown_cell(own: Sequence[RanksRecord], runs: Sequence[RanksRecord], ratio: float) -> str:
     own = [record for record in own if record.load_compute_ratio == ratio]
     if not own or not all(record.correct for record in own):
         return WRONG if own else NOTHING
-    cell = f"{_median([r.restore_s for r in own], seconds)} ({_median([r.over_bound for r in own], '{:.2f}×'.format)})"
+    times = "{:.2f}×".format
+    cell = f"{median_of((r.restore_s for r in own), seconds)} ({median_of((r.over_bound for r in own), times)})"
     if own[0].split == ONE_RANK:
         return cell
-    return f"{cell}, **{_median([gain(record, runs) for record in own], '{:.2f}×'.format)}**"
+    return f"{cell}, **{median_of((gain(record, runs) for record in own), times)}**"
 
 
 def draw_ranks(records: Sequence[RanksRecord], out_dir: Path) -> list[Path]:
@@ -134,37 +122,23 @@ def draw_one(records: Sequence[RanksRecord], path: Path) -> Path:
     """
     figure, (left, right) = new_figure(num_panels=2, num_columns=2, panel_size=(5.2, 4.0))
     ratios = sorted({record.load_compute_ratio for record in records})
-    for split, colour in zip(dict.fromkeys(record.split for record in records), COLOURS * 3, strict=False):
+    for split, colour in zip(dict.fromkeys(record.split for record in records), PALETTE * 3, strict=False):
         own = [record for record in records if record.split == split and record.timed]
-        _line(left, own, ratios, lambda record: record.restore_s, colour, split)
-        _line(left, own, ratios, lambda record: record.bound_restore_s, colour, None)
-        _line(right, own, ratios, lambda record: gain(record, records), colour, split)
+        draw_line(left, split, _points(own, lambda record: record.restore_s), colour=colour)
+        bounds = _points(own, lambda record: record.bound_restore_s)
+        draw_bound(left, [(ratio, spread.median) for ratio, spread in bounds], colour=colour)
+        draw_line(right, split, _points(own, lambda record: gain(record, records)), colour=colour)
     for axes, label in ((left, "restored in [s] (dashed: bound)"), (right, "times faster than one rank")):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
-        axes.minorticks_off()
-        axes.set_xlabel("one rank: time to load everything / time to prefill it")
-        axes.set_ylabel(label)
+        label_ratios(axes, ratios, x_label="one rank: time to load everything / time to prefill it", y_label=label)
         axes.set_ylim(bottom=0)
     left.legend(frameon=False, fontsize=8)
     first = records[0]
-    figure.suptitle(f"{first.model} in vLLM, {first.num_tokens:,} cached tokens, a core and a link a rank", fontsize=9)
-    return save_figure(figure, path)
+    title = f"{first.model} in vLLM, {first.num_tokens:,} cached tokens, a core and a link a rank"
+    return save_figure(figure, path, title=title)
 
 
-def _line(
-    axes: object,
-    records: Sequence[RanksRecord],
-    ratios: Sequence[float],
-    value: Callable[[RanksRecord], float | None],
-    colour: str,
-    label: str | None,
-) -> None:
-    """Medians over the repeats; without a label dashed and thin."""
-    points = []
-    for ratio in ratios:
-        values = [found for r in records if r.load_compute_ratio == ratio and (found := value(r)) is not None]
-        if values:
-            points.append((ratio, median(values)))
-    style = {"marker": "o", "label": label} if label else {"linestyle": "--", "linewidth": 1.0}
-    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, **style)  # type: ignore[attr-defined]
+def _points(records: Sequence[RanksRecord], value: Callable[[RanksRecord], float | None]) -> list[tuple[float, Spread]]:
+    """What was measured at each ratio, over the repeats."""
+    ratios = sorted({record.load_compute_ratio for record in records})
+    found = [(ratio, Spread.of(value(r) for r in records if r.load_compute_ratio == ratio)) for ratio in ratios]
+    return [(ratio, spread) for ratio, spread in found if spread is not None]

@@ -11,14 +11,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cacheflow.bench.ranks.record import SUITE, RanksRecord
-from cacheflow.bench.record import Environment
+from cacheflow.bench.record import Environment, RanksRecord
+from cacheflow.bench.suite import rotated
 from cacheflow.bench.vllm.ask import nudge
-from cacheflow.bench.vllm.client import Answer
+from cacheflow.bench.vllm.client import Completion
 from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.bench.vllm.counts import EngineCounts, counts_between
 from cacheflow.bench.vllm.fleet import Fleet, wait_until_at_rest
-from cacheflow.bench.vllm.policies import CPU_BYTES
+from cacheflow.bench.vllm.policies import LinkSetup, transfer_config
 from cacheflow.bench.vllm.server import ServerOptions, start_server
 from cacheflow.bench.vllm.workload import BenchModel, prompt
 
@@ -33,7 +33,7 @@ SAVE, AUTO, OFF = ({"cacheflow": mode} for mode in ("recompute", "auto", "off"))
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Split:
+class RankSplit:
     """How a model is split over ranks; without the GPU axis stages hand activations over in order."""
 
     pipeline: int
@@ -51,12 +51,12 @@ class Split:
         return self.pipeline * self.tensor
 
 
-def splits_of(pipeline_sizes: Sequence[int], tensor_sizes: Sequence[int]) -> list[Split]:
+def splits_of(pipeline_sizes: Sequence[int], tensor_sizes: Sequence[int]) -> list[RankSplit]:
     """Pipeline and tensor parallelism by themselves, one rank first; stages with and without the axis."""
-    splits = [Split(1, 1)]
+    splits = [RankSplit(1, 1)]
     for size in sorted(set(pipeline_sizes) - {1}):
-        splits += [Split(size, 1), Split(size, 1, gpu_axis=False)]
-    return splits + [Split(1, size) for size in sorted(set(tensor_sizes) - {1})]
+        splits += [RankSplit(size, 1), RankSplit(size, 1, gpu_axis=False)]
+    return splits + [RankSplit(1, size) for size in sorted(set(tensor_sizes) - {1})]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +96,11 @@ class RanksStudy:
     options: RanksOptions
     prefill_s: float = 0.0
     memory_bytes: list[int] = field(default_factory=list)
-    references: dict[tuple[Split, int], Answer] = field(default_factory=dict)
+    references: dict[tuple[RankSplit, int], Completion] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Measure one rank by itself: its time for the prefix, the ground of all ratios, and its memory."""
-        with self._fleet([Split(1, 1)], FAST_LINK_BYTES_PER_S) as fleet, fleet.turn(Split(1, 1).name) as server:
+        with self._fleet([RankSplit(1, 1)], FAST_LINK_BYTES_PER_S) as fleet, fleet.turn(RankSplit(1, 1).name) as server:
             times = []
             for measured in range(max(3, self.options.repeats)):
                 server.client.evict()
@@ -116,13 +116,13 @@ class RanksStudy:
         """Bandwidth at which one rank loads the prefix in ``ratio`` times what its own prefill takes."""
         return self.options.size.num_tokens * self.model.shape.kv_bytes_per_token / (ratio * self.prefill_s)
 
-    def needed_bytes(self, splits: Sequence[Split]) -> float:
+    def needed_bytes(self, splits: Sequence[RankSplit]) -> float:
         """Bytes of memory for a server of each split, all started; a rank takes at most what an only one does."""
         more_ranks = sum(split.num_ranks - 1 for split in splits)
         return MEMORY_MARGIN * (len(splits) * sum(self.memory_bytes) + more_ranks * self.memory_bytes[0])
 
     def rounds(
-        self, splits: Sequence[Split], *, ratio: float, together: bool, on_step: Callable[[str], None]
+        self, splits: Sequence[RankSplit], *, ratio: float, together: bool, on_step: Callable[[str], None]
     ) -> Iterator[RanksRecord]:
         """Every repeat of one ratio; in a repeat each split has its turn, a different one first each time.
 
@@ -130,7 +130,7 @@ class RanksStudy:
             splits: What takes turns.
             ratio: See ``bytes_per_s``.
             together: Start all servers first, and stop those not in turn; else each turn starts and ends its own.
-            on_step: Told what comes next.
+            on_step: Called with what comes next.
 
         Raises:
             ServerError: A server did not start, or failed in its turn.
@@ -143,8 +143,7 @@ class RanksStudy:
                     on_step(f"{split.name} saves")
                     self._save(kept, split, repeats)
             for repeat in repeats:
-                shift = repeat % len(splits)
-                for split in [*splits[shift:], *splits[:shift]]:
+                for split in rotated(splits, repeat):
                     with nullcontext(kept) if together else self._fleet([split], bytes_per_s) as fleet:
                         if not together:
                             on_step(f"{split.name} saves")
@@ -152,7 +151,7 @@ class RanksStudy:
                         on_step(split.name)
                         yield self._run(fleet, split, repeat=repeat, ratio=ratio)
 
-    def _save(self, fleet: Fleet, split: Split, repeats: Sequence[int]) -> None:
+    def _save(self, fleet: Fleet, split: RankSplit, repeats: Sequence[int]) -> None:
         """Have prompts computed and saved; their answers are the references. Then restore one, untimed."""
         with fleet.turn(split.name) as server:
             for repeat in repeats:
@@ -165,7 +164,7 @@ class RanksStudy:
             server.client.evict()
             server.client.complete(self._prompt(repeats[0]), max_tokens=2, params=AUTO)
 
-    def _run(self, fleet: Fleet, split: Split, *, repeat: int, ratio: float) -> RanksRecord:
+    def _run(self, fleet: Fleet, split: RankSplit, *, repeat: int, ratio: float) -> RanksRecord:
         with fleet.turn(split.name) as server:
             client = server.client
             nudge(client)
@@ -182,7 +181,7 @@ class RanksStudy:
         return self._record(split, answer, counts, own_s=own.ttft_s, repeat=repeat, ratio=ratio)
 
     def _record(
-        self, split: Split, answer: Answer, counts: EngineCounts, *, own_s: float, repeat: int, ratio: float
+        self, split: RankSplit, answer: Completion, counts: EngineCounts, *, own_s: float, repeat: int, ratio: float
     ) -> RanksRecord:
         shape, size = self.model.shape, self.options.size
         reference = self.references[split, repeat]
@@ -191,7 +190,7 @@ class RanksStudy:
         per_token = shape.num_layers / size.chunk_tokens
         restored = counts.restore_s > 0 and counts.bound_ratio > 0
         return RanksRecord(
-            suite=SUITE,
+            suite="ranks",
             policy=POLICY,
             model=shape.name,
             device="cpu",
@@ -225,7 +224,7 @@ class RanksStudy:
         )
 
     @contextmanager
-    def _fleet(self, splits: Sequence[Split], bytes_per_s: float) -> Iterator[Fleet]:
+    def _fleet(self, splits: Sequence[RankSplit], bytes_per_s: float) -> Iterator[Fleet]:
         with ExitStack() as stack:
             fleet = Fleet()
             for split in splits:
@@ -245,24 +244,16 @@ class RanksStudy:
                 server.freeze()
             yield fleet
 
-    def _transfer(self, split: Split, bytes_per_s: float) -> dict[str, Any]:
+    def _transfer(self, split: RankSplit, bytes_per_s: float) -> dict[str, Any] | None:
         root = self.options.store_root / split.name
-        return {
-            "kv_connector": "CacheFlowConnector",
-            "kv_connector_module_path": "cacheflow.vllm.connector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",  # vLLM's default fails the request
-            "kv_connector_extra_config": {
-                "store": "file",
-                "store_path": str(root / "store"),
-                "cpu_bytes_to_use": CPU_BYTES,
-                "chunk_tokens": self.options.size.chunk_tokens,
-                "policy": POLICY,
-                "profile_dir": str(root / "profiles"),
-                "throttle_bytes_per_s": bytes_per_s,
-                "boundary_states": split.gpu_axis,
-            },
-        }
+        setup = LinkSetup(
+            bytes_per_s=bytes_per_s,
+            chunk_tokens=self.options.size.chunk_tokens,
+            store_dir=root / "store",
+            profile_dir=root / "profiles",
+            boundary_states=split.gpu_axis,
+        )
+        return transfer_config(POLICY, setup)
 
     def _prompt(self, repeat: int) -> list[int]:
         return prompt(self.tokens, repeat, self.options.size.num_tokens + self.options.size.suffix_tokens)

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from cacheflow.bench.options import (
-    add_study_arguments,
-    check_study_arguments,
-    float_list,
-    int_list,
-    make_folder,
-    name_list,
-)
-from cacheflow.bench.record import RestoreRecord, append_record, environment, read_records
-from cacheflow.bench.results_file import only_run, take_up
-from cacheflow.bench.summary import summarise
-from cacheflow.bench.table import console_tables
+from cacheflow.bench.chart import draw_results
+from cacheflow.bench.environment import accelerator_name, environment
+from cacheflow.bench.options import EmbeddedFlags, option
+from cacheflow.bench.record import RestoreRecord
+from cacheflow.bench.suite import OnRun, Suite, SuiteRun, new_progress
+from cacheflow.bench.summary import console_tables, summarise
+from cacheflow.bench.timeline import Timeline, draw_timelines, read_timelines, write_timelines
 from cacheflow.errors import ConfigError
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 
@@ -32,11 +24,10 @@ if TYPE_CHECKING:
     from cacheflow.bench.restore.rounds import Round, RoundRun
     from cacheflow.bench.restore.study import Study, Wrong
 
-SUITE = "restore"
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 OBJECTIVES = ("restore", "ttft")
 CUDA_GBPS = (10.0, 40.0, 80.0, float("inf"))
-"""Links studied on a GPU unless told otherwise: those of the paper, and no limit."""
+"""Links studied on a GPU unless others are asked for: those of the paper, and no limit."""
 PERTURBATIONS = {
     "cost_error=2": {"cost_error": 2.0},
     "cost_error=0.5": {"cost_error": 0.5},
@@ -44,159 +35,177 @@ PERTURBATIONS = {
     "bandwidth_error=0.5": {"bandwidth_error": 0.5},
     "link_drop=0.25": {"link_drop": 0.25},
 }
-"""Costs or bandwidth told wrongly by 2x either way; the link falling to a quarter half-way through the restoration."""
+"""Costs or bandwidth stated wrongly by 2x either way; the link falling to a quarter half-way through."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench restore``."""
-    add_study_arguments(parser, suffix=256, repeats=3)
-    parser.add_argument("--ratios", type=float_list, metavar="R,R,...",
-                        help="load time over recompute time (default: 0.25,0.5,1,2,4)")  # fmt: skip
-    parser.add_argument("--gbps", type=float_list, metavar="G,G,...",
-                        help="link bandwidths in gigabits per second instead of ratios; inf for no limit "
-                        "(default with --device cuda: 10,40,80,inf)")  # fmt: skip
-    parser.add_argument("--tokens", type=int_list, default=(4096,), metavar="N,N,...", help="prefix (default: 4096)")
-    parser.add_argument("--layers-per-block", type=int, default=1, metavar="N")
-    parser.add_argument("--policies", type=name_list, default=tuple(RESTORE_POLICIES), metavar="P,P,...",
-                        help=f"default: {','.join(RESTORE_POLICIES)}")  # fmt: skip
-    parser.add_argument("--objectives", type=name_list, default=OBJECTIVES, metavar=",".join(OBJECTIVES))
-    parser.add_argument("--perturb", action="store_true",
-                        help="run cacheflow with wrong costs, wrong bandwidth and a falling link instead")  # fmt: skip
-    parser.add_argument("--store", choices=("memory", "file"), default="memory", help="where the prefix is saved (CPU)")
+@dataclass(frozen=True, kw_only=True)
+class RestoreFlags(EmbeddedFlags):
+    """The options of ``bench restore``."""
+
+    ratios: tuple[float, ...] | None = option(
+        None, "load time over recompute time (default: 0.25,0.5,1,2,4)", metavar="R,R,...", above=0
+    )
+    gbps: tuple[float, ...] | None = option(
+        None, "link bandwidths in gigabits per second instead of ratios; inf for no limit "
+        "(default with --device cuda: 10,40,80,inf)", metavar="G,G,...", above=0,
+    )  # fmt: skip
+    tokens: tuple[int, ...] = option((4096,), "prefix", metavar="N,N,...", above=0)
+    layers_per_block: int = option(1, metavar="N", at_least=1)
+    policies: tuple[str, ...] = option(
+        tuple(RESTORE_POLICIES), metavar="P,P,...", known=("policy", tuple(RESTORE_POLICIES))
+    )
+    objectives: tuple[str, ...] = option(
+        OBJECTIVES, metavar=",".join(OBJECTIVES), known=("objective", OBJECTIVES), shown=""
+    )
+    perturb: bool = option(False, "run cacheflow with wrong costs, wrong bandwidth and a falling link instead")
+    store: str = option("memory", "where the prefix is saved (CPU)", choices=("memory", "file"))
+
+    def __post_init__(self) -> None:
+        """Check each value, and what contradicts another.
+
+        Raises:
+            ConfigError: Names the options.
+        """
+        for name in self.policies:
+            make_policy(name)
+        super().__post_init__()
+        if math.inf in (self.ratios or ()):
+            raise ConfigError(f"--ratios {self.ratios} must be finite; a link without a limit is --gbps inf")
+        if self.perturb and (self.device != "cpu" or self.gbps):
+            raise ConfigError("--perturb needs the throttled store: --device cpu, and --ratios instead of --gbps")
+        if self.gbps and self.ratios is not None:
+            raise ConfigError("--ratios and --gbps both say how fast the link is: drop one of them")
+        if self.device == "cuda" and self.store != "memory":
+            raise ConfigError(
+                f"--store {self.store} is of --device cpu; on a GPU the prefix is in pinned memory: drop it"
+            )
+
+    @property
+    def suite(self) -> str:
+        """Name of the study on record."""
+        return "perturbed" if self.perturb else "restore"
+
+
+add_arguments = RestoreFlags.add_flags
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the study, taking up an earlier one in the same folder; prints the table and draws the figures."""
-    _check(args)
-    console = Console()
-    make_folder("--out", args.out)
-    results = args.out / "results.jsonl"
-    with only_run(args.out):
-        if take_up(results, read_records, tell=partial(console.print, markup=False, soft_wrap=True)):
-            console.print(f"going on with {results}: runs that are in it are not run again", markup=False)
-        ends_s = float("inf") if args.time_limit_s is None else time.monotonic() + args.time_limit_s
-        lengths = [_run_length(args, num_tokens, results, ends_s, console) for num_tokens in args.tokens]
-    records = read_records(results) if results.exists() else []
-    console.print(console_tables(summarise(records)))
-    _draw(results, args.out, console)
-    if not all(lengths):
-        console.print(f"stopped at the time limit of {args.time_limit_s:.0f} s; run the same command again to go on")
-    return 0 if all(record.correct for record in records) else 1
+    flags = RestoreFlags.of(args)
+    suite = Suite(
+        out=flags.out,
+        kind=RestoreRecord,
+        show=lambda records: console_tables(summarise(records)),
+        draw=partial(_draw, flags.out),
+        time_limit_s=flags.time_limit_s,
+        resumes=True,
+    )
+    return suite.run(partial(_work, flags))
 
 
-def _check(args: argparse.Namespace) -> None:
-    for key, known in (("policies", tuple(RESTORE_POLICIES)), ("objectives", OBJECTIVES)):
-        if not getattr(args, key):
-            raise ConfigError(f"--{key} is empty; known: {', '.join(known)}")
-    for name in args.policies:
-        make_policy(name)
-    if unknown := sorted(set(args.objectives) - set(OBJECTIVES)):
-        raise ConfigError(f"--objectives {unknown} unknown; known: {', '.join(OBJECTIVES)}")
-    _check_numbers(args)
-    if args.perturb and (args.device != "cpu" or args.gbps):
-        raise ConfigError("--perturb needs the throttled store: --device cpu, and --ratios instead of --gbps")
-    if args.gbps and args.ratios is not None:
-        raise ConfigError("--ratios and --gbps both say how fast the link is: drop one of them")
-    if args.device == "cuda" and args.store != "memory":
-        raise ConfigError(f"--store {args.store} is of --device cpu; on a GPU the prefix is in pinned memory: drop it")
+def _work(flags: RestoreFlags, suite: SuiteRun[RestoreRecord]) -> bool:
+    return all([_run_length(flags, num_tokens, suite) for num_tokens in flags.tokens])  # noqa: C419 -- every length
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    check_study_arguments(args)
-    if args.layers_per_block < 1:
-        raise ConfigError(f"--layers-per-block is {args.layers_per_block}, must be at least 1")
-    for key, values in (("tokens", args.tokens), ("ratios", args.ratios or RATIOS), ("gbps", args.gbps or (1.0,))):
-        if not all(value > 0 for value in values):
-            raise ConfigError(f"--{key} {','.join(map(str, values))} must be above 0")
-    if math.inf in (args.ratios or RATIOS):
-        raise ConfigError(f"--ratios {args.ratios} must be finite; a link without a limit is --gbps inf")
-
-
-def _run_length(args: argparse.Namespace, num_tokens: int, results: Path, ends_s: float, console: Console) -> bool:
+def _run_length(flags: RestoreFlags, num_tokens: int, suite: SuiteRun[RestoreRecord]) -> bool:
     """Study one prefix length; False when the time limit ended it."""
     from cacheflow.bench.restore.rounds import is_done, run_round
-    from cacheflow.bench.restore.study import open_study
 
-    if time.monotonic() > ends_s:
+    if suite.is_over:
         return False
-    study = open_study(args, num_tokens)
+    study, timelines = open_study(flags, num_tokens), dict[str, "RoundRun"]()
     try:
-        with _progress(console) as progress:
+        with new_progress(suite.console) as progress:
             task = progress.add_task(f"measuring costs, {num_tokens} tokens", total=study.num_cost_steps)
             study.prepare(lambda: progress.advance(task))
-            done = read_records(results) if results.exists() else []
-            suite = "perturbed" if args.perturb else SUITE
-            rounds = [r for r in _rounds(args, study, done, suite) if not is_done(r, study, done, suite=suite)]
-            task = progress.add_task("restoring", total=sum(len(r.policies) for r in rounds))
-            named = {**environment(accelerator=_accelerator(args.device)), **_timing_check(study)}
-            timelines: dict[str, RoundRun] = {}
-            finished = False
-            for round_ in rounds:
-                if time.monotonic() > ends_s:
-                    break
+            done = [*suite.done, *suite.added]
+            rounds = [r for r in _rounds(flags, study, done) if not is_done(r, study, done, suite=flags.suite)]
+            # On CUDA: device time between events over wall time of the cost measurements.
+            check = {} if study.events_over_wall is None else {"events_over_wall": round(study.events_over_wall, 4)}
+            named = {**environment(accelerator=accelerator_name(flags.device)), **check}
 
-                def on_run(name: str, ratio: float = round_.ratio) -> None:
-                    progress.update(task, description=f"ratio {ratio:.3g}, {name}", advance=1)
-
-                runs = run_round(study, round_, suite=suite, environment=named, on_run=on_run)
-                for each in runs:
-                    append_record(results, each.record)
-                if round_.with_suffix and not args.perturb:
+            def measure(round_: Round, on_run: OnRun) -> list[RestoreRecord]:
+                runs = run_round(study, round_, suite=flags.suite, environment=named, on_run=on_run)
+                if round_.with_suffix and not flags.perturb:
                     _keep_timelines(timelines, runs)
-            else:
-                finished = True
-            _write_timelines(timelines, args.out, num_tokens)
+                return [each.record for each in runs]
+
+            finished = suite.run_rounds(progress, rounds, measure, lambda round_: f"ratio {round_.ratio:.3g}")
+        if timelines:
+            lines = [Timeline.of(each.report, bound_s=each.bound.ttft_s) for each in timelines.values()]
+            write_timelines(flags.out / f"timelines-{num_tokens}.json", lines)
     finally:
         study.close()
     return finished
 
 
-def _rounds(args: argparse.Namespace, study: Study, done: Sequence[RestoreRecord], suite: str) -> Iterator[Round]:
+def open_study(flags: RestoreFlags, num_tokens: int) -> Study:
+    """A study of one prefix length, not prepared yet.
+
+    Raises:
+        ConfigError: The model cannot be loaded, the device is missing, or the prompt is too long.
+    """
+    from cacheflow.bench import setup
+    from cacheflow.bench.restore.link import PinnedStudyLink, StoreStudyLink
+    from cacheflow.bench.restore.study import Study, StudyOptions
+
+    model = setup.open_model(flags)
+    options = StudyOptions(
+        num_tokens=num_tokens,
+        suffix_tokens=flags.suffix,
+        chunk_tokens=flags.chunk,
+        layers_per_block=flags.layers_per_block,
+    )
+    folder = str(flags.out / "store") if flags.store == "file" else None
+    on_gpu = flags.device == "cuda"
+    link = PinnedStudyLink() if on_gpu else StoreStudyLink(setup.namespace_of(model, flags.chunk), directory=folder)
+    return Study(model, setup.prompt_tokens(model, num_tokens + flags.suffix), options=options, link=link)
+
+
+def _rounds(flags: RestoreFlags, study: Study, done: Sequence[RestoreRecord]) -> Iterator[Round]:
     """Every round of a length: repeats outermost, so that a drifting machine hits all ratios alike."""
     from cacheflow.bench.restore.rounds import Round
 
-    for repeat in range(args.repeats):
-        for ratio, bytes_per_s in _bandwidths(args, study, done, suite):
-            for objective in args.objectives:
-                common = {
-                    "ratio": ratio,
-                    "bytes_per_s": bytes_per_s,
-                    "with_suffix": objective == "ttft",
-                    "repeat": repeat,
-                }
-                if not args.perturb:
-                    yield Round(policies=tuple(args.policies), **common)
+    for repeat in range(flags.repeats):
+        for ratio, bytes_per_s in _bandwidths(flags, study, done):
+            for objective in flags.objectives:
+                clean = Round(
+                    policies=flags.policies,
+                    ratio=ratio,
+                    bytes_per_s=bytes_per_s,
+                    with_suffix=objective == "ttft",
+                    repeat=repeat,
+                )
+                if not flags.perturb:
+                    yield clean
                     continue
+                policies = tuple(dict.fromkeys(("recompute", *flags.policies)))
                 for values in PERTURBATIONS.values():
                     wrong = _wrong(values, study, bytes_per_s)
-                    policies = tuple(dict.fromkeys(("recompute", *args.policies)))
-                    yield Round(policies=policies, wrong=wrong, perturbation=values, **common)
+                    yield replace(clean, policies=policies, wrong=wrong, perturbation=values)
 
 
-def _bandwidths(
-    args: argparse.Namespace, study: Study, done: Sequence[RestoreRecord], suite: str
-) -> Iterator[tuple[float, float]]:
+def _bandwidths(flags: RestoreFlags, study: Study, done: Sequence[RestoreRecord]) -> Iterator[tuple[float, float]]:
     """``(ratio, bytes per second)`` of every link to study; a bandwidth keeps the ratio it has on record.
 
     Measured again it would differ in the second digit, and a study that is taken up would begin anew.
     """
     from cacheflow.bench.restore.rounds import ratio_on_record
 
-    prefix_bytes = study.grid.num_tokens * study.model.shape.kv_bytes_per_token
-    gbps = args.gbps or (CUDA_GBPS if args.device == "cuda" and args.ratios is None else ())
+    gbps = flags.gbps or (CUDA_GBPS if flags.device == "cuda" and flags.ratios is None else ())
     if not gbps:
-        for ratio in args.ratios or RATIOS:
+        for ratio in flags.ratios or RATIOS:
             yield ratio, study.bytes_per_s(ratio)
     for each in gbps:
         bytes_per_s = each * 1e9 / 8
-        ratio = ratio_on_record(study, done, suite=suite, bytes_per_s=bytes_per_s)
-        if ratio is None:
-            load_s = prefix_bytes / study.link_bytes_per_s(bytes_per_s)
-            ratio = float(f"{load_s / study.recompute_s():.2g}")
-        yield ratio, bytes_per_s
+        on_record = ratio_on_record(study, done, suite=flags.suite, bytes_per_s=bytes_per_s)
+        if on_record is None:
+            load_s = study.prefix_bytes / study.link_bytes_per_s(bytes_per_s)
+            on_record = float(f"{load_s / study.recompute_s():.2g}")
+        yield on_record, bytes_per_s
 
 
-def _wrong(values: dict[str, float], study: Study, bytes_per_s: float) -> Wrong:
+def _wrong(values: Mapping[str, float], study: Study, bytes_per_s: float) -> Wrong:
     from cacheflow.bench.restore.link import LinkDrop
     from cacheflow.bench.restore.study import Wrong
 
@@ -217,45 +226,8 @@ def _keep_timelines(kept: dict[str, RoundRun], runs: Sequence[RoundRun]) -> None
             kept[run.record.policy] = run
 
 
-def _write_timelines(kept: dict[str, RoundRun], out: Path, num_tokens: int) -> None:
-    from cacheflow.bench.timeline import Timeline, write_timelines
-
-    if kept:
-        lines = [Timeline.of(run.report, bound_s=run.bound.ttft_s) for run in kept.values()]
-        write_timelines(out / f"timelines-{num_tokens}.json", lines)
-
-
-def _draw(results: Path, out: Path, console: Console) -> None:
-    """Draw what can be drawn; says how to install matplotlib when it is missing."""
-    from cacheflow.bench.chart import draw_results
-    from cacheflow.bench.timeline import draw_timelines, read_timelines
-
-    try:
-        written = draw_results(results, out) if results.exists() else []
-        for path in sorted(out.glob("timelines-*.json")):
-            written.append(draw_timelines(read_timelines(path), path.with_suffix(".png")))
-    except ConfigError as error:
-        console.print(f"no figures: {error}", markup=False)
-        return
-    for path in written:
-        console.print(f"drew {path}", markup=False)
-    console.print(f"records in {results}", markup=False)
-
-
-def _timing_check(study: Study) -> dict[str, float]:
-    """On CUDA, device time between events over wall time of the cost measurements; nothing on the CPU."""
-    return {} if study.events_over_wall is None else {"events_over_wall": round(study.events_over_wall, 4)}
-
-
-def _accelerator(device: str) -> str | None:
-    if device != "cuda":
-        return None
-    import torch
-
-    return str(torch.cuda.get_device_name())
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
+def _draw(out: Path, records: Sequence[RestoreRecord]) -> list[Path]:
+    written = draw_results(records, out) if records else []
+    for path in sorted(out.glob("timelines-*.json")):
+        written.append(draw_timelines(read_timelines(path), path.with_suffix(".png")))
+    return written

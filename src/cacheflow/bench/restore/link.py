@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from cacheflow.bench.setup import room_bytes, save_prefix
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
+from cacheflow.engine.transfer_port import StoreTransferPort
 from cacheflow.errors import StoreError
 from cacheflow.restore.ports import TransferPort
+from cacheflow.stores.base import Store
+from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import Namespace, chain_hashes
+from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.throttled import ThrottledStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +80,7 @@ class PinnedStudyLink:
 
 
 class StoreStudyLink:
-    """A store behind a throttled link: bytes are really read, verified and copied, then held to the link's schedule."""
+    """A store over a throttled link: bytes are really read, verified and copied, then held to the link's schedule."""
 
     def __init__(self, namespace: Namespace, *, directory: str | None = None) -> None:
         """Use memory, or files under ``directory``."""
@@ -81,38 +88,23 @@ class StoreStudyLink:
         self.store = "memory" if directory is None else "file"
         self._geometry: CellGeometry | None = None
         self._chain: tuple[bytes, ...] = ()
-        self._inner: Any = None
+        self._inner: Store | None = None
 
     def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
         """See ``StudyLink.save``."""
-        from pathlib import Path
-
-        from cacheflow.engine.saver import PrefixSaver
-        from cacheflow.stores.file import FileStore
-        from cacheflow.stores.memory import MemoryStore
-
         self.close()
-        grid, shape = geometry.grid, geometry.shape
-        num_bytes = grid.num_tokens * shape.kv_bytes_per_token + grid.num_chunks * grid.num_blocks * 8192
-        inner = (
-            MemoryStore(capacity_bytes=num_bytes + (1 << 20))
-            if self._directory is None
-            else FileStore(Path(self._directory), capacity_bytes=num_bytes + (1 << 30))
-        )
-        self._inner = inner
+        grid = geometry.grid
+        room = room_bytes(geometry.shape, grid.num_tokens, grid.num_chunks * grid.num_blocks)
+        if self._directory is None:
+            self._inner = MemoryStore(capacity_bytes=room)
+        else:
+            self._inner = FileStore(Path(self._directory), capacity_bytes=room + (1 << 30))
         self._geometry, self._chain = geometry, chain_hashes(tokens, grid.chunk_ends)
-        saver = PrefixSaver(inner, geometry=geometry, namespace=self._namespace.digest, chain_hashes=self._chain)
-        saver.save_prefix(kv)
-        report = saver.wait()
-        if not report.complete:
-            raise StoreError(f"{report.num_failed} of {grid.num_chunks * grid.num_blocks} cells could not be saved")
+        save_prefix(self._inner, kv, geometry, self._namespace.digest, self._chain)
 
     def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
         """See ``StudyLink.open``."""
-        from cacheflow.engine.transfer_port import StoreTransferPort
-        from cacheflow.stores.throttled import ThrottledStore
-
-        if self._geometry is None:
+        if self._geometry is None or self._inner is None:
             raise StoreError("nothing was saved yet")
         # A link of its own: a drop that the run before did not reach must not strike this one.
         link = ThrottledStore(self._inner, min(bytes_per_s, 1e12))

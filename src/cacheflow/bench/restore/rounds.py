@@ -10,6 +10,7 @@ from cacheflow.bench.make_record import RunContext, make_record, recompute_secon
 from cacheflow.bench.record import Environment, RestoreRecord
 from cacheflow.bench.restore.drop_bound import bound_with_drop
 from cacheflow.bench.restore.study import CLEAN, Study, StudyRun, Wrong
+from cacheflow.bench.suite import rotated
 from cacheflow.plan.bound import Bound, bound
 from cacheflow.policies.registry import make_policy
 from cacheflow.state.report import RestoreReport
@@ -25,7 +26,7 @@ class Round:
         repeat: Number of the alternation; it also rotates the order of the policies.
         policies: Names, in the order of the first repeat.
         bytes_per_s: Bandwidth asked of the link; ``inf`` for as fast as it goes.
-        wrong: What the policies are told wrongly.
+        wrong: What the policies are given wrongly.
         perturbation: The same for the record.
         crossover_tokens: For ``cacheflow_v1``; None lets it work the length out.
     """
@@ -65,9 +66,8 @@ def run_round(
         environment: For the records.
         on_run: Called with a policy's name before its run.
     """
-    shift = round_.repeat % len(round_.policies)
     runs: dict[str, StudyRun] = {}
-    for name in (*round_.policies[shift:], *round_.policies[:shift]):
+    for name in rotated(round_.policies, round_.repeat):
         on_run(name)
         runs[name] = study.run(
             make_policy(name, crossover_tokens=round_.crossover_tokens),
@@ -107,13 +107,13 @@ def run_round(
 
 def is_done(round_: Round, study: Study, records: Sequence[RestoreRecord], *, suite: str) -> bool:
     """Whether a results file already holds every run of a round, so that a study can be taken up again."""
+    suffix_tokens = study.grid.suffix_tokens if round_.with_suffix else 0
     done = {
         record.policy
         for record in records
         if _is_of(record, study, suite)
-        and record.suffix_tokens == (study.grid.suffix_tokens if round_.with_suffix else 0)
+        and (record.suffix_tokens, record.repeat) == (suffix_tokens, round_.repeat)
         and abs(record.load_compute_ratio - round_.ratio) < 1e-9 * max(1.0, round_.ratio)
-        and record.repeat == round_.repeat
         and dict(record.perturbation) == dict(round_.perturbation)
     }
     return done >= set(round_.policies)
@@ -128,12 +128,10 @@ def ratio_on_record(study: Study, records: Sequence[RestoreRecord], *, suite: st
 
 def _is_of(record: RestoreRecord, study: Study, suite: str) -> bool:
     """Whether a record is of these weights, on this kind of device, with this prefix, these blocks and this store."""
-    return (
-        record.suite == suite
-        and (record.model, record.fingerprint) == (study.model.name, study.model.fingerprint)
-        and record.device == study.model.device.type
-        and record.dtype == study.model.shape.dtype
-        and record.num_tokens == study.grid.num_tokens
-        and (record.chunk_tokens, record.layers_per_block, record.store)
-        == (study.options.chunk_tokens, study.options.layers_per_block, study.store)
-    )
+    model, options = study.model, study.options
+    wanted = {
+        "suite": suite, "model": model.name, "fingerprint": model.fingerprint, "device": model.device.type,
+        "dtype": model.shape.dtype, "num_tokens": study.grid.num_tokens, "chunk_tokens": options.chunk_tokens,
+        "layers_per_block": options.layers_per_block, "store": study.store,
+    }  # fmt: skip
+    return all(getattr(record, key) == wanted[key] for key in wanted)

@@ -6,7 +6,6 @@ measures what each chunk costs. Every run then starts from a poisoned buffer and
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,11 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cacheflow.bench import setup
-from cacheflow.bench.restore.link import LinkDrop, PinnedStudyLink, StoreStudyLink, StudyLink
+from cacheflow.bench.restore.link import LinkDrop, StudyLink
 from cacheflow.embedded.restorer import Restored, Restorer, RestoreRequest
 from cacheflow.engine.cells import CellGeometry, num_blocks
-from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.errors import ConfigError
@@ -32,8 +29,6 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.profiling.measure import CostMeter, chunk_points
 from cacheflow.profiling.survey import ChunkCost, ChunkPoint
 from cacheflow.restore.options import ExecutorOptions
-from cacheflow.stores.keys import Namespace
-from cacheflow.tensors.fingerprint import kernel_identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +37,7 @@ class StudyOptions:
 
     Attributes:
         num_tokens: Tokens of the prefix.
-        suffix_tokens: New tokens behind it.
+        suffix_tokens: New tokens after it.
         chunk_tokens: Tokens of a chunk.
         layers_per_block: Layers of a block.
         cost_repeats: Rounds in which each chunk's cost is measured.
@@ -84,7 +79,7 @@ class StudyRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wrong:
-    """What a run is told wrongly, or what happens to its link; all 1 and None for a clean run."""
+    """What a run is given wrongly, or what happens to its link; all 1 and None for a clean run."""
 
     cost_error: float = 1.0
     bandwidth_error: float = 1.0
@@ -189,9 +184,14 @@ class Study:
         """Measured seconds to recompute the whole prefix, every layer in full."""
         return float(self.problem(with_suffix=False, bytes_per_s=1e9).compute_KB.sum())
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefix's keys and values."""
+        return self.grid.num_tokens * self.model.shape.kv_bytes_per_token
+
     def bytes_per_s(self, ratio: float) -> float:
         """Bandwidth at which loading the prefix takes ``ratio`` times as long as recomputing it."""
-        return self.grid.num_tokens * self.model.shape.kv_bytes_per_token / (ratio * self.recompute_s())
+        return self.prefix_bytes / (ratio * self.recompute_s())
 
     def link_bytes_per_s(self, asked_bytes_per_s: float) -> float:
         """What a link of ``asked_bytes_per_s`` delivers: itself, or for ``inf`` what loading the prefix once shows."""
@@ -259,36 +259,3 @@ class Study:
 
     def _geometry(self, grid: Grid) -> CellGeometry:
         return CellGeometry(grid=grid, shape=self.model.shape, layers_per_block=self.options.layers_per_block)
-
-
-def open_study(args: argparse.Namespace, num_tokens: int) -> Study:
-    """A study as ``bench restore`` was asked for, not prepared yet.
-
-    Raises:
-        ConfigError: The model cannot be loaded, the device is missing, or the prompt is too long.
-    """
-    model = setup.open_model(args.model, shape=args.shape, device=args.device, dtype=args.dtype)
-    options = StudyOptions(
-        num_tokens=num_tokens,
-        suffix_tokens=args.suffix,
-        chunk_tokens=args.chunk,
-        layers_per_block=args.layers_per_block,
-    )
-    return Study(
-        model, setup.prompt_tokens(model, num_tokens + args.suffix), options=options, link=_open_link(args, model)
-    )
-
-
-def _open_link(args: argparse.Namespace, model: LoadedModel) -> StudyLink:
-    if args.device == "cuda":
-        return PinnedStudyLink()
-    namespace = Namespace(
-        weights_fingerprint=model.fingerprint,
-        dtype=model.shape.dtype,
-        chunk_tokens=args.chunk,
-        extra=(
-            *kernel_identity(model.device, library="transformers"),
-            ("num_threads", str(model_identity(model).num_threads)),
-        ),
-    )
-    return StoreStudyLink(namespace, directory=str(args.out / "store") if args.store == "file" else None)

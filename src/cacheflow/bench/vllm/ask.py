@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from cacheflow.bench.vllm.client import Answer, ServerError, VllmClient
+from cacheflow.bench.vllm.client import Completion, ServerError, VllmClient
 
 NEIGHBOUR_TOKENS = 64
 """Prompt of the neighbour: less than a block, so that nothing of it is stored or loaded."""
@@ -23,7 +23,7 @@ TOP_LOGPROBS = 5
 class Asked:
     """An answer, and what the neighbour felt while its first token was awaited (empty without one)."""
 
-    answer: Answer
+    answer: Completion
     neighbour_itls_s: tuple[float, ...]
 
 
@@ -45,7 +45,7 @@ class Neighbour:
         self._client, self._tokens, self._max_tokens = client, list(tokens), max_tokens
         self._decoding, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="neighbour", daemon=True)
-        self._answer: Answer | None = None
+        self._answer: Completion | None = None
         self._error: Exception | None = None
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class Neighbour:
         self._stop.set()
         self._thread.join()
 
-    def itls_s(self, answer: Answer) -> tuple[float, ...]:
+    def itls_s(self, answer: Completion) -> tuple[float, ...]:
         """Its inter-token latencies from the sending of another request to that one's first token; after exit."""
         if self._answer is None:
             raise ServerError(f"the neighbour failed: {self._error}")
@@ -125,7 +125,7 @@ def ask(client: VllmClient, prompt: Sequence[int], *, num_tokens: int, neighbour
     return Asked(answer=answer, neighbour_itls_s=neighbour.itls_s(answer))
 
 
-def compare(answer: Answer, reference: Answer, *, beside_neighbour: bool) -> Comparison:
+def compare(answer: Completion, reference: Completion, *, beside_neighbour: bool) -> Comparison:
     """Compare tokens with stock vLLM's; equal is correct.
 
     Beside a neighbour vLLM itself cuts a prompt into other chunks, and bf16 may choose another token where two were
@@ -146,7 +146,7 @@ def compare(answer: Answer, reference: Answer, *, beside_neighbour: bool) -> Com
     return Comparison(correct=tie, equal_tokens=equal, logprob_distance=distance, note=note)
 
 
-def logprob_distance(answer: Answer, reference: Answer) -> float | None:
+def logprob_distance(answer: Completion, reference: Completion) -> float | None:
     """Largest difference of log-probability over the first token's candidates that both answers list."""
     both = answer.first_logprobs.keys() & reference.first_logprobs.keys()
     return max((abs(answer.first_logprobs[key] - reference.first_logprobs[key]) for key in both), default=None)

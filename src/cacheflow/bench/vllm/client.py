@@ -28,7 +28,7 @@ class ServerError(CacheFlowError, RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Completion:
     """One streamed completion.
 
     Attributes:
@@ -76,7 +76,7 @@ class VllmClient:
         logprobs: int = 0,
         go_on: GoOn = lambda _: True,
         params: Mapping[str, Any] | None = None,
-    ) -> Answer:
+    ) -> Completion:
         """Greedy completion of token ids; end-of-sequence is ignored, so that ``max_tokens`` come.
 
         Args:
@@ -179,7 +179,7 @@ def _request_body(
     )
 
 
-def _read_answer(response: http.client.HTTPResponse, *, sent_s: float, go_on: GoOn) -> Answer:
+def _read_answer(response: http.client.HTTPResponse, *, sent_s: float, go_on: GoOn) -> Completion:
     tokens: list[int] = []
     arrivals_s: list[float] = []
     first: dict[str, float] = {}
@@ -200,7 +200,7 @@ def _read_answer(response: http.client.HTTPResponse, *, sent_s: float, go_on: Go
             break
     if not tokens:
         raise ServerError("vLLM ended a stream without a token")
-    return Answer(
+    return Completion(
         tokens=tuple(tokens),
         arrivals_s=tuple(arrivals_s),
         sent_s=sent_s,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cacheflow.bench.vllm.client import ServerError
-from cacheflow.bench.vllm.policies import CPU_BYTES, LMCACHE, LinkSetup, transfer_config
-from cacheflow.bench.vllm.rivals.lmcache import LMCacheServer
+from cacheflow.bench.vllm.policies import LinkSetup, SideServer, rivals, transfer_config
 from cacheflow.bench.vllm.server import ServerOptions, VllmServer, start_server
 
-NEVER_FROZEN = (LMCACHE,)
-"""LMCache and vLLM watch each other's heartbeats and forget a partner that is silent."""
 REST_WINDOW_S = 0.3
 REST_SHARE = 0.25
 REST_TIMEOUT_S = 30.0
@@ -27,13 +24,13 @@ class FleetOptions:
     Attributes:
         server: Options that all servers share.
         store_root: Folder under which each policy's file store lives.
-        lmcache_python: Interpreter with LMCache and vLLM; None when the policy does not run.
+        pythons: Interpreters of policies that need one of their own.
         itl_slo_ms: The inter-token latency that our connector is asked to keep; None for no bound.
     """
 
     server: ServerOptions
     store_root: Path
-    lmcache_python: Path | None = None
+    pythons: Mapping[str, Path] = field(default_factory=dict)
     itl_slo_ms: float | None = None
 
 
@@ -43,11 +40,11 @@ class Fleet:
 
     Attributes:
         servers: By policy, in the order of the run.
-        lmcache: LMCache's server, if that policy runs.
+        sides: Rivals' own servers, by policy.
     """
 
     servers: dict[str, VllmServer] = field(default_factory=dict)
-    lmcache: LMCacheServer | None = None
+    sides: dict[str, SideServer] = field(default_factory=dict)
 
     @contextmanager
     def turn(self, policy: str) -> Iterator[VllmServer]:
@@ -63,7 +60,7 @@ class Fleet:
         except ServerError as error:
             raise ServerError(f"{error}; the log of {server.name!r} is {server.log}") from error
         finally:
-            if policy not in NEVER_FROZEN:
+            if may_freeze(policy):
                 server.freeze()
 
     def idle_cores(self, window_s: float = 2.0) -> float:
@@ -72,13 +69,18 @@ class Fleet:
         time.sleep(window_s)
         return (self._cpu_s() - before) / window_s
 
-    def relayed_bytes(self, policy: str) -> int:
-        """Bytes that came through the relay so far; 0 for policies without one."""
-        return self.lmcache.relay.answered_bytes if policy == LMCACHE and self.lmcache is not None else 0
+    def side_bytes(self, policy: str) -> int | None:
+        """Bytes that came from a rival's own server so far; None for policies without one."""
+        return self.sides[policy].loaded_bytes if policy in self.sides else None
 
     def _cpu_s(self) -> float:
-        lmcache_s = 0.0 if self.lmcache is None else self.lmcache.cpu_s()
-        return lmcache_s + sum(server.cpu_s() for server in self.servers.values())
+        sides_s = sum(side.cpu_s() for side in self.sides.values())
+        return sides_s + sum(server.cpu_s() for server in self.servers.values())
+
+
+def may_freeze(policy: str) -> bool:
+    """Whether a policy's server may be stopped while it is not in turn."""
+    return policy not in rivals() or rivals()[policy].may_freeze
 
 
 @contextmanager
@@ -91,13 +93,14 @@ def open_fleet(policies: Sequence[str], options: FleetOptions, *, bytes_per_s: f
     with ExitStack() as stack:
         fleet = Fleet()
         for policy in policies:
-            if policy == LMCACHE:
-                assert options.lmcache_python is not None
-                fleet.lmcache = stack.enter_context(_lmcache(options, options.lmcache_python, bytes_per_s))
+            rival = rivals().get(policy)
+            if rival is not None and rival.open_side is not None:
+                side = rival.open_side(options.pythons[policy], bytes_per_s=bytes_per_s, log_dir=options.server.log_dir)
+                fleet.sides[policy] = stack.enter_context(side)
             server = stack.enter_context(_start(policy, fleet, options, bytes_per_s))
             server.wait_ready()
             fleet.servers[policy] = server
-            if policy not in NEVER_FROZEN:
+            if may_freeze(policy):
                 server.freeze()
         yield fleet
 
@@ -118,22 +121,14 @@ def wait_until_at_rest(server: VllmServer) -> None:
         used_s = server.cpu_s() - before_s
 
 
-def _lmcache(options: FleetOptions, python: Path, bytes_per_s: float) -> LMCacheServer:
-    memory_gb = max(1, CPU_BYTES // 10**9)
-    return LMCacheServer(python, bytes_per_s=bytes_per_s, memory_gb=memory_gb, log_dir=options.server.log_dir)
-
-
 def _start(policy: str, fleet: Fleet, options: FleetOptions, bytes_per_s: float) -> VllmServer:
     setup = LinkSetup(
         bytes_per_s=bytes_per_s,
         chunk_tokens=options.server.chunk_tokens,
         store_dir=options.store_root / policy,
         profile_dir=options.store_root / "profiles",
-        lmcache_port=None if fleet.lmcache is None else fleet.lmcache.port,
+        side_port=fleet.sides[policy].port if policy in fleet.sides else None,
         itl_slo_ms=options.itl_slo_ms,
     )
-    server = options.server
-    if policy == LMCACHE:
-        assert options.lmcache_python is not None
-        server = server.with_python(options.lmcache_python)
+    server = replace(options.server, python=options.pythons.get(policy, options.server.python))
     return start_server(policy, server, transfer=transfer_config(policy, setup))

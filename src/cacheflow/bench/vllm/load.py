@@ -10,15 +10,11 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from cacheflow.bench.table import seconds
+from cacheflow.bench.record import LoadRecord
 from cacheflow.bench.vllm.client import MODEL, ServerError
 from cacheflow.bench.vllm.counts import Samples, sample_sum
 from cacheflow.bench.vllm.fleet import FleetOptions, open_fleet
@@ -26,7 +22,6 @@ from cacheflow.bench.vllm.server import LOG_TAIL_LINES, VllmServer, server_envir
 from cacheflow.errors import ConfigError
 from cacheflow.workloads.coding import source_text
 
-SUITE = "vllm-load"
 CLIENT_TIMEOUT_S = 1800.0
 CHARS_PER_TOKEN = 4
 BLOCK_TOKENS = 128
@@ -76,35 +71,6 @@ class LoadOptions:
         session_tokens = self.num_turns * self.chars_per_turn // CHARS_PER_TOKEN
         least_tokens = self.max_tokens + 2 * BLOCK_TOKENS  # vLLM refuses a cache that cannot hold the longest request
         return max(least_tokens, self.num_sessions * session_tokens // 2) * self.kv_bytes_per_token
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadRecord:
-    """What vLLM's client measured for one policy: one line of ``load.jsonl``; times in seconds.
-
-    ``restored_tokens`` is how many prompt tokens the server says came from outside its own cache.
-    """
-
-    suite: str
-    policy: str
-    model: str
-    rate: float
-    link_bytes_per_s: float
-    num_requests: int
-    num_failed: int
-    prompt_tokens: int
-    restored_tokens: int
-    ttft_mean_s: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    itl_mean_s: float
-    itl_p99_s: float
-    requests_per_s: float
-    tokens_per_s: float
-
-    def to_json(self) -> str:
-        """One line, without the newline."""
-        return json.dumps(asdict(self), allow_nan=False)
 
 
 def session_prompts(options: LoadOptions) -> Iterator[str]:
@@ -175,7 +141,6 @@ def record_of(result: dict[str, Any], *, policy: str, model: str, options: LoadO
         if completed == 0:
             raise ServerError(f"policy {policy}: none of {options.num_requests} requests succeeded")
         return LoadRecord(
-            suite=SUITE,
             policy=policy,
             model=model,
             rate=options.rate,
@@ -194,27 +159,6 @@ def record_of(result: dict[str, Any], *, policy: str, model: str, options: LoadO
         )
     except KeyError as error:
         raise ServerError(f"the result of vLLM's client lacks {error}; vLLM 0.32 writes it") from error
-
-
-def show_load(records: Sequence[LoadRecord], console: Console) -> None:
-    """Print the records as a table."""
-    first = records[0]
-    title = (
-        f"{first.model} in vLLM: {first.num_requests} requests of multi-turn sessions, {first.rate:g} per second, "
-        f"link {first.link_bytes_per_s / 1e6:.1f} MB/s; answers not compared; restored: share of prompt tokens"
-    )
-    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    heads = ("policy", "TTFT mean", "p50", "p99", "ITL mean", "p99", "req/s", "tok/s", "restored", "failed")
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index else "left", no_wrap=True)
-    for record in records:
-        times = (
-            record.ttft_mean_s, record.ttft_p50_s, record.ttft_p99_s, record.itl_mean_s, record.itl_p99_s,
-        )  # fmt: skip
-        rates = (f"{record.requests_per_s:.2f}", f"{record.tokens_per_s:.0f}")
-        shares = (f"{record.restored_tokens / record.prompt_tokens:.0%}", str(record.num_failed))
-        table.add_row(record.policy, *map(seconds, times), *rates, *shares)
-    console.print(table)
 
 
 def client_command(server: VllmServer, fleet: FleetOptions, options: LoadOptions, prompts: Path, to: Path) -> list[str]:

@@ -1,39 +1,35 @@
 """What runs inside stock vLLM: the policies by name, and the connector configuration each of them is.
 
-Pure: nothing here imports vLLM. Every configuration goes to the server as ``--kv-transfer-config``.
+Pure: nothing here imports vLLM. Every configuration goes to the server as ``--kv-transfer-config``. Rivals' connectors
+are in a folder of their own, which only the repository has; without it they are no policies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from cacheflow.errors import ConfigError
+from cacheflow.errors import CacheFlowError, ConfigError
 
 STOCK = "vllm"
 """vLLM's own chunked prefill: the baseline, the reference for tokens, and where costs are measured."""
-OFFLOADING = "vllm_offloading"
-LMCACHE = "lmcache"
 OWN_POLICIES = ("load", "cake", "cacheflow")
 """Restore policies of our connector."""
-VLLM_POLICIES = (STOCK, *OWN_POLICIES, OFFLOADING, LMCACHE)
 QUICK_POLICIES = (STOCK, *OWN_POLICIES)
-
-LINK_NOTES: Mapping[str, str] = {
-    STOCK: "no link: nothing is loaded",
-    **dict.fromkeys(OWN_POLICIES, "the store's reads are delivered on the schedule of the link"),
-    OFFLOADING: "bytes are copied host to host in pieces, each due on the schedule of the link",
-    LMCACHE: (
-        "LMCache has no bandwidth option for its memory tier: without shared memory its bytes come over TCP, "
-        "and a relay between its server and vLLM paces them"
-    ),
-}
-"""How the link of a policy is slowed down, for the record."""
-
+RIVALS = "cacheflow.bench.vllm.rivals"
+"""Imported by name, so that the product does not need it."""
 CPU_BYTES = 2 * 1024**3
 """Host memory a store may use; the bench keeps a few prefixes of at most some hundred MB."""
+
+
+class RivalMissingError(CacheFlowError, RuntimeError):
+    """A rival cannot be installed or imported here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,27 +41,87 @@ class LinkSetup:
         chunk_tokens: Chunk of vLLM's prefill, and of our store.
         store_dir: Folder of a store that writes files.
         profile_dir: Folder in which our connector keeps the costs it measured, for all its policies alike.
-        lmcache_port: Port at which vLLM reaches LMCache's server (through the relay); None without one.
+        side_port: Port at which vLLM reaches a rival's own server (through its paced link); None without one.
         itl_slo_ms: The inter-token latency that our connector is asked to keep; others know no such thing.
+        boundary_states: Whether our connector stores states between pipeline stages.
     """
 
     bytes_per_s: float
     chunk_tokens: int
     store_dir: Path
     profile_dir: Path
-    lmcache_port: int | None = None
+    side_port: int | None = None
     itl_slo_ms: float | None = None
+    boundary_states: bool | None = None
 
 
-def check_policies(names: Sequence[str]) -> None:
-    """Pass if every name is known.
+class SideServer(Protocol):
+    """A rival's own server beside vLLM, with a paced link in front of it."""
 
-    Raises:
-        ConfigError: A name is unknown, or there is none.
+    @property
+    def port(self) -> int:
+        """Where vLLM reaches it."""
+        ...
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes that came over its link so far."""
+        ...
+
+    def cpu_s(self) -> float:
+        """Processor seconds it used so far."""
+        ...
+
+
+class OpenSide(Protocol):
+    """Starts a side server, and ends it with the context."""
+
+    def __call__(self, python: Path, *, bytes_per_s: float, log_dir: Path) -> AbstractContextManager[SideServer]:
+        """Start it with an interpreter; raises ``ServerError`` when it does not come up."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """Another connector.
+
+    Attributes:
+        link_note: How its link is slowed down, for the record.
+        transfer: Its configuration.
+        find_python: Its interpreter, which has vLLM too, from the one asked for and vLLM's; raises
+            ``RivalMissingError``. None: vLLM's own does.
+        open_side: Its own server; None: it has none.
+        may_freeze: Whether its vLLM server may be stopped while it is not in turn.
     """
-    unknown = [name for name in names if name not in VLLM_POLICIES]
-    if unknown or not names:
-        raise ConfigError(f"--policies {','.join(unknown) or '(none)'} unknown; known: {', '.join(VLLM_POLICIES)}")
+
+    link_note: str
+    transfer: Callable[[LinkSetup], dict[str, Any]]
+    find_python: Callable[[Path | None, Path], Path] | None = None
+    open_side: OpenSide | None = None
+    may_freeze: bool = True
+
+
+@cache
+def rivals() -> Mapping[str, Rival]:
+    """The rivals by policy; empty where this package has none."""
+    if find_spec(RIVALS) is None:
+        return {}
+    found: Mapping[str, Rival] = importlib.import_module(f"{RIVALS}.registry").RIVALS
+    return found
+
+
+def vllm_policies() -> tuple[str, ...]:
+    """Every policy that can be asked for here, in the order of tables."""
+    return (STOCK, *OWN_POLICIES, *rivals())
+
+
+def link_note(policy: str) -> str:
+    """How the link of a policy is slowed down, for the record."""
+    if policy == STOCK:
+        return "no link: nothing is loaded"
+    if policy in OWN_POLICIES:
+        return "the store's reads are delivered on the schedule of the link"
+    return rivals()[policy].link_note
 
 
 def transfer_config(policy: str, setup: LinkSetup) -> dict[str, Any] | None:
@@ -74,17 +130,17 @@ def transfer_config(policy: str, setup: LinkSetup) -> dict[str, Any] | None:
     Raises:
         ConfigError: The policy is unknown, or needs a port it was not given.
     """
-    check_policies((policy,))
     if policy == STOCK:
         return None
-    if policy == OFFLOADING:
-        return _config("OffloadingConnector", None, _offloading(setup))
-    if policy == LMCACHE:
-        return _config("LMCacheMPConnector", "lmcache.integration.vllm.lmcache_mp_connector", _lmcache(setup))
-    return _config("CacheFlowConnector", "cacheflow.vllm.connector", _own(policy, setup))
+    if policy in OWN_POLICIES:
+        return connector_config("CacheFlowConnector", "cacheflow.vllm.connector", _own(policy, setup))
+    if policy not in rivals():
+        raise ConfigError(f"policy {policy!r} is not known; known are {', '.join(vllm_policies())}")
+    return rivals()[policy].transfer(setup)
 
 
-def _config(connector: str, module: str | None, extra: Mapping[str, Any]) -> dict[str, Any]:
+def connector_config(connector: str, module: str | None, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A connector's configuration; ``module`` is where vLLM finds one that is not its own."""
     config = {
         "kv_connector": connector,
         "kv_role": "kv_both",
@@ -95,6 +151,7 @@ def _config(connector: str, module: str | None, extra: Mapping[str, Any]) -> dic
 
 
 def _own(policy: str, setup: LinkSetup) -> dict[str, Any]:
+    asked = {"itl_slo_ms": setup.itl_slo_ms, "boundary_states": setup.boundary_states}
     return {
         "store": "file",
         "store_path": str(setup.store_dir),
@@ -103,20 +160,5 @@ def _own(policy: str, setup: LinkSetup) -> dict[str, Any]:
         "policy": policy,
         "profile_dir": str(setup.profile_dir),
         "throttle_bytes_per_s": setup.bytes_per_s,
-        **({} if setup.itl_slo_ms is None else {"itl_slo_ms": setup.itl_slo_ms}),
+        **{key: value for key, value in asked.items() if value is not None},
     }
-
-
-def _offloading(setup: LinkSetup) -> dict[str, Any]:
-    return {
-        "spec_name": "PacedHostOffloadingSpec",
-        "spec_module_path": "cacheflow.bench.vllm.rivals.offloading_spec",
-        "cpu_bytes_to_use": CPU_BYTES,
-        "throttle_bytes_per_s": setup.bytes_per_s,
-    }
-
-
-def _lmcache(setup: LinkSetup) -> dict[str, Any]:
-    if setup.lmcache_port is None:
-        raise ConfigError("policy lmcache needs the port of LMCache's server")
-    return {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": setup.lmcache_port}

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -60,10 +60,6 @@ class ServerOptions:
     tensor_parallel_size: int = 1
     omp_bind: str = ""
 
-    def with_python(self, python: Path) -> ServerOptions:
-        """The same with another interpreter."""
-        return replace(self, python=python)
-
 
 def server_command(options: ServerOptions, *, port: int, transfer: Mapping[str, Any] | None) -> list[str]:
     """The command line of vLLM's API server."""
@@ -88,7 +84,7 @@ def server_command(options: ServerOptions, *, port: int, transfer: Mapping[str, 
 
 
 def server_environment(options: ServerOptions) -> dict[str, str]:
-    """The environment of a server: ours, plus what vLLM must be told through it."""
+    """The environment of a server: ours, plus what vLLM reads from it."""
     ours = str(Path(cacheflow.__file__).parents[1])
     path = os.environ.get("PYTHONPATH")
     environment = {
@@ -220,7 +216,7 @@ def start_process(
 def stop_process(process: subprocess.Popen[bytes]) -> None:
     """End a process that leads its group, with all of the group; waits until it is gone.
 
-    Children may tidy up behind their parent, as Python's resource tracker does with shared memory that workers left.
+    Children may tidy up after their parent, as Python's resource tracker does with shared memory that workers left.
     """
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)

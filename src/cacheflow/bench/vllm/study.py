@@ -7,22 +7,23 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from cacheflow.bench.record import Environment
+from cacheflow.bench.record import ITL_SLO_MS, NEIGHBOUR, Environment, VllmRecord
+from cacheflow.bench.suite import rotated
 from cacheflow.bench.vllm.ask import NEIGHBOUR_TOKENS, Asked, Neighbour, ask, compare, save_prefix
-from cacheflow.bench.vllm.client import Answer, VllmClient
+from cacheflow.bench.vllm.client import Completion, VllmClient
 from cacheflow.bench.vllm.costs import PrefixSize, VllmCosts, least_times, measure_costs
 from cacheflow.bench.vllm.counts import EngineCounts, counts_between
 from cacheflow.bench.vllm.fleet import Fleet, wait_until_at_rest
-from cacheflow.bench.vllm.policies import LINK_NOTES, LMCACHE, OWN_POLICIES, STOCK
-from cacheflow.bench.vllm.record import ITL_SLO_MS, NEIGHBOUR, SUITE, VllmRecord
+from cacheflow.bench.vllm.policies import OWN_POLICIES, STOCK, link_note
 from cacheflow.bench.vllm.workload import PROMPT_STRIDE, BenchModel, prompt
 
 ANSWER_TOKENS = 32
 """Greedy tokens compared with stock vLLM's."""
 NEIGHBOUR_PROMPT = 40
-"""Index of the neighbour's prompt: far behind those of the repeats."""
+"""Index of the neighbour's prompt: far after those of the repeats."""
 WARM_UP_PROMPT = 41
 """Index of the prompt of the untimed restorations."""
 NEIGHBOUR_ANSWER = 4000
@@ -31,7 +32,7 @@ ALTERNATION = "policies take turns in each repeat; servers not in turn are stopp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StudyOptions:
+class VllmStudyOptions:
     """What a study runs.
 
     Attributes:
@@ -74,9 +75,9 @@ class VllmStudy:
 
     model: BenchModel
     tokens: Sequence[int]
-    options: StudyOptions
+    options: VllmStudyOptions
     costs: VllmCosts | None = None
-    references: list[Answer] = field(default_factory=list)
+    references: list[Completion] = field(default_factory=list)
     _idle_cores: float | None = None
     _saved: set[tuple[str, int]] = field(default_factory=set)
 
@@ -127,10 +128,9 @@ class VllmStudy:
         """Every repeat of one ratio; in a repeat each policy has its turn, a different one first each time."""
         names = list(fleet.servers)
         for repeat in range(self.options.repeats):
-            shift = repeat % len(names)
             stock_s: float | None = None
             records = []
-            for policy in names[shift:] + names[:shift]:
+            for policy in rotated(names, repeat):
                 on_step(policy)
                 record = self._run(fleet, policy, repeat=repeat, ratio=ratio)
                 records.append(record)
@@ -144,11 +144,11 @@ class VllmStudy:
             text = prompt(self.tokens, NEIGHBOUR_PROMPT, NEIGHBOUR_TOKENS)
             beside = Neighbour(client, text, max_tokens=NEIGHBOUR_ANSWER) if self.options.neighbour else None
             before = client.metrics()
-            relay_bytes = fleet.relayed_bytes(policy)
+            side_bytes = fleet.side_bytes(policy)
             asked = ask(client, self._prompt(repeat), num_tokens=ANSWER_TOKENS, neighbour=beside)
             counts = counts_between(before, client.metrics())
-            if policy == LMCACHE:
-                counts = replace(counts, loaded_bytes=fleet.relayed_bytes(policy) - relay_bytes)
+            if side_bytes is not None:
+                counts = replace(counts, loaded_bytes=(fleet.side_bytes(policy) or 0) - side_bytes)
         return self._record(policy, asked, counts, repeat=repeat, ratio=ratio)
 
     def _record(self, policy: str, asked: Asked, counts: EngineCounts, *, repeat: int, ratio: float) -> VllmRecord:
@@ -158,7 +158,7 @@ class VllmStudy:
         note = "; ".join(filter(None, (compared.note, _not_restored(policy, answer, options.size))))
         recomputed, loaded, wasted = _cells(policy, answer, counts, options.size, shape.num_layers)
         return VllmRecord(
-            suite=SUITE,
+            suite="vllm",
             policy=policy,
             model=shape.name,
             device=options.device,
@@ -182,7 +182,7 @@ class VllmStudy:
             correct=compared.correct,
             environment={
                 **options.environment,
-                "link": LINK_NOTES[policy],
+                "link": link_note(policy),
                 "alternation": ALTERNATION,
                 "idle_cores": self._idle_cores,
                 "bound_fit_error": self._costs().fit_error,
@@ -205,7 +205,9 @@ class VllmStudy:
             costs, self.model.shape, self.options.size, bytes_per_s=self.bytes_per_s(ratio), drift=drift
         )
         where = {**record.environment, "drift": round(drift, 4)}
-        return replace(record, bound_ttft_s=least.ttft_s, bound_restore_s=least.restore_s, environment=where)
+        return msgspec.structs.replace(
+            record, bound_ttft_s=least.ttft_s, bound_restore_s=least.restore_s, environment=where
+        )
 
     def _costs(self) -> VllmCosts:
         assert self.costs is not None  # prepare comes first
@@ -227,7 +229,7 @@ def tokens_needed(size: PrefixSize, repeats: int) -> int:
     return max(repeats * PROMPT_STRIDE + whole, WARM_UP_PROMPT * PROMPT_STRIDE + max(warm, NEIGHBOUR_TOKENS))
 
 
-def _not_restored(policy: str, answer: Answer, size: PrefixSize) -> str:
+def _not_restored(policy: str, answer: Completion, size: PrefixSize) -> str:
     """Says so when a policy that should restore the prefix did not; its time is then that of a prefill."""
     if policy == STOCK or answer.cached_tokens >= size.num_tokens:
         return ""
@@ -235,9 +237,9 @@ def _not_restored(policy: str, answer: Answer, size: PrefixSize) -> str:
 
 
 def _cells(
-    policy: str, answer: Answer, counts: EngineCounts, size: PrefixSize, num_layers: int
+    policy: str, answer: Completion, counts: EngineCounts, size: PrefixSize, num_layers: int
 ) -> tuple[int, int, int]:
-    """Cells recomputed, loaded and read in vain; tokens that nothing restored count as recomputed."""
+    """Cells recomputed, loaded and read for nothing; tokens that nothing restored count as recomputed."""
     per_token = num_layers / size.chunk_tokens
     if policy in OWN_POLICIES:
         counted = (counts.recomputed_tokens, counts.loaded_tokens, counts.wasted_tokens)

@@ -7,14 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, cache_root, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
 from cacheflow.types import ModelShape
-from cacheflow.workloads.coding import source_text
+from cacheflow.workloads.coding import byte_tokens, source_text
 
 TINY_NAME = "tiny-qwen3"
 TINY_SHAPE = {
@@ -115,8 +114,7 @@ def prompt_tokens(model: BenchModel, num_tokens: int) -> list[int]:
         ConfigError: There is not that much text, or the folder has no ``tokenizer.json``.
     """
     if model.folder.name in RANDOM_MODELS:
-        raw = "".join(source_text()).encode()
-        tokens = [(a * 256 + b) % model.shape.vocab_size for a, b in pairwise(raw)]
+        tokens = byte_tokens(model.shape.vocab_size)
     else:
         tokens = _tokenised(model.folder / "tokenizer.json", num_tokens)
     if len(tokens) < num_tokens:

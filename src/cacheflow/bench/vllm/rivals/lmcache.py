@@ -1,7 +1,7 @@
 """LMCache's server beside vLLM: its own environment, made on demand, and a paced link in front of it.
 
 LMCache wants older numpy, protobuf and opentelemetry than others, and its connector is imported by vLLM. So it gets a
-virtual environment of its own that sees vLLM's packages behind its own ones, and this policy's vLLM runs in it.
+virtual environment of its own that sees vLLM's packages after its own ones, and this policy's vLLM runs in it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Self
 
 from cacheflow.bench.vllm.client import ServerError
+from cacheflow.bench.vllm.policies import CPU_BYTES, RivalMissingError
 from cacheflow.bench.vllm.process_group import group_cpu_s
 from cacheflow.bench.vllm.rivals.relay import Relay
 from cacheflow.bench.vllm.server import free_port, start_process, stop_process
 from cacheflow.engine.smollm2 import cache_root
-from cacheflow.errors import CacheFlowError
 
 LMCACHE_VERSION = "0.5.6"
 INSTALL_TIMEOUT_S = 600.0
@@ -28,14 +28,10 @@ _CHECK = "import lmcache, importlib.util as u, sys; sys.exit(u.find_spec('vllm')
 _SERVE = "from lmcache.cli.main import main; main()"
 
 
-class LMCacheMissingError(CacheFlowError, RuntimeError):
-    """LMCache cannot be installed or imported here; the message says why."""
-
-
 class LMCacheServer:
-    """LMCache's server with a relay in front; ``port`` is what vLLM is told."""
+    """LMCache's server with a relay in front, as a context manager; see ``SideServer``."""
 
-    def __init__(self, python: Path, *, bytes_per_s: float, memory_gb: int, log_dir: Path) -> None:
+    def __init__(self, python: Path, *, bytes_per_s: float, log_dir: Path) -> None:
         """Start both and wait until the server listens.
 
         Raises:
@@ -43,9 +39,7 @@ class LMCacheServer:
         """
         port = free_port()
         environment = {**os.environ, "LMCACHE_DISABLE_BANNER": "1"}
-        self._process, self._log = start_process(
-            "lmcache-server", _command(python, port, memory_gb), environment, log_dir
-        )
+        self._process, self._log = start_process("lmcache-server", _command(python, port), environment, log_dir)
         try:
             self._wait_ready(port)
             self.relay = Relay(port, bytes_per_s=bytes_per_s)
@@ -57,6 +51,11 @@ class LMCacheServer:
     def port(self) -> int:
         """The relay's port."""
         return self.relay.port
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes that came through the relay so far."""
+        return self.relay.answered_bytes
 
     def cpu_s(self) -> float:
         """Processor seconds the server used so far; the relay is ours."""
@@ -91,7 +90,7 @@ def lmcache_python(given: Path | None, vllm_python: Path) -> Path:
     """An interpreter that imports LMCache and vLLM; made in the cache folder if none is given.
 
     Raises:
-        LMCacheMissingError: The given one lacks a package, or the installation failed.
+        RivalMissingError: The given one lacks a package, or the installation failed.
     """
     python = given or cache_root() / f"lmcache-{LMCACHE_VERSION}" / "bin" / "python"
     if given is None and not python.exists():
@@ -100,11 +99,11 @@ def lmcache_python(given: Path | None, vllm_python: Path) -> Path:
     return python
 
 
-def _command(python: Path, port: int, memory_gb: int) -> list[str]:
+def _command(python: Path, port: int) -> list[str]:
     return [
         str(python), "-c", _SERVE, "server", "--host", "127.0.0.1", "--port", str(port),
         "--http-port", str(free_port()), "--prometheus-port", str(free_port()),
-        "--l1-size-gb", str(memory_gb), "--eviction-policy", "LRU",
+        "--l1-size-gb", str(max(1, CPU_BYTES // 10**9)), "--eviction-policy", "LRU",
         # Without a name for shared memory the bytes come over TCP, where they can be paced. Without "auto" vLLM hangs.
         "--supported-transfer-mode", "auto",
     ]  # fmt: skip
@@ -119,7 +118,7 @@ def _install(python: Path, vllm_python: Path) -> None:
     (ours / "zz_vllm.pth").write_text(theirs + "\n", encoding="utf-8")  # after our own: LMCache's older ones come first
     try:
         _run([str(python), "-m", "pip", "install", "-q", f"lmcache=={LMCACHE_VERSION}"], "pip cannot install LMCache")
-    except LMCacheMissingError:
+    except RivalMissingError:
         (folder / "bin" / "python").unlink()  # tried anew next time
         raise
 
@@ -130,7 +129,7 @@ def _run(command: list[str], failed: str) -> str:
             command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise LMCacheMissingError(f"{failed}: {error}") from error
+        raise RivalMissingError(f"{failed}: {error}") from error
     if done.returncode:
-        raise LMCacheMissingError(f"{failed}: {(done.stderr or done.stdout).strip()[-400:]}")
+        raise RivalMissingError(f"{failed}: {(done.stderr or done.stdout).strip()[-400:]}")
     return done.stdout

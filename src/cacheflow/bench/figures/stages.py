@@ -1,8 +1,8 @@
-"""Figure 7: pipeline stages, each with a GPU and a link of its own, by the state machine of every stage.
+"""Pipeline stages, each with a GPU and a link of its own, by the state machine of every stage.
 
 With the GPU axis a stage reads the boundary states of the chunks it recomputes from its link and starts at once.
-Without it activations come up through the stages: chunk by chunk, or, as a naive recompute does, once a stage is
-through with the whole prefix. The new tokens pass the stages one after the other once all are restored.
+Without it activations come up through the stages: chunk by chunk, or, as a naive recompute does, once a stage has
+ended the whole prefix. The new tokens pass the stages one after the other once all are restored.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+import msgspec
 import numpy as np
 
-from cacheflow.bench.figures.chart import Chart, ChartKind, Figure
-from cacheflow.bench.figures.record import FigureRecord
+from cacheflow.bench.figures.place import Place
+from cacheflow.bench.figures.points import Varied
 from cacheflow.bench.figures.runs import alone
-from cacheflow.bench.figures.setting import Setting
+from cacheflow.bench.record import FigureRecord
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.stage_bounds import staged_bound
@@ -27,9 +28,6 @@ from cacheflow.policies.stages import plan_stages
 from cacheflow.sim.stages import HandOver, run_stages
 from cacheflow.state.report import Lane
 
-STAGES = (2, 4)
-LENGTHS = (4096, 16_384, 32_768)
-SUFFIX_TOKENS = 256
 POLICY = "cacheflow"
 
 
@@ -58,30 +56,42 @@ WAYS = (
 )
 
 
-def records(fast: bool) -> Iterator[FigureRecord]:
-    """One stage under every policy, then every way on more."""
-    setting = Setting()
-    for num_tokens in LENGTHS[:1] if fast else LENGTHS:
-        problem = setting.problem(num_tokens=num_tokens, suffix_tokens=SUFFIX_TOKENS)
-        single = list(alone(FIGURE.suite, setting, problem))
-        yield from single
-        for num_stages in STAGES:
-            yield from _staged(setting, problem, single[0], num_stages)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipelines:
+    """One stage under every policy, then every way on more.
+
+    Attributes:
+        sizes: Tokens of the prefix, and new ones.
+        num_stages: GPUs in a pipeline.
+    """
+
+    sizes: Varied[tuple[int, int]]
+    num_stages: tuple[int, ...]
+
+    def records(self, suite: str, fast: bool) -> Iterator[FigureRecord]:
+        """See ``Points``."""
+        place = Place()
+        for num_tokens, suffix_tokens in self.sizes.of(fast):
+            problem = place.problem(num_tokens=num_tokens, suffix_tokens=suffix_tokens)
+            single = list(alone(suite, place, problem))
+            yield from single
+            for num_stages in self.num_stages:
+                yield from _staged(place, problem, single[0], num_stages)
 
 
-def _staged(setting: Setting, problem: RestoreProblem, like: FigureRecord, num_stages: int) -> Iterator[FigureRecord]:
+def _staged(place: Place, problem: RestoreProblem, like: FigureRecord, num_stages: int) -> Iterator[FigureRecord]:
     layout, num_suffix = RankLayout(pipeline_parallel_size=num_stages), len(problem.grid.suffix_ends)
     # The least of any way: as if boundary states were there for nothing.
     least = staged_bound(
-        [_free(stage) for stage in stage_problems(problem, setting.shape, layout)], num_suffix_chunks=num_suffix
+        [_free(stage) for stage in stage_problems(problem, place.shape, layout)], num_suffix_chunks=num_suffix
     )
     for way in WAYS:
-        stages = stage_problems(problem, setting.shape, layout, way.later)
+        stages = stage_problems(problem, place.shape, layout, way.later)
         if way.series == "load":
             stages = tuple(replace(stage, source=BoundarySource.NONE) for stage in stages)
         run = run_stages(stages, way.plans(stages), num_suffix_chunks=num_suffix, hand_over=way.hand_over)
         ends = [stage.restore_s / run.restore_s for stage in run.stages]
-        yield replace(
+        yield msgspec.structs.replace(
             like, series=way.series, policy=way.series, num_stages=num_stages, workload="stages",
             restore_s=run.restore_s, ttft_s=run.ttft_s, bound_restore_s=least.restore_s, bound_ttft_s=least.ttft_s,
             compute_busy=fmean(s.busy(Lane.COMPUTE) * end for s, end in zip(run.stages, ends, strict=True)),
@@ -92,12 +102,3 @@ def _staged(setting: Setting, problem: RestoreProblem, like: FigureRecord, num_s
 def _free(stage: StageProblem) -> StageProblem:
     nothing = np.zeros(stage.problem.grid.num_chunks, dtype=np.int64)
     return replace(stage, problem=replace(stage.problem, boundary_bytes_K=nothing))
-
-
-FIGURE = Figure(
-    number=7,
-    title="Pipeline stages (Qwen3-8B, H100, 10 Gbit/s a stage)",
-    published="0.21 s, without the GPU axis 0.29 s; v2: 1.59, 0.96, 0.67 s on 1, 2, 4 GPUs",
-    charts=(Chart(kind=ChartKind.BARS, x="num_stages", panel=("num_tokens",), x_label="GPUs in a pipeline"),),
-    records=records,
-)

@@ -16,7 +16,7 @@ PREFILL_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Place:
     """Where a figure takes place.
 
     Attributes:
