@@ -309,12 +309,6 @@ def draw_distributions(
 ) -> Path:
     """Distributions of the time to first token, one a name, as steps.
 
-    Args:
-        percentiles_s: By name: seconds by percentage, which is text.
-        path: The file to write.
-        title: Above it.
-        dashed: The name whose line is dashed.
-
     Raises:
         ConfigError: matplotlib is not installed.
     """

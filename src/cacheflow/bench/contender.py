@@ -15,9 +15,6 @@ class Contender:
     """How one system serves requests.
 
     Attributes:
-        name: What it is called in records, tables and charts.
-        restore: Restore policy.
-        batch: Order of requests.
         crossover_tokens: For ``cacheflow_v1``; None predicts the better way.
         prefills: Restores nothing: the engine prefills the whole prompt.
         reads_in_flight: Reads it asks of a simulated link at once; one where cells are so large that several would

@@ -29,14 +29,9 @@ class Knob:
     Attributes:
         help: For ``--help``; the default is added.
         flag: On the command line; None: from the field's name. Empty: no flag.
-        metavar: What stands for the value in ``--help``.
         parse: Makes a value of a word; None: by the field's type.
         shown: The default in ``--help``, where it is another than the field's; empty for none.
-        choices: Words that are allowed.
         known: Names that are allowed, and what one is called in a message, as in ``("policy", ...)``.
-        at_least: Least value.
-        above: Values must be above it.
-        at_most: Greatest value.
         finite: ``inf`` is refused.
         one_of: Name of a group of flags of which exactly one is given.
         words: How the flag takes words: ``"one"``, ``"positional"`` or ``"repeated"``.
@@ -88,11 +83,7 @@ class Flags:
     """
 
     def __post_init__(self) -> None:
-        """Check every field by itself.
-
-        Raises:
-            ConfigError: Names the flag, the value and what is allowed.
-        """
+        """Check every field by itself."""
         for name, knob in knobs(type(self)).items():
             _check(flag_of(name, knob), getattr(self, name), knob)
 
@@ -208,11 +199,7 @@ class EmbeddedFlags(Flags):
     )
 
     def __post_init__(self) -> None:
-        """Check each value, and that a model or a shape is given, not both.
-
-        Raises:
-            ConfigError: Names the options.
-        """
+        """Check each value, and that a model or a shape is given, not both."""
         super().__post_init__()
         if self.model is not None and self.shape is not None:
             raise ConfigError("--model and --shape both say what is restored: drop one of them")
@@ -234,11 +221,7 @@ class ServedFlags(Flags):
     vllm_python: Path = option(Path(sys.executable), "interpreter that has vLLM", metavar="PATH", shown="this one")
 
     def __post_init__(self) -> None:
-        """Check each value, and that the prefix is whole chunks.
-
-        Raises:
-            ConfigError: Names the options.
-        """
+        """Check each value, and that the prefix is whole chunks."""
         super().__post_init__()
         if self.tokens % self.chunk:
             raise ConfigError(

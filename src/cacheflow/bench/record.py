@@ -46,11 +46,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     suite: Name
 
     def __post_init__(self) -> None:
-        """Refuse numbers outside the limits of their types.
-
-        Raises:
-            ConfigError: Names the field, its value and what is allowed.
-        """
+        """Refuse numbers outside the limits of their types."""
         for name, meta in _limits(type(self)):
             value = getattr(self, name)
             if value is not None and not _is_within(value, meta):
@@ -79,19 +75,12 @@ class RunRecord(Record, frozen=True, kw_only=True):
     """A run on a real model.
 
     Attributes:
-        suite: Name of the study, one of ``SUITES``.
-        policy: Name of the policy.
-        model: Name of the model or shape.
         device: ``"cpu"``, or the name of the accelerator.
-        dtype: KV and weight dtype.
         suffix_tokens: New tokens after the prefix; 0 for a restoration alone.
-        chunk_tokens: Tokens of a full chunk.
-        num_layers: Decoder layers.
         link_bytes_per_s: Bandwidth of the link as configured; None when it was not throttled (``inf`` becomes None).
         load_compute_ratio: Time to load everything over the time to recompute it, as the study set it.
         repeat: Which alternation of the policies this run belongs to; runs with equal ``repeat`` ran side by side.
         correct: Whether KV, logits and tokens equalled the reference; None when nothing was checked.
-        environment: Where it ran, see ``environment()``.
         fingerprint: Of the model's weights; two of one name are told apart by it. Empty in records that do not know it.
     """
 
@@ -132,25 +121,18 @@ class RestoreRecord(RunRecord, frozen=True, kw_only=True):
     """One restoration under one policy.
 
     Attributes:
-        num_tokens: Tokens of the prefix.
         restore_s: From the start of the restoration to the last prefix cell; None when the run was not timed.
         ttft_s: From the start of the restoration to the first token; None without a suffix or when not timed.
         bound_restore_s: The least possible ``restore_s``, from costs measured in the same process.
-        bound_ttft_s: The least possible ``ttft_s``; None without a suffix.
         compute_busy: Share of ``restore_s`` in which compute worked on the prefix.
         io_busy: Share of ``restore_s`` in which the link moved bytes.
-        recomputed_cells: Cells restored by compute.
-        loaded_cells: Cells restored by I/O.
         wasted_bytes: Bytes moved for cells that were recomputed all the same.
-        loaded_bytes: Bytes moved over the link in all.
         failed_loads: Reads that were missing, corrupt, late or failing.
         planning_s: Time to make the plan; part of ``restore_s``.
         overhead_s: Executor time that was neither compute nor waiting for the link.
         perturbation: What was made wrong on purpose, such as ``{"cost_error": 2.0}``; empty for a clean run.
-        guard: The guard's choice; None for policies without one.
         objective: What the plan minimised, ``"ttft"`` or ``"restore"``.
         layers_per_block: Layers of one block, which is one object of the store per chunk.
-        store: Where the prefix was saved.
     """
 
     num_tokens: Count
@@ -174,11 +156,7 @@ class RestoreRecord(RunRecord, frozen=True, kw_only=True):
     store: Name = "memory"
 
     def __post_init__(self) -> None:
-        """Refuse a time without a check.
-
-        Raises:
-            ConfigError: ``restore_s`` or ``ttft_s`` is set but ``correct`` is no outcome of a check; or see ``Record``.
-        """
+        """Refuse a time without a check."""
         super().__post_init__()
         if (self.restore_s is not None or self.ttft_s is not None) and not isinstance(self.correct, bool):
             raise ConfigError(f"a record cannot hold a time without a check: correct is {self.correct!r}")
@@ -198,13 +176,10 @@ class VllmRecord(RestoreRecord, frozen=True, kw_only=True):
     Attributes:
         cached_tokens: Prompt tokens vLLM says it did not compute itself in the usual way.
         equal_tokens: Generated tokens that equal stock vLLM's, counted from the first.
-        compared_tokens: Generated tokens in all.
         first_logprob_distance: Largest difference of the log-probabilities of the first token's top candidates; None
             without candidates in common.
         note: Why tokens may differ; empty when they do not.
         itl_mean_s: Mean inter-token latency of the neighbour from request to first token; None without neighbour.
-        itl_p99_s: Its 99th percentile.
-        itl_max_s: Its maximum.
     """
 
     cached_tokens: Count
@@ -217,11 +192,7 @@ class VllmRecord(RestoreRecord, frozen=True, kw_only=True):
     itl_max_s: Seconds | None = None
 
     def __post_init__(self) -> None:
-        """Check the tokens.
-
-        Raises:
-            ConfigError: More are equal than compared, or the run is correct although some differ without a note.
-        """
+        """Check the tokens."""
         super().__post_init__()
         if self.equal_tokens > self.compared_tokens:
             raise ConfigError(f"record: {self.equal_tokens} of {self.compared_tokens} tokens equal")
@@ -247,13 +218,10 @@ class RanksRecord(RestoreRecord, frozen=True, kw_only=True):
     ``restore_s`` and ``bound_restore_s`` are the engine's, the latter from costs it measured at its start.
 
     Attributes:
-        pipeline_parallel_size: Pipeline stages.
-        tensor_parallel_size: Ranks of a stage.
         gpu_axis: Whether stages start from stored boundary states, each for itself; False: activations are handed over
             from stage to stage. Always True with one stage.
         recompute_s: Time to first token of vLLM's own prefill of the same prompt, on the same engine.
         equal_tokens: Generated tokens that equal vLLM's own answer, counted from the first.
-        compared_tokens: Generated tokens in all.
         note: Why the prefix was not restored; empty when it was.
     """
 
@@ -266,11 +234,7 @@ class RanksRecord(RestoreRecord, frozen=True, kw_only=True):
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Check what belongs together.
-
-        Raises:
-            ConfigError: One stage has no axis, or the run counts as correct although tokens differ.
-        """
+        """Check what belongs together."""
         super().__post_init__()
         if not self.gpu_axis and self.pipeline_parallel_size == 1:
             raise ConfigError("record: with one pipeline stage there is no GPU axis to switch off")
@@ -319,7 +283,6 @@ class BatchTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """A batch in numbers.
 
     Attributes:
-        mean_ttft_s: Mean time from arrival to first token.
         p99_ttft_s: Its 99th percentile, as an observed value; the greatest of fewer than 100 requests.
         makespan_s: From the first arrival to the last first token.
         ttft_s: Of each request, in the order of the record's requests.
@@ -346,16 +309,9 @@ class BatchRecord(RunRecord, frozen=True, kw_only=True):
     """One batch of concurrent restorations under one policy.
 
     Attributes:
-        policy: Name of the contender, see ``batch.policies``.
-        lengths: Prefix tokens of the requests, as asked for.
         order: Indices into ``lengths`` in the order of arrival.
-        arrival_gap_s: Seconds between arrivals; 0 for all together.
-        seed: Of the orders of arrival.
         starvation_s: Bound on waiting that the scheduler was given; None for none.
         slo_factor: Deadlines, in times of what a request needs alone; None in records that do not know it.
-        mean_ttft_s: Mean time from arrival to first token.
-        p99_ttft_s: See ``BatchTimes``.
-        makespan_s: From the first arrival to the last first token.
         compute_busy: Share of the time until all prefixes were restored in which compute worked.
         io_busy: Share of it in which the link moved bytes.
         bound_makespan_s: The least possible ``makespan_s`` by the costs of this run; see ``batch_bound``.
@@ -364,8 +320,6 @@ class BatchRecord(RunRecord, frozen=True, kw_only=True):
         starvation_kept: Whether nobody waited longer than ``starvation_s`` and then for those that came before it; None
             without a bound.
         compute_drift: Seconds that a calibrated compute second took in this run; simulation and bounds count with it.
-        requests: In the order of arrival.
-        simulated: The same batch on the simulated device.
     """
 
     suite: Name = "batch"
@@ -390,11 +344,7 @@ class BatchRecord(RunRecord, frozen=True, kw_only=True):
     slo_factor: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no run can have.
-
-        Raises:
-            ConfigError: The run was not checked, the requests do not fit the lengths; or see ``Record``.
-        """
+        """Refuse what no run can have."""
         super().__post_init__()
         if not isinstance(self.correct, bool):
             raise ConfigError(f"a record cannot hold a time without a check: correct is {self.correct!r}")
@@ -447,28 +397,13 @@ class FigureRecord(Record, frozen=True, kw_only=True):
     """One point of a figure: what came of one policy at one setting, in virtual time.
 
     Attributes:
-        suite: ``figure-`` and its number.
         series: The line or bar it belongs to.
-        policy: Restore policy.
-        model: Name of the model.
-        gpu: Name of the GPU.
-        cost_source: Where costs come from.
-        link_bytes_per_s: Bandwidth of the link.
-        chunk_tokens: Tokens of a chunk.
         num_layers: Layers of the model, each a block of its own: no layers were merged.
         num_tokens: Tokens of the prefix; the mean over requests.
         suffix_tokens: New tokens after it; the mean over requests.
-        load_compute_ratio: Time to load everything over time to recompute everything.
-        workload: What was asked for.
-        batch_policy: Order of requests.
-        num_requests: Requests that count.
-        num_stages: GPUs in a pipeline.
         rate_per_s: Arrivals a second; 0 where all requests come at once.
         ttft_s: Time to first token from arrival; the mean over requests. Of a restoration alone, its time.
         restore_s: Time to the last prefix cell from arrival; the mean over requests.
-        p99_ttft_s: 99th percentile; None for one request.
-        bound_ttft_s: The least possible ``ttft_s``.
-        bound_restore_s: The least possible ``restore_s``.
         bound_p99_ttft_s: That of what each request could have had alone, below any 99th percentile.
         compute_busy: Share of the time with a request in the system in which compute worked.
         io_busy: Share of it in which the link moved bytes.
@@ -512,12 +447,7 @@ class FigureRecord(Record, frozen=True, kw_only=True):
     bound_quantiles_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no run can give.
-
-        Raises:
-            ConfigError: A time is below its bound by more than rounding, or a distribution has another length than
-                ``PROBABILITIES``; or see ``Record``.
-        """
+        """Refuse what no run can give."""
         super().__post_init__()
         for key in ("ttft_s", "restore_s", "p99_ttft_s"):
             time_s, bound_s = getattr(self, key), getattr(self, f"bound_{key}")
@@ -573,7 +503,6 @@ class SimulationRecord(Record, frozen=True, kw_only=True, forbid_unknown_fields=
         reusable_tokens: Prompt tokens that an earlier prompt began with too.
         cluster: The cluster's configuration; None stands for infinity.
         ttft_percentiles_s: Time to first token by percentile, for the picture.
-        wall_s: Seconds that the simulation took.
     """
 
     suite: Name = "simulate"

@@ -19,8 +19,6 @@ class SimulatedRequest:
     """One request.
 
     Attributes:
-        arrival_s: When it comes.
-        problem: What it is believed to cost.
         truth: What it really costs; None: as believed.
         deadline_s: When its first token should be there; None for no matter when.
     """
@@ -33,13 +31,7 @@ class SimulatedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRun:
-    """What came of requests.
-
-    Attributes:
-        restored: One for each, in their order.
-        compute_busy_s: Seconds in which compute worked.
-        io_busy_s: Seconds in which the link moved bytes.
-    """
+    """What came of requests."""
 
     restored: tuple[Restored, ...]
     compute_busy_s: float

@@ -42,8 +42,6 @@ class SuiteRun(Generic[R]):
     """One command over one results file.
 
     Attributes:
-        results: The file.
-        console: Where to speak.
         done: What was on record before.
         added: What this command put on record.
     """
@@ -104,12 +102,9 @@ class Suite(Generic[R]):
 
     Attributes:
         out: The folder, held meanwhile against a second measurement.
-        kind: Of the records.
-        show: The records as tables.
         draw: Draws them, and returns the files written; raises ``ConfigError`` where it cannot.
         time_limit_s: Seconds after which a run reports that it is over; None for no limit.
         resumes: Runs that are on record are not run again; said where there are any.
-        file: Name of the results file.
         only_added: Show what this command added, without what was there before.
     """
 
@@ -124,9 +119,6 @@ class Suite(Generic[R]):
 
     def run(self, work: Callable[[SuiteRun[R]], bool]) -> int:
         """Measure, then show and draw what is on record.
-
-        Args:
-            work: Measures; False when the time limit ended it.
 
         Returns:
             0; 1 when a run that is shown was wrong.

@@ -100,21 +100,10 @@ class PolicySummary:
     Times and ratios are None when a run of the policy was wrong (nothing of it is shown then) or had no suffix.
 
     Attributes:
-        policy: Its name.
-        num_runs: Repeats.
         num_wrong: Repeats whose check failed or was not made.
-        restore_s: Restoration time.
-        ttft_s: Time to first token.
-        restore_over_bound: Restoration time over its bound.
-        ttft_over_bound: Time to first token over its bound.
         rival: The other policy with the least median time (to first token, without a suffix of restoration).
         over_rival: That time over the rival's in the same repeat.
         breaks_promise: Whether the median is over ``PROMISE_FACTOR`` times the rival's plus ``PROMISE_S``.
-        compute_busy: Median share of the restoration in which compute worked.
-        io_busy: Median share in which the link worked.
-        loaded_bytes: Median bytes over the link.
-        recomputed_share: Median share of the cells that compute restored.
-        failed_loads: Reads that failed, over all repeats.
     """
 
     policy: str

@@ -31,16 +31,7 @@ def text_table(
     caption: str = "",
     padding: int = 0,
 ) -> Table:
-    """A table for the terminal: the first column to the left, the others to the right.
-
-    Args:
-        title: Above it.
-        heads: One a column.
-        rows: From top to bottom; a row may be short.
-        last: A dim row after a rule, such as the bound; empty for none.
-        caption: Below it.
-        padding: Blanks beside each cell.
-    """
+    """A table for the terminal: the first column to the left, the others to the right."""
     table = Table(
         title=title, title_style="bold", title_justify="left", caption=caption or None, caption_style="dim",
         caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, padding), pad_edge=False,

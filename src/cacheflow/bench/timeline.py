@@ -50,12 +50,6 @@ class Timeline:
     """One restoration to draw.
 
     Attributes:
-        label: What stands above it, usually the policy's name.
-        spans: Its work, in any order.
-        num_chunks: Chunks of the prefix.
-        num_blocks: Layer blocks.
-        restore_s: When the last prefix cell was there.
-        ttft_s: When the first token was there; None without a suffix.
         bound_s: The least possible time to first token (to restoration, without a suffix).
     """
 

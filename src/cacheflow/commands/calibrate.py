@@ -56,11 +56,6 @@ add_arguments = CalibrateFlags.add_flags
 def run(args: argparse.Namespace, *, clock: Clock = time.perf_counter, cpu_clock: Clock = time.process_time) -> int:
     """Measure with a progress bar, print what was found, write the profile.
 
-    Args:
-        args: The options.
-        clock: Times everything.
-        cpu_clock: Processor seconds of this process.
-
     Raises:
         ConfigError: An option is wrong, or the time limit is too short for any profile.
         ProfileError: The machine was busy, and nothing was written.
@@ -109,11 +104,7 @@ def run(args: argparse.Namespace, *, clock: Clock = time.perf_counter, cpu_clock
 
 
 def _options(flags: CalibrateFlags) -> CalibrationOptions:
-    """What is to be measured, checked before a model is loaded.
-
-    Raises:
-        ConfigError: An option is wrong; names it.
-    """
+    """What is to be measured, checked before a model is loaded."""
     import torch
 
     from cacheflow.profiling.calibrate import CalibrationOptions
@@ -126,11 +117,7 @@ def _options(flags: CalibrateFlags) -> CalibrationOptions:
 
 
 def _left_s(limit_s: float, spent_s: float) -> float:
-    """What the link left of the time limit.
-
-    Raises:
-        ConfigError: That is nothing.
-    """
+    """What the link left of the time limit."""
     if spent_s >= limit_s:
         raise ConfigError(
             f"--time-limit-s is {limit_s:g}, measuring the store's link alone took {spent_s:.0f} s: give more time"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cacheflow.bench.environment import environment
-from cacheflow.bench.make_record import RunContext, make_record, recompute_seconds
+from cacheflow.bench.make_record import make_record, of_model, recompute_seconds
 from cacheflow.bench.record import RestoreRecord
 from cacheflow.bench.setup import slowed
 from cacheflow.bench.suite import rotated
@@ -48,8 +48,6 @@ class Demo:
     """A conversation played twice: resident as the reference, evicted and restored under every policy.
 
     Attributes:
-        model: The model.
-        policies: Policies to compare, in order.
         timelines: One per policy, of the last turn's first repeat.
         all_equal: Whether every restored turn equalled the reference so far.
         last_prefix_tokens: Prefix of the last turn that was restored.
@@ -123,14 +121,7 @@ class Demo:
     def restore_everywhere(
         self, turn: DemoTurn, *, repeats: int, alone: bool, on_step: OnStep
     ) -> Iterator[RestoreRecord]:
-        """Answer the turn from an evicted state under every policy, ``repeats`` times, policies alternating.
-
-        Args:
-            turn: The turn that was just answered with the KV in memory.
-            repeats: Alternations.
-            alone: Also restore the prefix without the turn's new tokens.
-            on_step: Called with what runs, before and after each run.
-        """
+        """Answer the turn from an evicted state under every policy, ``repeats`` times, policies alternating."""
         prefix = Grid(chunk_ends=self._saved_ends, num_blocks=self._engine.num_blocks)
         self.last_prefix_tokens, self.timelines = prefix.num_tokens, []
         problem = self._engine.problem(prefix)
@@ -183,18 +174,19 @@ class Demo:
         least = bound(slowed(problem, self._drift(runs, problem)))
         if with_suffix and repeat == 0:
             self.timelines = [Timeline.of(runs[name][0], bound_s=least.ttft_s) for name in self.policies]
-        context = RunContext(
-            suite=SUITE,
-            model=self.model,
-            chunk_tokens=self._engine.options.chunk_tokens,
-            num_tokens=grid.num_tokens,
-            suffix_tokens=grid.suffix_tokens,
-            ratio=1.0,
-            bytes_per_s=self._engine.link.bytes_per_s,
-            repeat=repeat,
-            environment=environment(),
-        )
-        return [make_record(context, runs[name][0], least, correct=runs[name][1]) for name in self.policies]
+        context = {
+            **of_model(self.model),
+            "suite": SUITE,
+            "chunk_tokens": self._engine.options.chunk_tokens,
+            "load_compute_ratio": 1.0,
+            "repeat": repeat,
+            "environment": environment(),
+        }
+        bytes_per_s = self._engine.link.bytes_per_s
+        return [
+            make_record(runs[name][0], least, grid, bytes_per_s=bytes_per_s, correct=runs[name][1], **context)
+            for name in self.policies
+        ]
 
     def _drift(self, runs: dict[str, tuple[RestoreReport, bool]], problem: RestoreProblem) -> float:
         """Seconds a calibrated compute second took in this round, by its own recompute run."""

@@ -23,15 +23,7 @@ RECOMPUTED, LOADED, MIXED = "█", "░", "▒"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
-    """One restoration predicted under several policies.
-
-    Attributes:
-        title: Model, hardware and lengths, for people.
-        problem: What the restoration costs.
-        bound: The least possible times.
-        rehearsals: One a policy, in the order to show.
-        chosen: The policy whose guard and split are shown; one of the rehearsed.
-    """
+    """One restoration predicted under several policies."""
 
     title: str
     problem: RestoreProblem

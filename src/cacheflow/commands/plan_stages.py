@@ -32,9 +32,6 @@ class Way:
     """One way to restore all stages.
 
     Attributes:
-        name: What it is called.
-        stages: What each stage restores.
-        run: What came of it.
         bound: The least possible times this way, waiting for another stage not counted.
     """
 
@@ -49,10 +46,7 @@ class StagesReport:
     """One restoration over stages, predicted in every way.
 
     Attributes:
-        title: Model, hardware and lengths, for people.
-        ways: In the order to show.
         layers: Layers ``[lo, hi)`` of each stage.
-        has_suffix: Whether there are new tokens.
     """
 
     title: str
@@ -79,13 +73,6 @@ def predict_stages(
     problem: RestoreProblem, shape: ModelShape, layout: RankLayout, *, policy: str, title: str
 ) -> StagesReport:
     """Restore in every way in virtual time.
-
-    Args:
-        problem: Of the whole model on one GPU, one layer a block.
-        shape: The model.
-        layout: Stages, ranks and links.
-        policy: Plans stages that are not handed their activations.
-        title: For people.
 
     Raises:
         ConfigError: The layout does not fit the model.

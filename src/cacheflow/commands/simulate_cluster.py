@@ -80,10 +80,6 @@ class ClusterFile(Flags):
 def cluster_values(path: Path | None, given: Mapping[str, Any]) -> ClusterFile:
     """Every key of a cluster file: the option where one was given, else the file, else the default.
 
-    Args:
-        path: The file; None for none.
-        given: Options that were given, by key.
-
     Raises:
         ConfigError: The file cannot be read, or a value is wrong; names the option, or the file and its key.
     """

@@ -67,13 +67,7 @@ _LEGEND = (
 
 
 def reuse_line(size: WorkloadSize, names: Sequence[str], *, block_tokens: int) -> str:
-    """One line that says how much of a workload could be restored at all, and what it means where that is nothing.
-
-    Args:
-        size: The workload.
-        names: The systems that are compared.
-        block_tokens: Tokens of a block.
-    """
+    """One line that says how much of a workload could be restored at all, and what it means where that is nothing."""
     if size.reusable_tokens:
         return (
             f"reuse: {size.reusable_share:.1%} of the prompt tokens ({size.reusable_tokens:,} of "

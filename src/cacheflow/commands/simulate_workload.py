@@ -25,12 +25,7 @@ DEFAULT_CONTEXT_TOKENS = 131_072
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Requests that can be read again for each policy.
-
-    Attributes:
-        name: For people and records.
-        read: The requests, in the order of arrival.
-    """
+    """Requests that can be read again for each policy."""
 
     name: str
     read: Callable[[], Iterator[TraceRequest]]
@@ -41,9 +36,6 @@ class WorkloadSize:
     """What a workload holds: read once before any policy runs, so that errors come at the door.
 
     Attributes:
-        num_requests: Requests.
-        last_arrival_s: When the last one comes.
-        input_tokens: Tokens of their prompts.
         reusable_tokens: Those of them, in full blocks, with which a prompt before began too: the most that a memory
             without bounds could hold for them.
         fingerprint: Digest of all of them: equal for equal requests, whatever file and options they come from.

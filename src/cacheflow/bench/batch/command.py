@@ -57,11 +57,7 @@ class BatchFlags(EmbeddedFlags):
     )
 
     def __post_init__(self) -> None:
-        """Check each value, and that both sides have something to do.
-
-        Raises:
-            ConfigError: Names the option.
-        """
+        """Check each value, and that both sides have something to do."""
         super().__post_init__()
         if not LEAST_RATIO <= min(self.ratios) <= max(self.ratios) <= 1 / LEAST_RATIO:
             raise ConfigError(
@@ -142,9 +138,10 @@ def _rounds(flags: BatchFlags) -> list[BatchRound]:
 
 def _is_done(round_: BatchRound, study: BatchStudy, records: Sequence[BatchRecord]) -> bool:
     """Whether a results file already holds every run of a round."""
+    from cacheflow.bench.make_record import of_model
+
     wanted = {
-        "model": study.model.name, "fingerprint": study.model.fingerprint, "device": study.model.device.type,
-        "dtype": study.model.shape.dtype, "lengths": study.options.lengths,
+        **of_model(study.model), "lengths": study.options.lengths,
         "suffix_tokens": study.options.suffix_tokens, "chunk_tokens": study.options.chunk_tokens,
         "load_compute_ratio": round_.ratio, "arrival_gap_s": round_.arrival_gap_s, "repeat": round_.repeat,
         "seed": round_.seed, "starvation_s": round_.starvation_s, "slo_factor": round_.slo_factor,

@@ -10,6 +10,7 @@ from cacheflow.bench.batch.policies import find_contender
 from cacheflow.bench.batch.simulate import BatchCase, simulate_batch
 from cacheflow.bench.batch.study import BatchStudy, RequestRun
 from cacheflow.bench.batch_bound import batch_bound
+from cacheflow.bench.make_record import of_model
 from cacheflow.bench.record import BatchRecord, BatchRequestRecord, BatchTimes, Environment
 from cacheflow.bench.suite import rotated
 from cacheflow.plan.bound import bound
@@ -25,11 +26,7 @@ class BatchRound:
     """One alternation of policies.
 
     Attributes:
-        ratio: Load time over recompute time of all prefixes.
         repeat: Number of the alternation; it decides the order of arrival and rotates that of the policies.
-        policies: Names of contenders, in the order of the first repeat.
-        arrival_gap_s: Seconds between arrivals; 0 for all together.
-        seed: Of the orders of arrival.
         starvation_s: See ``BatchScheduler``; None for no bound.
         slo_factor: Deadlines, in times of what a request takes alone at best.
     """
@@ -94,13 +91,10 @@ def _record(
     compute_busy, io_busy = busy_shares(runs)
     return BatchRecord(
         policy=name,
-        model=study.model.name,
-        device=study.model.device.type,
-        dtype=study.model.shape.dtype,
+        **of_model(study.model),
         lengths=options.lengths,
         suffix_tokens=options.suffix_tokens,
         chunk_tokens=options.chunk_tokens,
-        num_layers=study.model.shape.num_layers,
         order=order,
         arrival_gap_s=round_.arrival_gap_s,
         load_compute_ratio=round_.ratio,
@@ -108,9 +102,7 @@ def _record(
         repeat=round_.repeat,
         seed=round_.seed,
         starvation_s=round_.starvation_s,
-        mean_ttft_s=times.mean_ttft_s,
-        p99_ttft_s=times.p99_ttft_s,
-        makespan_s=times.makespan_s,
+        **{name: getattr(times, name) for name in ("mean_ttft_s", "p99_ttft_s", "makespan_s")},
         compute_busy=compute_busy,
         io_busy=io_busy,
         bound_makespan_s=least.makespan_s,
@@ -124,16 +116,13 @@ def _record(
                 suffix_tokens=problem.grid.suffix_tokens,
                 arrival_s=run.arrival_s,
                 ttft_s=seconds,
-                restore_s=run.outcome.report.restore_s,
                 deadline_s=deadline_s,
-                recomputed_cells=run.outcome.report.recomputed_cells,
-                loaded_cells=run.outcome.report.loaded_cells,
+                **{key: getattr(run.outcome.report, key) for key in ("restore_s", "recomputed_cells", "loaded_cells")},
             )
             for problem, run, seconds, deadline_s in zip(case.problems, runs, ttft_s, case.deadlines_s, strict=True)
         ),
         simulated=simulate_batch(find_contender(name), replace(case, arrivals_s=arrivals_s), truths),
         environment=environment,
-        fingerprint=study.model.fingerprint,
         slo_factor=round_.slo_factor,
     )
 

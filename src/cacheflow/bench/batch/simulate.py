@@ -18,10 +18,7 @@ class BatchCase:
     """A batch as the scheduler sees it; all of one length, in the order of arrival.
 
     Attributes:
-        problems: What requests are believed to cost.
-        arrivals_s: When they come, from the first arrival.
         deadlines_s: Seconds from arrival until which first tokens should be there.
-        starvation_s: See ``BatchScheduler``.
     """
 
     problems: Sequence[RestoreProblem]

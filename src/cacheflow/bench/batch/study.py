@@ -8,7 +8,7 @@ is compared bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,15 +40,7 @@ from cacheflow.stores.throttled import ThrottledStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchStudyOptions:
-    """What is restored.
-
-    Attributes:
-        lengths: Tokens of each prefix.
-        suffix_tokens: New tokens behind each.
-        chunk_tokens: Tokens of a chunk.
-        cost_repeats: Rounds in which costs are measured.
-        executor: How the executor drives its ports.
-    """
+    """What is restored."""
 
     lengths: tuple[int, ...]
     suffix_tokens: int
@@ -57,11 +49,7 @@ class BatchStudyOptions:
     executor: ExecutorOptions = ExecutorOptions()  # noqa: RUF009 -- frozen
 
     def __post_init__(self) -> None:
-        """Check the counts.
-
-        Raises:
-            ConfigError: No length, or a count is below 1.
-        """
+        """Check the counts."""
         if not self.lengths or min(self.lengths) < 1:
             raise ConfigError(f"lengths are {self.lengths}; one or more of at least 1 token are needed")
         for key in ("suffix_tokens", "chunk_tokens", "cost_repeats"):
@@ -98,11 +86,7 @@ class BatchStudy:
     """A model with several prefilled and saved prefixes and its costs."""
 
     def __init__(self, model: LoadedModel, tokens: Sequence[int], *, options: BatchStudyOptions) -> None:
-        """Take the text; ``prepare`` does the work.
-
-        Raises:
-            ConfigError: Too few tokens, or a prompt is longer than the model allows.
-        """
+        """Take the text; ``prepare`` does the work."""
         longest = max(options.lengths) + options.suffix_tokens
         if longest > model.max_tokens or len(tokens) < options.num_tokens:
             raise ConfigError(
@@ -168,16 +152,8 @@ class BatchStudy:
         case: BatchCase,
         *,
         order: Sequence[int],
-        on_end: Callable[[], None] = lambda: None,
     ) -> list[RequestRun]:
-        """Restore all prefixes at once, from poisoned buffers, and compare with the references.
-
-        Args:
-            contender: Who orders and plans.
-            case: The batch, in the order of arrival.
-            order: Which prompt each request of the case is.
-            on_end: Called on another thread as each request ends.
-        """
+        """Restore all prefixes at once, from poisoned buffers; ``order`` says which prompt each request is."""
         bytes_per_s = case.problems[0].link.bytes_per_s
         prompts = [self._prompts[index] for index in order]
         for prompt in prompts:
@@ -192,7 +168,7 @@ class BatchStudy:
         link = ThrottledStore(self._store, bytes_per_s)
         ports = [self._port(prompt) for prompt in prompts]
         requests = [
-            self._request(prompt, port, problem, link, deadline_s, on_end)
+            self._request(prompt, port, problem, link, deadline_s)
             for prompt, port, problem, deadline_s in zip(prompts, ports, case.problems, case.deadlines_s, strict=True)
         ]
         with BatchExecutor[StoreTicket](scheduler, options=self.options.executor) as executor:
@@ -221,7 +197,6 @@ class BatchStudy:
         problem: RestoreProblem,
         link: ThrottledStore,
         deadline_s: float,
-        on_end: Callable[[], None],
     ) -> BatchRequest[StoreTicket]:
         transfer = StoreTransferPort(
             link,
@@ -235,7 +210,6 @@ class BatchStudy:
             problem=problem,
             prepare=lambda running: prepared,
             deadline_s=deadline_s,
-            on_end=lambda ended: on_end(),
         )
 
     def _save(self, prompt: _Prompt) -> None:

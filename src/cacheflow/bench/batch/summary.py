@@ -61,20 +61,8 @@ class ContenderSummary:
     """One policy in one setting, over its repeats; times are None when a run of it was wrong.
 
     Attributes:
-        policy: Its name.
-        num_runs: Repeats.
-        num_wrong: Those that were not exact.
-        mean_ttft_s: Mean time to first token.
-        p99_ttft_s: Its 99th percentile.
-        makespan_s: To the last first token.
-        mean_over_bound: Mean time to first token over its bound.
-        makespan_over_bound: Makespan over its bound.
-        num_late: Requests past their deadline.
-        compute_busy: Median share.
-        io_busy: Median share.
         starvation_kept: In every repeat; None without a bound.
         over_rival: What it minimises, over the best rival's, within repeats; None for rivals.
-        rival: Who that is.
         ttft_by_request: Median time to first token of each request, by its index among the lengths.
     """
 
@@ -184,13 +172,10 @@ class Agreement:
     """How far the simulator was from what happened.
 
     Attributes:
-        num_requests: Requests compared.
         median_error: Median of ``|simulated - measured| / measured`` of the time to first token.
-        max_error: Its maximum.
         mean_ttft_error: Median of the same of the mean over a batch.
         makespan_error: Median of the same of the makespan.
         num_pairs: Pairs of policies in one repeat whose mean time to first token, or makespan, clearly differed.
-        num_ranked_alike: Those that the simulator ranked the same.
     """
 
     num_requests: int

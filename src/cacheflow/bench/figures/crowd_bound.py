@@ -22,8 +22,6 @@ class FigureRequest:
     """One request.
 
     Attributes:
-        arrival_s: When it comes.
-        problem: What it costs.
         prefill: What it costs an engine that restores nothing.
         slo_s: Its first token should be there so long after its arrival; None for no matter when.
         counts: Whether it stands in the results, or is only load.

@@ -17,7 +17,6 @@ class Gain:
     """One setting.
 
     Attributes:
-        ours: Our record.
         pure: The best of those that only recompute or only load.
         existing: The best of what the paper compares with: those and Cake.
         rival: The best rival, the published CacheFlows included.

@@ -20,8 +20,6 @@ class Place:
     """Where a figure takes place.
 
     Attributes:
-        model: Name of a known model.
-        gpu: Name of a known GPU.
         gbps: Link in Gbit/s; the GPU's host link caps it.
         chunk_tokens: Tokens of a chunk; 0 for the whole prefix in one.
     """

@@ -61,7 +61,6 @@ class Alone:
     """One restoration with nothing beside it, under every policy.
 
     Attributes:
-        places: Where.
         sizes: Tokens of the prefix, and new ones.
         chunks: Tokens of a chunk; None: the place's.
         ratios: Load time over recompute time; None: the place's link.
@@ -88,10 +87,8 @@ class Sessions:
     """Turns of sessions, arriving at a load.
 
     Attributes:
-        places: Where.
         workloads: Names of session profiles, and how many sessions.
         load: Seconds of prefill of whole prompts that arrive each second.
-        contenders: Who.
     """
 
     places: Varied[Place] = HERE
@@ -112,11 +109,8 @@ class Together:
     """Batches of requests that come at once.
 
     Attributes:
-        places: Where.
-        batches: How many.
         size: Tokens of the prefix, and new ones, of each of equal requests.
         workloads: ``"equal"``, ``"mixed"`` (requests of many lengths), or a name for equal ones with their number.
-        contenders: Who.
     """
 
     places: Varied[Place] = HERE
@@ -146,8 +140,6 @@ class Arriving:
         loads: Least seconds of work, alone, that arrive each second; deadlines are ``DEADLINE_FACTOR`` times what a
             request could have alone. Empty: by ``rates_per_s``.
         rates_per_s: Arrivals a second, all due within ``slo_s``.
-        slo_s: See above.
-        contenders: Who.
     """
 
     num_requests: int = 80
@@ -186,12 +178,7 @@ ONE_PASS = Contender(name="layer-wise, one pass", restore="cacheflow_v1", crosso
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossover:
-    """Restoration alone; layer-wise in chunks, and with each layer in one pass over the whole prefix.
-
-    Attributes:
-        places: Where.
-        lengths: Tokens of the prefix.
-    """
+    """Restoration alone; layer-wise in chunks, and with each layer in one pass over the whole prefix."""
 
     places: Varied[Place]
     lengths: Varied[int]
@@ -237,12 +224,6 @@ def session_crowd(place: Place, workload: str, *, num_sessions: int, load: float
 
     The answer before a turn stands among its new tokens: its KV is of decode steps and was not saved. Turns arrive at
     the times of the trace, however long the turn before took. First turns restore nothing and do not count.
-
-    Args:
-        place: Where.
-        workload: Name of a session profile.
-        num_sessions: Sessions.
-        load: Seconds of prefill of whole prompts that arrive each second.
     """
     one_a_second = [request_of(place, turn.lengths) for turn in _turns(workload, num_sessions, 1.0)]
     work_s = sum(each.prefill.suffix_s for each in one_a_second)

@@ -34,15 +34,8 @@ class Chart:
     """One row of panels.
 
     Attributes:
-        kind: How it is drawn.
-        x: Field of the records along the horizontal axis.
-        y: Field along the vertical axis.
         bound: Field drawn beside ``y`` as the bound; empty for none.
         panel: Fields that tell panels apart.
-        x_label: Of the axis.
-        y_label: Of the axis.
-        log_x: Logarithmic.
-        log_y: Logarithmic.
     """
 
     kind: ChartKind
@@ -62,10 +55,7 @@ class Figure:
 
     Attributes:
         number: As in the paper; ours from 11 on.
-        title: Above the picture.
         published: What the paper says of it; empty for ours.
-        charts: Rows of panels.
-        points: What is simulated.
     """
 
     number: int

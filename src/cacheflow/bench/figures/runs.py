@@ -54,7 +54,6 @@ class Crowd:
 
     Attributes:
         requests: In the order of arrival, at least one that counts.
-        workload: Name of what was asked for.
         rate_per_s: Arrivals a second; 0 where all come at once.
         slo_s: The common limit for the time to first token; 0 for none.
     """
@@ -74,16 +73,7 @@ def alone(
     least: Bound | None = None,
     workload: str = "alone",
 ) -> Iterator[FigureRecord]:
-    """One restoration under every contender.
-
-    Args:
-        suite: Name of the figure.
-        place: Where.
-        problem: What it costs.
-        contenders: Who.
-        least: The bound, where it is not that of the problem.
-        workload: What to call it.
-    """
+    """One restoration under every contender."""
     prefill = place.prefill(problem)
     problem = replace(problem, prefill_s=prefill.suffix_s)
     request = FigureRequest(arrival_s=0.0, problem=problem, prefill=prefill)
@@ -152,12 +142,7 @@ def _span_s(crowd: Crowd) -> float:
 
 
 def serve(requests: Sequence[FigureRequest], contender: Contender) -> SimulatedRun:
-    """Serve every request to its first token in virtual time.
-
-    Args:
-        requests: All over the same link.
-        contender: Who serves them.
-    """
+    """Serve every request to its first token in virtual time."""
     link = requests[0].problem.link
     restore = make_policy(contender.restore, crossover_tokens=contender.crossover_tokens)
     scheduler = BatchScheduler(contender.make(), LiveRates(bytes_per_s=link.bytes_per_s))

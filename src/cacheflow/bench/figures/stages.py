@@ -58,12 +58,7 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipelines:
-    """One stage under every policy, then every way on more.
-
-    Attributes:
-        sizes: Tokens of the prefix, and new ones.
-        num_stages: GPUs in a pipeline.
-    """
+    """One stage under every policy, then every way on more."""
 
     sizes: Varied[tuple[int, int]]
     num_stages: tuple[int, ...]

@@ -65,11 +65,7 @@ def gain(record: RanksRecord, runs: Sequence[RanksRecord]) -> float | None:
 
 
 def ranks_markdown(records: Sequence[RanksRecord]) -> str:
-    """A table and its caption for a page: time, over the bound, and how much faster than one rank.
-
-    Args:
-        records: Of one model and length; a wrong run's split shows no time.
-    """
+    """A table and its caption for a page: time, over the bound, and how much faster than one rank."""
     ratios = sorted({record.load_compute_ratio for record in records})
     rows = [
         [split, *(_markdown_cell([r for r in records if r.split == split], records, ratio) for ratio in ratios)]

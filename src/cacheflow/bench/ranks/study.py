@@ -13,13 +13,13 @@ from typing import Any
 
 from cacheflow.bench.record import Environment, RanksRecord
 from cacheflow.bench.suite import rotated
-from cacheflow.bench.vllm.ask import nudge
+from cacheflow.bench.vllm.ask import compare, nudge
 from cacheflow.bench.vllm.client import Completion
 from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.bench.vllm.counts import EngineCounts, counts_between
 from cacheflow.bench.vllm.fleet import Fleet, wait_until_at_rest
 from cacheflow.bench.vllm.policies import LinkSetup, transfer_config
-from cacheflow.bench.vllm.server import ServerOptions, start_server
+from cacheflow.bench.vllm.server import ServerOptions
 from cacheflow.bench.vllm.workload import BenchModel, prompt
 
 POLICY = "cacheflow"
@@ -66,9 +66,6 @@ class RanksOptions:
     Attributes:
         server: Of one rank; each split changes its sizes, cores and memory.
         store_root: Folder under which each split keeps its store and its profiles.
-        size: Prefix and suffix.
-        repeats: Rounds per ratio; each has a prompt of its own.
-        environment: Of the servers.
     """
 
     server: ServerOptions
@@ -83,9 +80,7 @@ class RanksStudy:
     """One model and its prompts.
 
     Attributes:
-        model: What is served.
         tokens: Source text, long enough for every prompt.
-        options: What runs.
         prefill_s: What one rank's own prefill of the prefix takes; 0 before ``prepare``.
         memory_bytes: Memory of each process of one rank's server, greatest first; empty before ``prepare``.
         references: Each split's own answer to each prompt, without restoration.
@@ -185,41 +180,32 @@ class RanksStudy:
     ) -> RanksRecord:
         shape, size = self.model.shape, self.options.size
         reference = self.references[split, repeat]
-        pairs = list(zip(answer.tokens, reference.tokens, strict=True))
-        equal = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
+        compared = compare(answer, reference, beside_neighbour=False)
         per_token = shape.num_layers / size.chunk_tokens
         restored = counts.restore_s > 0 and counts.bound_ratio > 0
         return RanksRecord(
             suite="ranks",
             policy=POLICY,
-            model=shape.name,
             device="cpu",
             dtype=self.options.server.dtype,
-            num_tokens=size.num_tokens,
-            suffix_tokens=size.suffix_tokens,
-            chunk_tokens=size.chunk_tokens,
-            num_layers=shape.num_layers,
-            link_bytes_per_s=self.bytes_per_s(ratio),
-            load_compute_ratio=ratio,
+            **self.model.on_record(size, bytes_per_s=self.bytes_per_s(ratio), ratio=ratio),
             repeat=repeat,
             restore_s=counts.restore_s if restored else None,
             ttft_s=answer.ttft_s,
             bound_restore_s=counts.restore_s / counts.bound_ratio if restored else None,
             bound_ttft_s=None,
-            compute_busy=None,
-            io_busy=None,
             recomputed_cells=round(counts.recomputed_tokens * per_token),
             loaded_cells=round(counts.loaded_tokens * per_token),
             wasted_bytes=round(counts.wasted_tokens * shape.kv_bytes_per_token),
-            correct=equal == len(pairs),
+            correct=compared.correct,
             environment=self.options.environment,
             loaded_bytes=round(counts.loaded_bytes),
             pipeline_parallel_size=split.pipeline,
             tensor_parallel_size=split.tensor,
             gpu_axis=split.gpu_axis,
             recompute_s=own_s,
-            equal_tokens=equal,
-            compared_tokens=len(pairs),
+            equal_tokens=compared.equal_tokens,
+            compared_tokens=answer.num_tokens,
             note="" if restored else "not restored: vLLM's own prefill was expected to be as fast",
         )
 
@@ -228,20 +214,15 @@ class RanksStudy:
         with ExitStack() as stack:
             fleet = Fleet()
             for split in splits:
+                whole = self.options.server
                 options = replace(
-                    self.options.server,
+                    whole,
                     pipeline_parallel_size=split.pipeline,
                     tensor_parallel_size=split.tensor,
                     omp_bind=cores_of(split.num_ranks),
-                    kv_cache_gib=-(
-                        -self.options.server.kv_cache_gib // split.num_ranks
-                    ),  # each has its layers or heads
+                    kv_cache_gib=-(-whole.kv_cache_gib // split.num_ranks),  # each has its layers or heads
                 )
-                transfer = self._transfer(split, bytes_per_s)
-                server = stack.enter_context(start_server(split.name, options, transfer=transfer))
-                server.wait_ready()
-                fleet.servers[split.name] = server
-                server.freeze()
+                fleet.start(stack, split.name, options, self._transfer(split, bytes_per_s))
             yield fleet
 
     def _transfer(self, split: RankSplit, bytes_per_s: float) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cacheflow.bench.make_record import RunContext, make_record, recompute_seconds
+from cacheflow.bench.make_record import make_record, of_model, recompute_seconds
 from cacheflow.bench.record import Environment, RestoreRecord
 from cacheflow.bench.restore.drop_bound import bound_with_drop
 from cacheflow.bench.restore.study import CLEAN, Study, StudyRun, Wrong
@@ -22,12 +22,9 @@ class Round:
 
     Attributes:
         ratio: Load time over recompute time of the prefix.
-        with_suffix: Plan and time for the first token; else for the prefix alone.
         repeat: Number of the alternation; it also rotates the order of the policies.
-        policies: Names, in the order of the first repeat.
         bytes_per_s: Bandwidth asked of the link; ``inf`` for as fast as it goes.
         wrong: What the policies are given wrongly.
-        perturbation: The same for the record.
         crossover_tokens: For ``cacheflow_v1``; None lets it work the length out.
     """
 
@@ -58,13 +55,6 @@ def run_round(
     The bound uses the costs measured when the study was prepared, corrected by how long the round's own ``recompute``
     run took; without one it uses them as they are. A link without a limit counts as fast as one load of the whole
     prefix found it.
-
-    Args:
-        study: A prepared study.
-        round_: What to run.
-        suite: Name of the study for the records.
-        environment: For the records.
-        on_run: Called with a policy's name before its run.
     """
     runs: dict[str, StudyRun] = {}
     for name in rotated(round_.policies, round_.repeat):
@@ -81,28 +71,25 @@ def run_round(
     problem = study.problem(with_suffix=round_.with_suffix, bytes_per_s=delivered_bytes_per_s, drift=drift)
     drop = round_.wrong.drop
     least = bound(problem) if drop is None else bound_with_drop(problem, drop)
-    context = RunContext(
-        suite=suite,
-        model=study.model,
-        chunk_tokens=study.options.chunk_tokens,
-        num_tokens=study.grid.num_tokens,
-        suffix_tokens=study.grid.suffix_tokens if round_.with_suffix else 0,
-        ratio=round_.ratio,
-        bytes_per_s=round_.bytes_per_s,
-        repeat=round_.repeat,
-        environment=environment,
-        perturbation=round_.perturbation,
-        layers_per_block=study.options.layers_per_block,
-        store=study.store,
-    )
-    return [
-        RoundRun(
-            record=make_record(context, runs[name].restored.report, least, correct=runs[name].correct),
-            report=runs[name].restored.report,
-            bound=least,
+    context = {
+        **of_model(study.model),
+        "suite": suite,
+        "chunk_tokens": study.options.chunk_tokens,
+        "layers_per_block": study.options.layers_per_block,
+        "store": study.store,
+        "load_compute_ratio": round_.ratio,
+        "repeat": round_.repeat,
+        "perturbation": dict(round_.perturbation),
+        "environment": environment,
+    }
+    found = []
+    for name in round_.policies:
+        run, report = runs[name], runs[name].restored.report
+        record = make_record(
+            report, least, problem.grid, bytes_per_s=round_.bytes_per_s, correct=run.correct, **context
         )
-        for name in round_.policies
-    ]
+        found.append(RoundRun(record=record, report=report, bound=least))
+    return found
 
 
 def is_done(round_: Round, study: Study, records: Sequence[RestoreRecord], *, suite: str) -> bool:
@@ -128,10 +115,8 @@ def ratio_on_record(study: Study, records: Sequence[RestoreRecord], *, suite: st
 
 def _is_of(record: RestoreRecord, study: Study, suite: str) -> bool:
     """Whether a record is of these weights, on this kind of device, with this prefix, these blocks and this store."""
-    model, options = study.model, study.options
     wanted = {
-        "suite": suite, "model": model.name, "fingerprint": model.fingerprint, "device": model.device.type,
-        "dtype": model.shape.dtype, "num_tokens": study.grid.num_tokens, "chunk_tokens": options.chunk_tokens,
-        "layers_per_block": options.layers_per_block, "store": study.store,
+        **of_model(study.model), "suite": suite, "num_tokens": study.grid.num_tokens, "store": study.store,
+        "chunk_tokens": study.options.chunk_tokens, "layers_per_block": study.options.layers_per_block,
     }  # fmt: skip
     return all(getattr(record, key) == wanted[key] for key in wanted)

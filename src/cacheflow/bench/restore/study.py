@@ -33,16 +33,7 @@ from cacheflow.restore.options import ExecutorOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyOptions:
-    """The prefix of a study.
-
-    Attributes:
-        num_tokens: Tokens of the prefix.
-        suffix_tokens: New tokens after it.
-        chunk_tokens: Tokens of a chunk.
-        layers_per_block: Layers of a block.
-        cost_repeats: Rounds in which each chunk's cost is measured.
-        executor: How the executor drives its ports.
-    """
+    """The prefix of a study."""
 
     num_tokens: int
     suffix_tokens: int
@@ -52,11 +43,7 @@ class StudyOptions:
     executor: ExecutorOptions = ExecutorOptions()  # noqa: RUF009 -- frozen
 
     def __post_init__(self) -> None:
-        """Check the counts.
-
-        Raises:
-            ConfigError: A count is below 1.
-        """
+        """Check the counts."""
         for key in ("num_tokens", "suffix_tokens", "chunk_tokens", "layers_per_block", "cost_repeats"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} is {getattr(self, key)}, must be at least 1")
@@ -93,17 +80,7 @@ class Study:
     """A model with one prefilled, saved and measured prefix."""
 
     def __init__(self, model: LoadedModel, tokens: Sequence[int], *, options: StudyOptions, link: StudyLink) -> None:
-        """Take the prompt; ``prepare`` does the work.
-
-        Args:
-            model: What restores.
-            tokens: Prefix and suffix, at least ``num_tokens + suffix_tokens``; the rest is ignored.
-            options: The prefix.
-            link: Keeps the saved cells.
-
-        Raises:
-            ConfigError: Too few tokens, or more than the model allows.
-        """
+        """Take the prompt; ``prepare`` does the work."""
         total = options.num_tokens + options.suffix_tokens
         if len(tokens) < total or total > model.max_tokens:
             raise ConfigError(

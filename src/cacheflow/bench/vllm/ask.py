@@ -49,11 +49,7 @@ class Neighbour:
         self._error: Exception | None = None
 
     def __enter__(self) -> Self:
-        """Start decoding and wait for the first tokens.
-
-        Raises:
-            ServerError: The request failed.
-        """
+        """Start decoding and wait for the first tokens."""
         self._thread.start()
         self._decoding.wait()
         if self._error is not None:
@@ -87,11 +83,7 @@ class Neighbour:
 
 
 def save_prefix(client: VllmClient, prefix: Sequence[int]) -> None:
-    """Send a prefix, so that it is computed and saved; returns when the save has let go of its blocks.
-
-    Raises:
-        ServerError: The server failed, or a save does not end.
-    """
+    """Send a prefix, so that it is computed and saved; returns when the save has let go of its blocks."""
     client.evict()
     client.complete(prefix, max_tokens=1)
     nudge(client)
@@ -105,12 +97,6 @@ def nudge(client: VllmClient) -> None:
 
 def ask(client: VllmClient, prompt: Sequence[int], *, num_tokens: int, neighbour: Neighbour | None = None) -> Asked:
     """Ask with an empty local cache and time the answer.
-
-    Args:
-        client: Of the server in turn.
-        prompt: Prefix and suffix.
-        num_tokens: Tokens to generate.
-        neighbour: Decodes meanwhile; None for nobody.
 
     Raises:
         ServerError: The server failed or would not evict.

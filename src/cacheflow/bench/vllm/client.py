@@ -32,7 +32,6 @@ class Completion:
     """One streamed completion.
 
     Attributes:
-        tokens: Ids of the generated tokens.
         arrivals_s: When each token arrived, counted from sending the request; tokens of one event share a time.
         sent_s: When the request was sent, on the client's clock.
         first_logprobs: The server's most likely first tokens with their log-probabilities; empty if not asked for.

@@ -119,13 +119,6 @@ def least_times(
 
     Errs on the low side: the server's own time per request counts as suffix, of which all but the top layer may
     overlap with loading.
-
-    Args:
-        costs: Measured in this run.
-        shape: Of the model.
-        size: The prefix.
-        bytes_per_s: Of the link.
-        drift: Seconds that a measured compute second took at the time of the runs to compare.
     """
     grid = Grid.regular(
         num_tokens=size.num_tokens,

@@ -18,11 +18,9 @@ class EngineCounts:
     """Of one request; all 0 where the engine does not count.
 
     Attributes:
-        loaded_bytes: Bytes moved into the KV cache.
         recomputed_tokens: Prefix tokens brought back by compute; fractions where layers were shared.
         loaded_tokens: ... by I/O.
         wasted_tokens: Read, but recomputed all the same.
-        restore_s: Seconds the engine counted for restoring.
         bound_ratio: Those seconds over the engine's own lower bound; 0 where it has none.
     """
 

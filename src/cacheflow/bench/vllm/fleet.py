@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cacheflow.bench.vllm.client import ServerError
 from cacheflow.bench.vllm.policies import LinkSetup, SideServer, rivals, transfer_config
@@ -22,10 +23,8 @@ class FleetOptions:
     """How a fleet is started.
 
     Attributes:
-        server: Options that all servers share.
         store_root: Folder under which each policy's file store lives.
         pythons: Interpreters of policies that need one of their own.
-        itl_slo_ms: The inter-token latency that our connector is asked to keep; None for no bound.
     """
 
     server: ServerOptions
@@ -36,15 +35,22 @@ class FleetOptions:
 
 @dataclass(slots=True)
 class Fleet:
-    """Running servers by policy; a context manager that ends those it started.
-
-    Attributes:
-        servers: By policy, in the order of the run.
-        sides: Rivals' own servers, by policy.
-    """
+    """Running servers by policy; a context manager that ends those it started."""
 
     servers: dict[str, VllmServer] = field(default_factory=dict)
     sides: dict[str, SideServer] = field(default_factory=dict)
+
+    def start(self, stack: ExitStack, name: str, options: ServerOptions, transfer: Mapping[str, Any] | None) -> None:
+        """Start a server that ends with ``stack``, wait until it is ready, and let it stand still.
+
+        Raises:
+            ServerError: It does not start; the message holds the end of its log.
+        """
+        server = stack.enter_context(start_server(name, options, transfer=transfer))
+        server.wait_ready()
+        self.servers[name] = server
+        if may_freeze(name):
+            server.freeze()
 
     @contextmanager
     def turn(self, policy: str) -> Iterator[VllmServer]:
@@ -97,11 +103,16 @@ def open_fleet(policies: Sequence[str], options: FleetOptions, *, bytes_per_s: f
             if rival is not None and rival.open_side is not None:
                 side = rival.open_side(options.pythons[policy], bytes_per_s=bytes_per_s, log_dir=options.server.log_dir)
                 fleet.sides[policy] = stack.enter_context(side)
-            server = stack.enter_context(_start(policy, fleet, options, bytes_per_s))
-            server.wait_ready()
-            fleet.servers[policy] = server
-            if may_freeze(policy):
-                server.freeze()
+            setup = LinkSetup(
+                bytes_per_s=bytes_per_s,
+                chunk_tokens=options.server.chunk_tokens,
+                store_dir=options.store_root / policy,
+                profile_dir=options.store_root / "profiles",
+                side_port=fleet.sides[policy].port if policy in fleet.sides else None,
+                itl_slo_ms=options.itl_slo_ms,
+            )
+            server = replace(options.server, python=options.pythons.get(policy, options.server.python))
+            fleet.start(stack, policy, server, transfer_config(policy, setup))
         yield fleet
 
 
@@ -119,16 +130,3 @@ def wait_until_at_rest(server: VllmServer) -> None:
         before_s = server.cpu_s()
         time.sleep(REST_WINDOW_S)
         used_s = server.cpu_s() - before_s
-
-
-def _start(policy: str, fleet: Fleet, options: FleetOptions, bytes_per_s: float) -> VllmServer:
-    setup = LinkSetup(
-        bytes_per_s=bytes_per_s,
-        chunk_tokens=options.server.chunk_tokens,
-        store_dir=options.store_root / policy,
-        profile_dir=options.store_root / "profiles",
-        side_port=fleet.sides[policy].port if policy in fleet.sides else None,
-        itl_slo_ms=options.itl_slo_ms,
-    )
-    server = replace(options.server, python=options.pythons.get(policy, options.server.python))
-    return start_server(policy, server, transfer=transfer_config(policy, setup))

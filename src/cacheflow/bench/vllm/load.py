@@ -40,11 +40,7 @@ class LoadOptions:
     Attributes:
         rate: Requests per second, Poisson.
         num_sessions: Sessions at a time; every turn is one request.
-        num_turns: Turns of each.
         chars_per_turn: Characters of source text that a turn adds to its session.
-        answer_tokens: Tokens generated per turn.
-        bytes_per_s: Bandwidth of the link.
-        kv_bytes_per_token: Of the model, all layers.
     """
 
     rate: float
@@ -99,14 +95,6 @@ def run_load(
     on_policy: Callable[[str], None],
 ) -> Iterator[LoadRecord]:
     """Drive each policy's server, one server after the other; yields one record each.
-
-    Args:
-        policies: What runs.
-        fleet_options: How servers start.
-        options: What they are asked.
-        model: Its name, for the record.
-        out: Folder for the prompts and the client's results.
-        on_policy: Called with each policy before its server starts.
 
     Raises:
         ServerError: A server or the client failed.

@@ -38,12 +38,8 @@ class LinkSetup:
 
     Attributes:
         bytes_per_s: Bandwidth of the link, payload bytes.
-        chunk_tokens: Chunk of vLLM's prefill, and of our store.
-        store_dir: Folder of a store that writes files.
         profile_dir: Folder in which our connector keeps the costs it measured, for all its policies alike.
         side_port: Port at which vLLM reaches a rival's own server (through its paced link); None without one.
-        itl_slo_ms: The inter-token latency that our connector is asked to keep; others know no such thing.
-        boundary_states: Whether our connector stores states between pipeline stages.
     """
 
     bytes_per_s: float
@@ -87,10 +83,8 @@ class Rival:
 
     Attributes:
         link_note: How its link is slowed down, for the record.
-        transfer: Its configuration.
         find_python: Its interpreter, which has vLLM too, from the one asked for and vLLM's; raises
             ``RivalMissingError``. None: vLLM's own does.
-        open_side: Its own server; None: it has none.
         may_freeze: Whether its vLLM server may be stopped while it is not in turn.
     """
 

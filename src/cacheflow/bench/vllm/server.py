@@ -33,17 +33,9 @@ class ServerOptions:
     """How a vLLM server is started; equal for all policies but for the connector.
 
     Attributes:
-        python: Interpreter that has vLLM.
-        model_dir: Folder with config, tokenizer and weights.
-        dtype: Of weights and KV.
         chunk_tokens: Tokens of a step (``max_num_batched_tokens``): the chunk of chunked prefill.
-        max_tokens: Longest sequence.
-        kv_cache_gib: KV cache of a server on the CPU.
         kv_cache_bytes: KV cache on any device, instead; None for the above, and for vLLM's choice elsewhere.
         compiled: Let vLLM compile the model; else it runs eagerly, in which restoration by layers is bit-exact.
-        log_dir: Folder for the servers' logs.
-        pipeline_parallel_size: Pipeline stages.
-        tensor_parallel_size: Ranks of a stage.
         omp_bind: Cores of the ranks in vLLM's notation; empty: all cores for the only rank.
     """
 
@@ -177,11 +169,7 @@ class VllmServer:
 
 
 def start_server(name: str, options: ServerOptions, *, transfer: Mapping[str, Any] | None) -> VllmServer:
-    """Start a server; returns at once, see ``VllmServer.wait_ready``.
-
-    Raises:
-        ConfigError: The interpreter is missing.
-    """
+    """Start a server; returns at once, see ``VllmServer.wait_ready``."""
     port = free_port()
     command = server_command(options, port=port, transfer=transfer)
     process, log = start_process(name, command, server_environment(options), options.log_dir)

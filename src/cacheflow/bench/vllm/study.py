@@ -33,17 +33,7 @@ ALTERNATION = "policies take turns in each repeat; servers not in turn are stopp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmStudyOptions:
-    """What a study runs.
-
-    Attributes:
-        size: Prefix and suffix.
-        repeats: Rounds per ratio; each has a prompt of its own.
-        neighbour: Whether another request decodes meanwhile.
-        itl_slo_ms: The latency that our connector is asked to keep for it; goes on record.
-        dtype: Of weights and KV.
-        device: ``"cpu"``, or the name of the accelerator.
-        environment: Of the servers.
-    """
+    """What a study runs."""
 
     size: PrefixSize
     repeats: int
@@ -66,9 +56,6 @@ class VllmStudy:
     """One model and its prompts; ``prepare`` measures the ground, ``rounds`` runs.
 
     Attributes:
-        model: What is served.
-        tokens: Source text, long enough for every prompt.
-        options: What runs.
         costs: Stock vLLM's; None before ``prepare``.
         references: Its answers by repeat.
     """
@@ -160,22 +147,14 @@ class VllmStudy:
         return VllmRecord(
             suite="vllm",
             policy=policy,
-            model=shape.name,
             device=options.device,
             dtype=options.dtype,
-            num_tokens=options.size.num_tokens,
-            suffix_tokens=options.size.suffix_tokens,
-            chunk_tokens=options.size.chunk_tokens,
-            num_layers=shape.num_layers,
-            link_bytes_per_s=self.bytes_per_s(ratio),
-            load_compute_ratio=ratio,
+            **self.model.on_record(options.size, bytes_per_s=self.bytes_per_s(ratio), ratio=ratio),
             repeat=repeat,
             restore_s=counts.restore_s or None,
             ttft_s=answer.ttft_s,
             bound_restore_s=None,
             bound_ttft_s=None,
-            compute_busy=None,
-            io_busy=None,
             recomputed_cells=recomputed,
             loaded_cells=loaded,
             wasted_bytes=wasted * options.size.chunk_tokens * shape.kv_bytes_per_token_layer,

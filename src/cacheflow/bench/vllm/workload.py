@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, cache_root, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
+from cacheflow.shapes.hf_config import shape_of
 from cacheflow.types import ModelShape
 from cacheflow.workloads.coding import byte_tokens, source_text
 
@@ -43,6 +45,20 @@ class BenchModel:
     shape: ModelShape
     max_tokens: int
 
+    def on_record(self, size: PrefixSize, *, bytes_per_s: float, ratio: float) -> dict[str, Any]:
+        """What a record says of this model, a prefix of this size and the link to it."""
+        return {
+            "model": self.shape.name,
+            "num_layers": self.shape.num_layers,
+            "num_tokens": size.num_tokens,
+            "suffix_tokens": size.suffix_tokens,
+            "chunk_tokens": size.chunk_tokens,
+            "link_bytes_per_s": bytes_per_s,
+            "load_compute_ratio": ratio,
+            "compute_busy": None,  # a client cannot see it
+            "io_busy": None,
+        }
+
 
 def open_model(name: str) -> BenchModel:
     """The model of a run: ``smollm2-135m``, one of ``RANDOM_MODELS``, or a folder.
@@ -67,19 +83,8 @@ def read_model(folder: Path, name: str) -> BenchModel:
         ConfigError: The folder has none, or one that lacks a size.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        heads = int(config["num_attention_heads"])
-        shape = ModelShape(
-            name=name,
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=int(config["hidden_size"]),
-            num_q_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads", heads)),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            intermediate_size=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-        )
-        return BenchModel(folder, shape, int(config["max_position_embeddings"]))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return BenchModel(folder, shape_of(config, name=name), int(config["max_position_embeddings"]))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model folder {folder} cannot be used: {error}") from error
 

@@ -45,11 +45,7 @@ class PacedHostOffloadingSpec(CPUOffloadingSpec):
     """``CPUOffloadingSpec`` with a host-to-host copier; option ``throttle_bytes_per_s`` slows loads down."""
 
     def __init__(self, config: OffloadingConfig) -> None:
-        """Check that blocks map one to one.
-
-        Raises:
-            ConfigError: Offloaded chunks of several blocks were asked for.
-        """
+        """Check that blocks map one to one."""
         super().__init__(config)
         self._copier: HostCopier | None = None
         if self.blocks_per_chunk != 1:

@@ -24,15 +24,7 @@ class Relay:
     """
 
     def __init__(self, server_port: int, *, bytes_per_s: float) -> None:
-        """Start to listen.
-
-        Args:
-            server_port: Local port of the server.
-            bytes_per_s: Bandwidth from the server to its clients; ``inf`` for no limit.
-
-        Raises:
-            ConfigError: The bandwidth is not above 0.
-        """
+        """Start to listen."""
         self._pacer = Pacer(bytes_per_s)
         self._server_port = server_port
         self._listener = socket.create_server(("127.0.0.1", 0))
