@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cacheflow.bench.environment import environment
-from cacheflow.bench.record import GuardRecord, Record, RestoreRecord, append_record, read_records
+from cacheflow.bench.record import BenchRecord, GuardRecord, RestoreRecord, append_record, read_records
 from cacheflow.errors import ConfigError
 from support.sample_records import sample_record
 
@@ -97,7 +97,7 @@ def test_a_value_of_the_wrong_type_is_named_by_line(tmp_path: Path):
 
 def test_a_missing_results_file_is_an_error_of_ours(tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_records(tmp_path / "none.jsonl", Record)
+        read_records(tmp_path / "none.jsonl", BenchRecord)
 
 
 def _append_many(path: Path, policy: str) -> None:

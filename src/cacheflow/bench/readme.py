@@ -9,7 +9,7 @@ from pathlib import Path
 from cacheflow.bench.chart import draw_over_bound, studies
 from cacheflow.bench.options import Flags, option
 from cacheflow.bench.ranks.report import draw_one, ranks_markdown
-from cacheflow.bench.record import RanksRecord, Record, RestoreRecord, read_records
+from cacheflow.bench.record import BenchRecord, RanksRecord, RestoreRecord, read_records
 from cacheflow.bench.summary import RunSetting, summarise, sweep_caption, sweep_markdown
 from cacheflow.errors import ConfigError
 
@@ -115,7 +115,7 @@ def _clean_runs(results: Path, *, suite: str, num_tokens: int | None) -> list[Re
     """The unperturbed runs of one suite at one prefix length, the longest unless another is asked for."""
     clean = [
         record
-        for record in read_records(results, Record)
+        for record in read_records(results, BenchRecord)
         if record.suite == suite and isinstance(record, RestoreRecord) and not record.perturbation
     ]
     if num_tokens is None:

@@ -40,7 +40,7 @@ ROUNDING = 1e-6
 """Relative; sums of the same costs in another order may differ by less."""
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BenchRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What all records share: a suite, limits that are part of the types, and their lines."""
 
     suite: Name
@@ -71,7 +71,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return _decode(line, cls)
 
 
-class RunRecord(Record, frozen=True, kw_only=True):
+class RunRecord(BenchRecord, frozen=True, kw_only=True):
     """A run on a real model.
 
     Attributes:
@@ -364,7 +364,7 @@ class BatchRecord(RunRecord, frozen=True, kw_only=True):
         return sum(not each.in_time for each in self.requests)
 
 
-class LoadRecord(Record, frozen=True, kw_only=True):
+class LoadRecord(BenchRecord, frozen=True, kw_only=True):
     """What vLLM's own client measured for one policy under load; answers are not compared.
 
     ``restored_tokens`` is how many prompt tokens the server says came from outside its own cache.
@@ -393,7 +393,7 @@ class LoadRecord(Record, frozen=True, kw_only=True):
         return self.num_failed == 0
 
 
-class FigureRecord(Record, frozen=True, kw_only=True):
+class FigureRecord(BenchRecord, frozen=True, kw_only=True):
     """One point of a figure: what came of one policy at one setting, in virtual time.
 
     Attributes:
@@ -489,7 +489,7 @@ class FigureRecord(Record, frozen=True, kw_only=True):
         return msgspec.json.format(msgspec.json.encode(values), indent=0).decode()
 
 
-class SimulationRecord(Record, frozen=True, kw_only=True, forbid_unknown_fields=False):
+class SimulationRecord(BenchRecord, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """One system over one workload on a simulated cluster.
 
     Only what is drawn is in every record that was ever written; None stands for what an old one does not say. Results
@@ -561,7 +561,7 @@ class SimulationRecord(Record, frozen=True, kw_only=True, forbid_unknown_fields=
             force_setattr(self, "order", SYSTEMS[EMBEDDED].order)
 
 
-SUITES: Mapping[str, type[Record]] = {
+SUITES: Mapping[str, type[BenchRecord]] = {
     **dict.fromkeys(("restore", "perturbed", "demo"), RestoreRecord),
     "vllm": VllmRecord,
     "vllm-load": LoadRecord,
@@ -572,11 +572,11 @@ SUITES: Mapping[str, type[Record]] = {
 }
 """The record of each suite."""
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=BenchRecord)
 T = TypeVar("T")
 
 
-def append_record(path: Path, record: Record) -> None:
+def append_record(path: Path, record: BenchRecord) -> None:
     """Append one record in one write, so that runs may share the file and a crash leaves whole lines.
 
     Raises:
@@ -590,7 +590,7 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
 
     Args:
         path: The file; blank lines and lines of suites with another record are skipped.
-        kind: The class in ``SUITES``; ``Record`` for all.
+        kind: The class in ``SUITES``; ``BenchRecord`` for all.
 
     Raises:
         ConfigError: The file cannot be read, or a line is malformed; names the line, the field and what is allowed.
@@ -610,7 +610,7 @@ def _parse(line: str, kind: type[R]) -> R | None:
     if suite not in SUITES:
         raise ConfigError(f"record field suite is {suite!r}, must be one of {', '.join(SUITES)}")
     found = SUITES[suite]
-    return _decode(line, found) if kind in (Record, found) else None  # type: ignore[return-value]
+    return _decode(line, found) if kind in (BenchRecord, found) else None  # type: ignore[return-value]
 
 
 def _decode(line: str, kind: type[T]) -> T:
@@ -625,7 +625,7 @@ def _decode(line: str, kind: type[T]) -> T:
 
 
 @cache
-def _limits(kind: type[Record]) -> tuple[tuple[str, Meta], ...]:
+def _limits(kind: type[BenchRecord]) -> tuple[tuple[str, Meta], ...]:
     """The fields of a record whose types have limits."""
     hints = get_type_hints(kind, include_extras=True)
     return tuple(

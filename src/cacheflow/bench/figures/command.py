@@ -16,7 +16,7 @@ from cacheflow.bench.figures.drawing import draw_figures
 from cacheflow.bench.figures.gains import gains
 from cacheflow.bench.figures.registry import FIGURES, Figure, find_figures
 from cacheflow.bench.options import Flags, make_folder, option
-from cacheflow.bench.record import FigureRecord, Record, read_records
+from cacheflow.bench.record import BenchRecord, FigureRecord, read_records
 from cacheflow.bench.results_file import replacing, take_up
 from cacheflow.bench.table import Row, text_table
 from cacheflow.errors import ConfigError
@@ -88,7 +88,7 @@ def read_figures(path: Path) -> list[FigureRecord]:
     Raises:
         ConfigError: The file cannot be read, a line is malformed, or it is of something else.
     """
-    records = read_records(path, Record)
+    records = read_records(path, BenchRecord)
     if others := sorted({each.suite for each in records if not isinstance(each, FigureRecord)}):
         raise ConfigError(f"{path} holds no records of figures alone, but of {', '.join(others)}: give another folder")
     return [each for each in records if isinstance(each, FigureRecord)]
