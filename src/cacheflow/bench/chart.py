@@ -210,7 +210,7 @@ def draw_over_bound(sweeps: Sequence[Sequence[SettingSummary]], path: Path) -> P
             draw_line(axes, name, [
                 (summary.setting.load_compute_ratio, spread)
                 for summary in sweep
-                if (policy := summary.of(name)) is not None and (spread := policy.over_bound(metric)) is not None
+                if (policy := summary.of(name)) is not None and (spread := policy[f"{metric}_over_bound"]) is not None
             ])  # fmt: skip
         axes.axhline(1.0, color=BOUND_COLOUR, linewidth=1.2, linestyle="--", zorder=1)
         label_ratios(
@@ -281,10 +281,10 @@ def _stretch_near_bound(axes: Axes) -> None:
 
 def _draw_bars(axes: Axes, summary: SettingSummary, names: Sequence[str]) -> None:
     metric, bound_s = summary.metric, summary.bound_s
-    longest = max((s.high for p in summary.policies if (s := p.time_s(metric)) is not None), default=1.0)
+    longest = max((s.high for p in summary.policies if (s := p[f"{metric}_s"]) is not None), default=1.0)
     for row, name in enumerate(names):
         policy = summary.of(name)
-        spread = policy.time_s(metric) if policy else None
+        spread = policy[f"{metric}_s"] if policy else None
         if spread is None:
             text = "wrong" if policy and not policy.exact else "not run"
             axes.text(0.02 * longest, row, text, va="center", fontsize=8, color=FAINT)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from cacheflow.bench.record import RunRecord
 
 S = TypeVar("S", bound=Hashable)
 R = TypeVar("R", bound=RunRecord)
+Measure = Callable[[R], float | None]
+"""What is read off a run; None where it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,99 @@ def by_setting(records: Sequence[R], setting_of: Callable[[R], S]) -> dict[S, di
     return found
 
 
-def best_rival(
-    rivals: Mapping[str, Mapping[int, R]], measure: Callable[[R], float | None], is_good: Callable[[R], bool]
-) -> str | None:
-    """The policy with the least median of what ``measure`` says, all of whose runs are good; None without any.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySummary(Generic[R]):
+    """One policy in one setting, over all its repeats.
 
-    Its luckiest run does not count, so noise picks no rival.
+    Attributes:
+        runs: One a repeat.
+        num_wrong: Those whose check failed or was not made; where there is one, nothing is summarised.
+        values: Spreads by measure, of those that are known.
+        rival: The rival with the least median of what counts.
+        pairs: What counts, of this policy and of the rival, in each repeat that both ran.
     """
+
+    policy: str
+    runs: tuple[R, ...]
+    num_wrong: int
+    values: Mapping[str, Spread] = field(default_factory=dict)
+    rival: str | None = None
+    pairs: tuple[tuple[float, float], ...] = ()
+
+    def __getitem__(self, measure: str) -> Spread | None:
+        return self.values.get(measure)
+
+    @property
+    def num_runs(self) -> int:
+        """Repeats."""
+        return len(self.runs)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every run of the policy was checked and equal to the reference."""
+        return self.num_wrong == 0
+
+    @property
+    def over_rival(self) -> Spread | None:
+        """What counts over the rival's, within repeats."""
+        return Spread.of(ratio(*pair) for pair in self.pairs)
+
+    @property
+    def loses(self) -> bool:
+        """Whether the rival does better by what counts."""
+        return self.over_rival is not None and self.over_rival.median > 1.0
+
+
+def ratio(value: float | None, base: float | None) -> float | None:
+    """A value over another; None where one is unknown or the other is 0."""
+    return value / base if value is not None and base else None
+
+
+def summarise_policies(
+    by_policy: Mapping[str, Mapping[int, R]],
+    measures: Mapping[str, Measure[R]],
+    *,
+    counts: Callable[[str], Measure[R] | None],
+    is_rival: Callable[[str, str], bool],
+    is_good: Callable[[R], bool],
+) -> tuple[PolicySummary[R], ...]:
+    """Every policy of a setting, in the order they first ran.
+
+    Args:
+        by_policy: Runs by policy and repeat.
+        measures: What is summarised.
+        counts: What a policy is compared by with its rivals; None: it is not.
+        is_rival: Whether the second policy is a rival of the first.
+        is_good: Whether a run may be shown. A rival has good runs alone, and its luckiest does not count: the one with
+            the least median is taken, so that noise picks no rival.
+    """
+    return tuple(_summarise(name, by_policy, measures, counts(name), is_rival, is_good) for name in by_policy)
+
+
+def _summarise(
+    policy: str,
+    by_policy: Mapping[str, Mapping[int, R]],
+    measures: Mapping[str, Measure[R]],
+    counted: Measure[R] | None,
+    is_rival: Callable[[str, str], bool],
+    is_good: Callable[[R], bool],
+) -> PolicySummary[R]:
+    mine = by_policy[policy]
+    runs = tuple(mine.values())
+    if num_wrong := sum(not is_good(run) for run in runs):
+        return PolicySummary(policy=policy, runs=runs, num_wrong=num_wrong)
+    spreads = {name: Spread.of(map(measure, runs)) for name, measure in measures.items()}
+    values = {name: spread for name, spread in spreads.items() if spread is not None}
+    if counted is None:
+        return PolicySummary(policy=policy, runs=runs, num_wrong=0, values=values)
     medians = {
         name: spread.median
-        for name, runs in rivals.items()
-        if all(map(is_good, runs.values())) and (spread := Spread.of(map(measure, runs.values()))) is not None
+        for name, group in by_policy.items()
+        if is_rival(policy, name) and all(map(is_good, group.values()))
+        if (spread := Spread.of(map(counted, group.values()))) is not None
     }
-    return min(medians, key=lambda name: medians[name]) if medians else None
+    rival = min(medians, key=lambda name: medians[name]) if medians else None
+    theirs = by_policy[rival] if rival is not None else {}
+    both = [(counted(run), counted(theirs[repeat])) for repeat, run in mine.items() if repeat in theirs]
+    pairs = tuple((one, other) for one, other in both if one is not None and other is not None)
+    return PolicySummary(policy=policy, runs=runs, num_wrong=0, values=values, rival=rival, pairs=pairs)

@@ -16,7 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from cacheflow.bench.record import Environment, RestoreRecord
-from cacheflow.bench.spread import Spread, best_rival, by_setting, median_or_none
+from cacheflow.bench.spread import (
+    Measure,
+    PolicySummary,
+    Spread,
+    by_setting,
+    median_or_none,
+    ratio,
+    summarise_policies,
+)
 from cacheflow.bench.table import (
     BREAKS,
     DISTURBED,
@@ -24,11 +32,11 @@ from cacheflow.bench.table import (
     NOTHING,
     WRONG,
     Row,
+    busy,
     markdown_table,
     median_ratio,
     median_time,
     not_equal,
-    percent,
     runs,
     seconds,
     size,
@@ -93,56 +101,30 @@ class RunSetting:
         return f"{self.num_tokens:,} cached + {self.suffix_tokens:,} new tokens"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySummary:
-    """One policy in one setting, over all its repeats.
+MEASURES: Mapping[str, Measure[RestoreRecord]] = {
+    "restore_s": lambda run: run.restore_s,
+    "ttft_s": lambda run: run.ttft_s,
+    "restore_over_bound": lambda run: ratio(run.restore_s, run.bound_restore_s),
+    "ttft_over_bound": lambda run: ratio(run.ttft_s, run.bound_ttft_s),
+    "compute_busy": lambda run: run.compute_busy,
+    "io_busy": lambda run: run.io_busy,
+    "loaded_bytes": lambda run: run.loaded_bytes,
+}
+"""What is summarised; of a time to first token nothing is known without a suffix."""
+RestoreSummary = PolicySummary[RestoreRecord]
 
-    Times and ratios are None when a run of the policy was wrong (nothing of it is shown then) or had no suffix.
 
-    Attributes:
-        num_wrong: Repeats whose check failed or was not made.
-        rival: The other policy with the least median time (to first token, without a suffix of restoration).
-        over_rival: That time over the rival's in the same repeat.
-        breaks_promise: Whether the median is over ``PROMISE_FACTOR`` times the rival's plus ``PROMISE_S``.
-    """
+def breaks_promise(policy: RestoreSummary) -> bool:
+    """Whether the median is over ``PROMISE_FACTOR`` times the rival's plus ``PROMISE_S``."""
+    excess_s = Spread.of(mine_s - PROMISE_FACTOR * theirs_s for mine_s, theirs_s in policy.pairs)
+    return excess_s is not None and excess_s.median > PROMISE_S
 
-    policy: str
-    num_runs: int
-    num_wrong: int
-    restore_s: Spread | None = None
-    ttft_s: Spread | None = None
-    restore_over_bound: Spread | None = None
-    ttft_over_bound: Spread | None = None
-    rival: str | None = None
-    over_rival: Spread | None = None
-    breaks_promise: bool = False
-    compute_busy: float | None = None
-    io_busy: float | None = None
-    loaded_bytes: float | None = None
-    recomputed_share: float | None = None
-    failed_loads: int = 0
 
-    @property
-    def exact(self) -> bool:
-        """Whether every run of the policy was checked and equal to the reference."""
-        return self.num_wrong == 0
-
-    def over_bound(self, metric: Metric) -> Spread | None:
-        """The time over its bound, of restoration or to the first token."""
-        return self.ttft_over_bound if metric == "ttft" else self.restore_over_bound
-
-    def time_s(self, metric: Metric) -> Spread | None:
-        """The time itself."""
-        return self.ttft_s if metric == "ttft" else self.restore_s
-
-    @property
-    def flag(self) -> str:
-        """The mark of a policy of ours that lost to its best rival; empty for rivals and where ours won."""
-        if self.policy != OURS or self.over_rival is None:
-            return ""
-        if self.breaks_promise:
-            return BREAKS
-        return LOSES if self.over_rival.median > 1.0 else ""
+def flag(policy: RestoreSummary) -> str:
+    """The mark of a policy of ours that lost to its best rival; empty for rivals and where ours won."""
+    if policy.policy != OURS:
+        return ""
+    return BREAKS if breaks_promise(policy) else LOSES if policy.loses else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +132,7 @@ class SettingSummary:
     """Every policy in one setting, in the order they first ran, with the medians of the two bounds."""
 
     setting: RunSetting
-    policies: tuple[PolicySummary, ...]
+    policies: tuple[RestoreSummary, ...]
     bound_restore_s: float | None
     bound_ttft_s: float | None
 
@@ -171,12 +153,12 @@ class SettingSummary:
         Either a median lies clearly under its bound, which nothing can, or compute alone varied by more than a third.
         """
         recompute = self.of("recompute")
-        times = recompute.restore_s if recompute else None
-        ratios = [ratio for policy in self.policies if (ratio := policy.over_bound(self.metric)) is not None]
+        times = recompute["restore_s"] if recompute else None
         uneven = times is not None and times.high > MAX_UNEVEN * times.low
-        return uneven or any(ratio.median < IMPOSSIBLE for ratio in ratios)
+        ratios = [policy[f"{self.metric}_over_bound"] for policy in self.policies]
+        return uneven or any(each.median < IMPOSSIBLE for each in ratios if each is not None)
 
-    def of(self, policy: str) -> PolicySummary | None:
+    def of(self, policy: str) -> RestoreSummary | None:
         """The summary of one policy; None when it did not run here."""
         return next((p for p in self.policies if p.policy == policy), None)
 
@@ -186,67 +168,21 @@ def summarise(records: Sequence[RestoreRecord]) -> list[SettingSummary]:
     return [_summarise_setting(*pair) for pair in sorted(by_setting(records, RunSetting.of).items())]
 
 
-Runs = Mapping[int, RestoreRecord]
-
-
-def _summarise_setting(setting: RunSetting, by_policy: Mapping[str, Runs]) -> SettingSummary:
+def _summarise_setting(setting: RunSetting, by_policy: Mapping[str, Mapping[int, RestoreRecord]]) -> SettingSummary:
     every = [run for group in by_policy.values() for run in group.values()]
+    policies = summarise_policies(
+        by_policy,
+        MEASURES,
+        counts=lambda policy: MEASURES[f"{setting.metric}_s"],
+        is_rival=lambda policy, other: policy != other,
+        is_good=lambda run: run.timed,
+    )
     return SettingSummary(
         setting=setting,
-        policies=tuple(_summarise_policy(policy, by_policy, setting.metric) for policy in by_policy),
+        policies=policies,
         bound_restore_s=median_or_none(run.bound_restore_s for run in every),
         bound_ttft_s=median_or_none(run.bound_ttft_s for run in every),
     )
-
-
-def _summarise_policy(policy: str, by_policy: Mapping[str, Runs], metric: Metric) -> PolicySummary:
-    listed = list(by_policy[policy].values())
-    num_wrong = sum(not run.timed for run in listed)
-    failed_loads = sum(run.failed_loads for run in listed)
-    if num_wrong:
-        return PolicySummary(policy=policy, num_runs=len(listed), num_wrong=num_wrong, failed_loads=failed_loads)
-    others = {name: group for name, group in by_policy.items() if name != policy}
-    rival = best_rival(others, lambda run: _time_s(run, metric), lambda run: run.timed)
-    over_rival, breaks_promise = _against(by_policy[policy], by_policy[rival], metric) if rival else (None, False)
-    cells = [run.recomputed_cells + run.loaded_cells for run in listed]
-    return PolicySummary(
-        policy=policy,
-        num_runs=len(listed),
-        num_wrong=0,
-        restore_s=Spread.of(run.restore_s for run in listed),
-        ttft_s=Spread.of(run.ttft_s for run in listed),
-        restore_over_bound=Spread.of(_ratio(run.restore_s, run.bound_restore_s) for run in listed),
-        ttft_over_bound=Spread.of(_ratio(run.ttft_s, run.bound_ttft_s) for run in listed),
-        rival=rival,
-        over_rival=over_rival,
-        breaks_promise=breaks_promise,
-        compute_busy=median_or_none(run.compute_busy for run in listed),
-        io_busy=median_or_none(run.io_busy for run in listed),
-        loaded_bytes=median_or_none(run.loaded_bytes for run in listed),
-        recomputed_share=median_or_none(run.recomputed_cells / n for run, n in zip(listed, cells, strict=True) if n),
-        failed_loads=failed_loads,
-    )
-
-
-def _against(mine: Runs, theirs: Runs, metric: Metric) -> tuple[Spread | None, bool]:
-    """Ratios to the rival within each shared repeat, and whether the median difference breaks the promise."""
-    pairs = [
-        (mine_s, theirs_s)
-        for repeat, run in mine.items()
-        if repeat in theirs
-        and (mine_s := _time_s(run, metric)) is not None
-        and (theirs_s := _time_s(theirs[repeat], metric)) is not None
-    ]
-    excess = Spread.of(mine_s - PROMISE_FACTOR * theirs_s for mine_s, theirs_s in pairs)
-    return Spread.of(_ratio(*pair) for pair in pairs), excess is not None and excess.median > PROMISE_S
-
-
-def _time_s(run: RestoreRecord, metric: Metric) -> float | None:
-    return run.ttft_s if metric == "ttft" else run.restore_s
-
-
-def _ratio(time_s: float | None, base_s: float | None) -> float | None:
-    return time_s / base_s if time_s is not None and base_s else None
 
 
 def console_tables(summaries: Sequence[SettingSummary]) -> RenderableType:
@@ -256,7 +192,7 @@ def console_tables(summaries: Sequence[SettingSummary]) -> RenderableType:
         parts.append(Text(LEGEND, style="dim"))
     if any(summary.disturbed for summary in summaries):
         parts.append(Text(DISTURBED, style="yellow"))
-    if any(policy.flag for summary in summaries for policy in summary.policies):
+    if any(flag(policy) for summary in summaries for policy in summary.policies):
         parts.append(Text(f"{LOSES} behind the best rival   {BREAKS} by more than 2 % + 5 ms", style="dim"))
     return Group(*parts)
 
@@ -285,23 +221,23 @@ def _console_table(summary: SettingSummary) -> Table:
     return text_table(", ".join(filter(None, details)), heads, rows, last=[bound.get(head, "") for head in heads])
 
 
-def _console_cells(policy: PolicySummary, metric: Metric) -> dict[str, str]:
+def _console_cells(policy: RestoreSummary, metric: Metric) -> dict[str, str]:
     """Cells by head."""
     if not policy.exact:
         heads = ("restore", "restore ×", "TTFT", "TTFT ×", "spread", "×rival")
         blank = {**dict.fromkeys(heads, WRONG), "busy C/IO": NOTHING, "loaded": NOTHING}
         return {"policy": policy.policy, **blank, "equal": not_equal(policy.num_wrong, policy.num_runs)}
-    spread = policy.over_bound(metric)
+    spread, loaded = policy[f"{metric}_over_bound"], policy["loaded_bytes"]
     return {
         "policy": policy.policy,
-        "restore": median_time(policy.restore_s),
-        "restore ×": median_ratio(policy.restore_over_bound),
-        "TTFT": median_time(policy.ttft_s),
-        "TTFT ×": median_ratio(policy.ttft_over_bound),
+        "restore": median_time(policy["restore_s"]),
+        "restore ×": median_ratio(policy["restore_over_bound"]),
+        "TTFT": median_time(policy["ttft_s"]),
+        "TTFT ×": median_ratio(policy["ttft_over_bound"]),
         "spread": NOTHING if spread is None else f"{spread.low:.2f}–{spread.high:.2f}",
-        "×rival": median_ratio(policy.over_rival) + policy.flag,
-        "busy C/IO": f"{percent(policy.compute_busy)}/{percent(policy.io_busy)}",
-        "loaded": NOTHING if policy.loaded_bytes is None else size(policy.loaded_bytes),
+        "×rival": median_ratio(policy.over_rival) + flag(policy),
+        "busy C/IO": busy(policy),
+        "loaded": NOTHING if loaded is None else size(loaded.median),
         "equal": "yes",
     }
 
@@ -322,23 +258,23 @@ def sweep_markdown(summaries: Sequence[SettingSummary]) -> str:
     return markdown_table(heads, [*rows, ["*lower bound*", *bounds]])
 
 
-def _markdown_row(name: str, cells: Sequence[tuple[PolicySummary | None, Metric]]) -> list[str]:
+def _markdown_row(name: str, cells: Sequence[tuple[RestoreSummary | None, Metric]]) -> list[str]:
     shown = [_markdown_cell(policy, metric) for policy, metric in cells]
     if name != OURS:
         return [name, *shown]
     return [f"**{name}**", *(f"**{cell}**" if cell != NOTHING else cell for cell in shown)]
 
 
-def _markdown_cell(policy: PolicySummary | None, metric: Metric) -> str:
+def _markdown_cell(policy: RestoreSummary | None, metric: Metric) -> str:
     if policy is None:
         return NOTHING
     if not policy.exact:
         return f"{WRONG} ({policy.num_wrong} of {policy.num_runs})"
-    time_s, ratio = policy.time_s(metric), policy.over_bound(metric)
+    time_s, over = policy[f"{metric}_s"], policy[f"{metric}_over_bound"]
     if time_s is None:
         return NOTHING
-    bracket = f" ({ratio.median:.2f}×)" if ratio else ""
-    return f"{seconds(time_s.median)}{bracket} {policy.flag}".rstrip()
+    bracket = f" ({over.median:.2f}×)" if over else ""
+    return f"{seconds(time_s.median)}{bracket} {flag(policy)}".rstrip()
 
 
 def sweep_caption(summaries: Sequence[SettingSummary], environment: Environment) -> str:
@@ -347,7 +283,7 @@ def sweep_caption(summaries: Sequence[SettingSummary], environment: Environment)
     counts = [policy.num_runs for summary in summaries for policy in summary.policies]
     what = "Time to first token" if setting.metric == "ttft" else "Restoration time"
     repeats = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    flags = {policy.flag for summary in summaries for policy in summary.policies}
+    flags = {flag(policy) for summary in summaries for policy in summary.policies}
     marks = {LOSES: "behind its best rival", BREAKS: "behind it by more than 2 % + 5 ms"}
     legend = "".join(f" {mark}: {text}." for mark, text in marks.items() if mark in flags)
     device = str(environment.get("accelerator") or environment.get("cpu") or setting.device)

@@ -8,7 +8,7 @@ from statistics import median
 from rich import box
 from rich.table import Table
 
-from cacheflow.bench.spread import Spread
+from cacheflow.bench.spread import PolicySummary, R, Spread
 
 LOSES = "▲"
 """Ours is behind its best rival here, within the promise."""
@@ -66,9 +66,10 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def percent(share: float | None) -> str:
-    """A share of 1 as a percentage."""
-    return NOTHING if share is None else f"{share:.0%}"
+def busy(policy: PolicySummary[R]) -> str:
+    """Median shares of the time in which compute and the link worked."""
+    shares = (policy["compute_busy"], policy["io_busy"])
+    return "/".join(NOTHING if share is None else f"{share.median:.0%}" for share in shares)
 
 
 def over(time_s: float, bound_s: float) -> str:

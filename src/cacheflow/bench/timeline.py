@@ -63,7 +63,7 @@ class Timeline:
 
     @classmethod
     def of(cls, report: RestoreReport, *, bound_s: float | None, label: str | None = None) -> Timeline:
-        """The timeline of a restoration that ran; labelled with its policy unless told otherwise."""
+        """The timeline of a restoration that ran; labelled with its policy unless given another."""
         return cls(
             label=label or report.plan.policy,
             spans=report.spans,

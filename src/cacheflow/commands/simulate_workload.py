@@ -20,7 +20,7 @@ from cacheflow.workloads.sessions import PROFILES, generate_sessions
 from cacheflow.workloads.traces import read_trace
 
 DEFAULT_CONTEXT_TOKENS = 131_072
-"""Longest prompt of generated sessions unless told otherwise."""
+"""Longest prompt of generated sessions unless ``--max-tokens`` says another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from cacheflow.bench.batch.summary import (
     BatchSummary,
     ContenderSummary,
     simulator_agreement,
+    starvation_kept,
     summarise_batches,
+    ttft_by_request,
 )
 from cacheflow.bench.chart import (
     INK,
@@ -38,10 +40,10 @@ from cacheflow.bench.table import (
     NOTHING,
     WRONG,
     Row,
+    busy,
     median_ratio,
     median_time,
     not_equal,
-    percent,
     runs,
     seconds,
     text_table,
@@ -101,23 +103,24 @@ def _table(summary: BatchSummary) -> Table:
 
 
 def _cells(policy: ContenderSummary, *, starved: bool) -> list[str]:
+    late = policy["num_late"]
     if policy.num_wrong:
         row = [policy.policy, *[WRONG] * 6, NOTHING, NOTHING, not_equal(policy.num_wrong, policy.num_runs)]
     else:
         row = [
             policy.policy,
-            median_time(policy.mean_ttft_s),
-            median_ratio(policy.mean_over_bound),
-            median_time(policy.p99_ttft_s),
-            median_time(policy.makespan_s),
-            median_ratio(policy.makespan_over_bound),
-            NOTHING if policy.num_late is None else f"{policy.num_late.median:g}",
-            f"{percent(policy.compute_busy)}/{percent(policy.io_busy)}",
+            median_time(policy["mean_ttft_s"]),
+            median_ratio(policy["mean_over_bound"]),
+            median_time(policy["p99_ttft_s"]),
+            median_time(policy["makespan_s"]),
+            median_ratio(policy["makespan_over_bound"]),
+            NOTHING if late is None else f"{late.median:g}",
+            busy(policy),
             median_ratio(policy.over_rival) + LOSES * policy.loses,
             "yes",
         ]
     kept = {True: "kept", False: "[red]broken[/red]", None: NOTHING}
-    return [*row, kept[policy.starvation_kept]] if starved else row
+    return [*row, kept[starvation_kept(policy)]] if starved else row
 
 
 def draw_batches(records: Sequence[BatchRecord], out: Path) -> list[Path]:
@@ -138,9 +141,9 @@ def _draw(summaries: Sequence[BatchSummary], path: Path) -> Path:
     figure, panels = new_figure(num_panels=3, num_columns=3, panel_size=(4.6, 3.9))
     ratios = [summary.setting.load_compute_ratio for summary in summaries]
     for axes, label, lines, bounds_s in (
-        (panels[0], "mean time to first token [s]", _lines(summaries, lambda each: each.mean_ttft_s),
+        (panels[0], "mean time to first token [s]", _lines(summaries, "mean_ttft_s"),
          [each.bound_mean_ttft_s for each in summaries]),
-        (panels[1], "last first token [s]", _lines(summaries, lambda each: each.makespan_s),
+        (panels[1], "last first token [s]", _lines(summaries, "makespan_s"),
          [each.bound_makespan_s for each in summaries]),
     ):  # fmt: skip
         for policy, points in lines.items():
@@ -152,9 +155,10 @@ def _draw(summaries: Sequence[BatchSummary], path: Path) -> Path:
     setting, requests = middle.setting, panels[2]
     order = sorted(range(len(setting.lengths)), key=lambda index: setting.lengths[index])
     for each in middle.policies:
-        if each.ttft_by_request:
+        if each.exact:
             colour, marker = STYLES.get(each.policy, UNKNOWN_STYLE)
-            times_s = [each.ttft_by_request[index] for index in order]
+            by_request_s = ttft_by_request(each)
+            times_s = [by_request_s[index] for index in order]
             requests.plot(range(len(times_s)), times_s, color=colour, marker=marker, linewidth=0.8, markersize=5)
     requests.set_xticks(range(len(order)), [f"{length:,}" for length in sorted(setting.lengths)], rotation=45)
     requests.set_ylim(bottom=0.0)
@@ -169,13 +173,11 @@ def _draw(summaries: Sequence[BatchSummary], path: Path) -> Path:
     return save_figure(figure, path, title=title)
 
 
-def _lines(
-    summaries: Sequence[BatchSummary], measure: Callable[[ContenderSummary], Spread | None]
-) -> dict[str, Points]:
+def _lines(summaries: Sequence[BatchSummary], measure: str) -> dict[str, Points]:
     """By policy, what was measured at each ratio."""
     lines: dict[str, list[tuple[float, Spread]]] = {}
     for summary in summaries:
         for each in summary.policies:
-            if (spread := measure(each)) is not None:
+            if (spread := each[measure]) is not None:
                 lines.setdefault(each.policy, []).append((summary.setting.load_compute_ratio, spread))
     return dict(lines)

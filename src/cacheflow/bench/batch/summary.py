@@ -5,27 +5,37 @@ Policies are compared within a repeat, where they served the same order of arriv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
 
 from cacheflow.bench.batch.policies import OURS
 from cacheflow.bench.record import BatchRecord
-from cacheflow.bench.spread import Spread, best_rival, by_setting
+from cacheflow.bench.spread import Measure, PolicySummary, by_setting, summarise_policies
 
 CLEARLY = 1.05
 """Two policies differ when one takes this many times as long; the simulator must rank those alike."""
 
-Measure = Callable[[BatchRecord], float]
-
-OBJECTIVES: Mapping[str, Measure] = {
-    "mean_ttft": lambda record: record.mean_ttft_s,
-    "p99_ttft": lambda record: record.p99_ttft_s,
-    "makespan": lambda record: record.makespan_s,
-    "slo": lambda record: 1.0 + record.num_late,
+MEASURES: Mapping[str, Measure[BatchRecord]] = {
+    "mean_ttft_s": lambda run: run.mean_ttft_s,
+    "p99_ttft_s": lambda run: run.p99_ttft_s,
+    "makespan_s": lambda run: run.makespan_s,
+    "mean_over_bound": lambda run: run.mean_ttft_s / run.bound_mean_ttft_s,
+    "makespan_over_bound": lambda run: run.makespan_s / run.bound_makespan_s,
+    "num_late": lambda run: run.num_late,
+    "compute_busy": lambda run: run.compute_busy,
+    "io_busy": lambda run: run.io_busy,
+}
+"""What is summarised."""
+OBJECTIVES: Mapping[str, Measure[BatchRecord]] = {
+    "mean_ttft": MEASURES["mean_ttft_s"],
+    "p99_ttft": MEASURES["p99_ttft_s"],
+    "makespan": MEASURES["makespan_s"],
+    "slo": lambda run: 1.0 + run.num_late,
 }
 """By policy of ours: what it minimises. One more than the late requests, so that ratios exist."""
+ContenderSummary = PolicySummary[BatchRecord]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,38 +66,6 @@ class BatchSetting:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContenderSummary:
-    """One policy in one setting, over its repeats; times are None when a run of it was wrong.
-
-    Attributes:
-        starvation_kept: In every repeat; None without a bound.
-        over_rival: What it minimises, over the best rival's, within repeats; None for rivals.
-        ttft_by_request: Median time to first token of each request, by its index among the lengths.
-    """
-
-    policy: str
-    num_runs: int
-    num_wrong: int
-    mean_ttft_s: Spread | None = None
-    p99_ttft_s: Spread | None = None
-    makespan_s: Spread | None = None
-    mean_over_bound: Spread | None = None
-    makespan_over_bound: Spread | None = None
-    num_late: Spread | None = None
-    compute_busy: float | None = None
-    io_busy: float | None = None
-    starvation_kept: bool | None = None
-    over_rival: Spread | None = None
-    rival: str | None = None
-    ttft_by_request: tuple[float, ...] = ()
-
-    @property
-    def loses(self) -> bool:
-        """Whether a rival does better by what this policy of ours minimises."""
-        return self.over_rival is not None and self.over_rival.median > 1.0
-
-
 @dataclass(frozen=True, slots=True)
 class BatchSummary:
     """Every policy in one setting, in the order of their first runs, and the median bounds."""
@@ -102,66 +80,35 @@ class BatchSummary:
         return next((each for each in self.policies if each.policy == policy), None)
 
 
-Runs = Mapping[int, BatchRecord]
-
-
 def summarise_batches(records: Sequence[BatchRecord]) -> list[BatchSummary]:
     """Group records by setting and summarise each policy; settings ascend, policies keep their order."""
-    summaries = []
-    for setting, by_policy in sorted(by_setting(records, BatchSetting.of).items()):
-        every = [run for runs in by_policy.values() for run in runs.values()]
-        summaries.append(
-            BatchSummary(
-                setting=setting,
-                policies=tuple(_summarise(policy, by_policy) for policy in by_policy),
-                bound_mean_ttft_s=median(run.bound_mean_ttft_s for run in every),
-                bound_makespan_s=median(run.bound_makespan_s for run in every),
-            )
+    return [
+        BatchSummary(
+            setting=setting,
+            policies=summarise_policies(
+                by_policy,
+                MEASURES,
+                counts=OBJECTIVES.get,
+                is_rival=lambda policy, other: other not in OURS,
+                is_good=lambda run: run.is_good,
+            ),
+            bound_mean_ttft_s=median(run.bound_mean_ttft_s for runs in by_policy.values() for run in runs.values()),
+            bound_makespan_s=median(run.bound_makespan_s for runs in by_policy.values() for run in runs.values()),
         )
-    return summaries
+        for setting, by_policy in sorted(by_setting(records, BatchSetting.of).items())
+    ]
 
 
-def _summarise(policy: str, by_policy: Mapping[str, Runs]) -> ContenderSummary:
-    runs = list(by_policy[policy].values())
-    num_wrong = sum(not run.correct for run in runs)
-    if num_wrong:
-        return ContenderSummary(policy=policy, num_runs=len(runs), num_wrong=num_wrong)
-    rival = _best_rival(policy, by_policy)
-    kept = [run.starvation_kept for run in runs]
-    return ContenderSummary(
-        policy=policy,
-        num_runs=len(runs),
-        num_wrong=0,
-        mean_ttft_s=Spread.of(run.mean_ttft_s for run in runs),
-        p99_ttft_s=Spread.of(run.p99_ttft_s for run in runs),
-        makespan_s=Spread.of(run.makespan_s for run in runs),
-        mean_over_bound=Spread.of(run.mean_ttft_s / run.bound_mean_ttft_s for run in runs),
-        makespan_over_bound=Spread.of(run.makespan_s / run.bound_makespan_s for run in runs),
-        num_late=Spread.of(run.num_late for run in runs),
-        compute_busy=median(run.compute_busy for run in runs),
-        io_busy=median(run.io_busy for run in runs),
-        starvation_kept=None if None in kept else all(kept),
-        over_rival=None if rival is None else _over(OBJECTIVES[policy], by_policy[policy], by_policy[rival]),
-        rival=rival,
-        ttft_by_request=_ttft_by_request(runs),
-    )
+def starvation_kept(policy: ContenderSummary) -> bool | None:
+    """Whether the bound on starvation was kept in every repeat; None without one."""
+    kept = [run.starvation_kept for run in policy.runs]
+    return None if None in kept else all(kept)
 
 
-def _best_rival(policy: str, by_policy: Mapping[str, Runs]) -> str | None:
-    """The policy that is not ours with the least median of what ``policy`` minimises; None for rivals."""
-    if policy not in OBJECTIVES:
-        return None
-    rivals = {name: runs for name, runs in by_policy.items() if name not in OURS}
-    return best_rival(rivals, OBJECTIVES[policy], lambda run: run.is_good)
-
-
-def _over(measure: Measure, mine: Runs, theirs: Runs) -> Spread | None:
-    return Spread.of(measure(run) / measure(theirs[repeat]) for repeat, run in mine.items() if repeat in theirs)
-
-
-def _ttft_by_request(runs: Iterable[BatchRecord]) -> tuple[float, ...]:
+def ttft_by_request(policy: ContenderSummary) -> tuple[float, ...]:
+    """Median time to first token of each request, by its index among the lengths."""
     by_index: dict[int, list[float]] = {}
-    for run in runs:
+    for run in policy.runs:
         for index, request in zip(run.order, run.requests, strict=True):
             by_index.setdefault(index, []).append(request.ttft_s)
     return tuple(median(by_index[index]) for index in sorted(by_index))

@@ -1,4 +1,4 @@
-"""A model on a GPU behind a link, and what restoring prefixes costs there."""
+"""A model on a GPU with a link, and what restoring prefixes costs there."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from cacheflow.bench.table import NOTHING, WRONG, Row, markdown_table, median_of
 
 ONE_RANK = "1 rank"
 LEGEND = (
-    "load/compute is that of one rank behind one such link; each rank has a core and a link of its own. faster: one\n"
+    "load/compute is that of one rank with one such link; each rank has a core and a link of its own. faster: one\n"
     "rank's restoration time over this one's, same prompt; over bound: the engine's own, of its slowest stage"
 )
 

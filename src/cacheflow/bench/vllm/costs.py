@@ -149,7 +149,7 @@ def kv_only_share(shape: ModelShape) -> float:
 
 
 def _measure_round(client: VllmClient, tokens: Sequence[int], size: PrefixSize, lengths: Sequence[int]) -> list[float]:
-    """Times to first token: of one token, of every length, of the suffix behind a cached prefix, of everything."""
+    """Times to first token: of one token, of every length, of the suffix after a cached prefix, of everything."""
     times = [_cold_s(client, tokens[:1]), *(_cold_s(client, tokens[:length]) for length in lengths)]
     whole = tokens[: size.num_tokens + size.suffix_tokens]
     warm = client.complete(whole, max_tokens=1)  # the last length was the prefix: it is cached

@@ -18,7 +18,7 @@ class EngineCounts:
     """Of one request; all 0 where the engine does not count.
 
     Attributes:
-        recomputed_tokens: Prefix tokens brought back by compute; fractions where layers were shared.
+        recomputed_tokens: Prefix tokens restored by compute; fractions where layers were shared.
         loaded_tokens: ... by I/O.
         wasted_tokens: Read, but recomputed all the same.
         bound_ratio: Those seconds over the engine's own lower bound; 0 where it has none.

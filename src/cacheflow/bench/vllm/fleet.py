@@ -91,7 +91,7 @@ def may_freeze(policy: str) -> bool:
 
 @contextmanager
 def open_fleet(policies: Sequence[str], options: FleetOptions, *, bytes_per_s: float) -> Iterator[Fleet]:
-    """Start a server for each policy behind a link of ``bytes_per_s``, one after the other; end them afterwards.
+    """Start a server for each policy with a link of ``bytes_per_s``, one after the other; end them afterwards.
 
     Raises:
         ServerError: A server does not start; the message holds the end of its log.

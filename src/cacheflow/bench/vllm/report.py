@@ -13,7 +13,7 @@ from rich.text import Text
 
 from cacheflow.bench.chart import draw_bound, draw_line, in_order, label_ratios, new_figure, save_figure
 from cacheflow.bench.record import ITL_SLO_MS, NEIGHBOUR, LoadRecord, VllmRecord
-from cacheflow.bench.summary import OURS, PolicySummary, RunSetting, SettingSummary, summarise
+from cacheflow.bench.summary import OURS, RestoreSummary, RunSetting, SettingSummary, flag, summarise
 from cacheflow.bench.table import (
     DISTURBED,
     NOTHING,
@@ -73,20 +73,20 @@ def _table(summary: SettingSummary, runs: Sequence[VllmRecord]) -> Table:
     return text_table(title, heads, rows, last=[bound.get(head, "") for head in heads] if bound else ())
 
 
-def _cells(policy: PolicySummary, runs: Sequence[VllmRecord]) -> dict[str, str]:
+def _cells(policy: RestoreSummary, runs: Sequence[VllmRecord]) -> dict[str, str]:
     """Cells by head."""
-    if not policy.exact or policy.ttft_s is None:
+    ttft, loaded = policy["ttft_s"], policy["loaded_bytes"]
+    if not policy.exact or ttft is None:
         wrong = dict.fromkeys(("TTFT", "spread", "TTFT ×", "×rival"), WRONG)
         return {"policy": policy.policy, **wrong, "equal": not_equal(policy.num_wrong, policy.num_runs)}
-    ttft = policy.ttft_s
     cells = {
         "policy": policy.policy,
         "TTFT": seconds(ttft.median),
         "spread": f"{seconds(ttft.low)}–{seconds(ttft.high)}",
-        "TTFT ×": median_ratio(policy.ttft_over_bound),
-        "×rival": median_ratio(policy.over_rival) + policy.flag,
+        "TTFT ×": median_ratio(policy["ttft_over_bound"]),
+        "×rival": median_ratio(policy.over_rival) + flag(policy),
         "restored": median_of((record.cached_tokens for record in runs), "{:,.0f}".format),
-        "loaded": size(policy.loaded_bytes or 0),
+        "loaded": size(loaded.median if loaded else 0),
         "equal": "yes" if all(record.equal_tokens == record.compared_tokens for record in runs) else "tie",
         **{head: median_of((getattr(record, key) for record in runs), seconds) for head, key in ITL_HEADS.items()},
     }
@@ -138,7 +138,7 @@ def _draw(sweep: Sequence[SettingSummary], path: Path) -> Path:
         draw_line(axes, name, [
             (summary.setting.load_compute_ratio, spread)
             for summary in sweep
-            if (policy := summary.of(name)) is not None and (spread := policy.ttft_s) is not None
+            if (policy := summary.of(name)) is not None and (spread := policy["ttft_s"]) is not None
         ])  # fmt: skip
     ratios = [summary.setting.load_compute_ratio for summary in sweep]
     draw_bound(axes, [(summary.setting.load_compute_ratio, summary.bound_ttft_s) for summary in sweep])

@@ -1,4 +1,4 @@
-"""vLLM's OffloadingConnector on a machine without a GPU, behind a link of a given bandwidth.
+"""vLLM's OffloadingConnector on a machine without a GPU, over a link of a given bandwidth.
 
 vLLM 0.32 refuses its CPU offloading backend on the CPU platform because it copies with CUDA streams. This spec keeps
 vLLM's scheduler side (keys, LRU, lookups) and replaces the copier: one thread per direction moves whole KV blocks

@@ -93,7 +93,7 @@ class Relay:
     def _pump(self, source: socket.socket, sink: socket.socket, pacer: Pacer | None) -> None:
         try:
             while True:
-                waiting = bool(select.select([source], [], [], 0)[0])  # it queued behind the piece before
+                waiting = bool(select.select([source], [], [], 0)[0])  # it queued after the piece before
                 piece = source.recv(PIECE_BYTES)
                 if not piece:
                     break
