@@ -49,7 +49,11 @@ def _open(name: str, shape: ModelShape | None, device: str, dtype: str) -> Loade
 
 
 def prompt_tokens(model: LoadedModel, num_tokens: int) -> list[int]:
-    """Real source text as tokens; for models without a tokenizer, token ids made from its bytes."""
+    """Real source text as tokens; for models without a tokenizer, token ids made from its bytes.
+
+    Raises:
+        ConfigError: There is not that much text.
+    """
     tokens: list[int] = []
     if model.tokenizer is None:
         tokens = byte_tokens(model.shape.vocab_size)

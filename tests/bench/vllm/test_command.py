@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,10 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path):
 def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(tmp_path: Path):
     command = [sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"]
     process, log = start_process("vllm", command, {}, tmp_path)
-    with VllmServer("vllm", process, port=1, log=log) as server, pytest.raises(ServerError, match="out of memory"):
+    with (
+        closing(VllmServer("vllm", process, port=1, log=log)) as server,
+        pytest.raises(ServerError, match="out of memory"),
+    ):
         server.wait_ready(timeout_s=60.0)
 
 

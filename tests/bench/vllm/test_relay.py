@@ -3,6 +3,7 @@ import random
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -99,7 +100,7 @@ def _exchange(port: int, data: bytes) -> bytes:
 
 def test_every_byte_passes_in_both_directions(digest_server: int):
     data = random.Random(3).randbytes(300_001)
-    with Relay(digest_server, bytes_per_s=1e9) as relay:
+    with closing(Relay(digest_server, bytes_per_s=1e9)) as relay:
         for _ in range(2):
             assert _exchange(relay.port, data) == hashlib.sha256(data).digest() + data * 10
         assert relay.answered_bytes == 2 * (32 + 10 * len(data))
@@ -111,7 +112,7 @@ def test_connections_share_the_link_and_do_not_mix(digest_server: int):
     def ask(number: int) -> None:
         answers[number] = _exchange(relay.port, bytes([number]) * 50_000)
 
-    with Relay(digest_server, bytes_per_s=1e8) as relay:
+    with closing(Relay(digest_server, bytes_per_s=1e8)) as relay:
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
@@ -125,7 +126,7 @@ def test_connections_share_the_link_and_do_not_mix(digest_server: int):
 def test_a_server_that_is_not_there_closes_the_connection():
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    with Relay(port, bytes_per_s=1e9) as relay, socket.create_connection(("127.0.0.1", relay.port)) as client:
+    with closing(Relay(port, bytes_per_s=1e9)) as relay, socket.create_connection(("127.0.0.1", relay.port)) as client:
         assert client.recv(1) == b""
 
 

@@ -83,7 +83,11 @@ class Neighbour:
 
 
 def save_prefix(client: VllmClient, prefix: Sequence[int]) -> None:
-    """Send a prefix, so that it is computed and saved; returns when the save has let go of its blocks."""
+    """Send a prefix, so that it is computed and saved; returns when the save has let go of its blocks.
+
+    Raises:
+        ServerError: The server failed, or a save does not end.
+    """
     client.evict()
     client.complete(prefix, max_tokens=1)
     nudge(client)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Fleet:
         Raises:
             ServerError: It does not start; the message holds the end of its log.
         """
-        server = stack.enter_context(start_server(name, options, transfer=transfer))
+        server = stack.enter_context(closing(start_server(name, options, transfer=transfer)))
         server.wait_ready()
         self.servers[name] = server
         if may_freeze(name):
@@ -102,7 +102,7 @@ def open_fleet(policies: Sequence[str], options: FleetOptions, *, bytes_per_s: f
             rival = rivals().get(policy)
             if rival is not None and rival.open_side is not None:
                 side = rival.open_side(options.pythons[policy], bytes_per_s=bytes_per_s, log_dir=options.server.log_dir)
-                fleet.sides[policy] = stack.enter_context(side)
+                fleet.sides[policy] = stack.enter_context(closing(side))
             setup = LinkSetup(
                 bytes_per_s=bytes_per_s,
                 chunk_tokens=options.server.chunk_tokens,

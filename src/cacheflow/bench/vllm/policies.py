@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -68,11 +67,15 @@ class SideServer(Protocol):
         """Processor seconds it used so far."""
         ...
 
+    def close(self) -> None:
+        """End it."""
+        ...
+
 
 class OpenSide(Protocol):
-    """Starts a side server, and ends it with the context."""
+    """Starts a side server, which its caller closes."""
 
-    def __call__(self, python: Path, *, bytes_per_s: float, log_dir: Path) -> AbstractContextManager[SideServer]:
+    def __call__(self, python: Path, *, bytes_per_s: float, log_dir: Path) -> SideServer:
         """Start it with an interpreter; raises ``ServerError`` when it does not come up."""
         ...
 

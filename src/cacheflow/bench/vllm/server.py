@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import cacheflow
 from cacheflow.bench.vllm.client import MODEL, ServerError, VllmClient
@@ -159,17 +158,13 @@ class VllmServer:
         with suppress(ProcessLookupError):  # it ended by itself: what asks it next says so
             os.killpg(self._process.pid, number)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def start_server(name: str, options: ServerOptions, *, transfer: Mapping[str, Any] | None) -> VllmServer:
-    """Start a server; returns at once, see ``VllmServer.wait_ready``."""
+    """Start a server; returns at once, see ``VllmServer.wait_ready``.
+
+    Raises:
+        ConfigError: The interpreter is missing.
+    """
     port = free_port()
     command = server_command(options, port=port, transfer=transfer)
     process, log = start_process(name, command, server_environment(options), options.log_dir)

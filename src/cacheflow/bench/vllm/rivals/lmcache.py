@@ -11,8 +11,6 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from cacheflow.bench.vllm.client import ServerError
 from cacheflow.bench.vllm.policies import CPU_BYTES, RivalMissingError
@@ -29,7 +27,7 @@ _SERVE = "from lmcache.cli.main import main; main()"
 
 
 class LMCacheServer:
-    """LMCache's server with a relay in front, as a context manager; see ``SideServer``."""
+    """LMCache's server with a relay in front; see ``SideServer``. The owner closes it."""
 
     def __init__(self, python: Path, *, bytes_per_s: float, log_dir: Path) -> None:
         """Start both and wait until the server listens."""
@@ -61,14 +59,6 @@ class LMCacheServer:
         """End relay and server."""
         self.relay.close()
         stop_process(self._process)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _wait_ready(self, port: int) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S

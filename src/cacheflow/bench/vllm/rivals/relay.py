@@ -7,8 +7,6 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
 
 from cacheflow.bench.vllm.rivals.pacing import Pacer
 
@@ -54,14 +52,6 @@ class Relay:
             end.close()
         for thread in self._threads:
             thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _start(self, target: object, *args: object) -> None:
         thread = threading.Thread(target=target, args=args, name="relay", daemon=True)  # type: ignore[arg-type]
