@@ -83,7 +83,11 @@ class Flags:
     """
 
     def __post_init__(self) -> None:
-        """Check every field by itself."""
+        """Check every field by itself.
+
+        Raises:
+            ConfigError: Names the flag, the value and what is allowed.
+        """
         for name, knob in knobs(type(self)).items():
             _check(flag_of(name, knob), getattr(self, name), knob)
 
@@ -199,7 +203,11 @@ class EmbeddedFlags(Flags):
     )
 
     def __post_init__(self) -> None:
-        """Check each value, and that a model or a shape is given, not both."""
+        """Check each value, and that a model or a shape is given, not both.
+
+        Raises:
+            ConfigError: Names the options.
+        """
         super().__post_init__()
         if self.model is not None and self.shape is not None:
             raise ConfigError("--model and --shape both say what is restored: drop one of them")
@@ -221,7 +229,11 @@ class ServedFlags(Flags):
     vllm_python: Path = option(Path(sys.executable), "interpreter that has vLLM", metavar="PATH", shown="this one")
 
     def __post_init__(self) -> None:
-        """Check each value, and that the prefix is whole chunks."""
+        """Check each value, and that the prefix is whole chunks.
+
+        Raises:
+            ConfigError: Names the options.
+        """
         super().__post_init__()
         if self.tokens % self.chunk:
             raise ConfigError(

@@ -156,7 +156,11 @@ class RestoreRecord(RunRecord, frozen=True, kw_only=True):
     store: Name = "memory"
 
     def __post_init__(self) -> None:
-        """Refuse a time without a check."""
+        """Refuse a time without a check.
+
+        Raises:
+            ConfigError: ``restore_s`` or ``ttft_s`` is set but ``correct`` is no outcome of a check.
+        """
         super().__post_init__()
         if (self.restore_s is not None or self.ttft_s is not None) and not isinstance(self.correct, bool):
             raise ConfigError(f"a record cannot hold a time without a check: correct is {self.correct!r}")
@@ -192,7 +196,11 @@ class VllmRecord(RestoreRecord, frozen=True, kw_only=True):
     itl_max_s: Seconds | None = None
 
     def __post_init__(self) -> None:
-        """Check the tokens."""
+        """Check the tokens.
+
+        Raises:
+            ConfigError: More are equal than compared, or the run is correct although some differ without a note.
+        """
         super().__post_init__()
         if self.equal_tokens > self.compared_tokens:
             raise ConfigError(f"record: {self.equal_tokens} of {self.compared_tokens} tokens equal")
@@ -234,7 +242,11 @@ class RanksRecord(RestoreRecord, frozen=True, kw_only=True):
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Check what belongs together."""
+        """Check what belongs together.
+
+        Raises:
+            ConfigError: One stage has no axis, or the run counts as correct although tokens differ.
+        """
         super().__post_init__()
         if not self.gpu_axis and self.pipeline_parallel_size == 1:
             raise ConfigError("record: with one pipeline stage there is no GPU axis to switch off")
@@ -344,7 +356,11 @@ class BatchRecord(RunRecord, frozen=True, kw_only=True):
     slo_factor: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no run can have."""
+        """Refuse what no run can have.
+
+        Raises:
+            ConfigError: The run was not checked, the requests do not fit the lengths; or see ``BenchRecord``.
+        """
         super().__post_init__()
         if not isinstance(self.correct, bool):
             raise ConfigError(f"a record cannot hold a time without a check: correct is {self.correct!r}")
@@ -447,7 +463,12 @@ class FigureRecord(BenchRecord, frozen=True, kw_only=True):
     bound_quantiles_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no run can give."""
+        """Refuse what no run can give.
+
+        Raises:
+            ConfigError: A time is below its bound by more than rounding, or a distribution has another length than
+                ``PROBABILITIES``; or see ``BenchRecord``.
+        """
         super().__post_init__()
         for key in ("ttft_s", "restore_s", "p99_ttft_s"):
             time_s, bound_s = getattr(self, key), getattr(self, f"bound_{key}")

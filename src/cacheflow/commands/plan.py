@@ -50,7 +50,12 @@ class PlanFlags(Flags):
     out: Path | None = option(None, f"draw {PICTURE} into this folder", metavar="DIR")
 
     def __post_init__(self) -> None:
-        """Check each value, and what would take for ever."""
+        """Check each value, and what would take for ever.
+
+        Raises:
+            ConfigError: Names the option.
+            UnknownPolicyError: There is no such policy.
+        """
         make_policy(self.policy)
         super().__post_init__()
         if self.bandwidth_gbps < LEAST_GBPS:

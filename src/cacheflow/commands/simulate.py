@@ -103,7 +103,11 @@ class SimulateFlags(Flags):
     seed: int = option(0, "of everything that is drawn", at_least=0)
 
     def __post_init__(self) -> None:
-        """Check each value, and what says nothing without another."""
+        """Check each value, and what says nothing without another.
+
+        Raises:
+            ConfigError: Names the option and what is allowed, or which to drop.
+        """
         super().__post_init__()
         if self.max_cells == 1:
             raise ConfigError(f"--max-cells is {self.max_cells}, must be 2 or more, or 0 for exact grids")

@@ -57,7 +57,11 @@ class BatchFlags(EmbeddedFlags):
     )
 
     def __post_init__(self) -> None:
-        """Check each value, and that both sides have something to do."""
+        """Check each value, and that both sides have something to do.
+
+        Raises:
+            ConfigError: Names the option.
+        """
         super().__post_init__()
         if not LEAST_RATIO <= min(self.ratios) <= max(self.ratios) <= 1 / LEAST_RATIO:
             raise ConfigError(

@@ -49,7 +49,11 @@ class BatchStudyOptions:
     executor: ExecutorOptions = ExecutorOptions()  # noqa: RUF009 -- frozen
 
     def __post_init__(self) -> None:
-        """Check the counts."""
+        """Check the counts.
+
+        Raises:
+            ConfigError: No length, or a count is below 1.
+        """
         if not self.lengths or min(self.lengths) < 1:
             raise ConfigError(f"lengths are {self.lengths}; one or more of at least 1 token are needed")
         for key in ("suffix_tokens", "chunk_tokens", "cost_repeats"):
@@ -86,7 +90,11 @@ class BatchStudy:
     """A model with several prefilled and saved prefixes and its costs."""
 
     def __init__(self, model: LoadedModel, tokens: Sequence[int], *, options: BatchStudyOptions) -> None:
-        """Take the text; ``prepare`` does the work."""
+        """Take the text; ``prepare`` does the work.
+
+        Raises:
+            ConfigError: Too few tokens, or a prompt is longer than the model allows.
+        """
         longest = max(options.lengths) + options.suffix_tokens
         if longest > model.max_tokens or len(tokens) < options.num_tokens:
             raise ConfigError(

@@ -34,7 +34,11 @@ class FiguresFlags(Flags):
     results: Path | None = option(None, "draw these records instead of simulating", metavar="FILE")
 
     def __post_init__(self) -> None:
-        """Check what contradicts."""
+        """Check what contradicts.
+
+        Raises:
+            ConfigError: Names the options.
+        """
         if self.results is not None and self.fast:
             raise ConfigError("--fast is of simulating, --results draws records that are there: drop one of them")
 

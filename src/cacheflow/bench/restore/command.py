@@ -61,7 +61,11 @@ class RestoreFlags(EmbeddedFlags):
     store: str = option("memory", "where the prefix is saved (CPU)", choices=("memory", "file"))
 
     def __post_init__(self) -> None:
-        """Check each value, and what contradicts another."""
+        """Check each value, and what contradicts another.
+
+        Raises:
+            ConfigError: Names the options.
+        """
         for name in self.policies:
             make_policy(name)
         super().__post_init__()

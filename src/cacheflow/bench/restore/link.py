@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cacheflow.bench.setup import room_bytes, save_prefix
 from cacheflow.engine.cells import CellGeometry
@@ -29,31 +29,6 @@ class LinkDrop:
     after_bytes: int
 
 
-class StudyLink(Protocol):
-    """Keeps one saved prefix and opens a fresh transfer port for every run."""
-
-    @property
-    def store(self) -> str:
-        """Where it keeps the prefix, for records."""
-        ...
-
-    def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
-        """Keep every cell of the prefix.
-
-        Raises:
-            StoreError: Not every cell could be written.
-        """
-        ...
-
-    def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
-        """A port into ``kv`` over an idle link of ``bytes_per_s`` (``inf``: as fast as it goes)."""
-        ...
-
-    def close(self) -> None:
-        """Free what was kept."""
-        ...
-
-
 class PinnedStudyLink:
     """A prefix in host memory (pinned for CUDA), copied at a paced rate; needs no store."""
 
@@ -64,12 +39,12 @@ class PinnedStudyLink:
         self._prefix: PinnedPrefix | None = None
 
     def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
-        """See ``StudyLink.save``."""
+        """Keep every cell of the prefix."""
         del tokens
         self._prefix = PinnedPrefix.save(kv, geometry)
 
     def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
-        """See ``StudyLink.open``; cannot drop."""
+        """A port into ``kv`` over an idle link of ``bytes_per_s`` (``inf``: as fast as it goes); cannot drop."""
         if self._prefix is None or drop is not None:
             raise StoreError("a pinned link needs a saved prefix and keeps its bandwidth")
         return PinnedLinkPort(self._prefix, kv=kv, bytes_per_s=bytes_per_s)
@@ -91,7 +66,11 @@ class StoreStudyLink:
         self._inner: Store | None = None
 
     def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
-        """See ``StudyLink.save``."""
+        """Keep every cell of the prefix.
+
+        Raises:
+            StoreError: Not every cell could be written.
+        """
         self.close()
         grid = geometry.grid
         room = room_bytes(geometry.shape, grid.num_tokens, grid.num_chunks * grid.num_blocks)
@@ -103,7 +82,7 @@ class StoreStudyLink:
         save_prefix(self._inner, kv, geometry, self._namespace.digest, self._chain)
 
     def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
-        """See ``StudyLink.open``."""
+        """A port into ``kv`` over an idle link of ``bytes_per_s`` (``inf``: as fast as it goes)."""
         if self._geometry is None or self._inner is None:
             raise StoreError("nothing was saved yet")
         # A link of its own: a drop that the run before did not reach must not strike this one.
@@ -123,3 +102,7 @@ class StoreStudyLink:
         if self._inner is not None:
             self._inner.close()
             self._inner = None
+
+
+StudyLink = PinnedStudyLink | StoreStudyLink
+"""Keeps one saved prefix and opens a fresh transfer port for every run."""

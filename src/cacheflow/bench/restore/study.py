@@ -43,7 +43,11 @@ class StudyOptions:
     executor: ExecutorOptions = ExecutorOptions()  # noqa: RUF009 -- frozen
 
     def __post_init__(self) -> None:
-        """Check the counts."""
+        """Check the counts.
+
+        Raises:
+            ConfigError: A count is below 1.
+        """
         for key in ("num_tokens", "suffix_tokens", "chunk_tokens", "layers_per_block", "cost_repeats"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} is {getattr(self, key)}, must be at least 1")
@@ -80,7 +84,11 @@ class Study:
     """A model with one prefilled, saved and measured prefix."""
 
     def __init__(self, model: LoadedModel, tokens: Sequence[int], *, options: StudyOptions, link: StudyLink) -> None:
-        """Take the prompt; ``prepare`` does the work."""
+        """Take the prompt; ``prepare`` does the work.
+
+        Raises:
+            ConfigError: Too few tokens, or more than the model allows.
+        """
         total = options.num_tokens + options.suffix_tokens
         if len(tokens) < total or total > model.max_tokens:
             raise ConfigError(

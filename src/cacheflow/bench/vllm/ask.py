@@ -49,7 +49,11 @@ class Neighbour:
         self._error: Exception | None = None
 
     def __enter__(self) -> Self:
-        """Start decoding and wait for the first tokens."""
+        """Start decoding and wait for the first tokens.
+
+        Raises:
+            ServerError: The request failed.
+        """
         self._thread.start()
         self._decoding.wait()
         if self._error is not None:

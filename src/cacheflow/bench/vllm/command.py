@@ -57,7 +57,11 @@ class VllmFlags(ServedFlags):
     )
 
     def __post_init__(self) -> None:
-        """Check each value, and what says nothing without another."""
+        """Check each value, and what says nothing without another.
+
+        Raises:
+            ConfigError: Names the options.
+        """
         super().__post_init__()
         if self.itl_slo_ms is not None and not self.neighbour:
             raise ConfigError("--itl-slo-ms needs --neighbour: alone there is no inter-token latency to keep")

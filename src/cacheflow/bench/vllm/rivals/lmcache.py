@@ -30,7 +30,11 @@ class LMCacheServer:
     """LMCache's server with a relay in front; see ``SideServer``. The owner closes it."""
 
     def __init__(self, python: Path, *, bytes_per_s: float, log_dir: Path) -> None:
-        """Start both and wait until the server listens."""
+        """Start both and wait until the server listens.
+
+        Raises:
+            ServerError: The server ended or did not listen in time; the message names its log.
+        """
         port = free_port()
         environment = {**os.environ, "LMCACHE_DISABLE_BANNER": "1"}
         self._process, self._log = start_process("lmcache-server", _command(python, port), environment, log_dir)

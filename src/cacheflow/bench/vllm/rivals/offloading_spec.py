@@ -45,7 +45,11 @@ class PacedHostOffloadingSpec(CPUOffloadingSpec):
     """``CPUOffloadingSpec`` with a host-to-host copier; option ``throttle_bytes_per_s`` slows loads down."""
 
     def __init__(self, config: OffloadingConfig) -> None:
-        """Check that blocks map one to one."""
+        """Check that blocks map one to one.
+
+        Raises:
+            ConfigError: Offloaded chunks of several blocks were asked for.
+        """
         super().__init__(config)
         self._copier: HostCopier | None = None
         if self.blocks_per_chunk != 1:

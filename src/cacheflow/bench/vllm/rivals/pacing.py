@@ -21,7 +21,11 @@ class Pacer:
     """
 
     def __init__(self, bytes_per_s: float, *, clock: Clock = time.perf_counter, sleep: Sleep = time.sleep) -> None:
-        """Create an idle link; ``inf`` never waits."""
+        """Create an idle link; ``inf`` never waits.
+
+        Raises:
+            ConfigError: The bandwidth is not above 0.
+        """
         if not bytes_per_s > 0:
             raise ConfigError(f"link bytes_per_s is {bytes_per_s}, must be above 0")
         self.bytes_per_s = bytes_per_s

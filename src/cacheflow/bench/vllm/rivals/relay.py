@@ -22,7 +22,11 @@ class Relay:
     """
 
     def __init__(self, server_port: int, *, bytes_per_s: float) -> None:
-        """Start to listen."""
+        """Start to listen.
+
+        Raises:
+            ConfigError: The bandwidth is not above 0.
+        """
         self._pacer = Pacer(bytes_per_s)
         self._server_port = server_port
         self._listener = socket.create_server(("127.0.0.1", 0))
