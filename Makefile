@@ -59,7 +59,7 @@ test: $(STAMP) $(VLLM_STAMP) ## every test that this machine can run, those insi
 
 test-vllm: $(VLLM_STAMP) ## the tests inside vLLM alone, on both generations of its model runner
 	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_BIN)/python -m pytest $(V2_TESTS)
-	$(VLLM_BIN)/python -m pytest tests/vllm tests/bench/test_vllm_smoke.py
+	$(VLLM_BIN)/python -m pytest tests/vllm tests/bench/vllm/test_smoke.py
 
 test-fast: $(STAMP) ## the tests that need no torch, in seconds
 	$(BIN)/python -m pytest -m "not gpu and not vllm and not slow and not model and not torch" \

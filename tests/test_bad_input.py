@@ -195,4 +195,4 @@ def test_a_process_ends_with_code_2_one_line_and_no_traceback():
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "cacheflow: error: --bandwidth-gbps is 0, must be above 0 and finite\n"
+    assert done.stderr == "cacheflow: error: --bandwidth-gbps is 0.0, must be above 0 and finite\n"

@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NoReturn, Protocol, cast
 
 from cacheflow import __version__
-from cacheflow.errors import CacheFlowError
+from cacheflow.errors import CacheFlowError, ConfigError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -47,47 +48,54 @@ class CommandModule(Protocol):
 class Command:
     """One command: the words that call it, the line that explains it, and its module.
 
-    One that ``passes_on`` gets what stands behind ``--`` unread, as ``args.passed_on``.
+    One that ``passes_on`` gets what stands after ``--`` unread, as ``args.passed_on``. One that is ``in_repository``
+    serves this project alone, and is offered only where its module is there: the wheel leaves it out.
     """
 
     words: tuple[str, ...]
     help: str
     module: str
     passes_on: bool = False
+    in_repository: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its module can be imported, as far as that can differ."""
+        try:
+            return not self.in_repository or find_spec(self.module) is not None
+        except ModuleNotFoundError:  # its folder is not there either
+            return False
 
 
 COMMANDS = (
-    Command(("demo",), "play a coding session on the bundled model under every policy", "cacheflow.bench.demo_command"),
-    Command(("calibrate",), "measure what a model and a store cost on this machine", "cacheflow.profiling.command"),
-    Command(("plan",), "predict and draw a restoration on hardware you do not have", "cacheflow.bench.plan_command"),
+    Command(("demo",), "play a coding session on the bundled model under every policy", "cacheflow.commands.demo"),
+    Command(("calibrate",), "measure what a model and a store cost on this machine", "cacheflow.commands.calibrate"),
+    Command(("plan",), "predict and draw a restoration on hardware you do not have", "cacheflow.commands.plan"),
+    Command(("simulate",), "replay a trace on a simulated cluster under every policy", "cacheflow.commands.simulate"),
+    Command(("serve",), "run stock vLLM's OpenAI server with CacheFlow", "cacheflow.commands.serve", passes_on=True),
     Command(
-        ("simulate",), "replay a trace on a simulated cluster under every policy", "cacheflow.bench.simulate_command"
+        ("bench", "restore"), "restore one prefix under every policy, side by side", "cacheflow.bench.restore.command"
     ),
     Command(
-        ("serve",), "run stock vLLM's OpenAI server with CacheFlow", "cacheflow.bench.serve_command", passes_on=True
-    ),
-    Command(
-        ("bench", "restore"), "restore one prefix under every policy, side by side", "cacheflow.bench.restore_command"
-    ),
-    Command(
-        ("bench", "batch"), "restore many prefixes at once under every batch policy", "cacheflow.bench.batch_command"
+        ("bench", "batch"), "restore many prefixes at once under every batch policy", "cacheflow.bench.batch.command"
     ),
     Command(
         ("bench", "vllm"),
         "restore inside stock vLLM, beside its own prefill and others",
-        "cacheflow.bench.vllm_command",
+        "cacheflow.bench.vllm.command",
     ),
     Command(
         ("bench", "ranks"),
         "restore on several ranks of vLLM at once, pipeline stages and tensor-parallel ranks",
-        "cacheflow.bench.ranks_command",
+        "cacheflow.bench.ranks.command",
     ),
     Command(
         ("bench", "figures"),
         "redraw the figures of the CacheFlow paper, and ours, by simulation",
         "cacheflow.bench.figures.command",
+        in_repository=True,
     ),
-    Command(("bench", "readme"), "write a measured table into a README", "cacheflow.bench.readme"),
+    Command(("bench", "readme"), "write a measured table into a README", "cacheflow.bench.readme", in_repository=True),
 )
 GROUPS = {"bench": "measure policies side by side, and show results"}
 
@@ -101,7 +109,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(argv: Sequence[str], commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
-    """A parser that knows every command by name, and the options of the one that ``argv`` calls."""
+    """A parser that knows every command by name, and the options of the one that ``argv`` calls.
+
+    Raises:
+        ConfigError: It calls a command that this installation does not have.
+    """
     parser = Parser(prog="cacheflow", description="KV-cache restoration: recompute and load at once, exactly.")
     parser.add_argument("--version", action="version", version=f"cacheflow {__version__}")
     top = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -111,9 +123,17 @@ def build_parser(argv: Sequence[str], commands: Sequence[Command] = COMMANDS) ->
         if any(command.words[0] == name for command in commands)
     }
     for command in commands:
+        called = tuple(argv[: len(command.words)]) == command.words
+        if not command.is_there:
+            if called:
+                raise ConfigError(
+                    f"cacheflow {' '.join(command.words)} serves CacheFlow's own repository and is not in the "
+                    "installed package: run it in a checkout (pip install --editable .)"
+                )
+            continue
         parent = groups[command.words[0]] if len(command.words) > 1 else top
         leaf = parent.add_parser(command.words[-1], help=command.help, description=command.help)
-        if tuple(argv[: len(command.words)]) == command.words:
+        if called:
             module = cast(CommandModule, importlib.import_module(command.module))
             module.add_arguments(leaf)
             leaf.set_defaults(run=module.run)

@@ -1,13 +1,11 @@
 from argparse import ArgumentParser
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from msgspec.structs import asdict
 
 from cacheflow.bench import readme
-from cacheflow.bench.ranks_record import RanksRecord
-from cacheflow.bench.record import append_record
-from cacheflow.bench.vllm_record import VllmRecord
+from cacheflow.bench.record import RanksRecord, VllmRecord, append_record
 from cacheflow.errors import ConfigError
 from support.sample_records import sample_record, sample_sweep
 

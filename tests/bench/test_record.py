@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cacheflow.bench.record import GuardRecord, RestoreRecord, append_record, environment, read_records
+from cacheflow.bench.environment import environment
+from cacheflow.bench.record import BenchRecord, GuardRecord, RestoreRecord, append_record, read_records
 from cacheflow.errors import ConfigError
 from support.sample_records import sample_record
 
@@ -61,7 +62,7 @@ def test_records_come_back_as_they_were_written(tmp_path: Path):
     ]
     for record in records:
         append_record(path, record)
-    assert read_records(path) == records
+    assert read_records(path, RestoreRecord) == records
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -73,29 +74,30 @@ def test_a_link_without_limit_is_none():
     ("line", "reason"),
     [
         pytest.param("{", "not JSON", id="truncated"),
-        pytest.param("[]", "a record is a JSON object, not list", id="list"),
-        pytest.param('{"suite": "x"}', "missing", id="fields missing"),
-        pytest.param(json.dumps({"speed": 1}), r"unknown fields \['speed'\]", id="field unknown"),
+        pytest.param("[]", "malformed record: Expected `object`, got `array`", id="list"),
+        pytest.param('{"suite": "restore"}', "missing required field `policy`", id="fields missing"),
+        pytest.param('{"suite": "x"}', "suite is 'x', must be one of restore, perturbed", id="suite unknown"),
+        pytest.param('{"suite": "restore", "speed": 1}', "unknown field `speed`", id="field unknown"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, reason: str):
     path = tmp_path / "results.jsonl"
     path.write_text(sample_record().to_json() + "\n\n" + line + "\n")
     with pytest.raises(ConfigError, match=f"line 3: .*{reason}"):
-        read_records(path)
+        read_records(path, RestoreRecord)
 
 
 def test_a_value_of_the_wrong_type_is_named_by_line(tmp_path: Path):
     path = tmp_path / "results.jsonl"
     values = json.loads(sample_record().to_json()) | {"num_tokens": "many"}
     path.write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="line 1"):
-        read_records(path)
+    with pytest.raises(ConfigError, match=r"line 1: malformed record: Expected `int`, got `str` - at `\$.num_tokens`"):
+        read_records(path, RestoreRecord)
 
 
 def test_a_missing_results_file_is_an_error_of_ours(tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_records(tmp_path / "none.jsonl")
+        read_records(tmp_path / "none.jsonl", BenchRecord)
 
 
 def _append_many(path: Path, policy: str) -> None:
@@ -111,7 +113,7 @@ def test_processes_may_append_to_one_file(tmp_path: Path):
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(read_records(path)) == 100
+    assert len(read_records(path, RestoreRecord)) == 100
 
 
 def test_the_environment_names_versions_but_no_host_or_path():

@@ -1,8 +1,8 @@
 import pytest
 from rich.console import Console
 
-from cacheflow.bench.summary import summarise
-from cacheflow.bench.table import BREAKS, LOSES, console_tables, markdown_caption, markdown_table, seconds
+from cacheflow.bench.summary import console_tables, summarise, sweep_caption, sweep_markdown
+from cacheflow.bench.table import BREAKS, LOSES, seconds
 from support.sample_records import sample_record, sample_sweep
 
 
@@ -36,14 +36,14 @@ def test_a_rivals_loss_is_no_flag():
 
 def test_the_time_of_a_wrong_run_is_never_printed():
     wrong = [sample_record(ttft_s=0.777, restore_s=0.666, correct=False), sample_record(policy="cake")]
-    for text in (render(wrong), markdown_table(summarise(wrong))):
+    for text in (render(wrong), sweep_markdown(summarise(wrong))):
         assert "wrong" in text
         assert "777" not in text
         assert "666" not in text
 
 
 def test_markdown_has_a_column_a_ratio_and_the_bound_last():
-    lines = markdown_table(summarise(sample_sweep())).splitlines()
+    lines = sweep_markdown(summarise(sample_sweep())).splitlines()
     assert lines[0] == "| load time / compute time | 0.5 | 1 | 2 |"
     assert lines[-2].startswith("| **cacheflow** | **1.80 s (1.57×)**")
     assert lines[-1] == "| *lower bound* | *1.15 s* | *1.15 s* | *1.15 s* |"
@@ -52,14 +52,14 @@ def test_markdown_has_a_column_a_ratio_and_the_bound_last():
 
 def test_markdown_needs_settings_that_differ_in_the_ratio_alone():
     with pytest.raises(ValueError, match="one setting for each"):
-        markdown_table([])
+        sweep_markdown([])
     with pytest.raises(ValueError, match="one setting for each"):
-        markdown_table(summarise([sample_record(), sample_record(num_tokens=8192)]))
+        sweep_markdown(summarise([sample_record(), sample_record(num_tokens=8192)]))
 
 
 def test_the_caption_says_what_where_and_how_often():
     records = sample_sweep()
-    caption = markdown_caption(summarise(records), records[0].environment)
+    caption = sweep_caption(summarise(records), records[0].environment)
     assert "Time to first token, median of 3 alternating runs" in caption
     assert "test processor (2 threads), torch 2.13.0" in caption
     assert "4,096 cached and 256 new tokens" in caption

@@ -183,7 +183,7 @@ def calibrate(words, *, clock, cpu_share=1.0):
     """The command on a clock of the test's; its exit code as ``cli.main`` gives it, or the error it raises."""
     import argparse
 
-    from cacheflow.profiling import command
+    from cacheflow.commands import calibrate as command
 
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -229,7 +229,7 @@ def test_who_accepts_noise_gets_a_profile_that_says_so(model_folder, tmp_path, c
 
     path = tmp_path / "p.json"
     assert calibrate([model_folder, *TINY, "--out", path, "--accept-noise"], clock=Ticks(spell)) == 0
-    assert "The profile says so, and so will whoever loads it" in one_line(capsys.readouterr().out)
+    assert "The profile says so, and so will what loads it" in one_line(capsys.readouterr().out)
     profile = load_profile(path)
     assert re.match(BUSY, profile.busy)
     assert f"profile {path} is not to be relied on (the machine was busy: the same" in caplog.text

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
-from cacheflow.bench.batch_record import BatchRecord, BatchTimes, RequestRecord
+from cacheflow.bench.record import BatchRecord, BatchRequestRecord, BatchTimes
 
 
 def batch_record(
@@ -18,7 +18,7 @@ def batch_record(
     arrivals_s = (0.0, 0.0)
     times = BatchTimes.of(arrivals_s, ttft_s)
     requests = tuple(
-        RequestRecord(
+        BatchRequestRecord(
             num_tokens=num_tokens,
             suffix_tokens=128,
             arrival_s=0.0,

@@ -12,7 +12,7 @@ from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
-from cacheflow.sim.device import Completion, VirtualDevice
+from cacheflow.sim.device import RequestTimes, VirtualDevice
 from cacheflow.sim.link import SimulatedLink
 from cacheflow.state.batch import BatchScheduler
 
@@ -61,7 +61,7 @@ class Arrival:
 class BatchRun:
     """Per request, in the order given; and the resources' busy seconds."""
 
-    restored: tuple[Completion, ...]
+    restored: tuple[RequestTimes, ...]
     compute_busy_s: float
     link_busy_s: float
 
@@ -85,7 +85,7 @@ def run_batch(policy: BatchPolicy, arrivals: Sequence[Arrival], *, starvation_s:
     scheduler = BatchScheduler(policy, LiveRates(bytes_per_s=cost.bytes_per_s), starvation_s=starvation_s)
     link = SimulatedLink(loop, cost)
     device = VirtualDevice(loop, scheduler, link)
-    restored: dict[int, Completion] = {}
+    restored: dict[int, RequestTimes] = {}
 
     def submit(index: int, arrival: Arrival) -> None:
         device.submit(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
-from cacheflow.bench.vllm_client import VllmClient
+from cacheflow.bench.vllm.client import VllmClient
 
 
 class FakeVllm(BaseHTTPRequestHandler):

@@ -14,7 +14,7 @@ from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
-from cacheflow.sim.device import Completion, VirtualDevice
+from cacheflow.sim.device import RequestTimes, VirtualDevice
 from cacheflow.sim.link import SimulatedLink
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.state.compute_side import ComputeClaim
@@ -84,7 +84,7 @@ def run_virtual(
     device = BreakingDevice(loop, BatchScheduler(Arrival(), rates), link, reads_in_flight=depth)
     device.conditions = conditions
     device.state = state = RestoreState(planned, plan, rates, min_claim_s=min_claim_s)
-    ended: list[Completion] = []
+    ended: list[RequestTimes] = []
     device.adopt(0, state, ended.append, truth=truth)
     device.pump()
     loop.run()

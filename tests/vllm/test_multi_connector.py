@@ -16,7 +16,7 @@ OFFLOADING = {
     "kv_role": "kv_both",
     "kv_connector_extra_config": {
         "spec_name": "PacedHostOffloadingSpec",
-        "spec_module_path": "cacheflow.bench.vllm_offloading_spec",
+        "spec_module_path": "cacheflow.bench.vllm.rivals.offloading_spec",
         "cpu_bytes_to_use": 1 << 28,
     },
 }

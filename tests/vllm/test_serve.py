@@ -37,7 +37,7 @@ def _this_process_goes_on(monkeypatch: pytest.MonkeyPatch):
     def become(*command: object) -> None:
         raise AssertionError(f"the test would have become {command}")
 
-    monkeypatch.setattr("cacheflow.bench.serve_command.serve", functools.partial(serve, replace=become))
+    monkeypatch.setattr("cacheflow.commands.serve.serve", functools.partial(serve, replace=become))
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
 
 

@@ -52,7 +52,7 @@ def batch_bound(problems: Sequence[RestoreProblem], arrivals_s: Sequence[float])
     makespan_s = max(arrival + alone for arrival, alone in zip(arrivals_s, alone_s, strict=True)) - first_s
     mean_s = sum(alone_s) / len(alone_s)
     for mu in _weights(problems):
-        ends_s = _ends_s(arrivals_s, [_weighted_s(problem, mu) for problem in problems])
+        ends_s = shortest_first_ends_s(arrivals_s, [weighted_work_s(problem, mu) for problem in problems])
         makespan_s = max(makespan_s, ends_s[-1] - first_s)
         mean_s = max(mean_s, (sum(ends_s) - sum(arrivals_s)) / len(problems))
     return BatchBound(makespan_s=makespan_s, mean_ttft_s=mean_s)
@@ -68,14 +68,13 @@ def _weights(problems: Sequence[RestoreProblem]) -> list[float]:
     return [each / (1.0 + each) for each in odds]
 
 
-def _weighted_s(problem: RestoreProblem, mu: float) -> float:
+def weighted_work_s(problem: RestoreProblem, mu: float) -> float:
     """The least weighted work of a request."""
-    load_KB = problem.load_bytes_KB / problem.link.bytes_per_s
-    cells_s = np.minimum(mu * marginal_compute_KB(problem), (1.0 - mu) * load_KB).sum()
-    return float(cells_s) + mu * problem.suffix_s
+    load_KB = (1.0 - mu) * problem.load_bytes_KB / problem.link.bytes_per_s
+    return float(np.minimum(mu * marginal_compute_KB(problem), load_KB).sum()) + mu * problem.suffix_s
 
 
-def _ends_s(arrivals_s: Sequence[float], work_s: Sequence[float]) -> list[float]:
+def shortest_first_ends_s(arrivals_s: Sequence[float], work_s: Sequence[float]) -> list[float]:
     """When jobs end on one machine, ascending: the shortest remaining first, interrupted by shorter arrivals."""
     jobs = sorted(zip(arrivals_s, work_s, strict=True))
     left_s: list[float] = []

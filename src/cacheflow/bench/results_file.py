@@ -1,7 +1,7 @@
 """A results file: one JSON record a line, appended whole and read back with the line's number in every complaint.
 
-A run that is killed while it writes may leave half a line. Whoever goes on with the file cuts it off first
-(``take_up``), before any work, so that no record is appended behind it.
+A run that is killed while it writes may leave half a line. The next run cuts it off first (``take_up``), before any
+work, so that no record is appended to it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ def append_line(path: Path, text: str) -> None:
         raise ConfigError(f"results file {path} cannot be written: {error.strerror or error}") from error
 
 
-def read_lines(path: Path, parse: Callable[[str], R], *, wanted: Callable[[str], bool] = lambda line: True) -> list[R]:
+def read_lines(path: Path, parse: Callable[[str], R]) -> list[R]:
     """Every record of a results file, in the order they were written; blank lines are skipped.
 
     Args:
         path: The file.
         parse: Makes a record of a line; raises ``ConfigError`` when it is none.
-        wanted: Lines that are not are skipped unread.
 
     Raises:
         ConfigError: The file cannot be read, or a line is malformed; the message names the line.
@@ -60,7 +59,7 @@ def read_lines(path: Path, parse: Callable[[str], R], *, wanted: Callable[[str],
         raise ConfigError(f"results file {path} cannot be read: {error}") from error
     records = []
     for number, line in enumerate(lines, start=1):
-        if line.strip() and wanted(line):
+        if line.strip():
             try:
                 records.append(parse(line))
             except ConfigError as error:
@@ -74,7 +73,7 @@ def take_up(path: Path, read: Callable[[Path], list[R]], *, tell: Callable[[str]
     Args:
         path: The results file; one that does not exist yet holds no record.
         read: Reads it.
-        tell: Told in one sentence when the last line was only half written and has been cut off.
+        tell: Gets a sentence when the last line was only half written and has been cut off.
 
     Raises:
         ConfigError: The file cannot be read or written, or a line is malformed; the message names the line.
@@ -161,7 +160,7 @@ def _mend(descriptor: int) -> int:
 
 
 def _last_line(descriptor: int, size: int, *, step: int = 1 << 16) -> int:
-    """Where the last line begins: behind the last newline."""
+    """Where the last line begins: after the last newline."""
     end = size
     while end > 0:
         begin = max(0, end - step)

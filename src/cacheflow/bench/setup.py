@@ -1,54 +1,44 @@
-"""Opens what a restore benchmark runs on: the model, the prompt, the link."""
+"""What benchmarks of the embedded engine start from: the model, the prompt, the saved prefix, costs on a slower day."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-from itertools import islice, pairwise
+from collections.abc import Sequence
+from dataclasses import replace
 
-from cacheflow.bench.hardware import find_model
-from cacheflow.bench.options import DEFAULT_MODEL
-from cacheflow.bench.study import Study, StudyOptions
-from cacheflow.bench.study_link import PinnedStudyLink, StoreStudyLink, StudyLink
+from cacheflow.bench.options import DEFAULT_MODEL, EmbeddedFlags
+from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.identity import model_identity
+from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.random_models import random_weights
-from cacheflow.errors import ConfigError
+from cacheflow.engine.saver import PrefixSaver
+from cacheflow.errors import ConfigError, StoreError
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.shapes.hardware import find_model
+from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
 from cacheflow.tensors.fingerprint import kernel_identity
 from cacheflow.types import ModelShape
-from cacheflow.workloads.coding import source_text
+from cacheflow.workloads.coding import byte_tokens, source_text
+
+OBJECT_ROOM_BYTES = 8192
+"""Room for what a store keeps beside each object's bytes."""
 
 
-def open_study(args: argparse.Namespace, num_tokens: int) -> Study:
-    """A study as ``bench restore`` was asked for, not prepared yet.
-
-    Raises:
-        ConfigError: The model cannot be loaded, the device is missing, or the prompt is too long.
-    """
-    model = open_model(args.model, shape=args.shape, device=args.device, dtype=args.dtype)
-    options = StudyOptions(
-        num_tokens=num_tokens,
-        suffix_tokens=args.suffix,
-        chunk_tokens=args.chunk,
-        layers_per_block=args.layers_per_block,
-    )
-    return Study(model, prompt_tokens(model, num_tokens + args.suffix), options=options, link=_open_link(args, model))
-
-
-def open_model(name: str | None, *, shape: str | None, device: str, dtype: str) -> LoadedModel:
-    """Load a model (None: the default one), or random weights of a shape; the last one is kept.
+def open_model(flags: EmbeddedFlags) -> LoadedModel:
+    """Load the model that flags name, or random weights of a shape; the last one is kept.
 
     Raises:
         ConfigError: No CUDA device, an unknown shape, or see ``load_model``.
     """
-    if device == "cuda":
+    if flags.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
-    found = None if shape is None else find_model(shape)  # now: the file may have changed since it was read
-    return _open(name or DEFAULT_MODEL, found, device, dtype)
+    shape = None if flags.shape is None else find_model(flags.shape)  # now: the file may have changed since
+    return _open(flags.model or DEFAULT_MODEL, shape, flags.device, flags.dtype)
 
 
 @functools.lru_cache(maxsize=1)
@@ -64,30 +54,59 @@ def prompt_tokens(model: LoadedModel, num_tokens: int) -> list[int]:
     Raises:
         ConfigError: There is not that much text.
     """
+    tokens: list[int] = []
     if model.tokenizer is None:
-        raw = "".join(source_text()).encode()
-        tokens = [(a * 256 + b) % model.shape.vocab_size for a, b in pairwise(raw)]
+        tokens = byte_tokens(model.shape.vocab_size)
     else:
-        tokens = []
         for part in source_text():
             tokens.extend(model.tokenizer(part)["input_ids"])
             if len(tokens) >= num_tokens:
                 break
     if len(tokens) < num_tokens:
         raise ConfigError(f"{num_tokens} prompt tokens asked for, the bundled text has {len(tokens)}")
-    return list(islice(tokens, num_tokens))
+    return tokens[:num_tokens]
 
 
-def _open_link(args: argparse.Namespace, model: LoadedModel) -> StudyLink:
-    if args.device == "cuda":
-        return PinnedStudyLink()
-    namespace = Namespace(
+def namespace_of(model: LoadedModel, chunk_tokens: int) -> Namespace:
+    """Where a model keeps prefixes in a store: apart from other weights, kernels and numbers of threads."""
+    return Namespace(
         weights_fingerprint=model.fingerprint,
         dtype=model.shape.dtype,
-        chunk_tokens=args.chunk,
+        chunk_tokens=chunk_tokens,
         extra=(
             *kernel_identity(model.device, library="transformers"),
             ("num_threads", str(model_identity(model).num_threads)),
         ),
     )
-    return StoreStudyLink(namespace, directory=str(args.out / "store") if args.store == "file" else None)
+
+
+def room_bytes(shape: ModelShape, num_tokens: int, num_objects: int) -> int:
+    """Capacity of a memory store that holds so many tokens in so many objects."""
+    return num_tokens * shape.kv_bytes_per_token + num_objects * OBJECT_ROOM_BYTES + (1 << 20)
+
+
+def save_prefix(
+    store: Store, kv: KVBuffer, geometry: CellGeometry, namespace: str, chain_hashes: Sequence[bytes]
+) -> None:
+    """Save every cell of a prefix, and wait for it.
+
+    Raises:
+        StoreError: Not every cell could be written.
+    """
+    saver = PrefixSaver(store, geometry=geometry, namespace=namespace, chain_hashes=chain_hashes)
+    saver.save_prefix(kv)
+    report = saver.wait()
+    if not report.complete:
+        grid = geometry.grid
+        raise StoreError(f"{report.num_failed} of {grid.num_chunks * grid.num_blocks} cells could not be saved")
+
+
+def slowed(problem: RestoreProblem, factor: float) -> RestoreProblem:
+    """The same restoration where compute takes ``factor`` times as long."""
+    return replace(
+        problem,
+        compute_KB=problem.compute_KB * factor,
+        kv_only_KB=problem.kv_only_KB * factor,
+        suffix_B=problem.suffix_B * factor,
+        head_s=problem.head_s * factor,
+    )

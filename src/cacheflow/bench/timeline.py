@@ -5,14 +5,14 @@ Spans are plain data, kept beside the results as ``timelines.json`` so that a pi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cacheflow.bench.plots import BOUND_COLOUR, FAINT, INK, empty_figure, plain, save_figure
+import msgspec
+
+from cacheflow.bench.chart import BOUND, BOUND_COLOUR, FAINT, INK, empty_figure, plain, save_figure
 from cacheflow.bench.table import seconds
 from cacheflow.errors import ConfigError
 from cacheflow.plan.report import Lane, RestoreReport, Span, SpanKind
@@ -36,7 +36,7 @@ KIND_LABELS: dict[SpanKind, str] = {
     SpanKind.LOAD: "loaded",
     SpanKind.BOUNDARY: "boundary states read",
     SpanKind.FAILED: "read failed",
-    SpanKind.WASTED: "read in vain",
+    SpanKind.WASTED: "read for nothing",
     SpanKind.SUFFIX: "new tokens",
     SpanKind.REPAIR: "recomputed after a failed read",
 }
@@ -50,12 +50,6 @@ class Timeline:
     """One restoration to draw.
 
     Attributes:
-        label: What stands above it, usually the policy's name.
-        spans: Its work, in any order.
-        num_chunks: Chunks of the prefix.
-        num_blocks: Layer blocks.
-        restore_s: When the last prefix cell was there.
-        ttft_s: When the first token was there; None without a suffix.
         bound_s: The least possible time to first token (to restoration, without a suffix).
     """
 
@@ -69,7 +63,7 @@ class Timeline:
 
     @classmethod
     def of(cls, report: RestoreReport, *, bound_s: float | None, label: str | None = None) -> Timeline:
-        """The timeline of a restoration that ran; labelled with its policy unless told otherwise."""
+        """The timeline of a restoration that ran; labelled with its policy unless given another."""
         return cls(
             label=label or report.plan.policy,
             spans=report.spans,
@@ -96,8 +90,7 @@ class Timeline:
 
 def write_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
     """Keep timelines as JSON; replaces the file."""
-    listed = [asdict(timeline) for timeline in timelines]
-    path.write_text(json.dumps(listed, default=_enum_value) + "\n", encoding="utf-8")
+    path.write_bytes(msgspec.json.encode(list(timelines)) + b"\n")
 
 
 def read_timelines(path: Path) -> list[Timeline]:
@@ -107,9 +100,8 @@ def read_timelines(path: Path) -> list[Timeline]:
         ConfigError: The file cannot be read or holds something else.
     """
     try:
-        listed: Any = json.loads(path.read_text(encoding="utf-8"))
-        return [Timeline(**{**entry, "spans": tuple(map(_read_span, entry["spans"]))}) for entry in listed]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return msgspec.json.decode(path.read_bytes(), type=list[Timeline])
+    except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"timelines file {path} cannot be read: {error}") from error
 
 
@@ -136,19 +128,7 @@ def draw_timelines(timelines: Sequence[Timeline], path: Path, *, title: str = ""
     panels[-1][0].set_xlabel("seconds since the request")
     panels[-1][1].set_xlabel("chunk of the prefix", fontsize=8)
     _draw_legend(panels[0][0], timelines)
-    if title:
-        figure.suptitle(title, fontsize=10, color=INK)
-    return save_figure(figure, path)
-
-
-def _enum_value(value: object) -> object:
-    if isinstance(value, Enum):
-        return value.value
-    raise TypeError(f"{type(value).__name__} has no place in a timelines file")
-
-
-def _read_span(values: dict[str, Any]) -> Span:
-    return Span(**{**values, "lane": Lane(values["lane"]), "kind": SpanKind(values["kind"])})
+    return save_figure(figure, path, title=title)
 
 
 def _draw_lanes(axes: Axes, timeline: Timeline, end_s: float) -> None:
@@ -208,7 +188,7 @@ def _draw_legend(axes: Axes, timelines: Sequence[Timeline]) -> None:
         Patch(facecolor=KIND_COLOURS[kind], label=KIND_LABELS[kind]) for kind in KIND_COLOURS if kind in used
     ]
     if any(timeline.bound_s is not None for timeline in timelines):
-        handles.append(Line2D([], [], color=BOUND_COLOUR, linestyle="--", linewidth=1.2, label="lower bound"))
+        handles.append(Line2D([], [], color=BOUND_COLOUR, linestyle="--", linewidth=1.2, label=BOUND))
     handles.append(Line2D([], [], color=INK, linewidth=1.6, label="first token"))
     figure = axes.get_figure()
     assert figure is not None, "axes that were just made belong to a figure"

@@ -61,7 +61,7 @@ class BareCompute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
+class RequestTimes:
     """When a request had what.
 
     Attributes:
@@ -89,7 +89,7 @@ class Completion:
 class _Job:
     truth: RestoreProblem
     arrival_s: float
-    done: Callable[[Completion], None]
+    done: Callable[[RequestTimes], None]
     restored_at_s: float | None = None
     asked_bytes: int = 0
     loaded_bytes: int = 0
@@ -141,7 +141,7 @@ class VirtualDevice:
         self,
         request_id: int,
         problem: RestoreProblem,
-        done: Callable[[Completion], None],
+        done: Callable[[RequestTimes], None],
         *,
         truth: RestoreProblem | None = None,
         deadline_s: float | None = None,
@@ -166,7 +166,7 @@ class VirtualDevice:
         self,
         request_id: int,
         state: RestoreState,
-        done: Callable[[Completion], None],
+        done: Callable[[RequestTimes], None],
         *,
         truth: RestoreProblem | None = None,
     ) -> None:
@@ -239,7 +239,7 @@ class VirtualDevice:
         self._scheduler.remove(request_id)
         job, now_s = self._jobs.pop(request_id), self._loop.now_s
         job.done(
-            Completion(
+            RequestTimes(
                 request_id=request_id,
                 arrival_s=job.arrival_s,
                 restored_at_s=now_s if job.restored_at_s is None else job.restored_at_s,

@@ -14,7 +14,7 @@ from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.report import Span
 from cacheflow.sim.clock import EventLoop
-from cacheflow.sim.device import Completion, RecordingDevice
+from cacheflow.sim.device import RecordingDevice, RequestTimes
 from cacheflow.sim.link import SimulatedLink
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.state.restoration import RestoreState
@@ -52,7 +52,7 @@ def rehearse(problem: RestoreProblem, plan: RestorePlan) -> Rehearsal:
     loop, rates = EventLoop(), LiveRates(bytes_per_s=problem.link.bytes_per_s)
     state = RestoreState(problem, plan, rates)
     device = RecordingDevice(loop, BatchScheduler(Arrival(), rates), SimulatedLink(loop, problem.link))
-    ended: list[Completion] = []
+    ended: list[RequestTimes] = []
     device.adopt(0, state, ended.append)
     device.pump()
     loop.run()

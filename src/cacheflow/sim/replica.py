@@ -16,7 +16,7 @@ from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.costs import ModelCosts
-from cacheflow.sim.device import Completion, VirtualDevice
+from cacheflow.sim.device import RequestTimes, VirtualDevice
 from cacheflow.sim.gpu import Gpu
 from cacheflow.sim.granularity import coarse_cut, coarsen
 from cacheflow.sim.kv_cache import BlockLru, Changed, KvCache, Lease
@@ -90,7 +90,7 @@ class _Running:
     host_chunks: int = 0
     elsewhere_s: float = 0.0
     first_token_at_s: float = 0.0
-    completion: Completion | None = None
+    completion: RequestTimes | None = None
 
 
 class Replica:
@@ -219,7 +219,7 @@ class Replica:
         latency_s = max(host.latency_s, store.latency_s if store_chunks else 0.0)
         return LinkCost(bytes_per_s=(host_chunks + store_chunks) / seconds, latency_s=latency_s)
 
-    def _end_prefill(self, completion: Completion) -> None:
+    def _end_prefill(self, completion: RequestTimes) -> None:
         running = self._running[completion.request_id]
         running.completion = completion
         if running.elsewhere_s > 0:
@@ -228,11 +228,11 @@ class Replica:
         else:
             self._begin_decode(running, completion)
 
-    def _end_elsewhere(self, running: _Running, completion: Completion) -> None:
+    def _end_elsewhere(self, running: _Running, completion: RequestTimes) -> None:
         self._begin_decode(running, completion)
         self._device.pump()  # nobody else may be there to let the GPU decode
 
-    def _begin_decode(self, running: _Running, completion: Completion) -> None:
+    def _begin_decode(self, running: _Running, completion: RequestTimes) -> None:
         request = running.request
         running.first_token_at_s = completion.first_token_at_s + running.elsewhere_s
         full = request.block_ids[: request.input_tokens // self._spec.block_tokens]

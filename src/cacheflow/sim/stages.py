@@ -19,7 +19,7 @@ from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.report import Lane, Span, busy_share
 from cacheflow.plan.stages import StageProblem, suffix_through_s
 from cacheflow.sim.clock import EventLoop
-from cacheflow.sim.device import Completion, RecordingDevice
+from cacheflow.sim.device import RecordingDevice, RequestTimes
 from cacheflow.sim.link import SharedBandwidth, SimulatedLink
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.state.compute_side import ComputeClaim
@@ -133,7 +133,7 @@ class _Stage(RecordingDevice):
         self.above: _Stage | None = None
         self.hand_over = HandOver.CHUNK
         self._climbed: list[int] = []
-        self._completion: Completion | None = None
+        self._completion: RequestTimes | None = None
         self.adopt(0, self.state, self._end)
 
     def pump(self) -> None:
@@ -184,7 +184,7 @@ class _Stage(RecordingDevice):
             self.state.take_activations(chunk)
             self.pump()
 
-    def _end(self, completion: Completion) -> None:
+    def _end(self, completion: RequestTimes) -> None:
         self._completion = completion
         if self.above is not None:
             above, self.above = self.above, None

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from cacheflow.workloads.prefix_ids import PromptTree, check_block_tokens, reblock
 from cacheflow.workloads.records import Record
 from cacheflow.workloads.request import TraceRequest, num_blocks
-from cacheflow.workloads.turns import Turn, end_to_end, to_requests
+from cacheflow.workloads.turns import TraceTurn, end_to_end, to_requests
 
 _Names = dict[tuple[int, int], int]
 """Our id of a prefix by (our id of the prefix one block shorter, the file's hash id)."""
@@ -45,7 +45,7 @@ def read_claudecode_requests(records: Iterator[Record], block_tokens: int) -> It
     return to_requests(end_to_end(_grouped(records, block_tokens)), block_tokens)
 
 
-def _sessions(records: Iterator[Record], block_tokens: int) -> Iterator[list[Turn]]:
+def _sessions(records: Iterator[Record], block_tokens: int) -> Iterator[list[TraceTurn]]:
     fresh_ids = itertools.count()
     common: _Names = {}
     for record in records:
@@ -67,9 +67,9 @@ def _calls(record: Record) -> Iterator[Record]:
             yield call
 
 
-def _turn(call: Record, session_id: str, prompts: _HashedPrompts) -> Turn:
+def _turn(call: Record, session_id: str, prompts: _HashedPrompts) -> TraceTurn:
     at_s = call.number("t")
-    return Turn(
+    return TraceTurn(
         session_id=session_id,
         at_s=at_s,
         end_s=at_s + (call.optional_number("api_time") or 0.0),
@@ -110,20 +110,20 @@ class _HashedPrompts:
         return reblock(ids, num_tokens=num_tokens, from_tokens=self._hash_tokens, to_tokens=self._block_tokens)
 
 
-def _grouped(records: Iterator[Record], block_tokens: int) -> Iterator[list[Turn]]:
+def _grouped(records: Iterator[Record], block_tokens: int) -> Iterator[list[TraceTurn]]:
     fresh_ids = itertools.count()
     for session_id, rows in itertools.groupby(records, key=lambda record: record.text("trace")):
         prompts = PromptTree(block_tokens=block_tokens, fresh_ids=fresh_ids)
         yield [_row_turn(row, session_id, prompts) for row in rows]
 
 
-def _row_turn(row: Record, session_id: str, prompts: PromptTree) -> Turn:
+def _row_turn(row: Record, session_id: str, prompts: PromptTree) -> TraceTurn:
     at_s = row.number("t")
     num_tokens = row.count("input", least=1)
     reused = row.count("reused_tokens")
     if reused > num_tokens:
         row.complain(f"reused_tokens is {reused}; expected at most input, {num_tokens}")
-    return Turn(
+    return TraceTurn(
         session_id=session_id,
         at_s=at_s,
         end_s=at_s + (row.optional_number("api_time") or 0.0),

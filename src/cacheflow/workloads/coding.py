@@ -9,6 +9,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from cacheflow.errors import ConfigError
@@ -83,3 +84,8 @@ def coding_session(chars_per_turn: tuple[int, ...]) -> tuple[CodingTurn, ...]:
             budget -= len(text)
         turns.append(CodingTurn(files=tuple(files), question=QUESTIONS[index % len(QUESTIONS)]))
     return tuple(turns)
+
+
+def byte_tokens(vocab_size: int) -> list[int]:
+    """The source text as token ids made from its bytes, for models that read no text."""
+    return [(a * 256 + b) % vocab_size for a, b in pairwise("".join(source_text()).encode())]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from cacheflow.workloads.prefix_ids import text_block_ids
 from cacheflow.workloads.records import Record
 from cacheflow.workloads.request import TraceRequest, num_blocks
-from cacheflow.workloads.turns import Turn, to_requests
+from cacheflow.workloads.turns import TraceTurn, to_requests
 
 CHARS_PER_TOKEN = 4
 """Characters taken as one token. English prose and code come to 3.5 to 4.5 with today's vocabularies."""
@@ -26,7 +26,7 @@ def read_lmcache_agent(records: Iterator[Record], block_tokens: int) -> Iterator
     Raises:
         TraceError: A field is missing or wrong, or every prompt is empty.
     """
-    turns: list[Turn] = []
+    turns: list[TraceTurn] = []
     record: Record | None = None
     for record in records:
         if record.text("input"):
@@ -37,10 +37,10 @@ def read_lmcache_agent(records: Iterator[Record], block_tokens: int) -> Iterator
     yield from to_requests(turns, block_tokens)
 
 
-def _turn(record: Record, block_tokens: int) -> Turn:
+def _turn(record: Record, block_tokens: int) -> TraceTurn:
     text = record.text("input")
     at_s = record.count("timestamp") / 1e6
-    return Turn(
+    return TraceTurn(
         session_id=record.text("session_id"),
         at_s=at_s,
         end_s=at_s,

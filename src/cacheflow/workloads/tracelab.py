@@ -12,7 +12,7 @@ from cacheflow.workloads.lengths import parse_time
 from cacheflow.workloads.prefix_ids import PromptTree
 from cacheflow.workloads.records import Record
 from cacheflow.workloads.request import TraceRequest
-from cacheflow.workloads.turns import Turn, end_to_end, to_requests
+from cacheflow.workloads.turns import TraceTurn, end_to_end, to_requests
 
 _INPUT_EVENTS = frozenset({"user_message", "tool_result"})
 
@@ -30,20 +30,20 @@ def read_tracelab(records: Iterator[Record], block_tokens: int) -> Iterator[Trac
     return to_requests(end_to_end(_sessions(records, block_tokens)), block_tokens)
 
 
-def _sessions(records: Iterator[Record], block_tokens: int) -> Iterator[list[Turn]]:
+def _sessions(records: Iterator[Record], block_tokens: int) -> Iterator[list[TraceTurn]]:
     fresh_ids = itertools.count()
     for session_id, rounds in itertools.groupby(records, key=lambda record: record.text("session_id")):
         prompts = PromptTree(block_tokens=block_tokens, fresh_ids=fresh_ids)
         yield [_turn(record, session_id, prompts) for record in rounds]
 
 
-def _turn(record: Record, session_id: str, prompts: PromptTree) -> Turn:
+def _turn(record: Record, session_id: str, prompts: PromptTree) -> TraceTurn:
     num_tokens = record.count("input_tokens_total", least=1)
     cached = record.count("prefix_tokens")
     if cached > num_tokens:
         record.complain(f"prefix_tokens is {cached}; expected at most input_tokens_total, {num_tokens}")
     at_s, end_s = _span_s(record)
-    return Turn(
+    return TraceTurn(
         session_id=session_id,
         at_s=at_s,
         end_s=end_s,

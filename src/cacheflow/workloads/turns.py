@@ -10,7 +10,7 @@ from cacheflow.workloads.request import TraceRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class TraceTurn:
     """One model call of a session, before it has a number.
 
     Attributes:
@@ -32,7 +32,7 @@ class Turn:
     block_ids: tuple[int, ...]
 
 
-def end_to_end(sessions: Iterable[Sequence[Turn]]) -> Iterator[Turn]:
+def end_to_end(sessions: Iterable[Sequence[TraceTurn]]) -> Iterator[TraceTurn]:
     """Sessions whose clocks all start at their own 0, put one after the other on one clock.
 
     Turns of a session come in the order they were sent. The trace knows nothing of the time between sessions;
@@ -47,7 +47,7 @@ def end_to_end(sessions: Iterable[Sequence[Turn]]) -> Iterator[Turn]:
             offset_s = max(offset_s, turn.end_s + shift_s)
 
 
-def to_requests(turns: Iterable[Turn], block_tokens: int) -> Iterator[TraceRequest]:
+def to_requests(turns: Iterable[TraceTurn], block_tokens: int) -> Iterator[TraceRequest]:
     """Number turns that come in time order and chain each to its session's previous one.
 
     Turns of a session that ran at the same time (sub-agents) are chained with no delay, in the order they were sent.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,24 +12,38 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cacheflow.bench.figures.chart import Figure
 from cacheflow.bench.figures.drawing import draw_figures
-from cacheflow.bench.figures.gains import Gain, gains
-from cacheflow.bench.figures.record import FigureRecord, read_records, write_records
-from cacheflow.bench.figures.registry import FIGURES, find_figures
-from cacheflow.bench.options import int_list, make_folder
+from cacheflow.bench.figures.gains import gains
+from cacheflow.bench.figures.registry import FIGURES, Figure, find_figures
+from cacheflow.bench.options import Flags, make_folder, option
+from cacheflow.bench.record import BenchRecord, FigureRecord, read_records
 from cacheflow.bench.results_file import replacing, take_up
+from cacheflow.bench.table import Row, text_table
 from cacheflow.errors import ConfigError
 
 RESULTS = "results.jsonl"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench figures``."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"folder for {RESULTS} and pictures")
-    parser.add_argument("--only", type=int_list, metavar="N,N,...", help=f"of {', '.join(map(str, FIGURES))}")
-    parser.add_argument("--fast", action="store_true", help="a reduced set, in under a minute")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="draw these records instead of simulating")
+@dataclass(frozen=True, kw_only=True)
+class FiguresFlags(Flags):
+    """The options of ``bench figures``."""
+
+    out: Path = option(help=f"folder for {RESULTS} and pictures", metavar="DIR")
+    only: tuple[int, ...] | None = option(None, f"of {', '.join(map(str, FIGURES))}", metavar="N,N,...")
+    fast: bool = option(False, "a reduced set, in under a minute")
+    results: Path | None = option(None, "draw these records instead of simulating", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        """Check what contradicts.
+
+        Raises:
+            ConfigError: Names the options.
+        """
+        if self.results is not None and self.fast:
+            raise ConfigError("--fast is of simulating, --results draws records that are there: drop one of them")
+
+
+add_arguments = FiguresFlags.add_flags
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,23 +53,22 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: A number is no figure, options contradict each other, the folder cannot be written, or the records
             cannot be read.
     """
-    figures = find_figures(args.only)
-    if args.results is not None and args.fast:
-        raise ConfigError("--fast is of simulating, --results draws records that are there: drop one of them")
+    flags = FiguresFlags.of(args)
+    figures = find_figures(flags.only)
     console = Console(highlight=False)
-    make_folder("--out", args.out)
-    if args.results is None:
-        _simulate(figures, args.out / RESULTS, fast=args.fast, console=console)
+    make_folder("--out", flags.out)
+    if flags.results is None:
+        _simulate(figures, flags.out / RESULTS, fast=flags.fast, console=console)
     suites = {figure.suite for figure in figures}
-    source = args.results or args.out / RESULTS
-    records = [record for record in read_records(source) if record.suite in suites]
+    source = flags.results or flags.out / RESULTS
+    records = [record for record in read_figures(source) if record.suite in suites]
     if not records:
         raise ConfigError(f"{source} holds no record of figures {', '.join(str(each.number) for each in figures)}")
     console.print(gains_table(figures, records))
     if find_spec("matplotlib") is None:
         console.print("No pictures: matplotlib is missing. pip install 'cacheflow-kv\\[plots]'")
         return 0
-    for path in draw_figures(records, args.out):
+    for path in draw_figures(records, flags.out):
         console.print(f"Picture: {path}", soft_wrap=True)
     return 0
 
@@ -64,36 +78,54 @@ def _simulate(figures: Sequence[Figure], path: Path, *, fast: bool, console: Con
 
     They are read again each time: another run may have put some there meanwhile.
     """
-    take_up(path, read_records, tell=partial(console.print, markup=False, soft_wrap=True))
+    take_up(path, read_figures, tell=partial(console.print, markup=False, soft_wrap=True))
     for figure in figures:
         console.print(f"Figure {figure.number}: {figure.title}", style="dim", soft_wrap=True)
         found = list(figure.records(fast))
         with replacing(path):
-            write_records(path, [*(each for each in read_records(path) if each.suite != figure.suite), *found])
+            write_figures(path, [*(each for each in read_figures(path) if each.suite != figure.suite), *found])
+
+
+def read_figures(path: Path) -> list[FigureRecord]:
+    """Every record of a results file, which holds nothing but points of figures.
+
+    Raises:
+        ConfigError: The file cannot be read, a line is malformed, or it is of something else.
+    """
+    records = read_records(path, BenchRecord)
+    if others := sorted({each.suite for each in records if not isinstance(each, FigureRecord)}):
+        raise ConfigError(f"{path} holds no records of figures alone, but of {', '.join(others)}: give another folder")
+    return [each for each in records if isinstance(each, FigureRecord)]
+
+
+def write_figures(path: Path, records: Sequence[FigureRecord]) -> None:
+    """Write a whole results file, replacing what was there; an interruption leaves the old file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{record.to_json()}\n" for record in records), encoding="utf-8")
+    part.replace(path)
 
 
 def gains_table(figures: Sequence[Figure], records: Sequence[FigureRecord]) -> Table:
     """How much faster than the best rivals, least to most over the settings of each figure."""
-    table = Table("figure", "settings", "over pure", "over existing", "over best rival", "over bound", "behind")
+    rows: list[Row] = []
     for figure in figures:
         found = gains(record for record in records if record.suite == figure.suite)
         if found:
-            table.add_row(str(figure.number), str(len(found)), *_spans(found), str(sum(each.loses for each in found)))
-    table.caption = (
-        "times as fast as; pure: vLLM, LMCache, HiCache; existing: those and Cake; rival: those and CacheFlow v1, v2; "
-        "behind: settings where ours is more than 2 % + 5 ms behind the best rival"
+            factors = (
+                [each.over_pure for each in found],
+                [each.over_existing for each in found],
+                [each.over_rival for each in found],
+                [each.ours.ttft_over_bound for each in found],
+            )
+            spans = [f"{min(values):.2f} to {max(values):.2f}" for values in factors]
+            rows.append(((str(figure.number), str(len(found)), *spans, str(sum(each.loses for each in found))), None))
+    heads = ("figure", "settings", "pure", "existing", "rival", "bound", "behind")
+    caption = (
+        "how many times as fast as the best; pure: vLLM, LMCache, HiCache; existing: those and Cake; rival: those and "
+        "CacheFlow v1, v2; bound: time over it; behind: settings where ours is over 2 % + 5 ms behind the best rival"
     )
-    return table
-
-
-def _spans(found: Sequence[Gain]) -> tuple[str, str, str, str]:
-    return (
-        _span([each.over_pure for each in found]),
-        _span([each.over_existing for each in found]),
-        _span([each.over_rival for each in found]),
-        _span([each.ours.ttft_over_bound for each in found]),
-    )
-
-
-def _span(values: Sequence[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}"
+    return text_table("ours over best of each kind, least to most", heads, rows, caption=caption)

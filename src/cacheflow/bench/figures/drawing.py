@@ -7,48 +7,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cacheflow.bench.figures.chart import Chart, ChartKind, Figure
+from cacheflow.bench.chart import (
+    BOUND,
+    BOUND_COLOUR,
+    FRONT,
+    INK,
+    STYLES,
+    add_legend,
+    draw_bound,
+    draw_line,
+    new_figure,
+    save_figure,
+)
 from cacheflow.bench.figures.gains import gains
-from cacheflow.bench.figures.record import PROBABILITIES, FigureRecord
-from cacheflow.bench.figures.registry import FIGURES
-from cacheflow.bench.figures.runs import OURS
-from cacheflow.bench.plots import BOUND_COLOUR, INK, POLICY_STYLES, new_figure, save_figure
+from cacheflow.bench.figures.registry import FIGURES, Chart, ChartKind, Figure
+from cacheflow.bench.record import PROBABILITIES, FigureRecord
+from cacheflow.bench.spread import Spread
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-STYLES: dict[str, tuple[str, str]] = {
-    **POLICY_STYLES,
-    "cacheflow, fcfs": ("#8C2D04", "h"),
-    "cacheflow, slo": ("#8C2D04", "h"),
-    "token-wise": POLICY_STYLES["cake"],
-    "layer-wise": POLICY_STYLES["layerwise_load"],
-    "layer-wise, one pass": POLICY_STYLES["load"],
-    "without GPU axis": POLICY_STYLES["cacheflow_v1"],
-    "with GPU axis": POLICY_STYLES["cacheflow"],
-    "fcfs": POLICY_STYLES["recompute"],
-    "longest_first": POLICY_STYLES["cacheflow_v1"],
-    "dp": POLICY_STYLES["cacheflow_v2"],
-    "p99_ttft": POLICY_STYLES["load"],
-    "makespan": POLICY_STYLES["layerwise_load"],
-    "slo": POLICY_STYLES["cake"],
-    "mean_ttft": POLICY_STYLES["cacheflow"],
-}
-"""Colour and marker by series. Source of the colours: Okabe and Ito (2008), as in ``plots``."""
 PANEL_SIZE = (3.9, 3.0)
 ONLY_PANEL_SIZE = (8.4, 4.4)
 """Inches; one alone must be as wide as its title and legend."""
 MAX_COLUMNS = 4
 DARK_RATIO = 1.25
 """A map's colours are dark above it."""
-FRONT = (OURS, "mean_ttft", "with GPU axis")
-"""Drawn thicker, above the others."""
-
 Panel = tuple[Chart, str, list[FigureRecord]]
 
 
@@ -79,17 +66,8 @@ def _draw(figure: Figure, records: Sequence[FigureRecord], path: Path) -> Path:
         axes.set_title(title, fontsize=9, color=INK)
         axes.set_xlabel(chart.x_label, fontsize=8)
         axes.set_ylabel(chart.y_label, fontsize=8)
-    labelled: dict[str, Artist] = {}
-    for axes in axes_of:
-        handles, labels = axes.get_legend_handles_labels()
-        labelled.update(zip(labels, handles, strict=True))
-    if labelled:
-        picture.legend(
-            list(labelled.values()), list(labelled), loc="outside lower center", ncols=min(len(labelled), 5),
-            frameon=False, fontsize=8,
-        )  # fmt: skip
-    picture.suptitle(f"Figure {figure.number}: {figure.title}", fontsize=10, color=INK)
-    return save_figure(picture, path)
+    add_legend(picture, axes_of, most_columns=5)
+    return save_figure(picture, path, title=f"Figure {figure.number}: {figure.title}")
 
 
 def _columns(figure: Figure, num_panels: int) -> int:
@@ -119,22 +97,11 @@ def _text(field: str, value: object) -> str:
 def _lines(axes: Axes, chart: Chart, records: Sequence[FigureRecord], names: Sequence[str]) -> None:
     for name in names:
         points = sorted((getattr(r, chart.x), getattr(r, chart.y)) for r in records if r.series == name)
-        if not points:
-            continue
-        colour, marker = STYLES[name]
-        front = name in FRONT
-        axes.plot(
-            [x for x, _ in points], [y for _, y in points], color=colour, marker=marker, markersize=5 if front else 4,
-            linewidth=2.2 if front else 1.2, label=name, zorder=5 if front else 3,
-        )  # fmt: skip
+        draw_line(axes, name, [(x, Spread(y, y, y)) for x, y in points])
     if chart.bound:
-        least = sorted({getattr(r, chart.x): getattr(r, chart.bound) for r in records}.items())
-        axes.plot(
-            [x for x, _ in least], [y for _, y in least], color=BOUND_COLOUR, linestyle="--", linewidth=1.0,
-            label="bound", zorder=6,
-        )  # fmt: skip
+        draw_bound(axes, sorted({getattr(r, chart.x): getattr(r, chart.bound) for r in records}.items()))
     else:
-        axes.axhline(1.0, color=BOUND_COLOUR, linestyle="--", linewidth=1.2, label="bound", zorder=1)
+        axes.axhline(1.0, color=BOUND_COLOUR, linestyle="--", linewidth=1.2, label=BOUND, zorder=1)
     _scales(axes, chart)
 
 
@@ -168,7 +135,7 @@ def _bars(axes: Axes, chart: Chart, records: Sequence[FigureRecord], names: Sequ
                 least = getattr(members[name], chart.bound)
                 axes.plot(
                     [x - width / 2, x + width / 2], [least, least], color=BOUND_COLOUR, linewidth=1.4, zorder=4,
-                    label="bound",
+                    label=BOUND,
                 )  # fmt: skip
     _scale_y(axes, chart)
     axes.set_xticks(range(len(groups)), [_text(chart.x, group) for group in groups])
@@ -186,7 +153,7 @@ def _distribution(axes: Axes, chart: Chart, records: Sequence[FigureRecord], nam
                 )  # fmt: skip
     least = next((record.bound_quantiles_s for record in records if record.bound_quantiles_s), ())
     if least:
-        axes.plot(least, PROBABILITIES, color=BOUND_COLOUR, linestyle="--", linewidth=1.0, label="bound", zorder=6)
+        draw_bound(axes, list(zip(least, PROBABILITIES, strict=True)))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
@@ -198,12 +165,10 @@ def _map(axes: Axes, chart: Chart, records: Sequence[FigureRecord], names: Seque
     cells = gains(records)
     xs = sorted({getattr(cell.ours, chart.x) for cell in cells}, key=float)
     ys = sorted({getattr(cell.ours, chart.y) for cell in cells}, key=float)
-    column, row = _places(xs), _places(ys)
     values = [[math.nan] * len(xs) for _ in ys]
     for cell in cells:
-        x, y = column[getattr(cell.ours, chart.x)], row[getattr(cell.ours, chart.y)]
-        values[y][x] = 1.0 / cell.over_rival
-        ratio = 1.0 / cell.over_rival
+        x, y = xs.index(getattr(cell.ours, chart.x)), ys.index(getattr(cell.ours, chart.y))
+        values[y][x] = ratio = 1.0 / cell.over_rival
         axes.text(
             x, y, f"{ratio:.2f}{' ×' if cell.loses else ''}", ha="center", va="center", fontsize=5.5,
             color="white" if ratio > DARK_RATIO else INK, fontweight="bold" if cell.loses else "normal",
@@ -212,12 +177,6 @@ def _map(axes: Axes, chart: Chart, records: Sequence[FigureRecord], names: Seque
     axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs], rotation=60)
     axes.set_yticks(range(len(ys)), [f"{y:,.0f}" for y in ys])
     axes.grid(visible=False)
-
-
-def _places(values: Sequence[float]) -> Mapping[float, int]:
-    """Index of each value in ascending order."""
-    assert all(low < high for low, high in pairwise(values)), "sorted and distinct"
-    return {value: index for index, value in enumerate(values)}
 
 
 _DRAW: Mapping[ChartKind, Callable[[Axes, Chart, Sequence[FigureRecord], Sequence[str]], None]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cacheflow.bench.figures.record import FigureRecord
 from cacheflow.bench.figures.runs import EXISTING, OURS, PURE
+from cacheflow.bench.record import FigureRecord
 from cacheflow.bench.summary import PROMISE_FACTOR, PROMISE_S
 
 RIVALS = (*EXISTING, "cacheflow_v1", "cacheflow_v2")
@@ -17,28 +17,20 @@ class Gain:
     """One setting.
 
     Attributes:
-        ours: Our record.
         pure: The best of those that only recompute or only load.
         existing: The best of what the paper compares with: those and Cake.
         rival: The best rival, the published CacheFlows included.
-        v1: What the paper's own system does here.
     """
 
     ours: FigureRecord
     pure: FigureRecord
     existing: FigureRecord
     rival: FigureRecord
-    v1: FigureRecord
 
     @property
     def over_pure(self) -> float:
         """How many times as fast we are as the best pure way."""
         return self.pure.ttft_s / self.ours.ttft_s
-
-    @property
-    def v1_over_pure(self) -> float:
-        """How many times as fast CacheFlow v1 is as the best pure way."""
-        return self.pure.ttft_s / self.v1.ttft_s
 
     @property
     def over_existing(self) -> float:
@@ -49,11 +41,6 @@ class Gain:
     def over_rival(self) -> float:
         """How many times as fast we are as the best rival."""
         return self.rival.ttft_s / self.ours.ttft_s
-
-    @property
-    def v1_over_existing(self) -> float:
-        """How many times as fast CacheFlow v1 is as the best existing."""
-        return self.existing.ttft_s / self.v1.ttft_s
 
     @property
     def loses(self) -> bool:
@@ -71,10 +58,9 @@ def gains(records: Iterable[FigureRecord]) -> list[Gain]:
     return [
         Gain(
             ours=found[OURS],
-            pure=_fastest(found, [contender.series for contender in PURE]),
+            pure=_fastest(found, [contender.name for contender in PURE]),
             existing=_fastest(found, EXISTING),
             rival=_fastest(found, RIVALS),
-            v1=found["cacheflow_v1"],
         )
         for found in best.values()
         if found.keys() >= {OURS, *RIVALS}

@@ -1,4 +1,4 @@
-"""From settings and contenders to records: one restoration alone, or many requests on one device."""
+"""From places and contenders to records: one restoration alone, or many requests on one device."""
 
 from __future__ import annotations
 
@@ -8,38 +8,41 @@ from statistics import fmean
 
 import numpy as np
 
-from cacheflow.bench.figures.crowd_bound import least_mean_s, most_in_time
-from cacheflow.bench.figures.record import PROBABILITIES, FigureRecord
-from cacheflow.bench.figures.setting import COST_SOURCE, Setting
-from cacheflow.bench.figures.simulate import Contender, Request, Run, simulate
+from cacheflow.bench.contender import Contender
+from cacheflow.bench.figures.crowd_bound import FigureRequest, least_mean_s, most_in_time
+from cacheflow.bench.figures.place import COST_SOURCE, Place
+from cacheflow.bench.record import PROBABILITIES, FigureRecord
+from cacheflow.bench.simulated import SimulatedRequest, SimulatedRun, simulate
 from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.rates import LiveRates
+from cacheflow.policies.registry import make_policy
+from cacheflow.sim.device import RequestTimes
+from cacheflow.state.batch import BatchScheduler
 
 OURS = "cacheflow"
 PURE = (
-    Contender(series="recompute", policy="recompute", prefills=True),
-    Contender(series="load", policy="load"),
-    Contender(series="layerwise_load", policy="layerwise_load"),
+    Contender(name="recompute", restore="recompute", prefills=True),
+    Contender(name="load", restore="load"),
+    Contender(name="layerwise_load", restore="layerwise_load"),
 )
 """vLLM, LMCache, SGLang HiCache: in the order of arrival."""
-CAKE = Contender(series="cake", policy="cake")
+CAKE = Contender(name="cake", restore="cake")
 ALONE = (
     *PURE,
     CAKE,
-    Contender(series="cacheflow_v1", policy="cacheflow_v1"),
-    Contender(series="cacheflow_v2", policy="cacheflow_v2"),
-    Contender(series=OURS, policy=OURS),
+    *(Contender(name=name, restore=name) for name in ("cacheflow_v1", "cacheflow_v2", OURS)),
 )
 """Where there is one request, its order does not matter; ``cacheflow_v2`` then searches exactly."""
 CROWD = (
     *PURE,
     CAKE,
-    Contender(series="cacheflow_v1", policy="cacheflow_v1", batch_policy="longest_first"),
-    Contender(series="cacheflow_v2", policy="cacheflow_v2", batch_policy="dp"),
-    Contender(series=OURS, policy=OURS, batch_policy="mean_ttft"),
+    Contender(name="cacheflow_v1", restore="cacheflow_v1", batch="longest_first"),
+    Contender(name="cacheflow_v2", restore="cacheflow_v2", batch="dp"),
+    Contender(name=OURS, restore=OURS, batch="mean_ttft"),
 )
 """Each with the order of requests that its authors give it."""
-IN_ORDER = Contender(series="cacheflow, fcfs", policy=OURS)
+IN_ORDER = Contender(name="cacheflow, fcfs", restore=OURS)
 """Ours in the order of arrival: what restoring alone brings."""
 EXISTING = ("recompute", "load", "layerwise_load", "cake")
 """What the paper compares with."""
@@ -51,12 +54,11 @@ class Crowd:
 
     Attributes:
         requests: In the order of arrival, at least one that counts.
-        workload: Name of what was asked for.
         rate_per_s: Arrivals a second; 0 where all come at once.
         slo_s: The common limit for the time to first token; 0 for none.
     """
 
-    requests: tuple[Request, ...]
+    requests: tuple[FigureRequest, ...]
     workload: str
     rate_per_s: float = 0.0
     slo_s: float = 0.0
@@ -64,42 +66,33 @@ class Crowd:
 
 def alone(
     suite: str,
-    setting: Setting,
+    place: Place,
     problem: RestoreProblem,
     *,
     contenders: Sequence[Contender] = ALONE,
     least: Bound | None = None,
     workload: str = "alone",
 ) -> Iterator[FigureRecord]:
-    """One restoration under every contender.
-
-    Args:
-        suite: Name of the figure.
-        setting: Where.
-        problem: What it costs.
-        contenders: Who.
-        least: The bound, where it is not that of the problem.
-        workload: What to call it.
-    """
-    prefill = setting.prefill(problem)
+    """One restoration under every contender."""
+    prefill = place.prefill(problem)
     problem = replace(problem, prefill_s=prefill.suffix_s)
-    request = Request(arrival_s=0.0, problem=problem, prefill=prefill)
+    request = FigureRequest(arrival_s=0.0, problem=problem, prefill=prefill)
     crowd = Crowd(requests=(request,), workload=workload)
     least = least or least_alone(request)
     for contender in contenders:
-        yield _record(suite, setting, crowd, contender, _Bounds((least,), least.ttft_s, 0.0))
+        yield _record(suite, place, crowd, contender, _Bounds((least,), least.ttft_s, 0.0))
 
 
 def crowded(
-    suite: str, setting: Setting, crowd: Crowd, *, contenders: Sequence[Contender] = CROWD
+    suite: str, place: Place, crowd: Crowd, *, contenders: Sequence[Contender] = CROWD
 ) -> Iterator[FigureRecord]:
     """Many requests under every contender."""
     bounds = _crowd_bounds(crowd)
     for contender in contenders:
-        yield _record(suite, setting, crowd, contender, bounds)
+        yield _record(suite, place, crowd, contender, bounds)
 
 
-def least_alone(request: Request) -> Bound:
+def least_alone(request: FigureRequest) -> Bound:
     """The least times with compute and the link to itself: the bound of its grid, or the engine's own prefill."""
     least, own_s = bound(request.problem), request.prefill.suffix_s
     return Bound(
@@ -148,25 +141,42 @@ def _span_s(crowd: Crowd) -> float:
     return span_s * num / (num - 1) if span_s > 0 else 1.0
 
 
-def _record(suite: str, setting: Setting, crowd: Crowd, contender: Contender, bounds: _Bounds) -> FigureRecord:
-    run = simulate(crowd.requests, contender)
+def serve(requests: Sequence[FigureRequest], contender: Contender) -> SimulatedRun:
+    """Serve every request to its first token in virtual time."""
+    link = requests[0].problem.link
+    restore = make_policy(contender.restore, crossover_tokens=contender.crossover_tokens)
+    scheduler = BatchScheduler(contender.make(), LiveRates(bytes_per_s=link.bytes_per_s))
+    simulated = [
+        SimulatedRequest(
+            arrival_s=each.arrival_s,
+            problem=each.prefill if contender.prefills or restore.plan(each.problem).left_to_prefill else each.problem,
+            deadline_s=None if each.slo_s is None else each.arrival_s + each.slo_s,
+        )
+        for each in requests
+    ]
+    return simulate(simulated, scheduler, link, reads_in_flight=contender.reads_in_flight)
+
+
+def _record(suite: str, place: Place, crowd: Crowd, contender: Contender, bounds: _Bounds) -> FigureRecord:
+    run = serve(crowd.requests, contender)
     counted = [each for each, request in zip(run.restored, crowd.requests, strict=True) if request.counts]
     ttfts_s = np.array([each.first_token_at_s - each.arrival_s for each in counted])
     alone_s = np.array([least.ttft_s for least in bounds.alone])
     many = len(counted) > 1
     problems = [request.problem for request in crowd.requests if request.counts]
     in_time, goodput_per_s = _in_time(crowd, run)
+    present_s = _present_s(run.restored)
     return FigureRecord(
         suite=suite,
-        series=contender.series,
-        policy=contender.policy,
-        batch_policy=contender.batch_policy,
-        model=setting.model,
-        gpu=setting.gpu,
+        series=contender.name,
+        policy=contender.restore,
+        batch_policy=contender.batch,
+        model=place.model,
+        gpu=place.gpu,
         cost_source=COST_SOURCE,
         link_bytes_per_s=problems[0].link.bytes_per_s,
-        chunk_tokens=setting.chunk_tokens or problems[0].grid.num_tokens,
-        num_layers=setting.shape.num_layers,
+        chunk_tokens=place.chunk_tokens or problems[0].grid.num_tokens,
+        num_layers=place.shape.num_layers,
         num_tokens=fmean(problem.grid.num_tokens for problem in problems),
         suffix_tokens=fmean(problem.grid.suffix_tokens for problem in problems),
         load_compute_ratio=sum(each.load_s for each in problems) / sum(each.recompute_s for each in problems),
@@ -179,8 +189,8 @@ def _record(suite: str, setting: Setting, crowd: Crowd, contender: Contender, bo
         bound_ttft_s=bounds.mean_s,
         bound_restore_s=fmean(least.restore_s for least in bounds.alone),
         bound_p99_ttft_s=float(np.quantile(alone_s, 0.99)) if many else None,
-        compute_busy=run.compute_busy,
-        io_busy=run.io_busy,
+        compute_busy=min(1.0, run.compute_busy_s / present_s),
+        io_busy=min(1.0, run.io_busy_s / present_s),  # a read that compute overtook may outlast the last first token
         slo_s=crowd.slo_s,
         in_time=in_time,
         goodput_per_s=goodput_per_s,
@@ -190,7 +200,7 @@ def _record(suite: str, setting: Setting, crowd: Crowd, contender: Contender, bo
     )
 
 
-def _in_time(crowd: Crowd, run: Run) -> tuple[float | None, float | None]:
+def _in_time(crowd: Crowd, run: SimulatedRun) -> tuple[float | None, float | None]:
     """Share of requests in time, and those a second; None where not every request has a deadline."""
     if any(request.slo_s is None for request in crowd.requests):
         return None, None
@@ -199,3 +209,12 @@ def _in_time(crowd: Crowd, run: Run) -> tuple[float | None, float | None]:
         for each, request in zip(run.restored, crowd.requests, strict=True)
     )
     return num / len(crowd.requests), num / _span_s(crowd)
+
+
+def _present_s(restored: Sequence[RequestTimes]) -> float:
+    """Seconds in which at least one request waited for its first token."""
+    total_s, until_s = 0.0, 0.0
+    for each in sorted(restored, key=lambda each: each.arrival_s):
+        total_s += max(0.0, each.first_token_at_s - max(until_s, each.arrival_s))
+        until_s = max(until_s, each.first_token_at_s)
+    return total_s

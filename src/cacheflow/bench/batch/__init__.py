@@ -1,0 +1,1 @@
+"""Many prefixes restored at once."""

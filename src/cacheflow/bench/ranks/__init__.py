@@ -1,0 +1,1 @@
+"""Restoring on several ranks of vLLM at once."""

@@ -1,0 +1,1 @@
+"""One prefix restored alone, under every policy."""

@@ -1,0 +1,108 @@
+"""The links a study restores over: a throttled store on the CPU, paced copies from pinned memory on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cacheflow.bench.setup import room_bytes, save_prefix
+from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
+from cacheflow.engine.transfer_port import StoreTransferPort
+from cacheflow.errors import StoreError
+from cacheflow.restore.ports import TransferPort
+from cacheflow.stores.base import Store
+from cacheflow.stores.file import FileStore
+from cacheflow.stores.keys import Namespace, chain_hashes
+from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.throttled import ThrottledStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkDrop:
+    """The link falls to ``factor`` of its bandwidth once ``after_bytes`` have passed."""
+
+    factor: float
+    after_bytes: int
+
+
+class PinnedStudyLink:
+    """A prefix in host memory (pinned for CUDA), copied at a paced rate; needs no store."""
+
+    store = "memory"
+
+    def __init__(self) -> None:
+        """Keep nothing yet."""
+        self._prefix: PinnedPrefix | None = None
+
+    def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
+        """Keep every cell of the prefix."""
+        del tokens
+        self._prefix = PinnedPrefix.save(kv, geometry)
+
+    def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
+        """A port into ``kv`` over an idle link of ``bytes_per_s`` (``inf``: as fast as it goes); cannot drop."""
+        if self._prefix is None or drop is not None:
+            raise StoreError("a pinned link needs a saved prefix and keeps its bandwidth")
+        return PinnedLinkPort(self._prefix, kv=kv, bytes_per_s=bytes_per_s)
+
+    def close(self) -> None:
+        """Free the host memory."""
+        self._prefix = None
+
+
+class StoreStudyLink:
+    """A store over a throttled link: bytes are really read, verified and copied, then held to the link's schedule."""
+
+    def __init__(self, namespace: Namespace, *, directory: str | None = None) -> None:
+        """Use memory, or files under ``directory``."""
+        self._namespace, self._directory = namespace, directory
+        self.store = "memory" if directory is None else "file"
+        self._geometry: CellGeometry | None = None
+        self._chain: tuple[bytes, ...] = ()
+        self._inner: Store | None = None
+
+    def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
+        """Keep every cell of the prefix.
+
+        Raises:
+            StoreError: Not every cell could be written.
+        """
+        self.close()
+        grid = geometry.grid
+        room = room_bytes(geometry.shape, grid.num_tokens, grid.num_chunks * grid.num_blocks)
+        if self._directory is None:
+            self._inner = MemoryStore(capacity_bytes=room)
+        else:
+            self._inner = FileStore(Path(self._directory), capacity_bytes=room + (1 << 30))
+        self._geometry, self._chain = geometry, chain_hashes(tokens, grid.chunk_ends)
+        save_prefix(self._inner, kv, geometry, self._namespace.digest, self._chain)
+
+    def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
+        """A port into ``kv`` over an idle link of ``bytes_per_s`` (``inf``: as fast as it goes)."""
+        if self._geometry is None or self._inner is None:
+            raise StoreError("nothing was saved yet")
+        # A link of its own: a drop that the run before did not reach must not strike this one.
+        link = ThrottledStore(self._inner, min(bytes_per_s, 1e12))
+        if drop is not None:
+            link.set_bandwidth(bytes_per_s * drop.factor, after_bytes=drop.after_bytes)
+        return StoreTransferPort(
+            link,
+            geometry=self._geometry,
+            namespace=self._namespace.digest,
+            chain_hashes=self._chain,
+            kv=kv,
+        )
+
+    def close(self) -> None:
+        """Close the store."""
+        if self._inner is not None:
+            self._inner.close()
+            self._inner = None
+
+
+StudyLink = PinnedStudyLink | StoreStudyLink
+"""Keeps one saved prefix and opens a fresh transfer port for every run."""

@@ -1,0 +1,246 @@
+"""One prefix, one model, many restorations: the measured ground of every restore benchmark.
+
+A study prefills a prefix once with fixed chunk boundaries, keeps its KV and logits as the reference, saves it, and
+measures what each chunk costs. Every run then starts from a poisoned buffer and is compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from cacheflow.bench.restore.link import LinkDrop, StudyLink
+from cacheflow.embedded.restorer import Restored, Restorer, RestoreRequest
+from cacheflow.engine.cells import CellGeometry, num_blocks
+from cacheflow.engine.model import LoadedModel
+from cacheflow.engine.runner import LayerRunner
+from cacheflow.errors import ConfigError
+from cacheflow.plan.bound import bound
+from cacheflow.plan.grid import Grid
+from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.plan.rates import LiveRates
+from cacheflow.policies.base import RestorePolicy
+from cacheflow.policies.registry import make_policy
+from cacheflow.profiling.measure import CostMeter, chunk_points
+from cacheflow.profiling.survey import ChunkCost, ChunkPoint
+from cacheflow.restore.options import ExecutorOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyOptions:
+    """The prefix of a study."""
+
+    num_tokens: int
+    suffix_tokens: int
+    chunk_tokens: int = 512
+    layers_per_block: int = 1
+    cost_repeats: int = 3
+    executor: ExecutorOptions = ExecutorOptions()  # noqa: RUF009 -- frozen
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            ConfigError: A count is below 1.
+        """
+        for key in ("num_tokens", "suffix_tokens", "chunk_tokens", "layers_per_block", "cost_repeats"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}, must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRun:
+    """One restoration and whether it was exact; ``kv_equal`` and ``logits_equal`` are ``torch.equal``."""
+
+    restored: Restored
+    kv_equal: bool
+    logits_equal: bool
+    token_equal: bool
+
+    @property
+    def correct(self) -> bool:
+        """Whether keys, values, logits and the first token equalled the reference."""
+        return self.kv_equal and self.logits_equal and self.token_equal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wrong:
+    """What a run is given wrongly, or what happens to its link; all 1 and None for a clean run."""
+
+    cost_error: float = 1.0
+    bandwidth_error: float = 1.0
+    drop: LinkDrop | None = None
+
+
+CLEAN = Wrong()
+
+
+class Study:
+    """A model with one prefilled, saved and measured prefix."""
+
+    def __init__(self, model: LoadedModel, tokens: Sequence[int], *, options: StudyOptions, link: StudyLink) -> None:
+        """Take the prompt; ``prepare`` does the work.
+
+        Raises:
+            ConfigError: Too few tokens, or more than the model allows.
+        """
+        total = options.num_tokens + options.suffix_tokens
+        if len(tokens) < total or total > model.max_tokens:
+            raise ConfigError(
+                f"num_tokens {options.num_tokens} + suffix_tokens {options.suffix_tokens} = {total}: the prompt has "
+                f"{len(tokens)} tokens, the model allows {model.max_tokens}"
+            )
+        self.model, self.options = model, options
+        self.runner = LayerRunner(model)
+        self.tokens = list(tokens[:total])
+        self.grid = Grid.regular(
+            num_tokens=options.num_tokens,
+            chunk_tokens=options.chunk_tokens,
+            num_blocks=num_blocks(model.shape.num_layers, options.layers_per_block),
+            suffix_tokens=options.suffix_tokens,
+        )
+        self._link = link
+        self._kv = self.runner.new_kv(total)
+        self._reference = self.runner.new_kv(total)
+        self._logits: torch.Tensor | None = None
+        self._costs: dict[ChunkPoint, ChunkCost] = {}
+        self._head_s = 0.0
+        self._unlimited_bytes_per_s: float | None = None
+        self.events_over_wall: float | None = None
+
+    @property
+    def num_cost_steps(self) -> int:
+        """How often ``prepare`` calls ``on_step``."""
+        return self.options.cost_repeats * len(self._points())
+
+    def prepare(self, on_step: Callable[[], None] = lambda: None) -> None:
+        """Prefill the reference, save the prefix, measure every chunk.
+
+        Raises:
+            StoreError: The prefix could not be saved.
+        """
+        ends = (*self.grid.chunk_ends, *self.grid.suffix_ends)
+        self._logits = self.runner.prefill(self.tokens, ends, self._reference)
+        self._link.save(self._reference, self._geometry(self._prefix_grid()), self.tokens)
+        meter = CostMeter(self.runner, max_tokens=len(self.tokens))
+        self._costs = meter.measure_chunks(self._points(), repeats=self.options.cost_repeats, on_step=on_step)
+        self._head_s = meter.measure_head_s()
+        if meter.events_over_wall:
+            self.events_over_wall = statistics.median(meter.events_over_wall)
+
+    @property
+    def store(self) -> str:
+        """Where the prefix is saved, for records."""
+        return self._link.store
+
+    def problem(self, *, with_suffix: bool, bytes_per_s: float, drift: float = 1.0) -> RestoreProblem:
+        """What a restoration costs, as measured here, over a link of ``bytes_per_s``.
+
+        Args:
+            with_suffix: Whether the new tokens belong to it.
+            bytes_per_s: Of the link; must be finite.
+            drift: Seconds that a measured compute second took at the time of a run.
+        """
+        shape, grid = self.model.shape, self.grid if with_suffix else self._prefix_grid()
+        costs = [self._costs[point] for point in chunk_points(self.grid.chunk_ends)]
+        suffix = chunk_points(self.grid.suffix_ends, start=self.grid.num_tokens) if with_suffix else ()
+        geometry = self._geometry(grid)
+        layers_B = np.array([hi - lo for lo, hi in map(geometry.layers, range(grid.num_blocks))])
+        tokens_K = np.array([hi - lo for lo, hi in map(grid.chunk_range, range(grid.num_chunks))])
+        # A block for keys and values only still runs its lower layers in full.
+        full_K = np.array([cost.full_s for cost in costs]) * drift
+        kv_only_K = np.array([cost.kv_only_s for cost in costs]) * drift
+        return RestoreProblem(
+            grid=grid,
+            compute_KB=np.outer(full_K, layers_B),
+            kv_only_KB=np.outer(full_K, layers_B - 1) + kv_only_K[:, None],
+            load_bytes_KB=np.outer(tokens_K, layers_B) * shape.kv_bytes_per_token_layer,
+            link=LinkCost(bytes_per_s=bytes_per_s),
+            suffix_B=sum(self._costs[point].full_s for point in suffix) * drift * layers_B.astype(np.float64),
+            head_s=self._head_s * drift if with_suffix else 0.0,
+        )
+
+    def recompute_s(self) -> float:
+        """Measured seconds to recompute the whole prefix, every layer in full."""
+        return float(self.problem(with_suffix=False, bytes_per_s=1e9).compute_KB.sum())
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefix's keys and values."""
+        return self.grid.num_tokens * self.model.shape.kv_bytes_per_token
+
+    def bytes_per_s(self, ratio: float) -> float:
+        """Bandwidth at which loading the prefix takes ``ratio`` times as long as recomputing it."""
+        return self.prefix_bytes / (ratio * self.recompute_s())
+
+    def link_bytes_per_s(self, asked_bytes_per_s: float) -> float:
+        """What a link of ``asked_bytes_per_s`` delivers: itself, or for ``inf`` what loading the prefix once shows."""
+        if math.isfinite(asked_bytes_per_s):
+            return asked_bytes_per_s
+        if self._unlimited_bytes_per_s is None:
+            self._unlimited_bytes_per_s = 1e12  # a guess, for the run that replaces it; load plans without it
+            run = self.run(make_policy("load"), with_suffix=False, bytes_per_s=asked_bytes_per_s)
+            self._unlimited_bytes_per_s = run.restored.report.loaded_bytes / run.restored.report.restore_s
+        return self._unlimited_bytes_per_s
+
+    def least_restore_s(self, bytes_per_s: float) -> float:
+        """The bound on restoring the prefix over a link of ``bytes_per_s``."""
+        return bound(self.problem(with_suffix=False, bytes_per_s=bytes_per_s)).restore_s
+
+    def close(self) -> None:
+        """Free the saved prefix."""
+        self._link.close()
+
+    def run(self, policy: RestorePolicy, *, with_suffix: bool, bytes_per_s: float, wrong: Wrong = CLEAN) -> StudyRun:
+        """Restore once from a poisoned buffer and compare with the reference.
+
+        Args:
+            policy: Who plans.
+            with_suffix: Plan and run for the first token; else for the prefix alone.
+            bytes_per_s: Bandwidth asked of the link; ``inf`` for as fast as it goes.
+            wrong: Errors planted in the costs and bandwidth that the policy is given.
+        """
+        told_bytes_per_s = self.link_bytes_per_s(bytes_per_s) * wrong.bandwidth_error
+        problem = self.problem(with_suffix=with_suffix, bytes_per_s=told_bytes_per_s, drift=wrong.cost_error)
+        restorer = Restorer(
+            runner=self.runner,
+            policy=policy,
+            rates=LiveRates(bytes_per_s=told_bytes_per_s),
+            options=self.options.executor,
+        )
+        self._kv.poison()
+        transfer = self._link.open(self._kv, bytes_per_s=bytes_per_s, drop=wrong.drop)
+        num_tokens = len(self.tokens) if with_suffix else self.grid.num_tokens
+        request = RestoreRequest(
+            tokens=self.tokens[:num_tokens],
+            problem=problem,
+            kv=self._kv,
+            layers_per_block=self.options.layers_per_block,
+        )
+        return self._checked(restorer.restore(request, transfer), num_tokens)
+
+    def _checked(self, restored: Restored, num_tokens: int) -> StudyRun:
+        kv, reference = self._kv.kv_L2THD[:, :, :num_tokens], self._reference.kv_L2THD[:, :, :num_tokens]
+        logits, expected = restored.logits, self._logits
+        if logits is None or expected is None:
+            return StudyRun(restored=restored, kv_equal=torch.equal(kv, reference), logits_equal=True, token_equal=True)
+        return StudyRun(
+            restored=restored,
+            kv_equal=torch.equal(kv, reference),
+            logits_equal=torch.equal(logits, expected),
+            token_equal=int(logits.argmax()) == int(expected.argmax()),
+        )
+
+    def _prefix_grid(self) -> Grid:
+        return replace(self.grid, suffix_ends=())
+
+    def _points(self) -> list[ChunkPoint]:
+        return list(chunk_points((*self.grid.chunk_ends, *self.grid.suffix_ends)))
+
+    def _geometry(self, grid: Grid) -> CellGeometry:
+        return CellGeometry(grid=grid, shape=self.model.shape, layers_per_block=self.options.layers_per_block)

@@ -1,0 +1,1 @@
+"""Restoring inside stock vLLM, beside its own prefill and others."""

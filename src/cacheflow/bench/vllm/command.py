@@ -1,0 +1,201 @@
+"""``cacheflow bench vllm``: restore policies, vLLM's own prefill and other connectors side by side in stock vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from cacheflow.bench.environment import environment
+from cacheflow.bench.options import DEFAULT_MODEL, ServedFlags, exit_on_sigterm, option
+from cacheflow.bench.record import LoadRecord, VllmRecord
+from cacheflow.bench.suite import Suite, SuiteRun, new_progress
+from cacheflow.bench.vllm.costs import PrefixSize, measure_costs, prefix_bytes
+from cacheflow.bench.vllm.fleet import Fleet, FleetOptions, open_fleet
+from cacheflow.bench.vllm.load import LoadOptions, run_load
+from cacheflow.bench.vllm.policies import QUICK_POLICIES, STOCK, RivalMissingError, rivals, vllm_policies
+from cacheflow.bench.vllm.probe import probe
+from cacheflow.bench.vllm.report import draw_vllm, load_table, vllm_tables
+from cacheflow.bench.vllm.server import ServerOptions, threads_bind
+from cacheflow.bench.vllm.study import VllmStudy, VllmStudyOptions, longest_sequence, tokens_needed
+from cacheflow.bench.vllm.workload import TINY_NAME, BenchModel, open_model, prompt_tokens
+from cacheflow.errors import ConfigError
+
+DTYPE = "bfloat16"
+POOL_PREFIXES = 6
+"""Prefixes that fit in the KV cache: evicted blocks are used again only after several others, so that the blocks
+into which a prefix is restored never hold it already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmFlags(ServedFlags):
+    """The options of ``bench vllm``."""
+
+    model: str = option(DEFAULT_MODEL, f"{DEFAULT_MODEL}, {TINY_NAME} or a model folder", shown="")
+    ratios: tuple[float, ...] = option(
+        (0.25, 1.0, 4.0), "load time over vLLM's own prefill time", metavar="R,R,...", above=0, finite=True
+    )
+    repeats: int | None = option(None, "rounds per ratio (default: 3; --quick: 1)", metavar="N", at_least=1)
+    quick: bool = option(False, f"policies {','.join(QUICK_POLICIES)}, one repeat: 10 minutes on 2 cores")
+    policies: tuple[str, ...] | None = option(
+        None, f"default: {','.join(vllm_policies())}", metavar="P,P,...", known=("policy", vllm_policies())
+    )
+    neighbour: bool = option(False, "one other request decodes meanwhile; records its ITL")
+    itl_slo_ms: float | None = option(
+        None, "with --neighbour: ask our connector to keep the ITL within this", metavar="MS", above=0, finite=True
+    )
+    load: float | None = option(
+        None, "instead: sessions, RATE requests per second, by vLLM's own client", metavar="RATE", above=0, finite=True
+    )
+    sessions: int = option(16, "with --load: sessions of 3 turns each", metavar="N", at_least=1)
+    lmcache_python: Path | None = option(
+        None, "interpreter that has LMCache and vLLM (default: made in the cache folder)", metavar="PATH"
+    )
+
+    def __post_init__(self) -> None:
+        """Check each value, and what says nothing without another.
+
+        Raises:
+            ConfigError: Names the options.
+        """
+        super().__post_init__()
+        if self.itl_slo_ms is not None and not self.neighbour:
+            raise ConfigError("--itl-slo-ms needs --neighbour: alone there is no inter-token latency to keep")
+        if self.load is not None and self.neighbour:
+            raise ConfigError("--load and --neighbour exclude each other: under load every request has neighbours")
+        if self.load is not None and self.model == TINY_NAME:
+            raise ConfigError(f"--load needs a model that reads text; {TINY_NAME} has a tokenizer of made-up words")
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of each ratio."""
+        return self.repeats or (1 if self.quick else 3)
+
+    @property
+    def size(self) -> PrefixSize:
+        """The prefix and how it is cut."""
+        return PrefixSize(num_tokens=self.tokens, suffix_tokens=self.suffix, chunk_tokens=self.chunk)
+
+
+add_arguments = VllmFlags.add_flags
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the study; prints the table and draws the figure."""
+    flags = VllmFlags.of(args)
+    exit_on_sigterm()
+    where = probe(flags.vllm_python)
+    model = open_model(flags.model)
+    if flags.tokens + flags.suffix + 64 > model.max_tokens:
+        raise ConfigError(f"--tokens {flags.tokens} is too long: {flags.model} allows {model.max_tokens} tokens in all")
+    if flags.load is not None:
+        loads = Suite(out=flags.out, kind=LoadRecord, show=load_table, file="load.jsonl", only_added=True)
+        return loads.run(partial(_load, flags, model))
+    study = Suite(out=flags.out, kind=VllmRecord, show=vllm_tables, draw=lambda records: draw_vllm(records, flags.out))
+    return study.run(partial(_study, flags, model, where))
+
+
+def _fleet_options(
+    flags: VllmFlags, model: BenchModel, stores: Path, suite: SuiteRun[VllmRecord] | SuiteRun[LoadRecord]
+) -> tuple[FleetOptions, tuple[str, ...]]:
+    """How servers start, and the policies that can run here; a rival is left out where it cannot be installed."""
+    pythons, policies = {}, []
+    for policy in flags.policies or (QUICK_POLICIES if flags.quick else vllm_policies()):
+        find_python = rivals()[policy].find_python if policy in rivals() else None
+        try:
+            if find_python is not None:
+                pythons[policy] = find_python(flags.lmcache_python, flags.vllm_python)
+            policies.append(policy)
+        except RivalMissingError as error:
+            suite.say(f"policy {policy} is left out: {error}")
+    longest = longest_sequence(flags.size)
+    server = ServerOptions(
+        python=flags.vllm_python,
+        model_dir=model.folder,
+        dtype=DTYPE,
+        chunk_tokens=flags.chunk,
+        max_tokens=min(model.max_tokens, longest),
+        kv_cache_gib=math.ceil(POOL_PREFIXES * longest * model.shape.kv_bytes_per_token / 2**30),
+        compiled=flags.compiled,
+        log_dir=flags.out / "logs",
+    )
+    options = FleetOptions(server=server, store_root=stores, pythons=pythons, itl_slo_ms=flags.itl_slo_ms)
+    return options, tuple(policies)
+
+
+def _study(flags: VllmFlags, model: BenchModel, where: Mapping[str, str | None], suite: SuiteRun[VllmRecord]) -> bool:
+    with tempfile.TemporaryDirectory(prefix="cacheflow-vllm-") as stores:
+        fleet_options, policies = _fleet_options(flags, model, Path(stores), suite)
+        rivals_of_stock = tuple(name for name in policies if name != STOCK)
+        options = VllmStudyOptions(
+            size=flags.size,
+            repeats=flags.rounds,
+            neighbour=flags.neighbour,
+            itl_slo_ms=flags.itl_slo_ms,
+            dtype=DTYPE,
+            device=where["accelerator"] or "cpu",
+            environment={
+                **environment(accelerator=where["accelerator"]),
+                **where,
+                "eager": int(not flags.compiled),
+                "omp_bind": threads_bind(),
+            },
+        )
+        with (
+            open_fleet((STOCK,), fleet_options, bytes_per_s=1.0) as stock,
+            new_progress(suite.console) as progress,
+        ):
+            study = VllmStudy(model, prompt_tokens(model, tokens_needed(flags.size, flags.rounds)), options)
+            task = progress.add_task("measuring stock vLLM", total=flags.rounds + 2)
+            with stock.turn(STOCK) as server:
+                study.prepare(server.client, on_step=lambda: progress.advance(task))
+            total = len(flags.ratios) * flags.rounds * (len(rivals_of_stock) + 1)
+            task = progress.add_task("restoring", total=total)
+
+            def step(what: str, ratio: float, advance: int) -> None:
+                progress.update(task, description=f"ratio {ratio:g}, {what}", advance=advance)
+
+            for ratio in sorted(flags.ratios):
+                step("starting servers", ratio, 0)
+                with open_fleet(rivals_of_stock, fleet_options, bytes_per_s=study.bytes_per_s(ratio)) as others:
+                    fleet = Fleet(servers={**stock.servers, **others.servers}, sides=others.sides)
+                    study.warm_up(fleet)
+                    study.save(fleet, on_step=lambda name, ratio=ratio: step(f"{name} saves", ratio, 0))  # type: ignore[misc]
+                    study.note_idle_cores(fleet)
+                    for record in study.rounds(fleet, ratio=ratio, on_step=partial(step, ratio=ratio, advance=1)):
+                        suite.add(record)
+    return True
+
+
+def _load(flags: VllmFlags, model: BenchModel, suite: SuiteRun[LoadRecord]) -> bool:
+    """Measure the link for the middle ratio, then drive every policy."""
+    assert flags.load is not None, "asked for"
+    with tempfile.TemporaryDirectory(prefix="cacheflow-vllm-") as stores:
+        fleet_options, policies = _fleet_options(flags, model, Path(stores), suite)
+        size, ratio = flags.size, sorted(flags.ratios)[len(flags.ratios) // 2]
+        suite.say(f"measuring stock vLLM, for a link of ratio {ratio:g}")
+        with open_fleet((STOCK,), fleet_options, bytes_per_s=1.0) as stock, stock.turn(STOCK) as server:
+            tokens = prompt_tokens(model, size.num_tokens + size.suffix_tokens)
+            costs = measure_costs(server.client, tokens, size, repeats=1, on_step=lambda: None)
+        options = LoadOptions(
+            rate=flags.load,
+            bytes_per_s=prefix_bytes(model.shape, size) / (ratio * costs.recompute_s),
+            kv_bytes_per_token=model.shape.kv_bytes_per_token,
+            num_sessions=flags.sessions,
+        )
+        longer = replace(fleet_options.server, max_tokens=min(model.max_tokens, options.max_tokens))
+        driven = run_load(
+            policies,
+            replace(fleet_options, server=longer),
+            options,
+            model=model.shape.name,
+            out=flags.out,
+            on_policy=lambda name: suite.say(f"{name}: {options.num_requests} requests, {options.rate:g} per second"),
+        )
+        for record in driven:
+            suite.add(record)
+    return True

@@ -1,0 +1,1 @@
+"""Other connectors for vLLM, made comparable; in the repository only."""

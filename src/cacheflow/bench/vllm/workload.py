@@ -1,0 +1,166 @@
+"""What the servers are asked: a model as a folder that vLLM reads, and real source text as token ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cacheflow.bench.vllm.costs import PrefixSize
+from cacheflow.engine.smollm2 import SMOLLM2_NAME, cache_root, quiet_transformers, smollm2_folder
+from cacheflow.errors import ConfigError
+from cacheflow.shapes.hf_config import shape_of
+from cacheflow.types import ModelShape
+from cacheflow.workloads.coding import byte_tokens, source_text
+
+TINY_NAME = "tiny-qwen3"
+TINY_SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 4096,
+    "max_position_embeddings": 16_384,
+}
+RANKS_NAME = "ranks-qwen3"
+RANKS_SHAPE = {**TINY_SHAPE, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24,
+               "num_key_value_heads": 8}  # fmt: skip
+"""Heads for two ranks, layers for stages, and states between stages that are small beside a stage's KV."""
+RANDOM_MODELS = {TINY_NAME: TINY_SHAPE, RANKS_NAME: RANKS_SHAPE}
+PROMPT_STRIDE = 611
+"""Tokens between the beginnings of two prompts of a run: they share no block, so none is another's cache hit."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchModel:
+    """A model folder and what the cost model must know of it."""
+
+    folder: Path
+    shape: ModelShape
+    max_tokens: int
+
+    def on_record(self, size: PrefixSize, *, bytes_per_s: float, ratio: float) -> dict[str, Any]:
+        """What a record says of this model, a prefix of this size and the link to it."""
+        return {
+            "model": self.shape.name,
+            "num_layers": self.shape.num_layers,
+            "num_tokens": size.num_tokens,
+            "suffix_tokens": size.suffix_tokens,
+            "chunk_tokens": size.chunk_tokens,
+            "link_bytes_per_s": bytes_per_s,
+            "load_compute_ratio": ratio,
+            "compute_busy": None,  # a client cannot see it
+            "io_busy": None,
+        }
+
+
+def open_model(name: str) -> BenchModel:
+    """The model of a run: ``smollm2-135m``, one of ``RANDOM_MODELS``, or a folder.
+
+    Raises:
+        ConfigError: The name is unknown, or the model cannot be made or read.
+    """
+    if name == SMOLLM2_NAME:
+        return read_model(smollm2_folder(), name)
+    if name in RANDOM_MODELS:
+        return read_model(random_folder(name), name)
+    if not Path(name).is_dir():
+        known = ", ".join((SMOLLM2_NAME, *RANDOM_MODELS))
+        raise ConfigError(f"--model {name!r} is unknown; known: {known}, or a model folder")
+    return read_model(Path(name), Path(name).name)
+
+
+def read_model(folder: Path, name: str) -> BenchModel:
+    """Read a model folder's configuration.
+
+    Raises:
+        ConfigError: The folder has none, or one that lacks a size.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return BenchModel(folder, shape_of(config, name=name), int(config["max_position_embeddings"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model folder {folder} cannot be used: {error}") from error
+
+
+def random_folder(name: str) -> Path:
+    """Folder with a small random Qwen3 whose attention is far from uniform; made on the first call."""
+    folder, shape = cache_root() / "models" / name, RANDOM_MODELS[name]
+    if (folder / "config.json").is_file():
+        return folder
+    from cacheflow.engine.random_models import tiny_model
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        sizes: dict[str, Any] = dict(shape)
+        with quiet_transformers():
+            tiny_model("qwen3", dtype="bfloat16", **sizes).module.save_pretrained(staging)
+        _write_tokenizer(staging, vocab_size=shape["vocab_size"])
+        staging.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process was first, with the same bytes
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def prompt_tokens(model: BenchModel, num_tokens: int) -> list[int]:
+    """Real source text as the model's tokens; for the tiny model, ids made from its bytes.
+
+    Raises:
+        ConfigError: There is not that much text, or the folder has no ``tokenizer.json``.
+    """
+    if model.folder.name in RANDOM_MODELS:
+        tokens = byte_tokens(model.shape.vocab_size)
+    else:
+        tokens = _tokenised(model.folder / "tokenizer.json", num_tokens)
+    if len(tokens) < num_tokens:
+        raise ConfigError(f"{num_tokens} prompt tokens asked for, the bundled text has {len(tokens)}")
+    return tokens[:num_tokens]
+
+
+def prompt(tokens: Sequence[int], index: int, num_tokens: int) -> list[int]:
+    """The ``index``-th prompt of a run, cut from one long text; it shares no block with its neighbours.
+
+    Raises:
+        ConfigError: The text is too short for it.
+    """
+    start = index * PROMPT_STRIDE
+    if start + num_tokens > len(tokens):
+        raise ConfigError(f"prompt {index} of {num_tokens} tokens needs {start + num_tokens}, there are {len(tokens)}")
+    return list(tokens[start : start + num_tokens])
+
+
+def _tokenised(path: Path, num_tokens: int) -> list[int]:
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: the model folder needs its tokenizer")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokens: list[int] = []
+    for part in source_text():
+        tokens.extend(tokenizer.encode(part, add_special_tokens=False).ids)
+        if len(tokens) >= num_tokens:
+            break
+    return tokens
+
+
+def _write_tokenizer(folder: Path, *, vocab_size: int) -> None:
+    """A tokenizer of made-up words, because vLLM's server wants one; prompts are sent as ids."""
+    vocab = {f"w{index}": index for index in range(vocab_size)}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"}
+    whole: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None, "model": model,
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0", "model_max_length": 16_384}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What an operator runs: plan, calibrate, serve, simulate, demo."""
