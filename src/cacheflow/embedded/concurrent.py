@@ -111,7 +111,7 @@ class ConcurrentBatch:
             session: Of this engine, with no other request in this batch.
             tokens: See ``Session.generate``, as for the other arguments.
             max_new_tokens: Longest answer.
-            sampling: Greedy unless told otherwise.
+            sampling: Greedy unless given.
             stop_tokens: The answer ends after one of these.
             save: Write what this turn prefilled to the store; the reply waits for it, other requests do not.
             deadline_s: Seconds from now until which the first token should be there, for objective ``slo``.

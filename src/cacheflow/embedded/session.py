@@ -118,7 +118,7 @@ class Session:
         Args:
             tokens: New prompt tokens, at least one.
             max_new_tokens: Longest answer.
-            sampling: Greedy unless told otherwise.
+            sampling: Greedy unless given.
             stop_tokens: The answer ends after one of these.
             save: Write what this turn prefilled to the store, after the answer; else ``save`` does it later.
             cancel: Set from any thread to give up before the first token; the session stays as it was.

@@ -35,7 +35,7 @@ def take_unwanted(port: object, chunks: Sequence[int]) -> None:
 
 
 def recompute(port: ComputePort, work: ComputeWork) -> None:
-    """Carry out one piece of work; raises what the port raises, once the stage above was told."""
+    """Carry out one piece of work; raises what the port raises, once the stage above has an answer."""
     chunk = work.tile.chunk_lo
     try:
         if work.restart:

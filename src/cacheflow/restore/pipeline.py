@@ -2,7 +2,7 @@
 
 Stages are independent: each has its own grid (its layers), link, plan and progress, and finishes when it is through.
 They share the end: what one stage has lost, no other goes on to restore, and a failure of one ends them all. Ranks of
-a stage get the same orders, because its tensor-parallel ranks all-reduce; a decision rests only on what every one of
+a stage get the same work, because its tensor-parallel ranks all-reduce; a decision rests only on what every one of
 them has reported. Pure: time is passed in.
 """
 
@@ -28,7 +28,7 @@ HANDED_READ_AHEAD = 2.5
 """A stage that is handed activations waits for them inside its steps, and is given no reads meanwhile: that many times
 as much of its link is kept under way."""
 AWAITED_MARGIN = 1.1
-"""A step that ends just before boundary states come is told of them a step later: rather end just after."""
+"""A step that ends just before boundary states come hears of them a step later: rather end just after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class PipelineRestoration:
 
     @property
     def restored(self) -> bool:
-        """Whether nothing is left to order on any stage."""
+        """Whether no stage has work left to give."""
         return all(stage.restored for stage in self.stages)
 
     @property
@@ -190,7 +190,7 @@ class PipelineRestoration:
         by_stage: dict[int, StageWork] = {}
         until_s: float | None = None
         # Who waits for boundary states comes first: the others compute no longer than until those are there, because
-        # a step ends with its slowest stage, and only then it is told.
+        # a step ends with its slowest stage, and hears of them only then.
         for index in sorted(range(len(self.stages)), key=lambda index: not self._needs_boundary(index)):
             stage = self.stages[index]
             work = stage.next_work(
@@ -291,7 +291,7 @@ def _read_ahead_factor(stage: StageRestoration) -> float:
 
 
 def _until(stage: StageRestoration, now_s: float, budget_s: float, until_s: float | None) -> float:
-    """A stage's budget for a step that should end in ``until_s``, what the stage was ordered before included."""
+    """A stage's budget for a step that should end in ``until_s``, what the stage was given before included."""
     if until_s is None or budget_s <= 0:
         return budget_s
     left_s = AWAITED_MARGIN * until_s - stage.state.compute_left_s(now_s)

@@ -30,7 +30,7 @@ class StageReads:
         Args:
             state: The restoration's state machine; claims and outcomes of the link go into it.
             num_ranks: Workers that get the work and report.
-            can_compute: Whether workers can recompute what is missing; if not, nothing behind a hole is read.
+            can_compute: Whether workers can recompute what is missing; if not, nothing after a hole is read.
             deadline: When a read is late.
         """
         self._state, self._num_ranks, self._can_compute = state, num_ranks, can_compute
@@ -49,7 +49,7 @@ class StageReads:
         return min(self._chunk_limit, self._state.limit)
 
     def limit(self, chunk: int) -> None:
-        """Restore nothing from a chunk on: reads of what lies behind it are dropped."""
+        """Restore nothing from a chunk on: reads of what comes after it are dropped."""
         self._chunk_limit = min(self._chunk_limit, chunk)
         self.drop([piece for piece in self._ledger.wanted if piece.chunk >= self._chunk_limit])
 
@@ -109,7 +109,7 @@ class StageReads:
         else:
             state.fail_load(piece, report.outcome)
             span = _span(SpanKind.FAILED, report)
-        # Without compute nothing behind a hole is of use: only the chunks before it are still read.
+        # Without compute nothing after a hole is of use: only the chunks before it are still read.
         hole = isinstance(piece, Cell) and not self._can_compute
         self.limit(piece.chunk if hole else state.limit)
         return span

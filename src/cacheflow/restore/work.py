@@ -57,7 +57,7 @@ class RestoreTarget:
         """
         if not self.chunk_ends or not 0 <= self.object_start <= self.start < self.chunk_ends[0]:
             raise ConfigError(
-                f"a restoration from {self.object_start} <= {self.start} needs chunks behind it, got {self.chunk_ends}"
+                f"a restoration from {self.object_start} <= {self.start} needs chunks after it, got {self.chunk_ends}"
             )
         if len(self.tokens) != self.chunk_ends[-1] - self.start or len(self.chain_hashes) != len(self.chunk_ends):
             raise ConfigError(

@@ -67,7 +67,7 @@ class Served:
         hit_tokens: Prompt tokens that were in GPU memory.
         restored_tokens: Those that a tier held, restored by either side.
         loaded_bytes: Bytes of them that were loaded and used.
-        wasted_bytes: Bytes that were loaded in vain.
+        wasted_bytes: Bytes that were loaded and not used.
     """
 
     request: TraceRequest

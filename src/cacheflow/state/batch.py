@@ -1,6 +1,6 @@
 """Several restorations that share compute, a link and memory: who is served next, and who is let in.
 
-Pure: no clock, no threads. Whoever drives it (threads in the embedded engine, a virtual clock in the simulator) passes
+Pure: no clock, no threads. Its driver (threads in the embedded engine, a virtual clock in the simulator) passes
 the time in and holds one lock around every call, those to the restorations' states included. Both resources stay busy
 across requests: where the first in the order has nothing to do for a resource, the next is asked.
 """
@@ -96,7 +96,7 @@ class BatchScheduler:
         deadline_s: float | None = None,
         ready: bool = True,
     ) -> None:
-        """Take a request in; whoever asks for work next may get some of it.
+        """Take a request in; the next to ask for work may get some of it.
 
         Args:
             request_id: Its name until ``remove``.
@@ -284,7 +284,7 @@ class Admission:
             )
 
     def admit(self, order: Sequence[int], now_s: float) -> list[int]:
-        """Let in whoever fits, and return them.
+        """Let in those that fit, and return them.
 
         Args:
             order: Every request that waits, first served first.

@@ -2,7 +2,7 @@
 
 Cells in sequence: the plan's load sequence, tile by tile. With a suffix (``balance_suffix``) in two phases: chunks from
 the tail, so that the meeting point stays open, then, as soon as what is left takes the link about as long as the suffix
-takes compute, the rest bottom-up by blocks, so that the suffix climbs behind the load.
+takes compute, the rest bottom-up by blocks, so that the suffix climbs after the load.
 Source: the order follows from the TTFT bound in ``bound.py``: the last byte must belong to the top block.
 
 Boundary states, before any cell: from the head, for the chunks compute is about to come to, and only for those it is

@@ -17,7 +17,7 @@ class LinkPhase(Enum):
     IN_SEQUENCE = "in_sequence"
     """It reads in the plan's sequence."""
     CLIMBING = "climbing"
-    """It reads bottom-up, so that the suffix climbs behind the load; the meeting point is settled."""
+    """It reads bottom-up, so that the suffix climbs after the load; the meeting point is settled."""
     CLOSED = "closed"
     """It has failed or is given up: it reads nothing any more."""
 

@@ -1,6 +1,6 @@
 """The state machine of one restoration: two pointers over one grid.
 
-Pure: no clock, no threads. Whoever drives it (threads in the embedded engine, engine steps in vLLM, a virtual clock
+Pure: no clock, no threads. Its driver (threads in the embedded engine, engine steps in vLLM, a virtual clock
 in the simulator) passes the time in and holds one lock around every call. A read is claimed, then *placed* (its bytes
 verified and about to be copied to where compute finds them), then complete; compute may take a cell back until it is
 placed. A read brings a ``Cell`` or the ``Boundary`` states of a chunk; both go the same way.
@@ -433,7 +433,7 @@ class RestoreState:
         return seconds
 
     def remaining(self, now_s: float) -> Remaining:
-        """What is left to do, for whoever chooses among several restorations."""
+        """What is left to do, for a scheduler of several restorations."""
         open_s = self._board.open_compute_s * self.rates.compute_factor
         compute_s = self._compute.left_s(now_s) - self._compute.others_s + open_s
         load_s = NO_LINK_S if self._link.down else self._link.load_s(self._board.open_bytes) - self._link.others_s
