@@ -79,7 +79,7 @@ def test_our_mean_is_ahead_of_the_published_ways_and_the_last_end_is_as_early(ra
 def test_both_resources_stay_busy_across_requests(name):
     run = run_batch(policy(name), mixed())
     assert run.compute_busy_s >= 0.98 * run.makespan_s
-    assert run.link_busy_s >= 0.98 * run.makespan_s
+    assert run.io_busy_s >= 0.98 * run.makespan_s
 
 
 def test_a_short_request_that_comes_late_goes_first():

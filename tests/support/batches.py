@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cacheflow.bench.simulated import SimulatedRequest, SimulatedRun, simulate
 from cacheflow.plan.batch import BatchPolicy
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
-from cacheflow.sim.clock import EventLoop
-from cacheflow.sim.device import RequestTimes, VirtualDevice
-from cacheflow.sim.link import SimulatedLink
 from cacheflow.state.batch import BatchScheduler
 
 BYTES_PER_TOKEN_BLOCK = 768
@@ -57,13 +55,9 @@ class Arrival:
     deadline_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchRun:
+@dataclass(frozen=True)
+class BatchRun(SimulatedRun):
     """Per request, in the order given; and the resources' busy seconds."""
-
-    restored: tuple[RequestTimes, ...]
-    compute_busy_s: float
-    link_busy_s: float
 
     @property
     def ttft_s(self) -> list[float]:
@@ -80,29 +74,12 @@ class BatchRun:
 
 def run_batch(policy: BatchPolicy, arrivals: Sequence[Arrival], *, starvation_s: float = float("inf")) -> BatchRun:
     """Run a batch to its end on one device in virtual time."""
-    loop = EventLoop()
     cost = arrivals[0].problem.link
     scheduler = BatchScheduler(policy, LiveRates(bytes_per_s=cost.bytes_per_s), starvation_s=starvation_s)
-    link = SimulatedLink(loop, cost)
-    device = VirtualDevice(loop, scheduler, link)
-    restored: dict[int, RequestTimes] = {}
-
-    def submit(index: int, arrival: Arrival) -> None:
-        device.submit(
-            index,
-            arrival.problem,
-            lambda each: restored.__setitem__(each.request_id, each),
-            truth=arrival.truth,
-            deadline_s=arrival.deadline_s,
-        )
-
-    for index, arrival in enumerate(arrivals):
-        loop.at(arrival.at_s, lambda index=index, arrival=arrival: submit(index, arrival))
-    loop.run()
-    assert len(restored) == len(arrivals), f"only {sorted(restored)} of {len(arrivals)} ended"
+    requests = [
+        SimulatedRequest(arrival_s=each.at_s, problem=each.problem, truth=each.truth, deadline_s=each.deadline_s)
+        for each in arrivals
+    ]
+    run = simulate(requests, scheduler, cost)
     assert len(scheduler) == 0
-    return BatchRun(
-        restored=tuple(restored[index] for index in range(len(arrivals))),
-        compute_busy_s=device.compute_busy_s,
-        link_busy_s=link.busy_s,
-    )
+    return BatchRun(restored=run.restored, compute_busy_s=run.compute_busy_s, io_busy_s=run.io_busy_s)

@@ -83,8 +83,8 @@ class Arrival:
         return Ranking(compute=arrived, link=arrived)
 
     def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
-        """None."""
-        raise NotImplementedError(f"request {request_id} was to be planned already")
+        """Never asked: every restoration was planned already."""
+        raise AssertionError(f"request {request_id} has a plan: it was given to the scheduler by adopt()")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cacheflow.errors import ConfigError, RestoreCancelled
@@ -15,7 +14,7 @@ from cacheflow.restore.batch import BatchOutcome, Prepared
 from cacheflow.restore.hand_over import recompute
 from cacheflow.restore.jobs import Job, Jobs
 from cacheflow.restore.pace import DecodePace
-from cacheflow.restore.ports import ComputePort, Ticket
+from cacheflow.restore.ports import Ticket
 from cacheflow.restore.reads import Reads
 from cacheflow.restore.work import ComputeWork, cut, join
 from cacheflow.state.compute_side import ClaimKind, ComputeClaim
@@ -46,34 +45,36 @@ class ComputeLoop(Generic[T]):
                 self._fail(job, error)
 
     def step(self) -> bool:
-        """One look around and one piece of work; False once the batch is closing and every request has ended."""
-        jobs = self._jobs
+        """One look around and what it finds to do; False once the batch is closing and every request has ended."""
+        jobs, work = self._jobs, None
+        begun_s = jobs.now_s()
         with jobs.changed:
-            num_news, closing = jobs.num_news, jobs.closing
+            closing = jobs.closing
             given_up = [job for job in jobs.by_name.values() if closing or job.handle.cancelled]
-            admitted = [] if closing else jobs.admit()
+            ends = closing or bool(given_up)
+            admitted = [] if ends else jobs.admit()
+            served = [] if ends else [job for job in jobs.followers() if jobs.is_served(job)]
+            # What ends requests or lets them begin comes before work: it may change who is served first.
+            changes = ends or bool(admitted or served)
+            if not changes:
+                work = jobs.scheduler.claim_compute(begun_s)
+            if not changes and work is None and not jobs.decoding:
+                jobs.changed.notify_all()
+                jobs.changed.wait(self._poll_s if jobs.by_name else None)
+                return True
         for job in given_up:
             age_s = jobs.now_s() - job.handle.arrival_s
             self._fail(job, RestoreCancelled(f"request {job.name} cancelled after {age_s:.3f} s"))
-        if closing:
-            return False
-        self._prepare([job for job in admitted if job not in given_up])
-        self._copy_shared()
-        begun_s = jobs.now_s()
-        with jobs.changed:
-            work = jobs.scheduler.claim_compute(begun_s)
-            if work is None and not jobs.decoding:
-                jobs.changed.notify_all()
-                if jobs.num_news == num_news:
-                    jobs.changed.wait(self._poll_s if jobs.by_name else None)
-                return True
-        if work is None:
-            self._decode_round()
-        elif work.claim.kind is ClaimKind.DONE:
+        if admitted:
+            self._prepare(admitted)
+        self._copy(served)
+        if work is not None and work.claim.kind is ClaimKind.DONE:
             self._finish(jobs.by_name[work.request_id])
-        else:
+        elif work is not None:
             self._compute(jobs.by_name[work.request_id], work.claim, begun_s)
-        return True
+        elif not changes:
+            self._decode_round()
+        return not closing
 
     def _prepare(self, admitted: Sequence[Job[T]]) -> None:
         """Open what requests need, then give them to the scheduler, all at the same moment."""
@@ -101,6 +102,9 @@ class ComputeLoop(Generic[T]):
         """Copy what leaders, or one of them, have restored to those who wait for it."""
         with self._jobs.changed:
             served = [job for job in self._jobs.followers(leader) if self._jobs.is_served(job)]
+        self._copy(served)
+
+    def _copy(self, served: Sequence[Job[T]]) -> None:
         for job in served:
             follow = job.ready.follow
             assert follow is not None, "a follower follows"
@@ -119,20 +123,23 @@ class ComputeLoop(Generic[T]):
         """Carry out one claim, with rounds of decoding between its pieces where they are due."""
         jobs, spans, busy_s = self._jobs, list[Span](), 0.0
         port = job.ready.compute
-        for piece in _pieces(claim, job.ready.problem, whole=not jobs.decoding):
+        for tile, work, predicted_s in _pieces(claim, job.ready.problem, whole=not jobs.decoding):
             if jobs.decoding:
                 factor = jobs.scheduler.rates.compute_factor
-                if self._pace.is_due(jobs.now_s(), next_s=piece.predicted_s * factor):
+                if self._pace.is_due(jobs.now_s(), next_s=predicted_s * factor):
                     self._decode_round()
             start_s = jobs.now_s()
             try:
-                piece.carry_out(port)
+                if work is None:
+                    port.run_suffix(tile.block_lo, tile.block_hi)
+                else:
+                    recompute(port, work)
             except Exception as error:  # noqa: BLE001 -- the request ends with it
                 self._fail(job, error)
                 return
             end_s = jobs.now_s()
-            kind = claim.span_kind(piece.tile, kv_only=piece.work is not None and piece.work.kv_only_top)
-            spans.append(Span.of_compute(kind, piece.tile, start_s, end_s))
+            kind = claim.span_kind(tile, kv_only=work is not None and work.kv_only_top)
+            spans.append(Span.of_compute(kind, tile, start_s, end_s))
             busy_s += end_s - start_s
         with jobs.changed:
             restoration = jobs.restoration_of(job)
@@ -224,32 +231,24 @@ class ComputeLoop(Generic[T]):
             self._reads.drop(restoration)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A part of a claim that is carried out in one go: one chunk's tile, or the suffix through the tile's blocks."""
-
-    tile: Tile
-    predicted_s: float
-    work: ComputeWork | None
-
-    def carry_out(self, port: ComputePort) -> None:
-        if self.work is None:
-            port.run_suffix(self.tile.block_lo, self.tile.block_hi)
-        else:
-            recompute(port, self.work)
+_Part = tuple[Tile, ComputeWork | None, float]
+"""What is carried out in one go: a tile one chunk wide, its work (None for the suffix through the tile's blocks), and
+the seconds it should take, uncorrected."""
 
 
-def _pieces(claim: ComputeClaim, problem: RestoreProblem, *, whole: bool) -> Iterator[_Piece]:
+def _pieces(claim: ComputeClaim, problem: RestoreProblem, *, whole: bool) -> Iterator[_Part]:
     """A claim in as few pieces as possible, or one block of one chunk at a time: equal bits either way."""
-    if claim.tile is not None:
+    tile = claim.tile
+    if tile is None:
+        step = claim.block_hi - claim.block_lo if whole else 1
+        for block in range(claim.block_lo, claim.block_hi, step):
+            yield Tile(0, 1, block, block + step), None, float(problem.suffix_B[block : block + step].sum())
+    elif whole and tile.chunk_hi == tile.chunk_lo + 1:
+        yield tile, ComputeWork(tile, restart=claim.restart, kv_only_top=claim.kv_only_top), claim.predicted_s
+    else:
         units = cut(claim, problem)
         for unit in join(units) if whole else units:
-            yield _Piece(unit.work.tile, unit.predicted_s, unit.work)
-        return
-    step = claim.block_hi - claim.block_lo if whole else 1
-    for block in range(claim.block_lo, claim.block_hi, step):
-        seconds = float(problem.suffix_B[block : block + step].sum())
-        yield _Piece(Tile(0, 1, block, block + step), seconds, None)
+            yield unit.work.tile, unit.work, unit.predicted_s
 
 
 def _led_by(jobs: Jobs[T], leader: Job[T]) -> list[Job[T]]:

@@ -141,7 +141,6 @@ class Jobs(Generic[T]):
         scheduler: Decides.
         by_name: All requests, in the order of submission.
         decoding: Those that have their first token.
-        num_news: Counts what the compute thread must look at before it sleeps.
         closing: No request is taken any more.
     """
 
@@ -152,7 +151,6 @@ class Jobs(Generic[T]):
         scheduler.policy = LeadersFirst(scheduler.policy, self._leader_of)
         self.by_name: dict[int, Job[T]] = {}
         self.decoding: list[Job[T]] = []
-        self.num_news = 0
         self.closing = False
         self._waiting: list[Job[T]] = []
         self._num_named = 0
@@ -192,7 +190,6 @@ class Jobs(Generic[T]):
     def tell(self) -> None:
         """Have the compute thread look around."""
         with self.changed:
-            self.num_news += 1
             self.changed.notify_all()
 
     def close(self) -> None:

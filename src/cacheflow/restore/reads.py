@@ -300,4 +300,5 @@ class Reads(Generic[T]):
     def _forget(self, read: Read[T]) -> None:
         with self._changed:
             self._reads.remove(read)
-            self._changed.notify_all()
+            if not self._reads:
+                self._changed.notify_all()  # somebody may wait until nothing is under way

@@ -188,6 +188,12 @@ class BatchScheduler:
         return tuple(sorted(requests, key=lambda request: (request.arrival_s, request.request_id)))
 
     def _rank(self, now_s: float) -> None:
+        if len(self._entries) == 1:  # alone there is nothing to rank, until somebody comes
+            [(request_id, entry)] = self._entries.items()
+            self._ranking, self._rank_at_s = Ranking(compute=(request_id,), link=(request_id,)), float("inf")
+            if entry.state is not None:
+                entry.state.yield_to(compute_s=0.0, link_s=0.0)
+            return
         waiting = self.waiting(now_s)
         ranking = bounded(self.policy.rank(now_s, waiting), waiting, now_s, starvation_s=self._starvation_s)
         self._ranking, self._rank_at_s = ranking, now_s + RERANK_S
