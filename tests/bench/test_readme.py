@@ -1,9 +1,12 @@
+import re
+import shlex
 from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 from msgspec.structs import asdict
 
+from cacheflow import cli
 from cacheflow.bench import readme
 from cacheflow.bench.record import RanksRecord, VllmRecord, append_record
 from cacheflow.errors import ConfigError
@@ -25,6 +28,10 @@ def run(results: Path, text: Path, *options: str) -> int:
     parser = ArgumentParser()
     readme.add_arguments(parser)
     return readme.run(parser.parse_args(["--results", str(results), "--readme", str(text), *options]))
+
+
+def block(results: Path, **values) -> str:
+    return readme.results_block(readme.ReadmeFlags(results=results, **values))
 
 
 def test_the_block_is_replaced_and_the_rest_is_kept(files: tuple[Path, Path]):
@@ -53,14 +60,14 @@ def test_check_fails_on_a_table_out_of_date_and_writes_nothing(files: tuple[Path
 def test_perturbed_runs_and_other_lengths_stay_out(files: tuple[Path, Path]):
     append_record(files[0], sample_record(perturbation={"cost_error": 2.0}, policy="spoiled"))
     append_record(files[0], sample_record(num_tokens=512, policy="short"))
-    block = readme.results_block(files[0])
-    assert "spoiled" not in block
-    assert "short" not in block
+    shown = block(files[0])
+    assert "spoiled" not in shown
+    assert "short" not in shown
 
 
 def test_time_to_first_token_is_preferred_to_restoration_alone(files: tuple[Path, Path]):
     append_record(files[0], sample_record(suffix_tokens=0, ttft_s=None, bound_ttft_s=None, policy="alone"))
-    assert "alone" not in readme.results_block(files[0])
+    assert "alone" not in block(files[0])
 
 
 def test_the_picture_comes_from_the_same_runs(files: tuple[Path, Path], tmp_path: Path):
@@ -69,6 +76,32 @@ def test_the_picture_comes_from_the_same_runs(files: tuple[Path, Path], tmp_path
     figure = tmp_path / "images" / "over-bound.png"
     assert run(*files, "--figure", str(figure)) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_few_policies_are_shown_in_the_order_asked_for(files: tuple[Path, Path]):
+    (first, *_, last) = dict.fromkeys(record.policy for record in sample_sweep())
+    shown = block(files[0], policies=(last, first))
+    rows = [line.split("|")[1].strip(" *") for line in shown.splitlines() if line.startswith("|")][2:]
+    assert rows == [last, first, "lower bound"]
+    assert f"--policies {last},{first} --results" in shown
+    with pytest.raises(ConfigError, match="no run of nothing: drop it"):
+        block(files[0], policies=(first, "nothing"))
+
+
+def test_the_link_to_the_records_is_seen_from_the_file_that_is_filled(files: tuple[Path, Path]):
+    shown = block(files[0], readme=files[0].parent / "docs" / "page.md")
+    assert "](../results.jsonl)" in shown
+    assert f"--readme {(files[0].parent / 'docs' / 'page.md').as_posix()}`" in shown
+
+
+@pytest.mark.parametrize(("name", "count"), [("README.md", 1), ("benchmarks/README.md", 3)])
+def test_tables_that_are_shown_are_those_of_the_records(name: str, count: int, monkeypatch: pytest.MonkeyPatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    commands = re.findall(r"by `cacheflow (bench readme [^`]*)`", (root / name).read_text())
+    assert len(commands) == count
+    for command in commands:
+        assert cli.main([*shlex.split(command), "--check"]) == 0
 
 
 def test_two_studies_in_one_file_are_refused(files: tuple[Path, Path]):

@@ -171,7 +171,7 @@ def test_nothing_is_lost_and_nobody_works_more_than_all_the_time(policy, router)
     decoded = sum(replica.gpu.decoded_tokens for replica in cluster.replicas)
     assert decoded == sum(request.output_tokens - 1 for request in requests)
     for replica in cluster.replicas:
-        assert replica.gpu.ordered_busy_s + replica.gpu.decode_busy_s <= end_s + 1e-9
+        assert replica.gpu.given_busy_s + replica.gpu.decode_busy_s <= end_s + 1e-9
         assert replica.store_link.busy_s <= end_s + 1e-9
         assert replica.num_unserved == 0
         assert replica.cache.num_free + replica.cache.num_idle == config.kv_blocks
@@ -205,7 +205,7 @@ def test_affinity_sends_a_session_to_the_replica_that_holds_it_unless_that_is_bu
     assert served[2].hit_tokens == 29 * TOKENS
     together = [ask(0, prompt), *(ask(i, (*prompt[:3], 1000 + i), arrival_s=LONG_S) for i in range(1, 7))]
     cluster, _ = serve(together, num_replicas=3)
-    assert all(replica.gpu.ordered_busy_s > 0 for replica in cluster.replicas)
+    assert all(replica.gpu.given_busy_s > 0 for replica in cluster.replicas)
 
 
 def test_errors_at_the_door():

@@ -21,7 +21,7 @@ def test_an_order_alone_takes_what_it_says():
     assert not gpu.acquire()
     loop.run()
     assert ends == [0.35]
-    assert (gpu.ordered_busy_s, gpu.decode_busy_s) == (0.35, 0.0)
+    assert (gpu.given_busy_s, gpu.decode_busy_s) == (0.35, 0.0)
 
 
 def test_a_decode_step_follows_every_budget_of_orders():
@@ -45,7 +45,7 @@ def test_a_request_that_ends_within_an_order_ends_at_its_step():
     gpu.run(1.0, lambda: None)
     loop.run()
     assert ended == {1: pytest.approx(0.22)}
-    assert gpu.ordered_busy_s + gpu.decode_busy_s == pytest.approx(loop.now_s)
+    assert gpu.given_busy_s + gpu.decode_busy_s == pytest.approx(loop.now_s)
 
 
 def test_steps_without_orders_are_one_event_and_an_order_waits_for_the_step_under_way():
@@ -102,5 +102,5 @@ def test_every_request_gets_its_tokens_and_nothing_overlaps(tokens, orders):
     assert sorted(ended) == list(range(len(tokens)))
     assert gpu.decoded_tokens == sum(tokens)
     assert gpu.num_decoding == 0
-    assert gpu.ordered_busy_s == pytest.approx(sum(seconds for _, seconds in orders))
-    assert gpu.ordered_busy_s + gpu.decode_busy_s <= loop.now_s + 1e-9
+    assert gpu.given_busy_s == pytest.approx(sum(seconds for _, seconds in orders))
+    assert gpu.given_busy_s + gpu.decode_busy_s <= loop.now_s + 1e-9

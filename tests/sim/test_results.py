@@ -45,7 +45,7 @@ def test_a_tally_adds_up():
             )
         )
     resources = Resources(
-        num_replicas=2, ordered_busy_s=4.0, decode_busy_s=2.0, store_busy_s=5.0, store_bytes=1000, host_bytes=680
+        num_replicas=2, given_busy_s=4.0, decode_busy_s=2.0, store_busy_s=5.0, store_bytes=1000, host_bytes=680
     )
     result = tally.result(resources, end_s=15.0)
     assert (result.num_requests, result.simulated_s, result.output_tokens) == (2, 10.0, 14)

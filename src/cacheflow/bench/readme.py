@@ -1,22 +1,24 @@
-"""``cacheflow bench readme``: the README's measured tables, written from committed results files."""
+"""``cacheflow bench readme``: the measured tables of a Markdown file, written from committed results files."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cacheflow.bench.chart import draw_over_bound, studies
+from cacheflow.bench.chart import draw_over_bound, draw_time_bars, studies
 from cacheflow.bench.options import Flags, option
 from cacheflow.bench.ranks.report import draw_one, ranks_markdown
 from cacheflow.bench.record import BenchRecord, RanksRecord, RestoreRecord, read_records
 from cacheflow.bench.summary import RunSetting, summarise, sweep_caption, sweep_markdown
 from cacheflow.errors import ConfigError
 
+README = Path("README.md")
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
-RANKS = "ranks"
-MARKED_SUITES = ("vllm", RANKS)
+RESTORE, VLLM, RANKS = "restore", "vllm", "ranks"
+MARKED_SUITES = (VLLM, RANKS)
 """Suites whose tables have markers of their own; every other suite's goes between ``BEGIN`` and ``END``."""
 
 
@@ -25,11 +27,23 @@ class ReadmeFlags(Flags):
     """The options of ``cacheflow bench readme``."""
 
     results: Path = option(help="results.jsonl to read", metavar="FILE")
-    readme: Path = option(Path("README.md"), "file to fill in", metavar="FILE", shown="")
-    suite: str = option("restore", "suite to show")
+    readme: Path = option(README, "file to fill in", metavar="FILE")
+    suite: str = option(RESTORE, "suite to show")
+    policies: tuple[str, ...] | None = option(None, "rows of the table (default: all)", metavar="P,P,...")
     num_tokens: int | None = option(None, "prefix length to show (default: the longest)", metavar="N")
     figure: Path | None = option(None, "also draw the study's time over the bound here", metavar="FILE")
     check: bool = option(False, "change nothing; fail if the table is out of date")
+
+    @property
+    def command(self) -> str:
+        """What makes the table again."""
+        words = ["cacheflow bench readme"]
+        words += [f"--suite {self.suite}"] if self.suite != RESTORE else []
+        words += [f"--policies {','.join(self.policies)}"] if self.policies else []
+        words += [f"--num-tokens {self.num_tokens}"] if self.num_tokens is not None else []
+        words += [f"--results {self.results.as_posix()}"]
+        words += [f"--readme {self.readme.as_posix()}"] if self.readme != README else []
+        return " ".join(words)
 
 
 add_arguments = ReadmeFlags.add_flags
@@ -42,29 +56,32 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: A file cannot be read, the markers are missing, or no run fits.
     """
     flags = ReadmeFlags.of(args)
-    block = results_block(flags.results, suite=flags.suite, num_tokens=flags.num_tokens)
+    block = results_block(flags)
     try:
         text = flags.readme.read_text(encoding="utf-8")
         filled = fill(text, block, markers=markers_of(flags.suite))
         if flags.check and filled != text:
-            raise ConfigError(f"{flags.readme} is out of date: run {_command(flags.results, flags.suite)}")
+            raise ConfigError(f"{flags.readme} is out of date: run {flags.command}")
         if filled != text:
             flags.readme.write_text(filled, encoding="utf-8")
         if flags.figure is not None and not flags.check:
-            _draw(flags)
+            _draw(flags, flags.figure)
     except OSError as error:
         raise ConfigError(f"a file cannot be read or written: {error}") from error
     return 0
 
 
-def _draw(flags: ReadmeFlags) -> None:
-    assert flags.figure is not None, "asked for"
-    records = _clean_runs(flags.results, suite=flags.suite, num_tokens=flags.num_tokens)
+def _draw(flags: ReadmeFlags, figure: Path) -> None:
+    """Draw every policy of the study, those that the table leaves out included."""
+    records = _clean_runs(flags)
     if flags.suite == RANKS:
-        draw_one([each for each in records if isinstance(each, RanksRecord)], flags.figure)
+        draw_one([each for each in records if isinstance(each, RanksRecord)], figure)
         return
     (sweeps,) = studies(summarise(records)).values()
-    draw_over_bound(sweeps, flags.figure)
+    if flags.suite == VLLM:
+        draw_time_bars(sweeps[-1], figure)
+    else:
+        draw_over_bound(sweeps, figure)
 
 
 def markers_of(suite: str) -> tuple[str, str]:
@@ -74,7 +91,7 @@ def markers_of(suite: str) -> tuple[str, str]:
     return f"<!-- {suite}-results:begin -->", f"<!-- {suite}-results:end -->"
 
 
-def results_block(results: Path, *, suite: str = "restore", num_tokens: int | None = None) -> str:
+def results_block(flags: ReadmeFlags) -> str:
     """Markdown of one sweep over load/compute ratios, with its caption and the command that made it.
 
     Takes the unperturbed runs of a suite at one prefix length, with the most new tokens.
@@ -82,20 +99,16 @@ def results_block(results: Path, *, suite: str = "restore", num_tokens: int | No
     Raises:
         ConfigError: The file is malformed, no run fits, or the runs that fit are of several settings.
     """
-    source = f"From [`{results.as_posix()}`]({results.as_posix()}) by `{_command(results, suite)}`."
-    records = _clean_runs(results, suite=suite, num_tokens=num_tokens)
-    if suite == RANKS:
+    target = Path(os.path.relpath(flags.results, flags.readme.parent)).as_posix()
+    source = f"From [`{flags.results.as_posix()}`]({target}) by `{flags.command}`."
+    records = _clean_runs(flags)
+    if flags.suite == RANKS:
         return f"{ranks_markdown([each for each in records if isinstance(each, RanksRecord)])}\n{source}"
     suffix_tokens = max(record.suffix_tokens for record in records)
     records = [record for record in records if record.suffix_tokens == suffix_tokens]
     summaries = summarise(records)
-    return f"{sweep_markdown(summaries)}\n\n{sweep_caption(summaries, records[-1].environment)}\n{source}"
-
-
-def _command(results: Path, suite: str) -> str:
-    return (
-        f"cacheflow bench readme{f' --suite {suite}' if suite in MARKED_SUITES else ''} --results {results.as_posix()}"
-    )
+    table = sweep_markdown(summaries, policies=flags.policies)
+    return f"{table}\n\n{sweep_caption(summaries, records[-1].environment)}\n{source}"
 
 
 def fill(text: str, block: str, *, markers: tuple[str, str] = (BEGIN, END)) -> str:
@@ -111,19 +124,22 @@ def fill(text: str, block: str, *, markers: tuple[str, str] = (BEGIN, END)) -> s
     return f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
 
 
-def _clean_runs(results: Path, *, suite: str, num_tokens: int | None) -> list[RestoreRecord]:
+def _clean_runs(flags: ReadmeFlags) -> list[RestoreRecord]:
     """The unperturbed runs of one suite at one prefix length, the longest unless another is asked for."""
     clean = [
         record
-        for record in read_records(results, BenchRecord)
-        if record.suite == suite and isinstance(record, RestoreRecord) and not record.perturbation
+        for record in read_records(flags.results, BenchRecord)
+        if record.suite == flags.suite and isinstance(record, RestoreRecord) and not record.perturbation
     ]
+    num_tokens = flags.num_tokens
     if num_tokens is None:
         num_tokens = max((record.num_tokens for record in clean), default=0)
     kept = [record for record in clean if record.num_tokens == num_tokens]
     if not kept:
-        raise ConfigError(f"{results} holds no clean run of suite {suite!r} with {num_tokens} tokens")
-    _require_one_setting(kept, results)
+        raise ConfigError(f"{flags.results} holds no clean run of suite {flags.suite!r} with {num_tokens} tokens")
+    if missing := set(flags.policies or ()) - {record.policy for record in kept}:
+        raise ConfigError(f"{flags.results} holds no run of {', '.join(sorted(missing))}: drop it from --policies")
+    _require_one_setting(kept, flags.results)
     return kept
 
 

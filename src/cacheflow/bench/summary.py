@@ -242,8 +242,12 @@ def _console_cells(policy: RestoreSummary, metric: Metric) -> dict[str, str]:
     }
 
 
-def sweep_markdown(summaries: Sequence[SettingSummary]) -> str:
+def sweep_markdown(summaries: Sequence[SettingSummary], *, policies: Sequence[str] | None = None) -> str:
     """One Markdown table: a row a policy, a column a load/compute ratio, the bound below.
+
+    Args:
+        summaries: Settings that differ in the ratio alone.
+        policies: The rows; None: every policy that ran.
 
     Raises:
         ValueError: No settings, or two with the same ratio: they must differ in the ratio alone.
@@ -251,7 +255,7 @@ def sweep_markdown(summaries: Sequence[SettingSummary]) -> str:
     ratios = [summary.setting.load_compute_ratio for summary in summaries]
     if not ratios or len(set(ratios)) != len(ratios):
         raise ValueError(f"one setting for each load/compute ratio is needed, got ratios {ratios}")
-    names = list(dict.fromkeys(policy.policy for summary in summaries for policy in summary.policies))
+    names = policies or list(dict.fromkeys(policy.policy for summary in summaries for policy in summary.policies))
     rows = [_markdown_row(name, [(each.of(name), each.metric) for each in summaries]) for name in names]
     bounds = [NOTHING if each.bound_s is None else f"*{seconds(each.bound_s)}*" for each in summaries]
     heads = ["load time / compute time", *(f"{ratio:g}" for ratio in ratios)]

@@ -42,7 +42,7 @@ class CopyLane:
         """Device memory of this stream's own pool.
 
         Memory of the compute stream's pool may still be read by kernels queued there when it is handed out again; that
-        stream's kernels order themselves behind them, a copy on this one would not.
+        stream's kernels run after them, a copy on this one would not.
         """
         with torch.cuda.stream(self._stream):
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)

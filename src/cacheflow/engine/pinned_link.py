@@ -1,4 +1,4 @@
-"""A prefix in (pinned) host memory behind a paced link: the transfer port of the GPU benchmark, without any store.
+"""A prefix in (pinned) host memory, read through a paced link: the GPU benchmark's transfer port, without any store.
 
 Provides ``restore.ports.TransferPort`` by structure. Needs torch and numpy only. On ``device="cpu"`` the link is a
 numpy copy, so that the whole path runs without a GPU.

@@ -48,7 +48,7 @@ class TokenSampler:
     """Chooses tokens one after another; holds the generator's state, so use one per generation."""
 
     def __init__(self, sampling: Sampling | None = None) -> None:
-        """Greedy unless told otherwise."""
+        """Greedy by default."""
         self._how = sampling or Sampling()
         self._generator = torch.Generator().manual_seed(self._how.seed)
 
@@ -77,7 +77,7 @@ def generate(  # noqa: PLR0913 -- a loop's inputs, keyword-only
 
     Args:
         runner: The model.
-        kv: Holds tokens ``[0, position)``; decoded tokens are written behind them.
+        kv: Holds tokens ``[0, position)``; decoded tokens are written after them.
         logits: ``[V]`` of the last prompt token.
         position: Where the first new token goes.
         max_new_tokens: At most this many, at least one.

@@ -86,7 +86,7 @@ def _convert(source: Path, target: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Newer transformers leave GGUF weights packed unless told otherwise; older ones know no GgufConfig and unpack.
+    # Newer transformers leave GGUF weights packed by default; older ones know no GgufConfig and unpack.
     gguf_config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     folder, name = str(source.parent), source.name

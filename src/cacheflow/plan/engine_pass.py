@@ -39,7 +39,7 @@ class EnginePass:
             raise ProfileError(f"engine pass: saved_s is {self.saved_s}, must be 0 or more and finite")
 
     def saves_s(self, num_tokens: int) -> float:
-        """Seconds by which consecutive tokens are through sooner in passes than in chunks."""
+        """Seconds by which consecutive tokens end sooner in passes than in chunks."""
         num_chunks, num_passes = -(-num_tokens // self.chunk_tokens), -(-num_tokens // self.pass_tokens)
         return max(0, num_chunks - num_passes) * self.saved_s
 

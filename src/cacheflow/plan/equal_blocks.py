@@ -2,7 +2,7 @@
 
 A column then costs ``v`` (keys and values) for its first level and ``c`` for each further one, with ``v`` and ``c``
 rising along the prefix, and every level spares the link the same bytes. So for any number of recomputed cells the
-cheapest ones are a staircase: whole columns from the head, behind them one level each where ``v`` is below ``c``. The
+cheapest ones are a staircase: whole columns from the head, after them one level each where ``v`` is below ``c``. The
 best number is where compute and the link meet. A shorter last chunk spares fewer bytes; it is tried at every level.
 
 Shapes: ``K`` chunks, ``B`` layer blocks, ``N`` chunks of full size.

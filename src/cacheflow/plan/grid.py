@@ -62,7 +62,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Chunk boundaries of a prefix (and of the suffix behind it) by layer blocks.
+    """Chunk boundaries of a prefix (and of the suffix after it) by layer blocks.
 
     Attributes:
         chunk_ends: Token position at which each prefix chunk ends, ascending; the first chunk starts at ``start``.
@@ -121,7 +121,7 @@ class Grid:
 
     @property
     def suffix_tokens(self) -> int:
-        """New tokens behind the prefix."""
+        """New tokens after the prefix."""
         return self.suffix_ends[-1] - self.num_tokens if self.suffix_ends else 0
 
     def chunk_range(self, chunk: int) -> tuple[int, int]:

@@ -80,15 +80,15 @@ def _best_swap(
 ) -> tuple[Levels, Levels, float, float] | None:
     """Chunks to raise and to lower by one (each empty or one), and the new ends; None without a gain."""
     before = np.concatenate(([problem.num_blocks], levels[:-1]))
-    behind = np.append(levels[1:], 0)
-    adds, drops = np.flatnonzero(levels < before), np.flatnonzero(levels > behind)
+    after = np.append(levels[1:], 0)
+    adds, drops = np.flatnonzero(levels < before), np.flatnonzero(levels > after)
     add_compute, add_load = problem.compute_KB[adds, levels[adds]], problem.load_KB[adds, levels[adds]]
     drop_compute, drop_load = problem.compute_KB[drops, levels[drops] - 1], problem.load_KB[drops, levels[drops] - 1]
     # Row and column 0 stand for "none".
     compute = compute_end_s + np.concatenate(([0.0], add_compute))[:, None] - np.concatenate(([0.0], drop_compute))
     load = load_end_s - np.concatenate(([0.0], add_load))[:, None] + np.concatenate(([0.0], drop_load))
     ends = np.maximum(compute, load)
-    # Raising the chunk that is lowered, or the one behind it, need not leave a staircase.
+    # Raising the chunk that is lowered, or the one after it, need not leave a staircase.
     distance = adds[:, None] - drops
     ends[1:, 1:][(distance == 0) | (distance == 1)] = np.inf
     row, column = np.unravel_index(int(ends.argmin()), ends.shape)

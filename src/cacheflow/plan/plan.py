@@ -1,7 +1,7 @@
 """What a policy hands to the state machine: two sequences over the grid and the rules for meeting.
 
 A plan is a hint. Compute claims the next open tile of ``compute_sequence``, I/O the next of ``load_sequence``; where
-both hold the same cells, whoever comes first takes them.
+both hold the same cells, the side that comes first takes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Share(Enum):
     """How the tile in which the two pointers meet changes hands."""
 
     NONE = "none"
-    """A tile belongs whole to whoever claims it first (Cake)."""
+    """A tile belongs whole to the side that claims it first (Cake)."""
     LAYERS = "layers"
     """Compute climbs a tile from its bottom block while I/O comes down from its top block."""
 
@@ -94,7 +94,7 @@ class RestorePlan:
         share: How tiles that stand in both orders change hands.
         suffix_start: When the new tokens may start.
         balance_suffix: Live rule of the ``cacheflow`` policy: stop recomputing when the rest of the load would end
-            with the suffix, and load bottom-up what the suffix will climb behind.
+            with the suffix, and load bottom-up, so that the suffix can climb after it.
         kv_only_top: Recompute the topmost cell of a column for keys and values only.
         bottom_row_by_compute: Let compute restore the bottom block of every chunk, for keys and values only, where
             the link is the slower side: it needs no cell below and no attention.

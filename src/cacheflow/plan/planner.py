@@ -39,7 +39,7 @@ class PlannedLevels:
 
     Attributes:
         levels_K: Bottom blocks recomputed in each chunk, never increasing along the prefix.
-        predicted: Its times; ``ttft_s`` is what the suffix could reach behind the load for the TTFT objective, and
+        predicted: Its times; ``ttft_s`` is what the suffix could reach after the load for the TTFT objective, and
             the suffix after the restoration otherwise.
         optimal: No staircase has a smaller objective (to within rounding).
         gap: The objective is at most ``(1 + gap)`` times the optimum; 0 when optimal.
@@ -63,7 +63,7 @@ def plan_levels(
     Args:
         problem: What the restoration costs.
         objective: ``RESTORE`` minimises ``max(compute, load)``, ``TTFT`` the time to first token with the suffix
-            behind the load: ``max(compute + suffix, load + the top block's suffix and head)``.
+            after the load: ``max(compute + suffix, load + the top block's suffix and head)``.
         kv_only_top: Count the topmost recomputed cell of each chunk for its keys and values only.
         exact_cells: Search grids of up to this many cells exactly where the closed form does not hold (at most
             seconds; the default keeps to about a millisecond).

@@ -1,4 +1,4 @@
-"""One restoration as numbers: the grid, what each cell costs either way, and the suffix behind it.
+"""One restoration as numbers: the grid, what each cell costs either way, and the suffix after it.
 
 Everything that plans, claims or bounds a restoration reads this one value; nothing here measures.
 Shapes: ``K`` prefix chunks, ``B`` layer blocks.

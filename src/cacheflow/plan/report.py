@@ -1,4 +1,4 @@
-"""What was decided and what came of it, as data: the record behind every metric, table and timeline picture."""
+"""What was decided and what came of it, as data; metrics, tables and timeline pictures are made of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Whether a later pipeline stage is restored sooner from stored boundary states or from what is handed over.
 
 Stored states take the link from the keys and values. What is handed over costs the link nothing, but a stage gets each
-chunk only once the one below is through with it, and none that it does not recompute whole. Which is dearer depends on
+chunk only once the one below has ended it, and none that it does not recompute whole. Which is dearer depends on
 the model (with grouped-query attention the states are as large as several layers' keys and values), on the number of
 chunks, and on the link. One pass over the chunks per stage: cheap enough to be asked for every request.
 Shapes: ``K`` chunks.

@@ -115,7 +115,7 @@ def stage_problems(
         problem: Of one layer a block.
         shape: The model.
         layout: Stages, ranks, links.
-        later: Where the stages behind the first take their activations from.
+        later: Where the later stages take their activations from.
 
     Raises:
         ConfigError: The grid's blocks are not the model's layers, or the layout does not fit the model.
@@ -166,7 +166,7 @@ def rank_problem(problem: RestoreProblem, shape: ModelShape, layout: RankLayout)
 
 
 def suffix_through_s(stages: tuple[StageProblem, ...], num_suffix_chunks: int) -> float:
-    """Seconds the new tokens take through all stages, chunk behind chunk, each stage one chunk at a time.
+    """Seconds the new tokens take through all stages, chunk after chunk, each stage one chunk at a time.
 
     Chunks count as equally long; the slowest stage works without a pause, the others once around it.
     """

@@ -91,7 +91,7 @@ def compute_tiles(levels_K: Sequence[int] | Levels) -> tuple[Tile, ...]:
 def upper_tiles(levels_K: Sequence[int] | Levels, num_blocks: int) -> tuple[Tile, ...]:
     """The cells above the staircase as one tile a chunk, head chunk first.
 
-    Behind ``compute_tiles`` in one order they complete the grid, and every prefix is still a staircase.
+    After ``compute_tiles`` in one sequence they complete the grid, and every prefix is still a staircase.
     """
     return tuple(
         Tile(chunk, chunk + 1, int(level), num_blocks) for chunk, level in enumerate(levels_K) if level < num_blocks

@@ -1,7 +1,7 @@
 """Whether measured chunk times can be believed: rounds agree, and a chunk never gets cheaper with what is before it.
 
-On a machine that does other work they do neither, and the process gets little of a processor. Pure: whoever measures
-passes in what was timed. A little work that disturbs every round alike cannot be seen this way.
+On a machine that does other work they do neither, and the process gets little of a processor. Pure: the caller
+measures and passes in what was timed. A little work that disturbs every round alike cannot be seen this way.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Objective(Enum):
     RESTORE = "restore"
     """When the last prefix cell is there."""
     TTFT = "ttft"
-    """When the first token is there, the suffix climbing behind the load."""
+    """When the first token is there, the suffix climbing after the load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
-"""Ours: recompute from the head, load from the tail, share the meeting chunk by layers, let the suffix climb behind.
+"""Ours: recompute from the head, load from the tail, share the meeting chunk by layers, let the suffix climb after.
 
 The planned staircase is a hint. Where a split by tokens is as good, compute simply takes the columns in order and the
 link takes them in reverse, so that the meeting point can move freely. Where a wider staircase is clearly better, its
 cells come first in compute's order and last in the link's. The never-slower guard compares the hybrid with recompute
-and load on equal terms (keys and values only in the top row, suffix behind the load) and states its choice.
+and load on equal terms (keys and values only in the top row, suffix after the load) and states its choice.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from cacheflow.policies.predict import meet
 
 
 class Cake:
-    """A chunk belongs whole to whoever takes it first, in full; the suffix follows the restoration."""
+    """A chunk belongs whole to the side that takes it first, in full; the suffix follows the restoration."""
 
     name: ClassVar[str] = "cake"
 

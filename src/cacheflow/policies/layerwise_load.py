@@ -1,4 +1,4 @@
-"""Load layer by layer while the suffix climbs behind: SGLang HiCache."""
+"""Load layer by layer while the suffix climbs after it: SGLang HiCache."""
 
 from __future__ import annotations
 

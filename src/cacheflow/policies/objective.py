@@ -3,7 +3,7 @@
 Candidates are orders: shortest left first, oldest first, longest first, as many in time as can be. A pipeline of two
 resources predicts each request's end under every candidate, and the best by the objective wins. Both resources take the
 requests in the same order: with two orders every request is half done for long. In simulations of mixed batches,
-leaving the short ones to compute and the link to the long ones raised the mean by 2 to 30 % and brought the last end
+leaving the short ones to compute and the link to the long ones raised the mean by 2 to 30 % and moved the last end
 forward by 3 % at most.
 """
 
@@ -21,7 +21,7 @@ from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.base import RestorePolicy
 
 MAX_COMPARED = 16
-"""Requests, the first of each order, over which candidates are compared; who stands behind is not served yet."""
+"""Requests, the first of each order, over which candidates are compared; later ones are not served yet."""
 MAX_SWAPPED = 8
 """Requests, the first of the best order, that are swapped with their neighbours where that is better still."""
 TIE_WEIGHT = 0.01
@@ -90,7 +90,7 @@ def _ends(order: Sequence[WaitingRequest]) -> _Ends:
 
 
 def _swapped(order: Sequence[WaitingRequest], score: Callable[[_Ends], float]) -> Sequence[WaitingRequest]:
-    """The order after one pass of swaps of neighbours, from behind, each kept where the score says so."""
+    """The order after one pass of swaps of neighbours, from the end, each kept where the score says so."""
     head, tail = list(order[:MAX_SWAPPED]), order[MAX_SWAPPED:]
     best = score(_ends(head))
     for index in range(len(head) - 1, 0, -1):

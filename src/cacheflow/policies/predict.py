@@ -1,7 +1,7 @@
 """Closed simulations of how a plan runs when every cost is as expected.
 
 ``after_restore`` for a fixed split, ``meet`` for two pointers that take whole tiles, ``climb`` for a suffix that runs
-block by block behind the load. Shapes: ``K`` chunks, ``B`` layer blocks.
+block by block after the load. Shapes: ``K`` chunks, ``B`` layer blocks.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def meet(problem: RestoreProblem, compute_tile_s: Seconds, tile_bytes: Seconds) 
 def climb(
     problem: RestoreProblem, levels_K: Levels, *, kv_only_top: bool = True, interference: float = 1.0
 ) -> Prediction:
-    """A staircase recomputed, the rest loaded, and the suffix climbing block by block behind both.
+    """A staircase recomputed, the rest loaded, and the suffix climbing block by block after both.
 
     The link takes chunks from the tail, and for the last stretch, about as long as the suffix, bottom rows first; all
     of it bottom rows first when nothing is recomputed (SGLang HiCache).
@@ -123,7 +123,7 @@ def _left_after(bytes_KB: Levels, tail_bytes: float) -> Seconds:
     """Bytes of each block that are left once ``tail_bytes`` were loaded: tail chunk first, top block first."""
     bytes_K = bytes_KB.sum(axis=1)
     behind_K = bytes_K.sum() - bytes_K.cumsum()
-    # The chunk in which the tail's bytes run out; everything behind it is loaded.
+    # The chunk in which the tail's bytes run out; everything after it is loaded.
     chunk = int(np.flatnonzero(behind_K <= tail_bytes)[0])
     left_B: Seconds = bytes_KB[:chunk].sum(axis=0).astype(np.float64)
     cells_B = bytes_KB[chunk].astype(np.float64)

@@ -49,7 +49,7 @@ class PipelineWork:
 
     @property
     def cancel(self) -> bool:
-        """Whether a stage was told to give up."""
+        """Whether a stage's workers were sent the end of it."""
         return any(each.cancel for each in self.by_stage)
 
 
@@ -57,7 +57,7 @@ class PipelineRestoration:
     """One restoration of all stages; with one stage it does what a ``StageRestoration`` does.
 
     Attributes:
-        target: What the workers of every stage were told of the restoration.
+        target: What the workers of every stage were sent about the restoration.
         stages: The restoration of each stage, bottom stage first; to be asked, not driven.
     """
 
@@ -124,12 +124,12 @@ class PipelineRestoration:
 
     @property
     def giving_up(self) -> bool:
-        """Whether it was cancelled or has failed: what it brought may be overwritten soon."""
+        """Whether it was cancelled or has failed: what it restored may be overwritten soon."""
         return any(stage.giving_up for stage in self.stages)
 
     @property
     def closing(self) -> bool:
-        """Whether the workers of every stage were told to end it, well or not."""
+        """Whether the workers of every stage were sent its end, well or not."""
         return all(stage.closing for stage in self.stages)
 
     @property
@@ -162,7 +162,7 @@ class PipelineRestoration:
         return min(stage.resident_tokens() for stage in self.stages)
 
     def cancel(self) -> None:
-        """Give the restoration up; the next work tells the workers, unless they were told to finish."""
+        """Give the restoration up; the next work tells the workers, unless they were sent the finish."""
         for stage in self.stages:
             stage.cancel()
 

@@ -162,7 +162,7 @@ class Reads(Generic[T]):
             self._changed.wait_for(lambda: not any(read.placing for read in concerned))
 
     def close(self, *, wait: bool) -> None:
-        """End the I/O thread and give every read up; owners are told nothing.
+        """End the I/O thread and give every read up; owners are not notified.
 
         Args:
             wait: Return only once no store touches a buffer any more; without it a store that hangs holds up nobody.

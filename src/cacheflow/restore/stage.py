@@ -42,13 +42,13 @@ right; where compute takes twice as long as planned and reports come late, all a
 
 
 class Phase(Enum):
-    """How far the workers are with a restoration, as far as they were told."""
+    """How far the workers are with a restoration, by what was sent to them."""
 
     RESTORING = "restoring"
     FINISHING = "finishing"
-    """They were told to finish: every cell is resident once their work is done."""
+    """They were sent the finish: every cell is resident once their work is done."""
     CANCELLING = "cancelling"
-    """They were told to give everything up."""
+    """They were sent the end: everything is given up."""
     DONE = "done"
     """Every rank has reported it finished: nothing of it touches the KV cache any more."""
 
@@ -65,7 +65,7 @@ class StageRestoration:
     """Turns one stage's state machine into work, and reports back into its state.
 
     Attributes:
-        target: What the workers were told of the restoration.
+        target: What the workers were sent about the restoration.
         state: The state machine; to be asked, not driven.
         error: Why compute failed on a worker; empty when it did not.
         waiting: The last step's budget found nothing for compute to do.
@@ -136,7 +136,7 @@ class StageRestoration:
 
     @property
     def closing(self) -> bool:
-        """Whether the workers were told to end it, well or not."""
+        """Whether the workers were sent its end, well or not."""
         return self._phase is not Phase.RESTORING
 
     @property
@@ -181,7 +181,7 @@ class StageRestoration:
         return reached
 
     def cancel(self) -> None:
-        """Give the restoration up; the next work tells the workers, unless they were told to finish."""
+        """Give the restoration up; the next work tells the workers, unless they were sent the finish."""
         self._give_up(GivenUp.CANCELLED)
 
     def fail(self) -> None:

@@ -1,6 +1,6 @@
 """The worker's side of restorations that are decided elsewhere: carries out work over the two ports, and reports.
 
-Work comes once per engine step and is carried out strictly in sequence, so that whoever gave it may count what was
+Work comes once per engine step and is carried out strictly in sequence, so that the sender may count what was
 given earlier as done. Compute runs on the calling thread, reads on one I/O thread for all restorations.
 """
 

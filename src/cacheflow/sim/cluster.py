@@ -1,4 +1,4 @@
-"""A cluster: replicas behind a router, before one shared store; and the requests that come to it."""
+"""A cluster: a router, replicas, one shared store; and the requests that come to it."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class Cluster:
         num_ranks = self.config.layout.num_ranks
         return Resources(
             num_replicas=len(self.replicas),
-            ordered_busy_s=sum(each.gpu.ordered_busy_s for each in self.replicas),
+            given_busy_s=sum(each.gpu.given_busy_s for each in self.replicas),
             decode_busy_s=sum(each.gpu.decode_busy_s for each in self.replicas),
             store_busy_s=sum(each.store_link.busy_s for each in self.replicas),
             store_bytes=sum(each.store_link.moved_bytes for each in self.replicas) * num_ranks,

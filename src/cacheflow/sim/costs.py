@@ -1,4 +1,4 @@
-"""What the simulated GPU takes for what: three sources behind one protocol, each with its name.
+"""What the simulated GPU takes for what: three sources with one protocol, each with its name.
 
 Thousands of requests share the same aligned chunks, so each is priced once and then sliced. Shapes: ``K`` chunks,
 ``L`` layers, ``N`` kinds of layer.

@@ -29,7 +29,7 @@ class Compute(Protocol):
     """The compute resource: carries out one piece of work at a time, maybe with work of its own in between."""
 
     def acquire(self) -> bool:
-        """Whether work may start now; when it may not, whoever owns the resource says when it may."""
+        """Whether work may start now; when it may not, the owner of the resource says when it may."""
         ...
 
     def run(self, seconds: float, done: Callable[[], None]) -> None:
@@ -181,7 +181,7 @@ class VirtualDevice:
         return true_s(truth, claim)
 
     def claimed(self, request_id: int, claim: ComputeClaim) -> None:
-        """Compute begins a claim, or is through with the last one (``DONE``)."""
+        """Compute begins a claim, or has ended the last one (``DONE``)."""
 
     def computed(self, request_id: int, claim: ComputeClaim) -> None:
         """Compute has ended a claim."""

@@ -1,8 +1,8 @@
-"""A GPU that decodes beside what it is ordered to compute.
+"""A GPU that decodes beside what it is given to compute.
 
-One step decodes one token for every request that has its first. While there are orders (recomputed tiles, new tokens),
-a step follows at the latest after every ``budget_s`` seconds of them; without orders, steps follow each other and many
-are taken as one event, which an order cuts short at the end of the step under way. Steps and orders do not overlap:
+One step decodes one token for every request that has its first. While there is work (recomputed tiles, new tokens),
+a step follows at the latest after every ``budget_s`` seconds of it; without, steps follow each other and many
+are taken as one event, which new work cuts short at the end of the step under way. Steps and work do not overlap:
 an engine that runs both in one pass reads the weights once less.
 """
 
@@ -64,7 +64,7 @@ class Gpu:
     """One compute resource; see ``Compute``.
 
     Attributes:
-        ordered_busy_s: Seconds spent on orders.
+        given_busy_s: Seconds spent on that work.
         decode_busy_s: Seconds spent on decode steps.
         decoded_tokens: Tokens those gave.
     """
@@ -75,7 +75,7 @@ class Gpu:
         Args:
             loop: The virtual clock.
             step_s: What a decode step costs.
-            budget_s: Seconds of orders after which a decode step is due.
+            budget_s: Seconds of work after which a decode step is due.
             ended: Called with a request's name when it has all its tokens.
 
         Raises:
@@ -85,8 +85,8 @@ class Gpu:
             raise ConfigError(f"recompute_budget_s is {budget_s}, must be above 0")
         self._loop, self._step_s, self._budget_s, self._ended = loop, step_s, budget_s, ended
         self.wake: Callable[[], None] = lambda: None
-        """Called when decoding has made room for an order."""
-        self.ordered_busy_s = self.decode_busy_s = 0.0
+        """Called when decoding has made room for more work."""
+        self.given_busy_s = self.decode_busy_s = 0.0
         self.decoded_tokens = 0
         self._batch = DecodeBatch()
         self._since_step_s = 0.0
@@ -99,24 +99,24 @@ class Gpu:
         return len(self._batch)
 
     def decode(self, request_id: int, *, context_tokens: int, num_tokens: int) -> None:
-        """Give a request so many more tokens, 1 or more; call it between orders."""
+        """Give a request so many more tokens, 1 or more; call it between pieces of work."""
         self._batch.add(request_id, context_tokens=context_tokens, num_tokens=num_tokens)
 
     def acquire(self) -> bool:
-        """Whether an order may start now; otherwise ``wake`` is called at the end of the decode step under way."""
+        """Whether work may start now; otherwise ``wake`` is called at the end of the decode step under way."""
         if self._leap is not None:
             self._cut_short(self._leap)
         return self._leap is None and not self._ordered
 
     def run(self, seconds: float, done: Callable[[], None]) -> None:
-        """Carry out an order, decode steps in between as often as they are due, then call back."""
+        """Carry out work, decode steps in between as often as they are due, then call back."""
         self._ordered = True
         end_s = self._loop.now_s + seconds + self._steps_within(seconds)
-        self.ordered_busy_s += seconds
+        self.given_busy_s += seconds
         self._loop.at(end_s, lambda: self._end_order(done), priority=1)
 
     def leave(self) -> None:
-        """There is no order: decode until a request ends or an order comes."""
+        """There is no work: decode until a request ends or work comes."""
         if self._leap is not None or self._ordered or not self._batch:
             return
         num_steps = self._batch.steps_left
@@ -127,7 +127,7 @@ class Gpu:
         self._start_leap(_Leap(self._loop.now_s, num_steps, step_s))
 
     def _steps_within(self, seconds: float) -> float:
-        """Take the decode steps that fall due within an order; returns their seconds."""
+        """Take the decode steps that fall due within such work; returns their seconds."""
         start_s, spent_s, left_s = self._loop.now_s, 0.0, self._since_step_s + seconds
         worked_s = -self._since_step_s
         while self._batch and left_s >= self._budget_s:

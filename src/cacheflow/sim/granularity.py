@@ -117,7 +117,7 @@ def _chunk_starts(problem: RestoreProblem, groups: int, cut: int) -> list[int]:
 
 
 def _meeting_chunk(problem: RestoreProblem) -> int:
-    """Where compute from the head, new tokens behind it, and the link from the tail would end together."""
+    """Where compute from the head, new tokens after it, and the link from the tail would end together."""
     compute_K = problem.compute_KB.sum(axis=1).cumsum() + problem.suffix_s
     link_K = problem.load_bytes_KB.sum(axis=1)[::-1].cumsum()[::-1] / problem.link.bytes_per_s
     met = np.flatnonzero(compute_K >= link_K)

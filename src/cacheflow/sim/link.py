@@ -1,6 +1,6 @@
 """A link: serves reads one after the other, each after its latency, which overlaps with the reads before it.
 
-Several links may stand behind one shared one (a store's own bandwidth). It serves their reads in the order in which
+Several links may share a further one (a store's own bandwidth). It serves their reads in the order in which
 they were asked for, each at its full rate; as every device keeps few reads in flight, that is fair to within as many.
 """
 

@@ -44,7 +44,7 @@ class System:
         grain_of: How coarse a grid of its restorations may be.
         about: One line for people.
         order: Whom it serves first, for people and records.
-        in_plugin: It restores inside vLLM as our plugin does, which orders restorations alone; see ``sim.plugin``.
+        in_plugin: It restores inside vLLM as our plugin does, which ranks restorations alone; see ``sim.plugin``.
         prefills: Restores nothing: the engine prefills what is not in GPU memory, in passes of its own.
         boundary_states: Its pipeline stages read stored boundary states where that is sooner.
     """
@@ -73,7 +73,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType({
     ),
     "hicache": System(
         restore="layerwise_load", batch="fcfs", grain_of=lambda _: ROWS,
-        about="loads layer by layer, new tokens behind it",
+        about="loads layer by layer, new tokens after it",
     ),
     "cake": System(restore="cake", batch="fcfs", grain_of=lambda _: COLUMNS, about="chunks from both ends"),
     "cacheflow_v1": System(
@@ -90,7 +90,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType({
     ),
     EMBEDDED: System(
         restore="cacheflow", batch=None, grain_of=lambda _: CELLS, boundary_states=True,
-        about="ours, the embedded engine: chunks shared by layers, new tokens climbing behind the load",
+        about="ours, the embedded engine: chunks shared by layers, new tokens climbing after the load",
         order="all work by objective, new prompts too",
     ),
 })  # fmt: skip
@@ -125,7 +125,7 @@ class SimPolicy:
         """Whether a request is restored not at all; it is planned for that only where its own prefill comes close."""
         if self.prefills or problem.prefill_s is None:
             return self.prefills
-        # New tokens that climb behind the load are compute's share of the same time; after the restoration they add.
+        # New tokens that climb after the load are compute's share of the same time; after the restoration they add.
         beside_s = 0.0 if self.in_plugin else problem.suffix_s
         hybrid_s = together_s(compute_s=problem.recompute_s, load_s=problem.load_s, suffix_s=beside_s)
         if self.in_plugin:

@@ -1,7 +1,7 @@
 """A replica of several GPUs, seen from the rank that everyone waits for.
 
 Tensor-parallel ranks do the same at the same time. Stages restore side by side and are equal but for a layer, so the
-largest one behind the first stands for all: its compute resource, its link, its state machine. What the other stages
+largest one after the first stands for all: its compute resource, its link, its state machine. What the other stages
 add to a first token is the time the new tokens take in them, one after the other. Decoding passes all stages and
 keeps each waiting meanwhile. What collectives cost is not counted.
 """
@@ -71,7 +71,7 @@ class RankCosts:
 
 
 def _slowest(stages: tuple[StageProblem, ...]) -> StageProblem:
-    """The largest stage, one behind the first where there are several."""
+    """The largest stage, one after the first where there are several."""
     return max(stages[1:] or stages, key=lambda stage: stage.problem.grid.num_blocks)
 
 

@@ -94,7 +94,7 @@ class _Running:
 
 
 class Replica:
-    """One engine; told of requests, tells when they are served.
+    """One engine: takes requests and reports when they are served.
 
     Attributes:
         gpu: Its compute resource.

@@ -102,7 +102,7 @@ class Resources:
 
     Attributes:
         num_replicas: GPUs, and as many store links.
-        ordered_busy_s: GPU seconds on restoring and prefilling.
+        given_busy_s: GPU seconds on restoring and prefilling.
         decode_busy_s: GPU seconds on decoding.
         store_busy_s: Seconds of store links.
         store_bytes: Bytes they moved.
@@ -110,7 +110,7 @@ class Resources:
     """
 
     num_replicas: int
-    ordered_busy_s: float
+    given_busy_s: float
     decode_busy_s: float
     store_busy_s: float
     store_bytes: int
@@ -181,8 +181,8 @@ class Tally:
             ttlt_p99_s=self._ttlt.percentile_s(99.0),
             goodput_per_s=self._in_time / simulated_s,
             in_time_share=self._in_time / len(self),
-            compute_busy=(resources.ordered_busy_s + resources.decode_busy_s) / device_s,
-            restore_prefill_busy=resources.ordered_busy_s / device_s,
+            compute_busy=(resources.given_busy_s + resources.decode_busy_s) / device_s,
+            restore_prefill_busy=resources.given_busy_s / device_s,
             link_busy=resources.store_busy_s / device_s,
             store_bytes=resources.store_bytes,
             host_bytes=resources.host_bytes,

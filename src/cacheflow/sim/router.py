@@ -11,7 +11,7 @@ from cacheflow.workloads.request import TraceRequest
 
 
 class Router(Protocol):
-    """Chooses a replica, and is told what replicas hold and have to do."""
+    """Chooses a replica, and is informed of what replicas hold and have to do."""
 
     def choose(self, request: TraceRequest) -> int:
         """Index of the replica that gets a request; counts the request as its work."""

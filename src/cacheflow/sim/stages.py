@@ -95,7 +95,7 @@ def run_stages(
     Args:
         stages: Bottom stage first, at least one chunk each; on a shared link each with its even share of it.
         plans: Of each stage.
-        num_suffix_chunks: Chunks of new tokens behind the restoration.
+        num_suffix_chunks: Chunks of new tokens after the restoration.
         shared_link: The links are shares of one that serves reads as they come.
         hand_over: How stages without stored boundaries get at activations.
     """

@@ -221,7 +221,7 @@ class RestoreState:
         return wanted
 
     def _wants(self, cell: Cell) -> bool:
-        """Whether a cell that was read is still of use: compute is neither at it nor through with it."""
+        """Whether a cell that was read is still of use: compute has not begun it."""
         if self._starts_over(cell):
             return False
         return self._board.state(*cell) in (CellState.LOADING, CellState.OPEN)

@@ -82,7 +82,7 @@ class PutRequest:
 
     Attributes:
         key: The object.
-        buffers: Its payload in parts, stored one behind the other.
+        buffers: Its payload in parts, stored one after the other.
         shape: Shape of the tensor, for people and tools; at most 8 dimensions.
         dtype: Name of its dtype, at most 16 ASCII characters.
         replace: Overwrite an existing object; for ``ObjectKind.NEXT`` and ``IDENTITY``, since the others never change.

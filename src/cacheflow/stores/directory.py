@@ -92,7 +92,7 @@ class RecordDirectory:
             sync: Flush the record to the disk before it becomes visible.
 
         Raises:
-            OSError: The disk is full (see ``is_full``) or failing; nothing is left behind and nothing changed under
+            OSError: The disk is full (see ``is_full``) or failing; nothing of it remains and nothing changed under
                 ``name``.
         """
         staged = Path(f"{self._staging}/{os.getpid()}-{uuid.uuid4().hex}")
@@ -199,7 +199,7 @@ class RecordDirectory:
         return algorithm
 
     def remove_stale_staging(self) -> None:
-        """Remove what dead writers left behind."""
+        """Remove what dead writers left."""
         oldest_s = time.time() - STALE_STAGING_S
         for entry in _entries(self._staging):
             status = _status(entry)

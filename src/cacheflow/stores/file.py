@@ -49,10 +49,10 @@ class FileStore(BoundedStore):
     within a minute, as the files' modification times.
 
     A disk, or a quota, that is full before the capacity is used lowers the bound to 15/16 of what fits: what records
-    hold, whoever wrote them, and what is free. The record that found no room is written again after the least recently
-    used objects made room for it, and is ``FULL`` if too little can be evicted. From then on the bound is measured anew
-    once a minute, by the next write, up to the capacity and down again: it follows what others do with the disk. Where
-    a quota that the file system does not tell ends the room, one write a minute finds that out again.
+    hold, whichever process wrote them, and what is free. The record that found no room is written again after the
+    least recently used objects made room for it, and is ``FULL`` if too little can be evicted. From then on the bound
+    is measured anew once a minute, by the next write, up to the capacity and down again: it follows what others do with
+    the disk. Where a quota that the file system does not show ends the room, one write a minute finds that out again.
 
     A put is written aside, flushed, and renamed: a crash leaves a whole record or none. With ``fsync=False`` it is
     not flushed; then a power failure (not a crash of the process) may leave damaged records, which read as

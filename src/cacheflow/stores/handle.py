@@ -154,7 +154,7 @@ class OperationHandle(Generic[O]):
             return True
 
     def finish(self, index: int, outcome: O) -> None:
-        """A worker is through with an item it began and no longer touches its buffer."""
+        """A worker has ended an item it began and no longer touches its buffer."""
         with self._condition:
             self._num_running -= 1
             now_s = self._expire()

@@ -1,6 +1,6 @@
 """What wrappers around a store share: handles that hold outcomes back, and the methods that only pass through.
 
-No wrapper has threads of its own: whoever waits for an outcome sleeps until it may be known.
+No wrapper has threads of its own: the thread that waits for an outcome sleeps until it may be known.
 """
 
 from __future__ import annotations

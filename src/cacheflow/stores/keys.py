@@ -1,6 +1,6 @@
 """What a stored piece of a prefix is called: namespace, chain hash, kind, layers, shard.
 
-Two keys are equal only if the bytes behind them are interchangeable. The *namespace* stands for everything that
+Two keys are equal only if the bytes they name are interchangeable. The *namespace* stands for everything that
 changes the numbers (weights, dtype, layout, chunk size), the *chain hash* for the tokens up to the end of a chunk and
 for the tenant, the rest for which part of the model's cache it is.
 

@@ -74,8 +74,8 @@ class _Line:
 class LinkSchedule:
     """A link that serves one transfer at a time, by priority and then in the order of submission.
 
-    A transfer that starts at once on an idle link is done at ``now + bytes / bandwidth``; one behind others at the
-    end of theirs plus its own. So the link is busy whenever something is queued, however late its users wake up.
+    A transfer that starts at once on an idle link is done at ``now + bytes / bandwidth``; one queued after others at
+    the end of theirs plus its own. So the link is busy whenever something is queued, however late its users wake up.
     Not thread-safe; times passed in never decrease.
     """
 

@@ -1,7 +1,7 @@
 """Which chunks of a prompt does a store hold?
 
 Chunks end where the save ended them: every ``chunk_tokens`` from where the last one ended, except that a turn may end
-with a partial chunk, behind which the next turn's chunks start. Full chunks are found by hashing; for partial ones a
+with a partial chunk, after which the next turn's chunks start. Full chunks are found by hashing; for partial ones a
 small ``NEXT`` object at the chain hash before them lists the lengths that were saved.
 
 ``NEXT`` objects are the only ones that change. They are hints: a lost update is a missed hit, a stale one a probe in
@@ -27,7 +27,7 @@ MAX_NOTED = 8
 """Partial lengths kept per position, the most recent ones."""
 
 PROBE_CHUNKS = 64
-"""Full chunks asked for in one ``contains`` call; bounds what is hashed and asked in vain behind a divergence."""
+"""Full chunks asked for in one ``contains`` call; bounds what is hashed and asked without use after a divergence."""
 
 RequiredKeys = Callable[[bytes], Sequence[ObjectKey]]
 """From the chain hash at the end of a chunk to every object a restoration of that chunk needs."""
@@ -56,7 +56,7 @@ class PrefixMatch:
 def note_boundary(
     store: Store, namespace: Namespace, parent_hash: bytes, num_tokens: int, *, timeout_s: float = 1.0
 ) -> bool:
-    """Note that a partial chunk of ``num_tokens`` was saved behind ``parent_hash``; to be called after its objects.
+    """Note that a partial chunk of ``num_tokens`` was saved after ``parent_hash``; to be called after its objects.
 
     Best effort: of two updates at the same time one may be lost. Blocks the caller.
 
@@ -160,12 +160,12 @@ class _Search:
     timed_out: bool = False
 
     def full_chunks(self, start: int, parent: bytes) -> list[tuple[int, bytes]]:
-        """``(end, chain hash)`` of the leading full chunks behind ``start``, as far as one question reaches."""
+        """``(end, chain hash)`` of the leading full chunks after ``start``, as far as one question reaches."""
         num_chunks = min((len(self.tokens) - start) // self.chunk_tokens, PROBE_CHUNKS)
         return self._leading(start, parent, [self.chunk_tokens * (1 + index) for index in range(num_chunks)])
 
     def partial_chunk(self, start: int, parent: bytes) -> list[tuple[int, bytes]]:
-        """``(end, chain hash)`` of the longest noted chunk behind ``start`` that is there, or nothing."""
+        """``(end, chain hash)`` of the longest noted chunk after ``start`` that is there, or nothing."""
         room = len(self.tokens) - start
         key = next_key(self.namespace.digest, parent)
         if room < 1 or self._is_over() or not self.store.contains([key])[0]:

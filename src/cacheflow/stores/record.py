@@ -1,7 +1,7 @@
 r"""The record every store keeps: a header of 4,096 bytes, then the payload.
 
 The header names the key it was written for and carries a checksum of the payload and one of itself, so that a
-truncated, flipped or swapped record is recognised by whoever reads it. Integers are little-endian::
+truncated, flipped or swapped record is recognised by its reader. Integers are little-endian::
 
     offset  bytes
          0      8  magic ``CFLWREC\0``

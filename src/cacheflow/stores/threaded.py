@@ -201,7 +201,7 @@ class ThreadedStore(Store):
         return handle
 
     def close(self) -> None:
-        """See ``Store.close``; a thread hung in the backend is left behind after 5 s, with a warning."""
+        """See ``Store.close``; a thread hung in the backend is abandoned after 5 s, with a warning."""
         with self._queue_changed:
             was_closed, self._closed = self._closed, True
             abandoned, self._queue = self._queue, []

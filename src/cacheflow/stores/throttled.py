@@ -1,4 +1,4 @@
-"""A store behind a slow link: real bytes, delivered on the schedule of the link asked for."""
+"""A store read through a slow link: real bytes, delivered on the schedule of the link asked for."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ThrottledStore(WrapperStore):
     """A link of a given bandwidth, shared by all reads of a store.
 
     The inner store reads and copies at its own speed; an outcome becomes known when the link would have delivered
-    its payload: transfers pass one at a time, by priority and then in the order of submission, each behind the end
+    its payload: transfers pass one at a time, by priority and then in the order of submission, each after the end
     of the last, plus a latency that overlaps with other transfers. Ends are points of an absolute schedule, so with
     two reads or more in flight the link is busy all the time and late wake-ups do not add up. Misses and failures
     cost the latency alone. ``contains``, ``pin`` and ``delete`` are not slowed down.

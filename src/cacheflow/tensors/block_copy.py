@@ -26,7 +26,7 @@ class HostCopies:
         self._layers = [view.view(_AS_BYTES[view.element_size()]).numpy() for view in views]
 
     def fence(self) -> None:
-        """Nothing to order: computation on the CPU is over when its call returns."""
+        """Nothing to wait for: computation on the CPU is over when its call returns."""
 
     def gather(self, layer_lo: int, layer_hi: int, ids: Ids, out: Payload) -> None:
         """Copy blocks ``ids`` of each layer into ``out``."""
@@ -70,7 +70,7 @@ class DeviceCopies:
         self._fence: torch.cuda.Event | None = None
 
     def fence(self) -> None:
-        """Order later copies behind what the calling thread's current stream has queued so far."""
+        """Make later copies wait for what the calling thread's current stream has queued so far."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         self._fence = event

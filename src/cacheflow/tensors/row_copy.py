@@ -42,7 +42,7 @@ class RowCopies(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
+class _CopiedRows:
     """Rows in host memory, complete once the event has passed; None: they are."""
 
     tensors: tuple[torch.Tensor, ...]
@@ -58,13 +58,13 @@ class _Rows:
 
 
 class HostRows:
-    """On the CPU the rows are there: whoever takes them looks at the tensors themselves."""
+    """On the CPU the rows are there: their taker looks at the tensors themselves."""
 
     immediate = True
 
     def copy_out(self, *tensors: torch.Tensor) -> RowsUnderWay:
         """See ``RowCopies.copy_out``."""
-        return _Rows(tensors)
+        return _CopiedRows(tensors)
 
 
 class DeviceRows:
@@ -93,7 +93,7 @@ class DeviceRows:
                 source.record_stream(self._stream)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
-        return _Rows(pinned, event)
+        return _CopiedRows(pinned, event)
 
 
 def row_copies(device: torch.device) -> RowCopies:

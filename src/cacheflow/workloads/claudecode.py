@@ -25,7 +25,7 @@ def read_claudecode_sessions(records: Iterator[Record], block_tokens: int) -> It
 
     Sessions follow one another on the clock, because nothing is known of the time between them. Sub-agents (a request
     that itself holds ``requests``) are turns of their session. The file names whole 64-token blocks only: the tokens
-    behind the last of them count as shared with nobody.
+    after the last of them count as shared with nobody.
 
     Raises:
         TraceError: A field is missing or wrong, or the hashes do not cover the input.

@@ -21,7 +21,7 @@ class SessionProfile:
         name: Opens the session ids.
         turns: Turns of a session; rounded, at least 1.
         common_tokens: Tokens every prompt of every session begins with (system prompt, tool definitions).
-        first_tokens: Tokens of a session's first prompt, behind the common ones.
+        first_tokens: Tokens of a session's first prompt, after the common ones.
         new_tokens: Tokens that each later turn adds (message, tool result), beside the previous answer.
         output_tokens: Tokens of an answer.
         delay_s: Think or tool time before a turn.

@@ -52,7 +52,7 @@ def generate_sessions(
         max_tokens: Longest prompt, where the profile's own limit is longer.
 
     Raises:
-        ConfigError: A count is less than 1, or ``max_tokens`` leaves nothing behind the profile's common tokens.
+        ConfigError: A count is less than 1, or ``max_tokens`` leaves nothing after the profile's common tokens.
     """
     for name, value in (("num_sessions", num_sessions), ("block_tokens", block_tokens), ("max_tokens", max_tokens)):
         if value is not None and value < 1:

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("torch")
 
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.vllm.scheduler.sharing import Sharing, Wanted, find_shared
+from cacheflow.vllm.scheduler.sharing import Following, Wanted, find_leader
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, tokens
 
 pytestmark = pytest.mark.torch
@@ -24,13 +24,13 @@ def target(*, start=0, num_chunks=8, changed_from=99, namespace="n"):
 def find(other, *, resident, start=0, num_chunks=4, namespace="n"):
     hashes = tuple(f"c{index}" for index in range(start // CHUNK, num_chunks))
     wanted = Wanted(start=start, namespace=namespace, chain_hashes=hashes)
-    return find_shared(wanted, [(other, lambda: resident)], chunk_tokens=CHUNK, block_size=BLOCK)
+    return find_leader(wanted, [(other, lambda: resident)], chunk_tokens=CHUNK, block_size=BLOCK)
 
 
 def test_the_shared_part_is_waited_for_and_copied_but_for_the_last_chunk_wanted():
-    assert find(target(), resident=2 * CHUNK).sharing is Sharing.WAIT
+    assert find(target(), resident=2 * CHUNK).following is Following.WAIT
     found = find(target(), resident=3 * CHUNK)
-    assert found.sharing is Sharing.COPY
+    assert found.following is Following.COPY
     assert found.end == 3 * CHUNK
     assert found.source_blocks == tuple(range(500, 500 + 3 * CHUNK // BLOCK))
 
@@ -42,18 +42,18 @@ def test_a_copy_starts_where_the_request_has_its_own():
 
 def test_texts_that_part_share_what_is_before():
     found = find(target(changed_from=2), resident=2 * CHUNK)
-    assert (found.sharing, found.end) == (Sharing.COPY, 2 * CHUNK)
-    assert find(target(changed_from=0), resident=8 * CHUNK).sharing is Sharing.NOTHING
+    assert (found.following, found.end) == (Following.COPY, 2 * CHUNK)
+    assert find(target(changed_from=0), resident=8 * CHUNK).following is Following.NOBODY
 
 
 def test_a_restoration_that_brings_nothing_else_is_waited_for():
-    assert find(target(num_chunks=4), resident=4 * CHUNK).sharing is Sharing.WAIT
-    assert find(target(num_chunks=2), resident=2 * CHUNK).sharing is Sharing.WAIT
+    assert find(target(num_chunks=4), resident=4 * CHUNK).following is Following.WAIT
+    assert find(target(num_chunks=2), resident=2 * CHUNK).following is Following.WAIT
 
 
 def test_another_namespace_or_a_later_start_shares_nothing():
-    assert find(target(namespace="other"), resident=8 * CHUNK).sharing is Sharing.NOTHING
-    assert find(target(start=CHUNK), resident=8 * CHUNK).sharing is Sharing.NOTHING
+    assert find(target(namespace="other"), resident=8 * CHUNK).following is Following.NOBODY
+    assert find(target(start=CHUNK), resident=8 * CHUNK).following is Following.NOBODY
 
 
 def test_a_short_request_does_not_wait_for_the_whole_of_a_long_one():

@@ -18,7 +18,7 @@ from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.lookup import StoreQuestion
 from cacheflow.vllm.scheduler.request_params import Mode, RequestParams
-from cacheflow.vllm.scheduler.sharing import Shared
+from cacheflow.vllm.scheduler.sharing import LeaderShare
 from cacheflow.vllm.scheduler.stage_planner import PlanSpan, StagePlan, StagePlanner
 
 STEP_OVERHEAD_S = 0.004
@@ -101,7 +101,7 @@ class Decider:
         """Layers of one row; in a compiled engine a row is a stage, and the largest decides."""
         return max(stage.facts.layers_per_block for stage in self.stages)
 
-    def after_copy(self, decision: Decision, shared: Shared) -> Decision:
+    def after_copy(self, decision: Decision, shared: LeaderShare) -> Decision:
         """The decision to copy what another restoration has restored already, and to restore only the rest."""
         began_s = self._clock()
         slowest = decision.slowest

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cacheflow.restore.pace import DecodeLatency
 from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
 
 IDLE_WAIT_S = 0.002
 """With nothing to compute and no request running, a worker waits this long for a read to end before the step ends."""
-DECAY = 0.8
-"""Weight that older steps keep in the estimate of a step's own time."""
 IDLE_CHUNK_SHARE = 0.25
 """Part of what a chunk takes that a step recomputes while no request runs: where chunks are slow, steps cost more as
 well. A request that arrives then waits less than it would for a step of vLLM's own prefill."""
 CHUNK_SHARE = 0.1
 """Part of what a chunk takes that a step may recompute while others decode, without ``recompute_budget_ms``."""
-HEADROOM = 0.85
-"""Part of what ``itl_slo_ms`` leaves beside the engine's own step that recomputation may use: steps vary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +38,12 @@ class StepBudget:
         return left_s if left_s >= self.unit_s else 0.0
 
 
-class Pace:
+class StepPace:
     """Sets the budget of each step from what recent steps took. Time is passed in."""
 
     def __init__(self, *, recompute_budget_ms: float | None, itl_slo_ms: float | None) -> None:
         self._budget_s = None if recompute_budget_ms is None else recompute_budget_ms * 1e-3
-        self._itl_s = None if itl_slo_ms is None else itl_slo_ms * 1e-3
-        self._own_step_s: float | None = None
+        self._latency = DecodeLatency(None if itl_slo_ms is None else itl_slo_ms * 1e-3)
         self._last_s: float | None = None
         self._computed_s = 0.0
 
@@ -71,20 +67,15 @@ class Pace:
             return StepBudget(compute_s=compute_s, unit_s=unit_s, read_ahead_s=read_ahead_s, wait_s=IDLE_WAIT_S)
         # At least a unit: more than a tenth of a chunk where layers are few, or all in one block (compiled).
         compute_s = max(CHUNK_SHARE * chunk_s if self._budget_s is None else self._budget_s, unit_s)
-        if self._itl_s is not None:
-            # Nothing before the engine's own step is known: the first one must keep within the bound too.
-            own_s = self._itl_s if self._own_step_s is None else self._own_step_s
-            compute_s = min(compute_s, max(0.0, HEADROOM * (self._itl_s - own_s)))
-            if compute_s < unit_s:
-                compute_s = 0.0
-        read_ahead_s = max(READ_AHEAD_S, 3 * ((self._own_step_s or 0.0) + compute_s))
+        compute_s = min(compute_s, self._latency.left_s)
+        if compute_s < unit_s:
+            compute_s = 0.0
+        read_ahead_s = max(READ_AHEAD_S, 3 * ((self._latency.round_s or 0.0) + compute_s))
         return StepBudget(compute_s=compute_s, unit_s=unit_s, read_ahead_s=read_ahead_s, wait_s=0.0)
 
     def _observe(self, now_s: float, *, busy: bool) -> None:
         """Learn from the time since the last step, without the recomputation in it."""
         if busy and self._last_s is not None:
-            own_s = max(0.0, now_s - self._last_s - self._computed_s)
-            before_s = own_s if self._own_step_s is None else self._own_step_s
-            self._own_step_s = DECAY * before_s + (1 - DECAY) * own_s
+            self._latency.note(max(0.0, now_s - self._last_s - self._computed_s))
         self._last_s = now_s if busy else None
         self._computed_s = 0.0

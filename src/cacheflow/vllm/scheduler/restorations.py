@@ -22,9 +22,9 @@ from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.decide import Decider, Decision
 from cacheflow.vllm.scheduler.explain import overlap, record_of
-from cacheflow.vllm.scheduler.pace import Pace, StepBudget
+from cacheflow.vllm.scheduler.pace import StepBudget, StepPace
 from cacheflow.vllm.scheduler.request import TrackedRequest
-from cacheflow.vllm.scheduler.sharing import NOTHING_SHARED, Shared, Wanted, find_shared
+from cacheflow.vllm.scheduler.sharing import NO_LEADER, LeaderShare, Wanted, find_leader
 from cacheflow.vllm.step import SaveWork, StepWork
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Restorations:
     ) -> None:
         self._options, self._decider, self._counts, self._clock = options, decider, counts, clock
         self._ranks_per_stage = ranks_per_stage
-        self._pace = Pace(recompute_budget_ms=options.recompute_budget_ms, itl_slo_ms=options.itl_slo_ms)
+        self._pace = StepPace(recompute_budget_ms=options.recompute_budget_ms, itl_slo_ms=options.itl_slo_ms)
         self._scheduler = BatchScheduler(
             make_batch_policy(options.objective, make_policy(options.policy)),
             decider.rates,
@@ -116,10 +116,10 @@ class Restorations:
         of_request = (each for each in self._active.values() if each.request_id == request_id and not each.abandoned)
         return next(of_request, None)
 
-    def shared(self, request: TrackedRequest, decision: Decision) -> Shared:
+    def shared(self, request: TrackedRequest, decision: Decision) -> LeaderShare:
         """What to do about chunks that other restorations are restoring."""
         if not self._active:
-            return NOTHING_SHARED
+            return NO_LEADER
         chunk_tokens = self._options.chunk_tokens
         names = request.prefix.names(decision.start // chunk_tokens, decision.end // chunk_tokens)
         wanted = Wanted(start=decision.start, namespace=request.name.namespace, chain_hashes=names)
@@ -128,7 +128,7 @@ class Restorations:
             for active in self._active.values()
             if not (active.restoration.done or active.restoration.giving_up)
         )
-        return find_shared(wanted, others, chunk_tokens=chunk_tokens, block_size=self._decider.facts.block_size)
+        return find_leader(wanted, others, chunk_tokens=chunk_tokens, block_size=self._decider.facts.block_size)
 
     def start(self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int]) -> None:
         """Begin a restoration into blocks that vLLM has set aside."""

@@ -1,4 +1,4 @@
-"""What a request lacks and another restoration restores: restored once, then copied between their blocks."""
+"""Followers: what a request lacks and a leader restores is restored once, then copied from the leader's blocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from enum import Enum
 from cacheflow.restore.work import RestoreTarget
 
 
-class Sharing(Enum):
-    """What to do about a prefix that another request is restoring."""
+class Following(Enum):
+    """What a follower does about a prefix that its leader, another request, is restoring."""
 
-    NOTHING = "nothing"
-    """Nobody is, or what is shared is too little to wait for."""
+    NOBODY = "nobody"
+    """No leader, or what it shares is too little to wait for."""
     WAIT = "wait"
     """The shared part is on its way."""
     COPY = "copy"
@@ -21,21 +21,21 @@ class Sharing(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
-    """A decision about a shared prefix.
+class LeaderShare:
+    """The decision about the prefix that a leader restores.
 
     Attributes:
-        sharing: What to do.
-        source_blocks: For ``COPY``: KV blocks that hold the tokens ``[start, end)``.
+        following: What to do.
+        source_blocks: For ``COPY``: KV blocks of the leader that hold the tokens ``[start, end)``.
         end: For ``COPY``: one past the last token to copy, the end of a chunk.
     """
 
-    sharing: Sharing
+    following: Following
     source_blocks: tuple[int, ...] = ()
     end: int = 0
 
 
-NOTHING_SHARED = Shared(sharing=Sharing.NOTHING)
+NO_LEADER = LeaderShare(following=Following.NOBODY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +53,9 @@ class Wanted:
     chain_hashes: tuple[str, ...]
 
 
-def find_shared(
+def find_leader(
     wanted: Wanted, others: Iterable[tuple[RestoreTarget, Callable[[], int]]], *, chunk_tokens: int, block_size: int
-) -> Shared:
+) -> LeaderShare:
     """What to do about the longest part of ``wanted`` that another restoration restores.
 
     One that restores nothing else is waited for: vLLM's prefix cache shares its blocks when it ends. The last chunk is
@@ -64,7 +64,7 @@ def find_shared(
     """
     first = wanted.start // chunk_tokens
     most = len(wanted.chain_hashes) - 1
-    best = NOTHING_SHARED
+    best = NO_LEADER
     for target, resident in others:
         offset = first - target.object_start // chunk_tokens
         if target.namespace != wanted.namespace or offset < 0 or wanted.start < target.start:
@@ -74,11 +74,11 @@ def find_shared(
         shared = min(most, common)
         end = (first + shared) * chunk_tokens
         if common and (first + common) * chunk_tokens >= target.chunk_ends[-1]:
-            return Shared(sharing=Sharing.WAIT)
+            return LeaderShare(following=Following.WAIT)
         if shared < 1 or end <= best.end:
             continue
         if resident() < end:
-            return Shared(sharing=Sharing.WAIT)
+            return LeaderShare(following=Following.WAIT)
         blocks = target.block_ids[wanted.start // block_size : end // block_size]
-        best = Shared(sharing=Sharing.COPY, source_blocks=blocks, end=end)
+        best = LeaderShare(following=Following.COPY, source_blocks=blocks, end=end)
     return best

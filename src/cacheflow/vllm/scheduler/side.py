@@ -27,7 +27,7 @@ from cacheflow.vllm.scheduler.request_params import Mode, RequestParams
 from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 from cacheflow.vllm.scheduler.restorations import EndedRestoration, RestorationOutcome, Restorations
 from cacheflow.vllm.scheduler.saves import RequestSaves, SaveLog
-from cacheflow.vllm.scheduler.sharing import Sharing
+from cacheflow.vllm.scheduler.sharing import Following
 from cacheflow.vllm.scheduler.stage_planner import slowest_of_stages
 from cacheflow.vllm.scheduler.store_census import StoreCensus
 from cacheflow.vllm.scheduler.view import BlockIdsOf, RequestView, ScheduledRequest
@@ -153,10 +153,10 @@ class SchedulerSide:
             decision = request.decision = self._decide(request, question, num_computed)
         if decision.num_tokens:
             shared = self._restorations.shared(request, decision)
-            if shared.sharing is Sharing.WAIT:
+            if shared.following is Following.WAIT:
                 return None
             # A copy is offered for this step alone: the blocks are the other's only as long as it is under way.
-            copies = shared.sharing is Sharing.COPY
+            copies = shared.following is Following.COPY
             request.offered = self._decider.after_copy(decision, shared) if copies else decision
         return decision.num_tokens
 
