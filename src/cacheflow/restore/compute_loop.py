@@ -53,7 +53,7 @@ class ComputeLoop(Generic[T]):
             given_up = [job for job in jobs.by_name.values() if closing or job.handle.cancelled]
             ends = closing or bool(given_up)
             admitted = [] if ends else jobs.admit()
-            served = [] if ends else [job for job in jobs.followers() if jobs.is_served(job)]
+            served = [] if ends else jobs.served()
             # What ends requests or lets them begin comes before work: it may change who is served first.
             changes = ends or bool(admitted or served)
             if not changes:
@@ -101,7 +101,7 @@ class ComputeLoop(Generic[T]):
     def _copy_shared(self, leader: Job[T] | None = None) -> None:
         """Copy what leaders, or one of them, have restored to those who wait for it."""
         with self._jobs.changed:
-            served = [job for job in self._jobs.followers(leader) if self._jobs.is_served(job)]
+            served = self._jobs.served(leader)
         self._copy(served)
 
     def _copy(self, served: Sequence[Job[T]]) -> None:

@@ -82,7 +82,7 @@ def serve(
     loop = ComputeLoop(jobs, reads, DecodePace(), poll_s=options.poll_s)
     [handle] = jobs.submit([request])
     try:
-        while not handle.ended.done():
+        while jobs.by_name:
             if cancel is not None and cancel.is_set() and not handle.first_token.done():
                 handle.cancel()
             loop.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 from cacheflow.errors import ConfigError
@@ -283,14 +283,16 @@ class Jobs(Generic[T]):
         """Requests that restore or decode, the oldest first; with the lock held."""
         return [job.handle for job in self.by_name.values() if job.prepared is not None and job not in but]
 
-    def followers(self, leader: Job[T] | None = None) -> Iterator[Job[T]]:
+    def followers(self, leader: Job[T] | None = None) -> list[Job[T]]:
         """Requests that wait for what another restores, or for what ``leader`` restores; with the lock held."""
-        for job in list(self.by_name.values()):
-            if job.follows is not None and (leader is None or job.follows is leader):
-                yield job
+        jobs = self.by_name.values()
+        return [job for job in jobs if job.follows is not None and (leader is None or job.follows is leader)]
 
-    def is_served(self, job: Job[T]) -> bool:
-        """Whether what a follower waits for is there; with the lock held."""
+    def served(self, leader: Job[T] | None = None) -> list[Job[T]]:
+        """Of the followers those for whom everything that they wait for is there; with the lock held."""
+        return [job for job in self.followers(leader) if self._is_served(job)]
+
+    def _is_served(self, job: Job[T]) -> bool:
         leader, follow = job.follows, job.ready.follow
         assert leader is not None, "asked of followers only"
         assert follow is not None, "a follower follows"

@@ -153,7 +153,7 @@ class ComputePointer:
             return rest_s >= compute.left_s(now_s) + cell_s
         suffix_s = compute.suffix_left_s()
         if bottom_row_pays(board, self._boundaries, link, compute):
-            rest_s = link.load_s(open_bytes - float(board.bottom_bytes_K.sum()))
+            rest_s = link.load_s(open_bytes - board.bottom_bytes)
             suffix_s += compute.bottom_left_s()
         return rest_s + compute.top_suffix_s * factor > suffix_s + cell_s
 
@@ -227,7 +227,7 @@ class ComputePointer:
         bottom = bottom_row_pays(board, self._boundaries, link, compute)
         compute_s, left_bytes = compute.left_s(now_s) + compute.suffix_left_s(), board.open_bytes
         if bottom:
-            compute_s, left_bytes = compute_s + compute.bottom_left_s(), left_bytes - float(board.bottom_bytes_K.sum())
+            compute_s, left_bytes = compute_s + compute.bottom_left_s(), left_bytes - board.bottom_bytes
         top_s = compute.top_suffix_s * compute.rates.compute_factor
         if (link.load_s(left_bytes) + top_s) * RECLAIM_GAIN <= compute_s:
             return False
@@ -304,4 +304,4 @@ def bottom_row_pays(board: Board, boundaries: Boundaries, link: LinkSide, comput
     """Whether compute restores what is open of the bottom row sooner than the link would; the suffix needs it."""
     if not compute.plan.bottom_row_by_compute or link.down or boundaries.needed or board.recurrent:
         return False
-    return compute.bottom_left_s() < float(board.bottom_bytes_K.sum()) / link.bytes_per_s
+    return compute.bottom_left_s() < board.bottom_bytes / link.bytes_per_s

@@ -259,4 +259,4 @@ class ComputeSide:
 
     def bottom_left_s(self) -> float:
         """Corrected seconds to recompute the keys and values of what is open of the bottom row."""
-        return float(self._board.bottom_compute_K.sum()) * self.rates.compute_factor
+        return self._board.bottom_compute_s * self.rates.compute_factor

@@ -227,7 +227,7 @@ class LinkPointer:
             return MeetingPoint(0, 0, link.load_s(board.open_bytes))
         open_compute_K, open_bytes_K = board.open_compute_K, board.open_bytes_K
         if self._bottom_row_pays():
-            after_s += float(board.bottom_compute_K.sum()) * factor
+            after_s += board.bottom_compute_s * factor
             open_compute_K, open_bytes_K = open_compute_K - board.bottom_compute_K, open_bytes_K - board.bottom_bytes_K
         compute_K = after_s + np.cumsum(open_compute_K) * factor
         tail_K = open_bytes_K.sum() - np.cumsum(open_bytes_K)
