@@ -50,6 +50,7 @@ class ModelShape:
         num_active_experts: Experts a token is routed to; 0 for a dense MLP.
         sliding_window: Attention window in tokens; None for full attention.
         dtype: Name of the KV and weight dtype, a key of ``DTYPE_BYTES``.
+        kv_token_bytes: What a layer keeps of one token; None for keys and values of every head in ``dtype``.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelShape:
     num_active_experts: int = 0
     sliding_window: int | None = None
     dtype: str = "bfloat16"
+    kv_token_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Reject shapes that no model can have.
@@ -77,6 +79,8 @@ class ModelShape:
             _require_count(self.name, key, getattr(self, key), least=1)
         for key in ("num_experts", "num_active_experts"):
             _require_count(self.name, key, getattr(self, key), least=0)
+        if self.kv_token_bytes is not None:
+            _require_count(self.name, "kv_token_bytes", self.kv_token_bytes, least=1)
         if self.sliding_window is not None:
             _require_count(self.name, "sliding_window", self.sliding_window, least=1)
         if not (self.num_experts > 0) == (self.num_active_experts > 0) or self.num_active_experts > self.num_experts:
@@ -95,6 +99,8 @@ class ModelShape:
     @property
     def kv_bytes_per_token_layer(self) -> int:
         """Bytes of keys and values of one token in one layer."""
+        if self.kv_token_bytes is not None:
+            return self.kv_token_bytes
         return 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property

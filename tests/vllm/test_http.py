@@ -266,6 +266,7 @@ def test_the_server_says_what_it_checked_and_ends_when_asked(smollm):
 
 def test_the_documented_metrics_and_families_are_those_there_are():
     from cacheflow.vllm.models.families import FAMILIES
+
     from cacheflow.vllm.prometheus import BANDWIDTH, COUNTERS, HISTOGRAMS
 
     text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text(encoding="utf-8")

@@ -194,10 +194,17 @@ class RankKeys:
     Attributes:
         shard: Tensor-parallel rank and pipeline stage.
         first_layer: The model's layer that is the stage's first.
+        replicated: All tensor-parallel ranks keep the same bytes, so that there is one object for them.
     """
 
     shard: Shard = WHOLE
     first_layer: int = 0
+    replicated: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes keys and values; of replicas the first does."""
+        return not self.replicated or self.shard.tp_rank == 0
 
     def kv(self, namespace: str, chain_hash: str, layers: tuple[int, int]) -> ObjectKey:
         """Key of keys and values of a chunk, given the chain hash (hex) at its end.
@@ -213,7 +220,7 @@ class RankKeys:
             kind=ObjectKind.KV,
             layer_lo=self.first_layer + layers[0],
             layer_hi=self.first_layer + layers[1],
-            shard=Shard(tp_rank=self.shard.tp_rank, tp_size=self.shard.tp_size),
+            shard=Shard(tp_rank=0 if self.replicated else self.shard.tp_rank, tp_size=self.shard.tp_size),
         )
 
     def boundary(self, namespace: str, chain_hash: str) -> ObjectKey:

@@ -35,6 +35,7 @@ class EngineFacts:
         boundary_token_bytes: Bytes of one token's boundary states, the input of the stage's first layer; 0 where they
             are not stored: on the first stage, or switched off.
         linked: Whether the stage below can hand activations over, in order, where boundary states are missing.
+        replicated: Whether all tensor-parallel ranks of the stage keep the same KV, as of latent attention.
         identity: What its KV is interchangeable with, by name, for people; ``namespace`` is the digest of it.
     """
 
@@ -50,6 +51,7 @@ class EngineFacts:
     weights: tuple[LayerDigest, ...] = ()
     boundary_token_bytes: int = 0
     linked: bool = False
+    replicated: bool = False
     identity: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class EngineFacts:
     @property
     def keys(self) -> RankKeys:
         """Names its objects."""
-        return RankKeys(self.shard, self.first_layer)
+        return RankKeys(self.shard, self.first_layer, self.replicated)
 
     @property
     def num_blocks(self) -> int:

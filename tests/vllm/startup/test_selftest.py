@@ -45,6 +45,7 @@ def test_copies_alone_are_tested_where_nothing_is_recomputed(tiny):
 def test_a_family_called_wrongly_is_refused(tiny):
     """Keys without their norm: the kind of mistake a new family would bring."""
     from cacheflow.vllm.models.families import FAMILIES
+
     from cacheflow.vllm.startup.selftest import self_test
 
     wrong = new_forward(tiny, family=FAMILIES["LlamaForCausalLM"])

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from cacheflow.errors import UnsupportedModelError
 from cacheflow.stores.keys import Shard
 from cacheflow.vllm.compat import RunnerKind, is_compiled, require_runner, runner_kind
-from cacheflow.vllm.models.families import FAMILIES, Family
-from cacheflow.vllm.models.refusals import load_refusals, recompute_refusals, require_loadable, require_recomputable
+from cacheflow.vllm.models.boundary_states import BoundaryShape
+from cacheflow.vllm.models.layers import ModelLayers, find_layers, owning_names
+from cacheflow.vllm.models.refusals import configured_refusals, load_refusals, require_loadable, require_recomputable
 from cacheflow.vllm.models.workers import worker_of
 
 
@@ -21,33 +23,30 @@ class ModelHandle:
     Attributes:
         runner: vLLM's model runner.
         model: The whole model, ``runner.model``.
-        inner: Its decoder stack: embedding, layers, norm; None where recomputation is refused.
-        family: How its layers are called; None where recomputation is refused.
+        layers: Its layers; None where recomputation is refused.
         refusal: Why this model cannot be recomputed with (loads work); empty when it can.
         vllm_config: vLLM's configuration.
         runner_kind: First or second generation of the runner.
         compiled: Whether the engine runs the model through ``torch.compile``: then only whole passes are bit-exact.
         start_layer: First layer of this pipeline stage, counted from the model's bottom.
-        end_layer: One past its last.
-        layer_names: vLLM's name of each of these layers' attention, bottom first: keys of the KV caches.
+        layer_names: vLLM's name of the attention of each layer with a KV cache, bottom first.
         shard: Tensor-parallel rank and pipeline stage.
         block_size: Tokens of one KV block.
         num_blocks: KV blocks of this worker.
         device: Where the model is.
         dtype: Its activations' dtype.
         hidden_size: Width of the residual stream.
+        boundary: What this stage is handed by the one below; without parts on the first.
     """
 
     runner: Any
     model: Any
-    inner: Any
-    family: Family | None
+    layers: ModelLayers | None
     refusal: str
     vllm_config: Any
     runner_kind: RunnerKind
     compiled: bool
     start_layer: int
-    end_layer: int
     layer_names: tuple[str, ...]
     shard: Shard
     block_size: int
@@ -55,11 +54,12 @@ class ModelHandle:
     device: torch.device
     dtype: torch.dtype
     hidden_size: int
+    boundary: BoundaryShape
 
     @property
     def num_layers(self) -> int:
-        """Layers of this stage."""
-        return self.end_layer - self.start_layer
+        """Layers of this stage with a KV cache."""
+        return len(self.layer_names)
 
     @property
     def is_first_stage(self) -> bool:
@@ -84,37 +84,49 @@ def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = Fals
     require_loadable(load_refusals(vllm_config, kv_cache_config))
     runner = worker_of(vllm_config).model_runner
     require_runner(runner)
-    reasons = recompute_refusals(runner, vllm_config)
+    context = vllm_config.compilation_config.static_forward_context
+    names = owning_names(context, kv_cache_config.kv_cache_groups[0].layer_names)
+    reasons, layers = list(configured_refusals(vllm_config)), None
+    if not reasons:
+        try:
+            layers = find_layers(runner.get_model(), context, names)
+        except UnsupportedModelError as error:
+            reasons.append(str(error))
     require_recomputable(reasons, load_only=load_only)
-    return _describe(runner, vllm_config, kv_cache_config, refusal="; ".join(reasons))
+    return _describe(runner, vllm_config, kv_cache_config, layers or names, refusal="; ".join(reasons))
 
 
-def _describe(runner: Any, vllm_config: Any, kv_cache_config: Any, *, refusal: str) -> ModelHandle:  # noqa: ANN401
-    model = runner.get_model()
-    group = kv_cache_config.kv_cache_groups[0]
-    layer_names = tuple(sorted(group.layer_names, key=layer_number))
-    family = None if refusal else FAMILIES[type(model).__name__]
-    inner = None if family is None else model.model
-    number = layer_number(layer_names[0])
-    start = int(inner.start_layer) if inner is not None else number[0] if number else 0
+def _describe(
+    runner: Any,  # noqa: ANN401
+    vllm_config: Any,  # noqa: ANN401
+    kv_cache_config: Any,  # noqa: ANN401
+    found: ModelLayers | list[str],
+    *,
+    refusal: str,
+) -> ModelHandle:
+    """The handle, from the layers or, where recomputation is refused, from the names of those with a KV cache."""
+    layers = found if isinstance(found, ModelLayers) else None
+    group, shard = kv_cache_config.kv_cache_groups[0], shard_of(vllm_config)
+    names = found.name_R if isinstance(found, ModelLayers) else tuple(sorted(found, key=layer_number))
+    number = layer_number(names[0])
+    model, device, dtype = runner.get_model(), torch.device(runner.device), vllm_config.model_config.dtype
     return ModelHandle(
         runner=runner,
         model=model,
-        inner=inner,
-        family=family,
+        layers=layers,
         refusal=refusal,
         vllm_config=vllm_config,
         runner_kind=runner_kind(runner),
         compiled=is_compiled(vllm_config),
-        start_layer=start,
-        end_layer=start + len(layer_names) if inner is None else int(inner.end_layer),
-        layer_names=layer_names,
-        shard=shard_of(vllm_config),
+        start_layer=layers.first_number if layers is not None else number[0] if number else 0,
+        layer_names=names,
+        shard=shard,
         block_size=int(group.kv_cache_spec.block_size),
         num_blocks=int(kv_cache_config.num_blocks),
-        device=torch.device(runner.device),
-        dtype=vllm_config.model_config.dtype,
+        device=device,
+        dtype=dtype,
         hidden_size=int(vllm_config.model_config.get_hidden_size()),
+        boundary=BoundaryShape.of(model, dtype=dtype, device=device) if shard.pp_rank else BoundaryShape(),
     )
 
 

@@ -1,6 +1,6 @@
-"""Partial forwards through vLLM's own layers: some tokens of one sequence, some layers, into given KV blocks.
+"""Partial forwards through vLLM's own model: some tokens of one sequence, some layers, into given KV blocks.
 
-Shapes: ``n`` tokens of a piece, ``C`` hidden_size, ``N`` KV blocks of the sequence.
+Shapes: ``n`` tokens of a piece, ``N`` KV blocks of the sequence.
 """
 
 from __future__ import annotations
@@ -12,21 +12,9 @@ from typing import Any
 
 import torch
 
-from cacheflow.vllm.models.families import can_write_alone, write_keys_and_values
+from cacheflow.vllm.models.boundary_states import States
+from cacheflow.vllm.models.layers import Carry, ModelLayers
 from cacheflow.vllm.models.model_access import ModelHandle
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Activations:
-    """What goes from layer to layer; layers overwrite both.
-
-    Attributes:
-        hidden: ``[n, C]``.
-        residual: ``[n, C]``; None below the first layer of the model.
-    """
-
-    hidden: torch.Tensor
-    residual: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,16 +24,20 @@ class Piece:
     Attributes:
         start: Position of its first token.
         end: One past its last.
+        token_ids: ``[n]`` int32, on the device.
         positions: ``[n]`` int64, on the device.
         slots: ``[n]`` int64: where each token's keys and values go.
         common: vLLM's ``CommonAttentionMetadata``.
+        boundary: What the first layer of a later pipeline stage is given, and overwrites; None on the first stage.
     """
 
     start: int
     end: int
+    token_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     common: Any
+    boundary: States | None
 
 
 class PartialForward:
@@ -58,25 +50,36 @@ class PartialForward:
     def __init__(self, handle: ModelHandle) -> None:
         self.handle = handle
         self._groups = _own_groups(handle)
-        self._layers = [] if handle.inner is None else list(handle.inner.layers)[handle.start_layer : handle.end_layer]
         self._prepared: tuple[Piece, dict[str, Any]] | None = None
         self._running: torch.cuda.Event | None = None
+        modules = handle.model.modules() if handle.compiled else ()
+        self._compiled = [each for each in modules if getattr(each, "do_not_compile", True) is False]
 
     @property
     def writes_alone(self) -> bool:
-        """Whether ``kv_only_top`` saves work: the backend can write keys and values without attending."""
-        return bool(self._layers) and not self.handle.compiled and all(map(can_write_alone, self._layers))
+        """Whether ``kv_only_top`` saves work: keys and values of every row are written before its attention."""
+        layers = self.handle.layers
+        return (
+            layers is not None
+            and not self.handle.compiled
+            and all(layers.can_write_alone(row) for row in range(self.handle.num_layers))
+        )
 
     def attention_layers(self) -> list[Any]:
-        """VLLM's ``Attention`` of each layer of this stage, bottom first."""
+        """VLLM's ``Attention`` of each row of this stage, bottom first."""
         context = self.handle.vllm_config.compilation_config.static_forward_context
         return [context[name] for name in self.handle.layer_names]
 
-    def piece(self, start: int, end: int, block_ids: Sequence[int]) -> Piece:
-        """Prepare tokens ``[start, end)`` of a sequence whose KV blocks are ``block_ids``, in order from token 0."""
+    def piece(
+        self, start: int, tokens: Sequence[int], block_ids: Sequence[int], boundary: States | None = None
+    ) -> Piece:
+        """Prepare the tokens from ``start`` on of a sequence whose KV blocks are ``block_ids``, in order from token 0.
+
+        ``boundary`` is what a later pipeline stage is handed for them; layers overwrite it.
+        """
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        size, device = self.handle.block_size, self.handle.device
+        end, size, device = start + len(tokens), self.handle.block_size, self.handle.device
         table = torch.tensor(block_ids[: -(-end // size)], dtype=torch.int32)
         positions = torch.arange(start, end, dtype=torch.int64)
         slots = table.long()[positions // size] * size + positions % size
@@ -99,58 +102,57 @@ class PartialForward:
             is_prefilling=torch.ones(1, dtype=torch.bool),
             positions=on_device,
         )
-        return Piece(start, end, on_device, slots_on_device, common)
+        ids = torch.tensor(tokens, dtype=torch.int32).to(device, non_blocking=True)
+        return Piece(start, end, ids, on_device, slots_on_device, common, boundary)
 
-    def embed(self, tokens: Sequence[int]) -> Activations:
-        """Token embeddings, the input of the first layer; on the first pipeline stage only."""
-        with torch.inference_mode():
-            return Activations(self.handle.inner.embed_input_ids(self._ids(tokens)))
+    def run(self, piece: Piece, carry: Carry, *, layers: tuple[int, int], kv_only_top: bool = False) -> Carry:
+        """Run a piece through rows ``[lo, hi)`` of this stage, writing their keys and values; in an eager engine.
 
-    def run(
-        self, piece: Piece, activations: Activations, *, layers: tuple[int, int], kv_only_top: bool = False
-    ) -> Activations | None:
-        """Run a piece through layers ``[lo, hi)`` of this stage, writing its keys and values; in an eager engine.
-
-        Overwrites ``activations``, the input of layer ``lo``; layers count from this stage's first. With
-        ``kv_only_top`` layer ``hi - 1`` computes keys and values only.
+        Args:
+            piece: What.
+            carry: What row ``lo - 1`` returned for it, which is overwritten; not looked at where ``lo`` is 0.
+            layers: Which rows, counted from this stage's first.
+            kv_only_top: Row ``hi - 1`` computes keys and values only.
 
         Returns:
-            The input of layer ``hi``; None with ``kv_only_top``.
+            The carry for row ``hi``; None with ``kv_only_top``.
         """
-        lo, hi = layers
-        full = hi - 1 if kv_only_top and can_write_alone(self._layers[hi - 1]) else hi
-        hidden, residual = activations.hidden, activations.residual
-        with self._context(piece):
-            for layer in self._layers[lo:full]:
-                hidden, residual = layer(piece.positions, hidden, residual)
-            if full < hi:
-                assert self.handle.family is not None, "partial layers are only run where recomputation is supported"
-                write_keys_and_values(self.handle.family, self._layers[full], piece.positions, hidden, residual)
-        return None if kv_only_top else Activations(hidden, residual)
+        with self._context(piece), self._eager():
+            return self._layers.run(lambda: self._call(piece), carry, layers, kv_only_top=kv_only_top)
 
-    def run_whole(self, piece: Piece, tokens: Sequence[int], boundary: Activations | None = None) -> Activations | None:
+    def run_whole(self, piece: Piece) -> States | None:
         """Run a piece through the whole stage as the engine itself would, compiled or not.
-
-        ``boundary`` is the input of a later pipeline stage's first layer; None on the first stage.
 
         Returns:
             What this stage hands to the next; None on the last stage.
         """
+        with self._context(piece, whole=True):
+            return _handed_over(self._call(piece))
+
+    def hand_over(self, piece: Piece, carry: Carry) -> States:
+        """What this stage hands to the next for a piece whose top row returned ``carry``; not on the last stage."""
+        with self._context(piece), self._eager():
+            states = _handed_over(self._layers.pass_through(lambda: self._call(piece), carry))
+        assert states is not None, "the last stage hands nothing over"
+        return states
+
+    def prelude(self, piece: Piece) -> tuple[list[torch.nn.Module], list[torch.Tensor]]:
+        """See ``ModelLayers.prelude``."""
+        with self._context(piece), self._eager():
+            return self._layers.prelude(lambda: self._call(piece))
+
+    @property
+    def _layers(self) -> ModelLayers:
+        assert self.handle.layers is not None, "partial forwards are asked for only where recomputation is supported"
+        return self.handle.layers
+
+    def _call(self, piece: Piece) -> object:
         from vllm.sequence import IntermediateTensors
 
-        received = None
-        if boundary is not None:
-            received = IntermediateTensors({"hidden_states": boundary.hidden, "residual": boundary.residual})
-        with self._context(piece, whole=True):
-            out = self.handle.runner.model(
-                input_ids=self._ids(tokens),
-                positions=piece.positions,
-                intermediate_tensors=received,
-                inputs_embeds=None,
-            )
-        if not isinstance(out, IntermediateTensors):
-            return None
-        return Activations(out["hidden_states"], out["residual"])
+        received = None if piece.boundary is None else IntermediateTensors(piece.boundary)
+        return self.handle.runner.model(
+            input_ids=piece.token_ids, positions=piece.positions, intermediate_tensors=received, inputs_embeds=None
+        )
 
     def wait(self) -> None:
         """Wait until the last call's kernels have run; does nothing on the CPU."""
@@ -158,8 +160,16 @@ class PartialForward:
             self._running.synchronize()
             self._running = None
 
-    def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(tokens, dtype=torch.int32).to(self.handle.device, non_blocking=True)
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        """Have vLLM run the model's Python code for a while, of which a compiled one runs none; its bits may differ."""
+        for module in self._compiled:
+            module.do_not_compile = True
+        try:
+            yield
+        finally:
+            for module in self._compiled:
+                module.do_not_compile = False
 
     @contextmanager
     def _context(self, piece: Piece, *, whole: bool = False) -> Iterator[None]:
@@ -191,6 +201,12 @@ class PartialForward:
                 built.update(dict.fromkeys(group.layer_names, group.build_metadata(piece.common)))
             self._prepared = piece, built
         return self._prepared[1]
+
+
+def _handed_over(out: object) -> States | None:
+    from vllm.sequence import IntermediateTensors
+
+    return dict(out.tensors) if isinstance(out, IntermediateTensors) else None
 
 
 def _own_groups(handle: ModelHandle) -> list[Any]:

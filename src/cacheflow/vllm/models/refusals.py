@@ -1,7 +1,7 @@
 """What CacheFlow refuses to serve inside vLLM, and why: each reason is a sentence for the user.
 
 Reasons come in two kinds. Those of ``load_refusals`` have no way round but what they name themselves; with those of
-``recompute_refusals`` KV can still be saved and loaded, which is what ``unsupported_models=load_only`` does.
+``configured_refusals`` KV can still be saved and loaded, which is what ``unsupported_models=load_only`` does.
 Imports neither vLLM nor torch, so that ``cacheflow serve`` says the same before vLLM starts.
 """
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from cacheflow.errors import UnsupportedModelError
 from cacheflow.shapes.hf_config import CacheKind
-from cacheflow.vllm.models.families import FAMILIES
 
 Config = Any
 """vLLM's configuration objects, whose types this package does not rely on."""
@@ -21,11 +20,10 @@ DRAFTERS = ("ngram", "suffix")
 """They draft from the tokens alone."""
 MODEL_DRAFTERS = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark")
 """They have KV blocks of their own."""
-PLAIN_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+SUPPORTED_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
+"""vLLM's KV cache specs that are restored: keys and values, or one latent, of every token."""
 _KIND_OF_SPEC = {
-    "MLAAttentionSpec": CacheKind.LATENT,
     "MambaSpec": CacheKind.RECURRENT,
-    "SlidingWindowMLASpec": CacheKind.LATENT,
     "SlidingWindowSpec": CacheKind.WINDOW,
 }
 """vLLM's KV cache specs that a user knows by another name."""
@@ -42,7 +40,7 @@ def require_loadable(reasons: Sequence[str]) -> None:
 
 
 def require_recomputable(reasons: Sequence[str], *, load_only: bool) -> None:
-    """Pass if there are no ``recompute_refusals``, or if loading alone is what the user asked for.
+    """Pass if nothing stands against recomputing, or if loading alone is what the user asked for.
 
     Raises:
         UnsupportedModelError: There are; lists all of them and says how to load alone.
@@ -54,16 +52,13 @@ def require_recomputable(reasons: Sequence[str], *, load_only: bool) -> None:
         )
 
 
-def family_refusal(class_name: str) -> str:
-    """Why models of this vLLM class are not recomputed; empty where they may be."""
-    if class_name in FAMILIES:
-        return ""
-    return f"the model {class_name} is not on the list of families that were proved ({', '.join(FAMILIES)})"
-
-
 def cache_refusal(kind: CacheKind, *, spec: str = "") -> str:
     """Why a KV cache of this kind, vLLM's ``spec`` where that is known, is not restored; empty where it may be."""
-    if kind in (CacheKind.FULL, CacheKind.MIXED):  # vLLM keeps all tokens where only some layers have a window
+    if kind in (
+        CacheKind.FULL,
+        CacheKind.MIXED,
+        CacheKind.LATENT,
+    ):  # vLLM keeps all tokens where only some layers have a window
         return ""
     way_out = ""
     if kind is CacheKind.WINDOW:
@@ -76,25 +71,14 @@ def load_refusals(vllm_config: Config, kv_cache_config: Config) -> list[str]:
     return [*_cache_refusals(kv_cache_config), *engine_refusals(vllm_config)]
 
 
-def recompute_refusals(runner: Any, vllm_config: Config) -> list[str]:  # noqa: ANN401 -- a vLLM model runner
-    """Why cells cannot be recomputed bit for bit in this worker; empty when they can."""
-    model = runner.get_model()
-    if reason := family_refusal(type(model).__name__):
-        return [reason]
-    reasons = [*configured_refusals(vllm_config), *_layer_refusals(model)]
-    return list(dict.fromkeys(reasons))
-
-
 def _cache_refusals(kv_cache_config: Config) -> Iterator[str]:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         yield f"its layers keep different things (hybrid attention): {len(groups)} groups of KV cache, one is supported"
     for spec in dict.fromkeys(type(group.kv_cache_spec) for group in groups):
-        if spec is not FullAttentionSpec:
+        if spec.__name__ not in SUPPORTED_SPECS:
             kind = _KIND_OF_SPEC.get(spec.__name__)
-            unnamed = f"its KV cache is of kind {spec.__name__}, only FullAttentionSpec is supported"
+            unnamed = f"its KV cache is of kind {spec.__name__}; {' and '.join(SUPPORTED_SPECS)} are supported"
             yield unnamed if kind is None else cache_refusal(kind, spec=spec.__name__)
 
 
@@ -131,8 +115,6 @@ def _drafter_refusals(method: str) -> Iterator[str]:
 def configured_refusals(vllm_config: Config) -> Iterator[str]:
     """Why an engine that is configured like this is not recomputed in, whatever its model."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if vllm_config.cache_config.cache_dtype not in PLAIN_CACHE_DTYPES:
-        yield f"its KV cache is quantised ({vllm_config.cache_config.cache_dtype})"
     if vllm_config.lora_config is not None:
         yield "LoRA is on: adapters take their assignment of tokens from the engine's batch"
     if model.is_multimodal_model or getattr(model, "uses_mrope", False):
@@ -143,30 +125,3 @@ def configured_refusals(vllm_config: Config) -> Iterator[str]:
         yield "expert load balancing is on: experts move between forwards"
     if getattr(parallel, "use_ubatching", False):
         yield "dual-batch overlap is on: forwards are split into micro-batches"
-
-
-def _layer_refusals(model: Any) -> Iterator[str]:  # noqa: ANN401 -- a vLLM model
-    family, inner = FAMILIES[type(model).__name__], model.model
-    for layer in list(inner.layers)[inner.start_layer : inner.end_layer]:
-        if type(layer).__name__ != family.layer_class:
-            yield f"its layers are {type(layer).__name__}, expected {family.layer_class}"
-            continue
-        if getattr(layer, "ada_rms_norm_t_cond", None) is not None:
-            yield "its norms depend on a condition besides the tokens"
-        if getattr(layer.self_attn, "dual_chunk_attention_config", None):
-            yield "it uses dual chunk attention"
-        yield from _attention_refusals(layer.self_attn.attn)
-
-
-def _attention_refusals(attention: Any) -> Iterator[str]:  # noqa: ANN401 -- vLLM's Attention
-    if str(getattr(attention.attn_type, "value", attention.attn_type)) != "decoder":
-        yield f"its attention is of type {attention.attn_type}, not causal"
-    if getattr(attention, "kv_sharing_target_layer_name", None):
-        yield "layers share their KV cache"
-    impl = attention.impl
-    if getattr(impl, "alibi_slopes", None) is not None:
-        yield "its attention uses ALiBi"
-    if getattr(impl, "sinks", None) is not None:
-        yield "its attention has sinks"
-    if getattr(impl, "logits_soft_cap", None):
-        yield "its attention has a soft cap"

@@ -20,9 +20,10 @@ from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable, GoldenPoint
 from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.problem import Seconds
+from cacheflow.vllm.models.layers import mapped
 from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.startup.agreement import from_first_rank
-from cacheflow.vllm.startup.probe import random_states, scratch_blocks
+from cacheflow.vllm.startup.probe import scratch_blocks
 from cacheflow.vllm.worker.layout import BlockLayout
 
 logger = logging.getLogger(__name__)
@@ -117,9 +118,27 @@ def _spread(layers: list[int]) -> list[int]:
 
 
 def _kinds(forward: PartialForward) -> tuple[str, ...]:
-    """Kind of each layer of this stage, by whether its attention has a window."""
-    windows = [getattr(core, "sliding_window", None) for core in forward.attention_layers()]
-    return tuple(_SLIDING if window not in (None, -1, (-1, -1)) else _FULL for window in windows)
+    """Kind of each row of this stage: by whether its attention has a window, and by what else it is made of.
+
+    In a mixture of experts some layers may be dense.
+    """
+    layers, found, names = forward.handle.layers, dict[tuple[str, ...], str](), list[str]()
+    for row, core in enumerate(forward.attention_layers()):
+        base = _FULL if getattr(core, "sliding_window", None) in (None, -1, (-1, -1)) else _SLIDING
+        made_of: tuple[str, ...] = (base,)
+        if layers is not None:
+            modules = layers.modules[slice(*layers.span(row, row + 1))]
+            made_of += tuple(_description(each) for module in modules for each in module.modules())
+        if made_of not in found:
+            others = sum(name.startswith(base) for name in found.values())
+            found[made_of] = f"{base}_{others + 1}" if others else base
+        names.append(found[made_of])
+    return tuple(names)
+
+
+def _description(module: torch.nn.Module) -> str:
+    """Its class and how much it weighs; nothing that differs from layer to layer of one kind."""
+    return f"{type(module).__name__} {sum(weight.numel() for weight in module.parameters(recurse=False))}"
 
 
 def _grid(
@@ -202,16 +221,20 @@ class _Meter:
         """Seconds of one layer for ``length`` tokens after ``offset``."""
         handle = self._forward.handle
         past = [self._past[index % len(self._past)] for index in range(offset // handle.block_size)]
-        piece = self._forward.piece(offset, offset + length, [*past, *self._target] if offset else self._every)
+        boundary = None
+        if not handle.is_first_stage:
+            boundary = handle.boundary.random(length, self._generator, device=handle.device)
+        blocks = [*past, *self._target] if offset else self._every
+        piece = self._forward.piece(offset, [1] * length, blocks, boundary)
         if handle.compiled:
-            boundary = None if handle.is_first_stage else random_states(handle, length, self._generator)
-            tokens = [1] * length
-            return self._median_s(lambda: self._forward.run_whole(piece, tokens, boundary)) / handle.num_layers
-        states = [random_states(handle, length, self._generator) for _ in layers]
+            return self._median_s(lambda: self._forward.run_whole(piece)) / handle.num_layers
+        # What a layer returns for so many tokens is what the next one is given; which numbers does not matter.
+        given = self._forward.run(piece, None, layers=(0, 1))
+        states = [mapped(given, torch.clone) for _ in layers]
 
         def one_pass() -> None:
-            for layer, given in zip(layers, states, strict=True):
-                self._forward.run(piece, given, layers=(layer, layer + 1), kv_only_top=kv_only)
+            for layer, carry in zip(layers, states, strict=True):
+                self._forward.run(piece, carry, layers=(layer, layer + 1), kv_only_top=kv_only)
 
         return self._median_s(one_pass) / len(layers)
 
@@ -220,7 +243,7 @@ class _Meter:
         handle = self._forward.handle
         if handle.shard.pp_rank != handle.shard.pp_size - 1:
             return 0.0
-        hidden = random_states(handle, 1, self._generator).hidden
+        hidden = torch.randn((1, handle.hidden_size), generator=self._generator).to(handle.device, handle.dtype)
 
         def head() -> None:
             with torch.inference_mode():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cacheflow.errors import ConfigError, ProfileError
+from cacheflow.errors import ConfigError, ProfileError, UnsupportedModelError
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
@@ -18,12 +18,14 @@ from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.models.model_access import ModelHandle, open_model
 from cacheflow.vllm.models.partial_forward import PartialForward
+from cacheflow.vllm.models.refusals import require_recomputable
 from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.startup.agreement import everyone
 from cacheflow.vllm.startup.calibration import Lengths, calibrate
 from cacheflow.vllm.startup.cost_profile import load_costs, profile_path, save_costs
 from cacheflow.vllm.startup.identity import cost_identity, digest_of, stage_weights, worker_namespace
 from cacheflow.vllm.startup.selftest import self_test
-from cacheflow.vllm.worker.boundary import boundary_token_bytes, make_receive_buffer, stores_boundaries
+from cacheflow.vllm.worker.boundary import make_receive_buffer, stores_boundaries
 from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.side import FoundEngine
 from cacheflow.vllm.worker.stage_link import can_link
@@ -54,19 +56,15 @@ def find_engine(
     options.require_room_for_chunk(layout.num_bytes(layout.num_layers, options.chunk_tokens // layout.block_size))
     make_receive_buffer(handle)
     layers_per_block = _layers_per_block(options, handle)
-    forward = PartialForward(handle) if handle.can_recompute else None
     if not options.self_test and not vllm_version().known:
         raise ConfigError(
             f"self_test is off, but CacheFlow does not know vLLM {vllm_version().text}: leave it on, it takes a second"
         )
     if options.self_test:
-        report = self_test(layout, forward, chunk_tokens=options.chunk_tokens)
-        logger.info(
-            "self-test passed: %d tokens in %d chunks, restored KV equal bit for bit, %.1f s",
-            report.num_tokens, report.num_chunks, report.elapsed_s,
-        )  # fmt: skip
+        handle = _tested(options, handle, layout, layers_per_block)
     else:
         logger.warning("self_test is off: nothing proves that restored KV equals the engine's own")
+    forward = PartialForward(handle) if handle.can_recompute else None
     namespace = worker_namespace(handle, layout, chunk_tokens=options.chunk_tokens)
     weights = stage_weights(handle, layout)
     costs = None if forward is None else _costs(options, handle, layout, forward, digest_of(weights))
@@ -84,11 +82,35 @@ def find_engine(
         first_layer=handle.start_layer,
         weights=weights,
         linked=can_link(handle),
+        replicated=_is_latent(kv_cache_config),
         identity=tuple(sorted(namespace.parts().items())),
-        boundary_token_bytes=boundary_token_bytes(handle) if stores_boundaries(options, handle) else 0,
+        boundary_token_bytes=handle.boundary.token_bytes if stores_boundaries(options, handle) else 0,
     )
     _log_stage(facts)
     return FoundEngine(handle, layout, forward, facts)
+
+
+def _tested(options: ConnectorOptions, handle: ModelHandle, layout: BlockLayout, layers_per_block: int) -> ModelHandle:
+    """The handle after the self-test: of an engine that only loads where recomputation is not exact.
+
+    Raises:
+        SelfTestError: Copies of KV blocks are not equal.
+        UnsupportedModelError: Recomputation is not exact, and ``unsupported_models`` is ``refuse``.
+    """
+    forward, refusal = PartialForward(handle) if handle.can_recompute else None, ""
+    try:
+        result = self_test(layout, forward, chunk_tokens=options.chunk_tokens, layers_per_block=layers_per_block)
+    except UnsupportedModelError as error:
+        refusal = str(error)
+    else:
+        refusal = "" if result.difference is None else f"recomputed KV is not the engine's own: {result.difference}"
+        logger.info("self-test %s: %s, %.1f s", "failed" if refusal else "passed", refusal or result, result.elapsed_s)
+    if everyone(not refusal):
+        return handle
+    reason = f"{type(handle.model).__name__}: {refusal or 'recomputed KV differs on another tensor-parallel rank'}"
+    require_recomputable([reason], load_only=options.unsupported_models == "load_only")
+    logger.warning("%s; prefixes are restored by loading alone, which is slower on slow links", reason)
+    return replace(handle, layers=None, refusal=reason)
 
 
 def _log_stage(facts: EngineFacts) -> None:
@@ -168,11 +190,21 @@ def _link(options: ConnectorOptions, store: Store, *, object_bytes: int) -> Link
     return replace(link, latency_s=max(link.latency_s, options.throttle_latency_s))
 
 
+def _is_latent(kv_cache_config: Any) -> bool:  # noqa: ANN401
+    """Whether each token has one latent (MLA) for all heads, so that every tensor-parallel rank keeps all of it."""
+    return type(kv_cache_config.kv_cache_groups[0].kv_cache_spec).__name__ == "MLAAttentionSpec"
+
+
 def _shape(handle: ModelHandle, layout: BlockLayout, vllm_config: Any, kv_cache_config: Any) -> ModelShape:  # noqa: ANN401
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     model = vllm_config.model_config
-    dtype = str(spec.dtype).removeprefix("torch.")
-    shape = ModelShape(
+    token_bytes, rest = divmod(layout.block_bytes, layout.block_size)
+    if rest:
+        raise ConfigError(
+            f"a KV block holds {layout.block_bytes} bytes a layer, which are no whole bytes for each of its "
+            f"{layout.block_size} tokens: this KV cache is not supported"
+        )
+    return ModelShape(
         name=str(model.model),
         num_layers=handle.num_layers,
         hidden_size=handle.hidden_size,
@@ -181,12 +213,6 @@ def _shape(handle: ModelHandle, layout: BlockLayout, vllm_config: Any, kv_cache_
         head_dim=spec.head_size,
         intermediate_size=int(getattr(model.hf_text_config, "intermediate_size", None) or 1),
         vocab_size=int(model.get_vocab_size()),
-        dtype=dtype,
+        dtype=str(handle.dtype).removeprefix("torch."),
+        kv_token_bytes=token_bytes,
     )
-    if shape.kv_bytes_per_token_layer * layout.block_size != layout.block_bytes:
-        raise ConfigError(
-            f"a KV block holds {layout.block_bytes} bytes a layer, {layout.block_size} tokens of "
-            f"{shape.num_kv_heads} heads of {shape.head_dim} in {dtype} make "
-            f"{shape.kv_bytes_per_token_layer * layout.block_size}: this KV cache is not supported"
-        )
-    return shape

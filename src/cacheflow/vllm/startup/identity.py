@@ -16,11 +16,13 @@ from cacheflow.stores.keys import Namespace
 from cacheflow.tensors.device import device_name
 from cacheflow.tensors.fingerprint import FULL_LIMIT_BYTES, kernel_identity, weights_fingerprint
 from cacheflow.vllm.facts import BOTTOM, LayerDigest
+from cacheflow.vllm.models.layers import Carry, leaves
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.partial_forward import PartialForward
-from cacheflow.vllm.startup.probe import make_probe, random_states, run_by_engine, scratch_blocks
+from cacheflow.vllm.startup.probe import gathered, make_probe, random_like, run_by_engine, scratch_blocks
 from cacheflow.vllm.worker.layout import BlockLayout
 
+_WORKSPACE = "chunked_prefill_workspace_size"
 _BY_LAYER = "by layer"
 """Stands in a rank's namespace for its weights, which ``shared_namespace`` adds layer by layer."""
 
@@ -42,6 +44,7 @@ def worker_namespace(handle: ModelHandle, layout: BlockLayout, *, chunk_tokens: 
             ("attention", _backend(handle)),
             ("compiled", str(handle.compiled)),
             ("dtype", _dtype_name(handle.dtype)),
+            *_latent_workspace(handle),
             ("layout", layout.identity),
             ("num_threads", str(_num_threads(handle.device))),
             ("shard", f"tp{shard.tp_rank}of{shard.tp_size}"),
@@ -55,21 +58,20 @@ def stage_weights(handle: ModelHandle, layout: BlockLayout) -> tuple[LayerDigest
     Call before anything is served, on every rank: it may run short forwards. A model whose layers cannot be run alone
     has one digest for all of the stage, so that another split of it is another model.
     """
-    config: Any = handle.vllm_config.model_config.hf_config
-    if handle.inner is None:
+    layers = handle.layers
+    if layers is None:
         return ((handle.start_layer if handle.shard.pp_rank else BOTTOM, _of_whole_stage(handle, layout)),)
     whole = sum(weight.nbytes for weight in handle.model.parameters()) <= FULL_LIMIT_BYTES
-    digests = []
+    forward, digests = PartialForward(handle), []
     if handle.is_first_stage:
-        forward = PartialForward(handle)
-        bottom = weights_fingerprint(handle.inner.embed_tokens, config.to_dict(), full=whole)
-        embedded = forward.embed(make_probe(handle, num_chunks=1).tokens).hidden
-        digests.append((BOTTOM, _digest_of(bottom, embedded)))
-    layers = list(handle.inner.layers)[handle.start_layer : handle.end_layer]
-    plain = [weights_fingerprint(layer, {}, full=whole) for layer in layers]
+        digests.append((BOTTOM, _of_prelude(forward, layout, whole=whole)))
+    plain = []
+    for row in range(handle.num_layers):
+        modules = torch.nn.ModuleList(layers.modules[slice(*layers.span(row, row + 1))])
+        plain.append(weights_fingerprint(modules[0] if len(modules) == 1 else modules, {}, full=whole))
     if not all(weight.numel() for weight in handle.model.parameters()):
-        plain = _with_probe(handle, layout, plain)
-    return (*digests, *((handle.start_layer + index, digest) for index, digest in enumerate(plain)))
+        plain = _with_probe(forward, layout, plain)
+    return (*digests, *((handle.start_layer + row, digest) for row, digest in enumerate(plain)))
 
 
 def digest_of(weights: Iterable[LayerDigest]) -> str:
@@ -103,31 +105,44 @@ def _of_whole_stage(handle: ModelHandle, layout: BlockLayout) -> str:
     digest = weights_fingerprint(handle.model, config.to_dict())
     if all(weight.numel() for weight in handle.model.parameters()):
         return digest
-    forward = PartialForward(handle)
     probe = make_probe(handle, num_chunks=1)
     with scratch_blocks(layout, len(probe.tokens)) as block_ids:
-        kv = run_by_engine(forward, layout, probe, block_ids)
+        run_by_engine(handle, probe, block_ids)
+        kv = gathered(layout, block_ids)
     return hashlib.sha256(digest.encode() + kv.tobytes()).hexdigest()
 
 
-def _with_probe(handle: ModelHandle, layout: BlockLayout, digests: list[str]) -> list[str]:
-    """Each layer's digest with what it makes of fixed random states: its keys, its values and its output."""
-    forward = PartialForward(handle)
-    num_tokens = make_probe(handle, num_chunks=1).chunk_tokens
-    probed = []
-    with scratch_blocks(layout, num_tokens) as block_ids:
-        piece = forward.piece(0, num_tokens, block_ids)
-        for index, digest in enumerate(digests):
-            states = random_states(handle, num_tokens, torch.Generator().manual_seed(13))
-            out = forward.run(piece, states, layers=(index, index + 1))
+def _of_prelude(forward: PartialForward, layout: BlockLayout, *, whole: bool) -> str:
+    """Digest of what lies below the first layer: the weights of the modules there, and what they make of a probe."""
+    config: Any = forward.handle.vllm_config.model_config.hf_config
+    probe = make_probe(forward.handle, num_chunks=1)
+    with scratch_blocks(layout, len(probe.tokens)) as block_ids:
+        modules, given = forward.prelude(forward.piece(0, probe.tokens, block_ids))
+    weights = (weights_fingerprint(module, config.to_dict(), full=whole) for module in modules)
+    return _digest_of("".join(weights), *given)
+
+
+def _with_probe(forward: PartialForward, layout: BlockLayout, digests: list[str]) -> list[str]:
+    """Each layer's digest with what it makes of fixed random states: its keys, its values and its output.
+
+    The first layer of all is given tokens instead, the first of a later stage random boundary states.
+    """
+    handle, tokens, probed = forward.handle, make_probe(forward.handle, num_chunks=1).tokens, []
+    with scratch_blocks(layout, len(tokens)) as block_ids:
+        carry = None
+        for row, digest in enumerate(digests):
+            generator, boundary = torch.Generator().manual_seed(13), None
+            if not handle.is_first_stage:
+                boundary = handle.boundary.random(len(tokens), generator, device=handle.device)
+            piece = forward.piece(0, tokens, block_ids, boundary)
+            given: Carry = None if carry is None else random_like(carry, torch.Generator().manual_seed(13))
+            carry = forward.run(piece, given, layers=(row, row + 1))
             forward.wait()
-            assert out is not None
-            assert out.residual is not None
             kv = np.empty(layout.num_bytes(1, len(block_ids)), dtype=np.uint8)
             layout.fence()
-            layout.gather(index, index + 1, block_ids, kv)
+            layout.gather(row, row + 1, block_ids, kv)
             own = hashlib.sha256(digest.encode() + kv.tobytes()).hexdigest()
-            probed.append(_digest_of(own, out.hidden, out.residual))
+            probed.append(_digest_of(own, *leaves(carry)))
     return probed
 
 
@@ -144,6 +159,12 @@ def _rope(config: Any) -> str:  # noqa: ANN401 -- a transformers config
 
 def _backend(handle: ModelHandle) -> str:
     return ",".join(group.backend.get_name() for group in handle.runner.attn_groups[0])
+
+
+def _latent_workspace(handle: ModelHandle) -> tuple[tuple[str, str], ...]:
+    """Tokens of context that latent attention (MLA) adds up at once: longer contexts round by it."""
+    layer = handle.vllm_config.compilation_config.static_forward_context[handle.layer_names[0]]
+    return (("latent_workspace", str(getattr(layer, _WORKSPACE))),) if hasattr(layer, _WORKSPACE) else ()
 
 
 def _num_threads(device: torch.device) -> int:

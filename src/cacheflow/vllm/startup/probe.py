@@ -1,41 +1,49 @@
-"""A short random prompt that the engine runs before anything is served, and KV blocks to try it in."""
+"""A short random prompt, KV blocks to try it in, and what the engine itself makes of it before anything is served."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cacheflow.errors import ConfigError
+from cacheflow.errors import ConfigError, UnsupportedModelError
+from cacheflow.vllm.models.boundary_states import States
+from cacheflow.vllm.models.layers import mapped
 from cacheflow.vllm.models.model_access import ModelHandle
-from cacheflow.vllm.models.partial_forward import Activations, PartialForward
+from cacheflow.vllm.models.workers import worker_of
 from cacheflow.vllm.worker.layout import BlockLayout
 
 LEAST_CHUNK_TOKENS = 64
+_INPUTS = frozenset(("input_ids", "positions", "intermediate_tensors", "inputs_embeds"))
+"""What the model is called with in a partial forward."""
+_NAME = "_cacheflow_self_test_"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Probe:
-    """Random tokens, and on later pipeline stages random states for them, cut into equal chunks.
+    """Random tokens, cut into equal chunks.
 
     Attributes:
         tokens: Token ids.
         chunk_tokens: Tokens of a chunk, a multiple of the block size.
-        boundary: Per chunk the input of the stage's first layer; empty on the first stage.
     """
 
     tokens: tuple[int, ...]
     chunk_tokens: int
-    boundary: tuple[Activations, ...]
 
     @property
     def chunk_ends(self) -> tuple[int, ...]:
         """Where each chunk ends."""
         return tuple(range(self.chunk_tokens, len(self.tokens) + 1, self.chunk_tokens))
+
+    def chunk(self, index: int) -> tuple[int, ...]:
+        """Tokens of one chunk."""
+        return self.tokens[index * self.chunk_tokens : (index + 1) * self.chunk_tokens]
 
 
 def make_probe(handle: ModelHandle, *, num_chunks: int) -> Probe:
@@ -49,24 +57,118 @@ def make_probe(handle: ModelHandle, *, num_chunks: int) -> Probe:
     count = max(1, min(num_chunks, longest // chunk))
     generator = torch.Generator().manual_seed(11)
     vocabulary = int(handle.vllm_config.model_config.get_vocab_size())
-    tokens = torch.randint(vocabulary, (count * chunk,), generator=generator).tolist()
-    boundary: tuple[Activations, ...] = ()
-    if not handle.is_first_stage:
-        boundary = tuple(random_states(handle, chunk, generator) for _ in range(count))
-    return Probe(tuple(tokens), chunk, boundary)
+    return Probe(tuple(torch.randint(vocabulary, (count * chunk,), generator=generator).tolist()), chunk)
 
 
-def run_by_engine(
-    forward: PartialForward, layout: BlockLayout, probe: Probe, block_ids: list[int]
-) -> npt.NDArray[np.uint8]:
-    """Prefill the probe chunk by chunk with whole passes of the engine's model; returns the KV bytes it left."""
-    start = 0
-    for index, end in enumerate(probe.chunk_ends):
-        boundary = _copy(probe.boundary[index]) if probe.boundary else None
-        forward.run_whole(forward.piece(start, end, block_ids), probe.tokens[start:end], boundary)
+def run_by_engine(handle: ModelHandle, probe: Probe, block_ids: Sequence[int]) -> list[States | None]:
+    """Have the engine prefill the probe chunk by chunk, by its own steps, as it will prefill what users send.
+
+    All ranks must call it together. Returns what each chunk's first layer was handed, on a later pipeline stage.
+
+    Raises:
+        UnsupportedModelError: vLLM calls the model with something that a partial forward does not give it.
+    """
+    seen, start = list[States | None](), 0
+    for end in probe.chunk_ends:
+        seen.append(step_by_engine(handle, probe.tokens[:end], block_ids, start=start))
         start = end
-    forward.wait()
-    return gathered(layout, block_ids)
+    return seen
+
+
+def step_by_engine(
+    handle: ModelHandle, tokens: Sequence[int], block_ids: Sequence[int], *, start: int
+) -> States | None:
+    """One step of the engine: compute the tokens from ``start`` on, of a prompt whose KV blocks are ``block_ids``.
+
+    See ``run_by_engine``. The connector is not asked for anything meanwhile: it is being started.
+    """
+    from vllm.distributed.kv_transfer import kv_transfer_state
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    worker, calls = worker_of(handle.vllm_config), list[_Call]()
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401 -- vLLM's model
+        calls.append(_Call.of(args, kwargs))  # not refused here: other ranks wait for this one in the model
+
+    def execute(step: Any) -> None:  # noqa: ANN401 -- vLLM's SchedulerOutput
+        with torch.inference_mode():
+            if worker.execute_model(step) is None:
+                worker.sample_tokens(None)
+
+    name = f"{_NAME}{start}"
+    step, last = SchedulerOutput.make_empty(), SchedulerOutput.make_empty()
+    step.scheduled_new_reqs = [_new_request(handle, name, tokens, block_ids, start=start)]
+    step.num_scheduled_tokens = {name: len(tokens) - start}
+    step.total_num_scheduled_tokens = len(tokens) - start
+    last.finished_req_ids = {name}
+    connector = kv_transfer_state._KV_CONNECTOR_AGENT  # noqa: SLF001 -- as vLLM's own warm-up does
+    kv_transfer_state._KV_CONNECTOR_AGENT = None  # noqa: SLF001
+    disable = getattr(getattr(handle.runner, "kv_connector", None), "set_disabled", lambda disabled: None)
+    disable(True)
+    hook = handle.model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        execute(step)
+        hook.remove()
+        execute(last)
+    finally:
+        hook.remove()
+        disable(False)
+        kv_transfer_state._KV_CONNECTOR_AGENT = connector  # noqa: SLF001
+    if handle.device.type == "cuda":
+        torch.cuda.current_stream(handle.device).synchronize()
+    if len(calls) != 1:
+        raise UnsupportedModelError(f"vLLM called the model {len(calls)} times for one chunk, not once")
+    [call] = calls
+    if call.refusal:
+        raise UnsupportedModelError(call.refusal)
+    num_tokens = len(tokens) - start
+    return None if call.states is None else {name: each[:num_tokens] for name, each in call.states.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """How vLLM called the model.
+
+    Attributes:
+        states: A copy of what a later stage was handed; None on the first.
+        refusal: Why a partial forward cannot call it so; empty when it can.
+    """
+
+    states: States | None
+    refusal: str
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        received, extra, refusal = kwargs.get("intermediate_tensors"), sorted(set(kwargs) - _INPUTS), ""
+        if args or extra:
+            refusal = f"vLLM calls the model with more than tokens: {', '.join(extra) or 'positional arguments'}"
+        elif kwargs.get("inputs_embeds") is not None:
+            refusal = "vLLM calls the model with embeddings, not with tokens"
+        states = None if received is None else {name: each.clone() for name, each in received.tensors.items()}
+        return cls(states, refusal)
+
+
+def _new_request(handle: ModelHandle, name: str, tokens: Sequence[int], block_ids: Sequence[int], *, start: int) -> Any:  # noqa: ANN401
+    """A request as vLLM's scheduler gives it to workers; its prompt goes on, so that nothing of it is sampled."""
+    from vllm.v1.core.sched.output import NewRequestData
+
+    from vllm import SamplingParams
+
+    goes_on = len(tokens) < int(handle.vllm_config.model_config.max_model_len)
+    prompt = [*tokens, tokens[0]] if goes_on else list(tokens)
+    needed = -(-len(prompt) // handle.block_size)
+    blocks = [*block_ids[: -(-len(tokens) // handle.block_size)]]
+    return NewRequestData(
+        req_id=name,
+        prompt_token_ids=prompt,
+        mm_features=[],
+        sampling_params=SamplingParams(max_tokens=2, temperature=0.0),
+        pooling_params=None,
+        block_ids=([*blocks, *blocks[:1] * (needed - len(blocks))],),
+        num_computed_tokens=start,
+        lora_request=None,
+        prefill_token_ids=prompt,
+    )
 
 
 def gathered(layout: BlockLayout, block_ids: list[int]) -> npt.NDArray[np.uint8]:
@@ -77,16 +179,15 @@ def gathered(layout: BlockLayout, block_ids: list[int]) -> npt.NDArray[np.uint8]
     return out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
 
 
-def random_states(handle: ModelHandle, num_tokens: int, generator: torch.Generator) -> Activations:
-    """Random input of a layer, ``[num_tokens, C]`` both."""
-    shape = (num_tokens, handle.hidden_size)
-    made = [torch.randn(shape, generator=generator).to(handle.device, handle.dtype) for _ in range(2)]
-    return Activations(made[0], made[1])
+def random_like(carry: Any, generator: torch.Generator) -> Any:  # noqa: ANN401 -- a nest of tensors
+    """A nest with the same tensors' shapes, and random numbers in those of floats."""
 
+    def change(each: torch.Tensor) -> torch.Tensor:
+        if not each.is_floating_point():
+            return each.clone()
+        return torch.randn(each.shape, generator=generator).to(each.device, each.dtype)
 
-def _copy(states: Activations) -> Activations:
-    assert states.residual is not None
-    return Activations(states.hidden.clone(), states.residual.clone())
+    return mapped(carry, change)
 
 
 @contextmanager

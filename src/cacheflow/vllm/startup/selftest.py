@@ -1,13 +1,16 @@
-"""Proves at start that restored KV equals the engine's own, and refuses to serve if it does not.
+"""Proves at start that restored KV equals the engine's own; what it cannot prove is not recomputed.
 
-A probe of a few short chunks is prefilled by whole passes of the engine's model. Then it is restored in other blocks,
-which hold poison before: some cells recomputed by partial forwards, in the order of a staircase, the others copied as
-loads would be. Every byte of every layer must be equal. The blocks are the last of the KV cache and zero afterwards.
+A probe of a few short chunks is prefilled by the engine's own steps. Then it is restored in other blocks, which hold
+poison before: cells recomputed by partial forwards, cut at every boundary at which a restoration may be cut, the rest
+copied as loads would be. Every byte of every layer must be equal. Each layer is also run for its keys and values alone,
+and where layers look at a window that is longer than the probe, a chunk far behind its start is compared as well.
+The blocks are the last of the KV cache and zero afterwards.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +20,19 @@ import torch
 from cacheflow.errors import SelfTestError
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.vllm.models.model_access import ModelHandle
+from cacheflow.vllm.models.boundary_states import States
+from cacheflow.vllm.models.layers import Carry, mapped
 from cacheflow.vllm.models.partial_forward import PartialForward
-from cacheflow.vllm.startup.probe import Probe, gathered, make_probe, run_by_engine, scratch_blocks, wipe
-from cacheflow.vllm.worker.layout import BlockLayout
+from cacheflow.vllm.startup.probe import (
+    Probe,
+    gathered,
+    make_probe,
+    run_by_engine,
+    scratch_blocks,
+    step_by_engine,
+    wipe,
+)
+from cacheflow.vllm.worker.layout import BlockLayout, block_layers
 from cacheflow.vllm.worker.recompute import VllmComputePort
 
 _NUM_CHUNKS = 3
@@ -31,32 +43,61 @@ Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Where recomputed KV first differs from the engine's own.
+
+    Attributes:
+        where: In which of the comparisons.
+        layer: VLLM's name of the lowest layer that differs.
+        worst: Largest absolute difference in it; infinite where a number is NaN.
+        share: Share of its bytes that differ.
+    """
+
+    where: str
+    layer: str
+    worst: float
+    share: float
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.layer} differs by up to {self.worst:.3g} in {self.share:.0%} of its bytes {self.where}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTestResult:
     """What the self-test measured.
 
     Attributes:
         num_tokens: Tokens of the probe.
         num_chunks: Chunks they were cut into.
-        recompute_equal: Partial forwards in another order gave the engine's own bits; None where only loads are used.
+        num_cuts: Boundaries between layers at which it was cut; 0 where only whole passes or loads are used.
+        windows: Lengths of windows for which a chunk behind them was compared.
+        difference: Why recomputation is not exact; None where it is, or was not asked for.
         copy_equal: Blocks gathered, wiped and scattered back were the same bits.
-        worst_difference: Largest absolute difference between recomputed and own KV; 0 when equal.
         elapsed_s: How long it took.
     """
 
     num_tokens: int
     num_chunks: int
-    recompute_equal: bool | None
+    num_cuts: int
+    windows: tuple[int, ...]
+    difference: Difference | None
     copy_equal: bool
-    worst_difference: float
     elapsed_s: float
 
-    @property
-    def passed(self) -> bool:
-        """Whether the engine may restore."""
-        return self.copy_equal and self.recompute_equal is not False
+    def __str__(self) -> str:
+        """What was proved, in one line."""
+        parts = [f"{self.num_tokens} tokens in {self.num_chunks} chunks, restored KV equal to the engine's bit for bit"]
+        if self.num_cuts:
+            parts.append(f"cut at {self.num_cuts} layers, keys and values alone in each")
+        if self.windows:
+            parts.append(f"behind windows of {', '.join(map(str, self.windows))} tokens")
+        return ", ".join(parts)
 
 
-def self_test(layout: BlockLayout, forward: PartialForward | None, *, chunk_tokens: int) -> SelfTestResult:
+def self_test(
+    layout: BlockLayout, forward: PartialForward | None, *, chunk_tokens: int, layers_per_block: int = 1
+) -> SelfTestResult:
     """Run a probe prompt in scratch blocks at the end of the KV cache; they are zero afterwards.
 
     Call after KV caches are registered and before anything is served, on every rank.
@@ -65,69 +106,141 @@ def self_test(layout: BlockLayout, forward: PartialForward | None, *, chunk_toke
         layout: The registered KV blocks.
         forward: How cells are recomputed; None tests copies alone.
         chunk_tokens: Chunk size of the saves; the probe has at most as many tokens where it only copies.
+        layers_per_block: Restorations are cut at multiples of so many layers.
 
     Raises:
-        SelfTestError: Something differs; the message carries the report's numbers.
+        SelfTestError: Copies are not equal.
+        UnsupportedModelError: vLLM calls the model in a way that partial forwards do not know.
         ConfigError: The KV cache is too small for the probe.
     """
-    started_s, difference = time.perf_counter(), None
+    started_s = time.perf_counter()
+    windows: tuple[int, ...] = ()
+    difference = None
     if forward is None:
-        num_tokens = min(chunk_tokens, 2 * layout.block_size)
+        num_tokens, num_chunks, num_cuts = min(chunk_tokens, 2 * layout.block_size), 1, 0
         with scratch_blocks(layout, num_tokens) as block_ids:
             copy_equal = _copies_are_equal(layout, block_ids, _random_bytes(layout, len(block_ids)))
-        num_chunks = 1
     else:
-        probe = make_probe(forward.handle, num_chunks=_NUM_CHUNKS)
-        with scratch_blocks(layout, 2 * len(probe.tokens)) as block_ids:
-            half = len(block_ids) // 2
-            own = run_by_engine(forward, layout, probe, block_ids[:half])
-            copy_equal = _copies_are_equal(layout, block_ids[:half], own)
-            restored = _restored(forward, layout, probe, block_ids[half:][::-1], own)
-        num_tokens, num_chunks = len(probe.tokens), len(probe.chunk_ends)
-        difference = _worst_difference(own, restored, layout.dtype)
-    report = SelfTestResult(
+        test = _RecomputeTest(forward, layout, layers_per_block)
+        num_tokens, num_chunks = len(test.probe.tokens), len(test.probe.chunk_ends)
+        with scratch_blocks(layout, 2 * num_tokens + test.probe.chunk_tokens) as block_ids:
+            copy_equal, difference = test.run(block_ids)
+        num_cuts, windows = test.num_cuts, test.windows
+    if not copy_equal:
+        raise SelfTestError(
+            f"blocks of the KV cache that were copied out and back differ ({num_tokens} tokens, layout "
+            f"{layout.layout_name or 'unnamed'}): CacheFlow does not serve this engine"
+        )
+    return SelfTestResult(
         num_tokens=num_tokens,
         num_chunks=num_chunks,
-        recompute_equal=None if difference is None else difference == 0.0,
+        num_cuts=num_cuts,
+        windows=windows,
+        difference=difference,
         copy_equal=copy_equal,
-        worst_difference=difference or 0.0,
         elapsed_s=time.perf_counter() - started_s,
     )
-    if not report.passed:
-        raise SelfTestError(_failure(report, forward))
-    return report
 
 
-def _restored(forward: PartialForward, layout: BlockLayout, probe: Probe, block_ids: list[int], own: Bytes) -> Bytes:
-    """Restore the probe into poisoned blocks: a staircase is recomputed, the rest copied from ``own``."""
-    wipe(layout, block_ids, value=_POISON)
-    handle = forward.handle
-    per_block = handle.num_layers if handle.compiled else 1
-    port = VllmComputePort(forward, _target(probe, block_ids, per_block))
-    for chunk, states in enumerate(probe.boundary):
-        assert states.residual is not None
-        port.seed(chunk, states.hidden, states.residual)
-    blocks_per_chunk = probe.chunk_tokens // layout.block_size
-    for chunk, height in enumerate(_heights(handle, len(probe.chunk_ends))):
-        middle = height // 2
-        if middle:
-            port.recompute(Tile(chunk, chunk + 1, 0, middle), kv_only_top=False)
-        port.recompute(Tile(chunk, chunk + 1, middle, height), kv_only_top=True)
-        layer = height * per_block
-        if layer < layout.num_layers:
-            first, last = chunk * blocks_per_chunk, (chunk + 1) * blocks_per_chunk
-            layout.fence()
-            loaded = np.ascontiguousarray(own[layer:, first:last]).reshape(-1)
-            layout.scatter(layer, layout.num_layers, block_ids[first:last], loaded)
-    port.finish()
-    return gathered(layout, block_ids)
+class _RecomputeTest:
+    """The probe of one engine, and what it is compared by."""
 
+    def __init__(self, forward: PartialForward, layout: BlockLayout, layers_per_block: int) -> None:
+        self._forward, self._layout = forward, layout
+        handle = forward.handle
+        self._layers_per_block = handle.num_layers if handle.compiled else layers_per_block
+        self._num_blocks = -(-handle.num_layers // self._layers_per_block)
+        self.probe = make_probe(handle, num_chunks=_NUM_CHUNKS)
+        self.num_cuts = self._num_blocks - 1
+        self.windows = () if handle.compiled else tuple(self._long_windows())
 
-def _heights(handle: ModelHandle, num_chunks: int) -> list[int]:
-    """Blocks recomputed of each chunk: all of them, but half of the last; a compiled engine has one block."""
-    if handle.compiled:
-        return [1] * num_chunks
-    return [handle.num_layers] * (num_chunks - 1) + [max(1, handle.num_layers // 2)]
+    def run(self, block_ids: list[int]) -> tuple[bool, Difference | None]:
+        """Whether copies are equal, and where recomputation is not; ``block_ids`` hold the probe twice and a chunk."""
+        layout, probe, handle = self._layout, self.probe, self._forward.handle
+        count = len(probe.tokens) // layout.block_size
+        engines, ours, spare = block_ids[:count], block_ids[count : 2 * count][::-1], block_ids[2 * count :]
+        handed = run_by_engine(handle, probe, engines)
+        own = gathered(layout, engines)
+        copy_equal = _copies_are_equal(layout, engines, own)
+        restored = self._restored(ours, own, handed)
+        difference = self._compare(own, restored, "when it is recomputed layer by layer")
+        if difference is None and not handle.compiled:
+            last = slice(count - len(spare), count)
+            alone = self._alone(engines, spare, handed[-1])
+            difference = self._compare(own[:, last], alone, "when its keys and values are computed alone")
+        for window in self.windows:
+            difference = difference or self._behind(window, engines, spare)
+        return copy_equal, difference
+
+    def _restored(self, block_ids: list[int], own: Bytes, handed: Sequence[States | None]) -> Bytes:
+        """Restore the probe into poisoned blocks: a staircase is recomputed, the rest copied from ``own``."""
+        wipe(self._layout, block_ids, value=_POISON)
+        target = _target(self.probe, block_ids, self._layers_per_block)
+        port = VllmComputePort(self._forward, target)
+        per_chunk = self.probe.chunk_tokens // self._layout.block_size
+        for chunk, states in enumerate(handed):
+            if states is not None:
+                port.seed(chunk, states)
+            height = self._num_blocks
+            if chunk and chunk == len(handed) - 1:
+                height = max(1, height // 2)
+            for block in range(height):
+                port.recompute(Tile(chunk, chunk + 1, block, block + 1), kv_only_top=block == height - 1)
+            _, layer = block_layers(height - 1, self._layers_per_block, self._layout.num_layers)
+            if layer < self._layout.num_layers:
+                first, last = chunk * per_chunk, (chunk + 1) * per_chunk
+                self._layout.fence()
+                loaded = np.ascontiguousarray(own[layer:, first:last]).reshape(-1)
+                self._layout.scatter(layer, self._layout.num_layers, block_ids[first:last], loaded)
+        port.finish()
+        return gathered(self._layout, block_ids)
+
+    def _alone(self, past: list[int], spare: list[int], handed: States | None) -> Bytes:
+        """Keys and values of the last chunk, each layer's computed alone into spare blocks that hold poison."""
+        wipe(self._layout, spare, value=_POISON)
+        forward, probe = self._forward, self.probe
+        tokens, start = probe.chunk(len(probe.chunk_ends) - 1), len(probe.tokens) - probe.chunk_tokens
+        before = past[: start // self._layout.block_size]
+        carry: Carry = None
+        for layer in range(forward.handle.num_layers):
+            for blocks, kv_only in (([*before, *spare], True), (past, False)):
+                piece = forward.piece(start, tokens, blocks, _copied(handed))
+                out = forward.run(piece, _copied(carry), layers=(layer, layer + 1), kv_only_top=kv_only)
+            carry = out
+        forward.wait()
+        return gathered(self._layout, spare)
+
+    def _behind(self, window: int, past: list[int], spare: list[int]) -> Difference | None:
+        """Compare a chunk that lies a window's length behind the start of a prompt whose past repeats some blocks."""
+        size, tokens = self._layout.block_size, self.probe.chunk(0)
+        start = -(-window // size) * size
+        blocks = [past[index % len(past)] for index in range(start // size)] + spare
+        prompt = [tokens[index % len(tokens)] for index in range(start)] + list(tokens)
+        handed = step_by_engine(self._forward.handle, prompt, blocks, start=start)
+        own = gathered(self._layout, spare)
+        wipe(self._layout, spare, value=_POISON)
+        piece = self._forward.piece(start, tokens, blocks, handed)
+        self._forward.run(piece, None, layers=(0, self._forward.handle.num_layers))
+        self._forward.wait()
+        restored = gathered(self._layout, spare)
+        return self._compare(own, restored, f"behind its window of {window} tokens")
+
+    def _long_windows(self) -> Iterator[int]:
+        """Windows that the probe does not reach, of those that a prompt can reach."""
+        longest = int(self._forward.handle.vllm_config.model_config.max_model_len)
+        found = {getattr(each, "sliding_window", None) or 0 for each in self._forward.attention_layers()}
+        for window in sorted(each for each in found if isinstance(each, int)):
+            reach = -(-window // self._layout.block_size) * self._layout.block_size + self.probe.chunk_tokens
+            if window > len(self.probe.tokens) and reach < longest:
+                yield window
+
+    def _compare(self, own: Bytes, restored: Bytes, where: str) -> Difference | None:
+        for layer, name in enumerate(self._forward.handle.layer_names):
+            if not np.array_equal(own[layer], restored[layer]):
+                worst = _worst_difference(own[layer], restored[layer], self._layout.dtype)
+                share = float((own[layer] != restored[layer]).mean())
+                return Difference(where=where, layer=name, worst=worst, share=share)
+        return None
 
 
 def _target(probe: Probe, block_ids: list[int], layers_per_block: int) -> RestoreTarget:
@@ -145,6 +258,10 @@ def _target(probe: Probe, block_ids: list[int], layers_per_block: int) -> Restor
     )
 
 
+def _copied(carry: Carry) -> Carry:
+    return mapped(carry, torch.clone)
+
+
 def _copies_are_equal(layout: BlockLayout, block_ids: list[int], own: Bytes) -> bool:
     """Put the bytes into blocks that hold something else, and take them out again."""
     wipe(layout, block_ids, value=_POISON)
@@ -160,18 +277,7 @@ def _random_bytes(layout: BlockLayout, num_blocks: int) -> Bytes:
 
 
 def _worst_difference(own: Bytes, restored: Bytes, dtype: torch.dtype) -> float:
-    """Largest absolute difference; infinite where one is NaN and the other is not, 0 only for equal bytes."""
-    if np.array_equal(own, restored):
-        return 0.0
-    values = [torch.from_numpy(each.reshape(-1)).view(dtype).double() for each in (own, restored)]
+    """Largest absolute difference of bytes that differ; infinite where a number is NaN or numbers are equal."""
+    values = [torch.from_numpy(np.ascontiguousarray(each).reshape(-1)).view(dtype).double() for each in (own, restored)]
     worst = float((values[0] - values[1]).abs().max())
-    return worst if worst > 0 else float("inf")  # NaN, or bits that differ in equal numbers
-
-
-def _failure(report: SelfTestResult, forward: PartialForward | None) -> str:
-    model = "" if forward is None else f" of {type(forward.handle.model).__name__} ({forward.handle.dtype})"
-    return (
-        f"restored KV{model} differs from the engine's own over {report.num_tokens} tokens in {report.num_chunks} "
-        f"chunks: recomputed equal {report.recompute_equal} (largest difference {report.worst_difference:.3e}), copied "
-        f"equal {report.copy_equal}. CacheFlow does not serve this engine"
-    )
+    return worst if worst > 0 else float("inf")

@@ -11,17 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from cacheflow.errors import ConfigError
-from cacheflow.shapes.hf_config import CacheKind, architectures, cache_kind, text_config
+from cacheflow.shapes.hf_config import CacheKind, cache_kind, text_config
 from cacheflow.vllm.models.refusals import (
     cache_refusal,
     configured_refusals,
     engine_refusals,
-    family_refusal,
     require_loadable,
     require_recomputable,
 )
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.startup.installed import InstalledVllm, model_classes
+from cacheflow.vllm.startup.installed import InstalledVllm
 from cacheflow.vllm.startup.local_config import local_config
 from cacheflow.vllm.startup.server_flags import ServerFlags
 
@@ -64,9 +63,7 @@ def check_start(
     view = _view(flags, config)
     kind = _cache_kind(flags, config, environment)
     require_loadable([reason for reason in (cache_refusal(kind), *engine_refusals(view)) if reason])
-    name = _class_name(config, installed)
-    reasons = [reason for reason in (name and family_refusal(name), *configured_refusals(view)) if reason]
-    require_recomputable(reasons, load_only=options.unsupported_models == "load_only")
+    require_recomputable(list(configured_refusals(view)), load_only=options.unsupported_models == "load_only")
 
 
 def _config_of(model: str, flags: ServerFlags, environment: Mapping[str, str]) -> Mapping[str, Any]:
@@ -117,14 +114,6 @@ def _cache_kind(flags: ServerFlags, config: Mapping[str, Any], environment: Mapp
         certain = str(text.get("model_type")).startswith("deepseek_v") and not environment.get("VLLM_MLA_DISABLE")
         return kind if certain else CacheKind.FULL
     return kind
-
-
-def _class_name(config: Mapping[str, Any], installed: InstalledVllm | None) -> str:
-    """The class that vLLM runs this model with; empty where it is not certain."""
-    if installed is None:
-        return ""
-    classes = model_classes(installed)
-    return next((classes[name] for name in architectures(config) if name in classes), "")
 
 
 def _view(flags: ServerFlags, config: Mapping[str, Any]) -> SimpleNamespace:

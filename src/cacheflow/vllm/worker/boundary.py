@@ -1,11 +1,11 @@
-"""Boundary hidden states: what a later pipeline stage receives, kept per token until a chunk is complete and saved.
+"""Boundary states: what a later pipeline stage receives, kept per token until a chunk is complete and saved.
 
-vLLM hands a stage ``hidden_states`` and ``residual`` of the whole batch, and the stage's layers overwrite both. So they
-are copied out right before the forward, the rows of each request from where the runner's batch has them. On a device
-those copies are looked at when they have arrived, or when a chunk of theirs is saved.
+vLLM hands a stage the states of the whole batch, and the stage's layers overwrite them. So they are copied out right
+before the forward, the rows of each request from where the runner's batch has them. On a device those copies are
+looked at when they have arrived, or when a chunk of theirs is saved.
 
-Shapes: ``n`` rows of a batch, ``C`` hidden_size. An object's payload is ``[2, tokens of the chunk, C]``: hidden states,
-then residual.
+Shapes: ``n`` rows of a batch. An object's payload is one part of the states (``models/boundary_states.py``) after the
+other, each of all the chunk's tokens.
 """
 
 from __future__ import annotations
@@ -37,11 +37,6 @@ MAX_STEPS_UNDER_WAY = 4
 """Copies of so many forwards may be under way before one is waited for."""
 
 
-def boundary_token_bytes(handle: ModelHandle) -> int:
-    """Bytes of one token's boundary states at this stage's entry; 0 on the first stage."""
-    return 0 if handle.is_first_stage else 2 * handle.hidden_size * handle.dtype.itemsize
-
-
 def stores_boundaries(options: ConnectorOptions, handle: ModelHandle) -> bool:
     """Whether this rank's stage restores from boundary states: only where it recomputes."""
     return options.boundary_states and not handle.is_first_stage and handle.can_recompute
@@ -62,9 +57,9 @@ def make_receive_buffer(handle: ModelHandle) -> None:
 
 @dataclass(slots=True, eq=False)
 class _Chunk:
-    """States of one chunk's leading tokens, up to ``filled``."""
+    """States of one chunk's leading tokens, up to ``filled``, by part."""
 
-    payload: Bytes
+    parts: list[Bytes]
     filled: int = 0
 
 
@@ -90,8 +85,8 @@ class BoundaryCapture:
             ConfigError: vLLM's runner does not tell whose rows are whose.
         """
         self._handle, self._chunk_tokens, self._counts = handle, chunk_tokens, counts
-        self._row_bytes = handle.hidden_size * handle.dtype.itemsize
-        self._max_chunks = max(MAX_CAPTURED_BYTES // (2 * self._row_bytes), 2 * batch_tokens) // chunk_tokens
+        self._parts = handle.boundary.parts
+        self._max_chunks = max(MAX_CAPTURED_BYTES // handle.boundary.token_bytes, 2 * batch_tokens) // chunk_tokens
         self._expected: tuple[CaptureWork, ...] = ()
         self._chunks: OrderedDict[tuple[str, int], _Chunk] = OrderedDict()
         self._copies = row_copies(handle.device)
@@ -139,7 +134,7 @@ class BoundaryCapture:
         if not wanted:
             return None
         low, high = min(first for _, first, _ in wanted), max(last for _, _, last in wanted)
-        states = (received["hidden_states"][low:high], received["residual"][low:high])
+        states = (received[part.name][low:high] for part in self._parts)
         rows = self._copies.copy_out(*states, positions[low:high].to(torch.int64))
         return _Step(tuple((capture, first - low, last - low) for capture, first, last in wanted), rows)
 
@@ -151,23 +146,23 @@ class BoundaryCapture:
     def _sort(self, step: _Step) -> None:
         """Sort a step's rows into chunks; waits for them."""
         try:
-            hidden, residual, positions = step.rows.take()
+            *parts, positions = step.rows.take()
             for capture, first, last in step.wanted:
-                self._sort_one(capture, hidden[first:last], residual[first:last], positions[first:last])
+                self._sort_one(capture, [part[first:last] for part in parts], positions[first:last])
         except Exception:  # as in the hook: on a device it is only found out here
             logger.exception("boundary states could not be copied to the host")
             self._counts.boundaries["missed"] += len(step.wanted)
 
-    def _sort_one(self, capture: CaptureWork, hidden: Bytes, residual: Bytes, positions: Bytes) -> None:
+    def _sort_one(self, capture: CaptureWork, parts: Sequence[Bytes], positions: Bytes) -> None:
         # The batch says whose rows they are; that they are of the tokens wanted their positions prove.
         at = positions.view(np.int64)[:, 0]
         low, high = capture.start - int(at[0]), capture.end - int(at[0])
-        if low < 0 or high > min(len(hidden), len(residual), len(at)) or int(at[high - 1]) != capture.end - 1:
+        if low < 0 or high > min(len(at), *map(len, parts)) or int(at[high - 1]) != capture.end - 1:
             self._counts.boundaries["missed"] += 1
             return
-        self._keep(capture, hidden[low:high], residual[low:high])
+        self._keep(capture, [part[low:high] for part in parts])
 
-    def _keep(self, capture: CaptureWork, hidden: Bytes, residual: Bytes) -> None:
+    def _keep(self, capture: CaptureWork, parts: Sequence[Bytes]) -> None:
         size = self._chunk_tokens
         for chunk in range(capture.start // size, -(-capture.end // size)):
             low, high = max(capture.start, chunk * size), min(capture.end, (chunk + 1) * size)
@@ -176,8 +171,8 @@ class BoundaryCapture:
             if kept is None:
                 continue  # tokens before these were not seen: from the prefix cache, or by a replayed graph
             rows = slice(low - capture.start, high - capture.start)
-            kept.payload[0, at:end] = hidden[rows]
-            kept.payload[1, at:end] = residual[rows]
+            for own, part in zip(kept.parts, parts, strict=True):
+                own[at:end] = part[rows]
             kept.filled = end
 
     def _chunk(self, name: tuple[str, int], at: int) -> _Chunk | None:
@@ -187,7 +182,7 @@ class BoundaryCapture:
             return None
         if kept is None:
             self._make_room()
-            kept = _Chunk(np.empty((2, self._chunk_tokens, self._row_bytes), dtype=np.uint8))
+            kept = _Chunk([np.empty((self._chunk_tokens, part.token_bytes), dtype=np.uint8) for part in self._parts])
         self._chunks[name] = kept
         return kept
 
@@ -208,9 +203,8 @@ class BoundaryCapture:
         self._counts.boundaries["captured"] += 1
         handle = self._handle
         key = RankKeys(handle.shard, handle.start_layer).boundary(save.namespace, save.chain_hash)
-        shape = (2, self._chunk_tokens, handle.hidden_size)
-        dtype = str(handle.dtype).removeprefix("torch.")
-        yield PutRequest(key, [kept.payload.reshape(-1)], shape=shape, dtype=dtype)
+        shape = (self._chunk_tokens, handle.boundary.token_bytes)
+        yield PutRequest(key, [part.reshape(-1) for part in kept.parts], shape=shape, dtype="uint8")
 
     def forget(self, request_ids: set[str]) -> None:
         """Drop what is kept of requests that ended."""

@@ -1,7 +1,6 @@
 """The compute side of a restoration inside vLLM: recomputes cells with the worker's own model.
 
-Provides ``restore.ports.ComputePort`` by structure, for one restoration. Shapes: ``n`` tokens of a chunk, ``C``
-hidden_size.
+Provides ``restore.ports.ComputePort`` by structure, for one restoration. Shapes: ``n`` tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -14,18 +13,28 @@ import torch
 
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.vllm.models.partial_forward import Activations, PartialForward, Piece
+from cacheflow.vllm.models.boundary_states import States
+from cacheflow.vllm.models.layers import Carry
+from cacheflow.vllm.models.partial_forward import PartialForward, Piece
 from cacheflow.vllm.worker.layout import block_layers
 from cacheflow.vllm.worker.stage_link import StageLink
 
 
 @dataclass(slots=True)
 class _ClimbingChunk:
-    """A chunk on its way up; ``activations`` is None once nothing can run above."""
+    """A chunk on its way up.
+
+    Attributes:
+        piece: Its tokens.
+        carry: What the block below ``next_block`` returned.
+        next_block: The block that it is at.
+        spent: Nothing can run above, because the carry is gone.
+    """
 
     piece: Piece
-    activations: Activations | None
+    carry: Carry = None
     next_block: int = 0
+    spent: bool = False
 
 
 class VllmComputePort:
@@ -56,7 +65,7 @@ class VllmComputePort:
         self._num_layers = handle.num_layers
         self._num_blocks = -(-handle.num_layers // target.layers_per_block)
         self._chunks: dict[int, _ClimbingChunk] = {}
-        self._boundary: dict[int, Activations] = {}
+        self._boundary: dict[int, States] = {}
 
     def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
         """See ``ComputePort.recompute``.
@@ -73,8 +82,8 @@ class VllmComputePort:
             self._run_whole(tile.chunk_lo)
             return
         if state is None:
-            state = self._chunks[tile.chunk_lo] = _ClimbingChunk(self._piece(tile.chunk_lo), self._start(tile.chunk_lo))
-        if state.activations is None:
+            state = self._chunks[tile.chunk_lo] = _ClimbingChunk(self._piece(tile.chunk_lo))
+        if state.spent:
             raise ValueError(f"activations of chunk {tile.chunk_lo} below block {tile.block_lo} are spent; restart it")
         # At the top of the last stage, and where nothing is handed over, nobody needs what comes out above.
         at_top = tile.block_hi == self._num_blocks and not (self._link and self._link.has_stage_above)
@@ -84,29 +93,26 @@ class VllmComputePort:
         """Forget the activations of a chunk, so that it can be recomputed from block 0."""
         self._chunks.pop(chunk, None)
 
-    def give(self, chunk: int, payload: npt.NDArray[np.uint8]) -> None:
-        """Copy a chunk's boundary states in, as they are stored: bytes ``[2, n * C]`` of hidden states and residual.
+    def give(self, chunk: int, payload: npt.NDArray[np.uint8], skip_tokens: int) -> None:
+        """Copy a chunk's boundary states in, as they are stored; the first ``skip_tokens`` are not the target's.
 
         On the I/O thread, before the chunk is recomputed.
         """
         start, end = self._target.chunk_range(chunk)
         handle = self._forward.handle
-        both = torch.from_numpy(np.ascontiguousarray(payload).copy()).view(handle.dtype)
-        hidden, residual = both.view(2, end - start, handle.hidden_size).to(handle.device)
-        self.seed(chunk, hidden, residual)
+        packed, num_tokens = torch.from_numpy(payload), end - start + skip_tokens
+        states = handle.boundary.unpack(packed, num_tokens=num_tokens, device=handle.device)
+        self.seed(chunk, {name: each[skip_tokens:] for name, each in states.items()})
 
-    def seed(self, chunk: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
-        """Give a chunk's boundary states ``[n, C]``, the input of a later pipeline stage's first layer.
+    def seed(self, chunk: int, states: States) -> None:
+        """Give a chunk's boundary states, the input of a later pipeline stage's first layer.
 
         Raises:
-            ValueError: They have another shape or dtype than the chunk's activations.
+            ValueError: They have another shape or dtype than the model says.
         """
         start, end = self._target.chunk_range(chunk)
-        handle = self._forward.handle
-        for name, states in (("hidden", hidden), ("residual", residual)):
-            if states.shape != (end - start, handle.hidden_size) or states.dtype != handle.dtype:
-                raise ValueError(f"{name} of chunk {chunk} has shape {tuple(states.shape)}, dtype {states.dtype}")
-        self._boundary[chunk] = Activations(hidden, residual)
+        self._forward.handle.boundary.require(states, num_tokens=end - start)
+        self._boundary[chunk] = states
 
     def receive(self, chunk: int) -> None:
         """See ``HandOverPort.receive``.
@@ -126,10 +132,16 @@ class VllmComputePort:
         assert self._link is not None, "hand-overs are asked for only where stages are linked"
         start, end = self._target.chunk_range(chunk)
         state = self._chunks.get(chunk)
-        out = None if failed or state is None else state.activations
+        out = None if failed or state is None or state.spent else self._handed_over(state)
         self._link.send(out, restore_id=self._target.restore_id, chunk=chunk, num_tokens=end - start)
         if state is not None:
-            state.activations = None
+            state.carry, state.spent = None, True
+
+    def _handed_over(self, state: _ClimbingChunk) -> States:
+        """What the stage above is handed: a compiled stage has returned it, an eager one is asked for it."""
+        if self._forward.handle.compiled:
+            return dict(state.carry)
+        return self._forward.hand_over(state.piece, state.carry)
 
     def run_suffix(self, block_lo: int, block_hi: int) -> None:
         """Never called: vLLM computes the new tokens itself.
@@ -146,34 +158,26 @@ class VllmComputePort:
         self._forward.wait()
 
     def _run_whole(self, chunk: int) -> None:
-        boundary = None if self._forward.handle.is_first_stage else self._start(chunk)
         piece = self._piece(chunk)
-        out = self._forward.run_whole(piece, self._tokens(chunk), boundary)
-        kept = out if self._link is not None else None
-        self._chunks[chunk] = _ClimbingChunk(piece, kept, self._num_blocks)
+        out = self._forward.run_whole(piece)
+        spent = self._link is None or out is None
+        self._chunks[chunk] = _ClimbingChunk(piece, None if spent else out, self._num_blocks, spent)
 
     def _climb(self, state: _ClimbingChunk, tile: Tile, *, kv_only_top: bool) -> None:
-        assert state.activations is not None
         layers = (
             block_layers(tile.block_lo, self._target.layers_per_block, self._num_layers)[0],
             block_layers(tile.block_hi - 1, self._target.layers_per_block, self._num_layers)[1],
         )
-        state.activations = self._forward.run(state.piece, state.activations, layers=layers, kv_only_top=kv_only_top)
-        state.next_block = tile.block_hi
+        state.carry = self._forward.run(state.piece, state.carry, layers=layers, kv_only_top=kv_only_top)
+        state.next_block, state.spent = tile.block_hi, kv_only_top
 
     def _piece(self, chunk: int) -> Piece:
-        return self._forward.piece(*self._target.chunk_range(chunk), self._target.block_ids)
-
-    def _tokens(self, chunk: int) -> tuple[int, ...]:
+        """A chunk, with a fresh copy of its boundary states on a later stage: layers overwrite them."""
         start, end = self._target.chunk_range(chunk)
-        return self._target.tokens[start - self._target.start : end - self._target.start]
-
-    def _start(self, chunk: int) -> Activations:
-        """A fresh copy of the input of the stage's first layer: layers overwrite it."""
-        if self._forward.handle.is_first_stage:
-            return self._forward.embed(self._tokens(chunk))
-        if chunk not in self._boundary:
-            raise ValueError(f"chunk {chunk} has no boundary states; a later pipeline stage starts from them")
-        given = self._boundary[chunk]
-        assert given.residual is not None
-        return Activations(given.hidden.clone(), given.residual.clone())
+        tokens = self._target.tokens[start - self._target.start : end - self._target.start]
+        boundary = None
+        if not self._forward.handle.is_first_stage:
+            if chunk not in self._boundary:
+                raise ValueError(f"chunk {chunk} has no boundary states; a later pipeline stage starts from them")
+            boundary = {name: states.clone() for name, states in self._boundary[chunk].items()}
+        return self._forward.piece(start, tokens, self._target.block_ids, boundary)

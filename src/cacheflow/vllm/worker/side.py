@@ -160,7 +160,9 @@ class WorkerSide:
 
     def save(self, work: StepWork) -> None:
         """Copy the chunks that this step's forward completed, unless weights or adapters have changed since."""
-        self._saver.save(self._state.may_save(work))
+        may_save = self._state.may_save(work)
+        if self._engine.facts.keys.writes:
+            self._saver.save(may_save)
 
     def take_finished(self) -> set[str]:
         """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""

@@ -16,8 +16,8 @@ import torch
 import torch.distributed
 
 from cacheflow.restore.work import RestoreTarget
+from cacheflow.vllm.models.boundary_states import BoundaryShape, States
 from cacheflow.vllm.models.model_access import ModelHandle
-from cacheflow.vllm.models.partial_forward import Activations
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ stands still; torch then closes the connection, and vLLM, which uses it too, end
 class StageLink:
     """This rank's connection to the same tensor-parallel rank of the stages below and above. Main thread only."""
 
-    def __init__(self, group: Any, *, dtype: torch.dtype, device: torch.device, hidden_size: int) -> None:  # noqa: ANN401
-        """Use vLLM's pipeline group (``GroupCoordinator``)."""
-        self._group, self._dtype, self._device, self._hidden_size = group, dtype, device, hidden_size
+    def __init__(self, group: Any, *, device: torch.device, shape: BoundaryShape) -> None:  # noqa: ANN401
+        """Use vLLM's pipeline group (``GroupCoordinator``); ``shape`` is what every stage hands to the next."""
+        self._group, self._device, self._shape = group, device, shape
         self._sent: deque[list[tuple[Any, torch.Tensor]]] = deque([[]])
         # Received in the next step; vLLM has as many steps under way as there are stages, and one more where it
         # schedules asynchronously. What was sent in the step before those has been received when a step begins, so
@@ -58,20 +58,18 @@ class StageLink:
                 except RuntimeError:  # the stage above is gone, which vLLM itself finds out
                     logger.warning("the pipeline stage above did not take what it was sent", exc_info=True)
 
-    def send(self, activations: Activations | None, *, restore_id: int, chunk: int, num_tokens: int) -> None:
+    def send(self, states: States | None, *, restore_id: int, chunk: int, num_tokens: int) -> None:
         """Hand a chunk's activations to the stage above, or word that there are none; does not wait for it."""
         message = torch.zeros(1 + self._num_bytes(num_tokens), dtype=torch.uint8)
-        if activations is not None:
-            assert activations.residual is not None, "above the first layer there is a residual"
-            both = torch.stack([activations.hidden, activations.residual]).to("cpu")
+        if states is not None:
             message[0] = 1
-            message[1:] = both.view(-1).view(torch.uint8)
+            message[1:] = self._shape.pack(states)
         work = torch.distributed.isend(
             message, self._group.next_rank, group=self._group.cpu_group, tag=_tag(restore_id, chunk)
         )
         self._sent[-1].append((work, message))
 
-    def receive(self, *, restore_id: int, chunk: int, num_tokens: int) -> Activations | None:
+    def receive(self, *, restore_id: int, chunk: int, num_tokens: int) -> States | None:
         """Take what the stage below hands over; None when it could not recompute it.
 
         Raises:
@@ -85,11 +83,10 @@ class StageLink:
         work.wait(timedelta(seconds=PATIENCE_S))
         if not message[0]:
             return None
-        states = message[1:].clone().view(self._dtype).view(2, num_tokens, self._hidden_size).to(self._device)
-        return Activations(states[0], states[1])
+        return self._shape.unpack(message[1:], num_tokens=num_tokens, device=self._device)
 
     def _num_bytes(self, num_tokens: int) -> int:
-        return 2 * num_tokens * self._hidden_size * self._dtype.itemsize
+        return num_tokens * self._shape.token_bytes
 
 
 class StageAnswers:
@@ -128,4 +125,5 @@ def link_stages(handle: ModelHandle) -> StageLink | None:
         return None
     from vllm.distributed.parallel_state import get_pp_group
 
-    return StageLink(get_pp_group(), dtype=handle.dtype, device=handle.device, hidden_size=handle.hidden_size)
+    shape = BoundaryShape.of(handle.model, dtype=handle.dtype, device=handle.device)
+    return StageLink(get_pp_group(), device=handle.device, shape=shape)

@@ -46,14 +46,14 @@ class BoundaryReads:
 
     Attributes:
         pool: From ``boundary_pool``.
-        token_bytes: Bytes of one token's states, hidden and residual.
-        give: Takes a chunk's number and its states' bytes ``[2, n * bytes of a row]``, which it must copy; called on
-            the I/O thread.
+        token_bytes: Bytes of one token's states.
+        give: Takes a chunk's number, its object's bytes, which it must copy, and how many of the object's tokens lie
+            before what is to be restored; called on the I/O thread.
     """
 
     pool: StagingPool
     token_bytes: int
-    give: Callable[[int, Payload], None]
+    give: Callable[[int, Payload, int], None]
 
 
 class VllmTransferPort:
@@ -135,10 +135,9 @@ class VllmTransferPort:
 
     def _place_boundary(self, chunk: int, payload: Payload) -> None:
         assert self._boundaries is not None, "boundary states are placed where they are read"
-        object_start, end = self._target.object_range(chunk)
+        object_start, _ = self._target.object_range(chunk)
         start, _ = self._target.chunk_range(chunk)
-        skipped = payload.nbytes // 2 // (end - object_start) * (start - object_start)
-        self._boundaries.give(chunk, payload.reshape(2, -1)[:, skipped:])
+        self._boundaries.give(chunk, payload, start - object_start)
 
     def cancel(self, ticket: VllmTicket) -> None:
         """See ``TransferPort.cancel``."""

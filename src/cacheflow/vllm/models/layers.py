@@ -1,0 +1,225 @@
+"""The layers of a worker's model that keep keys and values, and runs of a few of them by the model's own loop.
+
+No model is known by name. Layers are found by the attention objects that vLLM has given a KV cache. A few of them are
+run by calling the whole model as vLLM's runner does, while stand-ins take the place of the layers that are not wanted:
+those below return what the layer before the wanted ones returned when it was run (the *carry*), and above the last one
+the call ends. So everything that a model does before and between its layers is done by its own code.
+
+Shapes: ``R`` rows: the layers of this stage that have keys and values of their own, bottom first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cacheflow.errors import UnsupportedModelError
+
+Module = torch.nn.Module
+Carry = Any
+"""What a layer returned: any nest of tensors. The next layer overwrites it."""
+
+
+class _Ended(BaseException):
+    """Ends a call of the model at the layer where enough was run."""
+
+    def __init__(self, carry: Carry) -> None:
+        super().__init__()
+        self.carry = carry
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelLayers:
+    """The layers of this pipeline stage.
+
+    Attributes:
+        modules: Every layer of the stage, in the order of the model's loop, those without keys and values included.
+        first_number: Number of the first of them in the whole model.
+        row_of_R: Which of ``modules`` each row is.
+        attention_R: VLLM's attention object of each row.
+        name_R: Its name, the key of the row's KV cache.
+    """
+
+    modules: tuple[Module, ...]
+    first_number: int
+    row_of_R: tuple[int, ...]
+    attention_R: tuple[Any, ...]
+    name_R: tuple[str, ...]
+
+    def span(self, row_lo: int, row_hi: int) -> tuple[int, int]:
+        """Modules ``[lo, hi)`` that are run for rows ``[row_lo, row_hi)``.
+
+        A layer without keys and values of its own is run with the row before it.
+        """
+        first = 0 if row_lo == 0 else self.row_of_R[row_lo]
+        last = self.row_of_R[row_hi] if row_hi < len(self.row_of_R) else len(self.modules)
+        return first, last
+
+    def can_write_alone(self, row: int) -> bool:
+        """Whether a row's keys and values are in the cache before its attention is computed."""
+        backend = self.attention_R[row].attn_backend
+        return _is_latent(self.attention_R[row]) or not backend.forward_includes_kv_cache_update
+
+    def run(self, call: Callable[[], object], carry: Carry, rows: tuple[int, int], *, kv_only_top: bool) -> Carry:
+        """Run rows ``[lo, hi)`` by a call of the whole model.
+
+        Args:
+            call: Calls the model, as vLLM's runner does.
+            carry: What the row below ``lo`` returned; not looked at where ``lo`` is 0.
+            rows: Which.
+            kv_only_top: Stop in row ``hi - 1`` once its keys and values are written.
+
+        Returns:
+            The carry of row ``hi``; None with ``kv_only_top``.
+        """
+        row_lo, row_hi = rows
+        first, last = self.span(row_lo, row_hi)
+        alone = kv_only_top and self.can_write_alone(row_hi - 1)
+        with ExitStack() as stand_ins:
+            for module in self.modules[:first]:
+                stand_ins.enter_context(_stand_in(module, "forward", lambda *_, **__: carry))
+            if alone:
+                owner, method = _attention_call(self.attention_R[row_hi - 1])
+                stand_ins.enter_context(_stand_in(owner, method, _end))
+            else:
+                top = self.modules[self.row_of_R[row_hi - 1] if kv_only_top else last - 1]
+                stand_ins.enter_context(_stand_in(top, "forward", _end_after(top.forward)))
+            try:
+                call()
+            except _Ended as ended:
+                return None if kv_only_top else ended.carry
+        raise UnsupportedModelError(f"the model's loop did not come to layer {self.first_number + last - 1}")
+
+    def pass_through(self, call: Callable[[], object], carry: Carry) -> object:
+        """What the model returns when every layer of this stage returns ``carry``."""
+        with ExitStack() as stand_ins:
+            for module in self.modules:
+                stand_ins.enter_context(_stand_in(module, "forward", lambda *_, **__: carry))
+            return call()
+
+    def prelude(self, call: Callable[[], object]) -> tuple[list[Module], list[torch.Tensor]]:
+        """What the model runs before its first layer: the outermost modules, and the floats that the layer is given."""
+        ran: list[Module] = []
+
+        def note(module: Module, *_: object) -> None:
+            inside = set(module.modules())
+            ran[:] = [*(each for each in ran if each not in inside), module]
+
+        def end(*args: object, **kwargs: object) -> None:
+            raise _Ended((args, kwargs))
+
+        hook = torch.nn.modules.module.register_module_forward_hook(note)
+        try:
+            with _stand_in(self.modules[0], "forward", end):
+                call()
+        except _Ended as ended:
+            return ran, [each for each in leaves(ended.carry) if each.is_floating_point()]
+        finally:
+            hook.remove()
+        raise UnsupportedModelError(f"the model's loop did not come to layer {self.first_number}")
+
+
+def find_layers(model: Module, context: Mapping[str, Any], names: Sequence[str]) -> ModelLayers:
+    """The layers of a model that hold the attention objects of these names, with what lies between them.
+
+    Args:
+        model: The whole model.
+        context: VLLM's ``static_forward_context``: attention objects by name.
+        names: Those with a KV cache.
+
+    Raises:
+        UnsupportedModelError: An attention object is not in the model's tree or not in a list of layers, or two are in
+            one layer or in different lists.
+    """
+    paths = {id(module): path for path, module in model.named_modules(remove_duplicate=False)}
+    lists, rows = dict[int, tuple[str, Module]](), dict[int, str]()
+    for name in names:
+        path = paths.get(id(context[name]))
+        found = None if path is None else _outermost_list(model, path)
+        if found is None:
+            raise UnsupportedModelError(f"the attention {name} is in no list of the model's layers")
+        of_list, parent, number = found
+        lists[id(parent)] = of_list, parent
+        if number in rows:
+            raise UnsupportedModelError(f"{rows[number]} and {name} are in one layer")
+        rows[number] = name
+    if len(lists) != 1:
+        raise UnsupportedModelError(f"its layers are in several lists: {', '.join(path for path, _ in lists.values())}")
+    [(_, parent)] = lists.values()
+    every = list(parent.children())
+    numbers = sorted(rows)
+    here = [index for index, module in enumerate(every) if type(module).__name__ != "PPMissingLayer"]
+    first, last = here[0], here[-1]
+    return ModelLayers(
+        modules=tuple(every[first : last + 1]),
+        first_number=first,
+        row_of_R=tuple(number - first for number in numbers),
+        attention_R=tuple(context[rows[number]] for number in numbers),
+        name_R=tuple(rows[number] for number in numbers),
+    )
+
+
+def owning_names(context: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Those of the attention layers of these names that have keys and values of their own, and share no other's."""
+    return [name for name in names if not getattr(context[name], "kv_sharing_target_layer_name", None)]
+
+
+def leaves(carry: Carry) -> Iterator[torch.Tensor]:
+    """The tensors of a nest, in order."""
+    flat, _ = torch.utils._pytree.tree_flatten(carry)  # noqa: SLF001 -- torch's only tree functions
+    return (each for each in flat if isinstance(each, torch.Tensor))
+
+
+def mapped(carry: Carry, change: Callable[[torch.Tensor], torch.Tensor]) -> Carry:
+    """The same nest of other tensors."""
+    tree = torch.utils._pytree  # noqa: SLF001 -- torch's only tree functions
+    return tree.tree_map(lambda each: change(each) if isinstance(each, torch.Tensor) else each, carry)
+
+
+def _outermost_list(model: Module, path: str) -> tuple[str, Module, int] | None:
+    """The outermost list of modules on the way to a module: its path, itself, and where in it the way goes on."""
+    parent, steps = model, path.split(".")
+    for depth, step in enumerate(steps):
+        if isinstance(parent, torch.nn.ModuleList):
+            return ".".join(steps[:depth]), parent, int(step)
+        parent = parent.get_submodule(step)
+    return None
+
+
+def _is_latent(attention: Any) -> bool:  # noqa: ANN401 -- vLLM's Attention or MLAAttention
+    return hasattr(attention, "kv_lora_rank")
+
+
+def _attention_call(attention: Any) -> tuple[Any, str]:  # noqa: ANN401
+    """What is called once keys and values are written: an object and its method's name."""
+    return (attention, "forward_impl") if _is_latent(attention) else (attention.impl, "forward")
+
+
+def _end(*_: object, **__: object) -> None:
+    raise _Ended(None)
+
+
+def _end_after(forward: Callable[..., Carry]) -> Callable[..., None]:
+    def run(*args: object, **kwargs: object) -> None:
+        raise _Ended(forward(*args, **kwargs))
+
+    return run
+
+
+@contextmanager
+def _stand_in(owner: Any, method: str, function: Callable[..., object]) -> Iterator[None]:  # noqa: ANN401
+    """Have an object's method be another for a while; on the object, so that its class is left alone."""
+    attributes = owner.__dict__
+    before = attributes.get(method)
+    attributes[method] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del attributes[method]
+        else:
+            attributes[method] = before
