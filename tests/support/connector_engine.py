@@ -298,10 +298,12 @@ def ours(connector):
 
 def kv_caches_of(runner) -> dict[str, torch.Tensor]:
     """The KV blocks of each layer, bottom first, as vLLM registers them."""
+    from cacheflow.vllm.models.layers import owning_names
     from cacheflow.vllm.models.model_access import layer_number
 
     context = runner.vllm_config.compilation_config.static_forward_context
-    names = sorted(runner.kv_cache_config.kv_cache_groups[0].layer_names, key=layer_number)
+    names = owning_names(context, runner.kv_cache_config.kv_cache_groups[0].layer_names)
+    names.sort(key=layer_number)
     return {name: context[name].kv_cache for name in names}
 
 

@@ -1,5 +1,6 @@
 """LoRA adapters in a real engine: known by their content, whatever they are called and wherever they lie."""
 
+import contextlib
 import json
 
 import pytest
@@ -48,7 +49,7 @@ def test_adapters_are_known_by_their_content(tmp_path):
     from support.vllm_models import write_model
 
     folder, prompt = write_model(tmp_path / "model", "llama"), random_tokens(4 * CHUNK + 20, seed=11)
-    options = {"store": "memory", "unsupported_models": "load_only"}
+    options = {"store": "memory", "policy": "load"}
     adapter, copied = tmp_path / "ad", tmp_path / "copied"
     write_adapter(adapter, 1)
     write_adapter(copied, 1)
@@ -80,3 +81,39 @@ def test_adapters_are_known_by_their_content(tmp_path):
         third = engine.ask(prompt, lora=lora(adapter, load_inplace=True))
         assert restored(third) == 0, "saved for the new files by an engine that had the old ones loaded"
         assert third.tokens == engine.own(prompt, lora=lora(adapter)).tokens != second.tokens
+
+
+@pytest.mark.usefixtures("_single_process_vllm")
+def test_adapters_are_recomputed_with_their_own_weights(tmp_path, monkeypatch):
+    """Two adapters and the base model, both ways at once and recomputed alone; beside a request of another adapter."""
+    from cacheflow.vllm.models import partial_forward
+    from support.connector_engine import random_tokens, serving_engine
+    from support.vllm_models import write_model
+
+    folder, prompt = write_model(tmp_path / "model", "qwen3"), random_tokens(6 * CHUNK + 20, seed=12)
+    folders = [tmp_path / f"ad{number}" for number in (1, 2)]
+    for seed, each in enumerate(folders):
+        write_adapter(each, seed)
+    requests = [None, *(lora(each, number=number) for number, each in enumerate(folders, 1))]
+    options = {"store": "memory", "policy": "cake", "throttle_bytes_per_s": 1e8}
+    with serving_engine(
+        folder, dtype="bfloat16", chunk_tokens=CHUNK, options=options, enable_lora=True, max_lora_rank=8, max_loras=2
+    ) as engine:
+        saved = [engine.saved(prompt, lora=request) for request in requests]
+        assert not (saved[0].kv == saved[1].kv).all()
+        engine.balance_link(len(prompt))
+        for request, own in zip(requests, saved, strict=True):
+            other = engine.submit(random_tokens(40, seed=13), num_tokens=60, lora=requests[1])
+            engine.run(until=lambda other=other: bool(engine.answers[other].tokens))
+            again = engine.submit(prompt, lora=request)
+            engine.run()
+            record = engine.answers[again].record
+            assert record["recomputed_cells"] > 0
+            assert record["loaded_cells"] > 0
+            assert (engine.answers[again].kv == own.kv).all()
+            engine.evict()
+        # Negative control: without the adapter's mapping the last batch's adapter, or none, is in the keys.
+        monkeypatch.setattr(partial_forward, "_adapter_set", lambda *_: contextlib.nullcontext())
+        wrong = engine.ask(prompt, lora=requests[2])
+        assert wrong.record["recomputed_cells"] > 0
+        assert not (wrong.kv == saved[2].kv).all()

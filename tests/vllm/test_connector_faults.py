@@ -265,7 +265,7 @@ def test_ports_that_cannot_be_made(engine, monkeypatch):
 @pytest.mark.parametrize("fault", READ_FAULTS)
 def test_an_engine_that_only_loads_gives_the_rest_to_vllm(engine, monkeypatch, fault, every):
     with monkeypatch.context() as patch:
-        patch.setattr("cacheflow.vllm.models.model_access.recompute_refusals", lambda *_: ["for the test"])
+        patch.setattr("cacheflow.vllm.models.model_access.configured_refusals", lambda *_: ["for the test"])
         engine.configure(unsupported_models="load_only", policy="cacheflow")
     prompt = tokens(seed=9)
     own = engine.saved(prompt)

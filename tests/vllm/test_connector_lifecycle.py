@@ -135,31 +135,32 @@ def refusals(engine):
 
 @pytest.mark.usefixtures("_single_process_vllm")
 def test_a_model_that_cannot_be_recomputed_is_refused_at_start(tmp_path, threads_left):
-    """Through a whole start; the same model is served by loading alone where that is asked for."""
+    """Through a whole start; by default the same model is served by loading alone."""
     from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     from cacheflow.errors import UnsupportedModelError
     from support.connector_engine import kv_transfer_config, new_llm, serving_engine
-    from support.vllm_models import write_model
+    from support.random_weights import model_folder, random_weights
 
-    folder = write_model(tmp_path, "phi3", pad_token_id=0)
-    with pytest.raises(
-        UnsupportedModelError, match=r"cannot recompute.*the model Phi3ForCausalLM.*unsupported_models=load_only"
-    ):
-        new_llm(
-            folder, dtype="float32", chunk_tokens=CHUNK, transfer=kv_transfer_config(folder, {"chunk_tokens": CHUNK})
-        )
-    ensure_kv_transfer_shutdown()  # vLLM keeps the connector of an engine that did not start
-    cleanup_dist_env_and_memory()
-    options = {"unsupported_models": "load_only", "throttle_bytes_per_s": 1e8}
-    with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
-        prompt = tokens(4 * CHUNK + 30, seed=1)
-        own = engine.saved(prompt)
-        again = engine.ask(prompt)
-        assert again.record["recomputed_cells"] == 0
-        assert (again.kv == own.kv).all()
-        assert again.tokens == own.tokens
+    folder = model_folder(tmp_path / "solar", "solar")  # it hands on hidden states past some of its layers
+    options = {"self_test": True, "throttle_bytes_per_s": 1e8}
+    refusing = kv_transfer_config(folder, {"chunk_tokens": CHUNK, **options, "unsupported_models": "refuse"})
+    with random_weights():
+        with pytest.raises(
+            UnsupportedModelError, match=r"SolarForCausalLM.*layers\.3\..* differs by up to .*load_only"
+        ):
+            new_llm(folder, dtype="float32", chunk_tokens=CHUNK, transfer=refusing, load_format="dummy")
+        ensure_kv_transfer_shutdown()  # vLLM keeps the connector of an engine that did not start
+        cleanup_dist_env_and_memory()
+        serving = serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options, load_format="dummy")
+        with serving as engine:
+            prompt = [token % 512 for token in tokens(4 * CHUNK + 30, seed=1)]
+            own = engine.saved(prompt)
+            again = engine.ask(prompt)
+            assert again.record["recomputed_cells"] == 0
+            assert (again.kv == own.kv).all()
+            assert again.tokens == own.tokens
     assert threads_left() == []
 
 

@@ -99,7 +99,7 @@ def test_the_help_lists_what_the_code_allows(capsys: pytest.CaptureFixture[str])
     assert f"One of {', '.join(RESTORE_POLICIES)}. (default: cacheflow)" in shown
     assert f"One of {', '.join(BATCH_POLICY_NAMES)}. (default: mean_ttft)" in shown
     assert "One of memory, file. (default: memory)" in shown
-    assert "One of refuse, load_only. (default: refuse)" in shown
+    assert "One of refuse, load_only. (default: load_only)" in shown
     assert "as many first tokens within --ttft-slo-ms as can be" in shown
     assert "default: 1 in an eager engine, all in a compiled one" in shown
     assert "(default: on)" in shown

@@ -59,12 +59,6 @@ def text_config(config: Config) -> Config:
     return nested if isinstance(nested, Mapping) else config
 
 
-def architectures(config: Config) -> tuple[str, ...]:
-    """Class names that the configuration gives; none where it gives no list of names."""
-    names = config.get("architectures")
-    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
-
-
 def cache_kind(text: Config) -> CacheKind:
     """What the layers keep, as far as the configuration says it.
 

@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,12 @@ class AdapterClaim:
     Attributes:
         number: vLLM's ``lora_int_id``.
         digest: Of its files.
+        adapter: Where to load it from, for a worker that has not.
     """
 
     number: int
     digest: str
+    adapter: Adapter | None = field(default=None, compare=False)
 
 
 class AdapterFiles:
@@ -89,7 +91,7 @@ class AdapterFiles:
             signature = _signature(folder)
             known = self._known.get((adapter.path, adapter.stacked_experts))
             if known is not None and known[0] == signature:
-                return AdapterClaim(adapter.number, known[1])
+                return AdapterClaim(adapter.number, known[1], adapter)
             hashed_ns = time.time_ns()
             digest = _digest(folder, stacked_experts=adapter.stacked_experts)
             if not signature or _signature(folder) != signature:
@@ -98,7 +100,7 @@ class AdapterFiles:
             return None
         if max(max(times_ns) for _, _, _, *times_ns in signature) < hashed_ns - SETTLED_S * 1e9:
             self._known[adapter.path, adapter.stacked_experts] = signature, digest
-        return AdapterClaim(adapter.number, digest)
+        return AdapterClaim(adapter.number, digest, adapter)
 
 
 class LoadedAdapters:

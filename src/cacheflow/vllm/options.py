@@ -86,7 +86,7 @@ class ConnectorOptions:
     save: bool = True
     boundary_states: bool = True
     save_decode_kv: bool = True
-    unsupported_models: str = "refuse"
+    unsupported_models: str = "load_only"
     self_test: bool = True
     explain: bool = False
 

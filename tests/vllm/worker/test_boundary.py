@@ -14,6 +14,7 @@ from cacheflow.stores.memory import MemoryStore
 from cacheflow.tensors.row_copy import HostRows
 from cacheflow.vllm.compat import RunnerKind
 from cacheflow.vllm.metrics import Counts
+from cacheflow.vllm.models.boundary_states import BoundaryPart, BoundaryShape
 from cacheflow.vllm.step import NOTHING, CaptureWork, SaveWork, StepWork
 from cacheflow.vllm.worker import boundary
 from cacheflow.vllm.worker.batch_rows import BatchRows
@@ -25,6 +26,7 @@ from support.scheduler_cases import facts
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("way")]
 
 CHUNK, HIDDEN, FIRST_LAYER = 8, 4, 3
+SHAPE = BoundaryShape(tuple(BoundaryPart(name, (HIDDEN,), torch.bfloat16) for name in ("hidden_states", "residual")))
 
 
 class Stage(torch.nn.Module):
@@ -104,7 +106,7 @@ class Case:
         make_runner, kind, device, _ = WAYS[self.way]
         self.runner, self.device = make_runner(), torch.device(device)
         handle = SimpleNamespace(
-            model=self.model, runner=self.runner, hidden_size=HIDDEN, dtype=torch.bfloat16, start_layer=FIRST_LAYER,
+            model=self.model, runner=self.runner, boundary=SHAPE, start_layer=FIRST_LAYER,
             shard=Shard(tp_rank=0, tp_size=2, pp_rank=1, pp_size=2), device=self.device, runner_kind=kind,
         )  # fmt: skip
         self.capture = BoundaryCapture(handle, chunk_tokens=CHUNK, batch_tokens=self.batch_tokens, counts=self.counts)
@@ -135,9 +137,8 @@ class Case:
         (put,) = found
         assert (put.key.kind, put.key.layer_lo, put.key.layer_hi) == (ObjectKind.HIDDEN, FIRST_LAYER, FIRST_LAYER)
         assert put.key.shard == Shard(tp_rank=0, tp_size=2)
-        assert put.shape == (2, CHUNK, HIDDEN)
-        (payload,) = put.buffers
-        return torch.from_numpy(payload).view(torch.bfloat16).view(2, CHUNK, HIDDEN)
+        assert put.shape == (CHUNK, SHAPE.token_bytes)
+        return torch.from_numpy(np.concatenate(put.buffers)).view(torch.bfloat16).view(2, CHUNK, HIDDEN)
 
 
 def expected(name, chunk):

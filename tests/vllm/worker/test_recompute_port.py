@@ -7,7 +7,7 @@ import torch
 
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.vllm.models.partial_forward import Activations
+from cacheflow.vllm.models.boundary_states import BoundaryPart, BoundaryShape
 from cacheflow.vllm.worker.recompute import VllmComputePort
 
 pytestmark = pytest.mark.torch
@@ -16,30 +16,27 @@ WIDTH, LAYERS = 4, 6
 
 
 class FakeForward:
-    """Overwrites its input as vLLM's layers do, and remembers what it was asked."""
+    """Overwrites what it is given as vLLM's layers do, and remembers what it was asked."""
 
     def __init__(self, *, first_stage=True, compiled=False, refusal=""):
         self.handle = SimpleNamespace(
-            num_layers=LAYERS, block_size=4, compiled=compiled, is_first_stage=first_stage, hidden_size=WIDTH,
-            dtype=torch.float32, can_recompute=not refusal, refusal=refusal,
+            num_layers=LAYERS, block_size=4, compiled=compiled, is_first_stage=first_stage, can_recompute=not refusal,
+            refusal=refusal, boundary=BoundaryShape((BoundaryPart("hidden", (WIDTH,), torch.float32),)),
         )  # fmt: skip
         self.calls = []
         self.waits = 0
 
-    def piece(self, start, end, block_ids):
-        return SimpleNamespace(start=start, end=end)
+    def piece(self, start, tokens, block_ids, boundary=None):
+        return SimpleNamespace(start=start, end=start + len(tokens), tokens=tuple(tokens), boundary=boundary)
 
-    def embed(self, tokens):
-        self.calls.append(("embed", tuple(tokens)))
-        return Activations(torch.zeros(len(tokens), WIDTH))
+    def run(self, piece, carry, *, layers, kv_only_top):
+        self.calls.append((piece.tokens, carry, layers, kv_only_top))
+        if piece.boundary is not None:
+            piece.boundary["hidden"].add_(1)
+        return None if kv_only_top else f"carry of {layers[1]}"
 
-    def run(self, piece, activations, *, layers, kv_only_top):
-        self.calls.append((piece.start, piece.end, layers, kv_only_top))
-        activations.hidden.add_(1)
-        return None if kv_only_top else activations
-
-    def run_whole(self, piece, tokens, boundary=None):
-        self.calls.append((piece.start, piece.end, tuple(tokens), boundary is not None))
+    def run_whole(self, piece):
+        self.calls.append((piece.tokens, piece.boundary is not None))
 
     def wait(self):
         self.waits += 1
@@ -58,7 +55,8 @@ def test_blocks_become_layers_and_the_top_one_writes_alone():
     port = new_port(forward, start=4, layers_per_block=4)
     port.recompute(Tile(0, 1, 0, 1), kv_only_top=False)
     port.recompute(Tile(0, 1, 1, 2), kv_only_top=False)
-    assert forward.calls == [("embed", (4, 5, 6, 7)), (4, 8, (0, 4), False), (4, 8, (4, 6), True)]
+    tokens = (4, 5, 6, 7)
+    assert forward.calls == [(tokens, None, (0, 4), False), (tokens, "carry of 4", (4, 6), True)]
 
 
 @pytest.mark.parametrize("tile", [Tile(0, 2, 0, 1), Tile(1, 2, 1, 2), Tile(0, 1, 0, 4)])
@@ -75,7 +73,7 @@ def test_a_chunk_that_ended_in_keys_and_values_must_be_restarted():
         port.recompute(Tile(0, 1, 1, 2), kv_only_top=False)
     port.restart(0)
     port.recompute(Tile(0, 1, 0, 2), kv_only_top=False)
-    assert forward.calls[-1] == (0, 8, (0, 4), False)
+    assert forward.calls[-1] == (tuple(range(8)), None, (0, 4), False)
 
 
 def test_a_later_stage_starts_from_its_boundary_states_again_and_again():
@@ -84,20 +82,33 @@ def test_a_later_stage_starts_from_its_boundary_states_again_and_again():
     with pytest.raises(ValueError, match="chunk 1 has no boundary states"):
         port.recompute(Tile(1, 2, 0, 1), kv_only_top=False)
     states = torch.zeros(8, WIDTH)
-    port.seed(1, states, states)
+    port.seed(1, {"hidden": states})
     for _ in range(2):
         port.recompute(Tile(1, 2, 0, 1), kv_only_top=False)
         port.restart(1)
     assert not states.any()
-    with pytest.raises(ValueError, match=r"hidden of chunk 1 has shape \(4, 4\)"):
-        port.seed(1, states[:4], states)
+    with pytest.raises(ValueError, match=r"states hidden are \(4, 4\) of torch.float32, must be \(8, 4\)"):
+        port.seed(1, {"hidden": states[:4]})
+    with pytest.raises(ValueError, match="states hidden are missing"):
+        port.seed(1, {"residual": states})
+
+
+def test_stored_states_are_given_without_those_of_tokens_that_are_there():
+    forward = FakeForward(first_stage=False)
+    port = new_port(forward, start=4)
+    stored = torch.arange(8 * WIDTH, dtype=torch.float32).view(8, WIDTH)
+    port.give(0, stored.numpy().view("uint8").reshape(-1), 4)
+    given = []
+    forward.run = lambda piece, carry, **_: given.append(piece.boundary["hidden"])
+    port.recompute(Tile(0, 1, 0, 1), kv_only_top=False)
+    assert torch.equal(given[0], stored[4:])
 
 
 def test_a_compiled_engine_runs_whole_passes():
     forward = FakeForward(compiled=True)
     port = new_port(forward, layers_per_block=LAYERS)
     port.recompute(Tile(1, 2, 0, 1), kv_only_top=True)
-    assert forward.calls == [(8, 16, tuple(range(8, 16)), False)]
+    assert forward.calls == [(tuple(range(8, 16)), False)]
     with pytest.raises(ValueError, match="does not continue"):
         port.recompute(Tile(1, 2, 0, 1), kv_only_top=False)
     with pytest.raises(ValueError, match="whole passes"):

@@ -10,17 +10,25 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from cacheflow.vllm.models.partial_forward import Activations
+from cacheflow.vllm.models.boundary_states import BoundaryPart, BoundaryShape, States
 from cacheflow.vllm.worker.stage_link import StageLink
 
 SENT = [(7, 0, 3), (8, 0, 3), (7, 1, 5), (8, 5, 2), (9, 0, 3)]
 """Restoration, chunk, tokens; in the order sent."""
 HIDDEN = 4
+SHAPE = BoundaryShape(
+    (
+        BoundaryPart("hidden_states", (HIDDEN,), torch.bfloat16),
+        BoundaryPart("per_layer_inputs", (3, 2), torch.float32),
+        BoundaryPart("residual", (HIDDEN,), torch.bfloat16),
+    )
+)
 
 
-def activations(restore_id: int, chunk: int, num_tokens: int) -> Activations:
+def activations(restore_id: int, chunk: int, num_tokens: int) -> States:
     hidden = torch.full((num_tokens, HIDDEN), 100.0 * restore_id + chunk, dtype=torch.bfloat16)
-    return Activations(hidden, -hidden)
+    more = torch.arange(6.0).view(3, 2).repeat(num_tokens, 1, 1) + chunk
+    return {"residual": -hidden, "hidden_states": hidden, "per_layer_inputs": more}
 
 
 def work(rank: int, rendezvous: str, answers: str) -> None:
@@ -29,7 +37,7 @@ def work(rank: int, rendezvous: str, answers: str) -> None:
         next_rank=1 - rank, prev_rank=1 - rank, cpu_group=torch.distributed.group.WORLD, world_size=2,
         is_last_rank=rank == 1,
     )  # fmt: skip
-    link = StageLink(group, dtype=torch.bfloat16, device=torch.device("cpu"), hidden_size=HIDDEN)
+    link = StageLink(group, device=torch.device("cpu"), shape=SHAPE)
     if rank == 0:
         for restore_id, chunk, num_tokens in SENT:
             given = None if restore_id == 9 else activations(restore_id, chunk, num_tokens)
@@ -41,7 +49,7 @@ def work(rank: int, rendezvous: str, answers: str) -> None:
         got = {}
         for restore_id, chunk, num_tokens in reversed(SENT):
             taken = link.receive(restore_id=restore_id, chunk=chunk, num_tokens=num_tokens)
-            got[restore_id, chunk] = None if taken is None else (taken.hidden, taken.residual)
+            got[restore_id, chunk] = taken
         torch.save(got, answers)
 
 
@@ -62,9 +70,9 @@ def answers(tmp_path_factory):
 def test_every_chunk_arrives_as_itself_whatever_the_order_of_the_receives(answers):
     for restore_id, chunk, num_tokens in SENT[:-1]:
         expected = activations(restore_id, chunk, num_tokens)
-        hidden, residual = answers[1][restore_id, chunk]
-        assert torch.equal(hidden, expected.hidden)
-        assert torch.equal(residual, expected.residual)
+        taken = answers[1][restore_id, chunk]
+        assert taken.keys() == expected.keys()
+        assert all(torch.equal(taken[name], expected[name]) for name in expected)
 
 
 def test_word_that_there_is_nothing_arrives_too(answers):

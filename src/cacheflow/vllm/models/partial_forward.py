@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import Carry, ModelLayers
 from cacheflow.vllm.models.model_access import ModelHandle
@@ -29,6 +30,7 @@ class Piece:
         slots: ``[n]`` int64: where each token's keys and values go.
         common: vLLM's ``CommonAttentionMetadata``.
         boundary: What the first layer of a later pipeline stage is given, and overwrites; None on the first stage.
+        adapter: Its LoRA adapter; None for the model as it is.
     """
 
     start: int
@@ -38,6 +40,7 @@ class Piece:
     slots: torch.Tensor
     common: Any
     boundary: States | None
+    adapter: Adapter | None
 
 
 class PartialForward:
@@ -71,7 +74,13 @@ class PartialForward:
         return [context[name] for name in self.handle.layer_names]
 
     def piece(
-        self, start: int, tokens: Sequence[int], block_ids: Sequence[int], boundary: States | None = None
+        self,
+        start: int,
+        tokens: Sequence[int],
+        block_ids: Sequence[int],
+        boundary: States | None = None,
+        *,
+        adapter: Adapter | None = None,
     ) -> Piece:
         """Prepare the tokens from ``start`` on of a sequence whose KV blocks are ``block_ids``, in order from token 0.
 
@@ -103,7 +112,7 @@ class PartialForward:
             positions=on_device,
         )
         ids = torch.tensor(tokens, dtype=torch.int32).to(device, non_blocking=True)
-        return Piece(start, end, ids, on_device, slots_on_device, common, boundary)
+        return Piece(start, end, ids, on_device, slots_on_device, common, boundary, adapter)
 
     def run(self, piece: Piece, carry: Carry, *, layers: tuple[int, int], kv_only_top: bool = False) -> Carry:
         """Run a piece through rows ``[lo, hi)`` of this stage, writing their keys and values; in an eager engine.
@@ -182,7 +191,7 @@ class PartialForward:
         arguments = {"num_tokens": piece.end - piece.start, "slot_mapping": slots}
         with (
             torch.inference_mode(),
-            _without_adapter(self.handle.runner, piece.end - piece.start),
+            _adapter_set(self.handle.runner, piece.adapter, piece.end - piece.start),
             set_forward_context(metadata, self.handle.vllm_config, **arguments),
         ):
             if not whole:
@@ -230,20 +239,36 @@ def _kernel_block_size(runner: Any) -> int | None:  # noqa: ANN401 -- a vLLM run
 
 
 @contextmanager
-def _without_adapter(runner: Any, num_tokens: int) -> Iterator[None]:  # noqa: ANN401 -- a vLLM model runner
-    """Have LoRA layers compute the base model for so many tokens, and afterwards what they were set to before.
+def _adapter_set(runner: Any, adapter: Adapter | None, num_tokens: int) -> Iterator[None]:  # noqa: ANN401 -- vLLM's runner
+    """Have LoRA layers compute so many tokens with an adapter, or the base model, then what was set before.
 
     Before the engine's first batch they are set to nothing: they would index with what the memory happens to hold.
+
+    Raises:
+        RuntimeError: The adapter is not loaded, and none that the engine's own batch may use can make room for it.
     """
     manager = getattr(runner, "lora_manager", None)
     if manager is None:
         yield
         return
     from vllm.lora.layers import LoRAMapping
+    from vllm.lora.request import LoRARequest
 
     adapters = manager._adapter_manager  # noqa: SLF001 -- holds the last batch's mapping
     before = adapters._last_mapping  # noqa: SLF001
-    adapters.set_adapter_mapping(LoRAMapping((0,) * num_tokens, (0,), is_prefill=True))
+    number = 0 if adapter is None else adapter.number
+    mapping = LoRAMapping((number,) * num_tokens, (number,), is_prefill=True)
+    if adapter is None:
+        adapters.set_adapter_mapping(mapping)
+    else:
+        loaded = number in manager.list_adapters() or len(adapters) < adapters.capacity
+        active = number in adapters._active_adapters or None in adapters.lora_index_to_id  # noqa: SLF001
+        if not (loaded and active):
+            raise RuntimeError(f"adapter {adapter.name} has no room beside those in use: raise --max-loras")
+        request = LoRARequest(adapter.name, number, adapter.path)
+        if adapter.stacked_experts:
+            request.is_3d_lora_weight = True
+        manager.set_active_adapters({request}, mapping)
     try:
         yield
     finally:

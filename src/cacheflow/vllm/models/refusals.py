@@ -115,8 +115,6 @@ def _drafter_refusals(method: str) -> Iterator[str]:
 def configured_refusals(vllm_config: Config) -> Iterator[str]:
     """Why an engine that is configured like this is not recomputed in, whatever its model."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if vllm_config.lora_config is not None:
-        yield "LoRA is on: adapters take their assignment of tokens from the engine's batch"
     if model.is_multimodal_model or getattr(model, "uses_mrope", False):
         yield "it is multimodal: tokens alone do not say what was embedded"
     if parallel.data_parallel_size > 1 and getattr(parallel, "is_moe_model", None) is not False:

@@ -1,6 +1,6 @@
-"""Values that the tensor-parallel ranks of a stage must agree on before they run layers: layers hold collectives.
+"""Values that ranks must agree on before they run layers: layers hold collectives.
 
-Every rank of the stage must make the same calls in the same order. Alone, or outside vLLM's process groups, a value
+Every rank must make the same calls in the same order. Alone, or outside vLLM's process groups, a value
 is itself.
 """
 
@@ -22,15 +22,16 @@ def from_first_rank(value: T) -> T:
     return agreed
 
 
-def everyone(flag: bool) -> bool:
-    """Whether the flag is set on every rank."""
-    group = _group()
-    if group is None:
-        return flag
-    # Not broadcast_object from each rank in turn: vLLM's tensor-parallel group broadcasts from its first rank alone.
-    flags = [False] * group.world_size
-    torch.distributed.all_gather_object(flags, flag, group=group.cpu_group)
-    return all(flags)
+def of_all_ranks(value: T) -> list[T]:
+    """The value of every rank of the engine, those of other pipeline stages included; all of them must ask."""
+    from vllm.distributed.parallel_state import get_world_group, model_parallel_is_initialized
+
+    if not model_parallel_is_initialized() or get_world_group().world_size == 1:
+        return [value]
+    group = get_world_group()
+    values = [value] * group.world_size
+    torch.distributed.all_gather_object(values, value, group=group.cpu_group)
+    return values
 
 
 def _group() -> Any:  # noqa: ANN401 -- vLLM's GroupCoordinator

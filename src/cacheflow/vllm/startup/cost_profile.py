@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cacheflow.errors import ProfileError
 from cacheflow.plan.costs import CostIdentity, CostTable
-from cacheflow.vllm.startup.agreement import everyone
+from cacheflow.vllm.startup.agreement import of_all_ranks
 
 
 def profile_path(directory: Path, identity: CostIdentity, *, chunk_tokens: int, pass_tokens: int) -> Path:
@@ -51,7 +51,7 @@ def load_costs(path: Path, identity: CostIdentity) -> CostTable:
         costs.identity.require(identity)
     except (OSError, ValueError) as error:  # a ProfileError is a ValueError
         problem = str(error)
-    if not everyone(not problem):
+    if any(of_all_ranks(bool(problem))):
         raise ProfileError(f"profile {path}: {problem or 'another tensor-parallel rank has none'}")
     return costs
 

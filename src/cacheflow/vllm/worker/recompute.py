@@ -13,6 +13,7 @@ import torch
 
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
+from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import Carry
 from cacheflow.vllm.models.partial_forward import PartialForward, Piece
@@ -43,8 +44,21 @@ class VllmComputePort:
     A compiled engine is bit-exact only in whole passes: there the grid has one block, all layers of the stage.
     """
 
-    def __init__(self, forward: PartialForward, target: RestoreTarget, *, link: StageLink | None = None) -> None:
-        """Serve ``target``; nothing runs yet. ``link``: to the neighbouring stages, where activations are handed over.
+    def __init__(
+        self,
+        forward: PartialForward,
+        target: RestoreTarget,
+        *,
+        link: StageLink | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        """Serve ``target``; nothing runs yet.
+
+        Args:
+            forward: The worker's model.
+            target: What is restored.
+            link: To the neighbouring stages, where activations are handed over.
+            adapter: The request's LoRA adapter.
 
         Raises:
             ValueError: This model cannot be recomputed with, the engine is compiled and the target's blocks are not
@@ -60,7 +74,7 @@ class VllmComputePort:
             )
         if any(position % handle.block_size for position in (target.start, *target.chunk_ends)):
             raise ValueError(f"chunks {target.start}, {target.chunk_ends} do not end on blocks of {handle.block_size}")
-        self._forward, self._link = forward, link
+        self._forward, self._link, self._adapter = forward, link, adapter
         self._target = target
         self._num_layers = handle.num_layers
         self._num_blocks = -(-handle.num_layers // target.layers_per_block)
@@ -180,4 +194,4 @@ class VllmComputePort:
             if chunk not in self._boundary:
                 raise ValueError(f"chunk {chunk} has no boundary states; a later pipeline stage starts from them")
             boundary = {name: states.clone() for name, states in self._boundary[chunk].items()}
-        return self._forward.piece(start, tokens, self._target.block_ids, boundary)
+        return self._forward.piece(start, tokens, self._target.block_ids, boundary, adapter=self._adapter)

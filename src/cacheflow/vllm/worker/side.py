@@ -10,6 +10,7 @@ from cacheflow.restore.ports import ComputePort
 from cacheflow.restore.step_executor import Ports, StepExecutor
 from cacheflow.restore.work import RankReport, RestoreTarget, StepReport
 from cacheflow.stores.base import Store
+from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.models.model_access import ModelHandle
@@ -99,6 +100,7 @@ class WorkerSide:
         )
         self._carrier = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
         self._request_of: dict[int, str] = {}
+        self._adapter_of: dict[int, Adapter] = {}
         self._report = NOTHING_DONE
         self._failed_blocks: set[int] = set()
 
@@ -124,7 +126,8 @@ class WorkerSide:
         compute: ComputePort = NoComputePort()
         boundaries = None
         if engine.forward is not None:
-            compute = recomputing = VllmComputePort(engine.forward, target, link=self._link)
+            adapter = self._adapter_of.get(target.restore_id)
+            compute = recomputing = VllmComputePort(engine.forward, target, link=self._link, adapter=adapter)
             if token_bytes := engine.facts.boundary_token_bytes:
                 boundaries = BoundaryReads(pool=self._boundary_pool, token_bytes=token_bytes, give=recomputing.give)
         transfer = VllmTransferPort(
@@ -145,6 +148,9 @@ class WorkerSide:
             self._link.begin_step()
         for target in work.targets:
             self._request_of[target.restore_id] = target.request_id
+            claim = work.adapters.get(target.restore_id)
+            if claim is not None and claim.adapter is not None:
+                self._adapter_of[target.restore_id] = claim.adapter
             self._copy_shared(target)
             self._state.begin(target, work)
             self._carrier.begin(target)
@@ -169,6 +175,8 @@ class WorkerSide:
         self._report = report = self._carrier.take_report()
         if report.finished:
             self._failed_blocks.update(self._state.end(report.finished))
+            for restore_id in report.finished:
+                self._adapter_of.pop(restore_id, None)
         return {self._request_of.pop(restore_id) for restore_id in report.finished}
 
     def take_report(self) -> StepReport | None:
