@@ -117,7 +117,7 @@ def test_by_loading_alone(engine):
     assert again.tokens == own.tokens
 
 
-def test_what_is_wrong_in_the_store_shows_in_the_layers_above(engine):
+def test_a_little_wrong_kv_shows_in_the_layers_above(engine):
     """Negative control: attention is not so uniform that a little of wrong KV in the first chunk would go unnoticed."""
     tokens = prompt(3)
     own = engine.saved(tokens)
@@ -130,7 +130,8 @@ def test_what_is_wrong_in_the_store_shows_in_the_layers_above(engine):
     engine.layout.scatter(0, engine.layout.num_layers, [first], wrong.reshape(-1))
     engine.run()
     kv = engine.answers[name].kv
-    assert (kv[1:, 1:] != own.kv[1:, 1:]).mean() > 0.1
+    after = CHUNK // engine.layout.block_size  # the first block of the next chunk: farther ones may be out of a window
+    assert (kv[1:, after] != own.kv[1:, after]).mean() > 0.1
 
 
 def test_the_documented_models_are_these():
