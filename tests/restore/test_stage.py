@@ -218,7 +218,7 @@ def test_compute_that_takes_over_a_read_drops_it_and_that_is_no_failure():
     before = scheduler.stepped.state._failed_in_row
     scheduler.loaded(*drops, outcome=LoadOutcome.CANCELLED)
     assert scheduler.stepped.state._failed_in_row == before == 1
-    assert not scheduler.stepped.state.in_flight_bytes
+    assert scheduler.stepped.state.expected_load_s() == 0.0
     report = scheduler.stepped.report(1.0)
     assert report.cells_KB == ("cccc",)
     assert report.failed_loads["miss"] == 1
@@ -351,17 +351,6 @@ def test_close_link_leaves_the_rest_to_compute():
     assert orders.reads == ()
     scheduler.loaded(*under_way)
     assert scheduler.next_work(compute_budget_s=math.inf, read_ahead_s=1.0).finish
-
-
-def test_waiting_says_that_compute_has_nothing_to_do():
-    scheduler = Scheduler(plan=load_plan)
-    scheduler.next_work(compute_budget_s=1.0)
-    assert scheduler.stepped.waiting
-    other = Scheduler()
-    other.next_work(compute_budget_s=0.0)
-    assert not other.stepped.waiting, "nobody asked"
-    other.next_work(compute_budget_s=1.0)
-    assert not other.stepped.waiting
 
 
 # Load only

@@ -38,16 +38,6 @@ class PipelineWork:
     by_stage: tuple[StageWork, ...]
 
     @property
-    def restore_id(self) -> int:
-        """Which restoration."""
-        return self.by_stage[0].restore_id
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do on any stage."""
-        return all(each.idle for each in self.by_stage)
-
-    @property
     def cancel(self) -> bool:
         """Whether a stage's workers were sent the end of it."""
         return any(each.cancel for each in self.by_stage)
@@ -136,11 +126,6 @@ class PipelineRestoration:
     def error(self) -> str:
         """Why compute failed on a worker; empty when it did not."""
         return next((stage.error for stage in self.stages if stage.error), "")
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the last step's budget found nothing for compute to do on any stage."""
-        return all(stage.waiting or stage.restored for stage in self.stages)
 
     @property
     def loads_under_way(self) -> bool:

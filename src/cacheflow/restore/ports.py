@@ -35,7 +35,7 @@ class ComputePort(Protocol):
         ...
 
     def finish(self) -> None:
-        """Final norm, LM head and choice of the first token (nothing without a suffix); waits for the device."""
+        """Final norm and LM head (nothing without a suffix); waits for the device."""
         ...
 
 

@@ -68,7 +68,6 @@ class StageRestoration:
         target: What the workers were sent about the restoration.
         state: The state machine; to be asked, not driven.
         error: Why compute failed on a worker; empty when it did not.
-        waiting: The last step's budget found nothing for compute to do.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class StageRestoration:
             )
         if not can_compute and plan.compute_sequence:
             raise ConfigError(f"policy {plan.policy!r} recomputes, but the workers of this model may only load")
-        self.target, self.state, self.error, self.waiting = target, state, "", False
+        self.target, self.state, self.error = target, state, ""
         self._num_ranks, self._can_compute, self._wanted_above = num_ranks, can_compute, wanted_above
         self._computes = ComputeLedger(num_ranks)
         self._reads = StageReads(state, num_ranks=num_ranks, can_compute=can_compute, deadline=deadline)
@@ -260,7 +259,6 @@ class StageRestoration:
         return all(self.state.is_resident(chunk, block) for chunk in range(limit) for block in range(grid.num_blocks))
 
     def _next_compute(self, now_s: float, budget_s: float) -> tuple[ComputeWork, ...]:
-        self.waiting = False
         if budget_s <= 0 or not self._can_compute:
             return ()
         if len(self._reads) or self.state.loads_possible:
@@ -275,7 +273,6 @@ class StageRestoration:
             self._units.popleft()
             units.append(unit)
             spent_s += seconds
-        self.waiting = not units and not self.state.restored
         joined = join(units)
         for unit in joined:
             self._computes.add(unit.work, unit.predicted_s)

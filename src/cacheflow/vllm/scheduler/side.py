@@ -176,9 +176,9 @@ class SchedulerSide:
         return decision
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
-        """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens; 0 is none."""
+        """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens."""
         request = self._requests.get(request_id)
-        if num_external == 0 or request is None:
+        if request is None:
             return
         offered = request.offered
         if offered is None or offered.num_tokens != num_external:
@@ -210,7 +210,7 @@ class SchedulerSide:
         """
         saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
         generation = self._identity.generation
-        if not saves and not captures and self._restorations.idle:
+        if not saves and not captures and not self.has_work:
             return StepWork(generation=generation) if generation else NOTHING
         work = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
         versions = dict(self._weights_versions)
