@@ -16,7 +16,7 @@ from cacheflow.plan.grid import Cell, Tile
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.report import Lane, SpanKind
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
-from cacheflow.restore.options import ReadDeadline
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S, StageRestoration
 from cacheflow.restore.stage_reads import MAX_READS, MIN_READS
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
@@ -218,7 +218,7 @@ def test_compute_that_takes_over_a_read_drops_it_and_that_is_no_failure():
     before = scheduler.stepped.state._failed_in_row
     scheduler.loaded(*drops, outcome=LoadOutcome.CANCELLED)
     assert scheduler.stepped.state._failed_in_row == before == 1
-    assert scheduler.stepped.state.expected_load_s() == 0.0
+    assert not scheduler.stepped.state.in_flight_bytes
     report = scheduler.stepped.report(1.0)
     assert report.cells_KB == ("cccc",)
     assert report.failed_loads["miss"] == 1

@@ -183,7 +183,7 @@ def run_seed(seed: int, *, recurrent: bool = False) -> None:
     )
     state = world.run()
     assert state.restored
-    assert state.expected_load_s() == 0.0
+    assert state.in_flight_bytes == 0
     assert recurrent or all(count == 1 for count in world.loaded.values())
     for block in np.flatnonzero(problem.recurrent_B):
         last = problem.grid.num_chunks - 1

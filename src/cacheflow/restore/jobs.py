@@ -320,9 +320,8 @@ class Jobs(Generic[T]):
             return None
         restoration = self.restoration_of(self.by_name[claimed.request_id])
         num_bytes += restoration.state.num_bytes(claimed.piece)
-        expected_s = num_bytes / self.scheduler.rates.bytes_per_s
-        allowed_s = self._options.deadline.after_s(expected_s)
-        return Read(restoration, claimed.piece, started_s=self._origin_s + now_s, allowed_s=allowed_s)
+        allowed_s = self._options.deadline.allowed_s(num_bytes, self.scheduler.rates)
+        return Read(restoration, claimed.piece, claimed_at_s=self._origin_s + now_s, allowed_s=allowed_s)
 
     def close_link(self) -> None:
         """See ``ReadSource``: for those that come later too."""

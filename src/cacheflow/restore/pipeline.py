@@ -16,8 +16,8 @@ from itertools import pairwise
 from cacheflow.errors import ConfigError
 from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.report import RestoreReport
-from cacheflow.restore.options import ReadDeadline
 from cacheflow.restore.pipeline_report import PipelineReport
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.stage import StageRestoration
 from cacheflow.restore.work import RestoreTarget, StageWork, StepReport
 from cacheflow.state.restoration import RestoreState

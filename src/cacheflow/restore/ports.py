@@ -90,7 +90,9 @@ class TransferPort(Protocol[T]):
 
         Args:
             piece: What to read. Only a later pipeline stage is asked for a ``Boundary``.
-            deadline_s: Seconds from now after which the store may give the read up as ``LATE``.
+            deadline_s: Seconds from now after which the store may give the read up as ``LATE``: all that the read is
+                allowed, whatever it has waited since it was claimed. ``Reads`` counts from the claim and gives it up
+                first.
         """
         ...
 

@@ -15,7 +15,7 @@ from enum import Enum
 from cacheflow.errors import ConfigError
 from cacheflow.plan.report import RestoreReport, Span, SpanKind
 from cacheflow.restore.ledgers import ComputeLedger, DoneCompute
-from cacheflow.restore.options import ReadDeadline
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.stage_reads import StageReads
 from cacheflow.restore.work import (
     ComputeReport,

@@ -101,6 +101,11 @@ class RestoreState:
         """Cells recomputed because the link did not bring them."""
         return self._compute.num_repaired
 
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes of reads under way."""
+        return self._link.in_flight_bytes
+
     def cell(self, chunk: int, block: int) -> CellState:
         """State of one cell."""
         return self._board.state(chunk, block)
