@@ -134,7 +134,7 @@ class ConcurrentBatch:
             reply: Future[Reply] = Future()
             reply.set_running_or_notify_cancel()  # a future's own cancel would not end the restoration
             request = replace(
-                turn.request(deadline_s=None if deadline_s is None else float(deadline_s)),
+                turn.request(first_token_within_s=None if deadline_s is None else float(deadline_s)),
                 on_end=lambda ended: self._answered(reply, turn, ended),
             )
             handle = self._executor.submit(request)

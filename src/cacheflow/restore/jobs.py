@@ -210,7 +210,7 @@ class Jobs(Generic[T]):
                 remaining=remaining_of(
                     job.request.problem, compute_factor=rates.compute_factor, bytes_per_s=rates.bytes_per_s
                 ),
-                deadline_s=self._deadline_s(job),
+                first_token_due_s=self._first_token_due_s(job),
             )
             for job in self._waiting
         ]
@@ -236,12 +236,12 @@ class Jobs(Generic[T]):
                 f"which restores {restores}"
             )
         job.prepared, job.seen_cells, job.follows = prepared, 0, leader
-        arrival_s, deadline_s = job.handle.arrival_s, self._deadline_s(job)
+        arrival_s, due_s = job.handle.arrival_s, self._first_token_due_s(job)
         if prepared.state is not None:
-            self.scheduler.adopt(job.name, prepared.state, arrival_s=arrival_s, deadline_s=deadline_s)
+            self.scheduler.adopt(job.name, prepared.state, arrival_s=arrival_s, first_token_due_s=due_s)
         else:
             problem, ready = prepared.problem, follow is None
-            self.scheduler.add(job.name, problem, arrival_s=arrival_s, deadline_s=deadline_s, ready=ready)
+            self.scheduler.add(job.name, problem, arrival_s=arrival_s, first_token_due_s=due_s, ready=ready)
         if self._link_closed:
             self.restoration_of(job)
         self.changed.notify_all()
@@ -334,9 +334,9 @@ class Jobs(Generic[T]):
         leader = self.by_name[name].follows
         return None if leader is None else leader.name
 
-    def _deadline_s(self, job: Job[T]) -> float | None:
-        deadline_s = job.request.deadline_s
-        return None if deadline_s is None else job.handle.arrival_s + deadline_s
+    def _first_token_due_s(self, job: Job[T]) -> float | None:
+        within_s = job.request.first_token_within_s
+        return None if within_s is None else job.handle.arrival_s + within_s
 
 
 class LeadersFirst:

@@ -22,8 +22,6 @@ from cacheflow.restore.stage import StageRestoration
 from cacheflow.restore.work import RestoreTarget, StageWork, StepReport
 from cacheflow.state.restoration import RestoreState
 
-LEAST_BUDGET_S = 1e-9
-"""Gives one unit of compute."""
 HANDED_READ_AHEAD = 2.5
 """A stage that is handed activations waits for them inside its steps, and is given no reads meanwhile: that many times
 as much of its link is kept under way."""
@@ -161,13 +159,16 @@ class PipelineRestoration:
         for stage in self.stages:
             stage.close_link()
 
-    def next_work(self, now_s: float, *, compute_budget_s: float, read_ahead_s: float) -> PipelineWork:
+    def next_work(
+        self, now_s: float, *, compute_budget_s: float, read_ahead_s: float, must_progress: bool = False
+    ) -> PipelineWork:
         """What the workers do in this step; what it claims counts as given, so it must be sent.
 
         Args:
             now_s: Seconds on the caller's clock.
             compute_budget_s: Seconds of compute to give to each stage; see ``StageRestoration.next_work``.
             read_ahead_s: Seconds of each stage's link to keep under way.
+            must_progress: Every stage gets a unit of compute if there is one, whatever the budget.
         """
         self._share_the_end()
         self._hand_over(now_s)
@@ -182,6 +183,7 @@ class PipelineRestoration:
                 now_s,
                 compute_budget_s=_until(stage, now_s, compute_budget_s, until_s),
                 read_ahead_s=read_ahead_s * _read_ahead_factor(stage),
+                must_progress=must_progress or compute_budget_s > 0,
                 others_settled=all(each for other, each in enumerate(settled) if other != index),
             )
             awaited_s = None if stage.settled else stage.state.boundary_awaited_s(now_s)
@@ -280,7 +282,7 @@ def _until(stage: StageRestoration, now_s: float, budget_s: float, until_s: floa
     if until_s is None or budget_s <= 0:
         return budget_s
     left_s = AWAITED_MARGIN * until_s - stage.state.compute_left_s(now_s)
-    return min(budget_s, max(LEAST_BUDGET_S, left_s))
+    return min(budget_s, max(0.0, left_s))
 
 
 def _wants(above: StageRestoration, chunk: int) -> bool:

@@ -201,7 +201,13 @@ class StageRestoration:
         self.state.close_link()
 
     def next_work(
-        self, now_s: float, *, compute_budget_s: float, read_ahead_s: float, others_settled: bool = True
+        self,
+        now_s: float,
+        *,
+        compute_budget_s: float,
+        read_ahead_s: float,
+        must_progress: bool = False,
+        others_settled: bool = True,
     ) -> StageWork:
         """What the workers do in this step; what it claims counts as given, so it must be sent.
 
@@ -211,6 +217,7 @@ class StageRestoration:
                 there is one, and never more than the budget beyond that; ``inf`` for all there is.
             read_ahead_s: Seconds of the link to keep under way: 0 for no further reads, otherwise at least
                 ``MIN_READS``.
+            must_progress: Give a unit of compute if there is one, whatever the budget.
             others_settled: It may end when nothing more of it can be restored; otherwise it waits for other stages.
         """
         if self._start_s is None:
@@ -222,7 +229,7 @@ class StageRestoration:
         reads: tuple[ReadWork, ...] = ()
         if not self.giving_up:
             # Compute first: a read asked for in this step must not be dropped in it, drops are carried out before.
-            compute = self._next_compute(now_s, compute_budget_s)
+            compute = self._next_compute(now_s, compute_budget_s, must_progress=must_progress)
             reads = self._reads.next_reads(now_s, read_ahead_s)
             if others_settled:
                 self._fail_at_limit(read_ahead_s)
@@ -258,8 +265,8 @@ class StageRestoration:
             return False
         return all(self.state.is_resident(chunk, block) for chunk in range(limit) for block in range(grid.num_blocks))
 
-    def _next_compute(self, now_s: float, budget_s: float) -> tuple[ComputeWork, ...]:
-        if budget_s <= 0 or not self._can_compute:
+    def _next_compute(self, now_s: float, budget_s: float, *, must_progress: bool) -> tuple[ComputeWork, ...]:
+        if not (budget_s > 0 or must_progress) or not self._can_compute:
             return ()
         if len(self._reads) or self.state.loads_possible:
             budget_s = min(budget_s, REST_SHARE * self.state.expected_left_s(now_s))
