@@ -19,10 +19,10 @@ from cacheflow.plan.report import Lane
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES, make_batch_policy
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.batch import Follow, Prepared
+from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.executor import BatchExecutor
 from cacheflow.restore.jobs import LeadersFirst
 from cacheflow.restore.options import ExecutorOptions
-from cacheflow.restore.pace import DecodePace
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.state.batch import Admission, BatchScheduler
 from cacheflow.types import LoadOutcome

@@ -17,12 +17,13 @@ from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.report import Lane, SpanKind
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.restore.read_deadline import ReadDeadline
-from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S, StageRestoration
+from cacheflow.restore.stage import StageRestoration
 from cacheflow.restore.stage_reads import MAX_READS, MIN_READS
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.state.board import RESIDENT, Board, CellState
 from cacheflow.state.compute_side import ComputeSide
 from cacheflow.types import LoadOutcome
+from cacheflow.vllm.scheduler.pace import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
 from support.virtual_steps import VirtualSteps, run_steps, stepped_for, target_for
 

@@ -26,8 +26,8 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.report import RestoreReport
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.restore.batch import BatchHandle, BatchOutcome
+from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.executor import BatchExecutor
-from cacheflow.restore.pace import DecodePace
 from cacheflow.state.batch import Admission, BatchScheduler
 
 

@@ -39,7 +39,7 @@ class TurnPrompt:
         sampling: How tokens are chosen; None for greedy.
         stop_tokens: The answer ends after one of these.
         save: Write what the turn prefills to the store.
-        resident_ends: Boundaries of what is in memory.
+        resident_ends: Chunk ends of what is in memory.
         match: What the store has; empty when something is in memory.
         grid: Every chunk of the prompt: those known as the prefix, the others as the suffix.
     """

@@ -62,11 +62,11 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Chunk boundaries of a prefix (and of the suffix after it) by layer blocks.
+    """Chunk ends of a prefix (and of the suffix after it) by layer blocks.
 
     Attributes:
         chunk_ends: Token position at which each prefix chunk ends, ascending; the first chunk starts at ``start``.
-            These are the boundaries the prefix was saved with: recomputing with others changes the rounding.
+            These are the chunks the prefix was saved in: recomputing with others changes the rounding.
         num_blocks: Number of layer blocks ``B``.
         suffix_ends: Token position at which each chunk of new tokens ends, ascending; empty for a restoration alone.
         start: Tokens before the first chunk, which are resident already.
@@ -78,7 +78,7 @@ class Grid:
     start: int = 0
 
     def __post_init__(self) -> None:
-        """Check that boundaries ascend and there is at least one block.
+        """Check that chunk ends ascend and there is at least one block.
 
         Raises:
             ConfigError: Boundaries do not ascend strictly from above ``start``, or there is no block.
@@ -88,7 +88,7 @@ class Grid:
         last = self.start
         for end in (*self.chunk_ends, *self.suffix_ends):
             if end <= last:
-                raise ConfigError(f"chunk boundaries must ascend: {end} follows {last}")
+                raise ConfigError(f"chunk ends must ascend: {end} follows {last}")
             last = end
 
     @classmethod

@@ -30,12 +30,6 @@ from cacheflow.restore.work import (
 )
 from cacheflow.state.restoration import RestoreState
 
-IDLE_COMPUTE_BUDGET_S = 0.05
-"""Recommended compute per step while nobody decodes: with 1.2 ms of overhead a step, restorations end at 1.03 of the
-bound; with half of it at 1.05; with more, a request that arrives in the middle waits longer for little."""
-READ_AHEAD_S = 0.12
-"""Recommended reads under way, in seconds of the link: two such steps and a bit, because work may be given a step
-before the reports it lacks; one step less, and the link idles (1.3 of the bound)."""
 REST_SHARE = 0.25
 """Compute at most this share of what is left at once, so that both sides end together. Little is lost where costs are
 right; where compute takes twice as long as planned and reports come late, all at once ended at 1.6 of the bound."""

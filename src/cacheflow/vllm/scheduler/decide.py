@@ -52,7 +52,7 @@ class Decision:
         return self.end - self.start
 
     @property
-    def slowest(self) -> StagePlan | None:
+    def slowest_stage(self) -> StagePlan | None:
         """The stage that is predicted to take longest; None without stages."""
         return max(self.stages, key=lambda stage: stage.plan.predicted.restore_s, default=None)
 
@@ -104,7 +104,7 @@ class Decider:
     def after_copy(self, decision: Decision, shared: LeaderShare) -> Decision:
         """The decision to copy what another restoration has restored already, and to restore only the rest."""
         began_s = self._clock()
-        slowest = decision.slowest
+        slowest = decision.slowest_stage
         policy = Load() if slowest is not None and slowest.plan.policy == Load.name else self._policy
         sources = [stage.source for stage in decision.stages]
         return Decision(

@@ -121,8 +121,11 @@ class Restorations:
         if not self._active:
             return NO_LEADER
         chunk_tokens = self._options.chunk_tokens
-        names = request.prefix.names(decision.start // chunk_tokens, decision.end // chunk_tokens)
-        wanted = Wanted(start=decision.start, namespace=request.name.namespace, chain_hashes=names)
+        wanted = Wanted(
+            start=decision.start,
+            namespace=request.name.namespace,
+            chain_hashes=request.prefix.chain_hashes(decision.start // chunk_tokens, decision.end // chunk_tokens),
+        )
         others = (
             (active.restoration.target, active.restoration.resident_tokens)
             for active in self._active.values()
@@ -132,7 +135,7 @@ class Restorations:
 
     def start(self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int]) -> None:
         """Begin a restoration into blocks that vLLM has set aside."""
-        slowest = decision.slowest
+        slowest = decision.slowest_stage
         assert slowest is not None, "a decision to restore has a plan for every stage"
         chunk_tokens = self._options.chunk_tokens
         grid, facts = slowest.problem.grid, self._decider.facts
@@ -146,7 +149,7 @@ class Restorations:
             tokens=tuple(request.view.tokens[grid.start : decision.end]),
             block_ids=tuple(block_ids[: decision.end // facts.block_size]),
             namespace=request.name.namespace,
-            chain_hashes=request.prefix.names(first, decision.end // chunk_tokens),
+            chain_hashes=request.prefix.chain_hashes(first, decision.end // chunk_tokens),
             layers_per_block=self._decider.layers_per_block,
             copied_from=decision.copied_from,
         )
@@ -260,8 +263,8 @@ class Restorations:
     def _budget(self, now_s: float, *, busy: bool) -> StepBudget:
         """The step's budget, by the costs of the first restoration."""
         first = next(iter(self._active.values()))
-        assert first.decision.slowest is not None, "a restoration has a problem"
-        compute_KB, factor = first.decision.slowest.problem.compute_KB, self._decider.rates.compute_factor
+        assert first.decision.slowest_stage is not None, "a restoration has a problem"
+        compute_KB, factor = first.decision.slowest_stage.problem.compute_KB, self._decider.rates.compute_factor
         return self._pace.budget(
             now_s,
             busy=busy,
