@@ -21,7 +21,7 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.restore.batch import Follow, Prepared
 from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.executor import BatchExecutor
-from cacheflow.restore.jobs import LeadersFirst
+from cacheflow.restore.leaders_first import LeadersFirst
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.state.batch import Admission, BatchScheduler
