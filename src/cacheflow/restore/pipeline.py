@@ -116,9 +116,9 @@ class PipelineRestoration:
         return any(stage.giving_up for stage in self.stages)
 
     @property
-    def closing(self) -> bool:
+    def end_was_sent(self) -> bool:
         """Whether the workers of every stage were sent its end, well or not."""
-        return all(stage.closing for stage in self.stages)
+        return all(stage.end_was_sent for stage in self.stages)
 
     @property
     def error(self) -> str:
@@ -238,7 +238,7 @@ class PipelineRestoration:
                 stage.stop_before(limit)
         if self.failed:
             for stage in self.stages:
-                if not stage.closing:
+                if not stage.end_was_sent:
                     stage.fail()
 
     def apply(self, report: StepReport, now_s: float) -> None:
@@ -286,4 +286,4 @@ def _until(stage: StageRestoration, now_s: float, budget_s: float, until_s: floa
 
 
 def _wants(above: StageRestoration, chunk: int) -> bool:
-    return not (above.closing or above.giving_up) and above.state.wants_activations(chunk)
+    return not (above.end_was_sent or above.giving_up) and above.state.wants_activations(chunk)

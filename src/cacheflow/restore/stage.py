@@ -3,6 +3,19 @@
 Pure: time is passed in. Each step it takes the workers' reports in and turns the state machine's claims into counted
 units of work. Workers carry work out strictly in sequence, so what they were given to compute counts as resident for
 what comes after it; what the link brings counts once every rank has reported it.
+
+The words for its end, from the first to the last that comes true:
+
+| word | what is true | who knows |
+|---|---|---|
+| ``restored`` | every cell is resident once the work given is done, and nothing is given up | scheduler side |
+| ``giving_up`` | it ends early: it was cancelled, or ``failed`` | scheduler side |
+| ``settled`` | no work is left: restored, giving up, or nothing more of it can be restored | scheduler side |
+| ``end_was_sent`` | the workers were sent ``finish`` or ``cancel`` (phase ``FINISHING``, ``CANCELLING``) | workers |
+| ``finished`` | a rank has reported that it touches the KV cache for it no more | that rank |
+| ``done`` | every rank has (phase ``DONE``) | scheduler side |
+
+One way leads back: compute that fails while ``FINISHING`` makes it ``giving_up``, and a ``cancel`` is sent after all.
 """
 
 from __future__ import annotations
@@ -128,7 +141,7 @@ class StageRestoration:
         return self._phase is Phase.DONE
 
     @property
-    def closing(self) -> bool:
+    def end_was_sent(self) -> bool:
         """Whether the workers were sent its end, well or not."""
         return self._phase is not Phase.RESTORING
 
@@ -155,7 +168,7 @@ class StageRestoration:
     @property
     def settled(self) -> bool:
         """Whether no work is left: all is resident, or all before the first chunk that cannot be restored."""
-        return self.closing or self.giving_up or self.restored or self._at_limit()
+        return self.end_was_sent or self.giving_up or self.restored or self._at_limit()
 
     def resident_tokens(self) -> int:
         """Token position up to which the prefix is completely resident on every rank, as far as reports tell."""
@@ -217,7 +230,7 @@ class StageRestoration:
         if self._start_s is None:
             self._start_s = now_s
         restore_id = self.target.restore_id
-        if self.closing:
+        if self.end_was_sent:
             return StageWork(restore_id=restore_id)
         compute: tuple[ComputeWork, ...] = ()
         reads: tuple[ReadWork, ...] = ()

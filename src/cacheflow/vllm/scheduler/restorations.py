@@ -206,7 +206,7 @@ class Restorations:
         is left alone; a worker that refuses one has reported its blocks as failed itself.
         """
         if restore_id is None:
-            chosen = [active for active in self._active.values() if not active.restoration.closing]
+            chosen = [active for active in self._active.values() if not active.restoration.end_was_sent]
         else:
             chosen = [self._active[each] for each in {restore_id} & self._active.keys()]
         for active in chosen:
