@@ -9,6 +9,7 @@ from cacheflow.embedded import Engine
 from cacheflow.plan.report import SpanKind
 from cacheflow.policies.registry import RESTORE_POLICIES
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import ObjectKind
@@ -26,7 +27,7 @@ from support.embedded_cases import (
 )
 
 CAPACITY = 64 << 20
-HASTY = ExecutorOptions(deadline_floor_s=0.03, deadline_factor=0.1)
+HASTY = ExecutorOptions(deadline=ReadDeadline(floor_s=0.03, factor=0.1))
 SEEN_AS = {
     Fault.MISS: "miss",
     Fault.CORRUPT: "corrupt",

@@ -109,7 +109,6 @@ def test_pinned_link_restores_what_it_holds():
     for ticket in reversed(tickets):
         assert port.wait(ticket, timeout_s=1.0) is LoadOutcome.OK
         port.place(ticket)
-    port.close()
     assert torch.equal(finish(case, kv), case.logits)
     assert same_kv(case, kv)
 

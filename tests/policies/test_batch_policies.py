@@ -14,12 +14,14 @@ from cacheflow.policies.objective import ObjectivePolicy
 from cacheflow.policies.registry import make_policy
 
 
-def request(request_id: int, compute_s: float, load_s: float = 1.0, *, suffix_s=0.0, arrival_s=0.0, deadline_s=None):
+def request(
+    request_id: int, compute_s: float, load_s: float = 1.0, *, suffix_s=0.0, arrival_s=0.0, first_token_due_s=None
+):
     return WaitingRequest(
         request_id=request_id,
         arrival_s=arrival_s,
         remaining=Remaining(compute_s, load_s, suffix_s),
-        deadline_s=deadline_s,
+        first_token_due_s=first_token_due_s,
     )
 
 
@@ -66,9 +68,9 @@ def test_p99_ttft_minds_how_long_a_request_has_waited():
 
 def test_slo_gives_up_the_longest_when_not_all_can_be_in_time():
     waiting = [
-        request(1, 8.0, 8.0, deadline_s=4.0),
-        request(2, 2.0, 2.0, deadline_s=4.5),
-        request(3, 4.0, 4.0, deadline_s=4.8),
+        request(1, 8.0, 8.0, first_token_due_s=4.0),
+        request(2, 2.0, 2.0, first_token_due_s=4.5),
+        request(3, 4.0, 4.0, first_token_due_s=4.8),
     ]
     assert order("slo", *waiting).compute == (2, 3, 1)
 

@@ -19,16 +19,17 @@ from cacheflow.plan.report import Lane
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES, make_batch_policy
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.batch import Follow, Prepared
+from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.executor import BatchExecutor
-from cacheflow.restore.jobs import LeadersFirst
+from cacheflow.restore.leaders_first import LeadersFirst
 from cacheflow.restore.options import ExecutorOptions
-from cacheflow.restore.pace import DecodePace
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.state.batch import Admission, BatchScheduler
 from cacheflow.types import LoadOutcome
 from support.batch_cases import OUTCOMES, FakeLink, FakeRequest, new_executor, problem, running_threads
 
-PATIENT = ExecutorOptions(deadline_floor_s=30.0)
-HASTY = ExecutorOptions(deadline_floor_s=0.01, deadline_factor=0.1, poll_s=0.002)
+PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=30.0))
+HASTY = ExecutorOptions(deadline=ReadDeadline(floor_s=0.01, factor=0.1), poll_s=0.002)
 
 
 def new_requests(lengths, **kwargs):

@@ -11,6 +11,7 @@ from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.report import Lane, SpanKind
 from cacheflow.restore.executor import execute
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTransfer
@@ -82,7 +83,7 @@ def test_a_failed_read_is_recomputed_and_counted(outcome):
 def test_a_read_that_hangs_is_late_and_recomputed():
     setup = Setup()
     setup.transfer.outcome_of = lambda piece: None if piece.chunk == 3 else LoadOutcome.OK
-    report = setup.run(options=ExecutorOptions(deadline_floor_s=0.02, deadline_factor=0.1))
+    report = setup.run(options=ExecutorOptions(deadline=ReadDeadline(floor_s=0.02, factor=0.1)))
     assert report.failed_loads["late"] >= 1
     assert report.cells_KB[3].count("l") == 0
 
@@ -138,8 +139,15 @@ def test_nothing_to_restore_runs_the_suffix():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"max_reads_in_flight": 0}, {"poll_s": 0.0}, {"deadline_floor_s": -1.0}, {"deadline_factor": 0.0}]
+    ("options", "bad"),
+    [
+        (ExecutorOptions, {"max_reads_in_flight": 0}),
+        (ExecutorOptions, {"poll_s": 0.0}),
+        (ReadDeadline, {"floor_s": -1.0}),
+        (ReadDeadline, {"factor": 0.0}),
+    ],
 )
-def test_options_out_of_range_are_refused(bad):
-    with pytest.raises(ConfigError, match=next(iter(bad))):
-        ExecutorOptions(**bad)
+def test_options_out_of_range_are_refused(options, bad):
+    ((key, value),) = bad.items()
+    with pytest.raises(ConfigError, match=f"{key}.* {value}"):
+        options(**bad)

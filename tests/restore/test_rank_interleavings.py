@@ -18,8 +18,8 @@ import pytest
 
 from cacheflow.plan.problem import BoundarySource
 from cacheflow.policies.registry import RESTORE_POLICIES
-from cacheflow.restore.options import ReadDeadline
 from cacheflow.restore.pipeline import PipelineRestoration
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.step_executor import StepExecutor
 from cacheflow.restore.work import RankReport, StepReport
 from cacheflow.types import LoadOutcome

@@ -16,13 +16,14 @@ from cacheflow.plan.grid import Cell, Tile
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.report import Lane, SpanKind
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
-from cacheflow.restore.options import ReadDeadline
-from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S, StageRestoration
+from cacheflow.restore.read_deadline import ReadDeadline
+from cacheflow.restore.stage import StageRestoration
 from cacheflow.restore.stage_reads import MAX_READS, MIN_READS
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.state.board import RESIDENT, Board, CellState
 from cacheflow.state.compute_side import ComputeSide
 from cacheflow.types import LoadOutcome
+from cacheflow.vllm.scheduler.pace import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
 from support.virtual_steps import VirtualSteps, run_steps, stepped_for, target_for
 
@@ -351,17 +352,6 @@ def test_close_link_leaves_the_rest_to_compute():
     assert orders.reads == ()
     scheduler.loaded(*under_way)
     assert scheduler.next_work(compute_budget_s=math.inf, read_ahead_s=1.0).finish
-
-
-def test_waiting_says_that_compute_has_nothing_to_do():
-    scheduler = Scheduler(plan=load_plan)
-    scheduler.next_work(compute_budget_s=1.0)
-    assert scheduler.stepped.waiting
-    other = Scheduler()
-    other.next_work(compute_budget_s=0.0)
-    assert not other.stepped.waiting, "nobody asked"
-    other.next_work(compute_budget_s=1.0)
-    assert not other.stepped.waiting
 
 
 # Load only

@@ -15,7 +15,7 @@ import pytest
 
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
-from cacheflow.restore.options import ReadDeadline
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.stage import StageRestoration
 from cacheflow.restore.step_executor import StepExecutor
 from cacheflow.restore.work import ComputeReport, ComputeWork, LoadReport, RankReport, StageWork, StepReport

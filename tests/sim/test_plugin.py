@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from cacheflow.plan.batch import WaitingRequest
 from cacheflow.plan.plan import Choice
 from cacheflow.plan.remaining import Remaining
-from cacheflow.sim.plugin import STARVATION_S, STEP_OVERHEAD_S, PluginRanking
+from cacheflow.policies.step_overhead import STEP_OVERHEAD_S
+from cacheflow.sim.plugin import STARVATION_S, PluginRanking
 from cacheflow.sim.policies import DEFAULT_SYSTEMS, EMBEDDED, SYSTEMS, make_system
 from support.clusters import CONFIG, TOKENS, ask, serve
 from support.random_problems import equal_blocks
@@ -144,9 +145,7 @@ def test_what_costs_more_engine_steps_than_it_saves_is_left_to_vllm(cell_s, left
     assert not make_system(EMBEDDED).leaves_to_prefill(problem)
 
 
-def test_the_constants_are_the_plugins():
+def test_the_starvation_bound_is_the_plugins():
     from cacheflow.vllm.options import ConnectorOptions
-    from cacheflow.vllm.scheduler.decide import STEP_OVERHEAD_S as PLUGIN_OVERHEAD_S
 
-    assert STEP_OVERHEAD_S == PLUGIN_OVERHEAD_S
     assert ConnectorOptions().starvation_s == STARVATION_S

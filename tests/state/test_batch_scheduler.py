@@ -107,12 +107,12 @@ def test_deadlines_are_met_by_as_many_as_can_be():
     problem = convex_problem(2048)
     alone_s = bound(problem).ttft_s
     # The first has all the time, the others a quarter more than two of them need.
-    arrivals = [Arrival(at_s=0.0, problem=problem, deadline_s=10 * alone_s)]
-    arrivals += [Arrival(at_s=0.0, problem=problem, deadline_s=2.5 * alone_s) for _ in range(2)]
+    arrivals = [Arrival(at_s=0.0, problem=problem, first_token_due_s=10 * alone_s)]
+    arrivals += [Arrival(at_s=0.0, problem=problem, first_token_due_s=2.5 * alone_s) for _ in range(2)]
 
     def in_time(name: str) -> int:
         ends = run_batch(policy(name), arrivals).ttft_s
-        return sum(end <= arrival.deadline_s for end, arrival in zip(ends, arrivals, strict=True))
+        return sum(end <= arrival.first_token_due_s for end, arrival in zip(ends, arrivals, strict=True))
 
     assert (in_time("slo"), in_time("fcfs")) == (3, 2)
 
@@ -189,7 +189,7 @@ def test_ranking_sixty_four_requests_is_quick(name):
     # Not a wall-time promise: the best of many tries on a shared machine, with a wide margin over one millisecond.
     batch = scheduler(name)
     for index in range(64):
-        batch.add(index, convex_problem(512 + 64 * index), arrival_s=0.0, deadline_s=1.0 + index)
+        batch.add(index, convex_problem(512 + 64 * index), arrival_s=0.0, first_token_due_s=1.0 + index)
     best_s = float("inf")
     for attempt in range(20):
         started_s = time.perf_counter()

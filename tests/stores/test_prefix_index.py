@@ -9,7 +9,7 @@ from cacheflow.stores.base import PutRequest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind, chain_hash, chain_hashes, chain_root, next_key
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.stores.prefix_index import MAX_NOTED, PROBE_CHUNKS, find_prefix, note_boundary
+from cacheflow.stores.prefix_index import MAX_NOTED, PROBE_CHUNKS, find_prefix, note_partial_chunk
 from support.store_objects import NAMESPACE, TIMEOUT_S
 
 CHUNK = 4
@@ -39,7 +39,7 @@ def save(store, tokens, ends, salt=""):
     store.submit_put(requests).wait(TIMEOUT_S)
     for parent, start, end in zip(parents, (0, *ends), ends, strict=False):
         if end - start != CHUNK:
-            assert note_boundary(store, NAMESPACE, parent, end - start)
+            assert note_partial_chunk(store, NAMESPACE, parent, end - start)
     return hashes
 
 
@@ -148,8 +148,8 @@ def test_the_most_recent_lengths_are_kept(store):
     root = chain_root()
     tokens = list(range(40))
     for length in range(1, MAX_NOTED + 3):
-        note_boundary(store, NAMESPACE, root, length)
-    note_boundary(store, NAMESPACE, root, 3)  # again the most recent
+        note_partial_chunk(store, NAMESPACE, root, length)
+    note_partial_chunk(store, NAMESPACE, root, 3)  # again the most recent
     for length in range(1, MAX_NOTED + 3):
         chain = chain_hash(root, tokens[:length])
         store.submit_put([PutRequest(each, [b"kv"], (2,), "uint8") for each in required(chain)]).wait(TIMEOUT_S)
@@ -172,7 +172,7 @@ def test_a_note_that_cannot_be_read_is_a_missed_hit(store, fault):
 
 def test_a_note_that_cannot_be_written_is_no_error(store):
     failing = FaultyStore(store, FaultPlan(rules=(FaultRule(fault=Fault.PUT_ERROR),)))
-    assert not note_boundary(failing, NAMESPACE, chain_root(), 3)
+    assert not note_partial_chunk(failing, NAMESPACE, chain_root(), 3)
     assert not store.contains([next_key(NAMESPACE.digest, chain_root())])[0]
 
 
@@ -193,7 +193,7 @@ def test_bad_questions_are_refused(store):
     with pytest.raises(ConfigError, match="max_tokens -1"):
         find(store, [1], max_tokens=-1)
     with pytest.raises(ConfigError, match="at least 1 token"):
-        note_boundary(store, NAMESPACE, chain_root(), 0)
+        note_partial_chunk(store, NAMESPACE, chain_root(), 0)
 
 
 @settings(max_examples=30, deadline=None)

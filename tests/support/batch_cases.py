@@ -76,7 +76,7 @@ class FakeRequest:
     num_answer: int = 1
     step_s: float = 0.0
     num_tokens: int = 0
-    deadline_s: float | None = None
+    first_token_within_s: float | None = None
     prepare_error: Exception | None = None
     num_prepared: int = 0
     buffer: FakeBuffer = field(init=False)
@@ -92,7 +92,10 @@ class FakeRequest:
 
     def request(self) -> BatchRequest[FakeTicket]:
         return BatchRequest(
-            problem=self.problem, prepare=self.prepare, num_tokens=self.num_tokens, deadline_s=self.deadline_s
+            problem=self.problem,
+            prepare=self.prepare,
+            num_tokens=self.num_tokens,
+            first_token_within_s=self.first_token_within_s,
         )
 
     def prepare(self, running) -> Prepared[FakeTicket]:

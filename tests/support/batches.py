@@ -52,7 +52,7 @@ class Arrival:
     at_s: float
     problem: RestoreProblem
     truth: RestoreProblem | None = None
-    deadline_s: float | None = None
+    first_token_due_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def run_batch(policy: BatchPolicy, arrivals: Sequence[Arrival], *, starvation_s:
     cost = arrivals[0].problem.link
     scheduler = BatchScheduler(policy, LiveRates(bytes_per_s=cost.bytes_per_s), starvation_s=starvation_s)
     requests = [
-        SimulatedRequest(arrival_s=each.at_s, problem=each.problem, truth=each.truth, deadline_s=each.deadline_s)
+        SimulatedRequest(
+            arrival_s=each.at_s, problem=each.problem, truth=each.truth, first_token_due_s=each.first_token_due_s
+        )
         for each in arrivals
     ]
     run = simulate(requests, scheduler, cost)

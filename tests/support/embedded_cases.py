@@ -24,6 +24,7 @@ from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.profiling.calibrate import kinds_of_layers
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.stores.base import Store
 from support.engine_cases import WINDOWED
 
@@ -37,7 +38,7 @@ TURN_TOKENS = (118, 45, 3, 40)
 """Turns end inside a chunk, fill several, are shorter than one."""
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=5)
-PATIENT = ExecutorOptions(deadline_floor_s=30.0)
+PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=30.0))
 """No read is late on a machine that does other things."""
 
 

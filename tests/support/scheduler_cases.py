@@ -90,7 +90,7 @@ class Case:
         """Put the first chunks of a known request into the store."""
         request = self.side._requests[request_id]
         requests = []
-        for name in request.prefix.names(0, num_chunks):
+        for name in request.prefix.chain_hashes(0, num_chunks):
             for layer in range(LAYERS):
                 for facts in self.facts_by_rank:
                     key = RankKeys(facts.shard).kv(request.name.namespace, name, (layer, layer + 1))

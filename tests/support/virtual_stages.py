@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.restore.pipeline import PipelineRestoration, PipelineWork
-from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
 from cacheflow.restore.work import StepReport
+from cacheflow.vllm.scheduler.pace import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
 from support.virtual_steps import MAX_STEPS, VirtualWorker
 
 

@@ -20,13 +20,13 @@ class SimulatedRequest:
 
     Attributes:
         truth: What it really costs; None: as believed.
-        deadline_s: When its first token should be there; None for no matter when.
+        first_token_due_s: When its first token should be there; None for no matter when.
     """
 
     arrival_s: float
     problem: RestoreProblem
     truth: RestoreProblem | None = None
-    deadline_s: float | None = None
+    first_token_due_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def simulate(
             request = requests[index]
             device.submit(
                 index, request.problem, partial(ended.__setitem__, index), truth=request.truth,
-                deadline_s=request.deadline_s,
+                first_token_due_s=request.first_token_due_s,
             )  # fmt: skip
         device.held = False
         if together:

@@ -9,7 +9,7 @@ from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
 from cacheflow.plan.grid import Cell, Grid
 from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root
-from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_boundary
+from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_partial_chunk
 
 NOTE_TIMEOUT_S = 1.0
 """For reading and for writing the note of a partial chunk, each."""
@@ -31,7 +31,7 @@ class PendingSave:
         report = self._saver.wait(timeout_s)
         note_s = NOTE_TIMEOUT_S if timeout_s is None else min(timeout_s, NOTE_TIMEOUT_S)
         for parent, length in self._partial:
-            note_boundary(self._engine.store, self._engine.namespace, parent, length, timeout_s=note_s)
+            note_partial_chunk(self._engine.store, self._engine.namespace, parent, length, timeout_s=note_s)
         return report
 
 

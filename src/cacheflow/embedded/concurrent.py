@@ -26,8 +26,8 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.report import RestoreReport
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.restore.batch import BatchHandle, BatchOutcome
+from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.executor import BatchExecutor
-from cacheflow.restore.pace import DecodePace
 from cacheflow.state.batch import Admission, BatchScheduler
 
 
@@ -134,7 +134,7 @@ class ConcurrentBatch:
             reply: Future[Reply] = Future()
             reply.set_running_or_notify_cancel()  # a future's own cancel would not end the restoration
             request = replace(
-                turn.request(deadline_s=None if deadline_s is None else float(deadline_s)),
+                turn.request(first_token_within_s=None if deadline_s is None else float(deadline_s)),
                 on_end=lambda ended: self._answered(reply, turn, ended),
             )
             handle = self._executor.submit(request)

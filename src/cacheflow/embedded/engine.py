@@ -15,14 +15,13 @@ from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.arguments import flag, number, require_instance, whole
-from cacheflow.engine.cells import num_blocks
 from cacheflow.engine.identity import model_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.costs import CostTable, build_problem
-from cacheflow.plan.grid import Grid
+from cacheflow.plan.grid import Grid, num_layer_blocks
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import make_policy
@@ -131,7 +130,7 @@ class Engine:
             layers_per_block=self.options.layers_per_block,
             lookup_deadline_s=self.options.lookup_deadline_s,
         )
-        self.num_blocks = num_blocks(model.shape.num_layers, self.options.layers_per_block)
+        self.num_blocks = num_layer_blocks(model.shape.num_layers, self.options.layers_per_block)
         self.restorer = Restorer(
             runner=self.runner,
             policy=make_policy(self.options.policy, crossover_tokens=self.options.crossover_tokens),

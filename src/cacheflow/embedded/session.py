@@ -1,7 +1,7 @@
 """One conversation: its tokens, its KV buffer, and what brings the KV back after it was thrown out.
 
 Keys and values that decode steps made are never saved and never kept over a turn: the next turn prefills the answer
-again, together with its new tokens, in chunks. So every saved cell was made by prefill with known boundaries, and
+again, together with its new tokens, in chunks. So every saved cell was made by prefill in known chunks, and
 recomputing it gives the same bits (docs/decisions/0002).
 """
 
@@ -63,7 +63,7 @@ class Session:
     def evict(self) -> None:
         """Throw the KV out of memory; the conversation goes on, the next turn restores it.
 
-        The boundaries are kept: what the store has lost meanwhile is prefilled in the same chunks, so to the same bits.
+        Its chunks' ends are kept: what the store has lost meanwhile is prefilled in the same chunks, to the same bits.
         """
         self._kv = None
         self._evicted_ends, self._chunk_ends = self._chunk_ends or self._evicted_ends, ()

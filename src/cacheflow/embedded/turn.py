@@ -39,7 +39,7 @@ class TurnPrompt:
         sampling: How tokens are chosen; None for greedy.
         stop_tokens: The answer ends after one of these.
         save: Write what the turn prefills to the store.
-        resident_ends: Boundaries of what is in memory.
+        resident_ends: Chunk ends of what is in memory.
         match: What the store has; empty when something is in memory.
         grid: Every chunk of the prompt: those known as the prefix, the others as the suffix.
     """
@@ -117,17 +117,17 @@ class Turn:
         self._sampler = TokenSampler(asked.sampling)
         self._ttft_s = 0.0
 
-    def request(self, *, deadline_s: float | None = None) -> BatchRequest[StoreTicket]:
+    def request(self, *, first_token_within_s: float | None = None) -> BatchRequest[StoreTicket]:
         """The turn as an executor takes it.
 
         Args:
-            deadline_s: Seconds from now until which the first token should be there.
+            first_token_within_s: Seconds from now until which the first token should be there.
         """
         return BatchRequest(
             problem=self._problem(),
             prepare=self._prepare,
             num_tokens=max(self.asked.num_tokens, self.session.kv_capacity_tokens),
-            deadline_s=deadline_s,
+            first_token_within_s=first_token_within_s,
             tag=self,
         )
 

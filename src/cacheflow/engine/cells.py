@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.grid import Cell, Grid
+from cacheflow.plan.grid import Cell, Grid, num_layer_blocks
 from cacheflow.types import ModelShape
 
 
@@ -33,7 +33,7 @@ class CellGeometry:
         Raises:
             ConfigError: ``grid.num_blocks`` is not the model's layers cut by ``layers_per_block``.
         """
-        expected = num_blocks(self.shape.num_layers, self.layers_per_block)
+        expected = num_layer_blocks(self.shape.num_layers, self.layers_per_block)
         if self.grid.num_blocks != expected:
             raise ConfigError(
                 f"grid has {self.grid.num_blocks} blocks; {self.shape.num_layers} layers in blocks of "
@@ -60,14 +60,3 @@ class CellGeometry:
         tokens = [hi - lo for lo, hi in map(self.grid.chunk_range, range(self.grid.num_chunks))]
         layers = min(self.layers_per_block, self.shape.num_layers)
         return max(tokens, default=0) * layers * self.shape.kv_bytes_per_token_layer
-
-
-def num_blocks(num_layers: int, layers_per_block: int) -> int:
-    """Rows of the grid.
-
-    Raises:
-        ConfigError: ``layers_per_block`` is below 1.
-    """
-    if layers_per_block < 1:
-        raise ConfigError(f"layers_per_block is {layers_per_block}, must be at least 1")
-    return -(-num_layers // layers_per_block)

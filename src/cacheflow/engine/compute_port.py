@@ -1,4 +1,4 @@
-"""The compute side of a restoration on one device: recomputes cells, runs the new tokens, yields the first token.
+"""The compute side of a restoration on one device: recomputes cells, runs the new tokens, yields the last logits.
 
 Provides ``restore.ports.ComputePort`` by structure. One port serves one restoration. Shapes: ``n`` tokens of a chunk,
 ``C`` hidden_size, ``V`` vocabulary.
@@ -16,7 +16,6 @@ import torch
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import ChunkCache, KVBuffer
 from cacheflow.engine.runner import LayerRunner, Rope
-from cacheflow.engine.sampling import TokenSampler
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid, Tile
 
@@ -38,7 +37,6 @@ class EngineComputePort:
 
     Attributes:
         logits: ``[V]`` float32 on the CPU, of the last token; None before ``finish`` or without a suffix.
-        first_token: The first new token; None likewise.
     """
 
     def __init__(
@@ -49,7 +47,6 @@ class EngineComputePort:
         tokens: Sequence[int],
         kv: KVBuffer,
         layers_per_block: int = 1,
-        sampler: TokenSampler | None = None,
     ) -> None:
         """Prepare to restore ``grid`` over ``tokens`` (prefix, then suffix) into ``kv``.
 
@@ -64,13 +61,11 @@ class EngineComputePort:
                 f"the KV buffer holds {kv.capacity}"
             )
         self.logits: torch.Tensor | None = None
-        self.first_token: int | None = None
         self._runner = runner
         self._grid = grid
         self._geometry = CellGeometry(grid=grid, shape=runner.model.shape, layers_per_block=layers_per_block)
         self._kv = kv
         self._ids = runner.token_tensor(tokens)
-        self._sampler = sampler or TokenSampler()
         self._chunks: dict[int, _ChunkState] = {}
         self._suffix: list[_ChunkState] = []
         self._suffix_block = 0
@@ -114,7 +109,7 @@ class EngineComputePort:
         self._suffix_block = block_hi
 
     def finish(self) -> None:
-        """See ``ComputePort.finish``; sets ``logits`` and ``first_token``.
+        """See ``ComputePort.finish``; sets ``logits``.
 
         Raises:
             ValueError: The suffix has not run through every block (a caller's bug).
@@ -124,7 +119,6 @@ class EngineComputePort:
             if last is None:
                 raise ValueError(f"suffix stands below block {self._suffix_block} of {self._grid.num_blocks}")
             self.logits = self._runner.logits(last)
-            self.first_token = self._sampler.choose(self.logits)
         elif self._running is not None:
             self._running.synchronize()
         self._chunks.clear()

@@ -132,10 +132,6 @@ class PinnedLinkPort:
             ticket.event.synchronize()
         self._free.append(ticket.staging)
 
-    def close(self) -> None:
-        """Drop the staging buffers."""
-        self._free.clear()
-
     def _arrived(self, ticket: PinnedTicket) -> bool:
         if self._clock() < ticket.due_at_s:
             return False

@@ -2,7 +2,7 @@
 
 Shapes: ``n`` tokens of a chunk, ``C`` hidden_size, ``V`` vocabulary. Batch is always 1.
 
-The result of a chunk depends on its tokens, its boundaries and the keys and values before it, never on the order in
+The result of a chunk depends on its tokens, its ends and the keys and values before it, never on the order in
 which cells were restored. Every call runs on the calling thread (and device stream) without synchronising.
 """
 
@@ -108,11 +108,11 @@ class LayerRunner:
 
         Args:
             tokens: The prompt.
-            chunk_ends: Ascending boundaries, the last one ``len(tokens)``.
+            chunk_ends: Token positions at which chunks end, ascending, the last one ``len(tokens)``.
             kv: At least ``len(tokens)`` long; the chunks are written into it.
 
         Raises:
-            ConfigError: The boundaries do not end at the prompt, or the buffer is too short.
+            ConfigError: The chunks do not end at the prompt, or the buffer is too short.
             PromptError: See ``token_tensor``.
         """
         if not chunk_ends or chunk_ends[-1] != len(tokens) or kv.capacity < len(tokens):

@@ -34,7 +34,7 @@ class StoreTicket:
 
 
 class StoreTransferPort:
-    """Reads cells from a store. All methods on one thread; any number of reads may be under way."""
+    """Reads cells from a store; threads as ``TransferPort`` has them. Any number of reads may be under way."""
 
     def __init__(
         self,
@@ -44,7 +44,6 @@ class StoreTransferPort:
         namespace: str,
         chain_hashes: Sequence[bytes],
         kv: KVBuffer,
-        priority: int = 0,
     ) -> None:
         """Read the prefix whose chunks have ``chain_hashes`` (one per chunk of the grid) into ``kv``.
 
@@ -54,14 +53,12 @@ class StoreTransferPort:
             namespace: ``Namespace.digest`` of the save.
             chain_hashes: ``plan.keys.chain_hashes`` of the prefix.
             kv: Where they go.
-            priority: Passed to the store with every read.
         """
         self._store = store
         self._geometry = geometry
         self._namespace = namespace
         self._chain = [each.hex() for each in chain_hashes]
         self._kv = kv
-        self._priority = priority
         self._lane = CopyLane(kv.device) if kv.device.type == "cuda" else None
         self._pool = StagingPool(geometry.max_cell_bytes, pinned=self._lane is not None)
 
@@ -72,7 +69,7 @@ class StoreTransferPort:
         staging = self._pool.take()
         key = cell_key(self._namespace, self._chain[piece.chunk], self._geometry, piece)
         request = GetRequest(key, staging.array[:num_bytes])
-        handle = self._store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
+        handle = self._store.submit_get([request], deadline_s=deadline_s)
         return StoreTicket(extent=self._geometry.extent(piece), num_bytes=num_bytes, staging=staging, handle=handle)
 
     def wait(self, ticket: StoreTicket, *, timeout_s: float) -> LoadOutcome | None:
@@ -91,9 +88,6 @@ class StoreTransferPort:
         """See ``TransferPort.cancel``."""
         ticket.handle.cancel()
         self._pool.give(ticket.staging)
-
-    def close(self) -> None:
-        """Nothing to end: the store belongs to the caller."""
 
 
 def cell_key(namespace: str, chain_hash: str, geometry: CellGeometry, cell: Cell) -> ObjectKey:

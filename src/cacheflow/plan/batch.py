@@ -22,13 +22,13 @@ class WaitingRequest:
         request_id: Who it is.
         arrival_s: When it came, on the clock that ``now_s`` is read from.
         remaining: What its restoration and its new tokens still need.
-        deadline_s: When its first token should be there, on the same clock; None for no matter when.
+        first_token_due_s: When its first token should be there, on the same clock; None for no matter when.
     """
 
     request_id: int
     arrival_s: float
     remaining: Remaining
-    deadline_s: float | None = None
+    first_token_due_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

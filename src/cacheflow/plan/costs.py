@@ -16,7 +16,7 @@ import numpy as np
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.engine_pass import EnginePass
-from cacheflow.plan.grid import Grid, regular_ends
+from cacheflow.plan.grid import Grid, num_layer_blocks, regular_ends
 from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds
 from cacheflow.types import ModelShape
 
@@ -199,7 +199,7 @@ def build_problem(
         CostRangeError: A chunk lies outside the measured range.
     """
     num_layers = table.identity.num_layers
-    if shape.num_layers != num_layers or layers_per_block < 1 or grid.num_blocks != -(-num_layers // layers_per_block):
+    if shape.num_layers != num_layers or grid.num_blocks != num_layer_blocks(num_layers, layers_per_block):
         raise ConfigError(
             f"a grid of {grid.num_blocks} blocks of {layers_per_block} layers does not fit "
             f"model {shape.name!r} of {shape.num_layers} layers and costs of {num_layers}"

@@ -62,11 +62,11 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Chunk boundaries of a prefix (and of the suffix after it) by layer blocks.
+    """Chunk ends of a prefix (and of the suffix after it) by layer blocks.
 
     Attributes:
         chunk_ends: Token position at which each prefix chunk ends, ascending; the first chunk starts at ``start``.
-            These are the boundaries the prefix was saved with: recomputing with others changes the rounding.
+            These are the chunks the prefix was saved in: recomputing with others changes the rounding.
         num_blocks: Number of layer blocks ``B``.
         suffix_ends: Token position at which each chunk of new tokens ends, ascending; empty for a restoration alone.
         start: Tokens before the first chunk, which are resident already.
@@ -78,17 +78,17 @@ class Grid:
     start: int = 0
 
     def __post_init__(self) -> None:
-        """Check that boundaries ascend and there is at least one block.
+        """Check that chunk ends ascend and there is at least one block.
 
         Raises:
-            ConfigError: Boundaries do not ascend strictly from above ``start``, or there is no block.
+            ConfigError: Chunk ends do not ascend strictly from above ``start``, or there is no block.
         """
         if self.num_blocks < 1 or self.start < 0:
             raise ConfigError(f"num_blocks is {self.num_blocks}, must be at least 1; start {self.start} at least 0")
         last = self.start
         for end in (*self.chunk_ends, *self.suffix_ends):
             if end <= last:
-                raise ConfigError(f"chunk boundaries must ascend: {end} follows {last}")
+                raise ConfigError(f"chunk ends must ascend: {end} follows {last}")
             last = end
 
     @classmethod
@@ -133,8 +133,19 @@ class Grid:
         return (self.suffix_ends[index - 1] if index else self.num_tokens), self.suffix_ends[index]
 
 
+def num_layer_blocks(num_layers: int, layers_per_block: int) -> int:
+    """Rows of the grid of a model; the top one holds fewer layers when ``layers_per_block`` does not divide them.
+
+    Raises:
+        ConfigError: ``layers_per_block`` is below 1.
+    """
+    if layers_per_block < 1:
+        raise ConfigError(f"layers_per_block is {layers_per_block}, must be at least 1")
+    return -(-num_layers // layers_per_block)
+
+
 def regular_ends(start: int, end: int, chunk_tokens: int) -> tuple[int, ...]:
-    """Boundaries of ``[start, end)`` cut every ``chunk_tokens`` from ``start``; the last chunk may be partial."""
+    """Chunk ends of ``[start, end)`` cut every ``chunk_tokens`` from ``start``; the last chunk may be partial."""
     if end <= start:
         return ()
     return (*range(start + chunk_tokens, end, chunk_tokens), end)

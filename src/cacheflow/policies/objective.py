@@ -118,7 +118,7 @@ def _makespan_s(ends: _Ends, now_s: float) -> float:
 
 def _late_s(ends: _Ends, now_s: float) -> float:
     """Requests past their deadline, each worth more than any time; of equal numbers, the mean end."""
-    late = sum(now_s + end_s > _deadline(request) for request, end_s in ends)
+    late = sum(now_s + end_s > _due_s(request) for request, end_s in ends)
     return late * (1.0 + max(end_s for _, end_s in ends)) + _mean_s(ends, now_s)
 
 
@@ -138,17 +138,17 @@ def _most_in_time(now_s: float, waiting: Sequence[WaitingRequest]) -> list[Waiti
     kept: list[tuple[float, int, WaitingRequest]] = []
     late: list[WaitingRequest] = []
     total_s = 0.0
-    for request in sorted(waiting, key=_deadline):
+    for request in sorted(waiting, key=_due_s):
         left_s = request.remaining.alone_s
         heapq.heappush(kept, (-left_s, request.request_id, request))
         total_s += left_s
-        if now_s + total_s > _deadline(request):
+        if now_s + total_s > _due_s(request):
             longest_s, _, given_up = heapq.heappop(kept)
             total_s += longest_s
             late.append(given_up)
-    in_time = sorted((request for _, _, request in kept), key=_deadline)
+    in_time = sorted((request for _, _, request in kept), key=_due_s)
     return [*in_time, *sorted(late, key=lambda request: request.remaining.alone_s)]
 
 
-def _deadline(request: WaitingRequest) -> float:
-    return float("inf") if request.deadline_s is None else request.deadline_s
+def _due_s(request: WaitingRequest) -> float:
+    return float("inf") if request.first_token_due_s is None else request.first_token_due_s

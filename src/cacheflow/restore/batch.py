@@ -64,7 +64,7 @@ class BatchRequest(Generic[T]):
         prepare: Allocates and opens what it needs; called on the compute thread, with the requests that are restoring
             or decoding, once there is room for it, and again when the request that it follows fails.
         num_tokens: Tokens of KV memory it needs.
-        deadline_s: Seconds from now until which the first token should be there.
+        first_token_within_s: Seconds from now until which the first token should be there.
         tag: Whatever the submitter wants to find again on the handle.
         on_end: Called on the compute thread when ``ended`` has resolved.
     """
@@ -72,7 +72,7 @@ class BatchRequest(Generic[T]):
     problem: RestoreProblem
     prepare: Callable[[Sequence[BatchHandle]], Prepared[T]]
     num_tokens: int = 0
-    deadline_s: float | None = None
+    first_token_within_s: float | None = None
     tag: object = None
     on_end: Callable[[Future[BatchOutcome]], None] | None = None
 

@@ -11,9 +11,9 @@ from cacheflow.plan.grid import Tile
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.report import Span
 from cacheflow.restore.batch import BatchOutcome, Prepared
+from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.hand_over import recompute
 from cacheflow.restore.jobs import Job, Jobs
-from cacheflow.restore.pace import DecodePace
 from cacheflow.restore.ports import Ticket
 from cacheflow.restore.reads import Reads
 from cacheflow.restore.work import ComputeWork, cut, join

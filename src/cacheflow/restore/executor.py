@@ -16,9 +16,9 @@ from cacheflow.plan.batch import Arrival
 from cacheflow.plan.report import RestoreReport
 from cacheflow.restore.batch import BatchHandle, BatchOutcome, BatchRequest, Prepared
 from cacheflow.restore.compute_loop import ComputeLoop
+from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.jobs import Jobs
 from cacheflow.restore.options import ExecutorOptions
-from cacheflow.restore.pace import DecodePace
 from cacheflow.restore.ports import ComputePort, Ticket, TransferPort
 from cacheflow.restore.reads import Reads
 from cacheflow.state.batch import Admission, BatchScheduler

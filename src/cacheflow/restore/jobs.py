@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.batch import BatchPolicy, Ranking, WaitingRequest
-from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.batch import WaitingRequest
 from cacheflow.plan.remaining import remaining_of
 from cacheflow.plan.report import RestoreReport, Span, SpanKind
 from cacheflow.restore.batch import BatchHandle, BatchRequest, Prepared
+from cacheflow.restore.leaders_first import LeadersFirst
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.ports import Ticket, TransferPort
 from cacheflow.restore.reads import Read
@@ -210,7 +209,7 @@ class Jobs(Generic[T]):
                 remaining=remaining_of(
                     job.request.problem, compute_factor=rates.compute_factor, bytes_per_s=rates.bytes_per_s
                 ),
-                deadline_s=self._deadline_s(job),
+                first_token_due_s=self._first_token_due_s(job),
             )
             for job in self._waiting
         ]
@@ -236,12 +235,12 @@ class Jobs(Generic[T]):
                 f"which restores {restores}"
             )
         job.prepared, job.seen_cells, job.follows = prepared, 0, leader
-        arrival_s, deadline_s = job.handle.arrival_s, self._deadline_s(job)
+        arrival_s, due_s = job.handle.arrival_s, self._first_token_due_s(job)
         if prepared.state is not None:
-            self.scheduler.adopt(job.name, prepared.state, arrival_s=arrival_s, deadline_s=deadline_s)
+            self.scheduler.adopt(job.name, prepared.state, arrival_s=arrival_s, first_token_due_s=due_s)
         else:
             problem, ready = prepared.problem, follow is None
-            self.scheduler.add(job.name, problem, arrival_s=arrival_s, deadline_s=deadline_s, ready=ready)
+            self.scheduler.add(job.name, problem, arrival_s=arrival_s, first_token_due_s=due_s, ready=ready)
         if self._link_closed:
             self.restoration_of(job)
         self.changed.notify_all()
@@ -320,9 +319,8 @@ class Jobs(Generic[T]):
             return None
         restoration = self.restoration_of(self.by_name[claimed.request_id])
         num_bytes += restoration.state.num_bytes(claimed.piece)
-        expected_s = num_bytes / self.scheduler.rates.bytes_per_s
-        allowed_s = self._options.deadline.after_s(expected_s)
-        return Read(restoration, claimed.piece, started_s=self._origin_s + now_s, allowed_s=allowed_s)
+        allowed_s = self._options.deadline.allowed_s(num_bytes, self.scheduler.rates)
+        return Read(restoration, claimed.piece, claimed_at_s=self._origin_s + now_s, allowed_s=allowed_s)
 
     def close_link(self) -> None:
         """See ``ReadSource``: for those that come later too."""
@@ -335,39 +333,6 @@ class Jobs(Generic[T]):
         leader = self.by_name[name].follows
         return None if leader is None else leader.name
 
-    def _deadline_s(self, job: Job[T]) -> float | None:
-        deadline_s = job.request.deadline_s
-        return None if deadline_s is None else job.handle.arrival_s + deadline_s
-
-
-class LeadersFirst:
-    """Ranks as another policy does, with each leader moved before the first of its followers.
-
-    So nobody waits after a stranger for what a leader restores for it.
-    """
-
-    name: ClassVar[str] = "leaders_first"
-
-    def __init__(self, policy: BatchPolicy, leader_of: Callable[[int], int | None]) -> None:
-        """Take the policy, and who restores something for a request; None for nobody."""
-        self._policy, self._leader_of = policy, leader_of
-
-    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
-        """See ``BatchPolicy.rank``."""
-        ranking = self._policy.rank(now_s, waiting)
-        return Ranking(compute=self._leaders_first(ranking.compute), link=self._leaders_first(ranking.link))
-
-    def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
-        """See ``BatchPolicy.plans``."""
-        return self._policy.plans(request_id, problems)
-
-    def _leaders_first(self, ranked: tuple[int, ...]) -> tuple[int, ...]:
-        there, moved = frozenset(ranked), dict[int, None]()
-        for request_id in ranked:
-            chain: list[int] = []
-            name: int | None = request_id
-            while name is not None and name in there and name not in moved:
-                chain.append(name)
-                name = self._leader_of(name)
-            moved.update(dict.fromkeys(reversed(chain)))
-        return tuple(moved)
+    def _first_token_due_s(self, job: Job[T]) -> float | None:
+        within_s = job.request.first_token_within_s
+        return None if within_s is None else job.handle.arrival_s + within_s

@@ -16,14 +16,12 @@ from itertools import pairwise
 from cacheflow.errors import ConfigError
 from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.report import RestoreReport
-from cacheflow.restore.options import ReadDeadline
 from cacheflow.restore.pipeline_report import PipelineReport
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.stage import StageRestoration
 from cacheflow.restore.work import RestoreTarget, StageWork, StepReport
 from cacheflow.state.restoration import RestoreState
 
-LEAST_BUDGET_S = 1e-9
-"""Gives one unit of compute."""
 HANDED_READ_AHEAD = 2.5
 """A stage that is handed activations waits for them inside its steps, and is given no reads meanwhile: that many times
 as much of its link is kept under way."""
@@ -36,16 +34,6 @@ class PipelineWork:
     """One step's work on one restoration, for the ranks of each pipeline stage, bottom stage first."""
 
     by_stage: tuple[StageWork, ...]
-
-    @property
-    def restore_id(self) -> int:
-        """Which restoration."""
-        return self.by_stage[0].restore_id
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do on any stage."""
-        return all(each.idle for each in self.by_stage)
 
     @property
     def cancel(self) -> bool:
@@ -128,19 +116,14 @@ class PipelineRestoration:
         return any(stage.giving_up for stage in self.stages)
 
     @property
-    def closing(self) -> bool:
+    def end_was_sent(self) -> bool:
         """Whether the workers of every stage were sent its end, well or not."""
-        return all(stage.closing for stage in self.stages)
+        return all(stage.end_was_sent for stage in self.stages)
 
     @property
     def error(self) -> str:
         """Why compute failed on a worker; empty when it did not."""
         return next((stage.error for stage in self.stages if stage.error), "")
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the last step's budget found nothing for compute to do on any stage."""
-        return all(stage.waiting or stage.restored for stage in self.stages)
 
     @property
     def loads_under_way(self) -> bool:
@@ -176,13 +159,16 @@ class PipelineRestoration:
         for stage in self.stages:
             stage.close_link()
 
-    def next_work(self, now_s: float, *, compute_budget_s: float, read_ahead_s: float) -> PipelineWork:
+    def next_work(
+        self, now_s: float, *, compute_budget_s: float, read_ahead_s: float, must_progress: bool = False
+    ) -> PipelineWork:
         """What the workers do in this step; what it claims counts as given, so it must be sent.
 
         Args:
             now_s: Seconds on the caller's clock.
             compute_budget_s: Seconds of compute to give to each stage; see ``StageRestoration.next_work``.
             read_ahead_s: Seconds of each stage's link to keep under way.
+            must_progress: Every stage gets a unit of compute if there is one, whatever the budget.
         """
         self._share_the_end()
         self._hand_over(now_s)
@@ -197,6 +183,7 @@ class PipelineRestoration:
                 now_s,
                 compute_budget_s=_until(stage, now_s, compute_budget_s, until_s),
                 read_ahead_s=read_ahead_s * _read_ahead_factor(stage),
+                must_progress=must_progress or compute_budget_s > 0,
                 others_settled=all(each for other, each in enumerate(settled) if other != index),
             )
             awaited_s = None if stage.settled else stage.state.boundary_awaited_s(now_s)
@@ -251,7 +238,7 @@ class PipelineRestoration:
                 stage.stop_before(limit)
         if self.failed:
             for stage in self.stages:
-                if not stage.closing:
+                if not stage.end_was_sent:
                     stage.fail()
 
     def apply(self, report: StepReport, now_s: float) -> None:
@@ -295,8 +282,8 @@ def _until(stage: StageRestoration, now_s: float, budget_s: float, until_s: floa
     if until_s is None or budget_s <= 0:
         return budget_s
     left_s = AWAITED_MARGIN * until_s - stage.state.compute_left_s(now_s)
-    return min(budget_s, max(LEAST_BUDGET_S, left_s))
+    return min(budget_s, max(0.0, left_s))
 
 
 def _wants(above: StageRestoration, chunk: int) -> bool:
-    return not (above.closing or above.giving_up) and above.state.wants_activations(chunk)
+    return not (above.end_was_sent or above.giving_up) and above.state.wants_activations(chunk)

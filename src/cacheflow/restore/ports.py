@@ -35,7 +35,7 @@ class ComputePort(Protocol):
         ...
 
     def finish(self) -> None:
-        """Final norm, LM head and choice of the first token (nothing without a suffix); waits for the device."""
+        """Final norm and LM head (nothing without a suffix); waits for the device."""
         ...
 
 
@@ -90,7 +90,9 @@ class TransferPort(Protocol[T]):
 
         Args:
             piece: What to read. Only a later pipeline stage is asked for a ``Boundary``.
-            deadline_s: Seconds from now after which the store may give the read up as ``LATE``.
+            deadline_s: Seconds from now after which the store may give the read up as ``LATE``: all that the read is
+                allowed, whatever it has waited since it was claimed. ``Reads`` counts from the claim and gives it up
+                first.
         """
         ...
 

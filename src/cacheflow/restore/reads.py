@@ -85,7 +85,7 @@ class Read(Generic[T]):
     Attributes:
         owner: The restoration it belongs to.
         piece: What it brings.
-        started_s: When it was claimed, on the clock of ``Reads``; its deadline counts from then.
+        claimed_at_s: When it was claimed, on the clock of ``Reads``; its deadline counts from then.
         allowed_s: Seconds after which it is late.
         num_bytes: Bytes it moves; 0 before it was started.
         busy_s: Seconds the link worked on it, waiting in line excluded; 0 before it ended.
@@ -93,16 +93,16 @@ class Read(Generic[T]):
     """
 
     __slots__ = (
-        "allowed_s", "busy_s", "dropped", "end_s", "num_bytes", "owner", "piece", "placing", "started_s", "suspect",
+        "allowed_s", "busy_s", "claimed_at_s", "dropped", "end_s", "num_bytes", "owner", "piece", "placing", "suspect",
         "ticket",
     )  # fmt: skip
 
-    def __init__(self, owner: ReadOwner[T], piece: Piece, *, started_s: float, allowed_s: float) -> None:
+    def __init__(self, owner: ReadOwner[T], piece: Piece, *, claimed_at_s: float, allowed_s: float) -> None:
         """Claimed, not started yet."""
         self.owner, self.piece = owner, piece
-        self.started_s, self.allowed_s = started_s, allowed_s
+        self.claimed_at_s, self.allowed_s = claimed_at_s, allowed_s
         self.num_bytes = 0
-        self.busy_s, self.end_s = 0.0, started_s
+        self.busy_s, self.end_s = 0.0, claimed_at_s
         self.ticket: T | None = None
         self.placing = False
         self.dropped = False
@@ -227,11 +227,11 @@ class Reads(Generic[T]):
             if read.dropped:
                 self._free(read, None)
                 continue
-            late_s = read.started_s + read.allowed_s
-            left_s = max(0.0, late_s - self._clock())
+            late_at_s = read.claimed_at_s + read.allowed_s
+            left_s = max(0.0, late_at_s - self._clock())
             outcome = self._outcome(read, timeout_s=min(self._poll_s, left_s) if patient else 0.0)
             patient = False
-            if outcome is None and self._clock() >= late_s:
+            if outcome is None and self._clock() >= late_at_s:
                 outcome = LoadOutcome.LATE
             if outcome is LoadOutcome.OK:
                 self._place(read)
@@ -284,7 +284,7 @@ class Reads(Generic[T]):
         """Note when a read ended; its own time on the link began when it started and the one before it had ended."""
         read.end_s = self._clock()
         if read.ticket is not None or not read.dropped:
-            read.busy_s = max(0.0, read.end_s - max(read.started_s, self._link_free_s))
+            read.busy_s = max(0.0, read.end_s - max(read.claimed_at_s, self._link_free_s))
             self._link_free_s = max(self._link_free_s, read.end_s)
 
     def _free(self, read: Read[T], outcome: LoadOutcome | None) -> None:

@@ -3,6 +3,19 @@
 Pure: time is passed in. Each step it takes the workers' reports in and turns the state machine's claims into counted
 units of work. Workers carry work out strictly in sequence, so what they were given to compute counts as resident for
 what comes after it; what the link brings counts once every rank has reported it.
+
+The words for its end, from the first to the last that comes true:
+
+| word | what is true | who knows |
+|---|---|---|
+| ``restored`` | every cell is resident once the work given is done, and nothing is given up | scheduler side |
+| ``giving_up`` | it ends early: it was cancelled, or ``failed`` | scheduler side |
+| ``settled`` | no work is left: restored, giving up, or nothing more of it can be restored | scheduler side |
+| ``end_was_sent`` | the workers were sent ``finish`` or ``cancel`` (phase ``FINISHING``, ``CANCELLING``) | workers |
+| ``finished`` | a rank has reported that it touches the KV cache for it no more | that rank |
+| ``done`` | every rank has (phase ``DONE``) | scheduler side |
+
+One way leads back: compute that fails while ``FINISHING`` makes it ``giving_up``, and a ``cancel`` is sent after all.
 """
 
 from __future__ import annotations
@@ -15,7 +28,7 @@ from enum import Enum
 from cacheflow.errors import ConfigError
 from cacheflow.plan.report import RestoreReport, Span, SpanKind
 from cacheflow.restore.ledgers import ComputeLedger, DoneCompute
-from cacheflow.restore.options import ReadDeadline
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.stage_reads import StageReads
 from cacheflow.restore.work import (
     ComputeReport,
@@ -30,12 +43,6 @@ from cacheflow.restore.work import (
 )
 from cacheflow.state.restoration import RestoreState
 
-IDLE_COMPUTE_BUDGET_S = 0.05
-"""Recommended compute per step while nobody decodes: with 1.2 ms of overhead a step, restorations end at 1.03 of the
-bound; with half of it at 1.05; with more, a request that arrives in the middle waits longer for little."""
-READ_AHEAD_S = 0.12
-"""Recommended reads under way, in seconds of the link: two such steps and a bit, because work may be given a step
-before the reports it lacks; one step less, and the link idles (1.3 of the bound)."""
 REST_SHARE = 0.25
 """Compute at most this share of what is left at once, so that both sides end together. Little is lost where costs are
 right; where compute takes twice as long as planned and reports come late, all at once ended at 1.6 of the bound."""
@@ -68,7 +75,6 @@ class StageRestoration:
         target: What the workers were sent about the restoration.
         state: The state machine; to be asked, not driven.
         error: Why compute failed on a worker; empty when it did not.
-        waiting: The last step's budget found nothing for compute to do.
     """
 
     def __init__(
@@ -102,7 +108,7 @@ class StageRestoration:
             )
         if not can_compute and plan.compute_sequence:
             raise ConfigError(f"policy {plan.policy!r} recomputes, but the workers of this model may only load")
-        self.target, self.state, self.error, self.waiting = target, state, "", False
+        self.target, self.state, self.error = target, state, ""
         self._num_ranks, self._can_compute, self._wanted_above = num_ranks, can_compute, wanted_above
         self._computes = ComputeLedger(num_ranks)
         self._reads = StageReads(state, num_ranks=num_ranks, can_compute=can_compute, deadline=deadline)
@@ -135,7 +141,7 @@ class StageRestoration:
         return self._phase is Phase.DONE
 
     @property
-    def closing(self) -> bool:
+    def end_was_sent(self) -> bool:
         """Whether the workers were sent its end, well or not."""
         return self._phase is not Phase.RESTORING
 
@@ -162,7 +168,7 @@ class StageRestoration:
     @property
     def settled(self) -> bool:
         """Whether no work is left: all is resident, or all before the first chunk that cannot be restored."""
-        return self.closing or self.giving_up or self.restored or self._at_limit()
+        return self.end_was_sent or self.giving_up or self.restored or self._at_limit()
 
     def resident_tokens(self) -> int:
         """Token position up to which the prefix is completely resident on every rank, as far as reports tell."""
@@ -202,7 +208,13 @@ class StageRestoration:
         self.state.close_link()
 
     def next_work(
-        self, now_s: float, *, compute_budget_s: float, read_ahead_s: float, others_settled: bool = True
+        self,
+        now_s: float,
+        *,
+        compute_budget_s: float,
+        read_ahead_s: float,
+        must_progress: bool = False,
+        others_settled: bool = True,
     ) -> StageWork:
         """What the workers do in this step; what it claims counts as given, so it must be sent.
 
@@ -212,18 +224,19 @@ class StageRestoration:
                 there is one, and never more than the budget beyond that; ``inf`` for all there is.
             read_ahead_s: Seconds of the link to keep under way: 0 for no further reads, otherwise at least
                 ``MIN_READS``.
+            must_progress: Give a unit of compute if there is one, whatever the budget.
             others_settled: It may end when nothing more of it can be restored; otherwise it waits for other stages.
         """
         if self._start_s is None:
             self._start_s = now_s
         restore_id = self.target.restore_id
-        if self.closing:
+        if self.end_was_sent:
             return StageWork(restore_id=restore_id)
         compute: tuple[ComputeWork, ...] = ()
         reads: tuple[ReadWork, ...] = ()
         if not self.giving_up:
             # Compute first: a read asked for in this step must not be dropped in it, drops are carried out before.
-            compute = self._next_compute(now_s, compute_budget_s)
+            compute = self._next_compute(now_s, compute_budget_s, must_progress=must_progress)
             reads = self._reads.next_reads(now_s, read_ahead_s)
             if others_settled:
                 self._fail_at_limit(read_ahead_s)
@@ -259,9 +272,8 @@ class StageRestoration:
             return False
         return all(self.state.is_resident(chunk, block) for chunk in range(limit) for block in range(grid.num_blocks))
 
-    def _next_compute(self, now_s: float, budget_s: float) -> tuple[ComputeWork, ...]:
-        self.waiting = False
-        if budget_s <= 0 or not self._can_compute:
+    def _next_compute(self, now_s: float, budget_s: float, *, must_progress: bool) -> tuple[ComputeWork, ...]:
+        if not (budget_s > 0 or must_progress) or not self._can_compute:
             return ()
         if len(self._reads) or self.state.loads_possible:
             budget_s = min(budget_s, REST_SHARE * self.state.expected_left_s(now_s))
@@ -275,7 +287,6 @@ class StageRestoration:
             self._units.popleft()
             units.append(unit)
             spent_s += seconds
-        self.waiting = not units and not self.state.restored
         joined = join(units)
         for unit in joined:
             self._computes.add(unit.work, unit.predicted_s)

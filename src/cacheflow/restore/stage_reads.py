@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.plan.report import Span, SpanKind
 from cacheflow.restore.ledgers import ReadLedger
-from cacheflow.restore.options import ReadDeadline
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.work import LoadReport, ReadWork
 from cacheflow.state.board import CellState
 from cacheflow.state.restoration import RestoreState
@@ -76,7 +76,7 @@ class StageReads:
                     continue
                 piece = cell
             self._ledger.add(piece)
-            reads.append(ReadWork(piece, self._deadline.after_s(state.expected_load_s())))
+            reads.append(ReadWork(piece, self._deadline.allowed_s(state.in_flight_bytes, state.rates)))
         return tuple(reads)
 
     def drop(self, pieces: Iterable[Piece]) -> None:

@@ -97,7 +97,7 @@ class _GivenReads:
         """Their deadlines begin now."""
         with self.changed:
             for each in work:
-                read = Read(owner, each.piece, started_s=now_s, allowed_s=each.deadline_s)
+                read = Read(owner, each.piece, claimed_at_s=now_s, allowed_s=each.deadline_s)
                 if self._closed:
                     owner.fail_read(read, LoadOutcome.ERROR)
                 else:

@@ -1,7 +1,9 @@
 """Work: what those who carry a restoration out are given to do, and what they report.
 
-In vLLM the scheduler side decides and every worker obeys, so that ranks cannot disagree: work comes in counted units
-(cells, never seconds), reports say what became of it. Nothing here knows an engine; everything pickles.
+In vLLM the scheduler side decides and every worker obeys. Compute comes in counted cells, never in seconds: ranks
+all-reduce, and must do the same. Reads carry a deadline in seconds, which each rank measures on its own clock; ranks
+may disagree about a read, and its first failure on any of them settles it (``ReadLedger``). Nothing here knows an
+engine; everything pickles.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ class ComputeWork:
 
 @dataclass(frozen=True, slots=True)
 class ReadWork:
-    """Start reading one cell, or a chunk's boundary states; ``LATE`` when it is not there after ``deadline_s``."""
+    """Start reading one cell, or a chunk's boundary states; ``LATE`` on a rank where it takes over ``deadline_s``."""
 
     piece: Piece
     deadline_s: float

@@ -144,7 +144,7 @@ class VirtualDevice:
         done: Callable[[RequestTimes], None],
         *,
         truth: RestoreProblem | None = None,
-        deadline_s: float | None = None,
+        first_token_due_s: float | None = None,
         arrival_s: float | None = None,
     ) -> None:
         """Restore a request and run its new tokens.
@@ -154,12 +154,12 @@ class VirtualDevice:
             problem: What the scheduler believes it costs.
             done: Called when its first token is there.
             truth: What it really costs; as believed unless given.
-            deadline_s: When its first token should be there.
+            first_token_due_s: When its first token should be there.
             arrival_s: When it came, if it has waited elsewhere since.
         """
         arrival_s = self._loop.now_s if arrival_s is None else arrival_s
         self._jobs[request_id] = _Job(truth or problem, arrival_s, done)
-        self._scheduler.add(request_id, problem, arrival_s=arrival_s, deadline_s=deadline_s)
+        self._scheduler.add(request_id, problem, arrival_s=arrival_s, first_token_due_s=first_token_due_s)
         self.pump()
 
     def adopt(

@@ -14,14 +14,13 @@ from typing import ClassVar
 import numpy as np
 
 from cacheflow.plan.batch import BatchPolicy, Ranking, WaitingRequest, bounded
-from cacheflow.plan.plan import Choice, GuardDecision, RestorePlan
+from cacheflow.plan.plan import Choice, RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.base import RestorePolicy
+from cacheflow.policies.step_overhead import why_prefill
 
 STARVATION_S = 10.0
 """The plugin's default ``starvation_s``."""
-STEP_OVERHEAD_S = 0.004
-"""What the plugin expects a restoration to cost beside its work, when it decides whether there is to be one."""
 
 
 class RestoreThenPrefill:
@@ -39,7 +38,7 @@ class RestoreThenPrefill:
             return self._restore.plan(problem)
         plan = self._restore.plan(_prefix_alone(problem))
         guard = plan.guard
-        if guard is not None and not _pays(plan, guard):
+        if guard is not None and why_prefill(plan):
             guard = replace(guard, choice=Choice.PREFILL)
         predicted = replace(plan.predicted, ttft_s=plan.predicted.restore_s + problem.suffix_s)
         return replace(plan, predicted=predicted, guard=guard)
@@ -55,13 +54,6 @@ def _prefix_alone(problem: RestoreProblem) -> RestoreProblem:
         head_s=0.0,
         prefill_s=prefill_s,
     )
-
-
-def _pays(plan: RestorePlan, guard: GuardDecision) -> bool:
-    """Whether the plugin would restore: anything but loads and hybrids is vLLM's own prefill there."""
-    if guard.choice in (Choice.RECOMPUTE, Choice.PREFILL):
-        return False
-    return plan.predicted.restore_s + STEP_OVERHEAD_S <= guard.without_loading_s
 
 
 class PluginRanking:

@@ -19,8 +19,9 @@ from cacheflow.policies.cacheflow_v1 import CacheFlowV1
 from cacheflow.policies.objective import BatchObjective
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import StagePolicy
+from cacheflow.policies.step_overhead import STEP_OVERHEAD_S
 from cacheflow.sim.granularity import CELLS, COLUMNS, EXACT, MAX_CELLS, ROWS, Grain
-from cacheflow.sim.plugin import STEP_OVERHEAD_S, PluginRanking, RestoreThenPrefill
+from cacheflow.sim.plugin import PluginRanking, RestoreThenPrefill
 
 CLOSE = 1.15
 """A plan is within this of the closed form of compute and link together; a slower prefill cannot be the better way."""

@@ -192,7 +192,7 @@ class Replica:
             request.request_id,
             problem,
             self._end_prefill,
-            deadline_s=arrival_s + self._spec.slo_ttft_s,
+            first_token_due_s=arrival_s + self._spec.slo_ttft_s,
             arrival_s=arrival_s,
         )
 

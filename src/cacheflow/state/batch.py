@@ -46,7 +46,7 @@ class _Entry:
 
     problem: RestoreProblem
     arrival_s: float
-    deadline_s: float | None
+    first_token_due_s: float | None
     ready: bool
     state: RestoreState | None = None
     finishing: bool = False
@@ -93,7 +93,7 @@ class BatchScheduler:
         problem: RestoreProblem,
         *,
         arrival_s: float,
-        deadline_s: float | None = None,
+        first_token_due_s: float | None = None,
         ready: bool = True,
     ) -> None:
         """Take a request in; the next to ask for work may get some of it.
@@ -102,7 +102,7 @@ class BatchScheduler:
             request_id: Its name until ``remove``.
             problem: What its restoration and its new tokens cost.
             arrival_s: When it came; it may have waited elsewhere since.
-            deadline_s: When its first token should be there, for policies that mind.
+            first_token_due_s: When its first token should be there, for policies that mind.
             ready: Whether compute may begin: not while what lies before the grid is still being restored.
 
         Raises:
@@ -110,17 +110,19 @@ class BatchScheduler:
         """
         if request_id in self._entries:
             raise ConfigError(f"request {request_id} is being restored already")
-        self._entries[request_id] = _Entry(problem, arrival_s, deadline_s, ready)
+        self._entries[request_id] = _Entry(problem, arrival_s, first_token_due_s, ready)
         self._plans.clear()
         self._rank_at_s = None
 
-    def adopt(self, request_id: int, state: RestoreState, *, arrival_s: float, deadline_s: float | None = None) -> None:
+    def adopt(
+        self, request_id: int, state: RestoreState, *, arrival_s: float, first_token_due_s: float | None = None
+    ) -> None:
         """Take in a restoration that was planned elsewhere, for a driver that asks its state for work by ``ranking``.
 
         Raises:
             ConfigError: The name is taken.
         """
-        self.add(request_id, state.problem, arrival_s=arrival_s, deadline_s=deadline_s)
+        self.add(request_id, state.problem, arrival_s=arrival_s, first_token_due_s=first_token_due_s)
         self._entries[request_id].state = state
 
     def make_ready(self, request_id: int) -> None:
@@ -181,7 +183,7 @@ class BatchScheduler:
                 else remaining_of(
                     entry.problem, compute_factor=self.rates.compute_factor, bytes_per_s=self.rates.bytes_per_s
                 ),
-                deadline_s=entry.deadline_s,
+                first_token_due_s=entry.first_token_due_s,
             )
             for request_id, entry in self._entries.items()
         ]

@@ -218,7 +218,7 @@ class ComputePointer:
         """Demand of compute what it is expected to restore sooner than the link; whether there is anything.
 
         Args:
-            now_s: Seconds since the restoration started.
+            now_s: Seconds on the driver's clock, the same one for every call.
             idle: Compute has nothing else to do: take over reads under way too.
         """
         board, link, compute = self._board, self._link, self._compute

@@ -140,7 +140,7 @@ class RestoreState:
         """What compute does next; claims its cells.
 
         Args:
-            now_s: Seconds since the restoration started.
+            now_s: Seconds on the driver's clock, the same one for every call.
         """
         self._link.note_time(now_s)
         claim = self._compute_pointer.claim(now_s)
@@ -175,7 +175,7 @@ class RestoreState:
         """Claim one cell for the link; None when the link should wait or has nothing left.
 
         Args:
-            now_s: Seconds since the restoration started.
+            now_s: Seconds on the driver's clock, the same one for every call.
         """
         self._link.note_time(now_s)
         cell = self._link_pointer.claim(now_s)
@@ -189,7 +189,7 @@ class RestoreState:
         To be asked before ``claim_load``: compute waits for nothing else of the link.
 
         Args:
-            now_s: Seconds since the restoration started.
+            now_s: Seconds on the driver's clock, the same one for every call.
         """
         self._link.note_time(now_s)
         boundary = self._link_pointer.claim_boundary(now_s)

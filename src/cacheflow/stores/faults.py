@@ -23,9 +23,10 @@ from cacheflow.stores.base import (
     byte_view,
 )
 from cacheflow.stores.handle import READS, WRITES
-from cacheflow.stores.held import FixedGate, Held, HeldHandle, WrapperStore
+from cacheflow.stores.held import FixedGate, Held, HeldHandle
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.throttled import ThrottledStore
+from cacheflow.stores.wrapper import WrapperStore
 from cacheflow.types import LoadOutcome
 
 __all__ = ["Fault", "FaultPlan", "FaultRule", "FaultyStore", "ThrottledStore"]

@@ -40,7 +40,7 @@ class Namespace:
     Attributes:
         weights_fingerprint: Digest of the weights themselves, not of a model name or path.
         dtype: Dtype of the KV cache.
-        chunk_tokens: Chunk size of the save; restoration is bit-exact only with the boundaries of the save.
+        chunk_tokens: Chunk size of the save; restoration is bit-exact only in the chunks of the save.
         layout_version: Version of the order of keys and values inside an object.
         rope: Canonical description of the rotary embedding, scaling included.
         quantization: Quantisation of weights and cache, ``"none"`` without.
@@ -316,7 +316,7 @@ def chain_hashes(
     hashes = []
     for index, end in enumerate(chunk_ends):
         if not start < end <= len(array):
-            raise ConfigError(f"chunk boundary {end} must lie in ({start}, {len(array)}]")
+            raise ConfigError(f"chunk end {end} must lie in ({start}, {len(array)}]")
         last = _link(last, array[start:end], _tail(salt, multimodal_ids[index]) if multimodal_ids else plain_tail)
         hashes.append(last)
         start = end

@@ -53,7 +53,7 @@ class PrefixMatch:
         return self.chunk_ends[-1] if self.chunk_ends else 0
 
 
-def note_boundary(
+def note_partial_chunk(
     store: Store, namespace: Namespace, parent_hash: bytes, num_tokens: int, *, timeout_s: float = 1.0
 ) -> bool:
     """Note that a partial chunk of ``num_tokens`` was saved after ``parent_hash``; to be called after its objects.

@@ -20,8 +20,9 @@ from cacheflow.stores.base import (
     byte_view,
 )
 from cacheflow.stores.handle import READS, WRITES, Ledger, O
-from cacheflow.stores.held import FixedGate, Gate, Held, HeldHandle, WrapperStore
+from cacheflow.stores.held import FixedGate, Gate, Held, HeldHandle
 from cacheflow.stores.link import LinkSchedule
+from cacheflow.stores.wrapper import WrapperStore
 from cacheflow.types import LoadOutcome
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.costs import CostTable
+from cacheflow.plan.grid import num_layer_blocks
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.keys import RankKeys, Shard
 from cacheflow.types import ModelShape
@@ -76,4 +77,4 @@ class EngineFacts:
     @property
     def num_blocks(self) -> int:
         """Rows of the grid."""
-        return -(-self.shape.num_layers // self.layers_per_block)
+        return num_layer_blocks(self.shape.num_layers, self.layers_per_block)

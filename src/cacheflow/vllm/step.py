@@ -68,8 +68,8 @@ class StepWork:
     generation: int = 0
 
     @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
+    def idle_after_forward(self) -> bool:
+        """Whether there is nothing to do once the forward has run; what is captured in it counts for nothing."""
         return not (self.targets or any(self.by_stage) or self.saves or self.wait_s)
 
     def of_stage(self, stage: int) -> tuple[StageWork, ...]:

@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from cacheflow.restore.stage import READ_AHEAD_S
-from cacheflow.vllm.scheduler.pace import StepPace
+from cacheflow.vllm.scheduler.pace import READ_AHEAD_S, StepPace
 
 CHUNK_S, UNIT_S = 0.4, 0.002
 

@@ -444,7 +444,7 @@ def test_with_nothing_to_do_a_step_orders_nothing():
     case = Case()
     case.arrive("a", tokens(CHUNK // 2))
     assert case.matched("a") == 0
-    assert case.step(ScheduledRequest("a", CHUNK // 2), busy=1).idle
+    assert case.step(ScheduledRequest("a", CHUNK // 2), busy=1).idle_after_forward
 
 
 @pytest.mark.parametrize(

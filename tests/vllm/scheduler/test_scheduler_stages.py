@@ -33,7 +33,7 @@ def saved(case: Case, num_chunks: int, *, boundaries: int = 0) -> list[int]:
     case.arrive("earlier", prompt)
     request = case.side._requests["earlier"]
     puts = []
-    for chunk, name in enumerate(request.prefix.names(0, num_chunks)):
+    for chunk, name in enumerate(request.prefix.chain_hashes(0, num_chunks)):
         keys = [RankKeys().kv(request.name.namespace, name, (layer, layer + 1)) for layer in range(2 * LAYERS)]
         if chunk < boundaries:
             keys.append(RankKeys(first_layer=LAYERS).boundary(request.name.namespace, name))

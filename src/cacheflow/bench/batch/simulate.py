@@ -32,7 +32,7 @@ def simulate_batch(contender: Contender, case: BatchCase, truths: Sequence[Resto
     rates = LiveRates(bytes_per_s=case.problems[0].link.bytes_per_s)
     scheduler = BatchScheduler(contender.make(), rates, starvation_s=case.starvation_s)
     requests = [
-        SimulatedRequest(arrival_s=arrival_s, problem=problem, truth=truth, deadline_s=arrival_s + deadline_s)
+        SimulatedRequest(arrival_s=arrival_s, problem=problem, truth=truth, first_token_due_s=arrival_s + deadline_s)
         for problem, truth, arrival_s, deadline_s in zip(
             case.problems, truths, case.arrivals_s, case.deadlines_s, strict=True
         )

@@ -217,7 +217,7 @@ class BatchStudy:
         return BatchRequest(
             problem=problem,
             prepare=lambda running: prepared,
-            deadline_s=deadline_s,
+            first_token_within_s=deadline_s,
         )
 
     def _save(self, prompt: _Prompt) -> None:

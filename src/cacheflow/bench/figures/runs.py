@@ -150,7 +150,7 @@ def serve(requests: Sequence[FigureRequest], contender: Contender) -> SimulatedR
         SimulatedRequest(
             arrival_s=each.arrival_s,
             problem=each.prefill if contender.prefills or restore.plan(each.problem).left_to_prefill else each.problem,
-            deadline_s=None if each.slo_s is None else each.arrival_s + each.slo_s,
+            first_token_due_s=None if each.slo_s is None else each.arrival_s + each.slo_s,
         )
         for each in requests
     ]

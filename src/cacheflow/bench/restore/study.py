@@ -16,12 +16,12 @@ import torch
 
 from cacheflow.bench.restore.link import LinkDrop, StudyLink
 from cacheflow.embedded.restorer import Restored, Restorer, RestoreRequest
-from cacheflow.engine.cells import CellGeometry, num_blocks
+from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
-from cacheflow.plan.grid import Grid
+from cacheflow.plan.grid import Grid, num_layer_blocks
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.base import RestorePolicy
@@ -101,7 +101,7 @@ class Study:
         self.grid = Grid.regular(
             num_tokens=options.num_tokens,
             chunk_tokens=options.chunk_tokens,
-            num_blocks=num_blocks(model.shape.num_layers, options.layers_per_block),
+            num_blocks=num_layer_blocks(model.shape.num_layers, options.layers_per_block),
             suffix_tokens=options.suffix_tokens,
         )
         self._link = link

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cacheflow.plan.plan import Choice, RestorePlan
 from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.stage_sources import StageTimes, sooner, times_of
@@ -13,6 +12,7 @@ from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.load import Load
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import plan_stages
+from cacheflow.policies.step_overhead import STEP_OVERHEAD_S, why_prefill
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
@@ -20,9 +20,6 @@ from cacheflow.vllm.scheduler.lookup import StoreQuestion
 from cacheflow.vllm.scheduler.request_params import Mode, RequestParams
 from cacheflow.vllm.scheduler.sharing import LeaderShare
 from cacheflow.vllm.scheduler.stage_planner import PlanSpan, StagePlan, StagePlanner
-
-STEP_OVERHEAD_S = 0.004
-"""What a restoration costs beside its work: three engine steps without a forward, each with the engine's own sleep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +49,7 @@ class Decision:
         return self.end - self.start
 
     @property
-    def slowest(self) -> StagePlan | None:
+    def slowest_stage(self) -> StagePlan | None:
         """The stage that is predicted to take longest; None without stages."""
         return max(self.stages, key=lambda stage: stage.plan.predicted.restore_s, default=None)
 
@@ -104,7 +101,7 @@ class Decider:
     def after_copy(self, decision: Decision, shared: LeaderShare) -> Decision:
         """The decision to copy what another restoration has restored already, and to restore only the rest."""
         began_s = self._clock()
-        slowest = decision.slowest
+        slowest = decision.slowest_stage
         policy = Load() if slowest is not None and slowest.plan.policy == Load.name else self._policy
         sources = [stage.source for stage in decision.stages]
         return Decision(
@@ -141,7 +138,7 @@ class Decider:
         policy = Load() if params.mode is Mode.LOAD else self._policy
         span = self._span(start, end, num_tokens)
         stages = self._plans(policy, span, self._sources(stored.num_boundaries, span))
-        if self._guarded and params.mode is Mode.AUTO and (reason := self._why_not(stages)):
+        if self._guarded and params.mode is Mode.AUTO and (reason := self._why_prefill(stages)):
             # vLLM's own prefill recomputes at least as fast, and batches with what else there is.
             return Decision(start=start, end=start, stages=stages, reason=reason)
         return Decision(start=start, end=end, stages=stages, planning_s=self._clock() - began_s)
@@ -189,10 +186,10 @@ class Decider:
             for problem, plan, source in zip(problems, plan_stages(policy, corrected, sources), sources, strict=True)
         )
 
-    def _why_not(self, plans: Sequence[StagePlan]) -> str:
+    def _why_prefill(self, plans: Sequence[StagePlan]) -> str:
         """Why vLLM's own prefill is to compute the prompt; empty when restoring pays."""
         if len(plans) == 1:
-            return _why_not(plans[0].plan)
+            return why_prefill(plans[0].plan)
         restore_s = max(each.plan.predicted.restore_s for each in plans) + STEP_OVERHEAD_S
         each_s = [stage.recompute_s(plan) for stage, plan in zip(self.stages, plans, strict=True)]
         # Chunks follow each other through the stages: all of them take the slowest stage's time, the last chunk the
@@ -205,15 +202,3 @@ class Decider:
             f"restoring on {len(plans)} pipeline stages takes {restore_s * 1e3:.0f} ms by prediction, vLLM's own "
             f"prefill {recompute_s * 1e3:.0f} ms"
         )
-
-
-def _why_not(plan: RestorePlan) -> str:
-    """Why vLLM's own prefill is to compute the prompt; empty when restoring pays."""
-    guard = plan.guard
-    if guard is None:
-        return ""
-    if guard.choice in (Choice.RECOMPUTE, Choice.PREFILL):
-        return guard.reason
-    if plan.predicted.restore_s + STEP_OVERHEAD_S <= guard.without_loading_s:
-        return ""
-    return f"{guard.reason}; the steps of a restoration add {STEP_OVERHEAD_S * 1e3:g} ms, so vLLM computes it"

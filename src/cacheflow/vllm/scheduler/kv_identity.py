@@ -57,7 +57,9 @@ class _Stale:
 
 
 class KvIdentity:
-    """Scheduler's thread alone.
+    """Names the KV of requests by the weights and adapters it is computed with, and says which may not be saved.
+
+    Scheduler's thread alone.
 
     Attributes:
         generation: Counts the generations; a request of an earlier one holds KV that must not be saved.

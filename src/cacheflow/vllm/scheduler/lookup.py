@@ -13,7 +13,7 @@ from cacheflow.stores.base import Store
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.scheduler.stage_planner import slowest_of_stages
+from cacheflow.vllm.scheduler.stage_planner import slowest_rank_of_each_stage
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,9 @@ class StoreQuestion:
 
     Attributes:
         namespace: Of the request's objects.
-        names: Chain hash (hex) at the end of each chunk asked about.
-        asked_at: When, as ``SaveLog`` counts.
-        asked_at_s: ... and in seconds.
+        chain_hashes: Chain hash (hex) at the end of each chunk asked about.
+        asked_after_saves: ``SaveLog.num_saves`` when it was asked.
+        asked_at_s: When it was asked, on the clock of ``StoreQuestions``.
         lookup: Of the chunks' KV.
         boundary_lookups: Of the boundary states of each stage above the first that stores them.
         repeated: Asked once more, because chunks were saved while the request queued.
@@ -111,8 +111,8 @@ class StoreQuestion:
     """
 
     namespace: str
-    names: tuple[str, ...]
-    asked_at: int
+    chain_hashes: tuple[str, ...]
+    asked_after_saves: int
     asked_at_s: float
     lookup: Lookup
     boundary_lookups: tuple[Lookup, ...]
@@ -125,33 +125,39 @@ class StoreQuestions:
     """Asks about the objects of all ranks, without waiting. Scheduler's thread alone."""
 
     def __init__(
-        self, lookup: PrefixLookup, facts_by_rank: Sequence[EngineFacts], *, saved_at: Callable[[], int], clock: Clock
+        self, lookup: PrefixLookup, facts_by_rank: Sequence[EngineFacts], *, num_saves: Callable[[], int], clock: Clock
     ) -> None:
-        """Ask for the objects of these ranks; ``saved_at`` is ``SaveLog.now``."""
-        self._lookup, self._ranks, self._saved_at, self._clock = lookup, tuple(facts_by_rank), saved_at, clock
-        self._boundary_stages = [facts for facts in slowest_of_stages(facts_by_rank)[1:] if facts.boundary_token_bytes]
+        """Ask for the objects of these ranks; ``num_saves`` is ``SaveLog.num_saves``."""
+        self._lookup, self._ranks, self._num_saves, self._clock = lookup, tuple(facts_by_rank), num_saves, clock
+        self._boundary_stages = [
+            facts for facts in slowest_rank_of_each_stage(facts_by_rank)[1:] if facts.boundary_token_bytes
+        ]
 
-    def ask(self, namespace: str, names: tuple[str, ...]) -> StoreQuestion:
+    def ask(self, namespace: str, chain_hashes: tuple[str, ...]) -> StoreQuestion:
         """Ask about chunks, at least one, by their chain hashes (hex)."""
         return StoreQuestion(
             namespace=namespace,
-            names=names,
-            asked_at=self._saved_at(),
+            chain_hashes=chain_hashes,
+            asked_after_saves=self._num_saves(),
             asked_at_s=self._clock(),
-            lookup=self._lookup.start([self._ends(namespace, name) for name in names]),
+            lookup=self._lookup.start([self._ends(namespace, each) for each in chain_hashes]),
             boundary_lookups=tuple(
-                self._lookup.start([[facts.keys.boundary(namespace, name)] for name in names])
+                self._lookup.start([[facts.keys.boundary(namespace, each)] for each in chain_hashes])
                 for facts in self._boundary_stages
             ),
         )
 
-    def answered(self, question: StoreQuestion) -> bool:
-        """Note in the question what the store holds; False while that is not known."""
+    def poll(self, question: StoreQuestion) -> bool:
+        """Note in the question what the store holds; False while that is not known.
+
+        Asks the store once more where the answer is out of date.
+        """
         num_stored = question.lookup.poll()
         if num_stored is not None and self._is_old(question, num_stored):
-            again = self.ask(question.namespace, question.names)
+            again = self.ask(question.namespace, question.chain_hashes)
             question.lookup, question.boundary_lookups = again.lookup, again.boundary_lookups
-            question.asked_at, question.asked_at_s, question.repeated = again.asked_at, again.asked_at_s, True
+            question.asked_after_saves, question.asked_at_s = again.asked_after_saves, again.asked_at_s
+            question.repeated = True
             num_stored = question.lookup.poll()
         boundaries = [lookup.poll() for lookup in question.boundary_lookups]
         if num_stored is None or None in boundaries:
@@ -161,16 +167,16 @@ class StoreQuestions:
 
     def _is_old(self, question: StoreQuestion, num_stored: int) -> bool:
         """Whether what is missing may have been computed since, by a request that was scheduled before this one."""
-        if question.lookup.timed_out or question.repeated or num_stored == len(question.names):
+        if question.lookup.timed_out or question.repeated or num_stored == len(question.chain_hashes):
             return False
-        return self._clock() - question.asked_at_s > QUEUED_S and question.asked_at != self._saved_at()
+        return self._clock() - question.asked_at_s > QUEUED_S and question.asked_after_saves != self._num_saves()
 
-    def _ends(self, namespace: str, name: str) -> list[ObjectKey]:
+    def _ends(self, namespace: str, chain_hash: str) -> list[ObjectKey]:
         """The bottom and the top object of a chunk on every rank: the first and the last that a save writes."""
         keys = []
         for facts in self._ranks:
             layers, step = facts.shape.num_layers, facts.layers_per_block
             top_lo = (layers - 1) // step * step
             ends = [(0, min(step, layers)), (top_lo, layers)] if top_lo else [(0, layers)]
-            keys += [facts.keys.kv(namespace, name, each) for each in ends]
+            keys += [facts.keys.kv(namespace, chain_hash, each) for each in ends]
         return keys

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cacheflow.restore.pace import DecodeLatency
-from cacheflow.restore.stage import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
+from cacheflow.restore.decode_pace import DecodeLatency
 
+IDLE_COMPUTE_BUDGET_S = 0.05
+"""Compute per step while nobody decodes: with 1.2 ms of overhead a step, restorations end at 1.03 of the
+bound; with half of it at 1.05; with more, a request that arrives in the middle waits longer for little."""
+READ_AHEAD_S = 0.12
+"""Reads under way, in seconds of the link: two such steps and a bit, because work may be given a step
+before the reports it lacks; one step less, and the link idles (1.3 of the bound)."""
 IDLE_WAIT_S = 0.002
 """With nothing to compute and no request running, a worker waits this long for a read to end before the step ends."""
 IDLE_CHUNK_SHARE = 0.25

@@ -37,7 +37,7 @@ class RequestPrefix:
             self.hashes += chain_hashes(new_tokens, list(ends), self.salt, media, parent=parent)
         return len(self.hashes)
 
-    def names(self, first: int, end: int) -> tuple[str, ...]:
+    def chain_hashes(self, first: int, end: int) -> tuple[str, ...]:
         """Chain hashes of chunks ``[first, end)``, as hex."""
         return tuple(value.hex() for value in self.hashes[first:end])
 

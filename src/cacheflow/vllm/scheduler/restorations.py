@@ -1,4 +1,4 @@
-"""The restorations under way in one engine: shares each step's budget among them, watches their deadlines, counts."""
+"""The restorations under way in one engine: shares each step's budget among them, closes links in time, counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from cacheflow.plan.report import RestoreReport, SpanKind
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import make_policy
-from cacheflow.restore.pipeline import LEAST_BUDGET_S, PipelineRestoration, PipelineWork
+from cacheflow.restore.pipeline import PipelineRestoration, PipelineWork
 from cacheflow.restore.work import RestoreTarget, StageWork, StepReport
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.state.restoration import RestoreState
@@ -94,7 +94,7 @@ class Restorations:
         self._options, self._decider, self._counts, self._clock = options, decider, counts, clock
         self._ranks_per_stage = ranks_per_stage
         self._pace = StepPace(recompute_budget_ms=options.recompute_budget_ms, itl_slo_ms=options.itl_slo_ms)
-        self._scheduler = BatchScheduler(
+        self._ranker = BatchScheduler(
             make_batch_policy(options.objective, make_policy(options.policy)),
             decider.rates,
             starvation_s=options.starvation_s,
@@ -121,8 +121,11 @@ class Restorations:
         if not self._active:
             return NO_LEADER
         chunk_tokens = self._options.chunk_tokens
-        names = request.prefix.names(decision.start // chunk_tokens, decision.end // chunk_tokens)
-        wanted = Wanted(start=decision.start, namespace=request.name.namespace, chain_hashes=names)
+        wanted = Wanted(
+            start=decision.start,
+            namespace=request.name.namespace,
+            chain_hashes=request.prefix.chain_hashes(decision.start // chunk_tokens, decision.end // chunk_tokens),
+        )
         others = (
             (active.restoration.target, active.restoration.resident_tokens)
             for active in self._active.values()
@@ -132,7 +135,7 @@ class Restorations:
 
     def start(self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int]) -> None:
         """Begin a restoration into blocks that vLLM has set aside."""
-        slowest = decision.slowest
+        slowest = decision.slowest_stage
         assert slowest is not None, "a decision to restore has a plan for every stage"
         chunk_tokens = self._options.chunk_tokens
         grid, facts = slowest.problem.grid, self._decider.facts
@@ -146,7 +149,7 @@ class Restorations:
             tokens=tuple(request.view.tokens[grid.start : decision.end]),
             block_ids=tuple(block_ids[: decision.end // facts.block_size]),
             namespace=request.name.namespace,
-            chain_hashes=request.prefix.names(first, decision.end // chunk_tokens),
+            chain_hashes=request.prefix.chain_hashes(first, decision.end // chunk_tokens),
             layers_per_block=self._decider.layers_per_block,
             copied_from=decision.copied_from,
         )
@@ -166,11 +169,11 @@ class Restorations:
             began_s=now_s,
         )
         self._active[target.restore_id] = active
-        self._scheduler.adopt(
+        self._ranker.adopt(
             target.restore_id,
             states[decision.stages.index(slowest)],
             arrival_s=now_s,
-            deadline_s=None if slo_ms is None else now_s + slo_ms * 1e-3,
+            first_token_due_s=None if slo_ms is None else now_s + slo_ms * 1e-3,
         )
         self._new.append(active)
         if slowest.plan.guard is not None:
@@ -203,7 +206,7 @@ class Restorations:
         is left alone; a worker that refuses one has reported its blocks as failed itself.
         """
         if restore_id is None:
-            chosen = [active for active in self._active.values() if not active.restoration.closing]
+            chosen = [active for active in self._active.values() if not active.restoration.end_was_sent]
         else:
             chosen = [self._active[each] for each in {restore_id} & self._active.keys()]
         for active in chosen:
@@ -219,18 +222,23 @@ class Restorations:
         compute_s, read_ahead_s, spent_s = budget.compute_s, budget.read_ahead_s, 0.0
         by_stage: list[list[StageWork]] = [[] for _ in self._decider.stages]
         failed_blocks = {}
-        ranking = self._scheduler.ranking(now_s)
+        ranking = self._ranker.ranking(now_s)
+        # Of the link's ranking only the head is used: the first that may still read. Who comes after it by compute's
+        # ranking reads what of the step's read-ahead it leaves.
         reader = next((each for each in ranking.link if not self._active[each].restoration.only_compute_left), None)
         reads = False
         for restore_id in ranking.compute:
             active = self._active[restore_id]
             # Nobody waits for ever, whatever the budget: what only compute can restore goes on by a unit a step.
             # So does what the link leaves to compute, when both have stood still for a step.
-            unit = self._watch(active, now_s) or active.restoration.only_compute_left or active.stalled
-            least_s = LEAST_BUDGET_S if unit else 0.0
+            timed_out = self._close_link_if_timed_out(active, now_s)
+            must_progress = timed_out or active.restoration.only_compute_left or active.stalled
             reads = reads or restore_id == reader
             work = active.restoration.next_work(
-                now_s, compute_budget_s=max(compute_s, least_s), read_ahead_s=read_ahead_s if reads else 0.0
+                now_s,
+                compute_budget_s=compute_s,
+                read_ahead_s=read_ahead_s if reads else 0.0,
+                must_progress=must_progress,
             )
             works = any(each.compute or each.reads for each in work.by_stage)
             active.stalled = restore_id == reader and not (works or active.restoration.loads_under_way)
@@ -255,8 +263,8 @@ class Restorations:
     def _budget(self, now_s: float, *, busy: bool) -> StepBudget:
         """The step's budget, by the costs of the first restoration."""
         first = next(iter(self._active.values()))
-        assert first.decision.slowest is not None, "a restoration has a problem"
-        compute_KB, factor = first.decision.slowest.problem.compute_KB, self._decider.rates.compute_factor
+        assert first.decision.slowest_stage is not None, "a restoration has a problem"
+        compute_KB, factor = first.decision.slowest_stage.problem.compute_KB, self._decider.rates.compute_factor
         return self._pace.budget(
             now_s,
             busy=busy,
@@ -264,8 +272,8 @@ class Restorations:
             unit_s=float(compute_KB.mean()) * factor,
         )
 
-    def _watch(self, active: _Active, now_s: float) -> bool:
-        """Close the link of a restoration past its deadline; whether it is."""
+    def _close_link_if_timed_out(self, active: _Active, now_s: float) -> bool:
+        """Close the link of a restoration that has taken ``restore_timeout_s``; whether it has."""
         elapsed_s = now_s - active.began_s
         if elapsed_s <= self._options.restore_timeout_s:
             return False
@@ -308,7 +316,7 @@ class Restorations:
             active.restoration.apply(report, now_s)
             if active.restoration.done:
                 del self._active[restore_id]
-                self._scheduler.remove(restore_id)
+                self._ranker.remove(restore_id)
                 end = self._end(active, now_s)
                 if not active.abandoned:
                     ended.append(end)

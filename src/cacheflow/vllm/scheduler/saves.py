@@ -26,20 +26,20 @@ class RequestSaves:
         """The request's KV has another name from now on, under which nothing is saved."""
         self._next = self._num_stored = 0
 
-    def stored(self, num_chunks: int) -> None:
-        """So many leading chunks are in the store."""
+    def note_stored(self, num_chunks: int) -> None:
+        """Note that so many leading chunks are in the store."""
         self._num_stored = num_chunks
 
-    def lost(self, chunk: int) -> None:
-        """A chunk could not be read: it is written again unless the store has it after all."""
+    def note_lost(self, chunk: int) -> None:
+        """Note that a chunk could not be read: it is written again unless the store has it after all."""
         self._num_stored, self._next = min(self._num_stored, chunk), min(self._next, chunk)
 
-    def unproven(self) -> None:
-        """Another connector loads for the step: nothing is saved before another token shows that it was there."""
+    def distrust_loads(self) -> None:
+        """Save nothing before another token shows that what another connector loads for this step was there."""
         self._proven_after = len(self._view.tokens)
 
-    def load_failed(self) -> None:
-        """A load of another connector failed: if it may be this request's, nothing of it is saved from now on."""
+    def note_load_failed(self) -> None:
+        """Note that another connector's load failed: if it may be this request's, nothing of it is saved any more."""
         if not self.proven:
             self._proven_after = 1 << 62
 
@@ -91,24 +91,24 @@ class SaveLog:
     after the save is newer: the write failed, was skipped, or the store has evicted it.
 
     Attributes:
-        now: Counts up with every save; what a question asked now is to be compared by.
+        num_saves: Saves so far; a question to the store remembers how many there were when it was asked.
     """
 
     def __init__(self) -> None:
-        self.now = 0
-        self._saved_at: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self.num_saves = 0
+        self._last_save_of: OrderedDict[tuple[str, str], int] = OrderedDict()
 
-    def new(self, saves: Iterable[SaveWork], *, asked_at: int) -> list[SaveWork]:
+    def new(self, saves: Iterable[SaveWork], *, asked_after_saves: int) -> list[SaveWork]:
         """Those of a request that were not saved since it asked the store; they count as saved from now on."""
         new = []
         for save in saves:
             name = (save.namespace, save.chain_hash)
-            if self._saved_at.get(name, 0) > asked_at:
+            if self._last_save_of.get(name, 0) > asked_after_saves:
                 continue
-            self.now += 1
-            self._saved_at[name] = self.now
-            self._saved_at.move_to_end(name)
+            self.num_saves += 1
+            self._last_save_of[name] = self.num_saves
+            self._last_save_of.move_to_end(name)
             new.append(save)
-        while len(self._saved_at) > MAX_REMEMBERED:
-            self._saved_at.popitem(last=False)
+        while len(self._last_save_of) > MAX_REMEMBERED:
+            self._last_save_of.popitem(last=False)
         return new

@@ -28,7 +28,7 @@ from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 from cacheflow.vllm.scheduler.restorations import EndedRestoration, RestorationOutcome, Restorations
 from cacheflow.vllm.scheduler.saves import RequestSaves, SaveLog
 from cacheflow.vllm.scheduler.sharing import Following
-from cacheflow.vllm.scheduler.stage_planner import slowest_of_stages
+from cacheflow.vllm.scheduler.stage_planner import slowest_rank_of_each_stage
 from cacheflow.vllm.scheduler.store_census import StoreCensus
 from cacheflow.vllm.scheduler.view import BlockIdsOf, RequestView, ScheduledRequest
 from cacheflow.vllm.step import NOTHING, CaptureWork, ModelNews, SaveWork, StepWork, WeightsChange
@@ -47,7 +47,7 @@ class SchedulerSide:
         self, options: ConnectorOptions, store: Store, facts_by_rank: Sequence[EngineFacts], *, clock: Clock
     ) -> None:
         """Serve the engine whose workers found out ``facts_by_rank``."""
-        by_stage = slowest_of_stages(facts_by_rank)
+        by_stage = slowest_rank_of_each_stage(facts_by_rank)
         self._options, self._store = options, store
         self._block_size = by_stage[0].block_size
         self._captures = any(facts.boundary_token_bytes for facts in facts_by_rank)
@@ -61,7 +61,9 @@ class SchedulerSide:
         self._census.describe(self._identity.namespace(None), self._parts)
         self._save_log = SaveLog()
         self._lookup = PrefixLookup(store, timeout_s=options.lookup_timeout_s, clock=clock)
-        self._questions = StoreQuestions(self._lookup, facts_by_rank, saved_at=lambda: self._save_log.now, clock=clock)
+        self._questions = StoreQuestions(
+            self._lookup, facts_by_rank, num_saves=lambda: self._save_log.num_saves, clock=clock
+        )
         self._decider = Decider(by_stage, options, clock=clock)
         self._restorations = Restorations(
             options,
@@ -119,7 +121,7 @@ class SchedulerSide:
         num_chunks = request.prefix.extend(request.view.tokens)
         if not num_chunks:
             request.reason = f"the prompt has no whole chunk of {request.prefix.chunk_tokens} tokens"
-        return self._questions.ask(request.name.namespace, request.prefix.names(0, num_chunks))
+        return self._questions.ask(request.name.namespace, request.prefix.chain_hashes(0, num_chunks))
 
     def _ask_anew(self, request: TrackedRequest, num_preemptions: int) -> None:
         """Ask again where the answer is out of date: the engine has another generation, or vLLM took the KV away."""
@@ -142,11 +144,11 @@ class SchedulerSide:
         request.num_local, request.num_loaded = num_computed, 0
         self._ask_anew(request, num_preemptions)
         question = request.question
-        if question is None or not question.names or request.given_up:
+        if question is None or not question.chain_hashes or request.given_up:
             return 0
-        if not self._questions.answered(question):
+        if not self._questions.poll(question):
             return None
-        request.saves.stored(question.num_stored)
+        request.saves.note_stored(question.num_stored)
         request.offered = None
         decision = request.decision
         if decision is None or decision.start != num_computed:
@@ -171,14 +173,18 @@ class SchedulerSide:
         if question.lookup.timed_out:
             self.counts.lookup_timeouts += 1  # once a decision: vLLM asks in every step while the request waits
             request.reason = f"the store did not answer within {self._options.lookup_timeout_s:g} s"
-        if not decision.num_tokens and decision.slowest is not None and decision.slowest.plan.guard is not None:
+        if (
+            not decision.num_tokens
+            and decision.slowest_stage is not None
+            and decision.slowest_stage.plan.guard is not None
+        ):
             self.counts.guard[Choice.RECOMPUTE.value] += 1
         return decision
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
-        """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens; 0 is none."""
+        """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens."""
         request = self._requests.get(request_id)
-        if num_external == 0 or request is None:
+        if request is None:
             return
         offered = request.offered
         if offered is None or offered.num_tokens != num_external:
@@ -210,7 +216,7 @@ class SchedulerSide:
         """
         saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
         generation = self._identity.generation
-        if not saves and not captures and self._restorations.idle:
+        if not saves and not captures and not self.has_work:
             return StepWork(generation=generation) if generation else NOTHING
         work = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
         versions = dict(self._weights_versions)
@@ -227,13 +233,14 @@ class SchedulerSide:
                 continue
             own, num_computed = request.saves, each.num_computed
             if each.unproven:
-                own.unproven()
+                own.distrust_loads()
             if not own.proven:
                 continue
             if self._captures and (capture := own.capture(num_computed - each.num_scheduled, num_computed)) is not None:
                 captures.append(capture)
             computed = own.take(request.name, num_computed=num_computed, block_ids_of=block_ids_of)
-            saves += self._save_log.new(computed, asked_at=request.question.asked_at if request.question else 0)
+            question = request.question
+            saves += self._save_log.new(computed, asked_after_saves=question.asked_after_saves if question else 0)
         return tuple(saves), tuple(captures)
 
     def _is_current(self, request: TrackedRequest) -> bool:
@@ -294,7 +301,7 @@ class SchedulerSide:
     def _restoration_ended(self, request: TrackedRequest, ended: EndedRestoration) -> None:
         request.records.append(ended.record)
         if ended.lost_chunk is not None:
-            request.saves.lost(ended.lost_chunk)
+            request.saves.note_lost(ended.lost_chunk)
         if ended.outcome is not RestorationOutcome.DONE:
             error = ended.record["error"]
             request.reason = f"the restoration was {ended.outcome.value}" + (f": {error}" if error else "")
@@ -306,7 +313,7 @@ class SchedulerSide:
         A load failed, and vLLM computes again what depended on it: not in all of its runners with the right result.
         """
         for request in self._requests.values():
-            request.saves.load_failed()
+            request.saves.note_load_failed()
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """A request ended or was aborted; what is under way for it is cancelled.

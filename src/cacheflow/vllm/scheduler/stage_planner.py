@@ -129,7 +129,7 @@ class StagePlanner:
         return min(max(grid.offsets) + max(grid.chunk_tokens) for grid in grids)
 
 
-def slowest_of_stages(ranks: Iterable[EngineFacts]) -> list[EngineFacts]:
+def slowest_rank_of_each_stage(ranks: Iterable[EngineFacts]) -> list[EngineFacts]:
     """Of each pipeline stage the rank with the slowest link, bottom stage first."""
     by_stage: dict[int, EngineFacts] = {}
     for facts in ranks:

@@ -26,7 +26,10 @@ class _Begun:
 
 
 class ModelState:
-    """One rank's. Worker's main thread alone."""
+    """Holds one rank's saves and restorations against the weights and adapters that are loaded now.
+
+    Worker's main thread alone.
+    """
 
     def __init__(self, *, rank: int, block_size: int, weights: WeightsWatch, adapters: LoadedAdapters) -> None:
         """Compare work with these weights, as they are now, and these adapters; ``block_size`` in tokens."""

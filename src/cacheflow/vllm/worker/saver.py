@@ -13,6 +13,7 @@ from threading import Thread
 
 import numpy as np
 
+from cacheflow.plan.grid import num_layer_blocks
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import RankKeys
 from cacheflow.vllm.metrics import Counts
@@ -77,7 +78,7 @@ class ChunkSaver:
         """Save in objects of ``layers_per_block`` layers under this rank's keys; ``more``: what else of a chunk."""
         self._store, self._layout, self._keys, self._counts = store, layout, keys, counts
         self._dtype, self._more = str(layout.dtype).removeprefix("torch."), more
-        num_blocks = -(-layout.num_layers // layers_per_block)
+        num_blocks = num_layer_blocks(layout.num_layers, layers_per_block)
         self._layers_of = [block_layers(block, layers_per_block, layout.num_layers) for block in range(num_blocks)]
         self._pending: deque[_Copied] = deque()
         self._pending_bytes = 0

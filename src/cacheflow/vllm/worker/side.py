@@ -142,7 +142,7 @@ class WorkerSide:
         """Begin, drop, read, receive, recompute, finish; call after the forward."""
         if self._capture is not None:
             self._capture.forward_ended()
-        if work.idle:
+        if work.idle_after_forward:
             return
         if self._link is not None:
             self._link.begin_step()

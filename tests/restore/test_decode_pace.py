@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.restore.pace import HEADROOM, DecodePace
+from cacheflow.restore.decode_pace import HEADROOM, DecodePace
 
 
 def test_a_round_is_due_before_work_that_would_exceed_the_budget():
