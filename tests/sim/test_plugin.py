@@ -16,6 +16,7 @@ from cacheflow.plan.remaining import Remaining
 from cacheflow.sim.plugin import STARVATION_S, STEP_OVERHEAD_S, PluginRanking
 from cacheflow.sim.policies import DEFAULT_SYSTEMS, EMBEDDED, SYSTEMS, make_system
 from support.clusters import CONFIG, TOKENS, ask, serve
+from support.examples import examples
 from support.random_problems import equal_blocks
 
 LONG_S = 1000.0
@@ -43,7 +44,7 @@ def ttfts_s(served) -> dict[int, float]:
     return {request_id: each.first_token_at_s - each.arrival_s for request_id, each in served.items()}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20))
 @given(
     seed=st.integers(0, 10**6),
     rate=st.sampled_from([0.5, 5.0, 50.0]),
