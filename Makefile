@@ -14,9 +14,11 @@ TORCH_TESTS := engine embedded
 # Run on vLLM's second-generation runner too, whose kernels Triton interprets on the CPU (tests/support/v2_runner.py).
 V2_TESTS := $(addprefix tests/vllm/,test_identity_and_costs.py test_recompute.py test_connector_requests.py test_ranks.py)
 OUT ?= out
+# Options for every pytest of a target.
+PYTEST_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-vllm check bench bench-vllm
+.PHONY: help setup setup-vllm demo test test-fast test-long test-vllm check bench bench-vllm
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -53,13 +55,16 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 demo: $(STAMP) ## restore a real model's evicted prefix under every policy; table and pictures in out/demo
 	$(BIN)/cacheflow demo --out $(OUT)/demo
 
-test: $(STAMP) $(VLLM_STAMP) ## every test that this machine can run, those inside vLLM included
-	$(BIN)/python -m pytest
+test: $(STAMP) $(VLLM_STAMP) ## every test that this machine can run, those inside vLLM included; then the slowest
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 	$(MAKE) test-vllm
 
-test-vllm: $(VLLM_STAMP) ## the tests inside vLLM alone, on both generations of its model runner
-	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_BIN)/python -m pytest $(V2_TESTS)
-	$(VLLM_BIN)/python -m pytest tests/vllm tests/bench/vllm/test_smoke.py
+test-vllm: $(VLLM_STAMP) ## the tests that need vLLM alone, on both generations of its model runner
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_BIN)/python -m pytest $(PYTEST_OPTIONS) -m vllm $(V2_TESTS)
+	$(VLLM_BIN)/python -m pytest $(PYTEST_OPTIONS) -m vllm tests/vllm tests/bench/vllm
+
+test-long: ## `make test` with soaks, every figure, rare splits into ranks, and random, more examples
+	$(MAKE) test PYTEST_OPTIONS=--long
 
 test-fast: $(STAMP) ## the tests that need no torch, in seconds
 	$(BIN)/python -m pytest -m "not gpu and not vllm and not slow and not model and not torch" \

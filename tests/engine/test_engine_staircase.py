@@ -9,6 +9,7 @@ from cacheflow.engine.families import FAMILIES
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Tile
 from support.engine_cases import prefilled, restore, same_kv
+from support.examples import examples
 
 pytestmark = pytest.mark.torch
 
@@ -18,7 +19,7 @@ CASES = [(family, False) for family in FAMILIES] + [("mistral", True), ("qwen2",
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("family", "windowed"), CASES)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=examples(8))
 @given(levels=st.lists(st.integers(0, 3), min_size=4, max_size=4), kv_only_top=st.booleans())
 def test_every_staircase_is_bit_equal(family, windowed, dtype, levels, kv_only_top):
     case = prefilled(family, dtype, windowed=windowed)

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.problem import LinkCost
 from support import exact_solver
+from support.examples import examples
 from support.random_problems import equal_blocks, problems
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(problems())
 def test_no_staircase_ends_before_the_bound(problem):
     limits = bound(problem)

@@ -15,6 +15,7 @@ from cacheflow.plan.staircase import (
     upper_tiles,
 )
 from support import exact_solver
+from support.examples import examples
 from support.random_problems import problems
 
 
@@ -37,7 +38,7 @@ def test_what_is_no_staircase_is_refused(levels, message):
         check_levels(levels, 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(problems(), st.data())
 def test_cost_is_the_definition_summed_cell_by_cell(problem, data):
     grid = problem.grid

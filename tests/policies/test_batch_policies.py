@@ -12,6 +12,7 @@ from cacheflow.plan.remaining import Remaining
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES, make_batch_policy
 from cacheflow.policies.objective import ObjectivePolicy
 from cacheflow.policies.registry import make_policy
+from support.examples import examples
 
 
 def request(
@@ -78,7 +79,7 @@ def test_slo_gives_up_the_longest_when_not_all_can_be_in_time():
 parts = st.lists(st.tuples(*[st.floats(0.1, 10.0)] * 2, st.floats(0.0, 1.0)), min_size=2, max_size=5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(parts)
 def test_the_mean_is_near_that_of_the_best_of_all_orders(values):
     waiting = [

@@ -10,6 +10,7 @@ from cacheflow.plan.bound import bound
 from cacheflow.plan.plan import Choice, Share
 from cacheflow.policies.cacheflow import MIN_GAIN, MIN_GAIN_S
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from support.examples import examples
 from support.random_problems import equal_blocks, problems
 
 ROUNDING = 1 + 1e-9
@@ -27,7 +28,7 @@ def is_staircase(cells, grid):
     return bool((np.diff(mask, axis=0) <= 0).all() and (np.diff(mask, axis=1) <= 0).all())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(problems())
 def test_orders_cover_the_grid_and_every_compute_prefix_is_a_staircase(problem):
     grid = problem.grid
@@ -49,7 +50,7 @@ def test_orders_cover_the_grid_and_every_compute_prefix_is_a_staircase(problem):
         assert plan.kv_only_top is (name == "cacheflow"), "rivals recompute whole layers, as engines do"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400))
 @given(problems(max_chunks=8, max_blocks=7))
 def test_ours_is_never_predicted_slower_than_a_rival_and_nothing_beats_the_bound(problem):
     plans, limits = plans_of(problem), bound(problem)
@@ -63,7 +64,7 @@ def test_ours_is_never_predicted_slower_than_a_rival_and_nothing_beats_the_bound
         assert ours.predicted.ttft_s - given_up_s <= plan.predicted.ttft_s * ROUNDING, name
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(problems(suffix=False))
 def test_without_a_suffix_the_first_token_is_the_restoration(problem):
     for name, plan in plans_of(problem).items():

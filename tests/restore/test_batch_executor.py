@@ -27,6 +27,7 @@ from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.state.batch import Admission, BatchScheduler
 from cacheflow.types import LoadOutcome
 from support.batch_cases import OUTCOMES, FakeLink, FakeRequest, new_executor, problem, running_threads
+from support.examples import examples
 
 PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=30.0))
 HASTY = ExecutorOptions(deadline=ReadDeadline(floor_s=0.01, factor=0.1), poll_s=0.002)
@@ -70,7 +71,7 @@ def test_compute_is_one_thread_of_its_own():
     assert threading.get_ident() not in idents
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(data=st.data())
 def test_whatever_fails_or_is_cancelled_every_request_ends_and_nothing_is_left(data):
     """Random arrivals, read outcomes, raising ports, raising compute, cancels: who did not fail itself is right."""
@@ -141,7 +142,7 @@ class WatchedScheduler(BatchScheduler):
         return work
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     lengths=st.lists(st.sampled_from([0, 400, 512, 1024, 1800]), min_size=2, max_size=6),
     policy=st.sampled_from(BATCH_POLICY_NAMES),

@@ -24,6 +24,7 @@ from cacheflow.state.board import RESIDENT, Board, CellState
 from cacheflow.state.compute_side import ComputeSide
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.scheduler.pace import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
+from support.examples import examples
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
 from support.virtual_steps import VirtualSteps, run_steps, stepped_for, target_for
 
@@ -459,7 +460,7 @@ def test_an_idle_engine_ends_near_the_bound(ratio, num_chunks, delay):
     assert worker.finished_s <= 1.08 * bound(problem).restore_s
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     num_tokens=st.integers(1, 4000),
     num_blocks=st.integers(1, 9),

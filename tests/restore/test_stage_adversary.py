@@ -13,124 +13,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.stage import StageRestoration
 from cacheflow.restore.step_executor import StepExecutor
-from cacheflow.restore.work import ComputeReport, ComputeWork, LoadReport, RankReport, StageWork, StepReport
+from cacheflow.restore.work import RankReport, StepReport
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTransfer
 from support.problems import transformer_problem
+from support.stage_ranks import FAULTS, Meeting, RankFaults, StageRank, step_together
 from support.virtual_steps import target_for
 
-FAULTS = [LoadOutcome.MISS, LoadOutcome.CORRUPT, LoadOutcome.ERROR, LoadOutcome.LATE]
 MAX_STEPS = 3000
 LOADS_ONLY = ("load", "layerwise_load")
-
-
-@dataclass
-class Rank:
-    """One worker as plain state; reads end when chance wants it."""
-
-    rng: np.random.Generator
-    fail_share: float
-    compute_fail_share: float
-    end_share: float
-    heights: dict[int, int] = field(default_factory=dict)
-    resident: set[tuple[int, int]] = field(default_factory=set)
-    computed: set[tuple[int, int]] = field(default_factory=set)
-    placed: set[tuple[int, int]] = field(default_factory=set)
-    forbidden: set[tuple[int, int]] = field(default_factory=set)
-    num_computed: int = 0
-    reading: list[tuple[int, int]] = field(default_factory=list)
-    started: set[tuple[int, int]] = field(default_factory=set)
-    log: list[ComputeWork] = field(default_factory=list)
-    ended: list[LoadReport] = field(default_factory=list)
-    broken: bool = False
-    over: bool = False
-    cancelled: bool = False
-
-    def step(self, orders: StageWork) -> RankReport:
-        if self.over:
-            assert orders.idle or (orders.cancel and not self.cancelled), "orders after the end"
-            return RankReport()
-        computes, finished = [], ()
-        if orders.cancel:
-            self.cancelled = True
-            self._end()
-            return RankReport(loads=self._take_ended(), finished=(7,))
-        for cell in orders.drops:
-            self.forbidden.add(cell)
-            if cell in self.reading:
-                self.reading.remove(cell)
-                self._report(cell, LoadOutcome.CANCELLED)
-        for read in orders.reads:
-            cell = read.piece
-            assert cell not in self.started, "a cell is read once"
-            assert cell not in self.forbidden, "a read behind its drop"
-            assert read.deadline_s > 0
-            self.started.add(cell)
-            self.reading.append(cell)
-        if orders.compute and not self.broken:
-            computes.append(self._compute(orders.compute))
-        for cell in list(self.reading):
-            if self.rng.random() < self.end_share:
-                self._end_read(cell)
-        if orders.finish and not self.broken:
-            self._end()
-            finished = (7,)
-        return RankReport(loads=self._take_ended(), computes=tuple(computes), finished=finished)
-
-    def _compute(self, orders) -> ComputeReport:
-        first, seconds = len(self.log), []
-        for order in orders:
-            if self.rng.random() < self.compute_fail_share:
-                self.broken = True
-                return ComputeReport(restore_id=7, first=first, seconds=tuple(seconds), error="device lost")
-            self._recompute(order)
-            self.log.append(order)
-            seconds.append(float(10 ** self.rng.uniform(-5, 0)))
-        return ComputeReport(restore_id=7, first=first, seconds=tuple(seconds))
-
-    def _recompute(self, order: ComputeWork) -> None:
-        tile, chunk = order.tile, order.tile.chunk_lo
-        assert tile.chunk_hi == chunk + 1
-        if order.restart:
-            self.heights[chunk] = 0
-        assert self.heights.get(chunk, 0) == tile.block_lo, "the activations below are gone"
-        for block in range(tile.block_lo, tile.block_hi):
-            assert all((earlier, block) in self.resident for earlier in range(chunk)), "an earlier chunk is missing"
-            assert (chunk, block) not in self.reading, "compute takes over what is being read without a drop"
-            self.resident.add((chunk, block))
-            self.computed.add((chunk, block))
-            self.num_computed += 1
-        self.heights[chunk] = -1 if order.kv_only_top else tile.block_hi
-
-    def _end_read(self, cell) -> None:
-        self.reading.remove(cell)
-        if self.rng.random() < self.fail_share:
-            self._report(cell, FAULTS[int(self.rng.integers(len(FAULTS)))])
-            return
-        assert cell not in self.computed, "placed over what compute had restored"
-        self.resident.add(cell)
-        self.placed.add(cell)
-        self._report(cell, LoadOutcome.OK)
-
-    def _report(self, cell, outcome: LoadOutcome) -> None:
-        busy_s = float(10 ** self.rng.uniform(-5, 0))
-        self.ended.append(LoadReport(restore_id=7, piece=cell, outcome=outcome, num_bytes=100, busy_s=busy_s))
-
-    def _take_ended(self) -> tuple[LoadReport, ...]:
-        ended, self.ended = tuple(self.ended), []
-        return ended
-
-    def _end(self) -> None:
-        for cell in self.reading:
-            self._report(cell, LoadOutcome.CANCELLED)
-        self.reading.clear()
-        self.over = True
 
 
 @dataclass
@@ -139,7 +37,7 @@ class World:
 
     rng: np.random.Generator
     stepped: StageRestoration
-    ranks: list[Rank]
+    ranks: list[StageRank]
     max_delay: int
     double_share: float
     cancels: bool
@@ -149,6 +47,7 @@ class World:
     cancelled: bool = False
 
     def run(self) -> None:
+        running = [(rank, rank.run()) for rank in self.ranks]
         for step in range(MAX_STEPS):
             self._deliver(step)
             if self.stepped.done:
@@ -157,8 +56,7 @@ class World:
             budget_s = float(self.rng.choice([0, 1e-9, 0.01, 0.1, math.inf]))
             read_ahead_s = float(self.rng.choice([0, 1e-9, 0.05, math.inf]))
             orders = self.stepped.next_work(0.01 * step, compute_budget_s=budget_s, read_ahead_s=read_ahead_s)
-            for rank, worker in enumerate(self.ranks):
-                report = worker.step(orders)
+            for rank, report in enumerate(step_together(running, orders)):
                 if not report.idle:
                     self.under_way.append((step + int(self.rng.integers(1, self.max_delay + 1)), rank, report))
             self._check_resident()
@@ -203,8 +101,8 @@ class World:
         loaded = {(k, b) for k, row in enumerate(rows) for b, letter in enumerate(row) if letter == "l"}
         assert all(rank.placed >= loaded for rank in self.ranks)
         if self.fail_share == 0 and not self.closes_link:
-            assert all(rank.num_computed == len(rank.computed) for rank in self.ranks), "recomputed twice"
-            assert not any(rank.computed & rank.placed for rank in self.ranks), "restored by both sides"
+            assert all(set(rank.computed.values()) <= {1} for rank in self.ranks), "recomputed twice"
+            assert not any(set(rank.computed) & rank.placed for rank in self.ranks), "restored by both sides"
 
 
 def make_stepped(rng: np.random.Generator, *, num_ranks: int, load_only: bool = False, **kwargs) -> StageRestoration:
@@ -224,21 +122,24 @@ def run_seed(seed: int) -> World:
     rng = np.random.default_rng(seed)
     num_ranks = int(rng.integers(1, 5))
     stepped = make_stepped(rng, num_ranks=num_ranks, load_only=bool(rng.random() < 0.2))
-    fail_share = float(rng.choice([0, 0, 0.1, 0.5, 1]))
-    compute_fail_share = float(rng.choice([0, 0, 0, 0.02]))
-    end_share = float(rng.choice([0.05, 0.5, 1]))
+    faults = RankFaults(
+        kv=float(rng.choice([0, 0, 0.1, 0.5, 1])),
+        compute=float(rng.choice([0, 0, 0, 0.02])),
+        ends=float(rng.choice([0.05, 0.5, 1])),
+    )
+    meeting = Meeting(num_ranks)
     world = World(
         rng,
         stepped,
         [
-            Rank(np.random.default_rng(seed + rank), fail_share, compute_fail_share, end_share)
+            StageRank(np.random.default_rng(seed + rank), BoundarySource.FIRST_STAGE, faults, meeting, None, None)
             for rank in range(num_ranks)
         ],
         max_delay=int(rng.integers(1, 4)),
         double_share=float(rng.choice([0, 0.2])),
         cancels=bool(rng.random() < 0.2),
         closes_link=bool(rng.random() < 0.2),
-        fail_share=fail_share,
+        fail_share=faults.kv,
     )
     world.run()
     return world

@@ -19,6 +19,7 @@ from cacheflow.sim.policies import SYSTEMS, make_system
 from cacheflow.sim.run import simulate
 from cacheflow.state.batch import BatchScheduler
 from support.clusters import CONFIG, SHAPE, TOKENS, ask, mixed_requests, serve, tiny_costs
+from support.examples import examples
 
 LONG_S = 1000.0
 """Long after everything before has ended."""
@@ -181,7 +182,7 @@ def test_nothing_is_lost_and_nobody_works_more_than_all_the_time(policy, router)
         assert loads == sum(each.restored_tokens for each in served.values()) * SHAPE.kv_bytes_per_token
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 @given(seed=st.integers(0, 10**6), policy=st.sampled_from(sorted(SYSTEMS)), rate=st.sampled_from([2.0, 20.0, 200.0]))
 def test_the_same_seed_gives_the_same_result(seed, policy, rate):
     config = replace(CONFIG, num_replicas=2)

@@ -17,6 +17,7 @@ from cacheflow.policies.step_overhead import STEP_OVERHEAD_S
 from cacheflow.sim.plugin import STARVATION_S, PluginRanking
 from cacheflow.sim.policies import DEFAULT_SYSTEMS, EMBEDDED, SYSTEMS, make_system
 from support.clusters import CONFIG, TOKENS, ask, serve
+from support.examples import examples
 from support.random_problems import equal_blocks
 
 LONG_S = 1000.0
@@ -44,7 +45,7 @@ def ttfts_s(served) -> dict[int, float]:
     return {request_id: each.first_token_at_s - each.arrival_s for request_id, each in served.items()}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20))
 @given(
     seed=st.integers(0, 10**6),
     rate=st.sampled_from([0.5, 5.0, 50.0]),

@@ -14,6 +14,7 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.state.compute_side import ClaimKind
 from support.batches import MIXED, Arrival, convex_problem, run_batch
+from support.examples import examples
 
 OURS = ("mean_ttft", "p99_ttft", "makespan", "slo")
 
@@ -165,7 +166,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(arrivals, st.sampled_from(BATCH_POLICY_NAMES), st.sampled_from(["cacheflow", "cake", "load", "recompute"]))
 def test_whatever_comes_whenever_and_whatever_it_really_costs_every_request_ends(parts, name, restore):
     batch = []

@@ -18,6 +18,7 @@ from cacheflow.state.compute_pointer import SUFFIX_CLAIM_S
 from cacheflow.state.compute_side import ClaimKind
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
+from support.examples import examples
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
 from support.virtual_driver import Conditions, run_virtual
 
@@ -56,7 +57,7 @@ class StaircaseCheck:
             self.height[chunk] = -1 if claim.kv_only_top else tile.block_hi
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     num_tokens=st.integers(1, 3000),
     suffix_tokens=st.sampled_from([0, 1, 64, 700]),
@@ -78,7 +79,7 @@ def test_every_cell_is_restored_and_every_claim_is_a_staircase(
     assert_complete(run.state)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     failing=st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=36),
     outcome=st.sampled_from([LoadOutcome.MISS, LoadOutcome.CORRUPT, LoadOutcome.ERROR, LoadOutcome.LATE]),

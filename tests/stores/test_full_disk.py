@@ -19,6 +19,7 @@ from cacheflow.errors import StoreError
 from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.file import FileStore
 from cacheflow.types import LoadOutcome
+from support.examples import examples
 from support.small_disk import SmallDisk, mounted
 from support.store_objects import get, key, payload, put
 
@@ -289,7 +290,7 @@ STEPS = st.tuples(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(disk_bytes=st.integers(5_000, 200_000), steps=st.lists(STEPS, min_size=20, max_size=100))
 def test_puts_gets_and_pins_on_a_disk_smaller_than_the_capacity(disk_bytes, steps):
     with tempfile.TemporaryDirectory() as folder:

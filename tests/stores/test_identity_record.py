@@ -22,6 +22,7 @@ from cacheflow.stores.identity_record import (
 from cacheflow.stores.keys import Namespace, ObjectKind, identity_key
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
+from support.examples import examples
 from support.store_objects import NAMESPACE, TIMEOUT_S, put
 
 OURS = NAMESPACE.digest
@@ -95,7 +96,7 @@ def test_long_values_are_replaced_by_their_digests_longest_first(store):
     assert differing_parts(parts | {"long": "x" * 19_999}, found) == ("long",)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(
     st.dictionaries(st.text(max_size=20), st.one_of(st.text(), st.just("x" * 9000), st.just("\0" * 5000)), max_size=80)
 )

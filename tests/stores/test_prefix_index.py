@@ -10,6 +10,7 @@ from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind, chain_hash, chain_hashes, chain_root, next_key
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.prefix_index import MAX_NOTED, PROBE_CHUNKS, find_prefix, note_partial_chunk
+from support.examples import examples
 from support.store_objects import NAMESPACE, TIMEOUT_S
 
 CHUNK = 4
@@ -196,7 +197,7 @@ def test_bad_questions_are_refused(store):
         note_partial_chunk(store, NAMESPACE, chain_root(), 0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(steps=st.lists(st.integers(1, CHUNK), min_size=1, max_size=12), extra=st.integers(0, 9))
 def test_whatever_boundaries_a_save_used_are_found_again(steps, extra):
     ends = tuple(sum(steps[: index + 1]) for index in range(len(steps)))

@@ -13,6 +13,7 @@ from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
+from support.examples import examples
 from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put, put_request
 
 CAPACITY = 64 << 20
@@ -240,7 +241,7 @@ def test_many_threads_at_once(store):
     assert store.stats().num_objects == 16
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(objects=st.dictionaries(st.integers(1000, 2000), st.binary(min_size=1, max_size=9000), max_size=5))
 def test_round_trip(store, objects):
     store.delete([key(number) for number in objects])

@@ -8,7 +8,7 @@ the stage below.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +73,7 @@ class StageRank:
     num_met: int = 0
     broken: bool = False
     over: bool = False
+    cancelled: bool = False
 
     def run(self) -> Iterator[None]:
         """Carry out what is in the inbox, for ever; yields where it waits."""
@@ -83,7 +84,8 @@ class StageRank:
 
     def _step(self, orders: StageWork) -> Iterator[None]:
         if self.over:
-            assert orders.idle, "orders after the end"
+            assert orders.idle or (orders.cancel and not self.cancelled), "orders after the end"
+            self.cancelled = self.cancelled or orders.cancel
             self.outbox.append(RankReport())
             return
         received = True
@@ -98,6 +100,7 @@ class StageRank:
                 self.seeds.add(chunk)
         if orders.cancel:
             assert not any((orders.compute, orders.reads, orders.finish)), "work beside a cancellation"
+            self.cancelled = True
             self._end()
             self.outbox.append(RankReport(loads=self._take_ended(), finished=(7,)))
             return
@@ -124,6 +127,7 @@ class StageRank:
             cell = read.piece
             assert cell not in self.started, "a cell is read once"
             assert cell not in self.forbidden, "a read behind its drop"
+            assert read.deadline_s > 0
             assert not isinstance(read.piece, Boundary) or self.source is BoundarySource.STORED, (
                 "a boundary that nobody stored"
             )
@@ -148,7 +152,7 @@ class StageRank:
             else:
                 self._recompute(order)
                 self.log.append(order)
-                seconds.append(float(10 ** self.rng.uniform(-4, -1)))
+                seconds.append(float(10 ** self.rng.uniform(-5, 0)))
             if order.sends:
                 assert self.above is not None, "there is no stage above"
                 self.above.append((order.tile.chunk_lo, not self.broken))
@@ -187,7 +191,7 @@ class StageRank:
         self._report(cell, LoadOutcome.OK)
 
     def _report(self, cell: Piece, outcome: LoadOutcome) -> None:
-        busy_s = float(10 ** self.rng.uniform(-5, -1))
+        busy_s = float(10 ** self.rng.uniform(-5, 0))
         self.ended.append(LoadReport(restore_id=7, piece=cell, outcome=outcome, num_bytes=100, busy_s=busy_s))
 
     def _take_ended(self) -> tuple[LoadReport, ...]:
@@ -199,3 +203,13 @@ class StageRank:
             self._report(cell, LoadOutcome.CANCELLED)
         self.reading.clear()
         self.over = True
+
+
+def step_together(running: Sequence[tuple[StageRank, Iterator[None]]], orders: StageWork) -> list[RankReport]:
+    """One step of a stage's ranks, each with the same orders, until every one of them has reported."""
+    for rank, _ in running:
+        rank.inbox.append(orders)
+    while any(not rank.outbox for rank, _ in running):
+        for _, steps in running:
+            next(steps)
+    return [rank.outbox.pop() for rank, _ in running]

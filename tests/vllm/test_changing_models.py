@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from cacheflow.stores.keys import Shard
 from cacheflow.vllm.step import ModelNews, WeightsChange
 from support.changing_engines import ChangingEngine, ListedStore, write_adapter
+from support.examples import examples
 from support.scheduler_cases import BLOCK, CHUNK, Case, facts, tokens
 
 pytestmark = pytest.mark.torch
@@ -132,7 +133,7 @@ class World(RuleBasedStateMachine):
 
 
 World.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=examples(100), stateful_step_count=30, suppress_health_check=list(HealthCheck)
 )
 TestWorld = World.TestCase
 

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from support.examples import examples
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
@@ -47,7 +49,7 @@ def served(config, *, seed, luck, overlap, num_blocks, lengths, resets=()):
 LENGTHS = st.lists(st.tuples(st.integers(1, 100), st.integers(1, 150)), min_size=1, max_size=5)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32), luck=st.sampled_from([0.0, 0.5, 0.9, 1.0]), num_blocks=st.sampled_from([24, 40, 200]),
     lengths=LENGTHS, resets=st.sets(st.integers(0, 4)),
@@ -60,7 +62,7 @@ def test_what_is_saved_is_the_kv_of_the_final_tokens(config, seed, luck, num_blo
     assert engine.wrong() == []
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32), luck=st.sampled_from([0.0, 0.5, 0.9]), overlap=st.integers(2, 3), lengths=LENGTHS
 )  # fmt: skip

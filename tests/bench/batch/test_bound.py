@@ -11,6 +11,7 @@ from cacheflow.bench.batch.simulate import BatchCase, simulate_batch
 from cacheflow.bench.batch_bound import batch_bound
 from cacheflow.errors import UnknownPolicyError
 from cacheflow.plan.bound import bound
+from support.examples import examples
 from support.problems import transformer_problem
 
 
@@ -48,7 +49,7 @@ def test_late_arrivals_do_not_add_up():
     assert least.mean_ttft_s == pytest.approx(alone_s)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     lengths=st.lists(st.sampled_from([256, 512, 1024, 2048, 3000]), min_size=1, max_size=6),
     ratio=st.sampled_from([0.2, 0.5, 1.0, 2.0, 8.0]),

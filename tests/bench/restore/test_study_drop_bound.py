@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cacheflow.plan.bound import bound
 from cacheflow.plan.problem import LinkCost
+from support.examples import examples
 from support.problems import transformer_problem
 
 pytestmark = pytest.mark.torch  # the module lies beside links that need it
@@ -47,7 +48,7 @@ shares = st.floats(0.0, 1.0)
 factors = st.floats(0.05, 1.0)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(problems(), factors, shares)
 def test_a_drop_costs_at_most_a_link_that_was_slow_from_the_start(problem, factor, share):
     low, high = at(problem, 1.0), at(problem, factor)
@@ -55,7 +56,7 @@ def test_a_drop_costs_at_most_a_link_that_was_slow_from_the_start(problem, facto
         assert full * (1 - CLOSE) <= least <= slow * (1 + CLOSE)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(problems(), factors, factors, shares)
 def test_a_deeper_drop_never_helps(problem, one, other, share):
     deep, shallow = with_drop(problem, min(one, other), share), with_drop(problem, max(one, other), share)
@@ -63,7 +64,7 @@ def test_a_deeper_drop_never_helps(problem, one, other, share):
         assert slower >= faster * (1 - CLOSE)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(problems(), factors, shares, shares)
 def test_an_earlier_drop_never_helps(problem, factor, one, other):
     early, late = with_drop(problem, factor, min(one, other)), with_drop(problem, factor, max(one, other))
@@ -71,25 +72,25 @@ def test_an_earlier_drop_never_helps(problem, factor, one, other):
         assert slower >= faster * (1 - CLOSE)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(problems(), factors, st.floats(1.0, 5.0))
 def test_a_drop_behind_the_last_byte_never_happens(problem, factor, share):
     assert times(with_drop(problem, factor, share + 1e-3)) == pytest.approx(times(bound(problem)), rel=CLOSE)
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(problems(), shares)
 def test_a_drop_to_the_same_bandwidth_is_none(problem, share):
     assert times(with_drop(problem, 1.0, share)) == pytest.approx(times(bound(problem)), rel=CLOSE)
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(problems(), factors)
 def test_a_drop_before_the_first_byte_is_a_slow_link(problem, factor):
     assert times(with_drop(problem, factor, 0.0)) == pytest.approx(times(at(problem, factor)), rel=CLOSE)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(problems(), factors, shares)
 def test_neither_pure_way_beats_it(problem, factor, share):
     num_bytes, full = int(problem.load_bytes_KB.sum()), problem.link.bytes_per_s
