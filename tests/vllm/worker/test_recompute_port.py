@@ -21,7 +21,8 @@ class FakeForward:
     def __init__(self, *, first_stage=True, compiled=False, refusal=""):
         self.handle = SimpleNamespace(
             num_layers=LAYERS, block_size=4, compiled=compiled, is_first_stage=first_stage, can_recompute=not refusal,
-            refusal=refusal, device=torch.device("cpu"), boundary=BoundaryShape((BoundaryPart("hidden", (WIDTH,), torch.float32),)),
+            refusal=refusal, device=torch.device("cpu"),
+            boundary=BoundaryShape((BoundaryPart("hidden", (WIDTH,), torch.float32),)),
         )  # fmt: skip
         self.calls = []
         self.waits = 0
