@@ -36,6 +36,13 @@ def test_a_command_gets_its_options_and_its_code_comes_back(command):
     assert cli.main(["bench", "fake", "--number", "7"]) == 7
 
 
+def test_a_mistyped_option_is_not_taken_for_a_shorter_one(command, capsys: pytest.CaptureFixture[str]):
+    command(lambda args: args.number)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "fake", "--numbe", "7"])
+    assert "--numbe" in capsys.readouterr().err
+
+
 def test_our_errors_are_one_line_and_code_2(command, capsys: pytest.CaptureFixture[str]):
     command(raising(StoreError("store at /x\nis not writable")))
     assert cli.main(["bench", "fake"]) == 2

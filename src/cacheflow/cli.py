@@ -118,7 +118,9 @@ def build_parser(argv: Sequence[str], commands: Sequence[Command] = COMMANDS) ->
     parser.add_argument("--version", action="version", version=f"cacheflow {__version__}")
     top = parser.add_subparsers(metavar="COMMAND", required=True)
     groups = {
-        name: top.add_parser(name, help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+        name: top.add_parser(name, help=text, description=text, allow_abbrev=False).add_subparsers(
+            metavar="COMMAND", required=True
+        )
         for name, text in GROUPS.items()
         if any(command.words[0] == name for command in commands)
     }
@@ -132,7 +134,7 @@ def build_parser(argv: Sequence[str], commands: Sequence[Command] = COMMANDS) ->
                 )
             continue
         parent = groups[command.words[0]] if len(command.words) > 1 else top
-        leaf = parent.add_parser(command.words[-1], help=command.help, description=command.help)
+        leaf = parent.add_parser(command.words[-1], help=command.help, description=command.help, allow_abbrev=False)
         if called:
             module = cast(CommandModule, importlib.import_module(command.module))
             module.add_arguments(leaf)

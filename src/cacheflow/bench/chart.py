@@ -234,7 +234,8 @@ def draw_time_bars(sweep: Sequence[SettingSummary], path: Path) -> Path:
     names = in_order(policy.policy for summary in sweep for policy in summary.policies)
     for index, (axes, summary) in enumerate(zip(panels, sweep, strict=True)):
         _draw_bars(axes, summary, names)
-        axes.set_title(f"load/compute {summary.setting.load_compute_ratio:g}", fontsize=9, color=INK)
+        uneven = " ~ (the machine was busy)" if summary.disturbed else ""
+        axes.set_title(f"load/compute {summary.setting.load_compute_ratio:g}{uneven}", fontsize=9, color=INK)
         axes.set_yticks(range(len(names)), names if index % num_columns == 0 else [""] * len(names))
         axes.set_ylim(len(names) - 0.5, -0.9)
         axes.set_xlabel("time to first token [s]" if summary.metric == "ttft" else "restoration time [s]", fontsize=8)

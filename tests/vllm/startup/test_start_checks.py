@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -147,8 +146,19 @@ def test_nothing_is_said_where_the_configuration_may_not_be_what_runs(model, vll
     passes(model(model_type="minicpm3", kv_lora_rank=256), FILE, [], vllm)
     passes(model(model_type="deepseek_v3", kv_lora_rank=256), FILE, [], vllm, {"VLLM_MLA_DISABLE": "1"})
     passes(model(model_type="mistral", sliding_window=2048), FILE, ["--disable-sliding-window"], vllm)
-    (Path(path) / "config.json").write_text("{not json")
-    passes(path, FILE, [], vllm)
+
+
+@pytest.mark.parametrize("text", ["{not json", "[]", None])
+def test_a_folder_without_a_model_is_refused_at_the_door(vllm, tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    message = refused(str(tmp_path), FILE, [], vllm)
+    assert str(tmp_path) in message
+    assert ("holds no model: it has no config.json" if text is None else "cannot be used") in message
+    passes(str(tmp_path), FILE, ["--load-format", "gguf"], vllm)
+    (tmp_path / "config.json").unlink(missing_ok=True)
+    (tmp_path / "params.json").write_text("{}")
+    passes(str(tmp_path), FILE, [], vllm)
 
 
 def test_the_models_longest_prompt_bounds_the_chunk(model, vllm):

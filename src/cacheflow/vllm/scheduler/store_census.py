@@ -79,6 +79,8 @@ def census_line(store: Store, namespace: str, parts: Mapping[str, str]) -> str:
 def _difference(own: Mapping[str, str], other: Mapping[str, str] | None) -> str:
     if other is None:
         return "what it is was not written down (an earlier version, or evicted)"
+    if "generation" in other:
+        return "an engine saved them after a reset or a change of its weights; once it has ended nobody uses them"
     names = differing_parts(own, other)
     if not names:
         return "it differs in nothing that was written down"

@@ -11,6 +11,8 @@ from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json, read_text
 
 CONFIG_FILE = "config.json"
+_OTHER_CONFIGS = ("params.json",)
+"""Mistral's own format, which vLLM reads as well."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -21,15 +23,24 @@ def local_config(
 
     ``revision`` is a branch, tag or commit of the hub's repository, None its main branch; ``environment`` says where
     Hugging Face's cache is.
+
+    Raises:
+        ConfigError: The model is a folder that holds no model, or whose file is no JSON object.
     """
-    file = _file_of(model, revision=revision, environment=environment)
+    file, in_folder = _file_of(model, revision=revision, environment=environment), Path(model).is_dir()
     if file is None or not file.is_file():
+        if in_folder and not any((Path(model) / name).is_file() for name in _OTHER_CONFIGS):
+            raise ConfigError(f"the folder {model} holds no model: it has no {CONFIG_FILE}")
         return None
     try:
         values = parse_json(read_text(file))
-    except ConfigError:
+        if not isinstance(values, dict):
+            raise ConfigError("it is no JSON object")
+    except ConfigError as error:
+        if in_folder:
+            raise ConfigError(f"{file} cannot be used: {error}") from error
         return None
-    return values if isinstance(values, dict) else None
+    return values
 
 
 def _file_of(model: str, *, revision: str | None, environment: Mapping[str, str]) -> Path | None:
