@@ -169,6 +169,16 @@ def test_key_names_are_unique_stable_and_safe_as_file_names():
     assert keys[0].path == f"{BASE.digest}/{HASH}/kv/0-4/tp0of1.pp0of1"
 
 
+def test_ranks_that_keep_the_same_share_one_object_that_the_first_of_them_writes():
+    space, ranks = BASE.digest, [Shard(tp_rank=rank, tp_size=2) for rank in range(2)]
+    own = {RankKeys(rank).kv(space, HASH, (0, 1)) for rank in ranks}
+    shared = {RankKeys(rank, replicated=True).kv(space, HASH, (0, 1)) for rank in ranks}
+    assert (len(own), len(shared)) == (2, 1)
+    assert RankKeys(Shard(tp_size=4), replicated=True).kv(space, HASH, (0, 1)) not in shared
+    assert [RankKeys(rank, replicated=True).writes for rank in ranks] == [True, False]
+    assert all(RankKeys(rank).writes for rank in ranks)
+
+
 def test_names_and_digests_are_those_that_stores_on_disk_hold():
     """Literals from version 0.1: another name or digest would silently empty every store in the world."""
     extra = (("compiled", "False"), ("attention", "CPU_ATTN"))
