@@ -115,7 +115,7 @@ def test_a_latent_of_every_token_and_quantised_keys_are_welcome():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_config__is_multimodal_model": True}, "multimodal"),
+        ({"model_config__is_multimodal_model": True}, "images or sound"),
         ({"parallel_config__enable_eplb": True}, "expert load balancing"),
         ({"parallel_config__use_ubatching": True}, "dual-batch"),
         ({"parallel_config__data_parallel_size": 2, "parallel_config__is_moe_model": True}, "data parallelism"),

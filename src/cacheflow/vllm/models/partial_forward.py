@@ -159,8 +159,11 @@ class PartialForward:
         from vllm.sequence import IntermediateTensors
 
         received = None if piece.boundary is None else IntermediateTensors(piece.boundary)
+        positions = piece.positions
+        if getattr(self.handle.vllm_config.model_config, "uses_mrope", False):
+            positions = positions.repeat(3, 1)  # height and width of text are its time
         return self.handle.runner.model(
-            input_ids=piece.token_ids, positions=piece.positions, intermediate_tensors=received, inputs_embeds=None
+            input_ids=piece.token_ids, positions=positions, intermediate_tensors=received, inputs_embeds=None
         )
 
     def wait(self) -> None:

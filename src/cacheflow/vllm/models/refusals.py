@@ -115,8 +115,11 @@ def _drafter_refusals(method: str) -> Iterator[str]:
 def configured_refusals(vllm_config: Config) -> Iterator[str]:
     """Why an engine that is configured like this is not recomputed in, whatever its model."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if model.is_multimodal_model or getattr(model, "uses_mrope", False):
-        yield "it is multimodal: tokens alone do not say what was embedded"
+    if model.is_multimodal_model and getattr(model, "supports_multimodal_inputs", True):
+        yield (
+            "it takes images or sound: tokens alone do not say what was embedded (text alone is recomputed: set every "
+            "kind of them to 0 in --limit-mm-per-prompt)"
+        )
     if parallel.data_parallel_size > 1 and getattr(parallel, "is_moe_model", None) is not False:
         yield "data parallelism with experts: every forward is a collective of all replicas"
     if getattr(parallel, "enable_eplb", False):
