@@ -10,23 +10,11 @@ import pytest
 from cacheflow.bench.vllm.rivals.pacing import Pacer
 from cacheflow.bench.vllm.rivals.relay import Relay
 from cacheflow.errors import ConfigError
-
-
-class Clock:
-    """A clock that only sleeping and the test move."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, duration_s: float) -> None:
-        self.now_s += duration_s
+from support.manual_clock import ManualClock
 
 
 def test_the_pace_is_that_of_the_link():
-    clock = Clock()
+    clock = ManualClock()
     pacer = Pacer(100.0, clock=clock, sleep=clock.sleep)
     for _ in range(50):
         pacer.pass_bytes(10, there_since_s=0.0)
@@ -36,7 +24,7 @@ def test_the_pace_is_that_of_the_link():
 
 @pytest.mark.parametrize("late_s", [0.01, 0.09, 3.0])
 def test_late_wake_ups_do_not_add_up(late_s: float):
-    clock = Clock()
+    clock = ManualClock()
     pacer = Pacer(100.0, clock=clock, sleep=lambda duration_s: clock.sleep(duration_s + late_s))
     for _ in range(50):
         pacer.pass_bytes(10, there_since_s=float("-inf"))
@@ -44,7 +32,7 @@ def test_late_wake_ups_do_not_add_up(late_s: float):
 
 
 def test_an_idle_link_saves_up_nothing():
-    clock = Clock()
+    clock = ManualClock()
     pacer = Pacer(100.0, clock=clock, sleep=clock.sleep)
     pacer.pass_bytes(10, there_since_s=0.0)
     clock.sleep(30.0)
