@@ -153,7 +153,7 @@ class ServingEngine:
         """VLLM's request; None once it ended."""
         return self.scheduler.requests.get(self._internal[name])
 
-    def run(self, *, until: Callable[[], bool] | None = None, timeout_s: float = 30.0) -> None:
+    def run(self, *, until: Callable[[], bool] | None = None, timeout_s: float = 120.0) -> None:
         """Step until nothing is left, or a condition holds."""
         end_s = time.monotonic() + timeout_s
         while self.busy and not (until is not None and until()):
