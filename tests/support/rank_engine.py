@@ -261,7 +261,7 @@ class Session:
 
     def scheduler_side(self, function: Any, args: tuple = ()) -> Any:
         """Run a function on the connector's scheduler side."""
-        return function(self.core.scheduler.connector._scheduler, *args)
+        return function(self.core.scheduler.connector.half, *args)
 
 
 def runner_of(worker: Any) -> Any:
@@ -313,12 +313,12 @@ def our_side(worker: Any) -> Any:
     """The connector's worker half on this rank."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return get_kv_transfer_group()._worker
+    return get_kv_transfer_group().half
 
 
 def settled(worker: Any) -> dict:
     side = our_side(worker)
-    assert side._saver.wait(20.0)
+    assert side.saver.wait(20.0)
     return {**side.counts.chunks_saved}
 
 
@@ -327,23 +327,23 @@ def break_reads(worker: Any, rank: tuple[int, int], fault: str, kind: str) -> No
     from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 
     side = our_side(worker)
-    shard = side._engine.handle.shard
-    if isinstance(side._store, FaultyStore):
-        side._store = side._store.inner
+    shard = side.facts.shard
+    if isinstance(side.store, FaultyStore):
+        side.store = side.store.inner
     if fault and (shard.pp_rank, shard.tp_rank) == rank:
         rule = FaultRule(fault=Fault(fault), matches=lambda key: key.kind.value == kind)
         plan = FaultPlan(rules=(rule,), seed=1)
-        side._store = FaultyStore(side._store, plan)
+        side.store = FaultyStore(side.store, plan)
 
 
 def set_bandwidth(worker: Any, bytes_per_s: float) -> None:
     """Throttle each rank's link anew."""
-    our_side(worker)._store.set_bandwidth(bytes_per_s)
+    our_side(worker).store.set_bandwidth(bytes_per_s)
 
 
 def take_only(side: Any, way: str) -> None:
     """Let stages above the first start from stored boundary states only, or only from what is handed over."""
-    for planner in side._decider.stages[1:]:
+    for planner in side.decider.stages[1:]:
         planner.sources = lambda *, num_boundaries, below: [BoundarySource(way)]
 
 

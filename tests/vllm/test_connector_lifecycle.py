@@ -120,7 +120,7 @@ def refusals(engine):
     from cacheflow.errors import ConfigError
     from cacheflow.vllm.connector import CacheFlowConnector
 
-    config = engine.connector._vllm_config
+    config = engine.engine.vllm_config
     for extra, message in REFUSED:
         changed = copy.copy(config)
         transfer = replace(config.kv_transfer_config, kv_connector_extra_config=extra)

@@ -162,13 +162,9 @@ def test_every_answer_is_vllms_own(folder, monkeypatch, capsys):
 def nothing_is_left(engine):
     engine.settle()
     side, worker = engine.side, engine.worker
-    assert side._requests == {}
+    assert side.requests == {}
     assert not side.has_work
-    assert side._restorations._active == {}
-    assert worker._request_of == {}
-    assert worker._carrier._active == {}
-    assert worker._failed_blocks == set()
-    assert not worker._carrier._reads.under_way
+    assert worker.idle
     assert engine.scheduler.failed_recving_kv_req_ids == set()
     assert engine.scheduler.finished_recving_kv_req_ids == set()
 

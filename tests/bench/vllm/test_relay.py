@@ -11,6 +11,7 @@ from cacheflow.bench.vllm.rivals.pacing import Pacer
 from cacheflow.bench.vllm.rivals.relay import Relay
 from cacheflow.errors import ConfigError
 from support.manual_clock import ManualClock
+from support.waiting import eventually
 
 
 def test_the_pace_is_that_of_the_link():
@@ -122,7 +123,6 @@ def test_closing_ends_open_connections(digest_server: int):
     relay = Relay(digest_server, bytes_per_s=1e9)
     with socket.create_connection(("127.0.0.1", relay.port)) as client:
         client.sendall(b"not finished")
-        while not relay._open:  # the relay's thread accepts in its own time
-            pass
+        eventually(lambda: relay.num_open == 2)  # the relay's thread accepts in its own time
         relay.close()
         assert client.recv(1) == b""
