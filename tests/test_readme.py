@@ -39,7 +39,7 @@ def pasted(folder: Path, *command: str, timeout_s: float) -> str:
 
 @pytest.mark.parametrize("words", [*commands(README), *commands(DOCS)], ids=" ".join)
 def test_every_command_that_is_shown_is_one(words):
-    args = cli._parse(list(words))
+    args = cli.parse(list(words))
     assert callable(args.run)
 
 
@@ -77,5 +77,5 @@ def test_what_calibrate_writes_is_what_the_python_reads():
     first = blocks(README, "python")[0]
     assert f'load_profile(Path("{words[words.index("--out") + 1]}"))' in first
     (own,) = re.findall(r"main\((\[.*\])\)", first)
-    args = cli._parse(json.loads(own))
+    args = cli.parse(json.loads(own))
     assert (args.model, str(args.out)) == (words[1], words[words.index("--out") + 1])

@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries below would tear ours
     try:
-        args = _parse(words)
+        args = parse(words)
         return int(args.run(args))
     except CacheFlowError as error:
         return _fail(str(error))
@@ -165,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command that ``words`` ask for, with its arguments; exits where they are none."""
     passed_on: list[str] = []
     if "--" in words and any(each.passes_on and each.words == tuple(words[: len(each.words)]) for each in COMMANDS):
         index = words.index("--")

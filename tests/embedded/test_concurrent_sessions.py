@@ -251,8 +251,10 @@ def test_what_can_never_fit_is_refused_with_the_numbers(store):
 
 
 @pytest.mark.parametrize("options", [{"recompute_budget_ms": 1.0}, {"itl_slo_ms": 5.0}])
-def test_an_answer_goes_on_while_others_restore(store, options):
-    """With a budget of about a cell, many tokens come while a long restoration runs; every one of them is right."""
+def test_an_answer_goes_on_while_others_restore(store, options, monkeypatch):
+    """With a budget of about a cell, tokens come between the cells of a long restoration; every one is right."""
+    from cacheflow.embedded.turn import Turn
+    from cacheflow.engine.compute_port import EngineComputePort
     from cacheflow.stores.throttled import ThrottledStore
     from support.embedded_cases import make_engine, tiny
 
@@ -263,15 +265,30 @@ def test_an_answer_goes_on_while_others_restore(store, options):
     sessions = [engine.session(history=history) for history in histories]
     reference = make_engine(model, store).session(history=histories[0])
     expected = reference.generate(asked[0], max_new_tokens=60, save=False)
+    done = []
+    noting(monkeypatch, Turn, "step", done)
+    noting(monkeypatch, EngineComputePort, "recompute", done)
     with engine.concurrent(objective="fcfs", **options) as batch:
         answering = batch.submit(sessions[0], asked[0], max_new_tokens=60, save=False)
         answering.first_token(60)
         restoring = batch.submit(sessions[1], asked[1], max_new_tokens=1, save=False)
-        reply, other = answering.result(60), restoring.result(60)
+        reply = answering.result(60)
+        restoring.result(60)
     assert reply.tokens == expected.tokens
     assert len(reply.itl_s) == 59
-    restoring_s = max(other.report.ttft_s, 1e-9)
-    assert max(reply.itl_s) < 0.5 * restoring_s, "decoding stood still while the other request was restored"
+    cells = [index for index, what in enumerate(done) if what == "recompute"]
+    assert done[cells[0] : cells[-1]].count("step") >= 10, "decoding stood still while the other request was restored"
+
+
+def noting(monkeypatch, owner, name, done):
+    """Add a method's name to ``done`` whenever it is called."""
+    method = getattr(owner, name)
+
+    def noted(self, *args, **kwargs):
+        done.append(name)
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, noted)
 
 
 def test_cancelling_ends_one_request_only(store):

@@ -190,7 +190,7 @@ def run_seed(seed: int, *, recurrent: bool = False) -> None:
         brought = state.cell(last, block) is CellState.LOADED
         assert brought or world.passed[block] == last + 1, "the state at the end is neither loaded nor recomputed"
     assert world.suffix_next == (problem.grid.num_blocks if problem.grid.suffix_ends else 0)
-    board = state._board
+    board = state.board
     assert abs(board.open_bytes) < 1e-6
     assert abs(board.open_compute_s) <= 1e-9 * max(1.0, problem.compute_KB.sum())
 

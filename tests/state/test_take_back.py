@@ -96,7 +96,7 @@ def test_a_cell_taken_back_is_placed_all_the_same_when_its_read_comes_first():
     problem = transformer_problem(num_tokens=512, suffix_tokens=64, num_blocks=4, ratio=0.5)
     state = RestoreState(problem, shared_plan(problem), LiveRates(bytes_per_s=problem.link.bytes_per_s))
     reads = [state.claim_load(0.0)]
-    state._board.set(*reads[0], CellState.OPEN)
+    state.board.set(*reads[0], CellState.OPEN)
     assert state.begin_place(reads[0])
     state.complete_load(reads[0], 0.0)
     assert state.cell(*reads[0]) is CellState.LOADED
@@ -105,7 +105,7 @@ def test_a_cell_taken_back_is_placed_all_the_same_when_its_read_comes_first():
 def test_a_taken_read_that_fails_is_not_asked_for_again():
     state = waiting_state()
     cell = state.claim_load(0.0)
-    state._board.set(*cell, CellState.OPEN)
+    state.board.set(*cell, CellState.OPEN)
     state.fail_load(cell, LoadOutcome.MISS)
     now_s = 0.0
     while (claim := state.claim_compute(now_s)).kind is not ClaimKind.DONE:

@@ -15,7 +15,6 @@ import pytest
 
 import cacheflow
 from cacheflow.errors import StoreError
-from cacheflow.stores import file as file_module
 from cacheflow.stores import record
 from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.directory import STALE_STAGING_S, drop_front
@@ -308,13 +307,13 @@ def test_more_parts_than_a_system_call_takes(root):
 def test_a_record_deleted_while_it_is_read_leaves_no_entry_behind(root, monkeypatch):
     with opened(root, num_threads=1) as store:
         put(store, 1, 2)
-        read_all = file_module._read_all
+        preadv = os.preadv
 
-        def delete_then_read(descriptor, parts):
+        def delete_then_read(descriptor, parts, offset):
             store.remove(key(1))
-            return read_all(descriptor, parts)
+            return preadv(descriptor, parts, offset)
 
-        monkeypatch.setattr(file_module, "_read_all", delete_then_read)
+        monkeypatch.setattr(os, "preadv", delete_then_read)
         assert get(store, 1)[0] is OK, "a reader that has the file open still gets its bytes"
         assert store.stats().num_objects == 1
         assert store.stats().used_bytes == RECORD

@@ -20,6 +20,7 @@ from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.file import FileStore
 from cacheflow.types import LoadOutcome
 from support.examples import examples
+from support.manual_clock import ManualClock
 from support.small_disk import SmallDisk, mounted
 from support.store_objects import get, key, payload, put
 
@@ -27,14 +28,6 @@ CAPACITY = 1 << 30
 RECORD = 4096 + 1000
 MIB = 1 << 20
 OK, STORED, FULL = LoadOutcome.OK, PutOutcome.STORED, PutOutcome.FULL
-
-
-class Clock:
-    def __init__(self):
-        self.now_s = 100.0
-
-    def __call__(self):
-        return self.now_s
 
 
 @pytest.fixture
@@ -98,7 +91,7 @@ def test_the_least_recently_used_make_room_on_a_full_disk(root, caplog, error):
 
 
 def test_a_disk_that_only_pinned_objects_fill_is_full_and_nothing_goes(root):
-    clock = Clock()
+    clock = ManualClock()
     disk = SmallDisk(root, 10 * RECORD)
     with opened(disk, clock=clock) as store:
         put(store, *range(10))
@@ -151,7 +144,7 @@ def test_other_failures_evict_nothing(root, caplog):
 
 
 def test_the_bound_follows_what_others_leave_of_the_disk(root, caplog):
-    clock = Clock()
+    clock = ManualClock()
     disk = SmallDisk(root, 100 * RECORD)
     first = 0
 
@@ -189,7 +182,7 @@ def test_a_quota_that_the_file_system_does_not_tell_costs_one_failed_write_a_min
             finally:
                 self.free_bytes = free_bytes
 
-    clock = Clock()
+    clock = ManualClock()
     disk = Quota(root, 40 * RECORD, error=errno.EDQUOT)
     disk.free_bytes = lambda: CAPACITY
     with opened(disk, clock=clock, num_threads=1) as store:
@@ -236,7 +229,7 @@ class Trial:
     """One random course of events on a small disk, and what must hold after each."""
 
     def __init__(self, root, disk_bytes):
-        self.clock = Clock()
+        self.clock = ManualClock()
         self.disk = SmallDisk(root, disk_bytes)
         self.store = opened(self.disk, clock=self.clock)
         self.sizes = {}
@@ -341,7 +334,7 @@ def test_a_real_disk_without_room_for_files(tmp_path):
 
 
 def test_somebody_elses_file_comes_and_goes_on_a_real_file_system(small_mount):
-    clock = Clock()
+    clock = ManualClock()
     with opened(small_mount / "store", capacity_bytes=3 * MIB, clock=clock) as store:
         other = small_mount / "other"
         other.write_bytes(bytes(2 * MIB))

@@ -19,23 +19,16 @@ from cacheflow.stores.file import FileStore
 from cacheflow.stores.lru import LruIndex
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
+from support.manual_clock import ManualClock
 from support.store_objects import TIMEOUT_S, get, key, payload, put, put_request
 
 RECORD = 4096 + 1000
 STORED, FULL = PutOutcome.STORED, PutOutcome.FULL
 
 
-class FakeClock:
-    def __init__(self):
-        self.now_s = 100.0
-
-    def __call__(self):
-        return self.now_s
-
-
 @pytest.fixture
 def clock():
-    return FakeClock()
+    return ManualClock()
 
 
 @pytest.fixture(params=["memory", "file"])

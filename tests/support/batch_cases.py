@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cacheflow.plan.grid import Tile
@@ -49,8 +50,8 @@ class SharedTransfer(FakeTransfer):
 class FakeDecode:
     """An answer of a number of tokens; notes which thread made it."""
 
-    def __init__(self, num_tokens: int, *, step_s: float = 0.0) -> None:
-        self.num_tokens, self.step_s = num_tokens, step_s
+    def __init__(self, num_tokens: int, *, step_s: float = 0.0, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.num_tokens, self.step_s, self.sleep = num_tokens, step_s, sleep
         self.num_made = 0
         self.thread_ids: set[int] = set()
 
@@ -59,7 +60,7 @@ class FakeDecode:
 
     def step(self) -> bool:
         self.thread_ids.add(threading.get_ident())
-        time.sleep(self.step_s)
+        self.sleep(self.step_s)
         self.num_made += 1
         assert self.num_made <= self.num_tokens
         return self.num_made < self.num_tokens
@@ -78,6 +79,7 @@ class FakeRequest:
     num_tokens: int = 0
     first_token_within_s: float | None = None
     prepare_error: Exception | None = None
+    sleep: Callable[[float], None] = time.sleep
     num_prepared: int = 0
     buffer: FakeBuffer = field(init=False)
     compute: FakeCompute = field(init=False)
@@ -86,9 +88,9 @@ class FakeRequest:
 
     def __post_init__(self) -> None:
         self.buffer = FakeBuffer(self.problem.grid)
-        self.compute = FakeCompute(self.buffer, cell_s=self.cell_s)
+        self.compute = FakeCompute(self.buffer, cell_s=self.cell_s, sleep=self.sleep)
         self.transfer = SharedTransfer(self.buffer, self.link, cell_s=self.load_s)
-        self.decode = FakeDecode(self.num_answer, step_s=self.step_s)
+        self.decode = FakeDecode(self.num_answer, step_s=self.step_s, sleep=self.sleep)
 
     def request(self) -> BatchRequest[FakeTicket]:
         return BatchRequest(

@@ -104,7 +104,8 @@ class ChangingEngine:
 
     def load_adapter(self) -> None:
         """``load_inplace``: vLLM reads the files again."""
-        self.manager._load_adapter(SimpleNamespace(lora_name="ad", lora_int_id=1, lora_path=str(self.adapter_folder)))
+        request = SimpleNamespace(lora_name="ad", lora_int_id=1, lora_path=str(self.adapter_folder))
+        self.manager._load_adapter(request)  # noqa: SLF001 -- vLLM has no other way
 
     def edit(self, weights: float, *, announced: bool) -> None:
         with torch.no_grad():

@@ -60,7 +60,7 @@ class ServingEngine:
     keeps_kv: bool = True
     answers: dict[str, Answer] = field(default_factory=dict)
     _prompts: dict[str, list[int]] = field(default_factory=dict)
-    _internal: dict[str, str] = field(default_factory=dict)
+    internal_ids: dict[str, str] = field(default_factory=dict)
 
     @property
     def engine(self):
@@ -81,12 +81,12 @@ class ServingEngine:
 
     @property
     def side(self):
-        return self.connector._scheduler
+        return self.connector.half
 
     @property
     def worker(self):
         """The worker's half."""
-        return self.worker_connector._worker
+        return self.worker_connector.half
 
     @property
     def worker_connector(self):
@@ -96,7 +96,11 @@ class ServingEngine:
 
     @property
     def store(self):
-        return self.side._store
+        return self.worker.store
+
+    @property
+    def model(self):
+        return self.core.model_executor.driver_worker.worker.model_runner.model
 
     @property
     def free_blocks(self) -> int:
@@ -126,7 +130,7 @@ class ServingEngine:
         before = set(self.scheduler.requests)
         self.engine.add_request(name, prompt, sampling, lora_request=lora)
         (internal,) = set(self.scheduler.requests) - before
-        self.answers[name], self._prompts[name], self._internal[name] = Answer(), list(tokens), internal
+        self.answers[name], self._prompts[name], self.internal_ids[name] = Answer(), list(tokens), internal
         return name
 
     def abort(self, name: str) -> None:
@@ -147,13 +151,13 @@ class ServingEngine:
                 answer.params = output.kv_transfer_params
 
     def block_ids(self, name: str) -> list[int]:
-        return list(self.scheduler.kv_cache_manager.get_block_ids(self._internal[name])[0])
+        return list(self.scheduler.kv_cache_manager.get_block_ids(self.internal_ids[name])[0])
 
     def request(self, name: str):
         """VLLM's request; None once it ended."""
-        return self.scheduler.requests.get(self._internal[name])
+        return self.scheduler.requests.get(self.internal_ids[name])
 
-    def run(self, *, until: Callable[[], bool] | None = None, timeout_s: float = 30.0) -> None:
+    def run(self, *, until: Callable[[], bool] | None = None, timeout_s: float = 120.0) -> None:
         """Step until nothing is left, or a condition holds."""
         end_s = time.monotonic() + timeout_s
         while self.busy and not (until is not None and until()):
@@ -183,13 +187,13 @@ class ServingEngine:
 
     def count_preemptions(self) -> list[str]:
         """Names of the requests that vLLM preempts from now on; grows."""
-        preempted, preempt = [], self.scheduler._preempt_request
+        preempted, preempt = [], self.scheduler._preempt_request  # noqa: SLF001 -- vLLM has no other way
 
         def noting(request, *args, **kwargs):
             preempted.append(request.request_id)
             return preempt(request, *args, **kwargs)
 
-        self.scheduler._preempt_request = noting
+        self.scheduler._preempt_request = noting  # noqa: SLF001 -- vLLM has no other way
         return preempted
 
     def own(self, tokens: Sequence[int], **wishes) -> Answer:
@@ -212,7 +216,7 @@ class ServingEngine:
 
     def settle(self) -> None:
         """Wait until what was saved is in the store."""
-        assert self.worker._saver.wait(20.0)
+        assert self.worker.saver.wait(20.0)
 
     def evict(self) -> None:
         """Forget every cached prefix and fill the whole KV cache with wrong numbers."""
@@ -240,19 +244,19 @@ class ServingEngine:
 
         self.evict()  # the worker's half tries things out in the KV cache
         connector = self.connector
-        options = dataclasses.replace(connector._options, **changes)
+        options, store = dataclasses.replace(connector.options, **changes), self.store
         self.worker.close()
         self.side.close()
         worker_connector, runner = self.worker_connector, self.core.model_executor.driver_worker.worker.model_runner
         fresh = Starting(
-            options=options, store=self.store, vllm_config=worker_connector._vllm_config,
-            kv_cache_config=worker_connector._kv_cache_config, kv_caches=kv_caches_of(runner),
+            options=options, store=store, vllm_config=runner.vllm_config, kv_cache_config=runner.kv_cache_config,
+            kv_caches=kv_caches_of(runner),
         )  # fmt: skip
-        worker_connector._half, connector._options = fresh.worker(), options
-        facts = worker_connector._half.facts
+        worker_connector.half, connector.options = fresh.worker(), options
+        facts = worker_connector.half.facts
         if facts.costs is not None:  # the scheduler is held to chunks, whatever pass was measured
             facts = dataclasses.replace(facts, costs=dataclasses.replace(facts.costs, engine_pass=None))
-        connector._half = fresh.scheduler([facts])
+        connector.half = fresh.scheduler([facts])
         if "chunk_tokens" in changes:
             self.scheduler.max_num_scheduled_tokens = options.chunk_tokens
 
@@ -261,8 +265,8 @@ class ServingEngine:
         from cacheflow.plan.rates import LiveRates
         from cacheflow.vllm.scheduler.stage_planner import PlanSpan
 
-        decider = self.side._decider
-        chunk_tokens = decider._options.chunk_tokens
+        decider = self.side.decider
+        chunk_tokens = self.connector.options.chunk_tokens
         span = PlanSpan(start=0, end=num_tokens // chunk_tokens * chunk_tokens, chunk_tokens=chunk_tokens)
         problem = decider.stages[0].problem(span, stored=False)
         compute_s = float(problem.compute_KB.sum()) * decider.rates.compute_factor
@@ -285,7 +289,7 @@ class ServingEngine:
         from cacheflow.plan.rates import LiveRates
 
         self.throttled.set_bandwidth(bytes_per_s)
-        self.side._decider.rates = LiveRates(bytes_per_s=bytes_per_s)
+        self.side.decider.rates = LiveRates(bytes_per_s=bytes_per_s)
 
 
 def ours(connector):

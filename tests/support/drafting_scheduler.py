@@ -65,7 +65,7 @@ class DraftingEngine:
 
     def add(self, request: Any) -> None:
         self.scheduler.add_request(request)
-        self.final[request.request_id] = request._all_token_ids
+        self.final[request.request_id] = request._all_token_ids  # noqa: SLF001 -- the list that grows; vLLM shows it in a view only
 
     def run(self, *, max_steps: int = 3000) -> None:
         """Step until every request has ended."""
@@ -191,7 +191,7 @@ def drafting_engine(config: Any, *, seed: int, luck: float, overlap: int, num_bl
         vllm_config=config, kv_cache_config=caches, block_size=BLOCK, hash_block_size=BLOCK,
         structured_output_manager=StructuredOutputManager(config),
     )  # fmt: skip
-    scheduler.connector._half = scheduler.connector._half.scheduler([facts(block_size=BLOCK)])
+    scheduler.connector.half = scheduler.connector.half.scheduler([facts(block_size=BLOCK)])
     return DraftingEngine(scheduler, luck, overlap, random.Random(seed))
 
 

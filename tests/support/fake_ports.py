@@ -33,8 +33,8 @@ class FakeBuffer:
 class FakeCompute:
     """Writes what a transformer would, and refuses orders a transformer could not carry out."""
 
-    def __init__(self, buffer: FakeBuffer, *, cell_s: float = 0.0) -> None:
-        self.buffer, self.cell_s = buffer, cell_s
+    def __init__(self, buffer: FakeBuffer, *, cell_s: float = 0.0, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.buffer, self.cell_s, self.sleep = buffer, cell_s, sleep
         self.height = [0] * buffer.grid.num_chunks
         self.suffix_next = 0
         self.finished = False
@@ -49,7 +49,7 @@ class FakeCompute:
         assert self.height[chunk] == tile.block_lo
         for block in range(tile.block_lo, tile.block_hi):
             assert all(self.buffer.cells[k, block] == expected_value(k, block) for k in range(chunk))
-            time.sleep(self.cell_s)
+            self.sleep(self.cell_s)
             self.buffer.cells[chunk, block] = expected_value(chunk, block)
         self.height[chunk] = -1 if kv_only_top else tile.block_hi
 

@@ -85,13 +85,17 @@ def request(folder, number=1):
     return SimpleNamespace(lora_name="ad", lora_int_id=number, lora_path=str(folder), is_3d_lora_weight=False)
 
 
+def load(runner, folder):
+    return runner.lora_manager._load_adapter(request(folder))  # noqa: SLF001 -- vLLM has no other way
+
+
 def test_a_worker_knows_what_it_loaded_whatever_the_files_are_now(tmp_path, caplog):
     folder, files = write(tmp_path / "ad"), AdapterFiles()
     runner = runner_of(lambda request: "loaded")
     loaded = LoadedAdapters(runner)
     first = files.claim(adapter(folder))
     assert not loaded.contradicts(first)  # not loaded yet
-    assert runner.lora_manager._load_adapter(request(folder)) == "loaded"
+    assert load(runner, folder) == "loaded"
     assert not loaded.contradicts(first)
     assert not loaded.contradicts(None)
     write(folder, "retrained")
@@ -101,7 +105,7 @@ def test_a_worker_knows_what_it_loaded_whatever_the_files_are_now(tmp_path, capl
     assert len(caplog.records) == 1
     assert not loaded.contradicts(first)
     assert loaded.take_replaced() == ()
-    runner.lora_manager._load_adapter(request(folder))
+    load(runner, folder)
     assert not loaded.contradicts(second)
     assert loaded.contradicts(first)
     assert loaded.take_replaced() == (1,)
@@ -113,7 +117,7 @@ def test_files_written_while_they_were_loaded_are_nobodys(tmp_path):
     runner = runner_of(lambda request: write(folder, "half of the old, half of the new"))
     loaded = LoadedAdapters(runner)
     before = AdapterFiles().claim(adapter(folder))
-    runner.lora_manager._load_adapter(request(folder))
+    load(runner, folder)
     assert loaded.contradicts(before)
     assert loaded.contradicts(AdapterFiles().claim(adapter(folder)))
 

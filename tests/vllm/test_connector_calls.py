@@ -40,7 +40,7 @@ def connector():
     from cacheflow.vllm.connector import CacheFlowConnector
 
     made = CacheFlowConnector.__new__(CacheFlowConnector)
-    made._half, made._to_carry_out, made._to_save, made._connector_metadata = Recorder(), None, None, None
+    made.half = Recorder()
     return made
 
 
@@ -49,7 +49,7 @@ def step(connector, *, loads_first=False, saves_late=False, never_saves=False):
     from cacheflow.vllm.connector import CacheFlowMetadata
     from cacheflow.vllm.step import StepWork
 
-    worker = connector._worker
+    worker = connector.half
     worker.now, worker.calls = BEFORE, []
     connector.bind_connector_metadata(CacheFlowMetadata(StepWork(), loads_first=loads_first))
     if loads_first:

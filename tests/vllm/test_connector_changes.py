@@ -30,7 +30,7 @@ def serving(tmp_path_factory, _single_process_vllm):
 @pytest.fixture
 def engine(serving):
     """With the weights it was loaded with, known to both halves by their fingerprint, as after a start."""
-    model = serving.worker._engine.handle.model
+    model = serving.model
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     serving.configure()
     yield serving
@@ -49,7 +49,7 @@ def change_announced(engine):
 
 
 def change_without_notice(engine):
-    edit(engine.worker._engine.handle.model)
+    edit(engine.model)
 
 
 def restored(answer):
@@ -134,7 +134,7 @@ def test_no_kv_of_the_new_weights_is_saved_for_engines_with_the_old(engine, chan
     change(engine)
     assert engine.ask(prompt).tokens != old
     engine.evict()
-    for layer in engine.worker._engine.handle.model.model.layers:
+    for layer in engine.model.model.layers:
         layer.input_layernorm.weight.data.div_(1.5)
     engine.configure()  # another process with the original weights, on the same store
     fresh = engine.ask(prompt)

@@ -1,10 +1,10 @@
 """Stores and workers that fail: the answer stays vLLM's own, nothing hangs, nothing is lost of the KV cache."""
 
 import threading
-from dataclasses import dataclass
 
 import pytest
 
+from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.types import LoadOutcome
 
@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CHUNK = 128
 LAYERS = 4
 NUM_CHUNKS = 6
+SAVER_THREAD = "cacheflow-save"
 READ_FAULTS = [Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.LATE, Fault.HANG]
 
 
@@ -52,10 +53,7 @@ def engine(started):
 
 def inject(engine, *rules):
     """From now on the store fails by these rules."""
-    faulty = engine.store.inner
-    with faulty._draw_lock:
-        faulty._plan = FaultPlan(rules=rules)
-        faulty._seen, faulty._struck = [0] * len(rules), [0] * len(rules)
+    engine.store.inner.set_plan(FaultPlan(rules=rules))
 
 
 def tokens(count=NUM_CHUNKS * CHUNK + 21, seed=1):
@@ -83,37 +81,38 @@ def test_reads_that_fail(engine, fault, every, policy):
 
 
 def test_a_damaged_object_is_written_anew(engine):
-    """In a middle layer: neither the lookup nor a save looks there first."""
+    """In a middle layer: neither the lookup nor a save looks there first. The damage shows once, then it is mended."""
     engine.configure(policy="load")
     prompt = tokens(seed=2)
     own = engine.saved(prompt)
     engine.balance_link(len(prompt), ratio=0.1)
-    records = engine.store.inner.inner._records
-    (name,) = [each for each in records if "_2-3_" in each and chain_of(prompt, 1) in each]
-    records[name][-5] ^= 1
+    key = key_of(engine, prompt, chunk=1, layer=2)
+    written = engine.store.stats().put_outcomes[PutOutcome.STORED]
+    inject(engine, FaultRule(fault=Fault.CORRUPT, matches=lambda each: each == key, limit=1))
     damaged = engine.ask(prompt)
     assert damaged.record["failed_loads"]["corrupt"] == 1
     assert damaged.record["repaired_cells"] > 0
     engine.evict()
+    assert engine.store.stats().put_outcomes[PutOutcome.STORED] > written
     healed = engine.ask(prompt)
     assert set(healed.record["failed_loads"]) <= {"cancelled"}
     assert healed.record["loaded_cells"] == NUM_CHUNKS * LAYERS
     assert own.tokens == damaged.tokens == healed.tokens
 
 
-def chain_of(prompt, chunk):
-    from cacheflow.stores.keys import chain_hashes
+def key_of(engine, prompt, *, chunk, layer):
+    from cacheflow.stores.keys import RankKeys, chain_hashes
 
-    return chain_hashes(prompt, list(range(CHUNK, (chunk + 1) * CHUNK + 1, CHUNK)))[chunk].hex()
+    hashes = chain_hashes(prompt, list(range(CHUNK, (chunk + 1) * CHUNK + 1, CHUNK)))
+    return RankKeys().kv(engine.side.identity.namespace(None), hashes[chunk].hex(), (layer, layer + 1))
 
 
 def test_objects_that_were_evicted_between_lookup_and_read(engine):
     engine.configure(policy="load")
     prompt = tokens(seed=3)
     own = engine.saved(prompt)
-    records = engine.store.inner.inner._records
-    for name in [each for each in records if "_1-2_" in each]:
-        del records[name]
+    lost = [key_of(engine, prompt, chunk=chunk, layer=1) for chunk in range(NUM_CHUNKS)]
+    assert engine.store.delete(lost) == NUM_CHUNKS
     again = engine.ask(prompt)
     assert again.tokens == own.tokens
     assert again.record["failed_loads"]["miss"] > 0
@@ -133,7 +132,7 @@ def test_a_store_that_cannot_be_asked(engine, monkeypatch, how):
         return (False,) * len(keys)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.side._lookup, "_store", type("Store", (), {"contains": staticmethod(contains)}))
+        patch.setattr(engine.store, "contains", contains)
         again = engine.ask(prompt)
         assert again.tokens == own.tokens
         assert again.records == []
@@ -149,32 +148,22 @@ def test_a_store_that_hangs_where_saves_ask_it_holds_no_step_up(engine, monkeypa
     go_on, asking, contains = threading.Event(), threading.Event(), engine.store.contains
 
     def hanging(keys):
-        asking.set()
-        go_on.wait(30.0)
+        if threading.current_thread().name == SAVER_THREAD:
+            asking.set()
+            go_on.wait(30.0)
         return contains(keys)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.worker._saver, "_store", Hanging(engine.store, hanging))
+        patch.setattr(engine.store, "contains", hanging)
         again = engine.ask(prompt, params={"cacheflow": "recompute"})
         assert asking.wait(10.0)
         assert not go_on.is_set()
         assert again.tokens == own.tokens
-        assert not engine.worker._saver.wait(0.1)
+        assert not engine.worker.saver.wait(0.1)
         go_on.set()
         engine.settle()
     engine.evict()
     assert engine.ask(prompt).record["end"] == NUM_CHUNKS * CHUNK
-
-
-@dataclass
-class Hanging:
-    """A store of which ``contains`` is another's."""
-
-    inner: object
-    contains: object
-
-    def submit_put(self, requests, *, priority):
-        return self.inner.submit_put(requests, priority=priority)
 
 
 def test_saves_that_fail(engine):
@@ -326,7 +315,7 @@ def test_an_abort_in_the_middle_frees_everything(engine, num_steps):
     engine.run()
     assert engine.free_blocks == free_blocks
     assert not engine.side.has_work
-    assert engine.side._requests == {}
+    assert engine.side.requests == {}
     engine.evict()
     again = engine.ask(prompt)
     assert again.record["outcome"] == "done"

@@ -109,7 +109,7 @@ def test_a_staircase_of_heights_that_fall_with_the_block(setting, chunk_tokens, 
     prompt, levels_K = prompt_of(chunk_tokens), STAIRCASES[chunk_tokens]
     engine.saved(prompt)
     engine.balance_link(len(prompt))
-    engine.side._decider._policy = FixedStaircase(levels_K, kv_only_top)
+    engine.side.decider.policy = FixedStaircase(levels_K, kv_only_top)
     again = engine.ask(prompt)
     assert again.record["outcome"] == "done"
     assert again.record["policy"] == FixedStaircase.name
@@ -145,9 +145,9 @@ def replaced(engine, prompt, chunk, layer, change):
     from cacheflow.stores.keys import RankKeys, chain_hashes
     from cacheflow.types import LoadOutcome
 
-    chunk_tokens = engine.connector._options.chunk_tokens
+    chunk_tokens = engine.connector.options.chunk_tokens
     hashes = chain_hashes(prompt, list(range(chunk_tokens, (chunk + 1) * chunk_tokens + 1, chunk_tokens)))
-    key = RankKeys().kv(engine.side._identity.namespace(None), hashes[chunk].hex(), (layer, layer + 1))
+    key = RankKeys().kv(engine.side.identity.namespace(None), hashes[chunk].hex(), (layer, layer + 1))
     payload = np.empty(engine.layout.num_bytes(1, chunk_tokens // engine.layout.block_size), dtype=np.uint8)
     assert engine.store.submit_get([GetRequest(key, payload)]).wait() == (LoadOutcome.OK,)
     change(payload)

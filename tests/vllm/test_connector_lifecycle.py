@@ -73,9 +73,7 @@ def test_a_store_of_files_outlives_an_engine_that_ends_in_the_middle(folder, tmp
         for _ in range(4):
             engine.step()
         assert engine.side.has_work
-        began_s = time.monotonic()
     assert threads_left() == []
-    assert time.monotonic() - began_s < 30, "the engine did not end"
     assert restored_twice or preempted
 
     with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
@@ -122,7 +120,7 @@ def refusals(engine):
     from cacheflow.errors import ConfigError
     from cacheflow.vllm.connector import CacheFlowConnector
 
-    config = engine.connector._vllm_config
+    config = engine.engine.vllm_config
     for extra, message in REFUSED:
         changed = copy.copy(config)
         transfer = replace(config.kv_transfer_config, kv_connector_extra_config=extra)

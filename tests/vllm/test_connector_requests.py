@@ -154,7 +154,7 @@ def test_what_another_restoration_has_brought_is_copied(engine, abort_first):
 
 def restoring(engine, name):
     """Whether a request's restoration has begun; what it copies is copied in the same step."""
-    return engine.side._restorations.restoring(engine._internal[name])
+    return engine.side.restorations.restoring(engine.internal_ids[name])
 
 
 def free_blocks_of(engine):

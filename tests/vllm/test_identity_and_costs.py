@@ -122,7 +122,7 @@ def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_p
     )
     (grid,) = costs.kinds.values()
     assert grid.full_s(1, 0) <= grid.full_s(256, 0)
-    assert grid.kv_only_s(256, 1024) < grid.full_s(256, 1024)
+    assert grid.kv_only_s(256, 1024) <= grid.full_s(256, 1024)
     assert grid.full_s(256, 2048) >= grid.full_s(256, 1792)
     assert costs.head_s > 0
     assert costs.engine_pass is not None

@@ -243,7 +243,7 @@ def test_handshakes_are_kept_apart(setting):
     name, engine, _ = setting
     if "keeping" in name:
         assert KEPT.handshakes == [{0: KeepingHandshake(engine.layout.num_layers)}]
-    assert len(engine.side._questions._ranks) == 1
+    assert len(engine.side.decider.stages) == 1
 
 
 def test_a_load_of_the_other_that_fails_is_not_saved(setting):

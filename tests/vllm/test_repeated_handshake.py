@@ -54,11 +54,11 @@ def test_requests_before_between_and_after(engine):
     first = engine.submit(prompts[0])
     engine.run(until=lambda: engine.side.has_work)
     waiting = engine.submit(prompts[1])
-    rates = engine.side._decider.rates
+    rates = engine.side.decider.rates
     again(engine.core)
     assert engine.side.has_work
     assert all(engine.side.knows(name) for name in engine.scheduler.requests)
-    assert engine.side._decider.rates is rates
+    assert engine.side.decider.rates is rates
     engine.run()
     again(engine.core)
     again(engine.core)
@@ -116,10 +116,10 @@ def test_the_connector_takes_facts_once():
     case = Case()
     handshakes = {(0, 0): CacheFlowHandshake(*case.facts_by_rank)}
     connector = CacheFlowConnector.__new__(CacheFlowConnector)
-    connector._half = Starting(options=case.options, store=case.store, vllm_config=None, kv_cache_config=None)
+    connector.half = Starting(options=case.options, store=case.store, vllm_config=None, kv_cache_config=None)
     connector.set_xfer_handshake_metadata_pp_aware(handshakes)
-    connector._half.close()
-    connector._half = case.side  # the same, with a clock of the test's
+    connector.half.close()
+    connector.half = case.side  # the same, with a clock of the test's
     worker = Worker(case)
     prompt = case.saved_prompt(4 * SHORT + 10, 4)
     case.arrive("a", prompt)
@@ -127,7 +127,7 @@ def test_the_connector_takes_facts_once():
     worker.carry_out(case.step())
     case.arrive("b", prompt[: 2 * SHORT + 5])
     connector.set_xfer_handshake_metadata_pp_aware(pickle.loads(pickle.dumps(handshakes)))
-    assert connector._scheduler is case.side
+    assert connector.half is case.side
     assert case.side.knows("b")
     assert case.side.has_work
     worker.run()

@@ -157,6 +157,11 @@ class StepExecutor:
         self._computes: list[ComputeReport] = []
         self._finished: list[int] = []
 
+    @property
+    def idle(self) -> bool:
+        """Whether no restoration is under way and no read is left of any."""
+        return not (self._active or self._reads.under_way)
+
     def begin(self, target: RestoreTarget) -> None:
         """Take a restoration on, before its first work. One whose ports cannot be made is reported as failed."""
         assert target.restore_id not in self._active, f"restoration {target.restore_id} was begun before"

@@ -82,6 +82,11 @@ class RestoreState:
     # What there is.
 
     @property
+    def board(self) -> Board:
+        """The state of every cell; written by this object and its two sides."""
+        return self._board
+
+    @property
     def source(self) -> BoundarySource:
         """Where the activations below the bottom block come from."""
         return self._boundaries.source

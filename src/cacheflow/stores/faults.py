@@ -103,11 +103,16 @@ class FaultyStore(WrapperStore):
     def __init__(self, inner: Store, plan: FaultPlan) -> None:
         """Wrap ``inner``, which is closed with this store."""
         super().__init__(inner)
-        self._plan = plan
-        self._random = random.Random(plan.seed)
-        self._seen = [0] * len(plan.rules)
-        self._struck = [0] * len(plan.rules)
         self._draw_lock = Lock()
+        self.set_plan(plan)
+
+    def set_plan(self, plan: FaultPlan) -> None:
+        """Inject these faults from now on, counted from 0; operations under way end as they were to."""
+        with self._draw_lock:
+            self._plan = plan
+            self._random = random.Random(plan.seed)
+            self._seen = [0] * len(plan.rules)
+            self._struck = [0] * len(plan.rules)
 
     def capabilities(self) -> Capabilities:
         """See ``Store.capabilities``."""

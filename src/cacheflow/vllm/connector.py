@@ -92,6 +92,10 @@ class CacheFlowConnector(KVConnectorBase_V1):
     """Restores evicted prefixes by recomputing and loading at once; see ``docs/vllm.md``.
 
     Alone or as a child of vLLM's ``MultiConnector``; also as a base class in a module of the user's.
+
+    Attributes:
+        options: What was asked for.
+        half: What it is: starting, then the scheduler's side or a worker's.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -111,20 +115,20 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        self._options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
+        self.options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
         if role is KVConnectorRole.WORKER:  # which vLLM makes first
             _check_transfer(worker_of(vllm_config).vllm_config.kv_transfer_config)
         log_beside_vllm()
         check_version()
         require_loadable(load_refusals(vllm_config, kv_cache_config))
-        self._options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
-        self._options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
+        self.options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
+        self.options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
         self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
-        self._options.require_block_size(self._block_size)
+        self.options.require_block_size(self._block_size)
         self._engine_id = str(transfer.engine_id)
-        store = acquire_store(self._engine_id, self._options)
-        self._half: Starting | SchedulerSide | WorkerSide = Starting(
-            options=self._options, store=store, vllm_config=vllm_config, kv_cache_config=kv_cache_config
+        store = acquire_store(self._engine_id, self.options)
+        self.half: Starting | SchedulerSide | WorkerSide = Starting(
+            options=self.options, store=store, vllm_config=vllm_config, kv_cache_config=kv_cache_config
         )
         self._to_carry_out: StepWork | None = None
         self._to_save: StepWork | None = None
@@ -156,8 +160,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
                 f"none of {len(metadata)} workers handed over what CacheFlow found out at start: without that nothing "
                 "is restored. Another connector stands between them that passes on its own handshake only"
             )
-        if isinstance(self._half, Starting):
-            self._half = self._half.scheduler([each.facts for each in ours])
+        if isinstance(self.half, Starting):
+            self.half = self.half.scheduler([each.facts for each in ours])
 
     def on_new_request(self, request: Any) -> None:
         """Start the lookup as soon as a request arrives."""
@@ -216,16 +220,16 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
         def reporting() -> bool:
             was_reset = bool(reset())
-            if was_reset and isinstance(self._half, SchedulerSide):
-                self._half.local_cache_was_reset()
+            if was_reset and isinstance(self.half, SchedulerSide):
+                self.half.local_cache_was_reset()
             return was_reset
 
         kv_cache_manager.reset_prefix_cache = reporting
 
     def reset_cache(self) -> bool:
         """Restore nothing that was saved so far; what others share in the store stays."""
-        if isinstance(self._half, SchedulerSide):
-            self._half.reset()
+        if isinstance(self.half, SchedulerSide):
+            self.half.reset()
         return True
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -236,14 +240,14 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn where the KV blocks are."""
-        if isinstance(self._half, Starting):
-            self._half.kv_caches = kv_caches
+        if isinstance(self.half, Starting):
+            self.half.kv_caches = kv_caches
 
     @reason_left()
     def get_handshake_metadata(self) -> CacheFlowHandshake:
         """Self-test and calibration, before the first request; what they found when vLLM asks again."""
-        if isinstance(self._half, Starting):
-            self._half = self._half.worker()
+        if isinstance(self.half, Starting):
+            self.half = self.half.worker()
         return CacheFlowHandshake(self._worker.facts)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
@@ -306,7 +310,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def get_kv_connector_stats(self) -> CacheFlowStats | None:
         """Counts of this side since the last call."""
-        data = self._half.counts.take()
+        data = self.half.counts.take()
         return CacheFlowStats(data) if data else None
 
     @classmethod
@@ -327,20 +331,20 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def shutdown(self) -> None:
         """End threads and give the store back; what is under way is given up."""
-        self._half.close()
+        self.half.close()
         if self._engine_id:
             release_store(self._engine_id)
             self._engine_id = ""
 
     @property
     def _scheduler(self) -> SchedulerSide:
-        assert isinstance(self._half, SchedulerSide), "a scheduler's call on a worker's half, or before the handshake"
-        return self._half
+        assert isinstance(self.half, SchedulerSide), "a scheduler's call on a worker's half, or before the handshake"
+        return self.half
 
     @property
     def _worker(self) -> WorkerSide:
-        assert isinstance(self._half, WorkerSide), "a worker's call on a scheduler's half, or before the handshake"
-        return self._half
+        assert isinstance(self.half, WorkerSide), "a worker's call on a scheduler's half, or before the handshake"
+        return self.half
 
 
 def _view(request: Any) -> RequestView:

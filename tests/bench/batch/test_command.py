@@ -125,7 +125,7 @@ def test_a_wrong_reference_is_found_out(model_folder):
     problems = study.problems(bytes_per_s=study.bytes_per_s(1.0))
     case = BatchCase(problems=problems, arrivals_s=[0.0, 0.0], deadlines_s=[1.0, 1.0])
     assert [run.correct for run in study.run(find_contender("fcfs"), case, order=(0, 1))] == [True, True]
-    study._prompts[1].reference.kv_L2THD[0, 0, 5, 0, 0] += 1.0
+    study.prompts[1].reference.kv_L2THD[0, 0, 5, 0, 0] += 1.0
     assert [run.correct for run in study.run(find_contender("fcfs"), case, order=(0, 1))] == [True, False]
     study.close()
 

@@ -40,7 +40,7 @@ def simulate(tmp_path: Path):
     from rich.console import Console
 
     def run(suite: str, make) -> None:
-        command._simulate([Stub(suite, make)], tmp_path / "results.jsonl", fast=True, console=Console())
+        command.simulate_figures([Stub(suite, make)], tmp_path / "results.jsonl", fast=True, console=Console())
 
     return run
 

@@ -85,7 +85,7 @@ def test_each_rank_has_a_core_and_the_server_its_sizes(tmp_path, monkeypatch):
 def test_the_link_is_the_same_for_every_split_and_the_axis_is_an_option(tmp_path):
     whole = 1024 * SHAPE.kv_bytes_per_token
     assert study(tmp_path).bytes_per_s(0.5) == pytest.approx(whole / (0.5 * 2.0))
-    options = [study(tmp_path)._transfer(split, 5.0)["kv_connector_extra_config"] for split in splits_of((2,), (1,))]
+    options = [study(tmp_path).transfer(split, 5.0)["kv_connector_extra_config"] for split in splits_of((2,), (1,))]
     assert [each["boundary_states"] for each in options] == [True, True, False]
     assert {each["throttle_bytes_per_s"] for each in options} == {5.0}
     assert len({each["store_path"] for each in options}) == 3
@@ -185,7 +185,7 @@ def test_a_record_holds_what_the_engine_counted_and_whether_tokens_are_equal(tmp
     counts = EngineCounts(
         loaded_bytes=100, recomputed_tokens=256.0, loaded_tokens=768.0, restore_s=1.2, bound_ratio=1.5
     )
-    made = asked._record(split, answer(tokens), counts, own_s=3.0, repeat=0, ratio=2.0)
+    made = asked.record(split, answer(tokens), counts, own_s=3.0, repeat=0, ratio=2.0)
     assert (made.correct, made.equal_tokens, made.timed) == (correct, equal, correct)
     assert (made.recomputed_cells, made.loaded_cells) == (3, 9)
     assert made.bound_restore_s == pytest.approx(0.8)
@@ -196,7 +196,7 @@ def test_a_record_holds_what_the_engine_counted_and_whether_tokens_are_equal(tmp
 def test_what_was_not_restored_has_no_time_of_restoration(tmp_path):
     asked = study(tmp_path)
     asked.references[RankSplit(1, 1), 0] = answer((7,))
-    made = asked._record(RankSplit(1, 1), answer((7,)), EngineCounts(), own_s=3.0, repeat=0, ratio=1.0)
+    made = asked.record(RankSplit(1, 1), answer((7,)), EngineCounts(), own_s=3.0, repeat=0, ratio=1.0)
     assert made.restore_s is None
     assert "not restored" in made.note
     assert gain(made, [made]) is None

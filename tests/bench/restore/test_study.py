@@ -109,7 +109,7 @@ def test_a_wrong_restoration_is_found_out(study, monkeypatch, spoiled, with_suff
         if spoiled == "another cell's" and len(placed) == 2:
             ticket.staging.array[: ticket.num_bytes] = placed[0]
         if spoiled == "not placed" and len(placed) == 5:
-            port._pool.give(ticket.staging)
+            port.cancel(ticket)
         else:
             place(port, ticket)
 
@@ -151,38 +151,47 @@ def test_wrong_costs_and_a_falling_link_cost_time_only(study):
             assert run.correct, wrong
 
 
-def test_a_drop_that_was_not_reached_does_not_strike_the_next_run(study):
+def test_a_drop_that_was_not_reached_does_not_strike_the_next_run():
     """Recompute moves no bytes: its drop is still ahead when it ends."""
     from cacheflow.bench.restore.link import LinkDrop
     from cacheflow.bench.restore.study import Wrong
     from cacheflow.plan.grid import Tile
     from cacheflow.types import LoadOutcome
+    from support.embedded_cases import tiny
 
-    wrong = Wrong(drop=LinkDrop(factor=1e-6, after_bytes=20_000))
+    link = new_link(tiny())
+    study = new_study(link=link)
+    study.prepare()
+    wrong = Wrong(drop=LinkDrop(factor=1e-9, after_bytes=20_000))  # a byte a second: no read would end in time
     study.run(make_policy("recompute"), with_suffix=False, bytes_per_s=1e9, wrong=wrong)
-    port = study._link.open(study._kv, bytes_per_s=1e9, drop=None)
+    port = link.open(study.runner.new_kv(NUM_TOKENS), bytes_per_s=1e9, drop=None)
     for cell in Tile(0, 4, 0, 3).cells():
         ticket = port.start(cell, deadline_s=60.0)
         assert port.wait(ticket, timeout_s=60.0) is LoadOutcome.OK
         port.place(ticket)
-    assert port._store.bytes_per_s == 1e9
+    study.close()
 
 
-def test_a_pinned_link_cannot_drop(study):
+def test_a_pinned_link_cannot_drop():
     from cacheflow.bench.restore.link import LinkDrop, PinnedStudyLink
 
     link = PinnedStudyLink()
+    study = new_study(link=link)
+    kv = study.runner.new_kv(NUM_TOKENS)
     with pytest.raises(StoreError, match="needs a saved prefix"):
-        link.open(study._kv, bytes_per_s=1e9, drop=None)
-    link.save(study._reference, study._geometry(study._prefix_grid()), study.tokens)
+        link.open(kv, bytes_per_s=1e9, drop=None)
+    study.prepare()
     with pytest.raises(StoreError, match="keeps its bandwidth"):
-        link.open(study._kv, bytes_per_s=1e9, drop=LinkDrop(factor=0.5, after_bytes=1))
+        link.open(kv, bytes_per_s=1e9, drop=LinkDrop(factor=0.5, after_bytes=1))
+    study.close()
 
 
 def test_nothing_is_read_before_it_was_saved():
-    study = new_study()
+    from support.embedded_cases import tiny
+
+    link = new_link(tiny())
     with pytest.raises(StoreError, match="nothing was saved yet"):
-        study._link.open(study._kv, bytes_per_s=1e9, drop=None)
+        link.open(new_study(link=link).runner.new_kv(NUM_TOKENS), bytes_per_s=1e9, drop=None)
 
 
 def test_a_prefix_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):

@@ -10,23 +10,12 @@ import pytest
 from cacheflow.bench.vllm.rivals.pacing import Pacer
 from cacheflow.bench.vllm.rivals.relay import Relay
 from cacheflow.errors import ConfigError
-
-
-class Clock:
-    """A clock that only sleeping and the test move."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, duration_s: float) -> None:
-        self.now_s += duration_s
+from support.manual_clock import ManualClock
+from support.waiting import eventually
 
 
 def test_the_pace_is_that_of_the_link():
-    clock = Clock()
+    clock = ManualClock()
     pacer = Pacer(100.0, clock=clock, sleep=clock.sleep)
     for _ in range(50):
         pacer.pass_bytes(10, there_since_s=0.0)
@@ -36,7 +25,7 @@ def test_the_pace_is_that_of_the_link():
 
 @pytest.mark.parametrize("late_s", [0.01, 0.09, 3.0])
 def test_late_wake_ups_do_not_add_up(late_s: float):
-    clock = Clock()
+    clock = ManualClock()
     pacer = Pacer(100.0, clock=clock, sleep=lambda duration_s: clock.sleep(duration_s + late_s))
     for _ in range(50):
         pacer.pass_bytes(10, there_since_s=float("-inf"))
@@ -44,7 +33,7 @@ def test_late_wake_ups_do_not_add_up(late_s: float):
 
 
 def test_an_idle_link_saves_up_nothing():
-    clock = Clock()
+    clock = ManualClock()
     pacer = Pacer(100.0, clock=clock, sleep=clock.sleep)
     pacer.pass_bytes(10, there_since_s=0.0)
     clock.sleep(30.0)
@@ -134,7 +123,6 @@ def test_closing_ends_open_connections(digest_server: int):
     relay = Relay(digest_server, bytes_per_s=1e9)
     with socket.create_connection(("127.0.0.1", relay.port)) as client:
         client.sendall(b"not finished")
-        while not relay._open:  # the relay's thread accepts in its own time
-            pass
+        eventually(lambda: relay.num_open == 2)  # the relay's thread accepts in its own time
         relay.close()
         assert client.recv(1) == b""

@@ -61,7 +61,7 @@ def _fleet(client: VllmClient, policies: tuple[str, ...], log: list[str]) -> Fle
 
 def _run(study: VllmStudy, client: VllmClient, policies: tuple[str, ...], log: list[str]) -> list[Any]:
     fleet = _fleet(client, policies, log)
-    study.references = [client.complete(study._prompt(repeat), max_tokens=32, logprobs=5) for repeat in range(2)]
+    study.references = [client.complete(study.prompt(repeat), max_tokens=32, logprobs=5) for repeat in range(2)]
     study.save(fleet, on_step=lambda _: None)
     log.clear()
     return list(study.rounds(fleet, ratio=1.0, on_step=log.append))
@@ -133,5 +133,5 @@ def test_every_server_restores_once_before_it_is_timed(client: VllmClient):
 
 def test_the_text_is_long_enough_for_every_prompt():
     study = _study()
-    assert len(study._prompt(1)) == 1061
+    assert len(study.prompt(1)) == 1061
     assert longest_sequence(SIZE) > 4000  # the neighbour's answer

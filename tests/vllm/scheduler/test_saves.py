@@ -38,6 +38,6 @@ def test_what_is_remembered_is_bounded_and_what_is_forgotten_is_ordered_again(st
             assert bool(ordered) == (ask_now or chunk not in last[-with_bound:])
             if ordered:
                 last = [*(each for each in last if each != chunk), chunk]
-            assert len(saves._last_save_of) <= with_bound
+            assert len(saves._last_save_of) <= with_bound  # noqa: SLF001 -- memory shows nowhere else
     finally:
         module.MAX_REMEMBERED = full

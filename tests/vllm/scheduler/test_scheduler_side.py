@@ -171,7 +171,7 @@ def test_a_request_that_ends_early_says_how_far_it_came():
     case.arrive("queued", prompt)
     assert "before vLLM asked" in reason(case, "queued")
     case.arrive("asked", prompt)
-    case.side._requests["asked"].question.lookup = SimpleNamespace(poll=lambda: None, timed_out=False)  # a slow store
+    case.side.requests["asked"].question.lookup = SimpleNamespace(poll=lambda: None, timed_out=False)  # a slow store
     assert case.matched_now("asked") is None
     assert "before the store said" in reason(case, "asked")
     case.arrive("begun", prompt)
@@ -202,7 +202,7 @@ def test_the_choice_that_ends_last_answers_for_all_of_its_response():
         (record,) = answer["cacheflow"]
         assert (record["outcome"], record["choice_index"]) == ("done", 0)
         assert "cacheflow_reason" not in answer
-        assert not case.side._siblings._families
+        assert not case.side._siblings._families  # noqa: SLF001 -- memory shows nowhere else
 
 
 def test_choices_of_which_none_was_restored_give_the_reason_of_the_first():
@@ -534,7 +534,7 @@ def test_a_request_that_is_restored_after_all_gives_no_reason():
     case.arrive("a", case.saved_prompt(10 * CHUNK + 5, 10))
     case.begin("a")
     Worker(case).run()
-    case.side._requests["a"].reason = "of a later look"
+    case.side.requests["a"].reason = "of a later look"
     answer = case.side.finished("a")
     assert [record["outcome"] for record in answer["cacheflow"]] == ["done"]
     assert "cacheflow_reason" not in answer
@@ -548,7 +548,7 @@ def test_a_cancelled_restoration_leaves_one_record_of_what_it_had_done(steps_bef
     worker = Worker(case)
     for _ in range(steps_before):
         worker.carry_out(case.step())
-    request = case.side._requests["a"]
+    request = case.side.requests["a"]
     answer = case.side.finished("a")
     (record,) = answer["cacheflow"]
     assert (record["outcome"], record["error"]) == ("cancelled", "")

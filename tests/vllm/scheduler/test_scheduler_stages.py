@@ -31,7 +31,7 @@ def saved(case: Case, num_chunks: int, *, boundaries: int = 0) -> list[int]:
     """A prompt of which the store holds so many chunks, and boundary states of so many of them."""
     prompt = tokens(num_chunks * CHUNK + 5)
     case.arrive("earlier", prompt)
-    request = case.side._requests["earlier"]
+    request = case.side.requests["earlier"]
     puts = []
     for chunk, name in enumerate(request.prefix.chain_hashes(0, num_chunks)):
         keys = [RankKeys().kv(request.name.namespace, name, (layer, layer + 1)) for layer in range(2 * LAYERS)]
@@ -139,8 +139,8 @@ def test_a_chunk_counts_as_stored_when_every_stage_has_it():
     case = case_of()
     prompt = saved(case, 3)
     case.arrive("b", prompt)
-    name = case.side._requests["b"].prefix.hashes[1].hex()
-    lost = RankKeys().kv(case.side._identity.namespace(None), name, (2 * LAYERS - 1, 2 * LAYERS))
+    name = case.side.requests["b"].prefix.hashes[1].hex()
+    lost = RankKeys().kv(case.side.identity.namespace(None), name, (2 * LAYERS - 1, 2 * LAYERS))
     case.side.finished("b")
     assert case.store.delete([lost]) == 1
     case.arrive("a", prompt)
@@ -175,4 +175,4 @@ def test_the_slowest_stage_decides_whether_restoring_pays():
     prompt = saved(case, 6)
     case.arrive("a", prompt)
     assert case.matched("a") == 0
-    assert "2 pipeline stages" in case.side._requests["a"].reason
+    assert "2 pipeline stages" in case.side.requests["a"].reason

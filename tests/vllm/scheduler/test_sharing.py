@@ -66,7 +66,7 @@ def test_a_short_request_does_not_wait_for_the_whole_of_a_long_one():
     worker = Worker(case)
     while case.side.num_matched("short", 0) is None:
         worker.carry_out(case.step())
-    assert case.side._restorations.restoring("long"), "the long one is still under way"
+    assert case.side.restorations.restoring("long"), "the long one is still under way"
     case.side.allocated("short", range(900, 900 + 6 * CHUNK // BLOCK), 6 * CHUNK)
     orders = case.step()
     (own,) = orders.targets

@@ -106,21 +106,19 @@ def test_positions_off_by_one_are_found(tiny):
 def test_a_model_that_is_called_with_more_than_tokens_is_named(tiny, changed, said, monkeypatch):
     from cacheflow.vllm.startup.selftest import self_test
 
-    call = type(tiny.handle.model).__call__
+    model, forward = tiny.handle.model, tiny.handle.model.forward
 
-    def calling(model, **arguments):
-        hooked = dict(model._forward_pre_hooks)
-        for hook in hooked.values():
-            hook(model, (), {**arguments, **changed})
-        model._forward_pre_hooks.clear()
-        try:
-            return call(model, **arguments)
-        finally:
-            model._forward_pre_hooks.update(hooked)
+    def calling(_, args, kwargs):
+        return args, {**kwargs, **changed}
 
-    monkeypatch.setattr(type(tiny.handle.model), "__call__", calling)
+    def without(**kwargs):
+        return forward(**{name: value for name, value in kwargs.items() if name not in changed})
+
+    monkeypatch.setattr(model, "forward", without)
+    hook = model.register_forward_pre_hook(calling, prepend=True, with_kwargs=True)
     with pytest.raises(UnsupportedModelError, match=said):
         self_test(tiny.layout, new_forward(tiny), chunk_tokens=512)
+    hook.remove()
     monkeypatch.undo()
     assert self_test(tiny.layout, new_forward(tiny), chunk_tokens=512).difference is None, "nothing is left of it"
 

@@ -107,7 +107,7 @@ class BatchStudy:
         self._namespace = Namespace(
             weights_fingerprint=model.fingerprint, dtype=model.shape.dtype, chunk_tokens=options.chunk_tokens
         ).digest
-        self._prompts: list[_Prompt] = []
+        self.prompts: list[_Prompt] = []
         self._costs: CostTable | None = None
         num_objects = sum(-(-length // options.chunk_tokens) for length in options.lengths) * model.shape.num_layers
         self._store = MemoryStore(capacity_bytes=room_bytes(model.shape, options.num_tokens, num_objects))
@@ -137,7 +137,7 @@ class BatchStudy:
             )
             prompt = _Prompt(self.runner, self._tokens[start:end], grid)
             self._save(prompt)
-            self._prompts.append(prompt)
+            self.prompts.append(prompt)
             start = end
             on_step("prefilling references", index + 1, len(options.lengths))
 
@@ -145,7 +145,7 @@ class BatchStudy:
         """What each request costs over a link, a calibrated compute second taking ``drift`` seconds."""
         assert self._costs is not None, "prepare comes first"
         link = LinkCost(bytes_per_s=bytes_per_s)
-        problems = [build_problem(self._costs, each.grid, self.model.shape, link=link) for each in self._prompts]
+        problems = [build_problem(self._costs, each.grid, self.model.shape, link=link) for each in self.prompts]
         return [slowed(problem, drift) for problem in problems]
 
     def bytes_per_s(self, ratio: float) -> float:
@@ -163,7 +163,7 @@ class BatchStudy:
     ) -> list[RequestRun]:
         """Restore all prefixes at once, from poisoned buffers; ``order`` says which prompt each request is."""
         bytes_per_s = case.problems[0].link.bytes_per_s
-        prompts = [self._prompts[index] for index in order]
+        prompts = [self.prompts[index] for index in order]
         for prompt in prompts:
             prompt.kv.poison()
         on_cuda = self.model.device.type == "cuda"

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     make_folder("--out", flags.out)
     if flags.results is None:
-        _simulate(figures, flags.out / RESULTS, fast=flags.fast, console=console)
+        simulate_figures(figures, flags.out / RESULTS, fast=flags.fast, console=console)
     suites = {figure.suite for figure in figures}
     source = flags.results or flags.out / RESULTS
     records = [record for record in read_figures(source) if record.suite in suites]
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _simulate(figures: Sequence[Figure], path: Path, *, fast: bool, console: Console) -> None:
+def simulate_figures(figures: Sequence[Figure], path: Path, *, fast: bool, console: Console) -> None:
     """Write the file anew after each figure, so that what is done is kept; records of other figures stay.
 
     They are read again each time: another run may have put some there meanwhile.

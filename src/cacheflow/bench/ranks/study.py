@@ -173,11 +173,12 @@ class RanksStudy:
             while not counts.restore_s and time.monotonic() < deadline_s:
                 nudge(client)
                 counts = counts_between(before, client.metrics())
-        return self._record(split, answer, counts, own_s=own.ttft_s, repeat=repeat, ratio=ratio)
+        return self.record(split, answer, counts, own_s=own.ttft_s, repeat=repeat, ratio=ratio)
 
-    def _record(
+    def record(
         self, split: RankSplit, answer: Completion, counts: EngineCounts, *, own_s: float, repeat: int, ratio: float
     ) -> RanksRecord:
+        """What is kept of one restoration; ``own_s`` is vLLM's own time to first token."""
         shape, size = self.model.shape, self.options.size
         reference = self.references[split, repeat]
         compared = compare(answer, reference, beside_neighbour=False)
@@ -222,10 +223,11 @@ class RanksStudy:
                     omp_bind=cores_of(split.num_ranks),
                     kv_cache_gib=-(-whole.kv_cache_gib // split.num_ranks),  # each has its layers or heads
                 )
-                fleet.start(stack, split.name, options, self._transfer(split, bytes_per_s))
+                fleet.start(stack, split.name, options, self.transfer(split, bytes_per_s))
             yield fleet
 
-    def _transfer(self, split: RankSplit, bytes_per_s: float) -> dict[str, Any] | None:
+    def transfer(self, split: RankSplit, bytes_per_s: float) -> dict[str, Any] | None:
+        """``--kv-transfer-config`` of a split's server."""
         root = self.options.store_root / split.name
         setup = LinkSetup(
             bytes_per_s=bytes_per_s,

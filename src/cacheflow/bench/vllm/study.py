@@ -70,9 +70,9 @@ class VllmStudy:
 
     def prepare(self, client: VllmClient, *, on_step: Callable[[], None]) -> None:
         """Measure stock vLLM and ask it for the reference answers; ``repeats + 2`` steps."""
-        self.costs = measure_costs(client, self._prompt(0), self.options.size, repeats=2, on_step=on_step)
+        self.costs = measure_costs(client, self.prompt(0), self.options.size, repeats=2, on_step=on_step)
         for repeat in range(self.options.repeats):
-            asked = ask(client, self._prompt(repeat), num_tokens=ANSWER_TOKENS)
+            asked = ask(client, self.prompt(repeat), num_tokens=ANSWER_TOKENS)
             self.references.append(asked.answer)
             on_step()
 
@@ -102,7 +102,7 @@ class VllmStudy:
                     continue
                 on_step(policy)
                 with fleet.turn(policy) as server:
-                    save_prefix(server.client, self._prompt(repeat)[: self.options.size.num_tokens])
+                    save_prefix(server.client, self.prompt(repeat)[: self.options.size.num_tokens])
                     wait_until_at_rest(server)
                 if policy in OWN_POLICIES:
                     self._saved.add((policy, repeat))
@@ -132,7 +132,7 @@ class VllmStudy:
             beside = Neighbour(client, text, max_tokens=NEIGHBOUR_ANSWER) if self.options.neighbour else None
             before = client.metrics()
             side_bytes = fleet.side_bytes(policy)
-            asked = ask(client, self._prompt(repeat), num_tokens=ANSWER_TOKENS, neighbour=beside)
+            asked = ask(client, self.prompt(repeat), num_tokens=ANSWER_TOKENS, neighbour=beside)
             counts = counts_between(before, client.metrics())
             if side_bytes is not None:
                 counts = replace(counts, loaded_bytes=(fleet.side_bytes(policy) or 0) - side_bytes)
@@ -192,7 +192,8 @@ class VllmStudy:
         assert self.costs is not None  # prepare comes first
         return self.costs
 
-    def _prompt(self, repeat: int) -> list[int]:
+    def prompt(self, repeat: int) -> list[int]:
+        """The prefix and the new tokens of a repeat."""
         return prompt(self.tokens, repeat, self.options.size.num_tokens + self.options.size.suffix_tokens)
 
 

@@ -59,6 +59,7 @@ class Decider:
 
     Attributes:
         stages: Its pipeline stages, bottom first.
+        policy: Splits the work, unless a request asks for loading alone.
     """
 
     def __init__(self, facts_by_stage: Sequence[EngineFacts], options: ConnectorOptions, *, clock: Clock) -> None:
@@ -70,7 +71,7 @@ class Decider:
         self.stages = [StagePlanner(facts) for facts in facts_by_stage]
         self._options, self._clock = options, clock
         self.can_compute = all(facts.costs is not None for facts in facts_by_stage)
-        self._policy: RestorePolicy = make_policy(options.policy) if self.can_compute else Load()
+        self.policy: RestorePolicy = make_policy(options.policy) if self.can_compute else Load()
         self._guarded = options.policy == "cacheflow" and self.can_compute
         self._max_tokens = min(stage.measured_tokens for stage in self.stages)
 
@@ -102,7 +103,7 @@ class Decider:
         """The decision to copy what another restoration has restored already, and to restore only the rest."""
         began_s = self._clock()
         slowest = decision.slowest_stage
-        policy = Load() if slowest is not None and slowest.plan.policy == Load.name else self._policy
+        policy = Load() if slowest is not None and slowest.plan.policy == Load.name else self.policy
         sources = [stage.source for stage in decision.stages]
         return Decision(
             start=decision.start,
@@ -135,7 +136,7 @@ class Decider:
             )
             return Decision(start=start, end=start, reason=reason)
         began_s = self._clock()
-        policy = Load() if params.mode is Mode.LOAD else self._policy
+        policy = Load() if params.mode is Mode.LOAD else self.policy
         span = self._span(start, end, num_tokens)
         stages = self._plans(policy, span, self._sources(stored.num_boundaries, span))
         if self._guarded and params.mode is Mode.AUTO and (reason := self._why_prefill(stages)):

@@ -40,6 +40,10 @@ class SchedulerSide:
     """Everything that is decided, in one process, once per step.
 
     Attributes:
+        requests: Those that came and have not ended, by id.
+        identity: What KV is called.
+        decider: Plans, and holds what was learnt of the link and of compute.
+        restorations: Those under way.
         counts: What was counted since they were last taken.
     """
 
@@ -51,23 +55,23 @@ class SchedulerSide:
         self._options, self._store = options, store
         self._block_size = by_stage[0].block_size
         self._captures = any(facts.boundary_token_bytes for facts in facts_by_rank)
-        self._requests: dict[str, TrackedRequest] = {}
+        self.requests: dict[str, TrackedRequest] = {}
         self._weights_versions: dict[int, int] = {}
         self._siblings = Siblings()
         self.counts = Counts()
-        self._identity = KvIdentity(shared_namespace(facts_by_rank))
+        self.identity = KvIdentity(shared_namespace(facts_by_rank))
         self._parts = describe(facts_by_rank)
         self._census = StoreCensus(store)
-        self._census.describe(self._identity.namespace(None), self._parts)
+        self._census.describe(self.identity.namespace(None), self._parts)
         self._save_log = SaveLog()
         self._lookup = PrefixLookup(store, timeout_s=options.lookup_timeout_s, clock=clock)
         self._questions = StoreQuestions(
             self._lookup, facts_by_rank, num_saves=lambda: self._save_log.num_saves, clock=clock
         )
-        self._decider = Decider(by_stage, options, clock=clock)
-        self._restorations = Restorations(
+        self.decider = Decider(by_stage, options, clock=clock)
+        self.restorations = Restorations(
             options,
-            self._decider,
+            self.decider,
             ranks_per_stage=len(facts_by_rank) // len(by_stage),
             clock=clock,
             counts=self.counts,
@@ -75,11 +79,11 @@ class SchedulerSide:
 
     def knows(self, request_id: str) -> bool:
         """Whether a request was noted and has not ended."""
-        return request_id in self._requests
+        return request_id in self.requests
 
     def new_request(self, view: RequestView) -> None:
         """Note a request and ask the store for its prefix; a second call for the same request changes nothing."""
-        if view.request_id in self._requests:
+        if view.request_id in self.requests:
             return
         params = RequestParams.of(view.params)
         if not view.hashable:
@@ -94,9 +98,9 @@ class SchedulerSide:
             params=params,
             prefix=prefix,
             saves=RequestSaves(view, prefix, block_size=self._block_size, decode_too=self._options.save_decode_kv),
-            name=self._identity.name(view.adapter),
+            name=self.identity.name(view.adapter),
         )
-        self._requests[view.request_id] = request
+        self.requests[view.request_id] = request
         self._siblings.join(view.request_id)
         if params.mode is Mode.OFF:
             request.reason = "the request asked for 'off'" if view.hashable else EMBEDDED
@@ -105,15 +109,15 @@ class SchedulerSide:
     def _begin_name(self, request: TrackedRequest) -> None:
         """Forget what was known of a request's KV, and ask the store for what has its present name."""
         name, adapter = request.name, request.view.adapter
-        self._census.describe(name.namespace, self._parts | self._identity.parts(name.claim))
+        self._census.describe(name.namespace, self._parts | self.identity.parts(name.claim))
         request.question = request.decision = None
         request.saves.forget()
         if request.params.mode is Mode.OFF:
             return
         if adapter is not None and name.claim is None:
             request.reason = f"the files of its adapter {adapter.name!r} in {adapter.path} cannot be read"
-        elif self._identity.stopped:
-            request.reason = self._identity.stopped
+        elif self.identity.stopped:
+            request.reason = self.identity.stopped
         else:
             request.question = self._ask(request)
 
@@ -125,9 +129,9 @@ class SchedulerSide:
 
     def _ask_anew(self, request: TrackedRequest, num_preemptions: int) -> None:
         """Ask again where the answer is out of date: the engine has another generation, or vLLM took the KV away."""
-        if request.name.generation != self._identity.generation:
+        if request.name.generation != self.identity.generation:
             # vLLM asks only while it has computed nothing of it, or nothing is left of it.
-            request.name = self._identity.name(request.view.adapter)
+            request.name = self.identity.name(request.view.adapter)
             self._begin_name(request)
         elif num_preemptions != request.num_preemptions:
             request.decision = None
@@ -137,7 +141,7 @@ class SchedulerSide:
 
     def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
         """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
-        request = self._requests.get(request_id)
+        request = self.requests.get(request_id)
         if request is None:
             return 0
         request.asked_by_vllm = True
@@ -154,18 +158,18 @@ class SchedulerSide:
         if decision is None or decision.start != num_computed:
             decision = request.decision = self._decide(request, question, num_computed)
         if decision.num_tokens:
-            shared = self._restorations.shared(request, decision)
+            shared = self.restorations.shared(request, decision)
             if shared.following is Following.WAIT:
                 return None
             # A copy is offered for this step alone: the blocks are the other's only as long as it is under way.
             copies = shared.following is Following.COPY
-            request.offered = self._decider.after_copy(decision, shared) if copies else decision
+            request.offered = self.decider.after_copy(decision, shared) if copies else decision
         return decision.num_tokens
 
     def _decide(self, request: TrackedRequest, question: StoreQuestion, num_computed: int) -> Decision:
         num_tokens = len(request.view.tokens)
         try:
-            decision = self._decider.decide(request.params, question, start=num_computed, num_tokens=num_tokens)
+            decision = self.decider.decide(request.params, question, start=num_computed, num_tokens=num_tokens)
         except CostRangeError as error:
             logger.warning("request %s is computed, not restored: %s", request.view.request_id, error)
             decision = Decision(start=num_computed, end=num_computed, reason=str(error))
@@ -183,13 +187,13 @@ class SchedulerSide:
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
         """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens."""
-        request = self._requests.get(request_id)
+        request = self.requests.get(request_id)
         if request is None:
             return
         offered = request.offered
         if offered is None or offered.num_tokens != num_external:
             raise AssertionError(f"vLLM allocated {num_external} tokens for {request_id}, offered was {offered}")
-        self._restorations.start(request, offered, block_ids)
+        self.restorations.start(request, offered, block_ids)
         request.decision = request.offered = None
 
     def passed_over(self, request_id: str, *, num_loaded: int | None) -> None:
@@ -197,8 +201,8 @@ class SchedulerSide:
 
         Some connector loads ``num_loaded`` tokens; None where that is not known.
         """
-        request = self._requests.get(request_id)
-        if request is None or request.records or self._restorations.restoring(request_id):
+        request = self.requests.get(request_id)
+        if request is None or request.records or self.restorations.restoring(request_id):
             return  # vLLM calls again when our own restoration has ended
         request.num_loaded = 1 if num_loaded is None else num_loaded
         if num_loaded or request.offered is not None:
@@ -215,10 +219,10 @@ class SchedulerSide:
             num_scheduled_tokens: Tokens of the step's forward; 0 when nobody runs.
         """
         saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
-        generation = self._identity.generation
+        generation = self.identity.generation
         if not saves and not captures and not self.has_work:
             return StepWork(generation=generation) if generation else NOTHING
-        work = self._restorations.step(saves, busy=num_scheduled_tokens > 0)
+        work = self.restorations.step(saves, busy=num_scheduled_tokens > 0)
         versions = dict(self._weights_versions)
         return replace(work, captures=captures, weights_versions=versions, generation=generation)
 
@@ -228,7 +232,7 @@ class SchedulerSide:
         saves: list[SaveWork] = []
         captures: list[CaptureWork] = []
         for each in scheduled:
-            request = self._requests.get(each.request_id)
+            request = self.requests.get(each.request_id)
             if request is None or request.params.mode is Mode.OFF or not self._is_current(request):
                 continue
             own, num_computed = request.saves, each.num_computed
@@ -245,28 +249,28 @@ class SchedulerSide:
 
     def _is_current(self, request: TrackedRequest) -> bool:
         """Whether all of a request's KV is of the weights and the adapter that its name stands for."""
-        if self._identity.stopped or request.name.generation != self._identity.generation:
+        if self.identity.stopped or request.name.generation != self.identity.generation:
             return False
-        return not self._identity.may_be_old(
+        return not self.identity.may_be_old(
             request.view.adapter, num_local=request.num_local, num_loaded=request.num_loaded
         )
 
     def reset(self) -> None:
         """Restore nothing that was saved so far; what is being restored is given up. The store keeps it for others."""
-        self._identity.reset()
-        self._restorations.discard("the connector was reset")
+        self.identity.reset()
+        self.restorations.discard("the connector was reset")
         logger.info("reset: nothing saved so far is restored any more; from now on KV is saved for this engine alone")
 
     def local_cache_was_reset(self) -> None:
         """VLLM has emptied its own prefix cache."""
-        self._identity.local_cache_was_reset()
+        self.identity.local_cache_was_reset()
 
     def take_news(self, news: Mapping[int, ModelNews]) -> None:
         """Take in what became of the workers' weights and adapters, by rank; before the report of the same step."""
         for each in news.values():
             for restore_id, reason in each.refused.items():
-                self._restorations.discard(reason, restore_id)
-            for request in self._requests.values():
+                self.restorations.discard(reason, restore_id)
+            for request in self.requests.values():
                 if request.name.claim is not None and request.name.claim.number in each.replaced_adapters:
                     request.name = replace(request.name, generation=MIXED)
         changes = {rank: each.weights for rank, each in news.items() if each.weights is not None}
@@ -276,14 +280,14 @@ class SchedulerSide:
 
     def _weights_changed(self, change: WeightsChange) -> None:
         if change.announced:
-            self._identity.weights_changed()
+            self.identity.weights_changed()
             logger.warning(
                 "the model's weights were changed (%s): nothing saved so far is restored any more, and KV is saved for "
                 "this engine alone. Reset vLLM's prefix cache too (reset_prefix_cache): it holds KV of the old weights",
                 change.how,
             )  # fmt: skip
-        elif not self._identity.stopped:
-            self._identity.weights_changed(
+        elif not self.identity.stopped:
+            self.identity.weights_changed(
                 stop=f"the model's weights were changed without notice ({change.how}); reset the connector to go on"
             )
             logger.error(
@@ -291,12 +295,12 @@ class SchedulerSide:
                 "connector is reset (POST /reset_prefix_cache?reset_external=true, or "
                 "reset_prefix_cache(reset_connector=True))", change.how,
             )  # fmt: skip
-        self._restorations.discard("the model's weights have changed")
+        self.restorations.discard("the model's weights have changed")
 
     def take_report(self, report: StepReport) -> None:
         """Take in what the workers did."""
-        for ended in self._restorations.apply(report):
-            self._restoration_ended(self._requests[ended.request_id], ended)
+        for ended in self.restorations.apply(report):
+            self._restoration_ended(self.requests[ended.request_id], ended)
 
     def _restoration_ended(self, request: TrackedRequest, ended: EndedRestoration) -> None:
         request.records.append(ended.record)
@@ -312,7 +316,7 @@ class SchedulerSide:
 
         A load failed, and vLLM computes again what depended on it: not in all of its runners with the right result.
         """
-        for request in self._requests.values():
+        for request in self.requests.values():
             request.saves.note_load_failed()
 
     def finished(self, request_id: str) -> dict[str, Any] | None:
@@ -321,10 +325,10 @@ class SchedulerSide:
         Returns:
             What the response's ``kv_transfer_params`` are to hold; None for nothing.
         """
-        request = self._requests.pop(request_id, None)
+        request = self.requests.pop(request_id, None)
         if request is None:
             return None
-        record = self._restorations.cancel(request_id)
+        record = self.restorations.cancel(request_id)
         if record is not None:
             request.records.append(record)
         answer = answer_of(request, explain=self._options.explain)
@@ -333,7 +337,7 @@ class SchedulerSide:
     @property
     def has_work(self) -> bool:
         """Whether a restoration is under way."""
-        return not self._restorations.idle
+        return not self.restorations.idle
 
     def close(self) -> None:
         """End the lookups and the census."""

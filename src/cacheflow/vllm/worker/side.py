@@ -70,6 +70,8 @@ class WorkerSide:
     """One rank of one engine; every method is called on the worker's main thread.
 
     Attributes:
+        store: Restorations that begin read from it.
+        saver: Writes chunks to the store.
         counts: What this rank counted since they were last taken.
     """
 
@@ -85,12 +87,12 @@ class WorkerSide:
     ) -> None:
         """Serve what start-up found; ``capture`` is None where this rank saves no boundary states."""
         facts = engine.facts
-        self._store, self._engine, self._state, self._capture = store, engine, state, capture
+        self.store, self._engine, self._state, self._capture = store, engine, state, capture
         self.counts = counts
         self._link = link_stages(engine.handle)
         self._pool = staging_pool(engine.layout, chunk_tokens=chunk_tokens, layers_per_block=facts.layers_per_block)
         self._boundary_pool = boundary_pool(token_bytes=facts.boundary_token_bytes, chunk_tokens=chunk_tokens)
-        self._saver = ChunkSaver(
+        self.saver = ChunkSaver(
             store,
             engine.layout,
             layers_per_block=facts.layers_per_block,
@@ -108,6 +110,11 @@ class WorkerSide:
     def facts(self) -> EngineFacts:
         """What the scheduler side needs to know."""
         return self._engine.facts
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left of any restoration."""
+        return self._carrier.idle and not (self._request_of or self._failed_blocks)
 
     def expect(self, work: StepWork) -> None:
         """Get ready for the forward that is about to run, and keep boundary states of it; call before every forward."""
@@ -131,7 +138,7 @@ class WorkerSide:
             if token_bytes := engine.facts.boundary_token_bytes:
                 boundaries = BoundaryReads(pool=self._boundary_pool, token_bytes=token_bytes, give=recomputing.give)
         transfer = VllmTransferPort(
-            self._store, engine.layout, target, pool=self._pool, keys=engine.facts.keys, boundaries=boundaries
+            self.store, engine.layout, target, pool=self._pool, keys=engine.facts.keys, boundaries=boundaries
         )
         return compute, transfer
 
@@ -168,7 +175,7 @@ class WorkerSide:
         """Copy the chunks that this step's forward completed, unless weights or adapters have changed since."""
         may_save = self._state.may_save(work)
         if self._engine.facts.keys.writes:
-            self._saver.save(may_save)
+            self.saver.save(may_save)
 
     def take_finished(self) -> set[str]:
         """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""
@@ -197,6 +204,6 @@ class WorkerSide:
     def close(self) -> None:
         """End the threads; nothing touches the KV blocks any more."""
         self._carrier.close()
-        self._saver.close()
+        self.saver.close()
         if self._capture is not None:
             self._capture.close()

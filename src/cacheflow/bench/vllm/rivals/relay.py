@@ -37,6 +37,12 @@ class Relay:
         self._start(self._accept)
 
     @property
+    def num_open(self) -> int:
+        """Connections that are open, counted at both ends."""
+        with self._lock:
+            return len(self._open)
+
+    @property
     def port(self) -> int:
         """Where clients connect."""
         return int(self._listener.getsockname()[1])
