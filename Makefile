@@ -12,10 +12,14 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check
 # Test folders that import torch.
 TORCH_TESTS := engine embedded
 # Run on vLLM's second-generation runner too, whose kernels Triton interprets on the CPU (tests/support/v2_runner.py).
-V2_TESTS := $(addprefix tests/vllm/,test_identity_and_costs.py test_recompute.py test_connector_requests.py test_ranks.py)
+V2_TESTS := $(addprefix tests/vllm/,test_identity_and_costs.py test_models.py test_recompute.py test_connector_requests.py \
+	test_ranks.py)
 OUT ?= out
 # Options for every pytest of a target.
 PYTEST_OPTIONS ?=
+# Tiny models gain nothing from more threads, which on a busy machine wait for each other, for minutes in all.
+TEST_THREADS ?= 1
+VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm demo test test-fast test-long test-vllm check bench bench-vllm
@@ -60,11 +64,11 @@ test: $(STAMP) $(VLLM_STAMP) ## every test that this machine can run, those insi
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_STAMP) ## the tests that need vLLM alone, on both generations of its model runner
-	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_BIN)/python -m pytest $(PYTEST_OPTIONS) -m vllm $(V2_TESTS)
-	$(VLLM_BIN)/python -m pytest $(PYTEST_OPTIONS) -m vllm tests/vllm tests/bench/vllm
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_PYTEST) $(V2_TESTS)
+	$(VLLM_PYTEST) tests/vllm tests/bench/vllm
 
-test-long: ## `make test` with soaks, every figure, rare splits into ranks, and random, more examples
-	$(MAKE) test PYTEST_OPTIONS=--long
+test-long: ## `make test` with soaks, every figure, rare splits into ranks, every core, and random, more examples
+	$(MAKE) test PYTEST_OPTIONS=--long TEST_THREADS=$(shell nproc)
 
 test-fast: $(STAMP) ## the tests that need no torch, in seconds
 	$(BIN)/python -m pytest -m "not gpu and not vllm and not slow and not model and not torch" \

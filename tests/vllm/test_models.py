@@ -15,7 +15,7 @@ from support.v2_runner import WANTED
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 CHUNK, NUM_CHUNKS = 128, 8
-PROMPT = CHUNK * NUM_CHUNKS + 76
+PROMPT, NUM_TOKENS = CHUNK * NUM_CHUNKS + 76, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +97,10 @@ def prompt(seed):
 
 def test_both_ways_at_once(engine):
     tokens = prompt(1)
-    own = engine.saved(tokens)
+    own = engine.saved(tokens, num_tokens=NUM_TOKENS)
     for ratio in (1.0, 4.0):
         engine.balance_link(PROMPT, ratio=ratio)
-        again = engine.ask(tokens)
+        again = engine.ask(tokens, num_tokens=NUM_TOKENS)
         assert again.record["loaded_cells"] > 0
         assert again.record["recomputed_cells"] > 0
         assert np.array_equal(again.kv, own.kv)
@@ -110,8 +110,8 @@ def test_both_ways_at_once(engine):
 
 def test_by_loading_alone(engine):
     tokens = prompt(2)
-    own = engine.saved(tokens)
-    again = engine.ask(tokens, params={"cacheflow": "load"})
+    own = engine.saved(tokens, num_tokens=NUM_TOKENS)
+    again = engine.ask(tokens, num_tokens=NUM_TOKENS, params={"cacheflow": "load"})
     assert again.record["recomputed_cells"] == 0
     assert np.array_equal(again.kv, own.kv)
     assert again.tokens == own.tokens
@@ -120,9 +120,9 @@ def test_by_loading_alone(engine):
 def test_a_little_wrong_kv_shows_in_the_layers_above(engine):
     """Negative control: attention is not so uniform that a little of wrong KV in the first chunk would go unnoticed."""
     tokens = prompt(3)
-    own = engine.saved(tokens)
+    own = engine.saved(tokens, num_tokens=NUM_TOKENS)
     random = np.random.default_rng(5)
-    name = engine.submit(tokens, params={"cacheflow": "off"})
+    name = engine.submit(tokens, num_tokens=NUM_TOKENS, params={"cacheflow": "off"})
     engine.step()
     first = engine.block_ids(name)[0]
     wrong = engine.gather([first])

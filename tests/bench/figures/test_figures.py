@@ -14,6 +14,8 @@ from cacheflow.cli import main
 from cacheflow.errors import ConfigError
 
 NUMBERS = tuple(FIGURES)
+QUICK = (3, 6, 9, 14)
+EVERY = [number if number in QUICK else pytest.param(number, marks=pytest.mark.long) for number in NUMBERS]
 RIVALS = {contender.name for contender in ALONE}
 
 
@@ -28,7 +30,7 @@ def test_the_papers_figures_and_ours_are_there():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", EVERY)
 def test_every_setting_of_a_figure_has_every_series(number: int):
     by_setting: dict[tuple, Counter] = {}
     for record in reduced(number):
@@ -43,7 +45,7 @@ def test_every_setting_of_a_figure_has_every_series(number: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", EVERY)
 def test_records_hold_times_above_their_bounds_and_shares(number: int):
     # A record refuses what breaks them when it is made; here it is that they are there at all.
     for record in reduced(number):
@@ -56,7 +58,9 @@ def test_records_hold_times_above_their_bounds_and_shares(number: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [6, 10, 13])
+@pytest.mark.parametrize(
+    "number", [6, pytest.param(10, marks=pytest.mark.long), pytest.param(13, marks=pytest.mark.long)]
+)
 def test_simulating_again_gives_the_same_records(number: int):
     assert tuple(FIGURES[number].records(True)) == reduced(number)
 
@@ -73,6 +77,7 @@ def test_ours_is_never_far_behind_where_rivals_are_compared():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_pictures_are_drawn_from_the_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("matplotlib")
     records = [FigureRecord.from_json(record.to_json()) for number in NUMBERS for record in reduced(number)]
