@@ -30,6 +30,7 @@ GREATEST = {
     "num_experts": 1_000_000,
     "num_active_experts": 1_000_000,
     "sliding_window": 10**12,
+    "kv_token_bytes": 10**9,
     "memory_bytes": 10**18,
 }
 """No model and no GPU has more, by field of a file; far more would not fit the numbers we calculate with."""
@@ -39,7 +40,7 @@ HF_FILE = "config.json"
 MODEL_FILES = "a Hugging Face config.json, a folder that holds one, or a .json file of a shape"
 """What a model can be given as, besides a known name."""
 TEXTS = ("name", "dtype")
-OPTIONAL = ("sliding_window",)
+OPTIONAL = ("sliding_window", "kv_token_bytes")
 
 MODEL_SHAPES: dict[str, ModelShape] = {
     shape.name: shape
