@@ -104,10 +104,11 @@ def test_vllms_server_ends_with_the_reason_that_only_a_worker_can_know(tmp_path)
     from support.vllm_http import cacheflow_server, write_word_tokenizer
     from support.vllm_models import TINY, write_model
 
-    folder = write_model(tmp_path / "model", "phi3", pad_token_id=0)
+    folder = write_model(tmp_path / "model", "mistral", sliding_window=512)
     write_word_tokenizer(folder, vocab_size=TINY["vocab_size"])
     refusal = (
-        "cacheflow: error: CacheFlow cannot recompute in this engine: the model Phi3ForCausalLM is not on the list"
+        "cacheflow: error: CacheFlow cannot restore this engine's KV cache: the model keeps a sliding window of "
+        "tokens in every layer"
     )
     with cacheflow_server(str(folder), tmp_path, name="door") as server:
         assert server.process.wait(60) == 2

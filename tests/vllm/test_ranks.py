@@ -329,3 +329,30 @@ def test_more_ranks_and_compiled_stages(setting, name, pipeline, tensor, eager):
         assert record["recomputed_cells"] > 0
         equal(answers[source], answers["own"])
     equal(answers["load"], answers["own"])
+
+
+@pytest.mark.parametrize("source", ["stored", "handed_over"])
+def test_stages_that_hand_over_one_tensor(one_tensor, source):
+    """Granite's stages hand over no residual."""
+    record = record_of(one_tensor[source])
+    assert record["outcome"] == "done"
+    assert [stage["boundary_source"] for stage in record["stages"]] == ["first_stage", source]
+    assert record["recomputed_cells"] > 0
+    equal(one_tensor[source], one_tensor["own"])
+
+
+@pytest.fixture(scope="module")
+def one_tensor(tmp_path_factory):
+    from support.rank_engine import take_only
+    from support.vllm_models import write_model
+
+    folder = tmp_path_factory.mktemp("granite")
+    model = write_model(folder / "model", "granite", num_hidden_layers=LAYERS, embedding_multiplier=3.0, pad_token_id=0)
+    setting = Setting(str(model), folder)
+    script = setting.script(pipeline=2)
+    saved(script, 1)
+    asked(script, "own", request(1, OFF))
+    for source in ("stored", "handed_over"):
+        script.do("scheduler_side", function=take_only, args=(source,))
+        asked(script, source, request(1, AUTO))
+    return setting.run(script, "granite")
