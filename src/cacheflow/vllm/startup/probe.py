@@ -153,6 +153,7 @@ def _new_request(handle: ModelHandle, name: str, tokens: Sequence[int], block_id
 
     goes_on = len(tokens) < int(handle.vllm_config.model_config.max_model_len)
     prompt = [*tokens, tokens[0]] if goes_on else list(tokens)
+    # The token beyond is not computed in this step: any block stands for its own.
     needed = -(-len(prompt) // handle.block_size)
     blocks = [*block_ids[: -(-len(tokens) // handle.block_size)]]
     return NewRequestData(
