@@ -62,7 +62,7 @@ class ModelLayers:
     def can_write_alone(self, row: int) -> bool:
         """Whether a row's keys and values are in the cache before its attention is computed."""
         backend = self.attention_R[row].attn_backend
-        return _is_latent(self.attention_R[row]) or not backend.forward_includes_kv_cache_update
+        return is_latent(self.attention_R[row]) or not backend.forward_includes_kv_cache_update
 
     def run(self, call: Callable[[], object], carry: Carry, rows: tuple[int, int], *, kv_only_top: bool) -> Carry:
         """Run rows ``[lo, hi)`` by a call of the whole model.
@@ -190,13 +190,14 @@ def _outermost_list(model: Module, path: str) -> tuple[str, Module, int] | None:
     return None
 
 
-def _is_latent(attention: Any) -> bool:  # noqa: ANN401 -- vLLM's Attention or MLAAttention
+def is_latent(attention: Any) -> bool:  # noqa: ANN401 -- vLLM's Attention or MLAAttention
+    """Whether an attention keeps one latent a token (MLA) for all heads: every tensor-parallel rank keeps all of it."""
     return hasattr(attention, "kv_lora_rank")
 
 
 def _attention_call(attention: Any) -> tuple[Any, str]:  # noqa: ANN401
     """What is called once keys and values are written: an object and its method's name."""
-    return (attention, "forward_impl") if _is_latent(attention) else (attention.impl, "forward")
+    return (attention, "forward_impl") if is_latent(attention) else (attention.impl, "forward")
 
 
 def _end(*_: object, **__: object) -> None:

@@ -16,6 +16,7 @@ from cacheflow.stores.probe import measure_link
 from cacheflow.types import ModelShape
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.models.layers import is_latent
 from cacheflow.vllm.models.model_access import ModelHandle, open_model
 from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.models.refusals import require_recomputable
@@ -87,7 +88,7 @@ def find_engine(
         first_layer=handle.start_layer,
         weights=weights,
         linked=can_link(handle),
-        replicated=_is_latent(kv_cache_config),
+        replicated=is_latent(vllm_config.compilation_config.static_forward_context[handle.layer_names[0]]),
         identity=tuple(sorted(namespace.parts().items())),
         boundary_token_bytes=handle.boundary.token_bytes if stores_boundaries(options, handle) else 0,
     )
@@ -194,11 +195,6 @@ def _link(options: ConnectorOptions, store: Store, *, object_bytes: int) -> Link
         return LinkCost(bytes_per_s=options.throttle_bytes_per_s, latency_s=options.throttle_latency_s)
     link = measure_link(store, object_bytes=object_bytes)
     return replace(link, latency_s=max(link.latency_s, options.throttle_latency_s))
-
-
-def _is_latent(kv_cache_config: Any) -> bool:  # noqa: ANN401
-    """Whether each token has one latent (MLA) for all heads, so that every tensor-parallel rank keeps all of it."""
-    return type(kv_cache_config.kv_cache_groups[0].kv_cache_spec).__name__ == "MLAAttentionSpec"
 
 
 def _shape(handle: ModelHandle, layout: BlockLayout, vllm_config: Any, kv_cache_config: Any) -> ModelShape:  # noqa: ANN401
