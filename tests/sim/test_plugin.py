@@ -14,7 +14,7 @@ from cacheflow.plan.batch import WaitingRequest
 from cacheflow.plan.plan import Choice
 from cacheflow.plan.remaining import Remaining
 from cacheflow.policies.step_overhead import STEP_OVERHEAD_S
-from cacheflow.sim.plugin import STARVATION_S, PluginRanking
+from cacheflow.sim.plugin import PluginRanking
 from cacheflow.sim.policies import DEFAULT_SYSTEMS, EMBEDDED, SYSTEMS, make_system
 from support.clusters import CONFIG, TOKENS, ask, serve
 from support.examples import examples
@@ -144,9 +144,3 @@ def test_what_costs_more_engine_steps_than_it_saves_is_left_to_vllm(cell_s, left
     assert (plan.guard.choice is Choice.PREFILL) is left
     assert system.leaves_to_prefill(problem) is left
     assert not make_system(EMBEDDED).leaves_to_prefill(problem)
-
-
-def test_the_starvation_bound_is_the_plugins():
-    from cacheflow.vllm.options import ConnectorOptions
-
-    assert ConnectorOptions().starvation_s == STARVATION_S

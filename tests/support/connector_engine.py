@@ -114,8 +114,12 @@ class ServingEngine:
         params: dict | None = None,
         salt: str | None = None,
         lora: object = None,
+        media: dict | None = None,
     ) -> str:
-        """Add a request; returns the name its answer has in ``answers``."""
+        """Add a request; returns the name its answer has in ``answers``.
+
+        Of ``media``, images by kind, the prompt holds one token each, of which vLLM makes as many as the image has.
+        """
         from vllm import SamplingParams
 
         self.num_requests += 1
@@ -127,10 +131,13 @@ class ServingEngine:
         prompt = {"prompt_token_ids": list(tokens)}
         if salt is not None:
             prompt["cache_salt"] = salt
+        if media is not None:
+            prompt["multi_modal_data"] = media
         before = set(self.scheduler.requests)
         self.engine.add_request(name, prompt, sampling, lora_request=lora)
         (internal,) = set(self.scheduler.requests) - before
-        self.answers[name], self._prompts[name], self.internal_ids[name] = Answer(), list(tokens), internal
+        whole = list(self.scheduler.requests[internal].prompt_token_ids)
+        self.answers[name], self._prompts[name], self.internal_ids[name] = Answer(), whole, internal
         return name
 
     def abort(self, name: str) -> None:
@@ -341,9 +348,10 @@ def new_llm(folder: Path, *, dtype: str, chunk_tokens: int, transfer: dict | Non
     register()
     arguments = {
         "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 8, "enable_prefix_caching": True, "seed": 0,
-        "num_gpu_blocks_override": NUM_KV_BLOCKS, "max_num_batched_tokens": chunk_tokens, **overrides,
+        "num_gpu_blocks_override": NUM_KV_BLOCKS, "max_num_batched_tokens": chunk_tokens, "skip_tokenizer_init": True,
+        **overrides,
     }  # fmt: skip
-    return LLM(model=str(folder), dtype=dtype, skip_tokenizer_init=True, kv_transfer_config=transfer, **arguments)
+    return LLM(model=str(folder), dtype=dtype, kv_transfer_config=transfer, **arguments)
 
 
 @contextmanager

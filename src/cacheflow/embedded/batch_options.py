@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cacheflow.engine.arguments import number, whole
 from cacheflow.errors import UnknownPolicyError
+from cacheflow.plan.batch import STARVATION_S
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 
 
@@ -24,7 +25,7 @@ class BatchOptions:
     """
 
     objective: str = "mean_ttft"
-    starvation_s: float = 10.0
+    starvation_s: float = STARVATION_S
     recompute_budget_ms: float = 50.0
     itl_slo_ms: float | None = None
     kv_capacity_tokens: int | None = None

@@ -20,6 +20,7 @@ from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
 from cacheflow.errors import ConfigError, ProfileError
+from cacheflow.plan.batch import STARVATION_S
 from cacheflow.plan.costs import CostTable, build_problem
 from cacheflow.plan.grid import Grid, num_layer_blocks
 from cacheflow.plan.problem import LinkCost, RestoreProblem
@@ -182,7 +183,7 @@ class Engine:
         self,
         *,
         objective: str = "mean_ttft",
-        starvation_s: float = 10.0,
+        starvation_s: float = STARVATION_S,
         recompute_budget_ms: float = 50.0,
         itl_slo_ms: float | None = None,
         kv_capacity_tokens: int | None = None,

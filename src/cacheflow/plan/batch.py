@@ -13,6 +13,9 @@ from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.remaining import Remaining, compute_share
 
+STARVATION_S = 10.0
+"""How long a request waits by default before it goes ahead of all that came after it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitingRequest:

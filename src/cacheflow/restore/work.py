@@ -35,6 +35,7 @@ class RestoreTarget:
         namespace: ``Namespace.digest`` of the stored objects.
         chain_hashes: Chain hash (hex) at the end of each chunk.
         layers_per_block: Layers of one block of the grid.
+        next_token: Token id after the last chunk, which a drafter reads; None where nothing drafts.
         copied_from: KV blocks of another restoration, whose content is copied first over the blocks right before
             ``start``: what both share is restored once.
     """
@@ -49,6 +50,7 @@ class RestoreTarget:
     namespace: str
     chain_hashes: tuple[str, ...]
     layers_per_block: int = 1
+    next_token: int | None = None
     copied_from: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -70,6 +72,11 @@ class RestoreTarget:
     def chunk_range(self, chunk: int) -> tuple[int, int]:
         """Token positions ``[start, end)`` to restore in a chunk."""
         return (self.chunk_ends[chunk - 1] if chunk else self.start), self.chunk_ends[chunk]
+
+    def token_after(self, chunk: int) -> int | None:
+        """Token id after a chunk; None where that is not known."""
+        after = self.chunk_ends[chunk] - self.start
+        return self.tokens[after] if after < len(self.tokens) else self.next_token
 
     def object_range(self, chunk: int) -> tuple[int, int]:
         """Token positions ``[start, end)`` that the stored objects of a chunk hold."""

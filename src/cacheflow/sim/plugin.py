@@ -13,14 +13,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from cacheflow.plan.batch import BatchPolicy, Ranking, WaitingRequest, bounded
+from cacheflow.plan.batch import STARVATION_S, BatchPolicy, Ranking, WaitingRequest, bounded
 from cacheflow.plan.plan import Choice, RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.step_overhead import why_prefill
-
-STARVATION_S = 10.0
-"""The plugin's default ``starvation_s``."""
 
 
 class RestoreThenPrefill:

@@ -27,7 +27,10 @@ _CONNECTOR_METHODS = (
     "set_xfer_handshake_metadata_pp_aware", "shutdown", "start_load_kv", "take_events", "update_connector_output",
     "update_state_after_alloc", "wait_for_layer_load", "wait_for_save",
 )  # fmt: skip
-_RUNNER_ATTRIBUTES = ("attn_groups", "device", "get_model", "kv_cache_config", "model", "vllm_config")
+_RUNNER_ATTRIBUTES = (
+    "attn_groups", "device", "get_draft_model", "get_model", "kv_cache_config", "model", "supports_mm_inputs",
+    "vllm_config",
+)  # fmt: skip
 _GROUP_ATTRIBUTES = (
     "backend", "build_metadata", "create_metadata_builders", "kernel_block_stride", "kv_cache_spec", "layer_names",
 )  # fmt: skip

@@ -278,10 +278,11 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
         vLLM asks in every step, after the forward: what has not been carried out or saved by now is. For it starts
         loads before the forward where another connector loads for it, and with drafts it calls ``wait_for_save`` later
-        or, on a pipeline stage before the last, never.
+        or, on a pipeline stage before the last, never. A drafter with a KV cache writes it in between.
         """
         self._carry_out()
-        self._save()
+        if not self._worker.drafts:
+            self._save()
         self._worker.forget(finished_req_ids)
         return None, self._worker.take_finished() or None
 

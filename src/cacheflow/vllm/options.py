@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cacheflow.errors import ConfigError
+from cacheflow.plan.batch import STARVATION_S
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
 
@@ -71,7 +72,7 @@ class ConnectorOptions:
     layers_per_block: int | None = None
     policy: str = "cacheflow"
     objective: str = "mean_ttft"
-    starvation_s: float = 10.0
+    starvation_s: float = STARVATION_S
     ttft_slo_ms: float | None = None
     throttle_bytes_per_s: float | None = None
     throttle_latency_s: float = 0.0

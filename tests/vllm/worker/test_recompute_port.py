@@ -26,8 +26,10 @@ class FakeForward:
         )  # fmt: skip
         self.calls = []
         self.waits = 0
+        self.next_tokens = []
 
-    def piece(self, start, tokens, block_ids, boundary=None, *, adapter=None):
+    def piece(self, start, tokens, block_ids, boundary=None, *, next_token=None, adapter=None):
+        self.next_tokens.append(next_token)
         return SimpleNamespace(start=start, end=start + len(tokens), tokens=tuple(tokens), boundary=boundary)
 
     def run(self, piece, carry, *, layers, kv_only_top):
@@ -47,6 +49,7 @@ def new_port(forward, *, start=0, layers_per_block=2):
     target = RestoreTarget(
         restore_id=0, request_id="r", start=start, object_start=0, chunk_ends=(8, 16), tokens=tuple(range(start, 16)),
         block_ids=(3, 2, 1, 0), namespace="n", chain_hashes=("h", "h"), layers_per_block=layers_per_block,
+        next_token=99,
     )  # fmt: skip
     return VllmComputePort(forward, target)
 
@@ -58,6 +61,14 @@ def test_blocks_become_layers_and_the_top_one_writes_alone():
     port.recompute(Tile(0, 1, 1, 2), kv_only_top=False)
     tokens = (4, 5, 6, 7)
     assert forward.calls == [(tokens, None, (0, 4), False), (tokens, "carry of 4", (4, 6), True)]
+
+
+def test_a_drafter_is_told_the_token_after_each_chunk():
+    forward = FakeForward()
+    port = new_port(forward)
+    port.recompute(Tile(0, 1, 0, 3), kv_only_top=False)
+    port.recompute(Tile(1, 2, 0, 3), kv_only_top=False)
+    assert forward.next_tokens == [8, 99]
 
 
 @pytest.mark.parametrize("tile", [Tile(0, 2, 0, 1), Tile(1, 2, 1, 2), Tile(0, 1, 0, 4)])

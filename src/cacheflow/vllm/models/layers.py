@@ -11,25 +11,35 @@ Shapes: ``R`` rows: the layers of this stage that have keys and values of their 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cacheflow.errors import UnsupportedModelError
 
 Module = torch.nn.Module
-Carry = Any
-"""What a layer returned: any nest of tensors. The next layer overwrites it."""
 
 
-class _Ended(BaseException):
+class Carry(NamedTuple):
+    """What was run of a model so far, for a later call that goes on with it; the layers of that call overwrite it.
+
+    Attributes:
+        top: What the topmost layer that was run returned: any nest of tensors.
+        kept: By layer, copies of what those returned whose output the model asks for again once all have run.
+    """
+
+    top: Any
+    kept: dict[int, Any]
+
+
+class CallEnded(BaseException):
     """Ends a call of the model at the layer where enough was run."""
 
-    def __init__(self, carry: Carry) -> None:
+    def __init__(self, returned: Any = None) -> None:  # noqa: ANN401 -- what a layer returned
         super().__init__()
-        self.carry = carry
+        self.returned = returned
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +52,7 @@ class ModelLayers:
         row_of_R: Which of ``modules`` each row is.
         attention_R: VLLM's attention object of each row.
         name_R: Its name, the key of the row's KV cache.
+        asked_again: Those of ``modules`` whose output the model gives to a drafter (EAGLE-3's auxiliary states).
     """
 
     modules: tuple[Module, ...]
@@ -49,6 +60,12 @@ class ModelLayers:
     row_of_R: tuple[int, ...]
     attention_R: tuple[Any, ...]
     name_R: tuple[str, ...]
+    asked_again: frozenset[int] = frozenset()
+
+    @property
+    def num_rows(self) -> int:
+        """Layers with keys and values of their own."""
+        return len(self.row_of_R)
 
     def span(self, row_lo: int, row_hi: int) -> tuple[int, int]:
         """Modules ``[lo, hi)`` that are run for rows ``[row_lo, row_hi)``.
@@ -61,10 +78,11 @@ class ModelLayers:
 
     def can_write_alone(self, row: int) -> bool:
         """Whether a row's keys and values are in the cache before its attention is computed."""
-        backend = self.attention_R[row].attn_backend
-        return is_latent(self.attention_R[row]) or not backend.forward_includes_kv_cache_update
+        return writes_before(self.attention_R[row])
 
-    def run(self, call: Callable[[], object], carry: Carry, rows: tuple[int, int], *, kv_only_top: bool) -> Carry:
+    def run(
+        self, call: Callable[[], object], carry: Carry | None, rows: tuple[int, int], *, kv_only_top: bool
+    ) -> Carry | None:
         """Run rows ``[lo, hi)`` by a call of the whole model.
 
         Args:
@@ -79,26 +97,31 @@ class ModelLayers:
         row_lo, row_hi = rows
         first, last = self.span(row_lo, row_hi)
         alone = kv_only_top and self.can_write_alone(row_hi - 1)
+        kept = {} if carry is None else dict(carry.kept)
         with ExitStack() as stand_ins:
-            for module in self.modules[:first]:
-                stand_ins.enter_context(_stand_in(module, "forward", lambda *_, **__: carry))
+            if carry is not None:
+                for module in self.modules[:first]:
+                    stand_ins.enter_context(_returns(module, carry.top))
+            for index in self.asked_again & frozenset(range(first, last)):
+                module = self.modules[index]
+                stand_ins.enter_context(_stand_in(module, "forward", _keep(module.forward, kept, index)))
             if alone:
-                owner, method = _attention_call(self.attention_R[row_hi - 1])
-                stand_ins.enter_context(_stand_in(owner, method, _end))
+                stand_ins.enter_context(ended_by(self.attention_R[row_hi - 1]))
             else:
                 top = self.modules[self.row_of_R[row_hi - 1] if kv_only_top else last - 1]
                 stand_ins.enter_context(_stand_in(top, "forward", _end_after(top.forward)))
             try:
                 call()
-            except _Ended as ended:
-                return None if kv_only_top else ended.carry
+            except CallEnded as ended:
+                return None if kv_only_top else Carry(ended.returned, kept)
         raise UnsupportedModelError(f"the model's loop did not come to layer {self.first_number + last - 1}")
 
     def pass_through(self, call: Callable[[], object], carry: Carry) -> object:
-        """What the model returns when every layer of this stage returns ``carry``."""
+        """What the model returns once all layers of this stage have run; ``carry`` is what came of them."""
         with ExitStack() as stand_ins:
-            for module in self.modules:
-                stand_ins.enter_context(_stand_in(module, "forward", lambda *_, **__: carry))
+            for index, module in enumerate(self.modules):
+                is_top = index == len(self.modules) - 1
+                stand_ins.enter_context(_returns(module, carry.top if is_top else carry.kept.get(index, carry.top)))
             return call()
 
     def prelude(self, call: Callable[[], object]) -> tuple[list[Module], list[torch.Tensor]]:
@@ -110,14 +133,14 @@ class ModelLayers:
             ran[:] = [*(each for each in ran if each not in inside), module]
 
         def end(*args: object, **kwargs: object) -> None:
-            raise _Ended((args, kwargs))
+            raise CallEnded((args, kwargs))
 
         hook = torch.nn.modules.module.register_module_forward_hook(note)
         try:
             with _stand_in(self.modules[0], "forward", end):
                 call()
-        except _Ended as ended:
-            return ran, [each for each in leaves(ended.carry) if each.is_floating_point()]
+        except CallEnded as ended:
+            return ran, [each for each in leaves(ended.returned) if each.is_floating_point()]
         finally:
             hook.remove()
         raise UnsupportedModelError(f"the model's loop did not come to layer {self.first_number}")
@@ -129,7 +152,7 @@ def find_layers(model: Module, context: Mapping[str, Any], names: Sequence[str])
     Args:
         model: The whole model.
         context: VLLM's ``static_forward_context``: attention objects by name.
-        names: Those with a KV cache.
+        names: Those of the model with a KV cache.
 
     Raises:
         UnsupportedModelError: An attention object is not in the model's tree or not in a list of layers, or two are in
@@ -160,7 +183,14 @@ def find_layers(model: Module, context: Mapping[str, Any], names: Sequence[str])
         row_of_R=tuple(number - first for number in numbers),
         attention_R=tuple(context[rows[number]] for number in numbers),
         name_R=tuple(rows[number] for number in numbers),
+        asked_again=frozenset(number - 1 - first for number in _given_to_drafter(model) if first < number <= last),
     )
+
+
+def _given_to_drafter(model: Module) -> set[int]:
+    """Numbers of the layers whose input the model hands to a drafter; the output of the last is its own."""
+    found = (getattr(module, "aux_hidden_state_layers", ()) for module in model.modules())
+    return {number for numbers in found if isinstance(numbers, tuple) for number in numbers}
 
 
 def owning_names(context: Mapping[str, Any], names: Iterable[str]) -> list[str]:
@@ -168,16 +198,16 @@ def owning_names(context: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return [name for name in names if not getattr(context[name], "kv_sharing_target_layer_name", None)]
 
 
-def leaves(carry: Carry) -> Iterator[torch.Tensor]:
+def leaves(nest: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401
     """The tensors of a nest, in order."""
-    flat, _ = torch.utils._pytree.tree_flatten(carry)  # noqa: SLF001 -- torch's only tree functions
+    flat, _ = torch.utils._pytree.tree_flatten(nest)  # noqa: SLF001 -- torch's only tree functions
     return (each for each in flat if isinstance(each, torch.Tensor))
 
 
-def mapped(carry: Carry, change: Callable[[torch.Tensor], torch.Tensor]) -> Carry:
+def mapped(nest: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:  # noqa: ANN401
     """The same nest of other tensors."""
     tree = torch.utils._pytree  # noqa: SLF001 -- torch's only tree functions
-    return tree.tree_map(lambda each: change(each) if isinstance(each, torch.Tensor) else each, carry)
+    return tree.tree_map(lambda each: change(each) if isinstance(each, torch.Tensor) else each, nest)
 
 
 def _outermost_list(model: Module, path: str) -> tuple[str, Module, int] | None:
@@ -195,20 +225,46 @@ def is_latent(attention: Any) -> bool:  # noqa: ANN401 -- vLLM's Attention or ML
     return hasattr(attention, "kv_lora_rank")
 
 
-def _attention_call(attention: Any) -> tuple[Any, str]:  # noqa: ANN401
-    """What is called once keys and values are written: an object and its method's name."""
-    return (attention, "forward_impl") if is_latent(attention) else (attention.impl, "forward")
+def writes_before(attention: Any) -> bool:  # noqa: ANN401
+    """Whether an attention's keys and values are in the cache before it is computed."""
+    return is_latent(attention) or not attention.attn_backend.forward_includes_kv_cache_update
 
 
-def _end(*_: object, **__: object) -> None:
-    raise _Ended(None)
+@contextmanager
+def ended_by(attention: Any) -> Iterator[None]:  # noqa: ANN401
+    """Have a call of the model end where this attention would be computed: its keys and values are written by then.
+
+    The call then raises ``CallEnded``.
+    """
+
+    def end(*_: object, **__: object) -> None:
+        raise CallEnded
+
+    owner, method = (attention, "forward_impl") if is_latent(attention) else (attention.impl, "forward")
+    with _stand_in(owner, method, end):
+        yield
 
 
-def _end_after(forward: Callable[..., Carry]) -> Callable[..., None]:
+def _end_after(forward: Callable[..., Any]) -> Callable[..., None]:
     def run(*args: object, **kwargs: object) -> None:
-        raise _Ended(forward(*args, **kwargs))
+        raise CallEnded(forward(*args, **kwargs))
 
     return run
+
+
+def _keep(forward: Callable[..., Any], kept: dict[int, Any], index: int) -> Callable[..., Any]:
+    """The same call, whose output is copied: the layers above overwrite it."""
+
+    def run(*args: object, **kwargs: object) -> Any:  # noqa: ANN401
+        returned = forward(*args, **kwargs)
+        kept[index] = mapped(returned, torch.clone)
+        return returned
+
+    return run
+
+
+def _returns(module: Module, value: Any) -> AbstractContextManager[None]:  # noqa: ANN401
+    return _stand_in(module, "forward", lambda *_, **__: value)
 
 
 @contextmanager

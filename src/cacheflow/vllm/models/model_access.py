@@ -11,6 +11,8 @@ from cacheflow.errors import UnsupportedModelError
 from cacheflow.stores.keys import Shard
 from cacheflow.vllm.compat import RunnerKind, is_compiled, require_runner, runner_kind
 from cacheflow.vllm.models.boundary_states import BoundaryShape
+from cacheflow.vllm.models.drafter import Drafter, drafter_names, find_drafter
+from cacheflow.vllm.models.inputs import TextInputs
 from cacheflow.vllm.models.layers import ModelLayers, find_layers, owning_names
 from cacheflow.vllm.models.refusals import configured_refusals, load_refusals, require_loadable, require_recomputable
 from cacheflow.vllm.models.workers import worker_of
@@ -24,12 +26,15 @@ class ModelHandle:
         runner: vLLM's model runner.
         model: The whole model, ``runner.model``.
         layers: Its layers; None where recomputation is refused.
+        inputs: How it is given text.
+        drafter: The last row, on top of the layers; None without a drafter that keeps keys and values of its own.
         refusal: Why this model cannot be recomputed with (loads work); empty when it can.
         vllm_config: vLLM's configuration.
         runner_kind: First or second generation of the runner.
         compiled: Whether the engine runs the model through ``torch.compile``: then only whole passes are bit-exact.
         start_layer: First layer of this pipeline stage, counted from the model's bottom.
-        layer_names: vLLM's name of the attention of each layer with a KV cache, bottom first.
+        layer_names: vLLM's name of the attention of each layer with a KV cache, bottom first, a drafter's last.
+        num_drafter_layers: How many of them are a drafter's.
         shard: Tensor-parallel rank and pipeline stage.
         block_size: Tokens of one KV block.
         num_blocks: KV blocks of this worker.
@@ -42,12 +47,15 @@ class ModelHandle:
     runner: Any
     model: Any
     layers: ModelLayers | None
+    inputs: TextInputs
+    drafter: Drafter | None
     refusal: str
     vllm_config: Any
     runner_kind: RunnerKind
     compiled: bool
     start_layer: int
     layer_names: tuple[str, ...]
+    num_drafter_layers: int
     shard: Shard
     block_size: int
     num_blocks: int
@@ -85,41 +93,35 @@ def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = Fals
     runner = worker_of(vllm_config).model_runner
     require_runner(runner)
     context = vllm_config.compilation_config.static_forward_context
-    names = owning_names(context, kv_cache_config.kv_cache_groups[0].layer_names)
-    reasons, layers = list(configured_refusals(vllm_config)), None
+    draft_model = runner.get_draft_model()
+    every = sorted(owning_names(context, kv_cache_config.kv_cache_groups[0].layer_names), key=layer_number)
+    drafters = drafter_names(draft_model, context, every)
+    names = [name for name in every if name not in drafters]
+    reasons, layers, drafter = list(configured_refusals(vllm_config)), None, None
     if not reasons:
         try:
             layers = find_layers(runner.get_model(), context, names)
+            drafter = find_drafter(runner, context, drafters)
         except UnsupportedModelError as error:
             reasons.append(str(error))
+            layers = None
     require_recomputable(reasons, load_only=load_only)
-    return _describe(runner, vllm_config, kv_cache_config, layers or names, refusal="; ".join(reasons))
-
-
-def _describe(
-    runner: Any,  # noqa: ANN401
-    vllm_config: Any,  # noqa: ANN401
-    kv_cache_config: Any,  # noqa: ANN401
-    found: ModelLayers | list[str],
-    *,
-    refusal: str,
-) -> ModelHandle:
-    """The handle, from the layers or, where recomputation is refused, from the names of those with a KV cache."""
-    layers = found if isinstance(found, ModelLayers) else None
     group, shard = kv_cache_config.kv_cache_groups[0], shard_of(vllm_config)
-    names = found.name_R if isinstance(found, ModelLayers) else tuple(sorted(found, key=layer_number))
     number = layer_number(names[0])
     model, device, dtype = runner.get_model(), torch.device(runner.device), vllm_config.model_config.dtype
     return ModelHandle(
         runner=runner,
         model=model,
         layers=layers,
-        refusal=refusal,
+        inputs=TextInputs.of_model(model, embedded=shard.pp_rank == 0 and bool(runner.supports_mm_inputs)),
+        drafter=drafter,
+        refusal="; ".join(reasons),
         vllm_config=vllm_config,
         runner_kind=runner_kind(runner),
         compiled=is_compiled(vllm_config),
         start_layer=layers.first_number if layers is not None else number[0] if number else 0,
-        layer_names=names,
+        layer_names=(*(names if layers is None else layers.name_R), *drafters),
+        num_drafter_layers=len(drafters),
         shard=shard,
         block_size=int(group.kv_cache_spec.block_size),
         num_blocks=int(kv_cache_config.num_blocks),

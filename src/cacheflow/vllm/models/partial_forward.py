@@ -26,6 +26,7 @@ class Piece:
         start: Position of its first token.
         end: One past its last.
         token_ids: ``[n]`` int32, on the device.
+        next_token_ids: ``[n]`` int32, on the device: the token after each; what a drafter reads.
         positions: ``[n]`` int64, on the device.
         slots: ``[n]`` int64: where each token's keys and values go.
         common: vLLM's ``CommonAttentionMetadata``.
@@ -36,6 +37,7 @@ class Piece:
     start: int
     end: int
     token_ids: torch.Tensor
+    next_token_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     common: Any
@@ -65,7 +67,8 @@ class PartialForward:
         return (
             layers is not None
             and not self.handle.compiled
-            and all(layers.can_write_alone(row) for row in range(self.handle.num_layers))
+            and all(layers.can_write_alone(row) for row in range(layers.num_rows))
+            and (self.handle.drafter is None or self.handle.drafter.writes_before)
         )
 
     def attention_layers(self) -> list[Any]:
@@ -80,11 +83,13 @@ class PartialForward:
         block_ids: Sequence[int],
         boundary: States | None = None,
         *,
+        next_token: int | None = None,
         adapter: Adapter | None = None,
     ) -> Piece:
         """Prepare the tokens from ``start`` on of a sequence whose KV blocks are ``block_ids``, in order from token 0.
 
-        ``boundary`` is what a later pipeline stage is handed for them; layers overwrite it.
+        ``boundary`` is what a later pipeline stage is handed for them; layers overwrite it. ``next_token`` comes after
+        them; where it is not known a drafter's last position is not right.
         """
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -111,10 +116,15 @@ class PartialForward:
             is_prefilling=torch.ones(1, dtype=torch.bool),
             positions=on_device,
         )
-        ids = torch.tensor(tokens, dtype=torch.int32).to(device, non_blocking=True)
-        return Piece(start, end, ids, on_device, slots_on_device, common, boundary, adapter)
+        followed = torch.tensor([*tokens, tokens[-1] if next_token is None else next_token], dtype=torch.int32)
+        followed = followed.to(device, non_blocking=True)
+        return Piece(
+            start, end, followed[:-1], followed[1:], on_device, slots_on_device, common, boundary, adapter
+        )  # fmt: skip
 
-    def run(self, piece: Piece, carry: Carry, *, layers: tuple[int, int], kv_only_top: bool = False) -> Carry:
+    def run(
+        self, piece: Piece, carry: Carry | None, *, layers: tuple[int, int], kv_only_top: bool = False
+    ) -> Carry | None:
         """Run a piece through rows ``[lo, hi)`` of this stage, writing their keys and values; in an eager engine.
 
         Args:
@@ -124,10 +134,19 @@ class PartialForward:
             kv_only_top: Row ``hi - 1`` computes keys and values only.
 
         Returns:
-            The carry for row ``hi``; None with ``kv_only_top``.
+            The carry for row ``hi``; None with ``kv_only_top`` and after a drafter's row.
         """
+        row_lo, row_hi = layers
+        own = min(row_hi, self._layers.num_rows)
         with self._context(piece), self._eager():
-            return self._layers.run(lambda: self._call(piece), carry, layers, kv_only_top=kv_only_top)
+            if row_lo < own:
+                alone = kv_only_top and own == row_hi
+                carry = self._layers.run(lambda: self._call(piece), carry, (row_lo, own), kv_only_top=alone)
+            if own == row_hi:
+                return carry
+            assert carry is not None, "all layers have run"
+            self._draft(piece, self._layers.pass_through(lambda: self._call(piece), carry))
+        return None
 
     def run_whole(self, piece: Piece) -> States | None:
         """Run a piece through the whole stage as the engine itself would, compiled or not.
@@ -136,7 +155,14 @@ class PartialForward:
             What this stage hands to the next; None on the last stage.
         """
         with self._context(piece, whole=True):
-            return _handed_over(self._call(piece))
+            out = self._call(piece)
+            if self.handle.drafter is not None:
+                self._draft(piece, out)
+            return _handed_over(out)
+
+    def _draft(self, piece: Piece, target_out: object) -> None:
+        assert self.handle.drafter is not None, "rows beyond the layers are a drafter's"
+        self.handle.drafter.write(target_out, piece.next_token_ids, self._positions(piece))
 
     def hand_over(self, piece: Piece, carry: Carry) -> States:
         """What this stage hands to the next for a piece whose top row returned ``carry``; not on the last stage."""
@@ -159,12 +185,16 @@ class PartialForward:
         from vllm.sequence import IntermediateTensors
 
         received = None if piece.boundary is None else IntermediateTensors(piece.boundary)
-        positions = piece.positions
-        if getattr(self.handle.vllm_config.model_config, "uses_mrope", False):
-            positions = positions.repeat(3, 1)  # height and width of text are its time
         return self.handle.runner.model(
-            input_ids=piece.token_ids, positions=positions, intermediate_tensors=received, inputs_embeds=None
+            **self.handle.inputs.arguments(piece.token_ids),
+            positions=self._positions(piece),
+            intermediate_tensors=received,
         )
+
+    def _positions(self, piece: Piece) -> torch.Tensor:
+        if getattr(self.handle.vllm_config.model_config, "uses_mrope", False):
+            return piece.positions.repeat(3, 1)  # height and width of text are its time
+        return piece.positions
 
     def wait(self) -> None:
         """Wait until the last call's kernels have run; does nothing on the CPU."""

@@ -16,10 +16,8 @@ from cacheflow.shapes.hf_config import CacheKind
 Config = Any
 """vLLM's configuration objects, whose types this package does not rely on."""
 
-DRAFTERS = ("ngram", "suffix")
-"""They draft from the tokens alone."""
-MODEL_DRAFTERS = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark")
-"""They have KV blocks of their own."""
+DRAFTERS = ("ngram", "suffix", "eagle", "eagle3", "mtp")
+"""How vLLM may draft: from the tokens alone, or with a model whose keys and values are restored as one layer more."""
 SUPPORTED_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 """vLLM's KV cache specs that are restored: keys and values, or one latent, of every token."""
 _KIND_OF_SPEC = {
@@ -106,20 +104,15 @@ def engine_refusals(vllm_config: Config) -> Iterator[str]:
 def _drafter_refusals(method: str) -> Iterator[str]:
     if method in DRAFTERS:
         return
-    why = "restoration was never tried with it"
-    if method in MODEL_DRAFTERS:
-        why = "its drafter has a KV cache of its own, which would not be restored"
-    yield f"speculative decoding drafts by {method!r}: {why}; {' and '.join(DRAFTERS)} work: they look at tokens alone"
+    yield (
+        f"speculative decoding drafts by {method!r}, with which restoration was never tried; "
+        f"{', '.join(DRAFTERS[:-1])} and {DRAFTERS[-1]} work"
+    )
 
 
 def configured_refusals(vllm_config: Config) -> Iterator[str]:
     """Why an engine that is configured like this is not recomputed in, whatever its model."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if model.is_multimodal_model and getattr(model, "supports_multimodal_inputs", True):
-        yield (
-            "it takes images or sound: tokens alone do not say what was embedded (text alone is recomputed: set every "
-            "kind of them to 0 in --limit-mm-per-prompt)"
-        )
+    parallel = vllm_config.parallel_config
     if parallel.data_parallel_size > 1 and getattr(parallel, "is_moe_model", None) is not False:
         yield "data parallelism with experts: every forward is a collective of all replicas"
     if getattr(parallel, "enable_eplb", False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cacheflow.plan.problem import BoundarySource
 from cacheflow.plan.rates import LiveRates
@@ -33,6 +33,7 @@ class Decision:
         planning_s: Seconds the plan took.
         copied_from: KV blocks of another restoration that hold the tokens after ``start``; they are copied, the rest
             is restored.
+        can_compute: What the store loses can be recomputed; False where an image or a sound is among the tokens.
         reason: Why nothing is restored; empty when something is.
     """
 
@@ -41,6 +42,7 @@ class Decision:
     stages: tuple[StagePlan, ...] = ()
     planning_s: float = 0.0
     copied_from: tuple[int, ...] = ()
+    can_compute: bool = True
     reason: str = ""
 
     @property
@@ -105,15 +107,22 @@ class Decider:
         slowest = decision.slowest_stage
         policy = Load() if slowest is not None and slowest.plan.policy == Load.name else self.policy
         sources = [stage.source for stage in decision.stages]
-        return Decision(
-            start=decision.start,
-            end=decision.end,
+        return replace(
+            decision,
             stages=self._plans(policy, self._span(shared.end, decision.end), sources),
             planning_s=self._clock() - began_s,
             copied_from=shared.source_blocks,
         )
 
-    def decide(self, params: RequestParams, stored: StoreQuestion, *, start: int, num_tokens: int) -> Decision:
+    def decide(
+        self,
+        params: RequestParams,
+        stored: StoreQuestion,
+        *,
+        start: int,
+        num_tokens: int,
+        num_text_tokens: int | None = None,
+    ) -> Decision:
         """How to restore a request whose first ``start`` tokens are in the KV cache.
 
         Args:
@@ -121,6 +130,7 @@ class Decider:
             stored: What the store holds of it.
             start: Tokens vLLM's prefix cache holds, a multiple of the block size.
             num_tokens: Tokens of the request; the last is always computed, for its logits.
+            num_text_tokens: Leading tokens that can be recomputed; None where all can.
 
         Raises:
             CostRangeError: A chunk lies outside the measured range.
@@ -136,13 +146,15 @@ class Decider:
             )
             return Decision(start=start, end=start, reason=reason)
         began_s = self._clock()
-        policy = Load() if params.mode is Mode.LOAD else self.policy
+        can_compute = self.can_compute and (num_text_tokens is None or end <= num_text_tokens)
+        policy = self.policy if can_compute and params.mode is not Mode.LOAD else Load()
         span = self._span(start, end, num_tokens)
         stages = self._plans(policy, span, self._sources(stored.num_boundaries, span))
         if self._guarded and params.mode is Mode.AUTO and (reason := self._why_prefill(stages)):
             # vLLM's own prefill recomputes at least as fast, and batches with what else there is.
             return Decision(start=start, end=start, stages=stages, reason=reason)
-        return Decision(start=start, end=end, stages=stages, planning_s=self._clock() - began_s)
+        planning_s = self._clock() - began_s
+        return Decision(start=start, end=end, stages=stages, planning_s=planning_s, can_compute=can_compute)
 
     def _end(self, params: RequestParams, *, start: int, num_tokens: int, num_stored: int) -> int:
         chunk_tokens = self._options.chunk_tokens
@@ -189,7 +201,7 @@ class Decider:
 
     def _why_prefill(self, plans: Sequence[StagePlan]) -> str:
         """Why vLLM's own prefill is to compute the prompt; empty when restoring pays."""
-        if len(plans) == 1:
+        if len(plans) == 1 and plans[0].plan.guard is not None:
             return why_prefill(plans[0].plan)
         restore_s = max(each.plan.predicted.restore_s for each in plans) + STEP_OVERHEAD_S
         each_s = [stage.recompute_s(plan) for stage, plan in zip(self.stages, plans, strict=True)]
@@ -199,7 +211,8 @@ class Decider:
         recompute_s = max(each_s) + fill_s
         if restore_s <= recompute_s:
             return ""
+        on_stages = f" on {len(plans)} pipeline stages" if len(plans) > 1 else ""
         return (
-            f"restoring on {len(plans)} pipeline stages takes {restore_s * 1e3:.0f} ms by prediction, vLLM's own "
-            f"prefill {recompute_s * 1e3:.0f} ms"
+            f"restoring takes {restore_s * 1e3:.0f} ms by prediction{on_stages}, vLLM's own prefill "
+            f"{recompute_s * 1e3:.0f} ms"
         )

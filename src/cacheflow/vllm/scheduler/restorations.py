@@ -147,6 +147,7 @@ class Restorations:
             object_start=first * chunk_tokens,
             chunk_ends=grid.chunk_ends,
             tokens=tuple(request.view.tokens[grid.start : decision.end]),
+            next_token=request.view.tokens[decision.end],
             block_ids=tuple(block_ids[: decision.end // facts.block_size]),
             namespace=request.name.namespace,
             chain_hashes=request.prefix.chain_hashes(first, decision.end // chunk_tokens),
@@ -158,7 +159,7 @@ class Restorations:
             for stage, planner in zip(decision.stages, self._decider.stages, strict=True)
         ]
         restoration = PipelineRestoration(
-            target, states, ranks_per_stage=self._ranks_per_stage, can_compute=self._decider.can_compute
+            target, states, ranks_per_stage=self._ranks_per_stage, can_compute=decision.can_compute
         )
         now_s, slo_ms = self._clock(), self._options.ttft_slo_ms
         active = _Active(

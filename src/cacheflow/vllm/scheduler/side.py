@@ -167,9 +167,15 @@ class SchedulerSide:
         return decision.num_tokens
 
     def _decide(self, request: TrackedRequest, question: StoreQuestion, num_computed: int) -> Decision:
-        num_tokens = len(request.view.tokens)
+        view = request.view
         try:
-            decision = self.decider.decide(request.params, question, start=num_computed, num_tokens=num_tokens)
+            decision = self.decider.decide(
+                request.params,
+                question,
+                start=num_computed,
+                num_tokens=len(view.tokens),
+                num_text_tokens=view.num_text_tokens,
+            )
         except CostRangeError as error:
             logger.warning("request %s is computed, not restored: %s", request.view.request_id, error)
             decision = Decision(start=num_computed, end=num_computed, reason=str(error))

@@ -47,6 +47,11 @@ class RequestView:
     hashable: bool = True
     computes_all: bool = False
 
+    @property
+    def num_text_tokens(self) -> int | None:
+        """Leading tokens before the first image or sound, which alone can be recomputed; None where all can."""
+        return min((each.start for each in self.media), default=None)
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:

@@ -122,13 +122,17 @@ def _kinds(forward: PartialForward) -> tuple[str, ...]:
 
     In a mixture of experts some layers may be dense.
     """
-    layers, found, names = forward.handle.layers, dict[tuple[str, ...], str](), list[str]()
+    layers, drafter = forward.handle.layers, forward.handle.drafter
+    found, names = dict[tuple[str, ...], str](), list[str]()
     for row, core in enumerate(forward.attention_layers()):
         base = _FULL if getattr(core, "sliding_window", None) in (None, -1, (-1, -1)) else _SLIDING
         made_of: tuple[str, ...] = (base,)
-        if layers is not None:
+        modules: tuple[torch.nn.Module, ...] = ()
+        if layers is not None and row < layers.num_rows:
             modules = layers.modules[slice(*layers.span(row, row + 1))]
-            made_of += tuple(_description(each) for module in modules for each in module.modules())
+        elif drafter is not None:
+            modules = (drafter.model,)
+        made_of += tuple(_description(each) for module in modules for each in module.modules())
         if made_of not in found:
             others = sum(name.startswith(base) for name in found.values())
             found[made_of] = f"{base}_{others + 1}" if others else base

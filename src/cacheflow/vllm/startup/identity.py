@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -66,9 +66,11 @@ def stage_weights(handle: ModelHandle, layout: BlockLayout) -> tuple[LayerDigest
     if handle.is_first_stage:
         digests.append((BOTTOM, _of_prelude(forward, layout, whole=whole)))
     plain = []
-    for row in range(handle.num_layers):
+    for row in range(layers.num_rows):
         modules = torch.nn.ModuleList(layers.modules[slice(*layers.span(row, row + 1))])
         plain.append(weights_fingerprint(modules[0] if len(modules) == 1 else modules, {}, full=whole))
+    if handle.drafter is not None:
+        plain.append(weights_fingerprint(handle.drafter.model, {}, full=whole))
     if not all(weight.numel() for weight in handle.model.parameters()):
         plain = _with_probe(forward, layout, plain)
     return (*digests, *((handle.start_layer + row, digest) for row, digest in enumerate(plain)))
@@ -113,13 +115,40 @@ def _of_whole_stage(handle: ModelHandle, layout: BlockLayout) -> str:
 
 
 def _of_prelude(forward: PartialForward, layout: BlockLayout, *, whole: bool) -> str:
-    """Digest of what lies below the first layer: the weights of the modules there, and what they make of a probe."""
+    """Digest of what lies below the first layer: the weights of the modules there, and what they make of a probe.
+
+    Where images or sounds are embedded, that is the weights of all that is no layer.
+    """
     config: Any = forward.handle.vllm_config.model_config.hf_config
     probe = make_probe(forward.handle, num_chunks=1)
     with scratch_blocks(layout, len(probe.tokens)) as block_ids:
         modules, given = forward.prelude(forward.piece(0, probe.tokens, block_ids))
+    handle = forward.handle
+    if handle.inputs.embedded and handle.layers is not None:
+        modules = list(_without_layers(handle.model, frozenset(handle.layers.modules)))
+        given += [out for module in modules for out in _packed_probes(module, handle)]
     weights = (weights_fingerprint(module, config.to_dict(), full=whole) for module in modules)
     return _digest_of("".join(weights), *given)
+
+
+def _without_layers(module: torch.nn.Module, layers: frozenset[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+    """The outermost modules that are no layer and hold none."""
+    for child in module.children():
+        if layers.isdisjoint(child.modules()):
+            yield child
+        elif child not in layers:
+            yield from _without_layers(child, layers)
+
+
+def _packed_probes(module: torch.nn.Module, handle: ModelHandle) -> Iterator[torch.Tensor]:
+    """What linear layers whose weights vLLM has packed out of sight make of fixed random numbers."""
+    for each in module.modules():
+        weight = getattr(each, "weight", None)
+        if isinstance(weight, torch.nn.Parameter) and not weight.numel():
+            width: Any = getattr(each, "input_size_per_partition", None) or each.input_size
+            probe = torch.randn((1, int(width)), generator=torch.Generator().manual_seed(13))
+            with torch.inference_mode():
+                yield from leaves(each(probe.to(handle.device, handle.dtype)))
 
 
 def _with_probe(forward: PartialForward, layout: BlockLayout, digests: list[str]) -> list[str]:
@@ -135,7 +164,7 @@ def _with_probe(forward: PartialForward, layout: BlockLayout, digests: list[str]
             if not handle.is_first_stage:
                 boundary = handle.boundary.random(len(tokens), generator, device=handle.device)
             piece = forward.piece(0, tokens, block_ids, boundary)
-            given: Carry = None if carry is None else random_like(carry, torch.Generator().manual_seed(13))
+            given: Carry | None = None if carry is None else random_like(carry, torch.Generator().manual_seed(13))
             carry = forward.run(piece, given, layers=(row, row + 1))
             forward.wait()
             kv = np.empty(layout.num_bytes(1, len(block_ids)), dtype=np.uint8)

@@ -26,7 +26,7 @@ _NAME = "_cacheflow_self_test_"
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Random tokens, cut into equal chunks.
+    """Random tokens, cut into equal chunks; the prompt goes on with its first token again.
 
     Attributes:
         tokens: Token ids.
@@ -44,6 +44,10 @@ class Probe:
     def chunk(self, index: int) -> tuple[int, ...]:
         """Tokens of one chunk."""
         return self.tokens[index * self.chunk_tokens : (index + 1) * self.chunk_tokens]
+
+    def token_after(self, end: int) -> int:
+        """The token at a position."""
+        return self.tokens[end % len(self.tokens)]
 
 
 def make_probe(handle: ModelHandle, *, num_chunks: int) -> Probe:
@@ -80,15 +84,19 @@ def run_by_engine(handle: ModelHandle, probe: Probe, block_ids: Sequence[int]) -
     """
     seen, start = list[SeenStep](), 0
     for end in probe.chunk_ends:
-        seen.append(step_by_engine(handle, probe.tokens[:end], block_ids, start=start))
+        next_token = probe.token_after(end)
+        seen.append(step_by_engine(handle, probe.tokens[:end], block_ids, start=start, next_token=next_token))
         start = end
     return seen
 
 
-def step_by_engine(handle: ModelHandle, tokens: Sequence[int], block_ids: Sequence[int], *, start: int) -> SeenStep:
+def step_by_engine(
+    handle: ModelHandle, tokens: Sequence[int], block_ids: Sequence[int], *, start: int, next_token: int
+) -> SeenStep:
     """One step of the engine: compute the tokens from ``start`` on, of a prompt whose KV blocks are ``block_ids``.
 
-    All ranks must call it together. The connector is not asked for anything meanwhile: it is being started.
+    The prompt goes on with ``next_token``, so that nothing of it is sampled. All ranks must call it together. The
+    connector is not asked for anything meanwhile: it is being started.
     """
     from vllm.distributed.kv_transfer import kv_transfer_state
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -96,7 +104,7 @@ def step_by_engine(handle: ModelHandle, tokens: Sequence[int], block_ids: Sequen
     worker, calls = worker_of(handle.vllm_config), list[SeenStep]()
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401 -- vLLM's model
-        calls.append(_seen(args, kwargs))
+        calls.append(_seen(args, kwargs, embedded=handle.inputs.embedded))
 
     def execute(step: Any) -> None:  # noqa: ANN401 -- vLLM's SchedulerOutput
         with torch.inference_mode():
@@ -105,7 +113,9 @@ def step_by_engine(handle: ModelHandle, tokens: Sequence[int], block_ids: Sequen
 
     name = f"{_NAME}{start}"
     step, last = SchedulerOutput.make_empty(), SchedulerOutput.make_empty()
-    step.scheduled_new_reqs = [_new_request(handle, name, tokens, block_ids, start=start)]
+    longest = int(handle.vllm_config.model_config.max_model_len)
+    prompt = [*tokens, next_token][:longest]
+    step.scheduled_new_reqs = [_new_request(handle, name, prompt, block_ids, start=start, end=len(tokens))]
     step.num_scheduled_tokens = {name: len(tokens) - start}
     step.total_num_scheduled_tokens = len(tokens) - start
     last.finished_req_ids = {name}
@@ -135,34 +145,36 @@ def step_by_engine(handle: ModelHandle, tokens: Sequence[int], block_ids: Sequen
     return replace(seen, states={name: each[:num_tokens] for name, each in seen.states.items()})
 
 
-def _seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SeenStep:
+def _seen(args: tuple[Any, ...], kwargs: dict[str, Any], *, embedded: bool) -> SeenStep:
     received, extra = kwargs.get("intermediate_tensors"), sorted(set(kwargs) - _INPUTS)
     states = None if received is None else {name: each.clone() for name, each in received.tensors.items()}
     if args or extra:
         return SeenStep(states, f"vLLM calls the model with more than tokens: {', '.join(extra) or 'more arguments'}")
-    if kwargs.get("inputs_embeds") is not None:
-        return SeenStep(states, "vLLM calls the model with embeddings, not with tokens")
+    if embedded is (kwargs.get("inputs_embeds") is None):
+        ways = ("tokens", "embeddings")
+        return SeenStep(states, f"vLLM calls the model with {ways[not embedded]}, not with {ways[embedded]}")
     return SeenStep(states)
 
 
-def _new_request(handle: ModelHandle, name: str, tokens: Sequence[int], block_ids: Sequence[int], *, start: int) -> Any:  # noqa: ANN401
-    """A request as vLLM's scheduler gives it to workers; its prompt goes on, so that nothing of it is sampled."""
+def _new_request(
+    handle: ModelHandle, name: str, prompt: list[int], block_ids: Sequence[int], *, start: int, end: int
+) -> Any:  # noqa: ANN401
+    """A request as vLLM's scheduler gives it to workers, of which ``[start, end)`` is computed."""
     from vllm.v1.core.sched.output import NewRequestData
 
     from vllm import SamplingParams
 
-    goes_on = len(tokens) < int(handle.vllm_config.model_config.max_model_len)
-    prompt = [*tokens, tokens[0]] if goes_on else list(tokens)
-    # The token beyond is not computed in this step: any block stands for its own.
-    needed = -(-len(prompt) // handle.block_size)
-    blocks = [*block_ids[: -(-len(tokens) // handle.block_size)]]
+    size = handle.block_size
+    blocks = list(block_ids[: -(-end // size)])
+    # What lies beyond is not kept: vLLM's null block, the first of all, stands for it.
+    blocks += [0] * (-(-len(prompt) // size) - len(blocks))
     return NewRequestData(
         req_id=name,
         prompt_token_ids=prompt,
         mm_features=[],
         sampling_params=SamplingParams(max_tokens=2, temperature=0.0),
         pooling_params=None,
-        block_ids=([*blocks, *blocks[:1] * (needed - len(blocks))],),
+        block_ids=(blocks,),
         num_computed_tokens=start,
         lora_request=None,
         prefill_token_ids=prompt,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -203,10 +204,11 @@ class _RecomputeTest:
         forward, probe = self._forward, self.probe
         tokens, start = probe.chunk(len(probe.chunk_ends) - 1), len(probe.tokens) - probe.chunk_tokens
         before = past[: start // self._layout.block_size]
-        carry: Carry = None
+        next_token = probe.token_after(len(probe.tokens))
+        carry: Carry | None = None
         for layer in range(forward.handle.num_layers):
             for blocks, kv_only in (([*before, *spare], True), (past, False)):
-                piece = forward.piece(start, tokens, blocks, _copied(handed))
+                piece = forward.piece(start, tokens, blocks, _copied(handed), next_token=next_token)
                 out = forward.run(piece, _copied(carry), layers=(layer, layer + 1), kv_only_top=kv_only)
             carry = out
         forward.wait()
@@ -218,11 +220,12 @@ class _RecomputeTest:
         start = -(-window // size) * size
         blocks = [past[index % len(past)] for index in range(start // size)] + spare
         prompt = [tokens[index % len(tokens)] for index in range(start)] + list(tokens)
-        [handed] = _handed([step_by_engine(self._forward.handle, prompt, blocks, start=start)])
+        handle, next_token = self._forward.handle, tokens[0]
+        [handed] = _handed([step_by_engine(handle, prompt, blocks, start=start, next_token=next_token)])
         own = gathered(self._layout, spare)
         wipe(self._layout, spare, value=_POISON)
-        piece = self._forward.piece(start, tokens, blocks, handed)
-        self._forward.run(piece, None, layers=(0, self._forward.handle.num_layers))
+        piece = self._forward.piece(start, tokens, blocks, handed, next_token=next_token)
+        self._forward.run(piece, None, layers=(0, handle.num_layers))
         self._forward.wait()
         restored = gathered(self._layout, spare)
         return self._compare(own, restored, f"behind its window of {window} tokens")
@@ -265,6 +268,7 @@ def _target(probe: Probe, block_ids: list[int], layers_per_block: int) -> Restor
         object_start=0,
         chunk_ends=probe.chunk_ends,
         tokens=probe.tokens,
+        next_token=probe.token_after(len(probe.tokens)),
         block_ids=tuple(block_ids),
         namespace="",
         chain_hashes=("",) * len(probe.chunk_ends),
@@ -272,8 +276,8 @@ def _target(probe: Probe, block_ids: list[int], layers_per_block: int) -> Restor
     )
 
 
-def _copied(carry: Carry) -> Carry:
-    return mapped(carry, torch.clone)
+def _copied(nest: Any) -> Any:  # noqa: ANN401
+    return mapped(nest, torch.clone)
 
 
 def _copies_are_equal(layout: BlockLayout, block_ids: list[int], own: Bytes) -> bool:

@@ -27,15 +27,20 @@ class _ClimbingChunk:
 
     Attributes:
         piece: Its tokens.
-        carry: What the block below ``next_block`` returned.
         next_block: The block that it is at.
-        spent: Nothing can run above, because the carry is gone.
+        carry: What the block below ``next_block`` returned; None at the bottom, and where it is gone.
+        handed_over: What a whole pass of a compiled stage returned for the next stage.
     """
 
     piece: Piece
-    carry: Carry = None
     next_block: int = 0
-    spent: bool = False
+    carry: Carry | None = None
+    handed_over: States | None = None
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing can run above, and nothing be handed over."""
+        return self.next_block > 0 and self.carry is None and self.handed_over is None
 
 
 class VllmComputePort:
@@ -149,12 +154,13 @@ class VllmComputePort:
         out = None if failed or state is None or state.spent else self._handed_over(state)
         self._link.send(out, restore_id=self._target.restore_id, chunk=chunk, num_tokens=end - start)
         if state is not None:
-            state.carry, state.spent = None, True
+            state.carry = state.handed_over = None
 
     def _handed_over(self, state: _ClimbingChunk) -> States:
         """What the stage above is handed: a compiled stage has returned it, an eager one is asked for it."""
-        if self._forward.handle.compiled:
-            return dict(state.carry)
+        if state.handed_over is not None:
+            return state.handed_over
+        assert state.carry is not None, "of a chunk that is not spent"
         return self._forward.hand_over(state.piece, state.carry)
 
     def run_suffix(self, block_lo: int, block_hi: int) -> None:
@@ -174,8 +180,7 @@ class VllmComputePort:
     def _run_whole(self, chunk: int) -> None:
         piece = self._piece(chunk)
         out = self._forward.run_whole(piece)
-        spent = self._link is None or out is None
-        self._chunks[chunk] = _ClimbingChunk(piece, None if spent else out, self._num_blocks, spent)
+        self._chunks[chunk] = _ClimbingChunk(piece, self._num_blocks, handed_over=None if self._link is None else out)
 
     def _climb(self, state: _ClimbingChunk, tile: Tile, *, kv_only_top: bool) -> None:
         layers = (
@@ -183,7 +188,7 @@ class VllmComputePort:
             block_layers(tile.block_hi - 1, self._target.layers_per_block, self._num_layers)[1],
         )
         state.carry = self._forward.run(state.piece, state.carry, layers=layers, kv_only_top=kv_only_top)
-        state.next_block, state.spent = tile.block_hi, kv_only_top
+        state.next_block = tile.block_hi
 
     def _piece(self, chunk: int) -> Piece:
         """A chunk, with a fresh copy of its boundary states on a later stage: layers overwrite them."""
@@ -194,4 +199,11 @@ class VllmComputePort:
             if chunk not in self._boundary:
                 raise ValueError(f"chunk {chunk} has no boundary states; a later pipeline stage starts from them")
             boundary = {name: states.clone() for name, states in self._boundary[chunk].items()}
-        return self._forward.piece(start, tokens, self._target.block_ids, boundary, adapter=self._adapter)
+        return self._forward.piece(
+            start,
+            tokens,
+            self._target.block_ids,
+            boundary,
+            next_token=self._target.token_after(chunk),
+            adapter=self._adapter,
+        )

@@ -112,6 +112,11 @@ class WorkerSide:
         return self._engine.facts
 
     @property
+    def drafts(self) -> bool:
+        """Whether what is saved of a step holds what a drafter writes after the forward."""
+        return self._engine.handle.num_drafter_layers > 0
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is left of any restoration."""
         return self._carrier.idle and not (self._request_of or self._failed_blocks)
