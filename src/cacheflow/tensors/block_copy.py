@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,7 @@ Ids = npt.NDArray[np.int64]
 _AS_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Neighbouring layers of one shape: in a payload they are one ``[layers, blocks, ...]``.
 
     Attributes:
@@ -44,7 +43,7 @@ class ShapeRuns:
     def __init__(self, views: Sequence[torch.Tensor]) -> None:
         """Look at the shapes of all layers' views."""
         self._inner_L = [tuple(view.shape[1:]) for view in views]
-        self._element_bytes = views[0].element_size()
+        self._block_bytes_L = [math.prod(inner) * views[0].element_size() for inner in self._inner_L]
         self._end_L = [len(views)] * len(views)
         for layer in range(len(views) - 2, -1, -1):
             same = self._inner_L[layer] == self._inner_L[layer + 1]
@@ -55,10 +54,9 @@ class ShapeRuns:
         start, at = layer_lo, 0
         while start < layer_hi:
             end = min(self._end_L[start], layer_hi)
-            shape = (end - start, num_blocks, *self._inner_L[start])
-            size = math.prod(shape) * self._element_bytes
-            yield Run(start, end, slice(at, at + size), shape)
-            start, at = end, at + size
+            stop = at + (end - start) * num_blocks * self._block_bytes_L[start]
+            yield Run(start, end, slice(at, stop), (end - start, num_blocks, *self._inner_L[start]))
+            start, at = end, stop
 
 
 class HostCopies:
