@@ -46,7 +46,7 @@ DOCUMENTED = {
     "deepseek_v3": Case("deepseek_v3", "bfloat16", engine=LATENT),
     "kimi_k2": Case("kimi_k2", "float32", engine=LATENT),
 }
-SECOND_RUNNER = ("gpt_oss", "olmo3", "granite", "deepseek_v3")
+SECOND_RUNNER = ("gpt_oss", "gemma4_heads_ple_shared", "olmo3", "granite", "deepseek_v3")
 """Run on vLLM's second-generation runner too, and compiled."""
 
 
