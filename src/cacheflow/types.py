@@ -50,7 +50,8 @@ class ModelShape:
         num_active_experts: Experts a token is routed to; 0 for a dense MLP.
         sliding_window: Attention window in tokens; None for full attention.
         dtype: Name of the KV and weight dtype, a key of ``DTYPE_BYTES``.
-        kv_token_bytes: What a layer keeps of one token; None for keys and values of every head in ``dtype``.
+        kv_token_bytes: What a layer keeps of one token, or each layer, bottom first, where they differ; None for keys
+            and values of every head in ``dtype``.
     """
 
     name: str
@@ -65,7 +66,7 @@ class ModelShape:
     num_active_experts: int = 0
     sliding_window: int | None = None
     dtype: str = "bfloat16"
-    kv_token_bytes: int | None = None
+    kv_token_bytes: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Reject shapes that no model can have.
@@ -79,8 +80,7 @@ class ModelShape:
             _require_count(self.name, key, getattr(self, key), least=1)
         for key in ("num_experts", "num_active_experts"):
             _require_count(self.name, key, getattr(self, key), least=0)
-        if self.kv_token_bytes is not None:
-            _require_count(self.name, "kv_token_bytes", self.kv_token_bytes, least=1)
+        self._check_kv_token_bytes()
         if self.sliding_window is not None:
             _require_count(self.name, "sliding_window", self.sliding_window, least=1)
         if not (self.num_experts > 0) == (self.num_active_experts > 0) or self.num_active_experts > self.num_experts:
@@ -96,9 +96,36 @@ class ModelShape:
                 f"num_kv_heads {self.num_kv_heads}"
             )
 
+    def _check_kv_token_bytes(self) -> None:
+        if self.kv_token_bytes is None:
+            return
+        given = self.kv_token_bytes if isinstance(self.kv_token_bytes, tuple) else (self.kv_token_bytes,)
+        for each in given:
+            _require_count(self.name, "kv_token_bytes", each, least=1)
+        if isinstance(self.kv_token_bytes, tuple) and len(given) != self.num_layers:
+            raise ConfigError(
+                f"model shape {self.name!r}: kv_token_bytes has {len(given)} values for {self.num_layers} layers"
+            )
+
+    @property
+    def kv_bytes_per_token_L(self) -> tuple[int, ...]:
+        """Bytes of keys and values of one token in each layer, bottom first."""
+        if isinstance(self.kv_token_bytes, tuple):
+            return self.kv_token_bytes
+        return (self.kv_bytes_per_token_layer,) * self.num_layers
+
     @property
     def kv_bytes_per_token_layer(self) -> int:
-        """Bytes of keys and values of one token in one layer."""
+        """Bytes of keys and values of one token in any one layer.
+
+        Raises:
+            ConfigError: Layers differ.
+        """
+        if isinstance(self.kv_token_bytes, tuple):
+            raise ConfigError(
+                f"model shape {self.name!r}: its layers keep {min(self.kv_token_bytes)} to {max(self.kv_token_bytes)} "
+                "bytes of a token each; this works for layers that keep the same"
+            )
         if self.kv_token_bytes is not None:
             return self.kv_token_bytes
         return 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
@@ -106,7 +133,12 @@ class ModelShape:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in all layers."""
-        return self.kv_bytes_per_token_layer * self.num_layers
+        return sum(self.kv_bytes_per_token_L)
+
+    def kv_bytes_per_token_B(self, layers_per_block: int) -> tuple[int, ...]:
+        """Bytes of one token in each block of so many layers, the top one of what is left, bottom first."""
+        by_layer = self.kv_bytes_per_token_L
+        return tuple(sum(by_layer[lo : lo + layers_per_block]) for lo in range(0, self.num_layers, layers_per_block))
 
 
 def _require_count(name: str, key: str, value: object, *, least: int) -> None:

@@ -139,6 +139,14 @@ def test_a_block_of_layers_skips_only_its_top_layer():
     assert problem.head_s == 0
 
 
+def test_bytes_are_those_of_each_layer():
+    grid = Grid.regular(num_tokens=24, chunk_tokens=16, num_blocks=2)
+    shape = replace(SHAPE, kv_token_bytes=(32, 32, 128, 64))
+    problem = build_problem(table(), grid, shape, link=LINK, layers_per_block=3)
+    assert problem.load_bytes_KB.tolist() == [[16 * 192, 16 * 64], [8 * 192, 8 * 64]]
+    assert problem.load_bytes_KB.sum() == 24 * shape.kv_bytes_per_token
+
+
 def test_a_grid_that_does_not_fit_the_model_is_refused():
     with pytest.raises(ConfigError, match="3 blocks"):
         build_problem(table(), Grid.regular(num_tokens=16, chunk_tokens=16, num_blocks=3), SHAPE, link=LINK)

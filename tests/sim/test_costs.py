@@ -55,11 +55,13 @@ def test_the_table_of_chunks_says_what_the_roofline_says(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_profile_gives_what_its_table_gives_kinds_of_layers_included(grid):
-    costs = measured_costs(table(), SHAPE, path="p.json", chunk_tokens=TOKENS)
+@pytest.mark.parametrize("token_bytes", [None, (512, 1024) * 4])
+def test_a_profile_gives_what_its_table_gives_kinds_of_layers_included(grid, token_bytes):
+    shape = replace(SHAPE, kv_token_bytes=token_bytes)
+    costs = measured_costs(table(), shape, path="p.json", chunk_tokens=TOKENS)
     if any(end - start < 16 for start, end in map(grid.suffix_range, range(len(grid.suffix_ends)))):
         return  # the table refuses chunks that short; see below
-    expected = build_problem(table(), grid, SHAPE, link=LINK)
+    expected = build_problem(table(), grid, shape, link=LINK)
     actual = costs.problem(grid, link=LINK)
     for name in ("compute_KB", "kv_only_KB", "load_bytes_KB", "suffix_B"):
         np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=1e-12, err_msg=name)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from support import kv_bytes
 from support.vllm_models import TINY
 
 NUM_KV_BLOCKS = 64
@@ -28,7 +29,7 @@ class Answer:
 
     Attributes:
         tokens: Output tokens.
-        kv: KV bytes ``[L, blocks, P]`` of the prompt's whole blocks, when its first token was there.
+        kv: KV bytes ``[L, blocks, P]`` of the prompt's whole blocks, when its first token was there; see ``kv_bytes``.
         params: The response's ``kv_transfer_params``.
         finish_reason: ``length``, ``abort``; None while it runs.
     """
@@ -234,16 +235,10 @@ class ServingEngine:
 
     def poison(self, block_ids: Sequence[int] | None = None) -> None:
         ids = list(range(self.layout.num_blocks)) if block_ids is None else list(block_ids)
-        payload = np.full(self.layout.num_bytes(1, len(ids)), POISON, dtype=np.uint8)
-        for layer in range(self.layout.num_layers):
-            self.layout.scatter(layer, layer + 1, ids, payload)
+        kv_bytes.fill(self.layout, ids, POISON)
 
     def gather(self, block_ids: Sequence[int]) -> np.ndarray:
-        layout = self.layout
-        out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)
-        if block_ids:
-            layout.gather(0, layout.num_layers, list(block_ids), out)
-        return out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
+        return kv_bytes.gather(self.layout, block_ids)
 
     def configure(self, **changes) -> None:
         """Start the connector's two halves anew with other options, on the same store, as an engine start would."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cacheflow.plan.problem import BoundarySource
-from support import v2_runner
+from support import kv_bytes, v2_runner
 
 BLOCK = 128
 """Tokens of a KV block on the CPU; vLLM keeps one block for itself."""
@@ -292,17 +292,13 @@ def gather(worker: Any, block_ids: list[int]) -> tuple[int, int, np.ndarray]:
     from cacheflow.vllm.models.model_access import layer_number
 
     layout = layout_of(worker)
-    out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)
-    layout.gather(0, layout.num_layers, block_ids, out)
     first = layer_number(layout.layer_names[0])[0]
-    return first, get_tensor_model_parallel_rank(), out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
+    return first, get_tensor_model_parallel_rank(), kv_bytes.gather(layout, block_ids)
 
 
 def poison(worker: Any) -> None:
     layout = layout_of(worker)
-    payload = np.full(layout.num_bytes(1, layout.num_blocks), POISON, dtype=np.uint8)
-    for layer in range(layout.num_layers):
-        layout.scatter(layer, layer + 1, list(range(layout.num_blocks)), payload)
+    kv_bytes.fill(layout, range(layout.num_blocks), POISON)
 
 
 def process_id(_: Any) -> int:

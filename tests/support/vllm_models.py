@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from support import kv_bytes
+
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -91,23 +93,17 @@ class TinyEngine:
         return kv
 
     def gather(self, block_ids: list[int]) -> np.ndarray:
-        layout = self.layout
-        out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)
-        layout.gather(0, layout.num_layers, block_ids, out)
-        return out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
+        return kv_bytes.gather(self.layout, block_ids)
 
     def place(self, kv: np.ndarray, block_ids: list[int], *, layers: tuple[int, int], blocks: tuple[int, int]) -> None:
         """Put part of ``kv`` where it belongs, as a load would."""
-        (lo, hi), (first, last) = layers, blocks
-        payload = np.ascontiguousarray(kv[lo:hi, first:last]).reshape(-1)
-        self.layout.scatter(lo, hi, block_ids[first:last], payload)
+        kv_bytes.scatter(self.layout, kv[:, slice(*blocks)], block_ids[slice(*blocks)], layers=layers)
 
     def poisoned(self, count: int, *, skip: int = 0) -> list[int]:
         """Blocks at the end of the KV cache, in descending order, full of NaN."""
         last = self.layout.num_blocks - skip
         block_ids = list(range(last - 1, last - 1 - count, -1))
-        poison = np.full(self.layout.num_bytes(self.layout.num_layers, count), POISON, dtype=np.uint8)
-        self.layout.scatter(0, self.layout.num_layers, block_ids, poison)
+        kv_bytes.fill(self.layout, block_ids, POISON)
         return block_ids
 
     def differing(self, kv: np.ndarray, block_ids: list[int]) -> float:

@@ -148,7 +148,8 @@ def replaced(engine, prompt, chunk, layer, change):
     chunk_tokens = engine.connector.options.chunk_tokens
     hashes = chain_hashes(prompt, list(range(chunk_tokens, (chunk + 1) * chunk_tokens + 1, chunk_tokens)))
     key = RankKeys().kv(engine.side.identity.namespace(None), hashes[chunk].hex(), (layer, layer + 1))
-    payload = np.empty(engine.layout.num_bytes(1, chunk_tokens // engine.layout.block_size), dtype=np.uint8)
+    num_bytes = engine.layout.num_bytes(layer, layer + 1, chunk_tokens // engine.layout.block_size)
+    payload = np.empty(num_bytes, dtype=np.uint8)
     assert engine.store.submit_get([GetRequest(key, payload)]).wait() == (LoadOutcome.OK,)
     change(payload)
     request = PutRequest(key, [payload], shape=payload.shape, dtype="uint8", replace=True)

@@ -41,6 +41,7 @@ class Case:
 # Unless told otherwise V1 gives a drafter the prompt's last token as the one after every pass.
 CASES = {
     "eagle": Case("eagle", drafter={"num_hidden_layers": 1}, knows_next=True),
+    "eagle_of_other_heads": Case("eagle", drafter={"num_hidden_layers": 1, "num_key_value_heads": 4}, knows_next=True),
     "eagle3": Case("eagle3", drafter={"num_hidden_layers": 1, "draft_vocab_size": VOCABULARY}, dtype="bfloat16"),
     "mtp": Case("mtp", target="glm4_moe", dtype="bfloat16"),
     "mtp_latent": Case("mtp", target="deepseek_v3", engine={"num_gpu_blocks_override": 512}),
@@ -120,7 +121,7 @@ def prompt(seed):
 def assert_equal_but_for_ends(engine, ours, own):
     """Equal, but for the last position of a chunk in the drafter's row where the engine's drafter was misinformed."""
     assert np.array_equal(ours[:-1], own[:-1])
-    token_bytes = engine.layout.block_bytes // engine.layout.block_size
+    token_bytes = engine.layout.block_bytes_L[-1] // engine.layout.block_size
     misinformed = 0 if WANTED or engine.case.knows_next else NUM_CHUNKS
     assert (ours[-1] != own[-1]).sum() <= misinformed * token_bytes
 
@@ -173,7 +174,7 @@ def test_without_the_drafters_kv_other_drafts_are_accepted(engine, drafts):
     engine.run(until=lambda: bool(engine.answers[name].tokens))
     blocks = engine.block_ids(name)[: PROMPT // engine.layout.block_size]
     layout, top = engine.layout, engine.layout.num_layers
-    numbers = torch.randn(layout.num_bytes(1, len(blocks)) // layout.dtype.itemsize).to(layout.dtype)
+    numbers = torch.randn(layout.num_bytes(top - 1, top, len(blocks)) // layout.dtype.itemsize).to(layout.dtype)
     layout.scatter(top - 1, top, blocks, numbers.view(torch.uint8).numpy())
     engine.run()
     assert engine.answers[name].tokens == own.tokens

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from support import kv_bytes
 from support.v2_runner import WANTED
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -34,6 +35,8 @@ DOCUMENTED = {
     "gpt_oss": Case("gpt_oss", "bfloat16"),
     "gemma3": Case("gemma3", "float32", {"sliding_window": 600}),
     "gemma4_ple_shared": Case("gemma4_ple_shared", "bfloat16"),
+    "gemma4_heads": Case("gemma4_heads", "bfloat16"),
+    "gemma4_heads_ple_shared": Case("gemma4_heads_ple_shared", "float32"),
     "olmo3": Case("olmo3", "float32"),
     "granite": Case("granite", "bfloat16", engine={"kv_cache_dtype": "fp8"}),
     "cohere2": Case("cohere2", "float32"),
@@ -43,7 +46,7 @@ DOCUMENTED = {
     "deepseek_v3": Case("deepseek_v3", "bfloat16", engine=LATENT),
     "kimi_k2": Case("kimi_k2", "float32", engine=LATENT),
 }
-SECOND_RUNNER = ("gpt_oss", "olmo3", "granite", "deepseek_v3")
+SECOND_RUNNER = ("gpt_oss", "gemma4_heads_ple_shared", "olmo3", "granite", "deepseek_v3")
 """Run on vLLM's second-generation runner too, and compiled."""
 
 
@@ -113,6 +116,8 @@ def test_by_loading_alone(engine):
     own = engine.saved(tokens, num_tokens=NUM_TOKENS)
     again = engine.ask(tokens, num_tokens=NUM_TOKENS, params={"cacheflow": "load"})
     assert again.record["recomputed_cells"] == 0
+    num_blocks = NUM_CHUNKS * CHUNK // engine.layout.block_size
+    assert again.record["loaded_bytes"] == engine.layout.num_bytes(0, engine.layout.num_layers, num_blocks)
     assert np.array_equal(again.kv, own.kv)
     assert again.tokens == own.tokens
 
@@ -127,11 +132,24 @@ def test_a_little_wrong_kv_shows_in_the_layers_above(engine):
     first = engine.block_ids(name)[0]
     wrong = engine.gather([first])
     wrong ^= np.where(random.random(wrong.shape) < 0.05, 0x10, 0).astype(np.uint8)
-    engine.layout.scatter(0, engine.layout.num_layers, [first], wrong.reshape(-1))
+    kv_bytes.scatter(engine.layout, wrong, [first], layers=(0, engine.layout.num_layers))
     engine.run()
     kv = engine.answers[name].kv
     after = CHUNK // engine.layout.block_size  # the first block of the next chunk: farther ones may be out of a window
     assert (kv[1:, after] != own.kv[1:, after]).mean() > 0.1
+
+
+def test_layers_of_other_heads_have_bytes_and_costs_of_their_own(engine):
+    """What a layer keeps of a token and what kind it is go together; by it cells are planned and measured."""
+    facts, layout = engine.worker.facts, engine.layout
+    bytes_L = [each // layout.block_size for each in layout.block_bytes_L]
+    assert list(facts.shape.kv_bytes_per_token_L) == bytes_L
+    assert isinstance(facts.shape.kv_token_bytes, tuple) == (len(set(bytes_L)) > 1)
+    if Path(engine.engine.vllm_config.model_config.model).name == "gemma4_heads":
+        narrow = bytes_L[2]
+        assert bytes_L == [2 * narrow, 2 * narrow, narrow] * 2
+    kinds = dict.fromkeys(zip(facts.costs.layer_kinds, bytes_L, strict=True))
+    assert len(kinds) == len(facts.costs.kinds)
 
 
 def test_the_documented_models_are_these():

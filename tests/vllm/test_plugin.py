@@ -29,6 +29,16 @@ class KVConnectorFactory:
             raise ValueError(name)
         cls.registered[name] = module_path, class_name
 """
+SHARING = """
+def add_kv_sharing_layers_to_kv_cache_groups(sharing, groups, runner_only=None):
+    for name, owner in sharing.items():
+        next(group for group in groups if owner in group.layer_names).layer_names.append(name)
+"""
+RUNNER = """
+from vllm.v1.worker.utils import add_kv_sharing_layers_to_kv_cache_groups
+def start(sharing, groups):
+    add_kv_sharing_layers_to_kv_cache_groups(sharing, groups, runner_only=set())
+"""
 PRELUDE = """
 import copy
 import sys
@@ -54,10 +64,13 @@ def known(vllm_config):
 
 @pytest.fixture
 def run(tmp_path):
-    modules = {"v1/worker/gpu_worker": WORKER, "distributed/kv_transfer/kv_connector/factory": FACTORY}
+    modules = {
+        "v1/worker/gpu_worker": WORKER, "distributed/kv_transfer/kv_connector/factory": FACTORY,
+        "v1/worker/utils": SHARING, "v1/worker/gpu_model_runner": RUNNER, "v1/worker/gpu/attn_utils": RUNNER,
+    }  # fmt: skip
     for name, text in modules.items():
         module = (tmp_path / "vllm" / name).with_suffix(".py")
-        module.parent.mkdir(parents=True)
+        module.parent.mkdir(parents=True, exist_ok=True)
         for folder in module.relative_to(tmp_path).parents[:-1]:
             (tmp_path / folder / "__init__.py").write_text("")
         module.write_text(text)
@@ -93,6 +106,25 @@ assert worker.loaded is True
 assert known(ours) == "the runner"
 del worker
 assert known(ours) is None
+""")
+
+
+@pytest.mark.parametrize("runner", ["gpu_model_runner", "gpu.attn_utils"])
+@pytest.mark.parametrize("late", [False, True])
+def test_layers_that_use_the_kv_of_others_have_a_specification_in_their_group(run, runner, late):
+    """Of a group that has one for each layer; of others nothing changes."""
+    imported = f"from vllm.v1.worker.{runner} import start"
+    run(f"""
+{imported if late else ""}
+register()
+register()
+{imported}
+several = SimpleNamespace(layer_names=["a", "b"], kv_cache_spec=SimpleNamespace(kv_cache_specs={{"a": 1, "b": 2}}))
+alike = SimpleNamespace(layer_names=["c"], kv_cache_spec=SimpleNamespace())
+start({{"d": "b", "e": "c"}}, [several, alike])
+assert several.layer_names == ["a", "b", "d"] and alike.layer_names == ["c", "e"]
+assert several.kv_cache_spec.kv_cache_specs == {{"a": 1, "b": 2, "d": 2}}
+assert vars(alike.kv_cache_spec) == {{}}
 """)
 
 

@@ -95,6 +95,23 @@ def test_kv_caches_of_other_kinds(caches, reason):
     assert any(reason in each for each in load_refusals(config(), specs(**caches)))
 
 
+def several(kinds):
+    """One group of layers of so many heads each, as vLLM makes it where the hybrid KV cache manager is off."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    made = {f"layer.{index}": specs(*each).kv_cache_groups[0].kv_cache_spec for index, each in enumerate(kinds)}
+    spec = UniformTypeKVCacheSpecs(block_size=128, kv_cache_specs=made)
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
+
+
+def test_layers_of_one_group_are_looked_at_one_by_one():
+    from cacheflow.vllm.models.refusals import load_refusals
+
+    assert load_refusals(config(), several([("FullAttentionSpec",), ("MLAAttentionSpec",)])) == []
+    (found,) = load_refusals(config(), several([("FullAttentionSpec",), ("HiddenStateCacheSpec",)]))
+    assert "its KV cache is of kind HiddenStateCacheSpec" in found
+
+
 def test_a_latent_of_every_token_and_quantised_keys_are_welcome():
     from cacheflow.vllm.models.refusals import configured_refusals, load_refusals
 

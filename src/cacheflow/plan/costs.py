@@ -217,7 +217,7 @@ def build_problem(
         compute_KB=compute_KB,
         # Below the top of a block everything runs in full; min, because the sums round apart.
         kv_only_KB=np.minimum(compute_KB, compute_KB - full_KL[:, top_layers] + kv_only_KL[:, top_layers]),
-        load_bytes_KB=tokens_K[:, None] * layers_B * shape.kv_bytes_per_token_layer,
+        load_bytes_KB=np.outer(tokens_K, shape.kv_bytes_per_token_B(layers_per_block)),
         link=link,
         suffix_B=np.add.reduceat(suffix_L, first_layers),
         head_s=table.head_s if grid.suffix_ends else 0.0,

@@ -120,7 +120,7 @@ class ChunkCosts:
             grid=grid,
             compute_KB=full_KN[:, kind_L],
             kv_only_KB=np.minimum(full_KN, kv_only_KN)[:, kind_L],
-            load_bytes_KB=np.repeat((tokens_K * self.shape.kv_bytes_per_token_layer)[:, None], len(kind_L), axis=1),
+            load_bytes_KB=np.outer(tokens_K.astype(np.int64), self.shape.kv_bytes_per_token_L),
             link=link,
             suffix_B=suffix_N[kind_L],
             head_s=self._source.head_s if grid.suffix_ends else 0.0,

@@ -2,7 +2,8 @@
 
 vLLM calls ``register`` in every process, before it knows any configuration. So nothing of vLLM is imported here: its
 modules are changed when vLLM itself imports them, in memory. Of a worker no more than a weak reference is kept, and
-only where a KV connector is configured: which class that is, and whether it stands alone, shows when it asks.
+only where a KV connector is configured: which class that is, and whether it stands alone, shows when it asks. A fault
+of vLLM is mended that keeps models from starting beside a KV connector: see ``_add_sharing_with_specs``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,11 @@ WORKER_MODULE = "vllm.v1.worker.gpu_worker"
 
 FACTORY_MODULE = "vllm.distributed.kv_transfer.kv_connector.factory"
 """Its ``KVConnectorFactory`` finds connectors by name, also for the statistics of a ``MultiConnector``'s children."""
+
+RUNNER_MODULE, GROUPS_MODULE = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils"
+"""Where the runners of both generations add layers that use another layer's KV to the KV cache groups."""
+
+ADD_SHARING = "add_kv_sharing_layers_to_kv_cache_groups"
 
 CONNECTOR_MODULE = "cacheflow.vllm.connector"
 CONNECTOR = "CacheFlowConnector"
@@ -117,6 +123,26 @@ def _wrap(module: ModuleType) -> None:
     module.Worker.load_model = remembering
 
 
+def _add_sharing_with_specs(module: ModuleType) -> None:
+    """Have a runner find what a layer keeps that uses another's KV, in a group whose layers have other heads.
+
+    vLLM 0.32 adds such a layer's name to the group and not its specification, for which it asks next (``KeyError``).
+    """
+    add = getattr(module, ADD_SHARING, None)
+    if add is None or hasattr(add, _MARK):
+        return
+
+    @functools.wraps(add)
+    def adding(sharing: Mapping[str, str], groups: Sequence[Any], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        add(sharing, groups, *args, **kwargs)
+        for group in groups:
+            specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+            specs.update({name: specs[owner] for name, owner in sharing.items() if owner in specs})
+
+    setattr(adding, _MARK, True)
+    setattr(module, ADD_SHARING, adding)
+
+
 def _name_connector(module: ModuleType) -> None:
     with contextlib.suppress(ValueError):  # registered before
         module.KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
@@ -125,5 +151,7 @@ def _name_connector(module: ModuleType) -> None:
 _CHANGES: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     WORKER_MODULE: ("Worker", _wrap),
     FACTORY_MODULE: ("KVConnectorFactory", _name_connector),
+    RUNNER_MODULE: (ADD_SHARING, _add_sharing_with_specs),
+    GROUPS_MODULE: (ADD_SHARING, _add_sharing_with_specs),
 }
 """By module: the name by which it is known to have run, and what is done to it."""

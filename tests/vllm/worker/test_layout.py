@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
 from cacheflow.vllm.models.model_access import layer_number
-from cacheflow.vllm.worker.layout import BlockLayout, blocks_first
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView, blocks_first
 
 pytestmark = pytest.mark.torch
 
@@ -48,7 +48,7 @@ def test_gather_has_the_logical_order_and_scatter_is_its_inverse(physical, dtype
     layout = BlockLayout.from_kv_caches(own, config())
     assert layout.layer_names == tuple(sorted(own))
     block_ids = [5, 0, 3]
-    out = np.empty(layout.num_bytes(2, 3), dtype=np.uint8)
+    out = np.empty(layout.num_bytes(1, 3, 3), dtype=np.uint8)
     layout.gather(1, 3, block_ids, out)
     tensors = [own[name] for name in layout.layer_names]
     assert np.array_equal(out, as_bytes(torch.stack([each[block_ids] for each in tensors[1:3]])))
@@ -65,11 +65,11 @@ def test_gather_has_the_logical_order_and_scatter_is_its_inverse(physical, dtype
 def test_skipped_blocks_are_neither_written_nor_looked_at():
     own = caches()
     layout = BlockLayout.from_kv_caches(own, config())
-    payload = np.arange(layout.num_bytes(1, 3), dtype=np.uint64).astype(np.uint8)
+    payload = np.arange(layout.num_bytes(0, 1, 3), dtype=np.uint64).astype(np.uint8)
     before = own[layout.layer_names[0]].clone()
     layout.scatter(0, 1, [-1, 10**6, 4], payload, skip_blocks=2)
     after = own[layout.layer_names[0]]
-    assert np.array_equal(as_bytes(after[4]), payload[2 * layout.block_bytes :])
+    assert np.array_equal(as_bytes(after[4]), payload[2 * layout.block_bytes_L[0] :])
     assert torch.equal(after[[0, 1, 2, 3, 5, 6]], before[[0, 1, 2, 3, 5, 6]])
 
 
@@ -79,11 +79,72 @@ def test_what_was_gathered_comes_back(data):
     lo = data.draw(st.integers(0, LAYERS - 1))
     hi = data.draw(st.integers(lo + 1, LAYERS))
     block_ids = data.draw(st.lists(st.integers(0, NUM_BLOCKS - 1), min_size=1, unique=True))
-    payload = np.random.default_rng(1).integers(0, 256, layout.num_bytes(hi - lo, len(block_ids)), dtype=np.uint8)
+    payload = np.random.default_rng(1).integers(0, 256, layout.num_bytes(lo, hi, len(block_ids)), dtype=np.uint8)
     layout.scatter(lo, hi, block_ids, payload)
     out = np.zeros_like(payload)
     layout.gather(lo, hi, block_ids, out)
     assert np.array_equal(out, payload)
+
+
+def mixed_views(heads, *, widths=None, dtype=torch.bfloat16, device="cpu"):
+    """Layers of so many heads each; every second one has its heads behind its tokens in memory."""
+    views = []
+    for index, (count, width) in enumerate(zip(heads, widths or [WIDTH] * len(heads), strict=True)):
+        cache = torch.randn((NUM_BLOCKS, BLOCK_SIZE, count, width), generator=torch.Generator().manual_seed(index))
+        cache = (100 * cache).abs().to(dtype).to(device)
+        cache = cache.transpose(1, 2) if index % 2 else cache.transpose(1, 2).contiguous()
+        views.append(LayerView(f"model.layers.{index}", cache))
+    return views
+
+
+def naive(views, ids):
+    """The payload, block by block."""
+    return np.concatenate([as_bytes(view.blocks_NI[block].cpu()) for view in views for block in ids])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@given(data=st.data())
+def test_layers_of_several_shapes_are_copied_as_a_naive_loop_would(data, device):
+    heads = data.draw(st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=6))
+    widths = [data.draw(st.sampled_from([3, 6])) for _ in heads]
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.uint8]))
+    views = mixed_views(heads, widths=widths, dtype=dtype, device=device)
+    layout = BlockLayout(views, block_size=BLOCK_SIZE, layout_name="LBHNC")
+    lo = data.draw(st.integers(0, len(heads) - 1))
+    hi = data.draw(st.integers(lo + 1, len(heads)))
+    ids = data.draw(st.lists(st.integers(0, NUM_BLOCKS - 1), min_size=1, max_size=NUM_BLOCKS - 1, unique=True))
+
+    sizes = zip(heads, widths, strict=True)
+    assert list(layout.block_bytes_L) == [count * width * BLOCK_SIZE * dtype.itemsize for count, width in sizes]
+    out = np.zeros(layout.num_bytes(lo, hi, len(ids)), dtype=np.uint8)
+    layout.gather(lo, hi, ids, out)
+    assert np.array_equal(out, naive(views[lo:hi], ids))
+    assert np.array_equal(np.concatenate([each.reshape(-1) for each in layout.by_layer(out, lo, hi, len(ids))]), out)
+
+    before = [view.blocks_NI.clone() for view in views]
+    payload = np.random.default_rng(len(ids)).integers(0, 256, out.size, dtype=np.uint8)
+    skip = data.draw(st.integers(0, len(ids) - 1))
+    layout.scatter(lo, hi, ids, payload, skip_blocks=skip)
+    by_layer = layout.by_layer(payload, lo, hi, len(ids))
+    for index, (old, view) in enumerate(zip(before, views, strict=True)):
+        expected = {block: as_bytes(old[block].cpu()) for block in range(NUM_BLOCKS)}
+        if lo <= index < hi:
+            expected |= {block: by_layer[index - lo][at] for at, block in enumerate(ids) if at >= skip}
+        for block, own in expected.items():
+            assert np.array_equal(as_bytes(view.blocks_NI[block].cpu()), own)
+
+    target = next(block for block in range(NUM_BLOCKS) if block not in ids)
+    layout.copy(ids[:1], [target])
+    assert np.array_equal(naive(views, [target]), naive(views, ids[:1]))
+
+
+def test_the_largest_object_is_that_of_the_widest_layers():
+    layout = BlockLayout(mixed_views([1, 1, 4, 2, 2]), block_size=BLOCK_SIZE, layout_name="LBHNC")
+    head = WIDTH * 2 * BLOCK_SIZE
+    assert layout.num_bytes(0, 5, 3) == 10 * 3 * head
+    assert layout.largest_object_bytes(chunk_tokens=2 * BLOCK_SIZE, layers_per_block=1) == 4 * 2 * head
+    assert layout.largest_object_bytes(chunk_tokens=2 * BLOCK_SIZE, layers_per_block=2) == 6 * 2 * head
+    assert layout.largest_object_bytes(chunk_tokens=2 * BLOCK_SIZE, layers_per_block=9) == 10 * 2 * head
 
 
 def test_kernel_blocks_smaller_than_blocks_are_joined():
@@ -115,11 +176,14 @@ def test_vllm_names_its_first_dimension():
     assert blocks_first(square, 7, name="x", layout_name="LBHNC").shape == (7, 2, 7, 3)
 
 
-def test_layers_that_differ_and_several_groups_are_refused():
-    own = caches()
-    own["model.layers.1.self_attn.attn"] = torch.zeros(NUM_BLOCKS, 1, BLOCK_SIZE, WIDTH)
-    with pytest.raises(ConfigError, match="KV caches differ"):
-        BlockLayout.from_kv_caches(own, config())
+@pytest.mark.parametrize("other", [stored("BHNC", torch.float32), stored("BHNC", torch.bfloat16)[1:]])
+def test_layers_of_another_dtype_or_number_of_blocks_are_refused(other):
+    views = [LayerView("model.layers.0", stored("BHNC")), LayerView("model.layers.1", other)]
+    with pytest.raises(ConfigError, match=r"KV caches differ: model.layers.0 is shape .*, model.layers.1 is shape"):
+        BlockLayout(views, block_size=BLOCK_SIZE, layout_name="LBHNC")
+
+
+def test_several_groups_and_what_is_no_tensor_are_refused():
     with pytest.raises(ConfigError, match="2 KV cache groups"):
         BlockLayout.from_kv_caches(caches(), config(groups=2))
     with pytest.raises(ConfigError, match="no KV cache was registered for"):
@@ -129,19 +193,31 @@ def test_layers_that_differ_and_several_groups_are_refused():
 
 
 def test_identity_tells_layouts_apart_and_not_cache_sizes():
-    identity = BlockLayout.from_kv_caches(caches(), config()).identity
+    identity = BlockLayout.from_kv_caches(caches(), config()).identity()
+    assert identity == "LBHNC:71f629cfd230b794", "what is in the stores of users would be saved anew"
     more = {name: torch.cat([cache, cache]) for name, cache in caches().items()}
-    assert BlockLayout.from_kv_caches(more, config(2 * NUM_BLOCKS)).identity == identity
-    assert BlockLayout.from_kv_caches(caches(), config(layout="LBNHC")).identity != identity
+    assert BlockLayout.from_kv_caches(more, config(2 * NUM_BLOCKS)).identity() == identity
+    assert BlockLayout.from_kv_caches(caches(), config(layout="LBNHC")).identity() != identity
     floats = {name: cache.float() for name, cache in caches().items()}
-    assert BlockLayout.from_kv_caches(floats, config()).identity != identity
+    assert BlockLayout.from_kv_caches(floats, config()).identity() != identity
+
+
+def test_all_stages_have_one_identity_also_where_their_layers_differ():
+    views = mixed_views([2, 1, 2])
+    whole = BlockLayout(views, block_size=BLOCK_SIZE, layout_name="LBHNC")
+    for cut in (1, 2):
+        parts = [BlockLayout(part, block_size=BLOCK_SIZE, layout_name="LBHNC") for part in (views[:cut], views[cut:])]
+        shapes = [part.shapes for part in parts]
+        assert {part.identity(shapes) for part in parts} == {whole.identity()}
+    assert whole.identity() != BlockLayout(views[:1], block_size=BLOCK_SIZE, layout_name="LBHNC").identity()
+    assert whole.identity() != BlockLayout(mixed_views([2, 3]), block_size=BLOCK_SIZE, layout_name="LBHNC").identity()
 
 
 @pytest.mark.parametrize("arguments", [(0, 4, [1]), (2, 2, [1]), (0, 1, []), (0, 1, [7]), (0, 1, [-1]), (0, 1, [1, 2])])
 def test_calls_that_do_not_fit_are_bugs(arguments):
     layout = BlockLayout.from_kv_caches(caches(), config())
     with pytest.raises(ValueError, match=r"layers|block ids|payload"):
-        layout.gather(*arguments, np.empty(layout.block_bytes, dtype=np.uint8))
+        layout.gather(*arguments, np.empty(layout.block_bytes_L[0], dtype=np.uint8))
 
 
 def test_layers_sort_by_number():

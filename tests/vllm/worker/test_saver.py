@@ -25,8 +25,12 @@ THREAD = "cacheflow-save"
 
 @dataclass
 class Case:
-    """A saver over random KV blocks, and a store that can be made to hang where it is asked."""
+    """A saver over random KV blocks, and a store that can be made to hang where it is asked.
 
+    ``heads``: of each layer.
+    """
+
+    heads: tuple[int, ...]
     store: MemoryStore = field(default_factory=lambda: MemoryStore(capacity_bytes=1 << 20))
     counts: Counts = field(default_factory=Counts)
     go_on: threading.Event = field(default_factory=threading.Event)
@@ -35,7 +39,9 @@ class Case:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        views = [LayerView(f"layers.{n}", torch.randn(NUM_BLOCKS, 2, SIZE, 3).bfloat16()) for n in range(LAYERS)]
+        views = [
+            LayerView(f"layers.{n}", torch.randn(NUM_BLOCKS, self.heads[n], SIZE, 3).bfloat16()) for n in range(LAYERS)
+        ]
         self.layout = BlockLayout(views, block_size=SIZE, layout_name="LBHNC")
         self.go_on.set()
         contains = self.store.contains
@@ -53,7 +59,7 @@ class Case:
 
     @property
     def chunk_bytes(self) -> int:
-        return self.layout.num_bytes(LAYERS, 2)
+        return self.layout.num_bytes(0, LAYERS, 2)
 
     def save(self, *chunks: int) -> None:
         self.saver.save([order(chunk) for chunk in chunks])
@@ -68,12 +74,12 @@ class Case:
         return self.counts.take().get("chunks_saved", {})
 
     def gathered(self, chunk: int, layers: tuple[int, int]) -> np.ndarray:
-        out = np.empty(self.layout.num_bytes(layers[1] - layers[0], 2), dtype=np.uint8)
+        out = np.empty(self.layout.num_bytes(*layers, 2), dtype=np.uint8)
         self.layout.gather(*layers, order(chunk).block_ids, out)
         return out
 
     def read(self, chunk: int, layers: tuple[int, int]) -> tuple[LoadOutcome | None, np.ndarray]:
-        buffer = np.zeros(self.layout.num_bytes(layers[1] - layers[0], 2), dtype=np.uint8)
+        buffer = np.zeros(self.layout.num_bytes(*layers, 2), dtype=np.uint8)
         key = RankKeys().kv(NAMESPACE, order(chunk).chain_hash, layers)
         (outcome,) = self.store.submit_get([GetRequest(key, buffer)]).wait(20)
         return outcome, buffer
@@ -87,9 +93,9 @@ def threads():
     return [each for each in threading.enumerate() if each.name == THREAD]
 
 
-@pytest.fixture
-def case():
-    case = Case()
+@pytest.fixture(params=[(2,) * LAYERS, (2, 1, 1, 1, 4)], ids=["alike", "different"])
+def case(request):
+    case = Case(request.param)
     yield case
     case.go_on.set()
     case.saver.close()
@@ -107,7 +113,7 @@ def test_what_is_in_the_blocks_at_the_call_is_what_is_stored(case):
     case.go_on.clear()
     case.save(0, 3)
     case.layout.scatter(
-        0, LAYERS, list(range(NUM_BLOCKS)), np.zeros(case.layout.num_bytes(LAYERS, NUM_BLOCKS), np.uint8)
+        0, LAYERS, list(range(NUM_BLOCKS)), np.zeros(case.layout.num_bytes(0, LAYERS, NUM_BLOCKS), np.uint8)
     )
     case.go_on.set()
     assert case.saver.wait(20)

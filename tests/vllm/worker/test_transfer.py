@@ -22,9 +22,13 @@ STATES = 12
 """Bytes of a token's boundary states: two rows of 6."""
 
 
-@pytest.fixture
-def layout():
-    views = [LayerView(f"layers.{index}", torch.zeros(9, 2, SIZE, 3, dtype=torch.bfloat16)) for index in range(LAYERS)]
+@pytest.fixture(params=[(2,) * LAYERS, (1, 2, 1, 4, 3)], ids=["alike", "different"])
+def layout(request):
+    """Of layers with so many heads each."""
+    views = [
+        LayerView(f"layers.{index}", torch.zeros(9, heads, SIZE, 3, dtype=torch.bfloat16))
+        for index, heads in enumerate(request.param)
+    ]
     return BlockLayout(views, block_size=SIZE, layout_name="LBHNC")
 
 
@@ -37,7 +41,7 @@ def saved(layout):
         for chunk in range(2):
             for block in range(3):
                 layers = block_layers(block, PER_BLOCK, LAYERS)
-                size = layout.num_bytes(layers[1] - layers[0], CHUNK // SIZE)
+                size = layout.num_bytes(*layers, CHUNK // SIZE)
                 cells[chunk, block] = random.integers(0, 256, size, dtype=np.uint8)
                 key = RankKeys(SHARD).kv(NAMESPACE, CHAIN[chunk], layers)
                 store.submit_put([PutRequest(key, [cells[chunk, block]], (size,), "uint8")]).wait(5)
@@ -62,7 +66,7 @@ def new_port(store, layout, *, start=0, shard=SHARD, first_layer=0, given=None):
 
 
 def gathered(layout, layers, block_ids):
-    out = np.empty(layout.num_bytes(layers[1] - layers[0], len(block_ids)), dtype=np.uint8)
+    out = np.empty(layout.num_bytes(*layers, len(block_ids)), dtype=np.uint8)
     layout.gather(*layers, block_ids, out)
     return out
 
@@ -71,7 +75,7 @@ def test_cells_land_in_their_blocks_and_nowhere_else(layout, saved):
     store, cells = saved
     port = new_port(store, layout)
     ticket = port.start(Cell(1, 2), deadline_s=5)
-    assert ticket.num_bytes == layout.num_bytes(1, 2)  # the top block holds the one layer that is left
+    assert ticket.num_bytes == layout.num_bytes(4, 5, 2)  # the top block holds the one layer that is left
     assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
     assert not gathered(layout, (0, LAYERS), range(9)).any()
     port.place(ticket)
@@ -86,8 +90,8 @@ def test_a_first_chunk_that_is_partly_there_keeps_its_blocks(layout, saved):
     ticket = port.start(Cell(0, 0), deadline_s=5)
     assert port.wait(ticket, timeout_s=5) is LoadOutcome.OK
     port.place(ticket)
-    whole = cells[0, 0].reshape(2, 2, -1)
-    assert np.array_equal(gathered(layout, (0, 2), [2]).reshape(2, -1), whole[:, 1])
+    second = [of_layer[1] for of_layer in layout.by_layer(cells[0, 0], 0, 2, 2)]
+    assert np.array_equal(gathered(layout, (0, 2), [2]), np.concatenate(second))
     assert not gathered(layout, (0, 2), [7]).any()
 
 

@@ -73,11 +73,16 @@ def _cache_refusals(kv_cache_config: Config) -> Iterator[str]:
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         yield f"its layers keep different things (hybrid attention): {len(groups)} groups of KV cache, one is supported"
-    for spec in dict.fromkeys(type(group.kv_cache_spec) for group in groups):
+    for spec in dict.fromkeys(type(spec) for group in groups for spec in layer_specs(group.kv_cache_spec)):
         if spec.__name__ not in SUPPORTED_SPECS:
             kind = _KIND_OF_SPEC.get(spec.__name__)
             unnamed = f"its KV cache is of kind {spec.__name__}; {' and '.join(SUPPORTED_SPECS)} are supported"
             yield unnamed if kind is None else cache_refusal(kind, spec=spec.__name__)
+
+
+def layer_specs(kv_cache_spec: Any) -> list[Any]:  # noqa: ANN401 -- vLLM's KVCacheSpec
+    """What the layers of a group keep: one specification, or one of each where their heads differ."""
+    return list(getattr(kv_cache_spec, "kv_cache_specs", {}).values()) or [kv_cache_spec]
 
 
 def engine_refusals(vllm_config: Config) -> Iterator[str]:

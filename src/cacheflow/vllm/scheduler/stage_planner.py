@@ -151,14 +151,12 @@ def own_prefill_s(costs: CostTable, *, start: int, end: int, num_tokens: int) ->
 
 def load_only_problem(grid: Grid, facts: EngineFacts, link: LinkCost, *, object_tokens: int) -> RestoreProblem:
     """What loading costs in an engine that cannot recompute."""
-    layers_B = np.full(facts.num_blocks, facts.layers_per_block)
-    layers_B[-1] = facts.shape.num_layers - facts.layers_per_block * (facts.num_blocks - 1)
     free_KB = np.zeros((grid.num_chunks, facts.num_blocks))
-    bytes_B = layers_B * object_tokens * facts.shape.kv_bytes_per_token_layer
+    bytes_B = object_tokens * np.array(facts.shape.kv_bytes_per_token_B(facts.layers_per_block), dtype=np.int64)
     return RestoreProblem(
         grid=grid,
         compute_KB=free_KB,
         kv_only_KB=free_KB,
-        load_bytes_KB=np.tile(bytes_B.astype(np.int64), (grid.num_chunks, 1)),
+        load_bytes_KB=np.tile(bytes_B, (grid.num_chunks, 1)),
         link=link,
     )

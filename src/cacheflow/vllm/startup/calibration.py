@@ -69,7 +69,7 @@ def calibrate(
     chunk_tokens = min(lengths.chunk_tokens, max_tokens)
     past_tokens = min(_PAST_TOKENS, max_tokens, (layout.num_blocks - 1) * size - chunk_tokens)
     past_tokens = max(size, past_tokens // size * size)
-    layer_kinds = _kinds(forward)
+    layer_kinds = _kinds(forward, layout)
     names = sorted(set(layer_kinds))
     pass_tokens = max(chunk_tokens, min(lengths.pass_tokens, max_tokens, (layout.num_blocks - 1) * size))
     with scratch_blocks(layout, max(past_tokens + chunk_tokens, pass_tokens)) as block_ids:
@@ -117,16 +117,17 @@ def _spread(layers: list[int]) -> list[int]:
     return [layers[index * len(layers) // count] for index in range(count)]
 
 
-def _kinds(forward: PartialForward) -> tuple[str, ...]:
+def _kinds(forward: PartialForward, layout: BlockLayout) -> tuple[str, ...]:
     """Kind of each row of this stage: by whether its attention has a window, and by what else it is made of.
 
-    In a mixture of experts some layers may be dense.
+    In a mixture of experts some layers may be dense. Heads that differ show in what a layer keeps of a token: on the
+    CPU linear layers have no weights left to be told apart by.
     """
     layers, drafter = forward.handle.layers, forward.handle.drafter
     found, names = dict[tuple[str, ...], str](), list[str]()
     for row, core in enumerate(forward.attention_layers()):
         base = _FULL if getattr(core, "sliding_window", None) in (None, -1, (-1, -1)) else _SLIDING
-        made_of: tuple[str, ...] = (base,)
+        made_of: tuple[str, ...] = (base, str(layout.block_bytes_L[row]))
         modules: tuple[torch.nn.Module, ...] = ()
         if layers is not None and row < layers.num_rows:
             modules = layers.modules[slice(*layers.span(row, row + 1))]

@@ -19,7 +19,7 @@ from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.models.layers import is_latent
 from cacheflow.vllm.models.model_access import ModelHandle, open_model
 from cacheflow.vllm.models.partial_forward import PartialForward
-from cacheflow.vllm.models.refusals import require_recomputable
+from cacheflow.vllm.models.refusals import layer_specs, require_recomputable
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.startup.agreement import of_all_ranks
 from cacheflow.vllm.startup.calibration import Lengths, calibrate
@@ -54,7 +54,7 @@ def find_engine(
     """
     handle = open_model(vllm_config, kv_cache_config, load_only=options.unsupported_models == "load_only")
     layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names)
-    options.require_room_for_chunk(layout.num_bytes(layout.num_layers, options.chunk_tokens // layout.block_size))
+    options.require_room_for_chunk(layout.num_bytes(0, layout.num_layers, options.chunk_tokens // layout.block_size))
     make_receive_buffer(handle)
     layers_per_block = _layers_per_block(options, handle)
     if not options.self_test and not vllm_version().known:
@@ -74,7 +74,7 @@ def find_engine(
     namespace = worker_namespace(handle, layout, chunk_tokens=options.chunk_tokens)
     weights = stage_weights(handle, layout)
     costs = None if forward is None else _costs(options, handle, layout, forward, digest_of(weights))
-    object_bytes = layout.num_bytes(min(layers_per_block, layout.num_layers), options.chunk_tokens // layout.block_size)
+    object_bytes = layout.largest_object_bytes(chunk_tokens=options.chunk_tokens, layers_per_block=layers_per_block)
     link = _link(options, store, object_bytes=object_bytes)
     facts = EngineFacts(
         shard=handle.shard,
@@ -88,7 +88,7 @@ def find_engine(
         first_layer=handle.start_layer,
         weights=weights,
         linked=can_link(handle),
-        replicated=is_latent(vllm_config.compilation_config.static_forward_context[handle.layer_names[0]]),
+        replicated=all(is_latent(vllm_config.compilation_config.static_forward_context[n]) for n in handle.layer_names),
         identity=tuple(sorted(namespace.parts().items())),
         boundary_token_bytes=handle.boundary.token_bytes if stores_boundaries(options, handle) else 0,
     )
@@ -198,14 +198,15 @@ def _link(options: ConnectorOptions, store: Store, *, object_bytes: int) -> Link
 
 
 def _shape(handle: ModelHandle, layout: BlockLayout, vllm_config: Any, kv_cache_config: Any) -> ModelShape:  # noqa: ANN401
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    spec = layer_specs(kv_cache_config.kv_cache_groups[0].kv_cache_spec)[0]
     model = vllm_config.model_config
-    token_bytes, rest = divmod(layout.block_bytes, layout.block_size)
-    if rest:
-        raise ConfigError(
-            f"a KV block holds {layout.block_bytes} bytes a layer, which are no whole bytes for each of its "
-            f"{layout.block_size} tokens: this KV cache is not supported"
-        )
+    for name, block_bytes in zip(layout.layer_names, layout.block_bytes_L, strict=True):
+        if block_bytes % layout.block_size:
+            raise ConfigError(
+                f"a KV block holds {block_bytes} bytes of {name}, which are no whole bytes for each of its "
+                f"{layout.block_size} tokens: this KV cache is not supported"
+            )
+    token_bytes_L = tuple(block_bytes // layout.block_size for block_bytes in layout.block_bytes_L)
     return ModelShape(
         name=str(model.model),
         num_layers=handle.num_layers,
@@ -216,5 +217,5 @@ def _shape(handle: ModelHandle, layout: BlockLayout, vllm_config: Any, kv_cache_
         intermediate_size=int(getattr(model.hf_text_config, "intermediate_size", None) or 1),
         vocab_size=int(model.get_vocab_size()),
         dtype=str(handle.dtype).removeprefix("torch."),
-        kv_token_bytes=token_bytes,
+        kv_token_bytes=token_bytes_L if len(set(token_bytes_L)) > 1 else token_bytes_L[0],
     )

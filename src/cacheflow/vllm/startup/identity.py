@@ -19,6 +19,7 @@ from cacheflow.vllm.facts import BOTTOM, LayerDigest
 from cacheflow.vllm.models.layers import Carry, leaves
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.partial_forward import PartialForward
+from cacheflow.vllm.startup.agreement import of_all_ranks
 from cacheflow.vllm.startup.probe import gathered, make_probe, random_like, run_by_engine, scratch_blocks
 from cacheflow.vllm.worker.layout import BlockLayout
 
@@ -45,7 +46,7 @@ def worker_namespace(handle: ModelHandle, layout: BlockLayout, *, chunk_tokens: 
             ("compiled", str(handle.compiled)),
             ("dtype", _dtype_name(handle.dtype)),
             *_latent_workspace(handle),
-            ("layout", layout.identity),
+            ("layout", layout.identity(of_all_ranks(layout.shapes))),
             ("num_threads", str(_num_threads(handle.device))),
             ("shard", f"tp{shard.tp_rank}of{shard.tp_size}"),
         ),
@@ -111,7 +112,7 @@ def _of_whole_stage(handle: ModelHandle, layout: BlockLayout) -> str:
     with scratch_blocks(layout, len(probe.tokens)) as block_ids:
         run_by_engine(handle, probe, block_ids)
         kv = gathered(layout, block_ids)
-    return hashlib.sha256(digest.encode() + kv.tobytes()).hexdigest()
+    return hashlib.sha256(digest.encode() + b"".join(each.tobytes() for each in kv)).hexdigest()
 
 
 def _of_prelude(forward: PartialForward, layout: BlockLayout, *, whole: bool) -> str:
@@ -167,7 +168,7 @@ def _with_probe(forward: PartialForward, layout: BlockLayout, digests: list[str]
             given: Carry | None = None if carry is None else random_like(carry, torch.Generator().manual_seed(13))
             carry = forward.run(piece, given, layers=(row, row + 1))
             forward.wait()
-            kv = np.empty(layout.num_bytes(1, len(block_ids)), dtype=np.uint8)
+            kv = np.empty(layout.num_bytes(row, row + 1, len(block_ids)), dtype=np.uint8)
             layout.fence()
             layout.gather(row, row + 1, block_ids, kv)
             own = hashlib.sha256(digest.encode() + kv.tobytes()).hexdigest()
@@ -187,7 +188,7 @@ def _rope(config: Any) -> str:  # noqa: ANN401 -- a transformers config
 
 
 def _backend(handle: ModelHandle) -> str:
-    return ",".join(group.backend.get_name() for group in handle.runner.attn_groups[0])
+    return ",".join(dict.fromkeys(group.backend.get_name() for group in handle.runner.attn_groups[0]))
 
 
 def _latent_workspace(handle: ModelHandle) -> tuple[tuple[str, str], ...]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cacheflow.errors import ConfigError
@@ -16,7 +15,7 @@ from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import mapped
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.workers import worker_of
-from cacheflow.vllm.worker.layout import BlockLayout
+from cacheflow.vllm.worker.layout import BlockLayout, Payload
 
 LEAST_CHUNK_TOKENS = 64
 _INPUTS = frozenset(("input_ids", "positions", "intermediate_tensors", "inputs_embeds"))
@@ -181,12 +180,12 @@ def _new_request(
     )
 
 
-def gathered(layout: BlockLayout, block_ids: list[int]) -> npt.NDArray[np.uint8]:
-    """Bytes ``[L, blocks, P]`` of blocks in all layers."""
+def gathered(layout: BlockLayout, block_ids: list[int]) -> list[Payload]:
+    """Bytes ``[blocks, P]`` of blocks in each layer."""
     layout.fence()
-    out = np.empty(layout.num_bytes(layout.num_layers, len(block_ids)), dtype=np.uint8)
+    out = np.empty(layout.num_bytes(0, layout.num_layers, len(block_ids)), dtype=np.uint8)
     layout.gather(0, layout.num_layers, block_ids, out)
-    return out.reshape(layout.num_layers, len(block_ids), layout.block_bytes)
+    return layout.by_layer(out, 0, layout.num_layers, len(block_ids))
 
 
 def random_like(carry: Any, generator: torch.Generator) -> Any:  # noqa: ANN401 -- a nest of tensors
@@ -224,6 +223,6 @@ def scratch_blocks(layout: BlockLayout, num_tokens: int) -> Iterator[list[int]]:
 def wipe(layout: BlockLayout, block_ids: list[int], *, value: int = 0) -> None:
     """Fill blocks of every layer with one byte value."""
     layout.fence()
-    payload = np.full(layout.num_bytes(1, len(block_ids)), value, dtype=np.uint8)
     for layer in range(layout.num_layers):
+        payload = np.full(layout.num_bytes(layer, layer + 1, len(block_ids)), value, dtype=np.uint8)
         layout.scatter(layer, layer + 1, block_ids, payload)

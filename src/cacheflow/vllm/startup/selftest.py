@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cacheflow.errors import SelfTestError, UnsupportedModelError
@@ -35,14 +34,15 @@ from cacheflow.vllm.startup.probe import (
     step_by_engine,
     wipe,
 )
-from cacheflow.vllm.worker.layout import BlockLayout, block_layers
+from cacheflow.vllm.worker.layout import BlockLayout, Payload, block_layers
 from cacheflow.vllm.worker.recompute import VllmComputePort
 
 _NUM_CHUNKS = 3
 _POISON = 0xFF
 """Bytes of a NaN in every float format: a token that was not restored shows in all that attend to it."""
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = list[Payload]
+"""Of each layer ``[blocks, P]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,9 +169,9 @@ class _RecomputeTest:
         found = [self._compare(own, restored, "when it is recomputed layer by layer")]
         # Nothing is left out after a difference: other ranks may have found none, and layers are run by all together.
         if not handle.compiled:
-            last = slice(count - len(spare), count)
+            last = [each[count - len(spare) :] for each in own]
             alone = self._alone(engines, spare, handed[-1])
-            found.append(self._compare(own[:, last], alone, "when its keys and values are computed alone"))
+            found.append(self._compare(last, alone, "when its keys and values are computed alone"))
         found += [self._behind(window, engines, spare) for window in self.windows]
         return copy_equal, next((each for each in found if each is not None), None)
 
@@ -193,7 +193,7 @@ class _RecomputeTest:
             if layer < self._layout.num_layers:
                 first, last = chunk * per_chunk, (chunk + 1) * per_chunk
                 self._layout.fence()
-                loaded = np.ascontiguousarray(own[layer:, first:last]).reshape(-1)
+                loaded = np.concatenate([each[first:last].reshape(-1) for each in own[layer:]])
                 self._layout.scatter(layer, self._layout.num_layers, block_ids[first:last], loaded)
         port.finish()
         return gathered(self._layout, block_ids)
@@ -283,18 +283,19 @@ def _copied(nest: Any) -> Any:  # noqa: ANN401
 def _copies_are_equal(layout: BlockLayout, block_ids: list[int], own: Bytes) -> bool:
     """Put the bytes into blocks that hold something else, and take them out again."""
     wipe(layout, block_ids, value=_POISON)
-    wiped = bool((gathered(layout, block_ids) == _POISON).all())
+    wiped = all((each == _POISON).all() for each in gathered(layout, block_ids))
     layout.fence()
-    layout.scatter(0, layout.num_layers, block_ids, own.reshape(-1))
-    return wiped and bool(np.array_equal(gathered(layout, block_ids), own))
+    layout.scatter(0, layout.num_layers, block_ids, np.concatenate([each.reshape(-1) for each in own]))
+    return wiped and all(map(np.array_equal, gathered(layout, block_ids), own))
 
 
 def _random_bytes(layout: BlockLayout, num_blocks: int) -> Bytes:
-    shape = (layout.num_layers, num_blocks, layout.block_bytes)
-    return np.random.default_rng(11).integers(0, 256, shape, dtype=np.uint8)
+    size = layout.num_bytes(0, layout.num_layers, num_blocks)
+    random = np.random.default_rng(11).integers(0, 256, size, dtype=np.uint8)
+    return layout.by_layer(random, 0, layout.num_layers, num_blocks)
 
 
-def _worst_difference(own: Bytes, restored: Bytes, dtype: torch.dtype) -> float:
+def _worst_difference(own: Payload, restored: Payload, dtype: torch.dtype) -> float:
     """Largest absolute difference of bytes that differ; infinite where a number is NaN or numbers are equal."""
     values = [torch.from_numpy(np.ascontiguousarray(each).reshape(-1)).view(dtype).double() for each in (own, restored)]
     worst = float((values[0] - values[1]).abs().max())

@@ -3,16 +3,19 @@
 Nothing is assumed about the inside of a block, so any layout works whose blocks are whole: the block dimension of each
 layer's tensor is found from the number of blocks, and a tensor that cannot be understood is refused with its shape.
 
+A block holds as many tokens in every layer, not as many bytes: of one model some layers may have other heads.
+
 Shapes: ``L`` layers of this pipeline stage (counted from its first), ``N`` KV blocks, ``P`` bytes of one block of one
-layer. A payload is the bytes of ``[layers, blocks, P]`` in C order: layers ascending, blocks in the order of the ids;
-inside a block the bytes stand in the logical order of the registered tensor, whatever its strides.
+layer. A payload is the bytes of ``[blocks, P]`` of one layer after the other: layers ascending, blocks in the order of
+the ids; inside a block the bytes stand in the logical order of the registered tensor, whatever its strides.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,10 +23,13 @@ import numpy.typing as npt
 import torch
 
 from cacheflow.errors import ConfigError
+from cacheflow.plan.grid import num_layer_blocks
 from cacheflow.tensors.block_copy import DeviceCopies, HostCopies
 from cacheflow.vllm.models.model_access import layer_number
 
 Payload = npt.NDArray[np.uint8]
+BlockShapes = frozenset[tuple[int, ...]]
+"""What vLLM puts inside a block of a layer, of all layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class BlockLayout:
         """Take over checked views; see ``from_kv_caches``.
 
         Raises:
-            ConfigError: There is no layer, or blocks differ between layers in size, dtype, number or device.
+            ConfigError: There is no layer, or blocks differ between layers in dtype, number or device.
         """
         if not layers:
             raise ConfigError("no KV cache was registered: nothing to restore")
@@ -59,19 +65,20 @@ class BlockLayout:
         first = layers[0].blocks_NI
         for layer in layers:
             blocks = layer.blocks_NI
-            if (blocks.shape, blocks.dtype, blocks.device) != (first.shape, first.dtype, first.device):
+            if (len(blocks), blocks.dtype, blocks.device) != (len(first), first.dtype, first.device):
                 raise ConfigError(
                     f"KV caches differ: {layers[0].name} is {_describe(first)}, {layer.name} is {_describe(blocks)}; "
-                    "only models whose layers share one shape are supported"
+                    "only layers with as many blocks of one dtype on one device are supported"
                 )
         self.num_layers = len(layers)
         self.num_blocks = int(first.shape[0])
         self.block_size = block_size
-        self.block_bytes = int(first[0].numel()) * first.element_size()
+        self.block_bytes_L = tuple(each.blocks_NI[0].numel() * first.element_size() for each in layers)
+        self._bytes_before = (0, *accumulate(self.block_bytes_L))
         self.device = first.device
         self.dtype = first.dtype
         self.layout_name = layout_name
-        self.identity = self._identity(first)
+        self.shapes: BlockShapes = frozenset(tuple(each.blocks_NI.shape[1:]) for each in layers)
         views = [layer.blocks_NI for layer in layers]
         self._copies = HostCopies(views) if self.device.type == "cpu" else DeviceCopies(views)
 
@@ -109,9 +116,31 @@ class BlockLayout:
         ]
         return cls(views, block_size=int(groups[0].kv_cache_spec.block_size), layout_name=layout_name)
 
-    def num_bytes(self, num_layers: int, num_blocks: int) -> int:
-        """Bytes of the payload of so many blocks in so many layers."""
-        return num_layers * num_blocks * self.block_bytes
+    def identity(self, shapes: Iterable[BlockShapes] = ()) -> str:
+        """Names how bytes stand in a payload, whatever the number of blocks.
+
+        ``shapes`` are those of the engine's other ranks: with them all pipeline stages have one name.
+        """
+        every = sorted(self.shapes.union(*shapes))
+        inside = every[0] if len(every) == 1 else every
+        text = f"{self.layout_name}|{inside}|{self.dtype}|{self.block_size}"
+        return f"{self.layout_name or 'unnamed'}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def num_bytes(self, layer_lo: int, layer_hi: int, num_blocks: int) -> int:
+        """Bytes of the payload of so many blocks in layers ``[layer_lo, layer_hi)``."""
+        return (self._bytes_before[layer_hi] - self._bytes_before[layer_lo]) * num_blocks
+
+    def largest_object_bytes(self, *, chunk_tokens: int, layers_per_block: int) -> int:
+        """Bytes of the largest object that holds a chunk in a block of layers."""
+        blocks = layers_of_blocks(layers_per_block, self.num_layers)
+        return max(self.num_bytes(lo, hi, chunk_tokens // self.block_size) for lo, hi in blocks)
+
+    def by_layer(self, payload: Payload, layer_lo: int, layer_hi: int, num_blocks: int) -> list[Payload]:
+        """A payload of so many blocks in layers ``[layer_lo, layer_hi)`` as views ``[blocks, P]`` of each layer."""
+        ends = [
+            (end - self._bytes_before[layer_lo]) * num_blocks for end in self._bytes_before[layer_lo : layer_hi + 1]
+        ]
+        return [payload[start:end].reshape(num_blocks, -1) for start, end in pairwise(ends)]
 
     def fence(self) -> None:
         """Make later copies wait for the kernels queued so far; call on the worker's main thread.
@@ -128,7 +157,7 @@ class BlockLayout:
             layer_lo: First layer, counted from the stage's first.
             layer_hi: One past the last.
             block_ids: Which blocks, in the order of the payload.
-            out: Receives exactly ``num_bytes(layer_hi - layer_lo, len(block_ids))`` bytes.
+            out: Receives exactly ``num_bytes(layer_lo, layer_hi, len(block_ids))`` bytes.
 
         Raises:
             ValueError: Layers, blocks or the size of ``out`` do not fit (a caller's bug).
@@ -145,7 +174,7 @@ class BlockLayout:
             layer_lo: First layer, counted from the stage's first.
             layer_hi: One past the last.
             block_ids: Target of every block of the payload; the first ``skip_blocks`` of them are not looked at.
-            payload: Exactly ``num_bytes(layer_hi - layer_lo, len(block_ids))`` bytes.
+            payload: Exactly ``num_bytes(layer_lo, layer_hi, len(block_ids))`` bytes.
             skip_blocks: Blocks at the payload's start that are not written: they hold tokens that are there already.
 
         Raises:
@@ -172,18 +201,20 @@ class BlockLayout:
         written = ids[skip:]
         if not written or not 0 <= min(written) <= max(written) < self.num_blocks:
             raise ValueError(f"block ids {list(ids)} are not within [0, {self.num_blocks})")
-        expected = self.num_bytes(layer_hi - layer_lo, len(ids))
+        expected = self.num_bytes(layer_lo, layer_hi, len(ids))
         if payload.nbytes != expected or payload.dtype != np.uint8 or not payload.flags.c_contiguous:
             raise ValueError(f"payload of {payload.nbytes} bytes of {payload.dtype}, must be {expected} of uint8")
-
-    def _identity(self, first: torch.Tensor) -> str:
-        text = f"{self.layout_name}|{tuple(first.shape[1:])}|{first.dtype}|{self.block_size}"
-        return f"{self.layout_name or 'unnamed'}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[int, int]:
     """Layers ``[lo, hi)`` of a layer block; the top one holds what is left."""
     return block * layers_per_block, min((block + 1) * layers_per_block, num_layers)
+
+
+def layers_of_blocks(layers_per_block: int, num_layers: int) -> list[tuple[int, int]]:
+    """Layers ``[lo, hi)`` of every layer block, bottom first."""
+    num_blocks = num_layer_blocks(num_layers, layers_per_block)
+    return [block_layers(block, layers_per_block, num_layers) for block in range(num_blocks)]
 
 
 def blocks_first(kv_cache: torch.Tensor, num_blocks: int, *, name: str, layout_name: str = "") -> torch.Tensor:

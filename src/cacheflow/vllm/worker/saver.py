@@ -13,12 +13,11 @@ from threading import Thread
 
 import numpy as np
 
-from cacheflow.plan.grid import num_layer_blocks
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import RankKeys
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import SaveWork
-from cacheflow.vllm.worker.layout import BlockLayout, block_layers
+from cacheflow.vllm.worker.layout import BlockLayout, layers_of_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +77,7 @@ class ChunkSaver:
         """Save in objects of ``layers_per_block`` layers under this rank's keys; ``more``: what else of a chunk."""
         self._store, self._layout, self._keys, self._counts = store, layout, keys, counts
         self._dtype, self._more = str(layout.dtype).removeprefix("torch."), more
-        num_blocks = num_layer_blocks(layout.num_layers, layers_per_block)
-        self._layers_of = [block_layers(block, layers_per_block, layout.num_layers) for block in range(num_blocks)]
+        self._layers_of = layers_of_blocks(layers_per_block, layout.num_layers)
         self._pending: deque[_Copied] = deque()
         self._pending_bytes = 0
         self._under_way: set[tuple[str, str]] = set()
@@ -107,7 +105,7 @@ class ChunkSaver:
         if name in self._under_way:
             self._counts.chunks_saved["exists"] += 1
             return False
-        num_bytes = self._layout.num_bytes(self._layout.num_layers, len(save.block_ids))
+        num_bytes = self._layout.num_bytes(0, self._layout.num_layers, len(save.block_ids))
         if self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
             self._counts.chunks_saved["skipped"] += 1
             return False
@@ -119,16 +117,23 @@ class ChunkSaver:
         requests = []
         for layer_lo, layer_hi in self._layers_of:
             key = self._keys.kv(save.namespace, save.chain_hash, (layer_lo, layer_hi))
-            payload = np.empty(self._layout.num_bytes(layer_hi - layer_lo, len(save.block_ids)), dtype=np.uint8)
+            payload = np.empty(self._layout.num_bytes(layer_lo, layer_hi, len(save.block_ids)), dtype=np.uint8)
             self._layout.gather(layer_lo, layer_hi, save.block_ids, payload)
-            shape = (layer_hi - layer_lo, len(save.block_ids), self._layout.block_bytes)
+            shape = self._shape(layer_lo, layer_hi, len(save.block_ids))
             requests.append(PutRequest(key, [payload], shape=shape, dtype=self._dtype))
-        num_bytes = self._layout.num_bytes(self._layout.num_layers, len(save.block_ids))
+        num_bytes = self._layout.num_bytes(0, self._layout.num_layers, len(save.block_ids))
         if self._more is not None:
             # Before the KV, so that a chunk whose top layer is there is there with its boundary.
             requests = [*self._more(save), *requests]
         self._pending.append(_Copied((save.namespace, save.chain_hash), requests, num_bytes))
         return self._pending[-1]
+
+    def _shape(self, layer_lo: int, layer_hi: int, num_blocks: int) -> tuple[int, ...]:
+        """What a record says of an object, for people; of layers that differ how many bytes they are."""
+        first, *others = dict.fromkeys(self._layout.block_bytes_L[layer_lo:layer_hi])
+        if others:
+            return (self._layout.num_bytes(layer_lo, layer_hi, num_blocks),)
+        return (layer_hi - layer_lo, num_blocks, first)
 
     def _submit_copied(self) -> None:
         """The background thread: asking may take as long as a file system hangs."""

@@ -97,7 +97,7 @@ class VllmTransferPort:
             return self._start_boundary(piece, deadline_s=deadline_s)
         layers = self._layers(piece)
         blocks, _ = self._blocks(piece.chunk)
-        num_bytes = self._layout.num_bytes(layers[1] - layers[0], len(blocks))
+        num_bytes = self._layout.num_bytes(*layers, len(blocks))
         key = self._keys.kv(self._target.namespace, self._target.chain_hashes[piece.chunk], layers)
         staging, handle = self._submit(key, self._pool, num_bytes, deadline_s=deadline_s)
         return VllmTicket(piece, num_bytes, self._pool, staging, handle)
@@ -157,7 +157,7 @@ class VllmTransferPort:
 
 def staging_pool(layout: BlockLayout, *, chunk_tokens: int, layers_per_block: int) -> StagingPool:
     """Staging buffers that hold any object of this layout; pinned where the KV cache is on CUDA."""
-    num_bytes = layout.num_bytes(min(layers_per_block, layout.num_layers), chunk_tokens // layout.block_size)
+    num_bytes = layout.largest_object_bytes(chunk_tokens=chunk_tokens, layers_per_block=layers_per_block)
     return StagingPool(num_bytes, pinned=layout.device.type == "cuda")
 
 
