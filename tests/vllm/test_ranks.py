@@ -358,32 +358,41 @@ def one_tensor(tmp_path_factory):
     return setting.run(script, "granite")
 
 
-@pytest.mark.long
-def test_stages_whose_layers_have_other_heads(tmp_path):
-    """The first stage's layers are alike; one engine restores what both stages saved, of whatever shape."""
-    from support.rank_engine import take_only
+def with_other_heads(folder):
+    """A model whose layers without a window have fewer and wider heads; the lower half of the layers are alike."""
     from support.vllm_models import write_model
 
     types = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention", "full_attention"]
     model = write_model(
-        tmp_path / "model", "gemma4_text", num_hidden_layers=LAYERS, layer_types=types, sliding_window=100,
+        folder / "model", "gemma4_text", num_hidden_layers=LAYERS, layer_types=types, sliding_window=100,
         num_attention_heads=8, num_key_value_heads=4, head_dim=32, global_head_dim=64, num_global_key_value_heads=1,
         attention_k_eq_v=True, hidden_size_per_layer_input=0, vocab_size_per_layer_input=512, pad_token_id=0,
     )  # fmt: skip
-    setting = Setting(str(model), tmp_path)
-    script = setting.script(pipeline=2)
+    return Setting(str(model), folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("pipeline", "tensor"), [(2, 1), (1, 2)])
+def test_ranks_of_layers_with_other_heads(tmp_path, pipeline, tensor):
+    """Two tensor-parallel ranks share four heads of some layers, and each have the one head of the others."""
+    from support.rank_engine import take_only
+
+    setting = with_other_heads(tmp_path)
+    script = setting.script(pipeline=pipeline, tensor=tensor)
     saved(script, 1)
     asked(script, "own", request(1, OFF))
     script.do("scheduler_side", function=take_only, args=("stored",))
     asked(script, "restored", request(1, AUTO))
     asked(script, "load", request(1, LOAD))
-    stages = setting.run(script, "stages")
-    whole = setting.run(asked(setting.script(), "load", request(1, LOAD)), "whole")
-    for answers in (stages["restored"], stages["load"], whole["load"]):
-        record = record_of(answers)
-        assert record["outcome"] == "done"
-        assert record["loaded_cells"] > 0
-        equal(answers, stages["own"])
-    assert record_of(stages["restored"])["recomputed_cells"] > 0
-    num_tokens, window_bytes, full_bytes = NUM_CHUNKS * CHUNK, 2 * 4 * 32 * 4, 2 * 1 * 64 * 4
-    assert record_of(whole["load"])["loaded_bytes"] == num_tokens * (4 * window_bytes + 2 * full_bytes)
+    answers = setting.run(script, "ranks")
+    assert record_of(answers["restored"])["recomputed_cells"] > 0
+    restored = [answers["restored"], answers["load"]]
+    if tensor == 1:  # one engine loads what both stages saved, of whatever shape
+        restored += [setting.run(asked(setting.script(), "load", request(1, LOAD)), "one-rank")["load"]]
+    for each in restored:
+        assert record_of(each)["outcome"] == "done"
+        assert record_of(each)["loaded_cells"] > 0
+        equal(each, answers["own"])
+    window_bytes, full_bytes = 2 * (4 // tensor) * 32 * 4, 2 * 1 * 64 * 4
+    loaded_bytes = NUM_CHUNKS * CHUNK * (4 * window_bytes + 2 * full_bytes)
+    assert record_of(answers["load"])["loaded_bytes"] == loaded_bytes
