@@ -299,3 +299,59 @@ def one_tensor(tmp_path_factory):
         script.do("scheduler_side", function=take_only, args=(source,))
         asked(script, source, request(1, AUTO))
     return setting.run(script, "granite")
+
+
+LATENT_BYTES = CHUNK * (512 + 64) * 4  # of a chunk in a layer: latents and rotated keys, float32
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """What two tensor-parallel ranks of latent attention answered, and what an engine that started after them did."""
+    from transformers import AutoConfig
+
+    from support.random_weights import model_folder
+    from support.rank_engine import written_bytes
+    from support.vllm_models import write_weights
+
+    folder = tmp_path_factory.mktemp("latent")
+    config = AutoConfig.from_pretrained(model_folder(folder / "config", "deepseek_v3", num_hidden_layers=LAYERS))
+    setting = Setting(str(write_weights(folder / "model", config)), folder, PATIENCE_S)
+    first, later = (setting.script(tensor=2, throttle_bytes_per_s=9 * BYTES_PER_S) for _ in range(2))
+    for script in (first, later):
+        script.num_kv_blocks = 40 * 128 // 16  # KV blocks of latent attention hold 16 tokens
+        script.do("hold_to_chunks")
+    first.do("call", "written before", function=written_bytes)
+    first.do("ask", "own", requests=[request(1, SAVE)]).do("settle")
+    first.do("call", "written", function=written_bytes).do("stored", "stored", kind="kv", store=str(setting.store))
+    for script in (first, later):
+        asked(script, "restored", request(1, AUTO))
+        asked(script, "load", request(1, LOAD))
+    later.do("settle").do("stored", "stored", kind="kv", store=str(setting.store))
+    asked(later, "own", request(1, OFF))
+    return setting.run(first, "first"), setting.run(later, "later")
+
+
+def test_of_latents_that_all_ranks_keep_one_object_is_stored(latent):
+    from cacheflow.stores.record import HEADER_BYTES
+
+    first, later = latent
+    own = first["own"][0]["kv"]
+    assert np.array_equal(own[:, 0], own[:, 1])
+    written = [after - before for after, before in zip(first["written"], first["written before"], strict=True)]
+    assert written == [NUM_CHUNKS * LAYERS * LATENT_BYTES, 0]
+    assert len(first["stored"]) == NUM_CHUNKS * LAYERS
+    assert set(first["stored"].values()) == {HEADER_BYTES + LATENT_BYTES}
+    assert later["stored"] == first["stored"]
+
+
+@pytest.mark.parametrize("engine", ["the one that saved", "one that started later"])
+def test_all_ranks_restore_from_the_one_object_of_latents(latent, engine):
+    answers = latent[engine == "one that started later"]
+    record = record_of(answers["restored"])
+    assert record["outcome"] == "done"
+    assert both_ways(record) == NUM_CHUNKS * LAYERS
+    equal(answers["restored"], latent[0]["own"])
+    record = record_of(answers["load"])
+    assert (record["outcome"], record["loaded_cells"]) == ("done", NUM_CHUNKS * LAYERS)
+    equal(answers["load"], latent[0]["own"])
+    equal(answers["own"], latent[0]["own"])
