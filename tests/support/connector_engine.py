@@ -318,6 +318,12 @@ def random_tokens(count: int, *, seed: int = 3) -> list[int]:
     return torch.randint(2, TINY["vocab_size"], (count,), generator=generator).tolist()
 
 
+def hold_to_chunks(scheduler: object, chunk_tokens: int) -> None:
+    """Have vLLM prefill in chunks of the save: of latent attention it would take whole prompts on the CPU."""
+    scheduler.scheduler_config.enable_chunked_prefill = True
+    scheduler.max_num_scheduled_tokens = chunk_tokens
+
+
 def our_threads() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("cacheflow"))
 

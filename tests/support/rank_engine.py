@@ -1,16 +1,19 @@
 """A vLLM engine of several ranks on the CPU (pipeline stages, tensor-parallel ranks), in processes of its own.
 
 ``python -m support.rank_engine`` reads a script from standard input and pickles what came of each step to the file it
-names. The workers are processes of the engine's; what a test wants of them is sent to them as functions.
+names. The workers are processes of the engine's, or Ray's; what a test wants of them is sent to them as functions.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,10 @@ import numpy as np
 
 from cacheflow.plan.problem import BoundarySource
 from support import kv_bytes, v2_runner
+from support.ray_cluster import announce, ray_cluster
 
 BLOCK = 128
-"""Tokens of a KV block on the CPU; vLLM keeps one block for itself."""
+"""Tokens of a KV block on the CPU, but for latent attention; vLLM keeps one block for itself."""
 POISON = 0x42
 PATIENCE_S = 150.0
 KILL_PATIENCE_S = 60.0
@@ -55,6 +59,7 @@ class Script:
     eager: bool = True
     dtype: str = "float32"
     num_kv_blocks: int = 0
+    executor: str = "mp"
     steps: list[tuple[str, str, dict]] = field(default_factory=list)
 
     def do(self, name: str, label: str = "", /, **arguments: Any) -> Script:
@@ -68,21 +73,30 @@ def run(script: Script, folder: Path, *, patience_s: float = PATIENCE_S) -> dict
     folder.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))
     binds = [str(cores[rank % len(cores)]) for rank in range(script.ranks.total)]
+    places = [TESTS, TESTS.parent / "src", *([announce(folder / "platform")] if script.executor == "ray" else [])]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")]),
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(binds), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
     answers, log = folder / "answers", folder / "log"
     answers.unlink(missing_ok=True)
-    with log.open("w") as out:
-        ended = subprocess.run(
-            [sys.executable, "-m", "support.rank_engine", str(answers)], input=pickle.dumps(script),
-            env=environment, stdout=out, stderr=out, timeout=patience_s, check=False,
+    # Ray's files are not below the test's folder: its sockets have long names, of which the system allows 107 bytes.
+    with log.open("w") as out, tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder:
+        engine = subprocess.Popen(
+            [sys.executable, "-m", "support.rank_engine", str(answers)], env=environment | {"RAY_TMPDIR": ray_folder},
+            stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True,
         )  # fmt: skip
+        try:
+            engine.communicate(pickle.dumps(script), timeout=patience_s)
+        finally:
+            with suppress(ProcessLookupError):  # nothing is left of an engine that ended by itself
+                os.killpg(engine.pid, signal.SIGKILL)
+            engine.wait()
     text = log.read_text(errors="replace")
-    assert ended.returncode == 0, f"the engine ended with {ended.returncode}:\n{text[-6000:]}"
+    assert engine.returncode == 0, f"the engine ended with {engine.returncode}:\n{text[-6000:]}"
     return pickle.loads(answers.read_bytes())
 
 
@@ -91,11 +105,14 @@ def main() -> None:
     from support import rank_engine  # so that what is pickled by name is found in the workers
 
     script = pickle.loads(sys.stdin.buffer.read())
-    session = rank_engine.Session(script, Path(sys.argv[1]).parent)
-    answers = {label: getattr(session, name)(**arguments) for name, label, arguments in script.steps}
-    Path(sys.argv[1]).write_bytes(pickle.dumps(answers))
-    if script.steps[-1][0] != "killed":
-        session.llm.llm_engine.engine_core.engine_core.shutdown()
+    with ray_cluster(script.ranks.total) if script.executor == "ray" else nullcontext():
+        session = rank_engine.Session(script, Path(sys.argv[1]).parent)
+        try:
+            answers = {label: getattr(session, name)(**arguments) for name, label, arguments in script.steps}
+            Path(sys.argv[1]).write_bytes(pickle.dumps(answers))
+        finally:
+            if script.steps[-1][0] != "killed":
+                session.core.shutdown()  # before Ray ends, which takes the process with it where the engine still asks
 
 
 class Session:
@@ -116,7 +133,7 @@ class Session:
         self.llm = LLM(
             model=script.model, dtype=script.dtype, skip_tokenizer_init=True, enforce_eager=script.eager, seed=0,
             tensor_parallel_size=script.ranks.tensor, pipeline_parallel_size=script.ranks.pipeline,
-            distributed_executor_backend="mp", max_num_seqs=8, enable_prefix_caching=True,
+            distributed_executor_backend=script.executor, max_num_seqs=8, enable_prefix_caching=True,
             max_model_len=script.max_tokens,
             num_gpu_blocks_override=script.num_kv_blocks or script.max_tokens // BLOCK + 2,
             max_num_batched_tokens=script.chunk_tokens, kv_transfer_config=transfer,
@@ -144,6 +161,7 @@ class Session:
         from vllm import SamplingParams
 
         engine, scheduler = self.llm.llm_engine, self.core.scheduler
+        block_size = scheduler.block_size
         answers: dict[str, dict] = {}
         internal: dict[str, str] = {}
         began_s = time.perf_counter()
@@ -164,7 +182,7 @@ class Session:
                     answer["ttft_s"] = time.perf_counter() - began_s
                     if kv and not output.finished:
                         ids = scheduler.kv_cache_manager.get_block_ids(internal[output.request_id])[0]
-                        answer["kv"] = self.kv(list(ids)[: answer["num_prompt"] // BLOCK])
+                        answer["kv"] = self.kv(list(ids)[: answer["num_prompt"] // block_size])
                 if output.finished:
                     answer["tokens"], answer["params"] = list(output.outputs[0].token_ids), output.kv_transfer_params
         return list(answers.values())
@@ -186,8 +204,6 @@ class Session:
 
     def killed(self, rank: int, request: dict) -> str:
         """Kill a rank while a request is under way; the error that says so, empty when none came."""
-        import signal
-
         from vllm import SamplingParams
 
         sampling = SamplingParams(
@@ -248,9 +264,19 @@ class Session:
         """Wait until every rank has written what it saves; each rank's counts."""
         return self.on_ranks(settled)
 
+    def hold_to_chunks(self) -> None:
+        """See ``connector_engine.hold_to_chunks``."""
+        from support.connector_engine import hold_to_chunks
+
+        hold_to_chunks(self.core.scheduler, self.script.chunk_tokens)
+
+    def stored(self, kind: str, store: str) -> dict[str, int]:
+        """Bytes of the stored objects of a kind, by name."""
+        return {path.name: path.stat().st_size for path in objects(Path(store), kind)}
+
     def forget(self, kind: str, store: str) -> int:
         """Remove the stored objects of a kind; how many there were."""
-        found = [path for path in (Path(store) / "objects").rglob("*") if path.is_file() and f"_{kind}_" in path.name]
+        found = objects(Path(store), kind)
         for path in found:
             path.unlink()
         return len(found)
@@ -318,6 +344,11 @@ def settled(worker: Any) -> dict:
     return {**side.counts.chunks_saved}
 
 
+def written_bytes(worker: Any) -> int:
+    """Payload bytes that this rank has written to the store."""
+    return our_side(worker).store.stats().written_bytes
+
+
 def break_reads(worker: Any, rank: tuple[int, int], fault: str, kind: str) -> None:
     """From now on reads of objects of a kind fail on one rank ``(pipeline, tensor)``; ``fault`` empty: heal."""
     from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
@@ -343,8 +374,9 @@ def take_only(side: Any, way: str) -> None:
         planner.sources = lambda *, num_boundaries, below: [BoundarySource(way)]
 
 
-def num_objects(store: Path) -> int:
-    return sum(1 for path in (store / "objects").rglob("*") if path.is_file())
+def objects(store: Path, kind: str) -> list[Path]:
+    """The stored objects of a kind."""
+    return [path for path in (store / "objects").rglob("*") if path.is_file() and f"_{kind}_" in path.name]
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ import shutil
 import subprocess
 from contextlib import contextmanager
 
-import pytest
-
 from cacheflow.stores.directory import RecordDirectory
+from support.lacking import lacking
 
 
 class SmallDisk(RecordDirectory):
@@ -39,20 +38,14 @@ def mounted(folder, *, num_bytes):
     """A tmpfs of ``num_bytes`` at ``folder``; where none may be mounted it skips a user's test and fails CI's."""
     mount, umount = shutil.which("mount"), shutil.which("umount")
     if mount is None or umount is None:
-        _cannot("needs `mount`, which is not installed here")
+        lacking("needs `mount`, which is not installed here")
     folder.mkdir()
     command = [mount, "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     tried = subprocess.run(command, capture_output=True, text=True, check=False)
     if tried.returncode:
         reason = tried.stderr.strip().partition("\n")[0]
-        _cannot(f"needs to mount a tmpfs, which is not permitted here: {reason}")
+        lacking(f"needs to mount a tmpfs, which is not permitted here: {reason}")
     try:
         yield folder
     finally:
         subprocess.run([umount, str(folder)], check=True)
-
-
-def _cannot(reason):
-    if os.environ.get("CI"):
-        pytest.fail(f"{reason}; in CI these tests must run")
-    pytest.skip(reason)

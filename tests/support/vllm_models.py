@@ -31,11 +31,17 @@ POISON = 0xFF
 
 
 def write_model(folder: Path, family: str, *, seed: int = 0, **overrides) -> Path:
-    """A random model whose attention is far from uniform: near-uniform attention would hide errors."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A tiny model of a family that transformers knows."""
+    from transformers import AutoConfig
 
     extra = TINY_MOE if family == "qwen3_moe" else {}
-    config = AutoConfig.for_model(family, **{**TINY, **extra, **overrides})
+    return write_weights(folder, AutoConfig.for_model(family, **{**TINY, **extra, **overrides}), seed=seed)
+
+
+def write_weights(folder: Path, config: object, *, seed: int = 0) -> Path:
+    """Random weights whose attention is far from uniform: near-uniform attention would hide errors."""
+    from transformers import AutoModelForCausalLM
+
     module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -46,7 +52,7 @@ def write_model(folder: Path, family: str, *, seed: int = 0, **overrides) -> Pat
             elif weight.ndim == 1:
                 weight.copy_(0.3 * noise)
             else:
-                gain = 1.8 if "q_proj" in name or "k_proj" in name else 1.0
+                gain = 1.8 if any(part in name for part in ("q_proj", "k_proj", "q_b_proj", "kv_b_proj")) else 1.0
                 weight.copy_(noise * gain / (1 if "embed" in name else weight.shape[-1] ** 0.5))
     module.save_pretrained(folder)
     return folder

@@ -71,7 +71,7 @@ CASES = [
 
 @pytest.fixture(scope="module", params=CASES)
 def engine(request, tmp_path_factory, _single_process_vllm):
-    from support.connector_engine import serving_engine
+    from support.connector_engine import hold_to_chunks, serving_engine
     from support.random_weights import model_folder, random_weights
 
     case = request.param
@@ -82,14 +82,8 @@ def engine(request, tmp_path_factory, _single_process_vllm):
         random_weights(),
         serving_engine(folder, dtype=case.dtype, chunk_tokens=CHUNK, options=options, **arguments) as serving,
     ):
-        held_to_chunks(serving)
+        hold_to_chunks(serving.scheduler, CHUNK)
         yield serving
-
-
-def held_to_chunks(engine):
-    """Have vLLM prefill in chunks of the save: of latent attention it would take the whole prompt at once."""
-    engine.core.scheduler.scheduler_config.enable_chunked_prefill = True
-    engine.core.scheduler.max_num_scheduled_tokens = CHUNK
 
 
 def prompt(seed):

@@ -5,76 +5,36 @@ heads for its own. Engines start once each; what they are asked is a script, and
 """
 
 import os
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-CHUNK = 256
-NUM_CHUNKS = 8
-LAYERS = 6
-TOKENS = NUM_CHUNKS * CHUNK + 37
-MAX_TOKENS = 21 * 128
+from support.rank_cases import (
+    AUTO,
+    BYTES_PER_S,
+    CHUNK,
+    LAYERS,
+    LOAD,
+    NUM_CHUNKS,
+    OFF,
+    SAVE,
+    Setting,
+    asked,
+    both_ways,
+    equal,
+    llama_setting,
+    record_of,
+    request,
+    saved,
+)
+
 BYTES_PER_LAYER = NUM_CHUNKS * CHUNK * 2 * 2 * 32 * 4  # two KV heads, keys and values, float32
 NUM_RESTORATIONS = int(os.environ.get("CACHEFLOW_SOAK_REQUESTS", "60"))
 PATIENCE_S = 450.0 + 2.0 * NUM_RESTORATIONS
-BYTES_PER_S = 2e7
-RESTORE_TIMEOUT_S = 3.0
-AUTO, LOAD, SAVE, OFF = ({"cacheflow": mode, "explain": True} for mode in ("auto", "load", "recompute", "off"))
 MIXED = (700, 517, 300)
 """Lengths of prompts that are prefilled together, beside one that decodes."""
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_S)]
-
-
-def prompt(seed, count=TOKENS):
-    from support.connector_engine import random_tokens
-
-    return random_tokens(count, seed=seed)
-
-
-def request(seed, params, *, count=TOKENS, num_tokens=32):
-    return {"tokens": prompt(seed, count), "num_tokens": num_tokens, "params": params}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A model, a folder and the store that all engines share."""
-
-    model: str
-    folder: object
-
-    @property
-    def store(self):
-        return self.folder / "store"
-
-    def script(self, *, pipeline=1, tensor=1, **changes):
-        from support.rank_engine import Ranks, Script
-
-        options = {
-            "store_path": str(self.store), "self_test": True,
-            "throttle_bytes_per_s": BYTES_PER_S, "throttle_latency_s": 2e-4,
-            "restore_timeout_s": RESTORE_TIMEOUT_S, "policy": "cake",
-        }  # fmt: skip
-        return Script(
-            model=self.model, ranks=Ranks(pipeline, tensor), chunk_tokens=CHUNK, max_tokens=MAX_TOKENS,
-            num_kv_blocks=40, options={**options, **changes},
-        )  # fmt: skip
-
-    def run(self, script, name):
-        from support.rank_engine import run
-
-        return run(script, self.folder / name, patience_s=PATIENCE_S)
-
-
-def saved(script, seed, **kwargs):
-    """Save a prompt; leaves nothing of it in the KV cache."""
-    return script.do("ask", requests=[request(seed, SAVE, **kwargs)]).do("settle").do("evict")
-
-
-def asked(script, label, one):
-    """Ask with a KV cache that is full of wrong numbers."""
-    return script.do("evict").do("ask", label, requests=[one])
 
 
 FAULTS = (("hang", "kv"), ("error", "kv"), ("miss", "hidden"), ("hang", "hidden"), ("corrupt", "hidden"))
@@ -83,11 +43,7 @@ SOAKED = (request(1, AUTO, num_tokens=8), *(request(10 + i, AUTO, count=n, num_t
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    pytest.importorskip("vllm")
-    from support.vllm_models import write_model
-
-    folder = tmp_path_factory.mktemp("ranks")
-    return Setting(str(write_model(folder / "model", "llama", num_hidden_layers=LAYERS)), folder)
+    return llama_setting(tmp_path_factory.mktemp("ranks"), patience_s=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -170,17 +126,6 @@ def plain(setting):
     return setting.run(asked(script, "own", request(1, None)), "plain")["own"][0]
 
 
-def record_of(answers):
-    (record,) = answers[0]["params"]["cacheflow"]
-    return record
-
-
-def equal(answers, own):
-    """Every bit of the KV cache and every token."""
-    assert np.array_equal(answers[0]["kv"], own[0]["kv"])
-    assert answers[0]["tokens"] == own[0]["tokens"]
-
-
 def test_without_the_connector_vllm_answers_the_same(one_rank, plain):
     assert np.array_equal(plain["kv"], one_rank["own"][0]["kv"])
     assert plain["tokens"] == one_rank["own"][0]["tokens"]
@@ -191,9 +136,7 @@ def test_two_stages_restore_at_once_each_with_both_pointers(two_stages, one_rank
     assert record["outcome"] == "done"
     assert [stage["boundary_source"] for stage in record["stages"]] == ["first_stage", "stored"]
     for stage in record["stages"]:
-        assert stage["recomputed_cells"] > 0
-        assert stage["loaded_cells"] > 0
-        assert stage["recomputed_cells"] + stage["loaded_cells"] == NUM_CHUNKS * LAYERS // 2
+        assert both_ways(stage) == NUM_CHUNKS * LAYERS // 2
     assert record["stages"][1]["boundary_bytes"] > 0
     assert record["bound_restore_s"] == max(stage["bound_restore_s"] for stage in record["stages"])
     equal(two_stages["both pointers"], one_rank["own"])
@@ -348,7 +291,7 @@ def one_tensor(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("granite")
     model = write_model(folder / "model", "granite", num_hidden_layers=LAYERS, embedding_multiplier=3.0, pad_token_id=0)
-    setting = Setting(str(model), folder)
+    setting = Setting(str(model), folder, PATIENCE_S)
     script = setting.script(pipeline=2)
     saved(script, 1)
     asked(script, "own", request(1, OFF))
@@ -396,3 +339,59 @@ def test_ranks_of_layers_with_other_heads(tmp_path, pipeline, tensor):
     window_bytes, full_bytes = 2 * (4 // tensor) * 32 * 4, 2 * 1 * 64 * 4
     loaded_bytes = NUM_CHUNKS * CHUNK * (4 * window_bytes + 2 * full_bytes)
     assert record_of(answers["load"])["loaded_bytes"] == loaded_bytes
+
+
+LATENT_BYTES = CHUNK * (512 + 64) * 4  # of a chunk in a layer: latents and rotated keys, float32
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """What two tensor-parallel ranks of latent attention answered, and what an engine that started after them did."""
+    from transformers import AutoConfig
+
+    from support.random_weights import model_folder
+    from support.rank_engine import written_bytes
+    from support.vllm_models import write_weights
+
+    folder = tmp_path_factory.mktemp("latent")
+    config = AutoConfig.from_pretrained(model_folder(folder / "config", "deepseek_v3", num_hidden_layers=LAYERS))
+    setting = Setting(str(write_weights(folder / "model", config)), folder, PATIENCE_S)
+    first, later = (setting.script(tensor=2, throttle_bytes_per_s=9 * BYTES_PER_S) for _ in range(2))
+    for script in (first, later):
+        script.num_kv_blocks = 40 * 128 // 16  # KV blocks of latent attention hold 16 tokens
+        script.do("hold_to_chunks")
+    first.do("call", "written before", function=written_bytes)
+    first.do("ask", "own", requests=[request(1, SAVE)]).do("settle")
+    first.do("call", "written", function=written_bytes).do("stored", "stored", kind="kv", store=str(setting.store))
+    for script in (first, later):
+        asked(script, "restored", request(1, AUTO))
+        asked(script, "load", request(1, LOAD))
+    later.do("settle").do("stored", "stored", kind="kv", store=str(setting.store))
+    asked(later, "own", request(1, OFF))
+    return setting.run(first, "first"), setting.run(later, "later")
+
+
+def test_of_latents_that_all_ranks_keep_one_object_is_stored(latent):
+    from cacheflow.stores.record import HEADER_BYTES
+
+    first, later = latent
+    own = first["own"][0]["kv"]
+    assert np.array_equal(own[:, 0], own[:, 1])
+    written = [after - before for after, before in zip(first["written"], first["written before"], strict=True)]
+    assert written == [NUM_CHUNKS * LAYERS * LATENT_BYTES, 0]
+    assert len(first["stored"]) == NUM_CHUNKS * LAYERS
+    assert set(first["stored"].values()) == {HEADER_BYTES + LATENT_BYTES}
+    assert later["stored"] == first["stored"]
+
+
+@pytest.mark.parametrize("engine", ["the one that saved", "one that started later"])
+def test_all_ranks_restore_from_the_one_object_of_latents(latent, engine):
+    answers = latent[engine == "one that started later"]
+    record = record_of(answers["restored"])
+    assert record["outcome"] == "done"
+    assert both_ways(record) == NUM_CHUNKS * LAYERS
+    equal(answers["restored"], latent[0]["own"])
+    record = record_of(answers["load"])
+    assert (record["outcome"], record["loaded_cells"]) == ("done", NUM_CHUNKS * LAYERS)
+    equal(answers["load"], latent[0]["own"])
+    equal(answers["own"], latent[0]["own"])
