@@ -125,3 +125,16 @@ def test_the_bound_counts_the_checkpoint():
     suffix = hybrid_problem(num_tokens=4224, suffix_tokens=512, bytes_per_s=2e9)
     planned = plan_levels(suffix, Objective.TTFT)
     assert planned.predicted.ttft_s >= bound(suffix).ttft_s
+
+
+@pytest.mark.parametrize("num_tokens", [4224, 8448, 33_792])
+@pytest.mark.parametrize(("speed", "at_most"), [(1.0, 1.06), (0.5, 1.25), (2.0, 1.25)])
+def test_with_new_tokens_compute_keeps_the_bottom_rows_and_the_link_does_not_climb_into_them(
+    num_tokens: int, speed: float, at_most: float
+):
+    """Nothing can be taken back: had the link brought a bottom row of the last chunk, compute would end below it."""
+    problem = hybrid_problem(num_tokens=num_tokens, suffix_tokens=256, growth=0.01, bytes_per_s=1e9)
+    truth = replace(problem, link=LinkCost(bytes_per_s=problem.link.bytes_per_s * speed))
+    found, witness = run(problem, make_policy("cacheflow").plan(problem), speed=speed)
+    assert not witness.broken
+    assert found.ttft_s <= at_most * bound(truth).ttft_s + 0.001
