@@ -39,7 +39,7 @@ class ModelShape:
 
     Attributes:
         name: Name for people and profiles, such as ``"Llama-3.1-8B"``.
-        num_layers: Decoder layers that hold a KV cache.
+        num_layers: Decoder layers.
         hidden_size: Width of the residual stream.
         num_q_heads: Query heads.
         num_kv_heads: Key/value heads (grouped-query attention).
@@ -139,6 +139,140 @@ class ModelShape:
         """Bytes of one token in each block of so many layers, the top one of what is left, bottom first."""
         by_layer = self.kv_bytes_per_token_L
         return tuple(sum(by_layer[lo : lo + layers_per_block]) for lo in range(0, self.num_layers, layers_per_block))
+
+    # What a hybrid model has besides.
+
+    @property
+    def row_layers(self) -> int:
+        """Layers of the smallest block that can be restored by itself."""
+        return 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a grid whose blocks are as small as can be."""
+        return self.num_layers // self.row_layers
+
+    @property
+    def row_state_bytes(self) -> int:
+        """Bytes of the running states of one row, which do not grow with the tokens; 0 without recurrent layers."""
+        return 0
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the running states of all rows at one position."""
+        return self.row_state_bytes * self.num_rows
+
+    def state_bytes_B(self, layers_per_block: int) -> tuple[int, ...]:
+        """Bytes of the running states of each block of so many layers at one position, bottom first."""
+        rows = [
+            (min(lo + layers_per_block, self.num_layers) - lo) // self.row_layers
+            for lo in range(0, self.num_layers, layers_per_block)
+        ]
+        return tuple(self.row_state_bytes * each for each in rows)
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer keeps a running state instead of keys and values."""
+        return False
+
+    def layers_of_block(self, asked: int | None = None) -> int:
+        """Layers of a block: as asked, or as few as can be.
+
+        Raises:
+            ConfigError: A block of so many layers cannot be restored by itself.
+        """
+        layers = self.row_layers if asked is None else asked
+        if layers % self.row_layers:
+            raise ConfigError(
+                f"model shape {self.name!r}: blocks of {layers} layers, must be a multiple of {self.row_layers}: "
+                "its recurrent layers are restored together with the attention layer above them"
+            )
+        return layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HybridShape(ModelShape):
+    """A model whose attention layers each have Gated DeltaNet layers below them, with a running state.
+
+    Attributes:
+        layers_per_attention: Layers of a row: recurrent ones and, on top, one of full attention.
+        num_state_k_heads: Query and key heads of a recurrent layer.
+        num_state_v_heads: Value heads of a recurrent layer; each has a state of its own.
+        state_k_dim: Width of one query or key head of a recurrent layer.
+        state_v_dim: Width of one of its value heads.
+        conv_kernel: Tokens that the convolution before the recurrence sees, the newest included.
+        state_dtype: Dtype of the recurrent state, a key of ``DTYPE_BYTES``; the convolution keeps ``dtype``.
+        gated_attention: The attention's output is gated by a second projection of the size of the queries'.
+        shared_intermediate_size: Width of the expert that every token visits besides its own; 0 for none.
+    """
+
+    layers_per_attention: int
+    num_state_k_heads: int
+    num_state_v_heads: int
+    state_k_dim: int
+    state_v_dim: int
+    conv_kernel: int
+    state_dtype: str = "float32"
+    gated_attention: bool = True
+    shared_intermediate_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Reject shapes that no hybrid can have.
+
+        Raises:
+            ConfigError: See ``ModelShape``; or rows do not divide the layers.
+        """
+        super(HybridShape, self).__post_init__()  # slots make another class of this one, which super() alone misses
+        for key in (
+            "num_state_k_heads", "num_state_v_heads", "state_k_dim", "state_v_dim", "conv_kernel",
+        ):  # fmt: skip
+            _require_count(self.name, key, getattr(self, key), least=1)
+        _require_count(self.name, "layers_per_attention", self.layers_per_attention, least=2)
+        _require_count(self.name, "shared_intermediate_size", self.shared_intermediate_size, least=0)
+        if self.num_layers % self.layers_per_attention:
+            raise ConfigError(
+                f"model shape {self.name!r}: {self.num_layers} layers are not whole rows of {self.layers_per_attention}"
+            )
+        if self.num_state_v_heads % self.num_state_k_heads:
+            raise ConfigError(
+                f"model shape {self.name!r}: num_state_v_heads {self.num_state_v_heads} is no multiple of "
+                f"num_state_k_heads {self.num_state_k_heads}"
+            )
+        if self.state_dtype not in DTYPE_BYTES:
+            raise ConfigError(
+                f"model shape {self.name!r}: state_dtype {self.state_dtype!r} is not one of {sorted(DTYPE_BYTES)}"
+            )
+
+    @property
+    def kv_bytes_per_token_L(self) -> tuple[int, ...]:
+        """See ``ModelShape``: 0 for recurrent layers."""
+        row = (*(0,) * (self.row_layers - 1), self.kv_bytes_per_token_layer)
+        return row * self.num_rows
+
+    @property
+    def row_layers(self) -> int:
+        """See ``ModelShape``."""
+        return self.layers_per_attention
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution: queries, keys and values side by side."""
+        return 2 * self.num_state_k_heads * self.state_k_dim + self.num_state_v_heads * self.state_v_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the running state of one recurrent layer: the last inputs of the convolution, and the recurrence."""
+        conv_bytes = self.conv_channels * (self.conv_kernel - 1) * DTYPE_BYTES[self.dtype]
+        recurrence = self.num_state_v_heads * self.state_k_dim * self.state_v_dim
+        return conv_bytes + recurrence * DTYPE_BYTES[self.state_dtype]
+
+    @property
+    def row_state_bytes(self) -> int:
+        """See ``ModelShape``."""
+        return self.state_bytes * (self.row_layers - 1)
+
+    def is_recurrent(self, layer: int) -> bool:
+        """See ``ModelShape``."""
+        return (layer + 1) % self.row_layers != 0
 
 
 def _require_count(name: str, key: str, value: object, *, least: int) -> None:

@@ -199,3 +199,18 @@ def test_a_model_folder_is_planned_as_its_configuration_says(tmp_path: Path, cap
     (folder / "config.json").write_text(json.dumps(config | {"kv_lora_rank": 512}))
     assert cli.main(words(model=str(folder))) == 2
     assert f"model file {folder}/config.json: not supported: the model keeps a compressed" in capsys.readouterr().err
+
+
+def test_a_hybrid_is_planned_by_rows_with_its_checkpoint(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(words(model="Qwen3.6-35B-A3B", tokens="4096", suffix="0", chunk="1024", bandwidth_gbps="10")) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "takes 64.4 MB, as much as keys and values of 3,144 tokens; a row recomputed to the end needs none." in text
+    assert "layer 36 " in text
+    assert "layer 37 " not in text
+    assert re.search(r"Guard: hybrid: \S", text)
+    assert cli.main(words(model="Qwen3.6-27B", pipeline_parallel_size="4", tensor_parallel_size="2")) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "16-31" in text
+    assert "The checkpoint" in text
+    assert cli.main(words(model="Qwen3.6-35B-A3B", pipeline_parallel_size="4")) == 2
+    assert "within a row of 4" in capsys.readouterr().err

@@ -306,3 +306,28 @@ def test_calibrate_without_out_writes_to_the_cache(model_folder, tmp_path, monke
     (path,) = (tmp_path / "cache" / "profiles").rglob("*.json")
     assert path.name == "tiny-llama-float32.json"
     assert load_profile(path).costs.identity.dtype == "float32"
+
+
+def test_a_hybrids_layers_are_measured_by_kind_and_priced_by_row(options):
+    from cacheflow.plan.costs import build_problem
+    from cacheflow.plan.grid import Grid
+    from cacheflow.plan.problem import LinkCost
+    from cacheflow.profiling.calibrate import Calibration
+    from cacheflow.sim.costs import measured_costs
+    from support.embedded_cases import tiny
+
+    model, link = tiny("qwen3_5_text", "bfloat16"), LinkCost(bytes_per_s=1e8)
+    profile = Calibration(model, replace(options, chunk_tokens=64)).run(link)
+    costs = profile.costs
+    assert costs.layer_kinds == ("linear_attention", "linear_attention", "linear_attention", "full_attention") * 2
+    grid = Grid.regular(num_tokens=256, chunk_tokens=64, num_blocks=2, suffix_tokens=16)
+    problem = build_problem(costs, grid, model.shape, link=link, layers_per_block=4)
+    linear, full = costs.kinds["linear_attention"], costs.kinds["full_attention"]
+    assert problem.compute_KB[1, 0] == pytest.approx(3 * linear.full_s(64, 64) + full.full_s(64, 64))
+    assert problem.kv_only_KB[1, 0] == pytest.approx(3 * linear.full_s(64, 64) + full.kv_only_s(64, 64))
+    assert problem.load_bytes_KB[-1, 0] - problem.load_bytes_KB[0, 0] == model.shape.row_state_bytes
+    same = measured_costs(costs, model.shape, path="x", chunk_tokens=64).problem(grid, link=link)
+    for name in ("compute_KB", "kv_only_KB", "load_bytes_KB", "suffix_B", "recurrent_B"):
+        assert np.allclose(getattr(same, name), getattr(problem, name)), name
+    with pytest.raises(ConfigError, match="blocks of 1 layers, must be a multiple of 4"):
+        build_problem(costs, Grid.regular(num_tokens=64, chunk_tokens=64, num_blocks=8), model.shape, link=link)

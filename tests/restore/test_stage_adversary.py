@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -43,6 +43,7 @@ class World:
     cancels: bool
     closes_link: bool
     fail_share: float
+    recurrent: bool = False
     under_way: list[tuple[int, int, RankReport]] = field(default_factory=list)
     cancelled: bool = False
 
@@ -100,12 +101,19 @@ class World:
         rows = self.stepped.report(1.0).cells_KB
         loaded = {(k, b) for k, row in enumerate(rows) for b, letter in enumerate(row) if letter == "l"}
         assert all(rank.placed >= loaded for rank in self.ranks)
+        if self.recurrent:
+            last, rows = grid.num_chunks - 1, range(grid.num_blocks)
+            for rank in self.ranks:
+                ends = [(last, row) in rank.placed or rank.passed.get(row) == last + 1 for row in rows]
+                assert all(ends), "the state at the end is neither loaded nor recomputed"
         if self.fail_share == 0 and not self.closes_link:
             assert all(set(rank.computed.values()) <= {1} for rank in self.ranks), "recomputed twice"
             assert not any(set(rank.computed) & rank.placed for rank in self.ranks), "restored by both sides"
 
 
-def make_stepped(rng: np.random.Generator, *, num_ranks: int, load_only: bool = False, **kwargs) -> StageRestoration:
+def make_stepped(
+    rng: np.random.Generator, *, num_ranks: int, load_only: bool = False, recurrent: bool = False, **kwargs
+) -> StageRestoration:
     args = {
         "num_tokens": int(rng.integers(1, 3500)),
         "suffix_tokens": 0,
@@ -113,15 +121,20 @@ def make_stepped(rng: np.random.Generator, *, num_ranks: int, load_only: bool = 
         "ratio": float(10 ** rng.uniform(-1.5, 1.5)),
     }
     problem = transformer_problem(**args)
+    if recurrent:
+        bytes_KB = problem.load_bytes_KB.copy()
+        bytes_KB[-1] += 5 * bytes_KB.max()
+        problem = replace(problem, load_bytes_KB=bytes_KB, recurrent_B=np.ones(problem.grid.num_blocks, dtype=bool))
     policy = rng.choice(LOADS_ONLY) if load_only else rng.choice(sorted(RESTORE_POLICIES))
     state = RestoreState(problem, make_policy(str(policy)).plan(problem), LiveRates(bytes_per_s=1e6))
     return StageRestoration(target_for(problem), state, num_ranks=num_ranks, can_compute=not load_only, **kwargs)
 
 
-def run_seed(seed: int) -> World:
+def run_seed(seed: int, *, recurrent: bool = False) -> World:
     rng = np.random.default_rng(seed)
     num_ranks = int(rng.integers(1, 5))
-    stepped = make_stepped(rng, num_ranks=num_ranks, load_only=bool(rng.random() < 0.2))
+    load_only = bool(rng.random() < 0.2)
+    stepped = make_stepped(rng, num_ranks=num_ranks, load_only=load_only, recurrent=recurrent)
     faults = RankFaults(
         kv=float(rng.choice([0, 0, 0.1, 0.5, 1])),
         compute=float(rng.choice([0, 0, 0, 0.02])),
@@ -132,7 +145,9 @@ def run_seed(seed: int) -> World:
         rng,
         stepped,
         [
-            StageRank(np.random.default_rng(seed + rank), BoundarySource.FIRST_STAGE, faults, meeting, None, None)
+            StageRank(
+                np.random.default_rng(seed + rank), BoundarySource.FIRST_STAGE, faults, meeting, None, None, recurrent
+            )
             for rank in range(num_ranks)
         ],
         max_delay=int(rng.integers(1, 4)),
@@ -140,17 +155,19 @@ def run_seed(seed: int) -> World:
         cancels=bool(rng.random() < 0.2),
         closes_link=bool(rng.random() < 0.2),
         fail_share=faults.kv,
+        recurrent=recurrent,
     )
     world.run()
     return world
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("block", range(10))
-def test_any_world_ends_with_every_cell_resident_on_every_rank(block):
+def test_any_world_ends_with_every_cell_resident_on_every_rank(block, recurrent):
     ends = []
     for seed in range(1000 * block, 1000 * block + 120):
         try:
-            world = run_seed(seed)
+            world = run_seed(seed, recurrent=recurrent)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         ends.append((world.stepped.failed, world.cancelled))

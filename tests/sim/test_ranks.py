@@ -15,8 +15,11 @@ from cacheflow.plan.stages import RankLayout
 from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.policies.stages import StagePolicy
+from cacheflow.shapes.hardware import find_gpu, find_model
+from cacheflow.shapes.roofline import Roofline
 from cacheflow.sim.clock import EventLoop
 from cacheflow.sim.cluster import Cluster
+from cacheflow.sim.costs import roofline_costs
 from cacheflow.sim.device import VirtualDevice
 from cacheflow.sim.link import SimulatedLink
 from cacheflow.sim.policies import make_system
@@ -127,3 +130,15 @@ def test_stored_states_and_new_tokens_end_together_under_any_policy(policy):
         loop.run()
         assert len(ended) == 1, "no end in sight"
         assert ended[0].first_token_at_s >= problem.suffix_s
+
+
+def test_a_hybrids_largest_stage_stands_for_all_in_rows():
+    costs = roofline_costs(Roofline(shape=find_model("Qwen3.6-27B"), gpu=find_gpu("H100")), chunk_tokens=512)
+    layout = RankLayout(pipeline_parallel_size=2, tensor_parallel_size=2)
+    ranks = RankCosts(costs, layout, boundary_states=False)
+    grid = Grid.regular(num_tokens=4096, chunk_tokens=512, num_blocks=16, suffix_tokens=256)
+    problem, whole = ranks.problem(grid, link=LINK), costs.problem(grid, link=LINK)
+    assert problem.grid.num_blocks == 8
+    assert problem.recurrent_B.all()
+    assert problem.load_bytes_KB.sum() == whole.load_bytes_KB.sum() // 4
+    assert ranks.elsewhere_s(problem) > float(problem.suffix_B.sum()) > 0

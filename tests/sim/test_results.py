@@ -55,3 +55,26 @@ def test_a_tally_adds_up():
     assert (result.hit_tokens, result.loaded_tokens, result.recomputed_tokens) == (320, 16.0, 48.0)
     assert result.new_tokens == 2 * 639 - 320 - 64
     assert (result.store_bytes, result.host_bytes, result.wasted_bytes) == (1000, 680, 80)
+
+
+def test_a_hybrids_checkpoint_is_not_counted_as_tokens():
+    """64 tokens of 100 bytes and a checkpoint of 3,600: loading half of all is loading half of the tokens."""
+    tally = Tally(slo_ttft_s=1.0, kv_bytes_per_token=100, checkpoint_bytes=3600)
+    for number, loaded_bytes in enumerate((10_000, 5000, 0)):
+        tally.add(
+            Served(
+                request=ask(number, range(10), output_tokens=7),
+                arrival_s=1.0,
+                first_token_at_s=2.0,
+                last_token_at_s=3.0,
+                hit_tokens=0,
+                restored_tokens=64,
+                loaded_bytes=loaded_bytes,
+                wasted_bytes=0,
+            )
+        )
+    resources = Resources(
+        num_replicas=1, given_busy_s=1.0, decode_busy_s=0.0, store_busy_s=1.0, store_bytes=15_000, host_bytes=0
+    )
+    result = tally.result(resources, end_s=15.0)
+    assert (result.loaded_tokens, result.recomputed_tokens) == pytest.approx((96.0, 96.0))

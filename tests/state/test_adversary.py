@@ -65,6 +65,13 @@ def absurd_problem(rng: np.random.Generator) -> RestoreProblem:
     )
 
 
+def with_checkpoint(problem: RestoreProblem, recurrent_B: np.ndarray) -> RestoreProblem:
+    """Some blocks recurrent: their last cells bring a state too, of as many bytes as three chunks."""
+    bytes_KB = problem.load_bytes_KB.copy()
+    bytes_KB[-1] += recurrent_B * 3 * bytes_KB.max()
+    return replace(problem, load_bytes_KB=bytes_KB, recurrent_B=recurrent_B)
+
+
 @dataclass
 class World:
     """Ends work in any order after any time; fails reads; may close the link."""
@@ -168,7 +175,7 @@ def run_seed(seed: int, *, recurrent: bool = False) -> None:
     rng = np.random.default_rng(seed)
     problem = absurd_problem(rng)
     if recurrent:
-        problem = replace(problem, recurrent_B=rng.random(problem.grid.num_blocks) < rng.choice([0.3, 1.0]))
+        problem = with_checkpoint(problem, rng.random(problem.grid.num_blocks) < rng.choice([0.3, 1.0]))
     plan = make_policy(list(RESTORE_POLICIES)[int(rng.integers(len(RESTORE_POLICIES)))]).plan(problem)
     world = World(
         problem,

@@ -151,6 +151,7 @@ def test_key_names_are_unique_stable_and_safe_as_file_names():
         object_key(),
         object_key(layer_lo=1),
         object_key(layer_hi=5),
+        object_key(kind=ObjectKind.STATE),
         object_key(kind=ObjectKind.HIDDEN, layer_hi=0),
         object_key(kind=ObjectKind.NEXT, layer_hi=0),
         object_key(kind=ObjectKind.IDENTITY, layer_hi=0),
@@ -255,3 +256,13 @@ def test_what_is_not_named_like_a_key_is_of_no_namespace(name):
 def test_bad_shards_are_refused(change):
     with pytest.raises(ConfigError):
         Shard(**change)
+
+
+def test_states_are_objects_of_a_kind_of_their_own_named_by_layers_and_position():
+    space, rank = BASE.digest, RankKeys(Shard(tp_rank=1, tp_size=2), first_layer=8)
+    states = rank.states(space, HASH, (0, 4))
+    assert states.name == f"{space}_{HASH}_state_8-12_tp1of2.pp0of1"
+    assert namespace_of(states.name) == space
+    assert states != rank.kv(space, HASH, (0, 4))
+    with pytest.raises(ConfigError, match=r"layers \[4, 4\) do not fit a state object"):
+        object_key(kind=ObjectKind.STATE, layer_lo=4, layer_hi=4)

@@ -57,6 +57,9 @@ class StageRank:
     meeting: Meeting
     below: deque[tuple[int, bool]] | None
     above: deque[tuple[int, bool]] | None
+    recurrent: bool = False
+    """Every block has a running state, which is that of the chunks recomputed before."""
+    passed: dict[int, int] = field(default_factory=dict)
     inbox: deque[StageWork] = field(default_factory=deque)
     outbox: list[RankReport] = field(default_factory=list)
     heights: dict[int, int] = field(default_factory=dict)
@@ -171,6 +174,9 @@ class StageRank:
         for block in range(tile.block_lo, tile.block_hi):
             assert all((earlier, block) in self.resident for earlier in range(chunk)), "an earlier chunk is missing"
             assert (chunk, block) not in self.reading, "compute takes over what is being read without a drop"
+            if self.recurrent:
+                assert chunk in (0, self.passed.get(block, 0)), "the running state is not that of the chunks before"
+                self.passed[block] = chunk + 1
             self.resident.add((chunk, block))
             self.computed[chunk, block] += 1
         self.heights[chunk] = -1 if order.kv_only_top else tile.block_hi

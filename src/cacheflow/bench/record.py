@@ -589,7 +589,7 @@ SUITES: Mapping[str, type[BenchRecord]] = {
     "ranks": RanksRecord,
     "batch": BatchRecord,
     "simulate": SimulationRecord,
-    **dict.fromkeys((f"figure-{number}" for number in range(3, 15)), FigureRecord),
+    **dict.fromkeys((f"figure-{number}" for number in range(3, 16)), FigureRecord),
 }
 """The record of each suite."""
 

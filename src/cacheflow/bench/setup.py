@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cacheflow.bench.options import DEFAULT_MODEL, EmbeddedFlags
 from cacheflow.engine.cells import CellGeometry
-from cacheflow.engine.identity import model_identity
+from cacheflow.engine.identity import model_identity, state_identity
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.random_models import random_weights
@@ -76,13 +76,17 @@ def namespace_of(model: LoadedModel, chunk_tokens: int) -> Namespace:
         extra=(
             *kernel_identity(model.device, library="transformers"),
             ("num_threads", str(model_identity(model).num_threads)),
+            *state_identity(model.shape),
         ),
     )
 
 
 def room_bytes(shape: ModelShape, num_tokens: int, num_objects: int) -> int:
-    """Capacity of a memory store that holds so many tokens in so many objects."""
-    return num_tokens * shape.kv_bytes_per_token + num_objects * OBJECT_ROOM_BYTES + (1 << 20)
+    """Capacity of a memory store that holds so many tokens in so many objects, and a checkpoint of a hybrid."""
+    kv_bytes = num_tokens * shape.kv_bytes_per_token + num_objects * OBJECT_ROOM_BYTES + (1 << 20)
+    if not shape.checkpoint_bytes:
+        return kv_bytes
+    return kv_bytes + shape.checkpoint_bytes + shape.num_rows * OBJECT_ROOM_BYTES
 
 
 def save_prefix(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cacheflow.bench.options import Flags, option
 from cacheflow.bench.timeline import Timeline, draw_timelines
-from cacheflow.commands.plan_report import PlanReport, guard_line, prediction_table, split_grid
+from cacheflow.commands.plan_report import PlanReport, checkpoint_line, guard_line, prediction_table, split_grid
 from cacheflow.commands.plan_stages import axis_line, predict_stages, stage_timelines, stages_table, ways_table
 from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(prediction_table(report))
         console.print(guard_line(report), soft_wrap=True)
         console.print(split_grid(report))
+    if shape.checkpoint_bytes:
+        console.print(checkpoint_line(shape), soft_wrap=True)
     console.print(NOT_MEASURED, style="dim")
     if flags.out is not None:
         console.print(_picture(timelines, flags.out, title=title), soft_wrap=True)
@@ -140,6 +142,7 @@ def predict(
         bound=bound(problem),
         rehearsals=tuple(rehearse(problem, make_policy(name).plan(problem)) for name in RESTORE_POLICIES),
         chosen=chosen,
+        row_layers=shape.row_layers,
     )
 
 
@@ -153,7 +156,7 @@ def whole_problem(
     """
     num_tokens, suffix_tokens, chunk_tokens = grid_tokens
     parts = layout.kv_parts(shape) * layout.pipeline_parallel_size
-    kv_bytes = (num_tokens + suffix_tokens) * shape.kv_bytes_per_token // parts
+    kv_bytes = ((num_tokens + suffix_tokens) * shape.kv_bytes_per_token + shape.checkpoint_bytes) // parts
     if kv_bytes > gpu.memory_bytes:
         raise ConfigError(
             f"the KV cache of {num_tokens + suffix_tokens:,} tokens takes {kv_bytes / 1e9:.0f} GB a rank, "
@@ -161,7 +164,7 @@ def whole_problem(
         )
     link = LinkCost(bytes_per_s=min(bandwidth_gbps * 1e9 / 8, gpu.pcie_bytes_per_s))
     grid = Grid.regular(
-        num_tokens=num_tokens, chunk_tokens=chunk_tokens, num_blocks=shape.num_layers, suffix_tokens=suffix_tokens
+        num_tokens=num_tokens, chunk_tokens=chunk_tokens, num_blocks=shape.num_rows, suffix_tokens=suffix_tokens
     )
     return problem_from_roofline(Roofline(shape=shape, gpu=gpu), grid, link=link)
 

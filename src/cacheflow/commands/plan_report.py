@@ -15,6 +15,7 @@ from cacheflow.bench.timeline import Timeline
 from cacheflow.plan.bound import Bound
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.sim.rehearsal import Rehearsal
+from cacheflow.types import ModelShape
 
 MAX_GRID_ROWS = 16
 MAX_GRID_COLUMNS = 64
@@ -23,13 +24,18 @@ RECOMPUTED, LOADED, MIXED = "█", "░", "▒"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
-    """One restoration predicted under several policies."""
+    """One restoration predicted under several policies.
+
+    Attributes:
+        row_layers: Layers of a row of the grid.
+    """
 
     title: str
     problem: RestoreProblem
     bound: Bound
     rehearsals: tuple[Rehearsal, ...]
     chosen: str
+    row_layers: int = 1
 
     @property
     def shown(self) -> Rehearsal:
@@ -81,6 +87,16 @@ def guard_line(report: PlanReport) -> str:
     return f"Guard: {guard.reason}"
 
 
+def checkpoint_line(shape: ModelShape) -> str:
+    """What a hybrid model restores besides keys and values."""
+    as_tokens = shape.checkpoint_bytes / shape.kv_bytes_per_token
+    return (
+        f"Rows of {shape.row_layers} layers, one of them attention. The checkpoint, the states of the others at the "
+        f"end of the prefix, takes {size(shape.checkpoint_bytes)}, as much as keys and values of {as_tokens:,.0f} "
+        "tokens; a row recomputed to the end needs none."
+    )
+
+
 def split_grid(report: PlanReport) -> Text:
     """How each cell is restored: chunks from left to right, layers from bottom to top; large grids are scaled down."""
     cells_KB = report.shown.cells_KB
@@ -89,7 +105,7 @@ def split_grid(report: PlanReport) -> Text:
     rows = _ranges(num_blocks, MAX_GRID_ROWS)
     text = Text()
     for block_lo, block_hi in reversed(rows):
-        text.append(f"layer {block_lo:>3} ", style="dim")
+        text.append(f"layer {block_lo * report.row_layers:>3} ", style="dim")
         for chunk_lo, chunk_hi in columns:
             letters = Counter("".join(cells_KB[chunk][block_lo:block_hi] for chunk in range(chunk_lo, chunk_hi)))
             text.append(*_mark(letters))

@@ -181,7 +181,7 @@ class _Reuse:
 
 
 def _require_costs(costs: ChunkCosts, num_tokens: int) -> None:
-    grid = Grid(chunk_ends=regular_ends(0, num_tokens, costs.chunk_tokens), num_blocks=costs.shape.num_layers)
+    grid = Grid(chunk_ends=regular_ends(0, num_tokens, costs.chunk_tokens), num_blocks=costs.shape.num_rows)
     try:
         costs.problem(grid, link=LinkCost(bytes_per_s=math.inf))
     except CostRangeError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cacheflow.embedded.host import SessionHost
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.saver import PrefixSaver, SaveReport
-from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
+from cacheflow.engine.transfer_port import StoreTransferPort, cell_key, state_key
 from cacheflow.plan.grid import Cell, Grid
 from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root
 from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_partial_chunk
@@ -43,9 +45,12 @@ class PrefixArchive:
         self._engine, self._salt = engine, salt
 
     def find(self, prompt: list[int]) -> PrefixMatch:
-        """The longest saved prefix of a prompt, its last token left out; within the engine's lookup deadline."""
+        """The longest saved prefix of a prompt, its last token left out; within the engine's lookup deadline.
+
+        Of a hybrid model it ends where a checkpoint was saved.
+        """
         engine = self._engine
-        return find_prefix(
+        match = find_prefix(
             engine.store,
             engine.namespace,
             prompt,
@@ -55,6 +60,17 @@ class PrefixArchive:
             required_keys=self._chunk_keys,
             deadline_s=engine.chunking.lookup_deadline_s,
         )
+        return match if engine.model.shape.row_layers == 1 else self._to_checkpoint(match)
+
+    def _to_checkpoint(self, match: PrefixMatch) -> PrefixMatch:
+        """As much of a match as ends in a checkpoint whose every object is there."""
+        engine, geometry = self._engine, self._one_chunk()
+        for length in range(len(match.chain_hashes), 0, -1):
+            name = match.chain_hashes[length - 1].hex()
+            keys = [state_key(engine.namespace.digest, name, geometry, block) for block in range(engine.num_blocks)]
+            if all(engine.store.contains(keys)):
+                return replace(match, chunk_ends=match.chunk_ends[:length], chain_hashes=match.chain_hashes[:length])
+        return PrefixMatch(chunk_ends=(), chain_hashes=(), timed_out=match.timed_out)
 
     def open(self, grid: Grid, match: PrefixMatch, kv: KVBuffer) -> StoreTransferPort:
         """Reads of what ``find`` found, or of its last chunks, into a buffer."""
@@ -77,10 +93,10 @@ class PrefixArchive:
     ) -> PendingSave:
         """Start writing chunks to the store, those it already has left out.
 
-        They are copied out of the buffer before this returns.
+        They are copied out of the buffer before this returns; with them the checkpoint at the last one's end.
 
         Args:
-            kv: Holds the chunks.
+            kv: Holds the chunks, and of a hybrid model the checkpoint at the last one's end.
             prompt: Tokens up to the last chunk's end, at least.
             ends: Where each chunk ends.
             first_chunk: Skip the chunks before this one.
@@ -97,10 +113,12 @@ class PrefixArchive:
 
     def _chunk_keys(self, chunk_hash: bytes) -> list[ObjectKey]:
         """Every object of one chunk."""
-        grid = Grid(chunk_ends=(1,), num_blocks=self._engine.num_blocks)
-        geometry = self._geometry(grid)
-        name, namespace = chunk_hash.hex(), self._engine.namespace.digest
-        return [cell_key(namespace, name, geometry, Cell(0, b)) for b in range(grid.num_blocks)]
+        geometry, name, namespace = self._one_chunk(), chunk_hash.hex(), self._engine.namespace.digest
+        return [cell_key(namespace, name, geometry, Cell(0, b)) for b in range(self._engine.num_blocks)]
+
+    def _one_chunk(self) -> CellGeometry:
+        """A grid of one chunk, whichever: keys do not depend on where it lies."""
+        return self._geometry(Grid(chunk_ends=(1,), num_blocks=self._engine.num_blocks))
 
     def _geometry(self, grid: Grid) -> CellGeometry:
         chunking = self._engine.chunking

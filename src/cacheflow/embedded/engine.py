@@ -15,7 +15,8 @@ from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.arguments import flag, number, require_instance, whole
-from cacheflow.engine.identity import model_identity
+from cacheflow.engine.families import require_chunk_tokens
+from cacheflow.engine.identity import model_identity, state_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
@@ -39,7 +40,8 @@ class EngineOptions:
     Attributes:
         policy: A restore policy by name.
         chunk_tokens: Tokens of a chunk; part of the store's key, because it decides the rounding.
-        layers_per_block: Layers of one block, which is one store object per chunk.
+        layers_per_block: Layers of one block, which is one store object per chunk; None for one, or for a hybrid model
+            as many as from one attention layer to the next.
         crossover_tokens: Length from which ``cacheflow_v1`` restores token-wise, measured by calibration.
         lookup_deadline_s: Longest time to ask the store what it holds.
         executor: Depth and deadlines of reads.
@@ -48,7 +50,7 @@ class EngineOptions:
 
     policy: str = "cacheflow"
     chunk_tokens: int = 512
-    layers_per_block: int = 1
+    layers_per_block: int | None = None
     crossover_tokens: int | None = None
     lookup_deadline_s: float = 1.0
     executor: ExecutorOptions = field(default_factory=ExecutorOptions)
@@ -60,8 +62,9 @@ class EngineOptions:
         Raises:
             ConfigError: A value is out of range, or the policy is unknown.
         """
-        for key in ("chunk_tokens", "layers_per_block"):
-            object.__setattr__(self, key, whole(key, getattr(self, key), least=1))
+        object.__setattr__(self, "chunk_tokens", whole("chunk_tokens", self.chunk_tokens, least=1))
+        if self.layers_per_block is not None:
+            object.__setattr__(self, "layers_per_block", whole("layers_per_block", self.layers_per_block, least=1))
         if self.crossover_tokens is not None:
             object.__setattr__(self, "crossover_tokens", whole("crossover_tokens", self.crossover_tokens))
         object.__setattr__(self, "lookup_deadline_s", number("lookup_deadline_s", self.lookup_deadline_s, above=0))
@@ -98,7 +101,7 @@ class Engine:
         Raises:
             ProfileError: ``costs`` was measured for another model, device or dtype.
             CostRangeError: ``costs`` was measured for shorter chunks.
-            ConfigError: An argument is of the wrong type.
+            ConfigError: An argument is of the wrong type, or the options do not fit a hybrid model.
             SelfTestError: The engine cannot reproduce the model's own forward pass.
         """
         if options is not None:
@@ -111,6 +114,8 @@ class Engine:
         costs.identity.require(identity)
         for kind in costs.kinds.values():
             kind.full_s(self.options.chunk_tokens, 0)  # refuse a chunk nobody measured now, not at the first eviction
+        require_chunk_tokens(model.shape, self.options.chunk_tokens)
+        layers_per_block = model.shape.layers_of_block(self.options.layers_per_block)
         self.runner = LayerRunner(model)
         if self.options.self_test:
             self_test(model)
@@ -122,16 +127,17 @@ class Engine:
                 *kernel_identity(model.device, library="transformers"),
                 # a float32 product of a few rows rounds differently when more threads share it
                 ("num_threads", str(identity.num_threads)),
-                ("layers_per_block", str(self.options.layers_per_block)),
+                ("layers_per_block", str(layers_per_block)),
+                *state_identity(model.shape),
             ),
         )
         self._in_batch = threading.Lock()
         self.chunking = Chunking(
             chunk_tokens=self.options.chunk_tokens,
-            layers_per_block=self.options.layers_per_block,
+            layers_per_block=layers_per_block,
             lookup_deadline_s=self.options.lookup_deadline_s,
         )
-        self.num_blocks = num_layer_blocks(model.shape.num_layers, self.options.layers_per_block)
+        self.num_blocks = num_layer_blocks(model.shape.num_layers, layers_per_block)
         self.restorer = Restorer(
             runner=self.runner,
             policy=make_policy(self.options.policy, crossover_tokens=self.options.crossover_tokens),
@@ -226,7 +232,7 @@ class Engine:
             CostRangeError: A chunk lies outside the measured range.
         """
         return build_problem(
-            self.costs, grid, self.model.shape, link=self.link, layers_per_block=self.options.layers_per_block
+            self.costs, grid, self.model.shape, link=self.link, layers_per_block=self.chunking.layers_per_block
         )
 
 

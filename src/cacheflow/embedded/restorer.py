@@ -38,7 +38,7 @@ class RestoreRequest:
     Attributes:
         tokens: Prefix tokens, then the new tokens; as many as the problem's grid spans.
         problem: Grid and costs.
-        kv: Where the keys and values go; at least as long as ``tokens``.
+        kv: Where the keys and values go; at least as long as ``tokens``. Its checkpoint is that after all of them.
         layers_per_block: Layers in one block of the grid.
     """
 
@@ -107,4 +107,5 @@ class Restorer:
             layers_per_block=request.layers_per_block,
         )
         report = execute(state, compute, transfer, options=self.options, planning_s=planning_s, cancel=cancel)
+        compute.keep_states()
         return Restored(report=report, logits=compute.logits)

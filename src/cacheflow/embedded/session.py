@@ -203,8 +203,7 @@ class Session:
         roomy = min(self._engine.model.max_tokens, max(2 * num_tokens, 1024))
         grown = self._engine.runner.new_kv(roomy if spare else num_tokens)
         if self._kv is not None:
-            kept = self.resident_tokens
-            grown.kv_L2THD[:, :, :kept].copy_(self._kv.kv_L2THD[:, :, :kept])
+            grown.copy_from(self._kv, self.resident_tokens)
         return grown
 
     @property

@@ -16,6 +16,7 @@ from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.running_states import RunningStates
 from cacheflow.engine.sampling import Sampling, TokenSampler
 from cacheflow.engine.saver import SaveReport
 from cacheflow.engine.transfer_port import StoreTicket
@@ -114,6 +115,7 @@ class Turn:
         self.tokens: list[int] = []
         self._engine, self._exact_kv = engine, exact_kv
         self._port: EngineComputePort | None = None
+        self._decoded: RunningStates | None = None
         self._sampler = TokenSampler(asked.sampling)
         self._ttft_s = 0.0
 
@@ -164,6 +166,9 @@ class Turn:
 
     def _find_leader(self, running: Sequence[BatchHandle]) -> Follow | None:
         """Whom to follow; cuts ``grid`` where its part ends."""
+        # Another's restoration has keys and values to copy, but no state where the common part ends.
+        if self._engine.model.shape.row_layers > 1:
+            return None
         best: tuple[int, BatchHandle, Turn] | None = None
         for handle in running:
             other = handle.tag
@@ -197,6 +202,8 @@ class Turn:
         assert self._port is not None, "a turn starts to decode after it was prepared"
         assert self._port.logits is not None, "the prompt always has a suffix"
         self.tokens.append(self._sampler.choose(self._port.logits))
+        # Decoding moves states of its own: the next turn goes on from those at the end of the prompt.
+        self._decoded = None if self._port.end_states is None else self._port.end_states.clone()
         self._ttft_s = time.perf_counter() - self.asked.started_s
         return self._goes_on()
 
@@ -204,7 +211,8 @@ class Turn:
         """See ``DecodePort.step``."""
         assert self.kv is not None, "prepared turns have a buffer"
         position = len(self.asked.prompt) + len(self.tokens) - 1
-        self.tokens.append(self._sampler.choose(self._engine.runner.decode_step(self.tokens[-1], position, self.kv)))
+        logits = self._engine.runner.decode_step(self.tokens[-1], position, self.kv, self._decoded)
+        self.tokens.append(self._sampler.choose(logits))
         return self._goes_on()
 
     def _goes_on(self) -> bool:
@@ -213,7 +221,9 @@ class Turn:
     def end(self, outcome: BatchOutcome) -> PendingSave | None:
         """Note the answer in the session and start writing what is new; None for nothing to write."""
         assert self.kv is not None, "answered turns have a buffer"
+        assert self._port is not None, "answered turns have ports"
         asked = self.asked
+        self._port.keep_states()
         self.session.note_turn(asked.prompt, (*asked.grid.chunk_ends, *asked.grid.suffix_ends), self.kv, self.tokens)
         return self.session.start_save(first_chunk=self._first_unsaved(outcome)) if asked.save else None
 

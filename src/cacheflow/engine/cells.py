@@ -1,7 +1,9 @@
 """Where a cell lies: grid indices to layers, tokens and bytes.
 
-A cell's payload is the bytes of ``[layers, 2, n, H, D]`` in C order, layers ascending, keys before values, tokens
-ascending, in the KV dtype: the layout of store objects, of staging buffers and of the pinned prefix alike.
+A cell's payload is the bytes of ``[layers, 2, n, H, D]`` in C order, attention layers ascending, keys before values,
+tokens ascending, in the KV dtype: the layout of store objects, of staging buffers and of the pinned prefix alike. In a
+hybrid model the last chunk's cells bring the states of their recurrent layers at the prefix's end too: another store
+object, and after the keys and values in staging buffers and in the pinned prefix (see ``running_states``).
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ class CellGeometry:
         """Check that the grid's rows cover the model.
 
         Raises:
-            ConfigError: ``grid.num_blocks`` is not the model's layers cut by ``layers_per_block``.
+            ConfigError: ``grid.num_blocks`` is not the model's layers cut by ``layers_per_block``, or a block is of no
+                whole rows of a hybrid model.
         """
+        self.shape.layers_of_block(self.layers_per_block)
         expected = num_layer_blocks(self.shape.num_layers, self.layers_per_block)
         if self.grid.num_blocks != expected:
             raise ConfigError(
@@ -49,14 +53,24 @@ class CellGeometry:
         """``(layer_lo, layer_hi, token_lo, token_hi)`` of a cell."""
         return *self.layers(cell.block), *self.grid.chunk_range(cell.chunk)
 
+    def kv_bytes(self, cell: Cell) -> int:
+        """Bytes of a cell's keys and values."""
+        layer_lo, layer_hi, token_lo, token_hi = self.extent(cell)
+        rows = (layer_hi - layer_lo) // self.shape.row_layers
+        return rows * (token_hi - token_lo) * self.shape.kv_bytes_per_token_layer
+
+    def state_bytes(self, cell: Cell) -> int:
+        """Bytes of the states that a cell brings; 0 before the last chunk, and without recurrent layers."""
+        if cell.chunk != self.grid.num_chunks - 1:
+            return 0
+        layer_lo, layer_hi = self.layers(cell.block)
+        return (layer_hi - layer_lo) // self.shape.row_layers * self.shape.row_state_bytes
+
     def num_bytes(self, cell: Cell) -> int:
         """Payload bytes of a cell."""
-        layer_lo, layer_hi, token_lo, token_hi = self.extent(cell)
-        return (layer_hi - layer_lo) * (token_hi - token_lo) * self.shape.kv_bytes_per_token_layer
+        return self.kv_bytes(cell) + self.state_bytes(cell)
 
     @property
     def max_cell_bytes(self) -> int:
         """Payload bytes of the largest single cell; 0 for an empty grid."""
-        tokens = [hi - lo for lo, hi in map(self.grid.chunk_range, range(self.grid.num_chunks))]
-        layers = min(self.layers_per_block, self.shape.num_layers)
-        return max(tokens, default=0) * layers * self.shape.kv_bytes_per_token_layer
+        return max((self.num_bytes(Cell(chunk, 0)) for chunk in range(self.grid.num_chunks)), default=0)

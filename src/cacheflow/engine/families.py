@@ -10,15 +10,22 @@ from typing import Any
 
 import torch
 
-from cacheflow.errors import UnsupportedModelError
-from cacheflow.types import ModelShape
+from cacheflow.errors import ConfigError, UnsupportedModelError
+from cacheflow.shapes import hf_config
+from cacheflow.types import HybridShape, ModelShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+HYBRID_FAMILIES = ("qwen3_5_text",)
+"""Gated DeltaNet layers below each attention layer; on the CPU, where transformers computes them with torch alone."""
+STATE_CHUNK = 64
+"""A hybrid's chunks are multiples of as many tokens as a Gated DeltaNet layer takes at once: cut elsewhere, its state
+rounds otherwise than in one pass."""
 
 # "dynamic" and "longrope" change the frequencies with the length seen so far: keys of a chunk would depend on what ran
 # before it, and a recomputed chunk would not equal the saved one.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LAYER_TYPES = ("full_attention", "sliding_attention")
+HYBRID_LAYER_TYPES = ("full_attention", "linear_attention")
 DTYPES = {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16", "float16", "float32")}
 
 
@@ -30,12 +37,13 @@ def check_supported(config: Any, *, device: str, dtype: torch.dtype) -> None:  #
             lists what is.
     """
     kind = torch.device(device).type
+    hybrid = config.model_type in HYBRID_FAMILIES
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     for key, values, allowed in (
-        ("model_type", [config.model_type], FAMILIES),
+        ("model_type", [config.model_type], (*FAMILIES, *HYBRID_FAMILIES)),
         ("rope_type", [rope], ROPE_TYPES),
-        ("layer_types", getattr(config, "layer_types", None) or [], LAYER_TYPES),
-        ("device", [kind], tuple(DTYPES)),
+        ("layer_types", getattr(config, "layer_types", None) or [], HYBRID_LAYER_TYPES if hybrid else LAYER_TYPES),
+        ("device", [kind], ("cpu",) if hybrid else tuple(DTYPES)),
         ("dtype", [dtype_name(dtype)], DTYPES.get(kind, ())),
         ("quantization_config", [getattr(config, "quantization_config", None)], (None,)),
     ):
@@ -49,6 +57,19 @@ def check_supported(config: Any, *, device: str, dtype: torch.dtype) -> None:  #
 def dtype_name(dtype: torch.dtype) -> str:
     """Name of a torch dtype as the rest of the package writes it, such as ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
+
+
+def require_chunk_tokens(shape: ModelShape, chunk_tokens: int) -> None:
+    """Pass if a model may be saved in chunks of so many tokens.
+
+    Raises:
+        ConfigError: It is a hybrid, and they are no multiple of what its recurrent layers take at once.
+    """
+    if isinstance(shape, HybridShape) and chunk_tokens % STATE_CHUNK:
+        raise ConfigError(
+            f"chunk_tokens is {chunk_tokens}, must be a multiple of {STATE_CHUNK} for {shape.name}: its recurrent "
+            "layers round differently where they are cut elsewhere"
+        )
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -65,7 +86,13 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def shape_of(config: Any, *, name: str, dtype: torch.dtype) -> ModelShape:  # noqa: ANN401 -- transformers config
-    """Shape of a supported configuration."""
+    """Shape of a supported configuration.
+
+    Raises:
+        ConfigError: A hybrid's layers are no rows of one length.
+    """
+    if config.model_type in HYBRID_FAMILIES:
+        return hf_config.shape_of({**config.to_dict(), "dtype": dtype_name(dtype)}, name=name)
     num_experts = getattr(config, "num_experts", 0) or 0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None)

@@ -1,4 +1,4 @@
-"""What costs of a loaded model depend on: weights, device, dtype, threads, attention."""
+"""What costs and saved states of a loaded model depend on: weights, device, dtypes, threads, attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from cacheflow.engine.attention import ATTENTION_NAME
 from cacheflow.engine.model import LoadedModel
 from cacheflow.plan.costs import CostIdentity
 from cacheflow.tensors.device import device_name
+from cacheflow.types import HybridShape, ModelShape
 
 
 def model_identity(model: LoadedModel) -> CostIdentity:
@@ -23,3 +24,8 @@ def model_identity(model: LoadedModel) -> CostIdentity:
         num_threads=0 if on_cuda else torch.get_num_threads(),
         attention=ATTENTION_NAME,
     )
+
+
+def state_identity(shape: ModelShape) -> tuple[tuple[str, str], ...]:
+    """What a namespace has to say of running states: their dtype; nothing without recurrent layers."""
+    return (("state_dtype", shape.state_dtype),) if isinstance(shape, HybridShape) else ()

@@ -1,7 +1,8 @@
 """The preallocated KV buffer of one sequence, and the cache object the decoder layers write into.
 
-Shapes: ``L`` layers, ``T`` capacity in tokens, ``H`` kv heads, ``D`` head_dim, ``n`` tokens of a chunk; index 0 of the
-axis of size 2 is keys (after rotary embedding), 1 is values.
+Shapes: ``L`` attention layers, ``T`` capacity in tokens, ``H`` kv heads, ``D`` head_dim, ``n`` tokens of a chunk; index
+0 of the axis of size 2 is keys (after rotary embedding), 1 is values. ``C``, ``W``, ``H``, ``K``, ``V`` of running
+states are those of ``running_states``.
 
 Layout ``kv_L2THD``, token-major: keys of a (chunk, layer) are one contiguous run and so are its values, so a read lands
 in place with two copies a layer and a CUDA flash kernel gets its native layout. Measured against head-major
@@ -19,17 +20,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cacheflow.engine.running_states import RunningStates
 from cacheflow.errors import ConfigError
-from cacheflow.types import ModelShape
+from cacheflow.types import HybridShape, ModelShape
 
 _ALIGN_TOKENS = 64
 _RAW_DTYPE = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
 
 
 class KVBuffer:
-    """Keys and values of one sequence in all layers, ``kv_L2THD``; slots beyond what was written hold NaN.
+    """Keys and values of one sequence in all attention layers, ``kv_L2THD``; slots beyond what was written hold NaN.
 
     Threads: one thread may compute while another copies loaded cells in, as long as they touch different cells.
+
+    Attributes:
+        checkpoint: Running states of the recurrent layers where the restored or prefilled tokens end; None without
+            such layers.
     """
 
     def __init__(self, shape: ModelShape, *, capacity: int, dtype: torch.dtype, device: str | torch.device) -> None:
@@ -44,9 +50,11 @@ class KVBuffer:
         # Whole multiples of 64 tokens a layer, so that every layer starts on a cache line whatever the capacity:
         # kernels may round differently with the alignment.
         room = -(-capacity // _ALIGN_TOKENS) * _ALIGN_TOKENS
+        self._row_layers = shape.row_layers
         self.kv_L2THD = torch.empty(
-            (shape.num_layers, 2, room, shape.num_kv_heads, shape.head_dim), dtype=dtype, device=device
+            (shape.num_rows, 2, room, shape.num_kv_heads, shape.head_dim), dtype=dtype, device=device
         )[:, :, :capacity]
+        self.checkpoint = RunningStates(shape, dtype=dtype) if isinstance(shape, HybridShape) else None
         on_cpu = self.kv_L2THD.device.type == "cpu"
         self._raw: npt.NDArray[Any] | None = self.kv_L2THD.view(_RAW_DTYPE[dtype]).numpy() if on_cpu else None
         self.poison()
@@ -64,12 +72,24 @@ class KVBuffer:
     def poison(self) -> None:
         """Evict everything: fill with NaN, so that a cell nobody restored shows in every output."""
         self.kv_L2THD.fill_(float("nan"))
+        if self.checkpoint is not None:
+            self.checkpoint.poison()
         if self.device.type == "cuda":  # a copy stream would not wait for the fill
             torch.cuda.current_stream(self.device).synchronize()
 
+    def copy_from(self, other: KVBuffer, num_tokens: int) -> None:
+        """Take keys and values of the first tokens of another buffer, and its checkpoint."""
+        self.kv_L2THD[:, :, :num_tokens].copy_(other.kv_L2THD[:, :, :num_tokens])
+        if self.checkpoint is not None and other.checkpoint is not None:
+            self.checkpoint.copy_from(other.checkpoint)
+
+    def of_layer(self, layer: int) -> torch.Tensor:
+        """View ``[2, T, H, D]`` of an attention layer."""
+        return self.kv_L2THD[layer // self._row_layers]
+
     def cell(self, layer_lo: int, layer_hi: int, token_lo: int, token_hi: int) -> torch.Tensor:
-        """View ``[layers, 2, n, H, D]`` of a cell; contiguous in its last three axes."""
-        return self.kv_L2THD[layer_lo:layer_hi, :, token_lo:token_hi]
+        """View ``[attention layers, 2, n, H, D]`` of a cell; contiguous in its last three axes."""
+        return self.kv_L2THD[self._attention(layer_lo, layer_hi), :, token_lo:token_hi]
 
     def raw_cell(self, layer_lo: int, layer_hi: int, token_lo: int, token_hi: int) -> npt.NDArray[Any]:
         """The same cell as a numpy view of unsigned integers (2-byte types as uint16); CPU only.
@@ -83,10 +103,14 @@ class KVBuffer:
         """
         if self._raw is None:
             raise ConfigError(f"raw views need a buffer on the CPU, this one is on {self.device}")
-        return self._raw[layer_lo:layer_hi, :, token_lo:token_hi]
+        return self._raw[self._attention(layer_lo, layer_hi), :, token_lo:token_hi]
+
+    def _attention(self, layer_lo: int, layer_hi: int) -> slice:
+        """Which attention layers lie in ``[layer_lo, layer_hi)``: the top one of each row."""
+        return slice(layer_lo // self._row_layers, layer_hi // self._row_layers)
 
     def write_payload(self, payload: npt.NDArray[np.uint8], cell: tuple[int, int, int, int]) -> None:
-        """Copy a payload (bytes of ``[layers, 2, n, H, D]``) into ``(layer_lo, layer_hi, token_lo, token_hi)``; CPU."""
+        """Copy keys and values, bytes of ``[layers, 2, n, H, D]``, to where a ``CellGeometry.extent`` says; CPU."""
         target = self.raw_cell(*cell)
         np.copyto(target, payload.view(target.dtype).reshape(target.shape))
 
@@ -98,14 +122,22 @@ class KeysAndValuesWritten(Exception):
 class ChunkCache:
     """What a decoder layer takes for its cache while one chunk runs: writes into the buffer, returns views.
 
-    Duck-typed to transformers' ``Cache.update``; one per chunk and call sequence, not thread-safe.
+    Duck-typed to transformers' ``Cache``; one per chunk and call sequence, not thread-safe.
     """
 
-    __slots__ = ("_hi", "_kv", "_lo", "stop_layer")
+    __slots__ = ("_hi", "_kv", "_lo", "_states", "stop_layer")
 
-    def __init__(self, kv: KVBuffer, token_lo: int, token_hi: int) -> None:
-        """Cover tokens ``[token_lo, token_hi)`` of the buffer."""
-        self._kv, self._lo, self._hi = kv.kv_L2THD, token_lo, token_hi
+    def __init__(self, kv: KVBuffer, token_lo: int, token_hi: int, states: RunningStates | None = None) -> None:
+        """Cover tokens ``[token_lo, token_hi)`` of the buffer.
+
+        Args:
+            kv: Where keys and values are.
+            token_lo: First token.
+            token_hi: One past the last.
+            states: Of recurrent layers at ``token_lo``, at ``token_hi`` once a layer has run; what they hold does not
+                matter at token 0. None for a model without such layers.
+        """
+        self._kv, self._lo, self._hi, self._states = kv, token_lo, token_hi, states
         self.stop_layer: int | None = None
 
     def update(
@@ -116,10 +148,43 @@ class ChunkCache:
         Raises:
             KeysAndValuesWritten: This is the layer to leave (``stop_layer``).
         """
-        kv_2THD = self._kv[layer_idx]
+        kv_2THD = self._kv.of_layer(layer_idx)
         kv_2THD[0, self._lo : self._hi].copy_(key[0].transpose(0, 1))
         kv_2THD[1, self._lo : self._hi].copy_(value[0].transpose(0, 1))
         if layer_idx == self.stop_layer:
             raise KeysAndValuesWritten
         keys, values = kv_2THD[:, : self._hi].transpose(1, 2).unsqueeze(1).unbind(0)
         return keys, values
+
+    # What a recurrent layer asks for and gives back.
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The last inputs of a layer's convolution, ``[1, C, W]``, to be changed in place; None at the first token."""
+        return None if self._lo == 0 else self._running.conv(layer_idx).unsqueeze(0)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A layer's state ``[1, H, K, V]``; None at the first token."""
+        return None if self._lo == 0 else self._running.delta(layer_idx).unsqueeze(0)
+
+    def update_conv_state(self, inputs: torch.Tensor, layer_idx: int, **_: object) -> torch.Tensor:
+        """Keep the last of a chunk's inputs ``[1, C, n]``; returns them with those before them in front."""
+        before, kept = self.get_conv_state(layer_idx), self._running.conv(layer_idx)
+        whole = inputs if before is None else torch.cat([before, inputs], dim=-1)
+        missing = max(0, kept.shape[-1] - whole.shape[-1])
+        kept[:, :missing] = 0
+        kept[:, missing:].copy_(whole[0, :, whole.shape[-1] - kept.shape[-1] + missing :])
+        return whole
+
+    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int, **_: object) -> torch.Tensor:
+        """Keep a layer's state ``[1, H, K, V]``."""
+        self._running.delta(layer_idx).copy_(state[0])
+        return state
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Never: no state is taken back."""
+        return False
+
+    @property
+    def _running(self) -> RunningStates:
+        assert self._states is not None, "a chunk of a model with recurrent layers runs with their states"
+        return self._states

@@ -36,8 +36,12 @@ class PinnedPrefix:
         """Copy the grid's prefix out of a KV buffer; pinned when the buffer is on CUDA. Waits for the copies."""
         prefix = cls(geometry, pinned=kv.device.type == "cuda")
         for cell in prefix._spans:
-            values = kv.cell(*geometry.extent(cell))
-            prefix.payload(cell).view(values.dtype).view(values.shape).copy_(values)
+            values, payload = kv.cell(*geometry.extent(cell)), prefix.payload(cell)
+            kv_bytes = geometry.kv_bytes(cell)
+            payload[:kv_bytes].view(values.dtype).view(values.shape).copy_(values)
+            if payload.numel() > kv_bytes:
+                assert kv.checkpoint is not None, "only a model with recurrent layers has states to save"
+                payload.numpy()[kv_bytes:] = kv.checkpoint.payload(geometry.layers(cell.block))
         return prefix
 
     def payload(self, cell: Cell) -> torch.Tensor:
@@ -49,13 +53,14 @@ class PinnedPrefix:
 class PinnedTicket:
     """One cell on the link; made by ``PinnedLinkPort.start``."""
 
-    __slots__ = ("due_at_s", "event", "extent", "late_at_s", "num_bytes", "staging")
+    __slots__ = ("due_at_s", "event", "extent", "kv_bytes", "late_at_s", "num_bytes", "staging")
 
-    def __init__(self, *, extent: tuple[int, int, int, int], staging: torch.Tensor, num_bytes: int) -> None:
+    def __init__(self, *, geometry: CellGeometry, cell: Cell, staging: torch.Tensor) -> None:
         """Hold what the port needs to place or cancel the read."""
-        self.extent = extent
+        self.extent = geometry.extent(cell)
         self.staging = staging
-        self.num_bytes = num_bytes
+        self.kv_bytes = geometry.kv_bytes(cell)
+        self.num_bytes = geometry.num_bytes(cell)
         self.due_at_s = 0.0
         self.late_at_s = float("inf")
         self.event: torch.cuda.Event | None = None
@@ -96,7 +101,7 @@ class PinnedLinkPort:
         now_s = self._clock()
         payload = self._prefix.payload(piece)
         staging = self._take()
-        ticket = PinnedTicket(extent=self._geometry.extent(piece), staging=staging, num_bytes=payload.numel())
+        ticket = PinnedTicket(geometry=self._geometry, cell=piece, staging=staging)
         transfer = self._schedule.submit(ticket.num_bytes, now_s=now_s)
         ticket.due_at_s = self._schedule.done_at_s(transfer)
         ticket.late_at_s = now_s + deadline_s
@@ -119,11 +124,15 @@ class PinnedLinkPort:
     def place(self, ticket: PinnedTicket) -> None:
         """See ``TransferPort.place``."""
         if self._lane is None:
-            self._kv.write_payload(ticket.staging.numpy()[: ticket.num_bytes], ticket.extent)
+            self._kv.write_payload(ticket.staging.numpy()[: ticket.kv_bytes], ticket.extent)
         else:
             target = self._kv.cell(*ticket.extent)
-            source = ticket.staging[: ticket.num_bytes].view(target.dtype).view(target.shape)
+            source = ticket.staging[: ticket.kv_bytes].view(target.dtype).view(target.shape)
             self._lane.copy(target, source).synchronize()
+        if ticket.num_bytes > ticket.kv_bytes:
+            states = self._kv.checkpoint
+            assert states is not None, "only a model with recurrent layers has states to read"
+            states.write_payload(ticket.staging.numpy()[ticket.kv_bytes : ticket.num_bytes], ticket.extent[:2])
         self._free.append(ticket.staging)
 
     def cancel(self, ticket: PinnedTicket) -> None:

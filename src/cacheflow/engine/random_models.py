@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from cacheflow.engine.attention import ATTENTION_NAME
-from cacheflow.engine.families import FAMILIES, parse_dtype
+from cacheflow.engine.families import FAMILIES, HYBRID_FAMILIES, parse_dtype
 from cacheflow.engine.model import LoadedModel, wrap_module
 from cacheflow.errors import UnsupportedModelError
-from cacheflow.types import ModelShape
+from cacheflow.types import HybridShape, ModelShape
 
 _TINY = {
     "hidden_size": 64,
@@ -24,16 +24,27 @@ _TINY = {
     "sliding_window": None,
     "tie_word_embeddings": False,
 }
+_TINY_HYBRID = {
+    "num_hidden_layers": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
+SLOWEST_DECAY, FASTEST_DECAY = 0.002, 0.05
+"""What a recurrent layer forgets with a token, of random models. transformers draws up to 16, which forgets all of it:
+a state that is wrong would then show nowhere."""
 _TINY_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def tiny_model(
     family: str, *, dtype: str | torch.dtype = "float32", seed: int = 0, device: str = "cpu", **overrides: object
 ) -> LoadedModel:
-    """A random model of 3 layers and hidden size 64 whose attention is far from uniform.
+    """A random model of 3 layers (a hybrid of 8) and hidden size 64 whose attention is far from uniform.
 
     Args:
-        family: One of ``FAMILIES``.
+        family: One of ``FAMILIES`` or ``HYBRID_FAMILIES``.
         dtype: Weights are drawn in float32 and rounded, so dtypes of one seed agree.
         seed: Of the weights.
         device: Where it goes.
@@ -44,9 +55,10 @@ def tiny_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if family not in FAMILIES:
-        raise UnsupportedModelError(f"family {family!r} is not supported; allowed: {', '.join(FAMILIES)}")
-    extra = _TINY_MOE if family == "qwen3_moe" else {}
+    known = (*FAMILIES, *HYBRID_FAMILIES)
+    if family not in known:
+        raise UnsupportedModelError(f"family {family!r} is not supported; allowed: {', '.join(known)}")
+    extra = _TINY_HYBRID if family in HYBRID_FAMILIES else _TINY_MOE if family == "qwen3_moe" else {}
     config = AutoConfig.for_model(family, **{**_TINY, **extra, **overrides})
     module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION_NAME)
     _draw(module, seed)
@@ -67,7 +79,7 @@ def random_weights(
     """A model of a real shape with random weights, built on the device itself; for timing, never for text.
 
     Args:
-        shape: Sizes; experts make it a Qwen3-MoE.
+        shape: Sizes; experts make it a Qwen3-MoE, recurrent layers a Qwen3.5.
         device: Weights are drawn there.
         dtype: Of weights and KV.
         max_tokens: Longest sequence.
@@ -75,7 +87,7 @@ def random_weights(
         family: One of ``FAMILIES``; None takes qwen3_moe with experts, qwen3 for names that start with it, else llama.
 
     Raises:
-        UnsupportedModelError: Device, dtype or family is not allowed.
+        UnsupportedModelError: Device, dtype or family is not allowed, or the shape is a hybrid with experts.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,14 +105,22 @@ def random_weights(
         sliding_window=shape.sliding_window,
         tie_word_embeddings=False,
         **_experts(shape),
+        **_recurrent(shape),
     )
     torch.manual_seed(seed)
     with torch.device(device):
         module = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(dtype), attn_implementation=ATTENTION_NAME)
+    _slow_decay(module, torch.Generator().manual_seed(seed))
     return wrap_module(module, name=shape.name, fingerprint=f"random-{family}-{seed}-{shape}")
 
 
 def _family_of(shape: ModelShape) -> str:
+    if isinstance(shape, HybridShape):
+        if shape.num_experts:
+            raise UnsupportedModelError(
+                f"{shape.name} has recurrent layers and experts: not supported; allowed: {', '.join(HYBRID_FAMILIES)}"
+            )
+        return HYBRID_FAMILIES[0]
     if shape.num_experts:
         return "qwen3_moe"
     if shape.name.lower().startswith("qwen3"):
@@ -118,17 +138,48 @@ def _experts(shape: ModelShape) -> dict[str, Any]:
     }
 
 
+def _recurrent(shape: ModelShape) -> dict[str, Any]:
+    if not isinstance(shape, HybridShape):
+        return {}
+    return {
+        "layer_types": [
+            "linear_attention" if shape.is_recurrent(layer) else "full_attention" for layer in range(shape.num_layers)
+        ],
+        "linear_num_key_heads": shape.num_state_k_heads,
+        "linear_num_value_heads": shape.num_state_v_heads,
+        "linear_key_head_dim": shape.state_k_dim,
+        "linear_value_head_dim": shape.state_v_dim,
+        "linear_conv_kernel_dim": shape.conv_kernel,
+    }
+
+
+def _slow_decay(module: Any, generator: torch.Generator) -> None:  # noqa: ANN401 -- a transformers causal LM
+    """Let recurrent layers remember hundreds of tokens."""
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if name.endswith("A_log"):
+                decay = torch.empty(weight.shape).uniform_(SLOWEST_DECAY, FASTEST_DECAY, generator=generator)
+                weight.copy_(decay.log())
+
+
 def _draw(module: Any, seed: int) -> None:  # noqa: ANN401 -- a transformers causal LM
     """Weights large enough that scores spread by several units: near-uniform attention would hide errors."""
     generator = torch.Generator().manual_seed(seed)
+    hybrid = module.config.model_type in HYBRID_FAMILIES
     with torch.no_grad():
         for name, weight in module.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if "norm" in name:
-                weight.copy_(1.0 + 0.2 * noise if "q_norm" not in name and "k_norm" not in name else 1.6 + 0.2 * noise)
+                # Of a hybrid all norms but that of a recurrent layer's output add 1 to their weight.
+                mean = -1.0 if hybrid and "linear_attn.norm" not in name else 0.0
+                mean += 1.6 if "q_norm" in name or "k_norm" in name else 1.0
+                weight.copy_(mean + 0.2 * noise)
+            elif name.endswith("dt_bias"):
+                weight.fill_(1.0)
             elif weight.ndim == 1:
                 weight.copy_(0.3 * noise)
             else:
                 gain = 1.0 if "embed" in name else (1.8 if "q_proj" in name or "k_proj" in name else 1.0)
                 fan_in = 1 if "embed" in name else weight.shape[-1]
                 weight.copy_(noise * gain / fan_in**0.5)
+    _slow_decay(module, generator)

@@ -2,20 +2,23 @@
 
 Shapes: ``n`` tokens of a chunk, ``C`` hidden_size, ``V`` vocabulary. Batch is always 1.
 
-The result of a chunk depends on its tokens, its ends and the keys and values before it, never on the order in
-which cells were restored. Every call runs on the calling thread (and device stream) without synchronising.
+The result of a chunk depends on its tokens, its ends, the keys and values before it and, in recurrent layers, the state
+before it, never on the order in which cells were restored. Every call runs on the calling thread (and device stream)
+without synchronising.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from cacheflow.engine.kv_buffer import ChunkCache, KeysAndValuesWritten, KVBuffer
 from cacheflow.engine.model import LoadedModel
+from cacheflow.engine.running_states import RunningStates
 from cacheflow.errors import ConfigError, PromptError
+from cacheflow.types import HybridShape
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,6 +40,11 @@ class LayerRunner:
     def new_kv(self, capacity: int) -> KVBuffer:
         """A poisoned KV buffer of this model's shape, dtype and device."""
         return KVBuffer(self.model.shape, capacity=capacity, dtype=self.model.dtype, device=self.model.device)
+
+    def new_states(self) -> RunningStates | None:
+        """Poisoned states of the model's recurrent layers; None where it has none."""
+        shape = self.model.shape
+        return RunningStates(shape, dtype=self.model.dtype) if isinstance(shape, HybridShape) else None
 
     def token_tensor(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids as ``[1, len]`` on the model's device.
@@ -73,10 +81,10 @@ class LayerRunner:
             cache: Tells where the chunk lies in the KV buffer; tokens before it must be there in these layers.
             rope: ``rope()`` of the same tokens.
             layers: ``(lo, hi)``.
-            kv_only_top: Leave layer ``hi - 1`` right after its keys and values.
+            kv_only_top: Leave layer ``hi - 1`` right after its keys and values; a recurrent layer runs to its end.
 
         Returns:
-            ``[1, n, C]`` out of layer ``hi - 1``; None with ``kv_only_top``.
+            ``[1, n, C]`` out of layer ``hi - 1``; None where its keys and values were all that was wanted.
         """
         lo, hi = layers
         cache.stop_layer = hi - 1 if kv_only_top else None
@@ -103,13 +111,18 @@ class LayerRunner:
         tokens: Sequence[int],
         chunk_ends: Sequence[int],
         kv: KVBuffer,
+        *,
+        on_chunk: Callable[[int], None] = lambda end: None,
     ) -> torch.Tensor:
         """Compute a whole prompt chunk by chunk and return the last token's logits ``[V]``.
+
+        The buffer's checkpoint, where the model has one, goes along with the chunks.
 
         Args:
             tokens: The prompt.
             chunk_ends: Token positions at which chunks end, ascending, the last one ``len(tokens)``.
             kv: At least ``len(tokens)`` long; the chunks are written into it.
+            on_chunk: Called with the end of each chunk, once it is there.
 
         Raises:
             ConfigError: The chunks do not end at the prompt, or the buffer is too short.
@@ -124,12 +137,20 @@ class LayerRunner:
         lo = 0
         for hi in chunk_ends:
             hidden = self.embed(ids[:, lo:hi])
-            hidden = self._full(hidden, ChunkCache(kv, lo, hi), self.rope(lo, hi), (0, self.num_layers))
+            cache = ChunkCache(kv, lo, hi, kv.checkpoint)
+            hidden = self._full(hidden, cache, self.rope(lo, hi), (0, self.num_layers))
+            on_chunk(hi)
             lo = hi
         return self.logits(hidden)
 
-    def decode_step(self, token: int, position: int, kv: KVBuffer) -> torch.Tensor:
+    def decode_step(self, token: int, position: int, kv: KVBuffer, states: RunningStates | None = None) -> torch.Tensor:
         """Run one token at ``position`` over everything before it and return its logits ``[V]``.
+
+        Args:
+            token: Its id.
+            position: How many come before it.
+            kv: Has their keys and values; takes its own.
+            states: Of recurrent layers before it, moved past it; the buffer's checkpoint for None.
 
         Raises:
             PromptError: ``position`` lies beyond the buffer or the model's limit.
@@ -139,7 +160,7 @@ class LayerRunner:
                 f"position {position} is outside the KV buffer ({kv.capacity} tokens) or the model's "
                 f"limit ({self.model.max_tokens})"
             )
-        cache = ChunkCache(kv, position, position + 1)
+        cache = ChunkCache(kv, position, position + 1, kv.checkpoint if states is None else states)
         hidden = self.embed(self.token_tensor([token]))
         return self.logits(self._full(hidden, cache, self.rope(position, position + 1), (0, self.num_layers)))
 

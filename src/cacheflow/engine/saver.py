@@ -1,7 +1,8 @@
-"""Writes a prefilled prefix to a store: one object per cell.
+"""Writes a prefilled prefix to a store: one object per cell, and with recurrent layers one of states per block.
 
 An object holds ``[layers, 2, n, H, D]`` in the KV dtype, C order; see ``cells``. Keys and values are copied out of the
-KV buffer at submission, so the buffer may be used, or evicted, right after.
+KV buffer at submission, so the buffer may be used, or evicted, right after; so are the states, which are written once
+all keys and values are there: without those they are of no use.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
-from cacheflow.engine.transfer_port import cell_key
+from cacheflow.engine.transfer_port import cell_key, state_key
 from cacheflow.plan.grid import Cell
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey
@@ -46,6 +47,7 @@ class PrefixSaver:
         self._namespace = namespace
         self._chain = [each.hex() for each in chain_hashes]
         self._handles: list[PutHandle] = []
+        self._states: list[PutRequest] = []
 
     def save_chunk(self, kv: KVBuffer, chunk: int) -> None:
         """Start writing every cell of a chunk that is wholly in ``kv``."""
@@ -57,18 +59,34 @@ class PrefixSaver:
         self._handles.append(self._store.submit_put(requests))
 
     def save_prefix(self, kv: KVBuffer, *, first_chunk: int = 0) -> None:
-        """Start writing every chunk of the grid from ``first_chunk`` on."""
+        """Start writing every chunk of the grid from ``first_chunk`` on, and after them the checkpoint at its end."""
         for chunk in range(first_chunk, self._geometry.grid.num_chunks):
             self.save_chunk(kv, chunk)
+        if kv.checkpoint is not None and self._chain:
+            for block in range(self._geometry.grid.num_blocks):
+                key = state_key(self._namespace, self._chain[-1], self._geometry, block)
+                payload = kv.checkpoint.payload(self._geometry.layers(block))
+                self._states.append(PutRequest(key, [payload], shape=payload.shape, dtype="uint8"))
 
     def wait(self, timeout_s: float | None = None) -> SaveReport:
-        """Wait for every write started so far; those still pending after ``timeout_s`` in all count as failed."""
+        """Wait for every write started so far; those still pending after ``timeout_s`` in all count as failed.
+
+        The checkpoint is written here, and only if all keys and values were.
+        """
         ends_s = None if timeout_s is None else time.monotonic() + timeout_s
+        outcomes = self._outcomes(ends_s)
+        if self._states and all(each in (PutOutcome.STORED, PutOutcome.EXISTS) for each in outcomes):
+            self._handles.append(self._store.submit_put(self._states))
+            self._states = []
+            outcomes = self._outcomes(ends_s)
+        written, existing = outcomes.count(PutOutcome.STORED), outcomes.count(PutOutcome.EXISTS)
+        return SaveReport(num_written=written, num_existing=existing, num_failed=len(outcomes) - written - existing)
+
+    def _outcomes(self, ends_s: float | None) -> list[PutOutcome | None]:
         outcomes: list[PutOutcome | None] = []
         for handle in self._handles:
             outcomes += handle.wait(None if ends_s is None else max(0.0, ends_s - time.monotonic()))
-        written, existing = outcomes.count(PutOutcome.STORED), outcomes.count(PutOutcome.EXISTS)
-        return SaveReport(num_written=written, num_existing=existing, num_failed=len(outcomes) - written - existing)
+        return outcomes
 
     def _request(self, key: ObjectKey, values: torch.Tensor) -> PutRequest:
         shape = tuple(values.shape)

@@ -3,7 +3,7 @@
 Three runs over a few hundred random tokens cut into unequal chunks: chunk by chunk; a staircase (some cells recomputed,
 the others copied from the first run, everything else NaN); and the model's own forward with transformers' attention.
 Staircase and chunked must be bit-equal. Chunked and the model's own must agree within a tolerance, since one big pass
-rounds differently: relative Frobenius error of keys, of values (worst layer) and of the last logits.
+rounds differently: relative Frobenius error of keys, values and running states (worst layer) and of the last logits.
 
 A window longer than the test never cuts in here; ``tests/engine`` covers windows on small models.
 """
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from cacheflow.engine.compute_port import EngineComputePort
+from cacheflow.engine.families import STATE_CHUNK
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
+from cacheflow.engine.running_states import RunningStates
 from cacheflow.errors import SelfTestError
 from cacheflow.plan.grid import Grid, Tile
 
@@ -31,6 +33,7 @@ MOE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 5e-2}
 """The same with experts: in half precision rounding sends single tokens to another expert (0.09 seen in bf16)."""
 
 _ENDS = (97, 161, 288, 320)
+_HYBRID_ENDS = (2 * STATE_CHUNK, 3 * STATE_CHUNK, 5 * STATE_CHUNK, 6 * STATE_CHUNK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +41,10 @@ class SelfTestReport:
     """What the self-test measured.
 
     Attributes:
-        kv_error: Worst relative error of a layer's keys or values against the model's own forward.
+        kv_error: Worst relative error of a layer's keys, values or running state against the model's own forward.
         logits_error: Relative error of the last token's logits.
         tolerance: What both had to stay under.
-        staircase_equal: Staircase and chunked gave the same bits, in keys, values and logits.
+        staircase_equal: Staircase and chunked gave the same bits, in keys, values, running states and logits.
         elapsed_s: How long it took.
     """
 
@@ -65,12 +68,19 @@ def self_test(model: LoadedModel) -> SelfTestReport:
     """
     started_s = time.perf_counter()
     runner = LayerRunner(model)
-    ends = tuple(end for end in _ENDS if end <= model.max_tokens) or (model.max_tokens,)
+    wanted = _ENDS if model.shape.row_layers == 1 else _HYBRID_ENDS
+    ends = tuple(end for end in wanted if end <= model.max_tokens) or (model.max_tokens,)
     generator = torch.Generator().manual_seed(7)
     tokens: list[int] = torch.randint(model.shape.vocab_size, (ends[-1],), generator=generator).tolist()
     saved = runner.new_kv(ends[-1])
-    logits = runner.prefill(tokens, ends, saved)
-    equal = _staircase_equals(runner, tokens, ends, saved, logits)
+    before_last: dict[int, RunningStates] = {}
+
+    def keep(end: int) -> None:
+        if saved.checkpoint is not None and end in ends[-2:-1]:
+            before_last[end] = saved.checkpoint.clone()
+
+    logits = runner.prefill(tokens, ends, saved, on_chunk=keep)
+    equal = _staircase_equals(runner, tokens, ends, saved, logits, next(iter(before_last.values()), None))
     kv_error, logits_error = _against_own_forward(model, tokens, saved, logits)
     report = SelfTestReport(
         kv_error=kv_error,
@@ -94,38 +104,56 @@ def tolerance_for(model: LoadedModel) -> float:
 
 
 def _staircase_equals(
-    runner: LayerRunner, tokens: list[int], ends: tuple[int, ...], saved: KVBuffer, logits: torch.Tensor
+    runner: LayerRunner,
+    tokens: list[int],
+    ends: tuple[int, ...],
+    saved: KVBuffer,
+    logits: torch.Tensor,
+    states: RunningStates | None,
 ) -> bool:
-    """Recompute heights that fall along the prefix, copy the rest, run the last chunk as the suffix."""
-    num_layers = runner.num_layers
-    grid = Grid(chunk_ends=ends[:-1], suffix_ends=ends[-1:], num_blocks=num_layers)
+    """Recompute heights that fall along the prefix, copy the rest, run the last chunk as the suffix.
+
+    ``states`` are those of recurrent layers at the end of the prefix.
+    """
+    shape = runner.model.shape
+    num_blocks = shape.num_rows
+    grid = Grid(chunk_ends=ends[:-1], suffix_ends=ends[-1:], num_blocks=num_blocks)
     kv = runner.new_kv(ends[-1])
-    port = EngineComputePort(runner, grid=grid, tokens=tokens, kv=kv)
-    levels = [num_layers - (num_layers * chunk) // max(1, grid.num_chunks) for chunk in range(grid.num_chunks)]
+    port = EngineComputePort(runner, grid=grid, tokens=tokens, kv=kv, layers_per_block=shape.row_layers)
+    levels = [num_blocks - (num_blocks * chunk) // max(1, grid.num_chunks) for chunk in range(grid.num_chunks)]
     for chunk, level in enumerate(levels):
         middle = level // 2
         if middle:
             port.recompute(Tile(chunk, chunk + 1, 0, middle), kv_only_top=False)
         port.recompute(Tile(chunk, chunk + 1, middle, level), kv_only_top=True)
-        if level < num_layers:
-            cell = (level, num_layers, *grid.chunk_range(chunk))
+        if level < num_blocks:
+            cell = (level * shape.row_layers, shape.num_layers, *grid.chunk_range(chunk))
             kv.cell(*cell).copy_(saved.cell(*cell))
-    port.run_suffix(0, num_layers)
+    if kv.checkpoint is not None and states is not None:
+        kv.checkpoint.copy_from(states, (levels[-1] * shape.row_layers, shape.num_layers))
+    port.run_suffix(0, num_blocks)
     port.finish()
-    same_kv = torch.equal(kv.kv_L2THD, saved.kv_L2THD)
-    return same_kv and port.logits is not None and torch.equal(port.logits, logits)
+    same = torch.equal(kv.kv_L2THD, saved.kv_L2THD) and port.logits is not None and torch.equal(port.logits, logits)
+    ended, expected = port.end_states, saved.checkpoint
+    return same and (ended is None or expected is None or ended.equals(expected))
 
 
 def _against_own_forward(
     model: LoadedModel, tokens: list[int], kv: KVBuffer, logits: torch.Tensor
 ) -> tuple[float, float]:
-    """Relative errors ``(keys and values, logits)`` against one unchunked pass with transformers' own attention."""
+    """Relative errors ``(keys, values and states, logits)`` against one pass with transformers' own attention."""
     own = own_forward(model, tokens)
     kv_error = 0.0
     for layer, entry in enumerate(own.past_key_values.layers):
-        for index, own_1HTD in enumerate((entry.keys, entry.values)):
-            ours_HTD = kv.kv_L2THD[layer, index].transpose(0, 1)
-            kv_error = max(kv_error, relative_error(ours_HTD, own_1HTD[0]))
+        if model.shape.is_recurrent(layer):
+            assert kv.checkpoint is not None, "recurrent layers have states"
+            pairs = [(kv.checkpoint.delta(layer), entry.recurrent_states[0][0])]
+        else:
+            pairs = [
+                (ours.transpose(0, 1), own_1[0])
+                for ours, own_1 in zip(kv.of_layer(layer), (entry.keys, entry.values), strict=True)
+            ]
+        kv_error = max(kv_error, *(relative_error(*pair) for pair in pairs))
     return kv_error, relative_error(logits, own.logits[0, -1].cpu())
 
 
@@ -134,7 +162,7 @@ def own_forward(model: LoadedModel, tokens: list[int], *, attention: str = "sdpa
 
     Returns:
         The transformers output: ``logits [1, 1, V]`` of the last token and ``past_key_values.layers[i].keys`` and
-        ``.values [1, H, T, D]``, whole also under a sliding window.
+        ``.values [1, H, T, D]``, whole also under a sliding window; of recurrent layers ``.recurrent_states[0]``.
     """
     from transformers import DynamicCache
 
@@ -143,7 +171,9 @@ def own_forward(model: LoadedModel, tokens: list[int], *, attention: str = "sdpa
     try:
         with torch.no_grad():
             ids = torch.tensor([tokens], device=model.device)
-            return model.module(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+            # Told of a window, the cache would drop what lies before it; untold, it knows no recurrent layer.
+            cache = DynamicCache() if model.shape.row_layers == 1 else DynamicCache(config=config)
+            return model.module(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     finally:
         config._attn_implementation = ours  # noqa: SLF001
 

@@ -19,16 +19,15 @@ from cacheflow.types import LoadOutcome
 
 
 class StoreTicket:
-    """One read of one cell under way; made by ``StoreTransferPort.start``."""
+    """One read of one cell under way, with the states that it brings; made by ``StoreTransferPort.start``."""
 
-    __slots__ = ("extent", "handle", "num_bytes", "staging")
+    __slots__ = ("extent", "handle", "kv_bytes", "num_bytes", "staging")
 
-    def __init__(
-        self, *, extent: tuple[int, int, int, int], num_bytes: int, staging: StagingBuffer, handle: GetHandle
-    ) -> None:
-        """Hold what the port needs to place or cancel the read; ``extent`` as ``CellGeometry.extent`` has it."""
-        self.extent = extent
-        self.num_bytes = num_bytes
+    def __init__(self, *, geometry: CellGeometry, cell: Cell, staging: StagingBuffer, handle: GetHandle) -> None:
+        """Hold what the port needs to place or cancel the read."""
+        self.extent = geometry.extent(cell)
+        self.kv_bytes = geometry.kv_bytes(cell)
+        self.num_bytes = geometry.num_bytes(cell)
         self.staging = staging
         self.handle = handle
 
@@ -65,23 +64,33 @@ class StoreTransferPort:
     def start(self, piece: Piece, *, deadline_s: float) -> StoreTicket:
         """See ``TransferPort.start``; on one device there are no boundary states to read."""
         assert not isinstance(piece, Boundary), "the first stage reads no boundary states"
-        num_bytes = self._geometry.num_bytes(piece)
-        staging = self._pool.take()
-        key = cell_key(self._namespace, self._chain[piece.chunk], self._geometry, piece)
-        request = GetRequest(key, staging.array[:num_bytes])
-        handle = self._store.submit_get([request], deadline_s=deadline_s)
-        return StoreTicket(extent=self._geometry.extent(piece), num_bytes=num_bytes, staging=staging, handle=handle)
+        staging, chain_hash = self._pool.take(), self._chain[piece.chunk]
+        kv_bytes, num_bytes = self._geometry.kv_bytes(piece), self._geometry.num_bytes(piece)
+        key = cell_key(self._namespace, chain_hash, self._geometry, piece)
+        requests = [GetRequest(key, staging.array[:kv_bytes])]
+        if num_bytes > kv_bytes:
+            # First: without its states a cell of the last chunk is of no use.
+            states = state_key(self._namespace, chain_hash, self._geometry, piece.block)
+            requests.insert(0, GetRequest(states, staging.array[kv_bytes:num_bytes]))
+        handle = self._store.submit_get(requests, deadline_s=deadline_s)
+        return StoreTicket(geometry=self._geometry, cell=piece, staging=staging, handle=handle)
 
     def wait(self, ticket: StoreTicket, *, timeout_s: float) -> LoadOutcome | None:
-        """See ``TransferPort.wait``."""
-        return ticket.handle.wait(timeout_s)[0]
+        """See ``TransferPort.wait``; the first object that gave nothing usable decides."""
+        outcomes = ticket.handle.wait(timeout_s)
+        failed = (each for each in outcomes if each not in (None, LoadOutcome.OK))
+        return next(failed, None if None in outcomes else LoadOutcome.OK)
 
     def place(self, ticket: StoreTicket) -> None:
         """See ``TransferPort.place``; numpy's single-threaded copy on the CPU, a copy stream on CUDA."""
         if self._lane is None:
-            self._kv.write_payload(ticket.staging.array[: ticket.num_bytes], ticket.extent)
+            self._kv.write_payload(ticket.staging.array[: ticket.kv_bytes], ticket.extent)
         else:
-            self._lane.upload(ticket.staging.tensor[: ticket.num_bytes], self._kv.cell(*ticket.extent))
+            self._lane.upload(ticket.staging.tensor[: ticket.kv_bytes], self._kv.cell(*ticket.extent))
+        if ticket.num_bytes > ticket.kv_bytes:
+            states = self._kv.checkpoint
+            assert states is not None, "only a model with recurrent layers has states to read"
+            states.write_payload(ticket.staging.array[ticket.kv_bytes : ticket.num_bytes], ticket.extent[:2])
         self._pool.give(ticket.staging)
 
     def cancel(self, ticket: StoreTicket) -> None:
@@ -93,3 +102,8 @@ class StoreTransferPort:
 def cell_key(namespace: str, chain_hash: str, geometry: CellGeometry, cell: Cell) -> ObjectKey:
     """Store key of one cell; ``chain_hash`` in hex, at the end of the cell's chunk."""
     return RankKeys().kv(namespace, chain_hash, geometry.layers(cell.block))
+
+
+def state_key(namespace: str, chain_hash: str, geometry: CellGeometry, block: int) -> ObjectKey:
+    """Store key of the states of a block's recurrent layers; ``chain_hash`` in hex, at their position."""
+    return RankKeys().states(namespace, chain_hash, geometry.layers(block))

@@ -17,7 +17,7 @@ from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.grid import Grid, num_layer_blocks, regular_ends
-from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds
+from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds, cell_bytes_KB, recurrent_B
 from cacheflow.types import ModelShape
 
 FORMAT_VERSION = 1
@@ -195,9 +195,10 @@ def build_problem(
         layers_per_block: Layers of a block.
 
     Raises:
-        ConfigError: The grid's blocks or the shape's layers do not fit the table.
+        ConfigError: The grid's blocks or the shape's layers do not fit the table, or a block is of no whole rows.
         CostRangeError: A chunk lies outside the measured range.
     """
+    shape.layers_of_block(layers_per_block)
     num_layers = table.identity.num_layers
     if shape.num_layers != num_layers or grid.num_blocks != num_layer_blocks(num_layers, layers_per_block):
         raise ConfigError(
@@ -211,16 +212,16 @@ def build_problem(
     suffix_L = _layer_costs(table, [grid.suffix_range(i) for i in range(len(grid.suffix_ends))])[0].sum(axis=0)
     top_layers = first_layers + layers_B - 1
     compute_KB = np.add.reduceat(full_KL, first_layers, axis=1)
-    tokens_K = np.array([end - start for start, end in ranges], dtype=np.int64)
     return RestoreProblem(
         grid=grid,
         compute_KB=compute_KB,
         # Below the top of a block everything runs in full; min, because the sums round apart.
         kv_only_KB=np.minimum(compute_KB, compute_KB - full_KL[:, top_layers] + kv_only_KL[:, top_layers]),
-        load_bytes_KB=np.outer(tokens_K, shape.kv_bytes_per_token_B(layers_per_block)),
+        load_bytes_KB=cell_bytes_KB(shape, grid, layers_per_block=layers_per_block),
         link=link,
         suffix_B=np.add.reduceat(suffix_L, first_layers),
         head_s=table.head_s if grid.suffix_ends else 0.0,
+        recurrent_B=recurrent_B(shape, layers_per_block=layers_per_block),
     )
 
 

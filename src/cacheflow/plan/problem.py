@@ -14,8 +14,10 @@ import numpy.typing as npt
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid
+from cacheflow.types import ModelShape
 
 Seconds = npt.NDArray[np.float64]
+Bytes = npt.NDArray[np.int64]
 
 
 class BoundarySource(Enum):
@@ -68,7 +70,8 @@ class RestoreProblem:
         compute_KB: Seconds to recompute a cell in full (attention and MLP too).
         kv_only_KB: Seconds to recompute a cell's keys and values only (norm and projections), for a cell with
             nothing recomputed above it; never more than ``compute_KB``.
-        load_bytes_KB: Bytes a load of the cell moves.
+        load_bytes_KB: Bytes a load of the cell moves. In a recurrent block those of the last chunk bring the checkpoint
+            too: the running states at the end of the prefix.
         link: The link the bytes come over.
         suffix_B: Seconds to run all suffix tokens through each block, prefix resident; zeros without a suffix.
         head_s: Seconds for the final norm, LM head and sampling of the first token; 0 without a suffix.
@@ -83,12 +86,12 @@ class RestoreProblem:
     grid: Grid
     compute_KB: Seconds
     kv_only_KB: Seconds
-    load_bytes_KB: npt.NDArray[np.int64]
+    load_bytes_KB: Bytes
     link: LinkCost
     suffix_B: Seconds = field(default_factory=lambda: np.zeros(0))
     head_s: float = 0.0
     prefill_s: float | None = None
-    boundary_bytes_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    boundary_bytes_K: Bytes = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     recurrent_B: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
     def __post_init__(self) -> None:
@@ -135,3 +138,17 @@ class RestoreProblem:
     def load_s(self) -> float:
         """Seconds to load the whole prefix."""
         return self.link.load_s(float(self.load_bytes_KB.sum()))
+
+
+def cell_bytes_KB(shape: ModelShape, grid: Grid, *, layers_per_block: int) -> Bytes:
+    """Bytes that loading each cell of a grid moves, the checkpoint at the end of the prefix included."""
+    tokens_K = np.array([hi - lo for lo, hi in map(grid.chunk_range, range(grid.num_chunks))], dtype=np.int64)
+    bytes_KB = np.outer(tokens_K, np.array(shape.kv_bytes_per_token_B(layers_per_block), dtype=np.int64))
+    bytes_KB[-1:] += np.array(shape.state_bytes_B(layers_per_block), dtype=np.int64)
+    return bytes_KB
+
+
+def recurrent_B(shape: ModelShape, *, layers_per_block: int) -> npt.NDArray[np.bool_]:
+    """Which blocks of a model hold recurrent layers; shape ``(B,)``."""
+    recurrent: npt.NDArray[np.bool_] = np.array(shape.state_bytes_B(layers_per_block), dtype=np.int64) > 0
+    return recurrent

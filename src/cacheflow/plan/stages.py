@@ -15,7 +15,7 @@ import numpy as np
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
-from cacheflow.types import DTYPE_BYTES, ModelShape
+from cacheflow.types import DTYPE_BYTES, HybridShape, ModelShape
 
 BOUNDARY_TENSORS = 2
 """vLLM hands a later stage the hidden states and the residual."""
@@ -63,7 +63,12 @@ class RankLayout:
                 f"{shape.num_q_heads} query heads and {shape.num_kv_heads} key/value heads of {shape.name} cannot be "
                 f"shared by tensor_parallel_size {size}"
             )
-        split_layers(shape.num_layers, self.pipeline_parallel_size)
+        if isinstance(shape, HybridShape) and shape.num_state_k_heads % size:
+            raise ConfigError(
+                f"{shape.num_state_k_heads} key heads of the recurrent layers of {shape.name} cannot be shared by "
+                f"tensor_parallel_size {size}"
+            )
+        split_rows(shape, self.pipeline_parallel_size)
         return parts
 
 
@@ -99,6 +104,21 @@ def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int, int], ...
     return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def split_rows(shape: ModelShape, num_stages: int) -> tuple[tuple[int, int], ...]:
+    """Rows ``[lo, hi)`` of each stage, a row being the smallest block that can be restored by itself.
+
+    Raises:
+        ConfigError: There are fewer layers than stages, or no stage; or a stage would begin within a row.
+    """
+    layers = split_layers(shape.num_layers, num_stages)
+    if any(lo % shape.row_layers for lo, _ in layers):
+        raise ConfigError(
+            f"{num_stages} pipeline stages of {shape.name} would begin at layers "
+            f"{', '.join(str(lo) for lo, _ in layers)}, within a row of {shape.row_layers}: choose another number"
+        )
+    return tuple((lo // shape.row_layers, hi // shape.row_layers) for lo, hi in layers)
+
+
 def boundary_bytes_per_token(shape: ModelShape) -> int:
     """Bytes of the boundary states of one token at one boundary."""
     return BOUNDARY_TENSORS * shape.hidden_size * DTYPE_BYTES[shape.dtype]
@@ -112,7 +132,7 @@ def stage_problems(
     Compute is shared evenly by the ranks of a stage: what they lose to their collectives is not counted.
 
     Args:
-        problem: Of one layer a block.
+        problem: Of one row a block: of one layer, but for a hybrid model.
         shape: The model.
         layout: Stages, ranks, links.
         later: Where the later stages take their activations from.
@@ -120,16 +140,16 @@ def stage_problems(
     Raises:
         ConfigError: The grid's blocks are not the model's layers, or the layout does not fit the model.
     """
-    if problem.grid.num_blocks != shape.num_layers:
+    if problem.grid.num_blocks != shape.num_rows:
         raise ConfigError(
-            f"a grid of {problem.grid.num_blocks} blocks cannot be cut at the {shape.num_layers} layers of {shape.name}"
+            f"a grid of {problem.grid.num_blocks} blocks cannot be cut at the {shape.num_rows} rows of {shape.name}"
         )
     problem = rank_problem(problem, shape, layout)
     grid = problem.grid
     ranges = [grid.chunk_range(chunk) for chunk in range(grid.num_chunks)]
     tokens_K = np.array([end - start for start, end in ranges], dtype=np.int64)
     stages = []
-    for stage, (lo, hi) in enumerate(split_layers(shape.num_layers, layout.pipeline_parallel_size)):
+    for stage, (lo, hi) in enumerate(split_rows(shape, layout.pipeline_parallel_size)):
         source = BoundarySource.FIRST_STAGE if stage == 0 else later
         stored = source is BoundarySource.STORED
         own = RestoreProblem(
@@ -141,7 +161,7 @@ def stage_problems(
             boundary_bytes_K=tokens_K * (boundary_bytes_per_token(shape) if stored else 0),
             recurrent_B=problem.recurrent_B[lo:hi],
         )
-        suffix_s = float(problem.suffix_B[lo:hi].sum()) + (problem.head_s if hi == shape.num_layers else 0.0)
+        suffix_s = float(problem.suffix_B[lo:hi].sum()) + (problem.head_s if hi == shape.num_rows else 0.0)
         stages.append(StageProblem(problem=own, source=source, suffix_s=suffix_s))
     return tuple(stages)
 
@@ -149,16 +169,24 @@ def stage_problems(
 def rank_problem(problem: RestoreProblem, shape: ModelShape, layout: RankLayout) -> RestoreProblem:
     """A rank's part of every layer, over its link or its share of one: what tensor parallelism leaves of a problem.
 
+    Args:
+        problem: Of one row a block.
+        shape: The model.
+        layout: Ranks, links.
+
     Raises:
         ConfigError: The layout does not fit the model.
     """
     kv_parts, tp = layout.kv_parts(shape), layout.tensor_parallel_size
     sharing = 1 if layout.link_per_rank else layout.num_ranks
+    # Running states fall into as many parts as there are ranks; keys and values into no more than there are heads.
+    states_KB = np.zeros_like(problem.load_bytes_KB)
+    states_KB[-1:] = problem.recurrent_B * shape.row_state_bytes
     return replace(
         problem,
         compute_KB=problem.compute_KB / tp,
         kv_only_KB=problem.kv_only_KB / tp,
-        load_bytes_KB=problem.load_bytes_KB // kv_parts,
+        load_bytes_KB=(problem.load_bytes_KB - states_KB) // kv_parts + states_KB // tp,
         link=replace(problem.link, bytes_per_s=problem.link.bytes_per_s / sharing),
         suffix_B=problem.suffix_B / tp,
         head_s=problem.head_s / tp,

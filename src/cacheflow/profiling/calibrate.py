@@ -17,7 +17,7 @@ from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostTable, GoldenPoint, build_problem
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.plan import Choice
-from cacheflow.plan.problem import LinkCost, Seconds
+from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds
 from cacheflow.plan.steadiness import Steadiness, judge
 from cacheflow.policies.registry import make_policy
 from cacheflow.profiling.measure import CostMeter
@@ -126,7 +126,7 @@ class Calibration:
                 left = ", ".join(f"{each:,}" for each in lengths[done - 1 :])
                 self.left_out.append(f"big passes of {left} tokens: no time")
                 break
-            big_pass_s[length] = meter.measure_big_pass_s(length, repeats=1) * self.model.shape.num_layers
+            big_pass_s[length] = meter.measure_big_pass_s(length, repeats=1) * self.model.shape.num_rows
             self.on_step("one big pass", done, len(lengths))
         return big_pass_s
 
@@ -165,12 +165,13 @@ class Calibration:
         chunks_s = CHUNKS_SHARE * self._left_s()
         kinds: dict[str, CostGrid] = {}
         for index, kind in enumerate(names):
-            layers = [layer for layer, each in enumerate(layer_kinds) if each == kind]
-            meter = CostMeter(runner, max_tokens=longest + lengths[-1], layers=layers, clock=self.clock)
+            layers = [(layer, layer + 1) for layer, each in enumerate(layer_kinds) if each == kind]
+            meter = CostMeter(runner, max_tokens=longest + lengths[-1], rows=layers, clock=self.clock)
             spent_s = self.options.time_limit_s - self._left_s() if math.isfinite(chunks_s) else 0.0
             limit_s = (chunks_s - spent_s) / (len(names) - index)
             kinds[kind] = self._measure_kind(meter, kind, (lengths, offsets), num_layers=len(layers), limit_s=limit_s)
-        meter = CostMeter(runner, max_tokens=1, clock=self.clock)
+        every = [(layer, layer + 1) for layer in range(runner.num_layers)]
+        meter = CostMeter(runner, max_tokens=1, rows=every, clock=self.clock)
         call_s = sum(kinds[kind].full_s(1, 0) for kind in layer_kinds)
         repeats = int(max(1.0, min(CALL_REPEATS, self._left_s() / (2 * call_s))))
         return CostTable(
@@ -242,7 +243,7 @@ class Calibration:
         token_wise = make_policy("cacheflow_v1", crossover_tokens=0)
         crossover = 0
         for length in self._lengths(costs):
-            problem = build_problem(costs, self._grid(length, 0), self.model.shape, link=link)
+            problem = self._problem(costs, self._grid(length, 0), link)
             if layer_wise.plan(problem).predicted.restore_s <= token_wise.plan(problem).predicted.restore_s:
                 crossover = length
         return crossover
@@ -251,7 +252,7 @@ class Calibration:
         """Shortest prefix that the guard does not leave to recomputation."""
         policy = make_policy("cacheflow")
         for length in self._lengths(costs):
-            problem = build_problem(costs, self._grid(length, self.options.suffix_tokens), self.model.shape, link=link)
+            problem = self._problem(costs, self._grid(length, self.options.suffix_tokens), link)
             guard = policy.plan(problem).guard
             if guard is not None and guard.choice is not Choice.RECOMPUTE:
                 return length
@@ -261,13 +262,17 @@ class Calibration:
         return Grid.regular(
             num_tokens=num_tokens,
             chunk_tokens=self.options.chunk_tokens,
-            num_blocks=self.model.shape.num_layers,
+            num_blocks=self.model.shape.num_rows,
             suffix_tokens=suffix_tokens,
         )
 
+    def _problem(self, costs: CostTable, grid: Grid, link: LinkCost) -> RestoreProblem:
+        shape = self.model.shape
+        return build_problem(costs, grid, shape, link=link, layers_per_block=shape.row_layers)
+
 
 def kinds_of_layers(model: LoadedModel) -> tuple[str, ...]:
-    """Kind of each layer, bottom first: ``full_attention`` or ``sliding_attention``."""
+    """Kind of each layer, bottom first: ``full_attention``, ``sliding_attention`` or ``linear_attention``."""
     config = model.module.config
     listed = getattr(config, "layer_types", None)
     if listed:

@@ -18,12 +18,12 @@ from cacheflow.engine.runner import LayerRunner
 from cacheflow.profiling.survey import ChunkCost, ChunkPoint, median_cost
 from cacheflow.types import Clock
 
-KV_ONLY_LAYERS = 4
-"""Layers timed for keys and values only, a call each; they differ too little to time all."""
+KV_ONLY_ROWS = 4
+"""Rows timed for keys and values only, a call each; they differ too little to time all."""
 
 
 class CostMeter:
-    """Times one model on its device, on the calling thread.
+    """Times one model on its device, on the calling thread: rows of layers, a row being the smallest block.
 
     Attributes:
         events_over_wall: CUDA only: device time between events over wall time, one value a measurement; far from 1
@@ -35,16 +35,22 @@ class CostMeter:
         runner: LayerRunner,
         *,
         max_tokens: int,
-        layers: Sequence[int] | None = None,
+        rows: Sequence[tuple[int, int]] | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """Allocate and fill a KV buffer of ``max_tokens``; time the given layers, all of them if None."""
+        """Allocate and fill a KV buffer of ``max_tokens``; time layers ``[lo, hi)`` as rows, the model's if None."""
         self.events_over_wall: list[float] = []
         self._clock = clock
         self._runner = runner
-        self._layers = tuple(range(runner.num_layers)) if layers is None else tuple(layers)
+        high = runner.model.shape.row_layers
+        whole = [(lo, lo + high) for lo in range(0, runner.num_layers, high)]
+        self._rows = tuple(whole if rows is None else rows)
         self._kv: KVBuffer = runner.new_kv(max_tokens)
-        self._kv.kv_L2THD.normal_(generator=torch.Generator(device=self._kv.device).manual_seed(0))
+        generator = torch.Generator(device=self._kv.device).manual_seed(0)
+        self._kv.kv_L2THD.normal_(generator=generator)
+        if self._kv.checkpoint is not None:
+            self._kv.checkpoint.conv_RCW.normal_(generator=generator)
+            self._kv.checkpoint.delta_RHKV.normal_(generator=generator)
 
     def measure_chunks(
         self, points: Sequence[ChunkPoint], *, repeats: int = 3, on_step: Callable[[], None] = lambda: None
@@ -71,12 +77,12 @@ class CostMeter:
         return statistics.median(self._seconds(lambda: self._runner.logits(hidden)) for _ in range(repeats))
 
     def measure_call_overhead_s(self, *, repeats: int = 9) -> float:
-        """Median seconds of one layer for one token without a past: what a call costs however little it does."""
+        """Median seconds of one row for one token without a past: what a call costs however little it does."""
         samples = [self.time_point(ChunkPoint(1, 0)).full_s for _ in range(repeats)]
         return statistics.median(samples)
 
     def measure_big_pass_s(self, num_tokens: int, *, repeats: int = 2) -> float:
-        """Median seconds of one layer for the whole prefix as a single chunk."""
+        """Median seconds of one row for the whole prefix as a single chunk."""
         samples = [self.time_point(ChunkPoint(num_tokens, 0)).full_s for _ in range(repeats)]
         return statistics.median(samples)
 
@@ -85,16 +91,17 @@ class CostMeter:
         runner, end = self._runner, point.offset + point.num_tokens
         tokens = runner.token_tensor([1 + i % (runner.model.shape.vocab_size - 1) for i in range(point.num_tokens)])
         hidden = runner.embed(tokens)
-        cache, rope = ChunkCache(self._kv, point.offset, end), runner.rope(point.offset, end)
+        cache = ChunkCache(self._kv, point.offset, end, self._kv.checkpoint)
+        rope = runner.rope(point.offset, end)
 
-        def run_layers(layers: Sequence[int], *, kv_only: bool) -> None:
-            for layer in layers:
-                runner.run(hidden, cache, rope, layers=(layer, layer + 1), kv_only_top=kv_only)
+        def run_rows(rows: Sequence[tuple[int, int]], *, kv_only: bool) -> None:
+            for layers in rows:
+                runner.run(hidden, cache, rope, layers=layers, kv_only_top=kv_only)
 
-        few = self._layers[:KV_ONLY_LAYERS]
-        full_s = self._seconds(lambda: run_layers(self._layers, kv_only=False))
-        kv_only_s = self._seconds(lambda: run_layers(few, kv_only=True))
-        return ChunkCost(full_s=full_s / len(self._layers), kv_only_s=kv_only_s / len(few))
+        few = self._rows[:KV_ONLY_ROWS]
+        full_s = self._seconds(lambda: run_rows(self._rows, kv_only=False))
+        kv_only_s = self._seconds(lambda: run_rows(few, kv_only=True))
+        return ChunkCost(full_s=full_s / len(self._rows), kv_only_s=kv_only_s / len(few))
 
     def _seconds(self, work: Callable[[], object]) -> float:
         if self._kv.device.type == "cuda":

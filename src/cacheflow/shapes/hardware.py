@@ -1,7 +1,8 @@
 """Model shapes and GPU peaks that ``cacheflow plan`` knows by name, and files for those it does not.
 
 Source of the tables: model configurations and system files of ai-dynamo/aiconfigurator at commit 095f58a5 (nominal
-peaks, best GEMM measured); vocabulary sizes from the models' published ``config.json``.
+peaks, best GEMM measured); vocabulary sizes from the models' published ``config.json``. Hybrid models: their model
+cards (Qwen/Qwen3.6-27B, Qwen/Qwen3.6-35B-A3B) and the defaults of transformers 5.23 (Qwen3-Next-80B-A3B, Qwen3.5-9B).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any, TypeVar
 
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json, read_text
-from cacheflow.shapes.hf_config import KEYS, is_hf_config, shape_of
+from cacheflow.shapes.hf_config import HYBRID_KEYS, is_hf_config, shape_of
 from cacheflow.shapes.roofline import GpuPeaks
-from cacheflow.types import ModelShape
+from cacheflow.types import HybridShape, ModelShape
 
 T = TypeVar("T", ModelShape, GpuPeaks)
 
@@ -31,6 +32,13 @@ GREATEST = {
     "num_active_experts": 1_000_000,
     "sliding_window": 10**12,
     "kv_token_bytes": 10**9,
+    "layers_per_attention": 10_000,
+    "num_state_k_heads": 100_000,
+    "num_state_v_heads": 100_000,
+    "state_k_dim": 100_000,
+    "state_v_dim": 100_000,
+    "conv_kernel": 100_000,
+    "shared_intermediate_size": 10_000_000,
     "memory_bytes": 10**18,
 }
 """No model and no GPU has more, by field of a file; far more would not fit the numbers we calculate with."""
@@ -39,7 +47,7 @@ LEAST_RATE, GREATEST_RATE = 1.0, 1e24
 HF_FILE = "config.json"
 MODEL_FILES = "a Hugging Face config.json, a folder that holds one, or a .json file of a shape"
 """What a model can be given as, besides a known name."""
-TEXTS = ("name", "dtype")
+NO_NUMBERS = ("name", "dtype", "state_dtype", "gated_attention")
 OPTIONAL = ("sliding_window", "kv_token_bytes")
 
 MODEL_SHAPES: dict[str, ModelShape] = {
@@ -65,12 +73,33 @@ MODEL_SHAPES: dict[str, ModelShape] = {
             name="Qwen3-30B-A3B", num_layers=48, hidden_size=2048, num_q_heads=32, num_kv_heads=4, head_dim=128,
             intermediate_size=768, vocab_size=151936, num_experts=128, num_active_experts=8,
         ),
+        HybridShape(
+            name="Qwen3-Next-80B-A3B", num_layers=48, hidden_size=2048, num_q_heads=16, num_kv_heads=2, head_dim=256,
+            intermediate_size=512, vocab_size=151936, num_experts=512, num_active_experts=10,
+            shared_intermediate_size=512, layers_per_attention=4, num_state_k_heads=16, num_state_v_heads=32,
+            state_k_dim=128, state_v_dim=128, conv_kernel=4,
+        ),
+        HybridShape(
+            name="Qwen3.5-9B", num_layers=32, hidden_size=4096, num_q_heads=16, num_kv_heads=4, head_dim=256,
+            intermediate_size=12288, vocab_size=248320, layers_per_attention=4, num_state_k_heads=16,
+            num_state_v_heads=32, state_k_dim=128, state_v_dim=128, conv_kernel=4,
+        ),
+        HybridShape(
+            name="Qwen3.6-27B", num_layers=64, hidden_size=5120, num_q_heads=24, num_kv_heads=4, head_dim=256,
+            intermediate_size=17408, vocab_size=248320, layers_per_attention=4, num_state_k_heads=16,
+            num_state_v_heads=48, state_k_dim=128, state_v_dim=128, conv_kernel=4,
+        ),
+        HybridShape(
+            name="Qwen3.6-35B-A3B", num_layers=40, hidden_size=2048, num_q_heads=16, num_kv_heads=2, head_dim=256,
+            intermediate_size=512, vocab_size=248320, num_experts=256, num_active_experts=8,
+            shared_intermediate_size=512, layers_per_attention=4, num_state_k_heads=16, num_state_v_heads=32,
+            state_k_dim=128, state_v_dim=128, conv_kernel=4,
+        ),
     )
 }  # fmt: skip
 
 UNSUPPORTED_MODELS: dict[str, str] = {
-    "Qwen3.5-9B": "24 of its 32 layers keep a recurrent state instead of keys and values",
-    "Qwen3.5-35B-A3B": "30 of its 40 layers keep a recurrent state instead of keys and values",
+    "Nemotron-3-Nano-30B-A3B": "its Mamba-2 layers are no Gated DeltaNet layers, and lie in no regular pattern",
     "DeepSeek-V3": "it caches a compressed latent (MLA) instead of keys and values",
 }
 """Models people ask for whose cache a grid of equal cells does not describe; by name, the reason."""
@@ -163,13 +192,14 @@ def _of_hf_config(path: Path, values: Mapping[str, Any]) -> ModelShape:
     except ConfigError as error:
         raise ConfigError(f"model file {path}: {error}") from error
     for field in fields(shape):
-        _check_field(f"model file {path}: {KEYS.get(field.name, field.name)}", field.name, getattr(shape, field.name))
+        key = HYBRID_KEYS.get(field.name, field.name)
+        _check_field(f"model file {path}: {key}", field.name, getattr(shape, field.name))
     return shape
 
 
 def _check_field(name: str, key: str, value: object) -> None:
     """Refuse what is no number, or none to calculate with; the class checks what else it must be."""
-    if key in TEXTS or (value is None and key in OPTIONAL):
+    if key in NO_NUMBERS or (value is None and key in OPTIONAL):
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} is {value!r}, must be a number")

@@ -1,7 +1,8 @@
-"""A model's shape from its Hugging Face ``config.json``: plain attention, dense or with experts.
+"""A model's shape from its Hugging Face ``config.json``: plain attention, dense or with experts, or a hybrid.
 
-Pure: takes the parsed JSON. What a shape cannot say (latent caches, recurrent layers, layers that differ) is refused by
-name, never approximated.
+A hybrid has Gated DeltaNet layers below each attention layer (Qwen3-Next, Qwen3.5, Qwen3.6). Pure: takes the parsed
+JSON. What a shape cannot say (latent caches, other recurrent layers, layers that differ) is refused by name, never
+approximated.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from cacheflow.errors import ConfigError
-from cacheflow.types import DTYPE_BYTES, ModelShape
+from cacheflow.types import DTYPE_BYTES, HybridShape, ModelShape
 
 Config = Mapping[str, Any]
 """A parsed ``config.json``, or its ``text_config``."""
@@ -27,7 +28,24 @@ KEYS = {
 }
 """What Hugging Face calls a field of ``ModelShape``, where it has another name."""
 
+HYBRID_KEYS = {
+    **KEYS,
+    "num_state_k_heads": "linear_num_key_heads",
+    "num_state_v_heads": "linear_num_value_heads",
+    "state_k_dim": "linear_key_head_dim",
+    "state_v_dim": "linear_value_head_dim",
+    "conv_kernel": "linear_conv_kernel_dim",
+    "state_dtype": "mamba_ssm_dtype",
+    "shared_intermediate_size": "shared_expert_intermediate_size",
+}
+"""The same for ``HybridShape``."""
+
 _FULL = ("full_attention", "attention")
+_DELTA_NET = "linear_attention"
+_DELTA_NET_TYPES = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+"""Model types whose ``linear_attention`` layers are Gated DeltaNet ones, and whose attention has an output gate."""
+_ROW_KEY, _ROW_LAYERS = "full_attention_interval", 4
+"""Where these types name no layer, each so many layers end in one of full attention; 4 is what their code assumes."""
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _RECURRENT_KEYS = (
     "attn_layer_period", "full_attention_interval", "hybrid_override_pattern", "linear_conv_kernel_dim",
@@ -45,6 +63,7 @@ class CacheKind(Enum):
     WINDOW = "a sliding window of tokens in every layer"
     MIXED = "a sliding window of tokens in some layers and every token in others"
     LATENT = "a compressed latent (MLA) instead of keys and values"
+    DELTA_NET = "the state of a gated delta rule in some layers and every token in others"
     RECURRENT = "a recurrent state in some layers instead of keys and values"
 
 
@@ -67,9 +86,11 @@ def cache_kind(text: Config) -> CacheKind:
     """
     if text.get("kv_lora_rank"):
         return CacheKind.LATENT
-    listed = text.get("layer_types") or text.get("layers_block_type")
-    if isinstance(listed, list):
-        kinds = {str(kind) for kind in listed}
+    if text.get("model_type") in _DELTA_NET_TYPES and {*_layer_types(text)} <= {_DELTA_NET, *_FULL}:
+        return CacheKind.DELTA_NET
+    listed = _layer_types(text)
+    if listed:
+        kinds = {*listed}
         if kinds - {*_FULL, *_WINDOWED}:
             return CacheKind.RECURRENT
         if not kinds & {*_WINDOWED}:
@@ -106,7 +127,7 @@ def shape_of(config: Config, *, name: str) -> ModelShape:
     """
     text = text_config(config)
     kind = cache_kind(text)
-    if kind not in (CacheKind.FULL, CacheKind.WINDOW):
+    if kind not in (CacheKind.FULL, CacheKind.WINDOW, CacheKind.DELTA_NET):
         raise ConfigError(f"not supported: the model keeps {kind.value}")
     if config.get("is_encoder_decoder"):
         raise ConfigError("not supported: is_encoder_decoder is true; only decoder-only models are")
@@ -117,25 +138,70 @@ def shape_of(config: Config, *, name: str) -> ModelShape:
         )
     num_q_heads = _count(text, "num_attention_heads")
     hidden_size = _count(text, "hidden_size")
-    experts = _experts(text)
-    return ModelShape(
-        name=name,
-        num_layers=_count(text, "num_hidden_layers"),
-        hidden_size=hidden_size,
-        num_q_heads=num_q_heads,
-        num_kv_heads=_count(text, "num_key_value_heads", default=num_q_heads),
-        head_dim=_count(text, "head_dim", default=hidden_size // max(num_q_heads, 1)),
-        intermediate_size=_count(text, _mlp_key(text, experts)),
-        vocab_size=_count(text, "vocab_size"),
-        num_experts=experts,
-        num_active_experts=_count(text, "num_experts_per_tok") if experts else 0,
-        sliding_window=_count(text, "sliding_window") if kind is CacheKind.WINDOW else None,
-        dtype=_dtype(config, text),
+    experts = _experts(text, shared=kind is CacheKind.DELTA_NET)
+    of_any: dict[str, Any] = {
+        "name": name,
+        "num_layers": _count(text, "num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": _count(text, "num_key_value_heads", default=num_q_heads),
+        "head_dim": _count(text, "head_dim", default=hidden_size // max(num_q_heads, 1)),
+        "intermediate_size": _count(text, _mlp_key(text, experts)),
+        "vocab_size": _count(text, "vocab_size"),
+        "num_experts": experts,
+        "num_active_experts": _count(text, "num_experts_per_tok") if experts else 0,
+        "dtype": _dtype(config, text),
+    }
+    if kind is CacheKind.DELTA_NET:
+        return _hybrid(text, of_any)
+    return ModelShape(**of_any, sliding_window=_count(text, "sliding_window") if kind is CacheKind.WINDOW else None)
+
+
+def _hybrid(text: Config, of_any: Mapping[str, Any]) -> HybridShape:
+    state_dtype = text.get("mamba_ssm_dtype") or "float32"
+    if state_dtype not in DTYPE_BYTES:
+        raise ConfigError(f"mamba_ssm_dtype is {state_dtype!r}, must be one of {', '.join(DTYPE_BYTES)}")
+    has_shared = of_any["num_experts"] and text.get("shared_expert_intermediate_size")
+    return HybridShape(
+        **of_any,
+        layers_per_attention=_row_layers(text, of_any["num_layers"]),
+        num_state_k_heads=_count(text, "linear_num_key_heads"),
+        num_state_v_heads=_count(text, "linear_num_value_heads"),
+        state_k_dim=_count(text, "linear_key_head_dim"),
+        state_v_dim=_count(text, "linear_value_head_dim"),
+        conv_kernel=_count(text, "linear_conv_kernel_dim"),
+        state_dtype=state_dtype,
+        shared_intermediate_size=_count(text, "shared_expert_intermediate_size") if has_shared else 0,
     )
 
 
-def _experts(text: Config) -> int:
-    """Experts of every layer; 0 for a dense model."""
+def _layer_types(text: Config) -> list[str]:
+    """Kind of each layer, as listed; empty where the configuration lists none."""
+    listed = text.get("layer_types") or text.get("layers_block_type")
+    return [str(kind) for kind in listed] if isinstance(listed, list) else []
+
+
+def _row_layers(text: Config, num_layers: int) -> int:
+    """Layers from one attention layer to the next.
+
+    Raises:
+        ConfigError: They are not the same all the way up, or the top layer is a recurrent one.
+    """
+    listed = _layer_types(text)
+    if not listed:
+        return _count(text, _ROW_KEY, default=_ROW_LAYERS)
+    row = next((index + 1 for index, kind in enumerate(listed) if kind in _FULL), 0)
+    regular = [_DELTA_NET] * (row - 1) + [listed[row - 1]]
+    if len(listed) != num_layers or row < 2 or listed != regular * (num_layers // row):
+        raise ConfigError(
+            f"not supported: layer_types of {len(listed)} layers for {num_layers}, which are not rows of "
+            f"{_DELTA_NET} layers of one length, each with a full_attention layer on top"
+        )
+    return row
+
+
+def _experts(text: Config, *, shared: bool) -> int:
+    """Experts of every layer; 0 for a dense model. One that every token visits is refused unless ``shared``."""
     key = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if text.get(key)), None)
     if key is None:
         return 0
@@ -145,9 +211,9 @@ def _experts(text: Config) -> int:
             "not supported: some layers are dense and some have experts (decoder_sparse_step, mlp_only_layers, "
             "first_k_dense_replace)"
         )
-    for shared in ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"):
-        if text.get(shared):
-            raise ConfigError(f"not supported: {shared} is {text[shared]!r}, experts that every token visits")
+    for visited in ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"):
+        if text.get(visited) and not (shared and visited == "shared_expert_intermediate_size"):
+            raise ConfigError(f"not supported: {visited} is {text[visited]!r}, experts that every token visits")
     return _count(text, key)
 
 

@@ -15,10 +15,12 @@ import numpy.typing as npt
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds
-from cacheflow.types import DTYPE_BYTES, ModelShape
+from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds, cell_bytes_KB, recurrent_B
+from cacheflow.types import DTYPE_BYTES, HybridShape, ModelShape
 
 Tokens = npt.NDArray[np.int64]
+DELTA_CHUNK = 64
+"""Tokens that Gated DeltaNet's kernels take at once: within them it is attention, between them a recurrence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,28 +89,47 @@ class Roofline:
     gpu: GpuPeaks
     efficiency: Efficiency = Efficiency()
 
+    def row_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
+        """Seconds of one row, in full and with keys and values only in its attention layer.
+
+        A row is one attention layer, of a hybrid model with its recurrent layers below.
+        """
+        full_s, kv_only_s = self.layer_s(tokens, offsets), self.kv_only_s(tokens)
+        if isinstance(self.shape, HybridShape):
+            below_s = (self.shape.row_layers - 1) * self._recurrent_s(self.shape, tokens)
+            full_s, kv_only_s = full_s + below_s, kv_only_s + below_s
+        return full_s, np.minimum(full_s, kv_only_s)
+
     def layer_s(self, tokens: Tokens, offsets: Tokens) -> Seconds:
-        """Seconds of one layer for chunks of ``tokens`` tokens with ``offsets`` tokens before them."""
+        """Seconds of one attention layer for chunks of ``tokens`` tokens with ``offsets`` tokens before them."""
         shape, past = self.shape, self._visible_past(tokens, offsets)
         weights = self._projection_weights + self._mlp_weights(self._active_experts)
         gemm_flops: Seconds = 2.0 * tokens.astype(np.float64) * weights
         attention_flops = 4.0 * shape.num_q_heads * shape.head_dim * past
-        compute_s = self._gemm_s(gemm_flops) + attention_flops / (
-            self.efficiency.attention * self.gpu.dense_flops_per_s
-        )
+        compute_s = self._gemm_s(gemm_flops) + self._attention_s(attention_flops)
         read_weights = self._projection_weights + self._mlp_weights(self._touched_experts(tokens))
         seen = np.minimum(offsets, shape.sliding_window or offsets)
         moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + (seen + tokens) * shape.kv_bytes_per_token_layer
         return np.maximum(compute_s, self._memory_s(moved_bytes)) + self.efficiency.layer_overhead_s
 
     def kv_only_s(self, tokens: Tokens) -> Seconds:
-        """Seconds of one layer's keys and values alone; offsets do not matter."""
+        """Seconds of one attention layer's keys and values alone; offsets do not matter."""
         shape = self.shape
         weights = 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
         compute_s = self._gemm_s(2.0 * weights * tokens.astype(np.float64))
         return np.maximum(compute_s, self._memory_s(weights * DTYPE_BYTES[shape.dtype])) + (
             self.efficiency.layer_overhead_s
         )
+
+    def _recurrent_s(self, shape: HybridShape, tokens: Tokens) -> Seconds:
+        """Seconds of one recurrent layer with its MLP: the same for every token, however many came before."""
+        weights = _recurrent_weights(shape) + self._mlp_weights(self._active_experts)
+        compute_s = self._gemm_s(2.0 * tokens.astype(np.float64) * weights) + self._attention_s(
+            _delta_flops_per_token(shape) * tokens.astype(np.float64)
+        )
+        read_weights = _recurrent_weights(shape) + self._mlp_weights(self._touched_experts(tokens))
+        moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + 2 * shape.state_bytes
+        return np.maximum(compute_s, self._memory_s(moved_bytes)) + self.efficiency.layer_overhead_s
 
     def head_s(self) -> float:
         """Seconds of the LM head for one token: its weights are read once."""
@@ -119,8 +140,10 @@ class Roofline:
     def weight_bytes(self) -> int:
         """Bytes of all weights: every expert, embedding and LM head apart."""
         shape = self.shape
-        layer = self._projection_weights + float(self._mlp_weights(shape.num_experts or 1))
-        weights = shape.num_layers * int(layer) + 2 * shape.vocab_size * shape.hidden_size
+        mlp = float(self._mlp_weights(shape.num_experts or 1))
+        weights = shape.num_rows * int(self._projection_weights + mlp) + 2 * shape.vocab_size * shape.hidden_size
+        if isinstance(shape, HybridShape):
+            weights += (shape.num_layers - shape.num_rows) * int(_recurrent_weights(shape) + mlp)
         return weights * DTYPE_BYTES[shape.dtype]
 
     def decode_s(self, num_requests: int, context_tokens: int) -> float:
@@ -138,26 +161,41 @@ class Roofline:
         one_layer = np.array([num_requests], dtype=np.int64)
         weights = self._projection_weights + float(self._mlp_weights(self._active_experts))
         attention_flops = 4.0 * shape.num_q_heads * shape.head_dim * context_tokens
-        compute_s = float(self._gemm_s(np.asarray(2.0 * num_requests * weights))) + attention_flops / (
-            self.efficiency.attention * self.gpu.dense_flops_per_s
+        compute_s = float(self._gemm_s(np.asarray(2.0 * num_requests * weights))) + float(
+            self._attention_s(np.asarray(attention_flops))
         )
         read_weights = self._projection_weights + float(self._mlp_weights(self._touched_experts(one_layer))[0])
         moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + context_tokens * shape.kv_bytes_per_token_layer
         layer_s = max(compute_s, float(self._memory_s(moved_bytes))) + self.efficiency.layer_overhead_s
-        return shape.num_layers * layer_s + self.head_s()
+        all_s = shape.num_rows * layer_s
+        if isinstance(shape, HybridShape):
+            all_s += (shape.num_layers - shape.num_rows) * self._recurrent_step_s(shape, num_requests)
+        return all_s + self.head_s()
+
+    def _recurrent_step_s(self, shape: HybridShape, num_requests: int) -> float:
+        """Seconds of one recurrent layer in which every request decodes one token: it reads and writes its state."""
+        own = float(self._recurrent_s(shape, np.array([num_requests], dtype=np.int64))[0])
+        return own + float(self._memory_s(2 * shape.state_bytes * (num_requests - 1)))
 
     @property
     def _projection_weights(self) -> int:
         shape = self.shape
-        return shape.hidden_size * shape.head_dim * 2 * (shape.num_q_heads + shape.num_kv_heads)
+        weights = shape.hidden_size * shape.head_dim * 2 * (shape.num_q_heads + shape.num_kv_heads)
+        if isinstance(shape, HybridShape) and shape.gated_attention:
+            weights += shape.hidden_size * shape.head_dim * shape.num_q_heads
+        return weights
 
     @property
     def _active_experts(self) -> int:
         return self.shape.num_active_experts or 1
 
     def _mlp_weights(self, num_experts: Seconds | int) -> Seconds:
-        """Weights of gate, up and down projection of that many experts."""
-        return np.asarray(3.0 * self.shape.hidden_size * self.shape.intermediate_size * num_experts)
+        """Weights of gate, up and down projection of that many experts, and of the one that every token visits."""
+        shape = self.shape
+        shared = shape.shared_intermediate_size if isinstance(shape, HybridShape) else 0
+        return np.asarray(3.0 * shape.hidden_size * shape.intermediate_size * num_experts) + (
+            3.0 * shape.hidden_size * shared
+        )
 
     def _touched_experts(self, tokens: Tokens) -> Seconds:
         """Experts of which at least one of the tokens needs the weights, routing taken as uniform."""
@@ -180,8 +218,29 @@ class Roofline:
     def _gemm_s(self, flops: Seconds) -> Seconds:
         return flops / (self.efficiency.gemm * self.gpu.dense_flops_per_s)
 
+    def _attention_s(self, flops: Seconds) -> Seconds:
+        return flops / (self.efficiency.attention * self.gpu.dense_flops_per_s)
+
     def _memory_s(self, num_bytes: Seconds | float) -> Seconds:
         return np.asarray(num_bytes) / (self.efficiency.memory * self.gpu.memory_bytes_per_s)
+
+
+def _recurrent_weights(shape: HybridShape) -> int:
+    """Weights of one recurrent layer without its MLP: queries, keys, values, gate, two rates a head, and the output."""
+    value_width = shape.num_state_v_heads * shape.state_v_dim
+    projected = shape.conv_channels + value_width + 2 * shape.num_state_v_heads
+    return shape.hidden_size * (projected + value_width) + shape.conv_channels * shape.conv_kernel
+
+
+def _delta_flops_per_token(shape: HybridShape) -> float:
+    """Arithmetic of the chunked gated delta rule, two for a product and its sum.
+
+    Against the state: the values it predicts, what the queries read, what is written. Within a chunk: queries and keys
+    against keys, two triangular systems (half of a product each), and the new values.
+    """
+    k_dim, v_dim = shape.state_k_dim, shape.state_v_dim
+    within = DELTA_CHUNK * (2 * k_dim + (k_dim + v_dim) / 2 + v_dim)
+    return 2.0 * shape.num_state_v_heads * (3 * k_dim * v_dim + within)
 
 
 def _ramp(positions: Tokens, window: int) -> Seconds:
@@ -192,26 +251,26 @@ def _ramp(positions: Tokens, window: int) -> Seconds:
 
 
 def problem_from_roofline(roofline: Roofline, grid: Grid, *, link: LinkCost) -> RestoreProblem:
-    """What restoring a grid costs by a roofline; one layer a block.
+    """What restoring a grid costs by a roofline; one row a block: one layer, but for a hybrid model.
 
     Raises:
-        ConfigError: The grid has another number of blocks than the model layers.
+        ConfigError: The grid has another number of blocks than the model rows.
     """
     shape = roofline.shape
-    if grid.num_blocks != shape.num_layers:
-        raise ConfigError(f"the grid has {grid.num_blocks} blocks, {shape.name} has {shape.num_layers} layers")
-    tokens, offsets = _chunks([grid.chunk_range(chunk) for chunk in range(grid.num_chunks)])
+    if grid.num_blocks != shape.num_rows:
+        raise ConfigError(f"the grid has {grid.num_blocks} blocks, {shape.name} has {shape.num_rows} rows of layers")
     suffix = _chunks([grid.suffix_range(index) for index in range(len(grid.suffix_ends))])
-    ones = np.ones((1, shape.num_layers), dtype=np.int64)
-    compute_K = roofline.layer_s(tokens, offsets)
+    ones = np.ones((1, shape.num_rows), dtype=np.int64)
+    full_K, kv_only_K = roofline.row_s(*_chunks([grid.chunk_range(chunk) for chunk in range(grid.num_chunks)]))
     return RestoreProblem(
         grid=grid,
-        compute_KB=compute_K[:, None] * ones,
-        kv_only_KB=np.minimum(compute_K, roofline.kv_only_s(tokens))[:, None] * ones,
-        load_bytes_KB=(tokens * shape.kv_bytes_per_token_layer)[:, None] * ones,
+        compute_KB=full_K[:, None] * ones,
+        kv_only_KB=kv_only_K[:, None] * ones,
+        load_bytes_KB=cell_bytes_KB(shape, grid, layers_per_block=shape.row_layers),
         link=link,
-        suffix_B=roofline.layer_s(*suffix).sum() * ones[0],
+        suffix_B=roofline.row_s(*suffix)[0].sum() * ones[0],
         head_s=roofline.head_s() if grid.suffix_ends else 0.0,
+        recurrent_B=recurrent_B(shape, layers_per_block=shape.row_layers),
     )
 
 

@@ -1,7 +1,8 @@
 """What the simulated GPU takes for what: three sources with one protocol, each with its name.
 
-Thousands of requests share the same aligned chunks, so each is priced once and then sliced. Shapes: ``K`` chunks,
-``L`` layers, ``N`` kinds of layer.
+Thousands of requests share the same aligned chunks, so each is priced once and then sliced. Blocks are rows: of one
+layer, of a hybrid model one attention layer with the recurrent ones below it. Shapes: ``K`` chunks, ``B`` rows, ``N``
+kinds of row.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from cacheflow.errors import ConfigError, CostRangeError
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds
+from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds, cell_bytes_KB, recurrent_B
 from cacheflow.shapes.published import PublishedCosts
 from cacheflow.shapes.roofline import Roofline
 from cacheflow.types import ModelShape
@@ -38,10 +39,10 @@ class ModelCosts(Protocol):
     shape: ModelShape
 
     def problem(self, grid: Grid, *, link: LinkCost) -> RestoreProblem:
-        """What restoring a grid of one layer a block costs, and its new tokens.
+        """What restoring a grid of one row a block costs, and its new tokens.
 
         Raises:
-            ConfigError: The grid has another number of blocks than the model layers.
+            ConfigError: The grid has another number of blocks than the model rows.
             CostRangeError: A chunk lies outside the measured range.
         """
         ...
@@ -62,15 +63,15 @@ class ModelCosts(Protocol):
 class ChunkSource(Protocol):
     """Where chunk costs come from."""
 
-    kind_L: Tokens
-    """Index of each layer's kind, bottom first."""
+    kind_B: Tokens
+    """Index of each row's kind, bottom first."""
     head_s: float
     """Final norm, LM head and choice of the first token."""
     most_tokens: float
     """Tokens of the longest chunk it prices."""
 
-    def layer_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
-        """Seconds of one layer of each kind, in full and for keys and values alone; both ``(len(tokens), N)``."""
+    def row_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
+        """Seconds of one row of each kind, in full and with keys and values alone on top; ``(len(tokens), N)`` both."""
         ...
 
     def decode_step_s(self, num_requests: int, context_tokens: int) -> float:
@@ -92,14 +93,16 @@ class ChunkCosts:
             chunk_tokens: Tokens of the chunks that most grids are made of.
 
         Raises:
-            ConfigError: The source has another number of layers than the shape.
+            ConfigError: The source has another number of rows than the shape.
         """
-        if len(source.kind_L) != shape.num_layers:
-            raise ConfigError(f"costs of {len(source.kind_L)} layers, {shape.name} has {shape.num_layers}")
+        if len(source.kind_B) != shape.num_rows:
+            layers = len(source.kind_B) * shape.row_layers
+            raise ConfigError(f"costs of {layers} layers, {shape.name} has {shape.num_layers}")
         self.model, self.gpu, self.source, self.shape = shape.name, gpu, name, shape
         self.decode_step_s = source.decode_step_s
         self._source, self.chunk_tokens = source, chunk_tokens
-        num_kinds = int(source.kind_L.max()) + 1
+        num_kinds = int(source.kind_B.max()) + 1
+        self._recurrent_B = recurrent_B(shape, layers_per_block=shape.row_layers)
         self._full_KN, self._kv_only_KN = np.zeros((0, num_kinds)), np.zeros((0, num_kinds))
 
     def longest_pass(self, num_tokens: int) -> int:
@@ -108,22 +111,22 @@ class ChunkCosts:
 
     def problem(self, grid: Grid, *, link: LinkCost) -> RestoreProblem:
         """See ``ModelCosts``."""
-        if grid.num_blocks != self.shape.num_layers:
+        if grid.num_blocks != self.shape.num_rows:
             raise ConfigError(
-                f"the grid has {grid.num_blocks} blocks, {self.shape.name} has {self.shape.num_layers} layers"
+                f"the grid has {grid.num_blocks} blocks, {self.shape.name} has {self.shape.num_rows} rows of layers"
             )
         full_KN, kv_only_KN = self._chunks_s(grid.start, grid.chunk_ends)
         suffix_N = self._chunks_s(grid.num_tokens, grid.suffix_ends)[0].sum(axis=0)
-        kind_L = self._source.kind_L
-        tokens_K = np.diff(np.array((grid.start, *grid.chunk_ends), dtype=np.int64))
+        kind_B = self._source.kind_B
         return RestoreProblem(
             grid=grid,
-            compute_KB=full_KN[:, kind_L],
-            kv_only_KB=np.minimum(full_KN, kv_only_KN)[:, kind_L],
-            load_bytes_KB=np.outer(tokens_K.astype(np.int64), self.shape.kv_bytes_per_token_L),
+            compute_KB=full_KN[:, kind_B],
+            kv_only_KB=np.minimum(full_KN, kv_only_KN)[:, kind_B],
+            load_bytes_KB=cell_bytes_KB(self.shape, grid, layers_per_block=self.shape.row_layers),
             link=link,
-            suffix_B=suffix_N[kind_L],
+            suffix_B=suffix_N[kind_B],
             head_s=self._source.head_s if grid.suffix_ends else 0.0,
+            recurrent_B=self._recurrent_B,
         )
 
     def _chunks_s(self, start: int, ends: tuple[int, ...]) -> tuple[Seconds, Seconds]:
@@ -141,7 +144,7 @@ class ChunkCosts:
         if num_aligned == len(ends):
             return self._full_KN[aligned], self._kv_only_KN[aligned]
         rest = np.array([start if not num_aligned else ends[num_aligned - 1], *ends[num_aligned:]], dtype=np.int64)
-        full, kv_only = self._source.layer_s(np.diff(rest), rest[:-1])
+        full, kv_only = self._source.row_s(np.diff(rest), rest[:-1])
         return np.vstack([self._full_KN[aligned], full]), np.vstack([self._kv_only_KN[aligned], kv_only])
 
     def _grow(self, num_chunks: int) -> None:
@@ -150,7 +153,7 @@ class ChunkCosts:
             return
         # No further than asked: beyond it the source may refuse.
         offsets = np.arange(known, num_chunks, dtype=np.int64) * self.chunk_tokens
-        full, kv_only = self._source.layer_s(np.full(len(offsets), self.chunk_tokens, dtype=np.int64), offsets)
+        full, kv_only = self._source.row_s(np.full(len(offsets), self.chunk_tokens, dtype=np.int64), offsets)
         self._full_KN, self._kv_only_KN = np.vstack([self._full_KN, full]), np.vstack([self._kv_only_KN, kv_only])
 
 
@@ -160,14 +163,15 @@ class RooflineSource:
     def __init__(self, roofline: Roofline) -> None:
         """Take the model and the GPU."""
         self._roofline = roofline
-        self.kind_L: Tokens = np.zeros(roofline.shape.num_layers, dtype=np.int64)
+        self.kind_B: Tokens = np.zeros(roofline.shape.num_rows, dtype=np.int64)
         self.head_s = roofline.head_s()
         self.most_tokens = float("inf")
         self.decode_step_s = roofline.decode_s
 
-    def layer_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
+    def row_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
         """See ``ChunkSource``."""
-        return self._roofline.layer_s(tokens, offsets)[:, None], self._roofline.kv_only_s(tokens)[:, None]
+        full_s, kv_only_s = self._roofline.row_s(tokens, offsets)
+        return full_s[:, None], kv_only_s[:, None]
 
 
 class MeasuredSource:
@@ -177,29 +181,40 @@ class MeasuredSource:
     same products and the same pairs of query and key, but on a GPU too little memory traffic for long contexts.
     """
 
-    def __init__(self, table: CostTable) -> None:
-        """Take the table."""
-        names = sorted(table.kinds)
-        self._grids = [table.kinds[name] for name in names]
-        self.kind_L: Tokens = np.array([names.index(kind) for kind in table.layer_kinds], dtype=np.int64)
-        self.head_s = table.head_s
-        self._layers_N = np.bincount(self.kind_L, minlength=len(names))
-        self._least_tokens = max(grid.chunk_tokens[0] for grid in self._grids)
-        self.most_tokens = float(min(grid.chunk_tokens[-1] for grid in self._grids))
+    def __init__(self, table: CostTable, *, row_layers: int = 1) -> None:
+        """Take the table; a row has ``row_layers`` layers.
 
-    def layer_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
+        Raises:
+            ConfigError: The table's layers are no whole rows.
+        """
+        if len(table.layer_kinds) % row_layers:
+            raise ConfigError(f"costs of {len(table.layer_kinds)} layers, which are not whole rows of {row_layers}")
+        rows = [table.layer_kinds[lo : lo + row_layers] for lo in range(0, len(table.layer_kinds), row_layers)]
+        self._rows = sorted(set(rows))
+        self._grids = table.kinds
+        self.kind_B: Tokens = np.array([self._rows.index(row) for row in rows], dtype=np.int64)
+        self.head_s = table.head_s
+        self._rows_N = np.bincount(self.kind_B, minlength=len(self._rows))
+        self._least_tokens = max(grid.chunk_tokens[0] for grid in table.kinds.values())
+        self.most_tokens = float(min(grid.chunk_tokens[-1] for grid in table.kinds.values()))
+
+    def row_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
         """See ``ChunkSource``; a chunk shorter than the shortest measured costs as much as that one."""
         at_least = np.maximum(tokens, self._least_tokens).tolist()
-        full = [grid.full_many_s(at_least, offsets.tolist()) for grid in self._grids]
-        kv_only = [grid.kv_only_many_s(at_least, offsets.tolist()) for grid in self._grids]
-        return np.column_stack(full), np.column_stack(kv_only)
+        full = {kind: grid.full_many_s(at_least, offsets.tolist()) for kind, grid in self._grids.items()}
+        kv_only = {kind: grid.kv_only_many_s(at_least, offsets.tolist()) for kind, grid in self._grids.items()}
+        below = [sum((full[kind] for kind in row[:-1]), np.zeros(len(tokens))) for row in self._rows]
+        return (
+            np.column_stack([each + full[row[-1]] for each, row in zip(below, self._rows, strict=True)]),
+            np.column_stack([each + kv_only[row[-1]] for each, row in zip(below, self._rows, strict=True)]),
+        )
 
     def decode_step_s(self, num_requests: int, context_tokens: int) -> float:
         """See ``ModelCosts``."""
         if num_requests == 0:
             return 0.0
-        full, _ = self.layer_s(np.array([num_requests]), np.array([context_tokens // num_requests]))
-        return float(full[0] @ self._layers_N) + self.head_s
+        full, _ = self.row_s(np.array([num_requests]), np.array([context_tokens // num_requests]))
+        return float(full[0] @ self._rows_N) + self.head_s
 
 
 class PublishedSource(MeasuredSource):
@@ -227,7 +242,7 @@ def measured_costs(table: CostTable, shape: ModelShape, *, path: str, chunk_toke
     Raises:
         ConfigError: The shape does not fit the profile, or the profile does not reach chunks of this size.
     """
-    source, gpu = MeasuredSource(table), table.identity.device
+    source, gpu = MeasuredSource(table, row_layers=shape.row_layers), table.identity.device
     return _checked(ChunkCosts(source, shape, gpu=gpu, name=f"measured:{path}", chunk_tokens=chunk_tokens))
 
 
@@ -235,7 +250,8 @@ def published_costs(costs: PublishedCosts, shape: ModelShape, *, chunk_tokens: i
     """Costs that others published.
 
     Raises:
-        ConfigError: The shape does not fit them, or they do not reach chunks of this size.
+        ConfigError: The shape does not fit them, or they do not reach chunks of this size. Nobody published those of a
+            hybrid model's layers by kind.
     """
     source, gpu = PublishedSource(costs), costs.table.identity.device
     return _checked(ChunkCosts(source, shape, gpu=gpu, name=costs.source, chunk_tokens=chunk_tokens))
@@ -245,7 +261,7 @@ def _checked(costs: ChunkCosts) -> ChunkCosts:
     """The same costs, if they hold the first chunk."""
     try:
         costs.problem(
-            Grid(chunk_ends=(costs.chunk_tokens,), num_blocks=costs.shape.num_layers),
+            Grid(chunk_ends=(costs.chunk_tokens,), num_blocks=costs.shape.num_rows),
             link=LinkCost(bytes_per_s=float("inf")),
         )
     except CostRangeError as error:

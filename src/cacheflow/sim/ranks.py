@@ -37,7 +37,7 @@ class RankCosts:
         self._layout = replace(layout, link_per_rank=True)
 
     def problem(self, grid: Grid, *, link: LinkCost) -> RestoreProblem:
-        """See ``ModelCosts``; ``grid`` has the whole model's layers, the problem those of the stage."""
+        """See ``ModelCosts``; ``grid`` has the whole model's rows, the problem those of the stage."""
         whole = self._costs.problem(grid, link=link)
         handed = stage_problems(whole, self.shape, self._layout, BoundarySource.HANDED_OVER)
         chosen = _slowest(handed)
@@ -45,12 +45,12 @@ class RankCosts:
             stored = stage_problems(whole, self.shape, self._layout, BoundarySource.STORED)
             ways = {BoundarySource.STORED: _slowest_times(stored), BoundarySource.HANDED_OVER: _slowest_times(handed)}
             chosen = _slowest(stored if sooner(ways) is BoundarySource.STORED else handed)
-        num_layers, own = self.shape.num_layers, chosen.problem.grid.num_blocks
+        num_rows, own = self.shape.num_rows, chosen.problem.grid.num_blocks
         tp = self._layout.tensor_parallel_size
         return replace(
             chosen.problem,
             grid=replace(chosen.problem.grid, suffix_ends=grid.suffix_ends),
-            suffix_B=whole.suffix_B[num_layers - own :] / tp,
+            suffix_B=whole.suffix_B[num_rows - own :] / tp,
             head_s=whole.head_s / tp,
         )
 
@@ -65,7 +65,7 @@ class RankCosts:
     def elsewhere_s(self, problem: RestoreProblem) -> float:
         """Seconds that a first token needs in the other stages, and, handed over, until the first chunk came up."""
         own = problem.grid.num_blocks
-        new_s = float(problem.suffix_B.sum()) * (self.shape.num_layers / own - 1.0)
+        new_s = float(problem.suffix_B.sum()) * (self.shape.num_rows / own - 1.0)
         waits = problem.grid.num_chunks > 0 and not problem.boundary_bytes_K.any()
         return new_s + (_fill_s(problem, self._layout) if waits else 0.0)
 

@@ -201,7 +201,7 @@ class Replica:
         tokens = self._spec.block_tokens
         grid = Grid(
             chunk_ends=regular_ends(hit * tokens, known * tokens, tokens),
-            num_blocks=self._costs.shape.num_layers,
+            num_blocks=self._costs.shape.num_rows,
             suffix_ends=regular_ends(known * tokens, request.input_tokens, self._pass_tokens),
             start=hit * tokens,
         )

@@ -65,7 +65,8 @@ class RunResult:
         host_bytes: Bytes moved from host tiers.
         wasted_bytes: Bytes of both that were not used.
         hit_tokens: Prompt tokens found in GPU memory.
-        loaded_tokens: Tokens restored by loading; cells counted as their share of a token's bytes.
+        loaded_tokens: Tokens restored by loading; cells counted as their share of a token's bytes, a hybrid's
+            checkpoint as loaded to the same share as all of the prefix.
         recomputed_tokens: Tokens restored by compute.
         new_tokens: Prompt tokens that nobody held.
         output_tokens: Tokens of answers.
@@ -125,14 +126,16 @@ class Tally:
         first_arrival_s: When the first request came.
     """
 
-    def __init__(self, *, slo_ttft_s: float, kv_bytes_per_token: int) -> None:
+    def __init__(self, *, slo_ttft_s: float, kv_bytes_per_token: int, checkpoint_bytes: int = 0) -> None:
         """Start empty.
 
         Args:
             slo_ttft_s: A first token within this is good.
             kv_bytes_per_token: To count loaded bytes in tokens.
+            checkpoint_bytes: What a prefix of a hybrid model has besides.
         """
         self._slo_s, self._token_bytes = slo_ttft_s, kv_bytes_per_token
+        self._checkpoint_bytes, self._loaded_states = checkpoint_bytes, 0.0
         self.ttfts_s = array("d")
         self.first_arrival_s = math.inf
         self._ttlt = LogHistogram()
@@ -155,6 +158,9 @@ class Tally:
         self._input += served.request.input_tokens
         self._output += served.request.output_tokens
         self._loaded_bytes += served.loaded_bytes
+        if self._checkpoint_bytes and served.restored_tokens:
+            whole_bytes = served.restored_tokens * self._token_bytes + self._checkpoint_bytes
+            self._loaded_states += self._checkpoint_bytes * min(1.0, served.loaded_bytes / whole_bytes)
         self._wasted_bytes += served.wasted_bytes
 
     def result(self, resources: Resources, *, end_s: float) -> RunResult:
@@ -167,7 +173,7 @@ class Tally:
         simulated_s = max(end_s - self.first_arrival_s, 1e-12)
         p50_s, p90_s, p99_s, max_s = percentiles_s(self.ttfts_s, (50.0, 90.0, 99.0, 100.0))
         device_s = simulated_s * resources.num_replicas
-        loaded_tokens = self._loaded_bytes / self._token_bytes
+        loaded_tokens = (self._loaded_bytes - self._loaded_states) / self._token_bytes
         return RunResult(
             num_requests=len(self),
             simulated_s=simulated_s,

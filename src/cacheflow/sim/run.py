@@ -56,7 +56,11 @@ def simulate(
         ConfigError: A request fits no replica.
         CostRangeError: A cost outside of what was measured.
     """
-    tally = Tally(slo_ttft_s=config.slo_ttft_s, kv_bytes_per_token=costs.shape.kv_bytes_per_token)
+    tally = Tally(
+        slo_ttft_s=config.slo_ttft_s,
+        kv_bytes_per_token=costs.shape.kv_bytes_per_token,
+        checkpoint_bytes=costs.shape.checkpoint_bytes,
+    )
 
     def count(served: Served) -> None:
         tally.add(served)

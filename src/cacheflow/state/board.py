@@ -10,6 +10,7 @@ import math
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 
@@ -175,6 +176,12 @@ class Board:
     def recurrent_blocks(self, num_blocks: int) -> int:
         """How many of the first blocks must be recomputed for the states of the recurrent ones among them."""
         return max((block + 1 for block in self._passed_B if block < num_blocks), default=0)
+
+    def open_KB(self) -> npt.NDArray[np.bool_]:
+        """Which cells nobody has claimed."""
+        rows_BK = np.array([np.frombuffer(row, dtype=np.uint8) for row in self._rows_BK])
+        open_BK: npt.NDArray[np.bool_] = rows_BK == CellState.OPEN
+        return open_BK.T
 
     def num_in(self, state: CellState) -> int:
         """Number of cells in a state."""

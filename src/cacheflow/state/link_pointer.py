@@ -12,13 +12,15 @@ expected to reach before the link does, because reading a boundary takes the lin
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cacheflow.plan.grid import Boundary, Cell, Tile
 from cacheflow.plan.plan import Share
-from cacheflow.plan.problem import BoundarySource
+from cacheflow.plan.problem import BoundarySource, RestoreProblem
+from cacheflow.plan.staircase import Mask, marginal_compute_KB
 from cacheflow.state.board import Board, Boundaries, BoundaryState, CellState
 from cacheflow.state.compute_pointer import bottom_row_pays
 from cacheflow.state.compute_side import ComputeSide
@@ -34,11 +36,53 @@ CHUNKS_AHEAD = 1
 
 @dataclass(frozen=True, slots=True)
 class MeetingPoint:
-    """Where compute and the link are expected to meet: compute takes chunks below ``chunk`` and its first blocks."""
+    """Where compute and the link are expected to meet: compute takes chunks below ``chunk`` and its first blocks.
+
+    Attributes:
+        levels_K: What compute takes of each chunk, of bottom blocks, where those are not whole chunks; empty where
+            they are.
+    """
 
     chunk: int
     block: int
     link_left_s: float
+    levels_K: tuple[int, ...] = ()
+
+
+class _CellSequence:
+    """Every cell of a grid in the sequence in which compute takes them. Shape ``N``: cells."""
+
+    def __init__(self, problem: RestoreProblem, sequence: Sequence[Tile]) -> None:
+        """Price the cells; every prefix of the sequence is a staircase that costs the sum of its cells."""
+        cells = [cell for tile in sequence for cell in tile.cells()]
+        self._num_chunks = problem.grid.num_chunks
+        self._chunk_N = np.array([cell.chunk for cell in cells], dtype=np.int64)
+        self._block_N = np.array([cell.block for cell in cells], dtype=np.int64)
+        self._compute_N = marginal_compute_KB(problem)[self._chunk_N, self._block_N]
+        self._bytes_N = problem.load_bytes_KB[self._chunk_N, self._block_N]
+
+    def meeting(
+        self, open_KB: Mask, *, compute_s: float, factor: float, link_s: float, top_s: float, bytes_per_s: float
+    ) -> MeetingPoint:
+        """Where compute from the front and the link from the back end together.
+
+        Args:
+            open_KB: Cells that nobody has claimed.
+            compute_s: Seconds that compute needs besides.
+            factor: Compute takes this many times as long as predicted.
+            link_s: Seconds that the link needs besides.
+            top_s: Seconds that follow the last byte.
+            bytes_per_s: The link's bandwidth.
+        """
+        open_N = open_KB[self._chunk_N, self._block_N]
+        compute_N = compute_s + np.cumsum(self._compute_N * open_N) * factor
+        bytes_N = self._bytes_N * open_N
+        link_N = (bytes_N.sum() - np.cumsum(bytes_N)) / bytes_per_s + link_s
+        late = np.flatnonzero(compute_N >= link_N + top_s)
+        last = int(late[0]) if late.size else len(open_N) - 1
+        levels_K = np.zeros(self._num_chunks, dtype=np.int64)
+        np.maximum.at(levels_K, self._chunk_N[: last + 1], self._block_N[: last + 1] + 1)
+        return MeetingPoint(0, 0, float(link_N[last]), tuple(levels_K.tolist()))
 
 
 class LinkPointer:
@@ -53,6 +97,10 @@ class LinkPointer:
         self._queue: deque[Cell] = deque()
         self._chunk_bytes = float(problem.load_bytes_KB.sum(axis=1).max(initial=0))
         self._cell_bytes = int(problem.load_bytes_KB.max(initial=0))
+        # A wider staircase than whole chunks: compute comes to the bottom of the last chunks too. Only with recurrent
+        # blocks, of which it can take nothing back from the link.
+        wide = board.recurrent and any(tile.block_lo for tile in self._plan.compute_sequence)
+        self._cell_sequence = _CellSequence(problem, self._plan.compute_sequence) if wide else None
         self._only_compute_K: list[list[int]] = []
         """Blocks of each chunk that the plan leaves to compute alone, where boundary states are read."""
         if boundaries.source is BoundarySource.STORED:
@@ -179,11 +227,14 @@ class LinkPointer:
         """Lowest block first, tail chunk first within it, among the cells compute is not expected to reach."""
         board, compute = self._board, self._compute
         # One block above: a cell taken at the meeting point itself would stop compute there for good.
-        chunk_lo, block_lo = (0, 0) if compute.stopped else (meeting.chunk, meeting.block + 1)
+        chunk_lo, block_lo = (0, 0) if compute.stopped or meeting.levels_K else (meeting.chunk, meeting.block + 1)
+        least_K = compute.demand_K
+        if meeting.levels_K:
+            least_K = [max(pair) for pair in zip(compute.demand_K, meeting.levels_K, strict=True)]
         for block in range(1 if self._bottom_row_pays() else 0, board.num_blocks):
             first = chunk_lo if block >= block_lo else chunk_lo + 1
             chunk = board.last_open_chunk(block, chunk_lo=first)
-            while chunk is not None and block < compute.demand_K[chunk]:
+            while chunk is not None and block < least_K[chunk]:
                 chunk = next((c for c in range(chunk - 1, first - 1, -1) if self._loadable(c, block)), None)
             if chunk is not None:
                 return Cell(chunk, block)
@@ -225,6 +276,15 @@ class LinkPointer:
         after_s = compute.suffix_left_s() + compute.left_s(now_s)
         if compute.stopped:
             return MeetingPoint(0, 0, link.load_s(board.open_bytes))
+        if self._cell_sequence is not None:
+            return self._cell_sequence.meeting(
+                board.open_KB(),
+                compute_s=after_s,
+                factor=factor,
+                link_s=link.in_flight_bytes / bytes_per_s + link.others_s,
+                top_s=compute.top_suffix_s * factor,
+                bytes_per_s=bytes_per_s,
+            )
         open_compute_K, open_bytes_K = board.open_compute_K, board.open_bytes_K
         if self._bottom_row_pays():
             after_s += board.bottom_compute_s * factor

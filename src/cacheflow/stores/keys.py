@@ -93,6 +93,8 @@ class ObjectKind(Enum):
 
     KV = "kv"
     """Keys and values of one chunk in a range of layers."""
+    STATE = "state"
+    """Running states of the recurrent layers in a range of layers, at the end of a chunk."""
     HIDDEN = "hidden"
     """Boundary hidden states of one chunk: the input of layer ``layer_lo``."""
     NEXT = "next"
@@ -140,7 +142,7 @@ class ObjectKey:
             ``IDENTITY``: zeros).
         kind: What the object holds.
         layer_lo: First layer; 0 for ``NEXT`` and ``IDENTITY``.
-        layer_hi: One past the last layer; for every kind but ``KV`` equal to ``layer_lo``.
+        layer_hi: One past the last layer; equal to ``layer_lo`` but for ``KV`` and ``STATE``.
         shard: Which rank's part.
         name: Canonical string of letters, digits, ``.``, ``-`` and ``_``: a file name, and what equality rests on.
     """
@@ -167,7 +169,7 @@ class ObjectKey:
         empty_range = self.layer_lo == self.layer_hi
         if (
             not 0 <= self.layer_lo <= self.layer_hi
-            or empty_range == (self.kind is ObjectKind.KV)
+            or empty_range == (self.kind in (ObjectKind.KV, ObjectKind.STATE))
             or (of_no_layer and self.layer_hi)
         ):
             raise ConfigError(f"layers [{self.layer_lo}, {self.layer_hi}) do not fit a {self.kind.value} object")
@@ -214,10 +216,20 @@ class RankKeys:
             chain_hash: Hex.
             layers: ``[lo, hi)``, counted from the stage's first layer.
         """
+        return self._of_layers(ObjectKind.KV, namespace, chain_hash, layers)
+
+    def states(self, namespace: str, chain_hash: str, layers: tuple[int, int]) -> ObjectKey:
+        """Key of the running states of recurrent layers, given the chain hash (hex) at their position.
+
+        Arguments as in ``kv``. The states' dtype is part of the namespace.
+        """
+        return self._of_layers(ObjectKind.STATE, namespace, chain_hash, layers)
+
+    def _of_layers(self, kind: ObjectKind, namespace: str, chain_hash: str, layers: tuple[int, int]) -> ObjectKey:
         return ObjectKey(
             namespace=namespace,
             chain_hash=chain_hash,
-            kind=ObjectKind.KV,
+            kind=kind,
             layer_lo=self.first_layer + layers[0],
             layer_hi=self.first_layer + layers[1],
             shard=Shard(tp_rank=0 if self.replicated else self.shard.tp_rank, tp_size=self.shard.tp_size),

@@ -283,3 +283,34 @@ def test_a_results_file_with_a_damaged_line_is_named_and_left_alone(bench, tmp_p
     assert cli.main(argv) == 2
     assert "results.jsonl, line 5: not JSON" in capsys.readouterr().err
     assert results.read_text() == damaged
+
+
+def test_a_hybrid_shape_of_random_weights_is_measured(bench, tmp_path):
+    config = {
+        "model_type": "qwen3_5_text", "head_dim": 16, "hidden_size": 64, "intermediate_size": 96,
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2,
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_value_head_dim": 16, "num_attention_heads": 4, "num_hidden_layers": 8,
+        "num_key_value_heads": 2, "vocab_size": 320,
+    }  # fmt: skip
+    path = tmp_path / "small-hybrid.json"
+    path.write_text(json.dumps(config))
+    options = ("--tokens", "192", "--chunk", "64", "--suffix", "16", "--repeats", "1", "--ratios", "1")
+    code, records, shown = bench(*options, model=("--shape", str(path)))
+    assert code == 0
+    assert Counter(record.policy for record in records) == dict.fromkeys(RESTORE_POLICIES, 2)
+    assert all(record.correct and record.layers_per_block == 4 for record in records)
+    assert "4 layers a block" in shown
+
+
+def test_what_a_hybrid_cannot_have_is_said_in_one_line(tmp_path, capsys):
+    from support.embedded_cases import save_tiny
+
+    folder = save_tiny(tmp_path / "hybrid", "qwen3_5_text")
+    words = ["bench", "restore", "--out", str(tmp_path / "out"), "--model", str(folder), "--tokens", "128"]
+    assert cli.main([*words, "--chunk", "96"]) == 2
+    assert "chunk_tokens is 96, must be a multiple of 64" in capsys.readouterr().err
+    assert cli.main([*words, "--chunk", "64", "--layers-per-block", "2"]) == 2
+    assert "blocks of 2 layers, must be a multiple of 4" in capsys.readouterr().err
+    assert cli.main(["bench", "batch", "--out", str(tmp_path / "out"), "--model", str(folder)]) == 2
+    assert "serves no hybrid models" in capsys.readouterr().err

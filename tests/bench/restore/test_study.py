@@ -369,3 +369,50 @@ def test_a_round_is_done_when_every_policy_of_it_is_on_record(study):
         assert ratio_on_record(study, others, suite="restore", bytes_per_s=link) is None, changes
         assert ratio_on_record(study, [*others, *records], suite="restore", bytes_per_s=link) == 1.0
     assert ratio_on_record(study, records, suite="restore", bytes_per_s=math.inf) is None
+
+
+def hybrid_study(**options):
+    from cacheflow.bench.restore.study import Study, StudyOptions
+    from support.embedded_cases import PATIENT, random_tokens, tiny
+
+    model, values = tiny("qwen3_5_text", "bfloat16"), {"executor": PATIENT, "cost_repeats": 1, **options}
+    options = StudyOptions(num_tokens=320, suffix_tokens=40, chunk_tokens=64, layers_per_block=4, **values)
+    return Study(model, random_tokens(360), options=options, link=new_link(model))
+
+
+@pytest.mark.parametrize("with_suffix", [False, True])
+def test_every_policy_restores_a_hybrid_exactly(with_suffix):
+    study = hybrid_study()
+    study.prepare()
+    shape = study.model.shape
+    assert study.prefix_bytes == 320 * shape.kv_bytes_per_token + shape.checkpoint_bytes
+    problem = study.problem(with_suffix=with_suffix, bytes_per_s=1e9)
+    assert problem.load_bytes_KB.sum() == study.prefix_bytes
+    assert problem.recurrent_B.all()
+    for name in RESTORE_POLICIES:
+        for ratio in (0.5, 2.0):
+            assert study.run(make_policy(name), with_suffix=with_suffix, bytes_per_s=study.bytes_per_s(ratio)).correct
+    study.close()
+
+
+@pytest.mark.parametrize("spoiled", ["none", "noise"])
+@pytest.mark.parametrize("with_suffix", [False, True])
+def test_a_wrong_checkpoint_is_found_out(monkeypatch, spoiled, with_suffix):
+    from cacheflow.engine.running_states import RunningStates
+
+    study = hybrid_study()
+    study.prepare()
+    place = RunningStates.write_payload
+
+    def spoil(states, payload, layers):
+        if spoiled == "noise":
+            place(states, payload, layers)
+        for layer in range(*layers):
+            if study.model.shape.is_recurrent(layer):
+                states.delta(layer).mul_(0.95) if spoiled == "noise" else states.delta(layer).zero_()
+
+    monkeypatch.setattr(RunningStates, "write_payload", spoil)
+    run = study.run(make_policy("load"), with_suffix=with_suffix, bytes_per_s=study.bytes_per_s(0.1))
+    assert not run.kv_equal
+    assert run.logits_equal is not with_suffix
+    study.close()

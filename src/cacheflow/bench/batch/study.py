@@ -93,8 +93,10 @@ class BatchStudy:
         """Take the text; ``prepare`` does the work.
 
         Raises:
-            ConfigError: Too few tokens, or a prompt is longer than the model allows.
+            ConfigError: Too few tokens, a prompt is longer than the model allows, or the model is a hybrid.
         """
+        if model.shape.row_layers > 1:
+            raise ConfigError(f"bench batch serves no hybrid models such as {model.name}; bench restore does")
         longest = max(options.lengths) + options.suffix_tokens
         if longest > model.max_tokens or len(tokens) < options.num_tokens:
             raise ConfigError(

@@ -35,11 +35,11 @@ class Place:
         return find_model(self.model)
 
     def problem(self, *, num_tokens: int, suffix_tokens: int) -> RestoreProblem:
-        """What one restoration costs, one layer a block; new tokens run in the engine's own passes."""
+        """What one restoration costs, one row of layers a block; new tokens run in the engine's own passes."""
         gpu, shape = find_gpu(self.gpu), self.shape
         grid = Grid(
             chunk_ends=regular_ends(0, num_tokens, self.chunk_tokens or num_tokens),
-            num_blocks=shape.num_layers,
+            num_blocks=shape.num_rows,
             suffix_ends=regular_ends(num_tokens, num_tokens + suffix_tokens, PREFILL_CHUNK_TOKENS),
         )
         link = LinkCost(bytes_per_s=min(self.gbps * 1e9 / 8, gpu.pcie_bytes_per_s))

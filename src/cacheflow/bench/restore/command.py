@@ -50,7 +50,10 @@ class RestoreFlags(EmbeddedFlags):
         "(default with --device cuda: 10,40,80,inf)", metavar="G,G,...", above=0,
     )  # fmt: skip
     tokens: tuple[int, ...] = option((4096,), "prefix", metavar="N,N,...", above=0)
-    layers_per_block: int = option(1, metavar="N", at_least=1)
+    layers_per_block: int | None = option(
+        None, "layers of a block (default: 1; of a hybrid model from one attention layer to the next)", metavar="N",
+        at_least=1,
+    )  # fmt: skip
     policies: tuple[str, ...] = option(
         tuple(RESTORE_POLICIES), metavar="P,P,...", known=("policy", tuple(RESTORE_POLICIES))
     )
@@ -154,7 +157,7 @@ def open_study(flags: RestoreFlags, num_tokens: int) -> Study:
         num_tokens=num_tokens,
         suffix_tokens=flags.suffix,
         chunk_tokens=flags.chunk,
-        layers_per_block=flags.layers_per_block,
+        layers_per_block=model.shape.layers_of_block(flags.layers_per_block),
     )
     folder = str(flags.out / "store") if flags.store == "file" else None
     on_gpu = flags.device == "cuda"

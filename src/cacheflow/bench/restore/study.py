@@ -17,12 +17,13 @@ import torch
 from cacheflow.bench.restore.link import LinkDrop, StudyLink
 from cacheflow.embedded.restorer import Restored, Restorer, RestoreRequest
 from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.families import require_chunk_tokens
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid, num_layer_blocks
-from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.plan.problem import LinkCost, RestoreProblem, cell_bytes_KB, recurrent_B
 from cacheflow.plan.rates import LiveRates
 from cacheflow.policies.base import RestorePolicy
 from cacheflow.policies.registry import make_policy
@@ -55,7 +56,10 @@ class StudyOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRun:
-    """One restoration and whether it was exact; ``kv_equal`` and ``logits_equal`` are ``torch.equal``."""
+    """One restoration and whether it was exact; ``kv_equal`` and ``logits_equal`` are ``torch.equal``.
+
+    ``kv_equal`` holds for the running states of recurrent layers too.
+    """
 
     restored: Restored
     kv_equal: bool
@@ -87,8 +91,9 @@ class Study:
         """Take the prompt; ``prepare`` does the work.
 
         Raises:
-            ConfigError: Too few tokens, or more than the model allows.
+            ConfigError: Too few tokens, more than the model allows, or chunks that a hybrid model cannot have.
         """
+        require_chunk_tokens(model.shape, options.chunk_tokens)
         total = options.num_tokens + options.suffix_tokens
         if len(tokens) < total or total > model.max_tokens:
             raise ConfigError(
@@ -107,6 +112,7 @@ class Study:
         self._link = link
         self._kv = self.runner.new_kv(total)
         self._reference = self.runner.new_kv(total)
+        self._checkpoint = self.runner.new_states()
         self._logits: torch.Tensor | None = None
         self._costs: dict[ChunkPoint, ChunkCost] = {}
         self._head_s = 0.0
@@ -125,8 +131,7 @@ class Study:
             StoreError: The prefix could not be saved.
         """
         ends = (*self.grid.chunk_ends, *self.grid.suffix_ends)
-        self._logits = self.runner.prefill(self.tokens, ends, self._reference)
-        self._link.save(self._reference, self._geometry(self._prefix_grid()), self.tokens)
+        self._logits = self.runner.prefill(self.tokens, ends, self._reference, on_chunk=self._save_prefix)
         meter = CostMeter(self.runner, max_tokens=len(self.tokens))
         self._costs = meter.measure_chunks(self._points(), repeats=self.options.cost_repeats, on_step=on_step)
         self._head_s = meter.measure_head_s()
@@ -150,20 +155,28 @@ class Study:
         costs = [self._costs[point] for point in chunk_points(self.grid.chunk_ends)]
         suffix = chunk_points(self.grid.suffix_ends, start=self.grid.num_tokens) if with_suffix else ()
         geometry = self._geometry(grid)
-        layers_B = np.array([hi - lo for lo, hi in map(geometry.layers, range(grid.num_blocks))])
-        tokens_K = np.array([hi - lo for lo, hi in map(grid.chunk_range, range(grid.num_chunks))])
-        # A block for keys and values only still runs its lower layers in full.
+        rows_B = np.array([(hi - lo) // shape.row_layers for lo, hi in map(geometry.layers, range(grid.num_blocks))])
+        # A block for keys and values only still runs its lower rows in full.
         full_K = np.array([cost.full_s for cost in costs]) * drift
         kv_only_K = np.array([cost.kv_only_s for cost in costs]) * drift
         return RestoreProblem(
             grid=grid,
-            compute_KB=np.outer(full_K, layers_B),
-            kv_only_KB=np.outer(full_K, layers_B - 1) + kv_only_K[:, None],
-            load_bytes_KB=np.outer(tokens_K, layers_B) * shape.kv_bytes_per_token_layer,
+            compute_KB=np.outer(full_K, rows_B),
+            kv_only_KB=np.outer(full_K, rows_B - 1) + kv_only_K[:, None],
+            load_bytes_KB=cell_bytes_KB(shape, grid, layers_per_block=self.options.layers_per_block),
             link=LinkCost(bytes_per_s=bytes_per_s),
-            suffix_B=sum(self._costs[point].full_s for point in suffix) * drift * layers_B.astype(np.float64),
+            suffix_B=sum(self._costs[point].full_s for point in suffix) * drift * rows_B.astype(np.float64),
             head_s=self._head_s * drift if with_suffix else 0.0,
+            recurrent_B=recurrent_B(shape, layers_per_block=self.options.layers_per_block),
         )
+
+    def _save_prefix(self, end: int) -> None:
+        """Save the prefix where it ends, as long as the checkpoint is that of its end."""
+        if end != self.grid.num_tokens:
+            return
+        self._link.save(self._reference, self._geometry(self._prefix_grid()), self.tokens)
+        if self._checkpoint is not None and self._reference.checkpoint is not None:
+            self._checkpoint.copy_from(self._reference.checkpoint)
 
     def recompute_s(self) -> float:
         """Measured seconds to recompute the whole prefix, every layer in full."""
@@ -171,8 +184,8 @@ class Study:
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes of the prefix's keys and values."""
-        return self.grid.num_tokens * self.model.shape.kv_bytes_per_token
+        """Bytes of the prefix's keys and values, and of a hybrid model's checkpoint."""
+        return self.grid.num_tokens * self.model.shape.kv_bytes_per_token + self.model.shape.checkpoint_bytes
 
     def bytes_per_s(self, ratio: float) -> float:
         """Bandwidth at which loading the prefix takes ``ratio`` times as long as recomputing it."""
@@ -226,15 +239,21 @@ class Study:
 
     def _checked(self, restored: Restored, num_tokens: int) -> StudyRun:
         kv, reference = self._kv.kv_L2THD[:, :, :num_tokens], self._reference.kv_L2THD[:, :, :num_tokens]
+        kv_equal = torch.equal(kv, reference) and self._same_states(at_end=num_tokens == len(self.tokens))
         logits, expected = restored.logits, self._logits
         if logits is None or expected is None:
-            return StudyRun(restored=restored, kv_equal=torch.equal(kv, reference), logits_equal=True, token_equal=True)
+            return StudyRun(restored=restored, kv_equal=kv_equal, logits_equal=True, token_equal=True)
         return StudyRun(
             restored=restored,
-            kv_equal=torch.equal(kv, reference),
+            kv_equal=kv_equal,
             logits_equal=torch.equal(logits, expected),
             token_equal=int(logits.argmax()) == int(expected.argmax()),
         )
+
+    def _same_states(self, *, at_end: bool) -> bool:
+        """Whether the running states are the reference's, at the end of the new tokens or of the prefix."""
+        restored, reference = self._kv.checkpoint, self._reference.checkpoint if at_end else self._checkpoint
+        return restored is None or reference is None or restored.equals(reference)
 
     def _prefix_grid(self) -> Grid:
         return replace(self.grid, suffix_ends=())
