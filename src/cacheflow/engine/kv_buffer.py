@@ -184,7 +184,46 @@ class ChunkCache:
         """Never: no state is taken back."""
         return False
 
+    # The same as transformers before 5.21 asks for it: off the layers of the cache.
+
+    def has_previous_state(self, layer_idx: int, state_idx: int = 0) -> bool:
+        """Whether a layer has a state: not at the first token."""
+        return self._lo > 0
+
+    @property
+    def layers(self) -> LayerStates:
+        """What the layers keep, by index."""
+        return LayerStates(self)
+
     @property
     def _running(self) -> RunningStates:
         assert self._states is not None, "a chunk of a model with recurrent layers runs with their states"
         return self._states
+
+
+class LayerStates:
+    """The states of one layer, once indexed by it, of a chunk; duck-typed to the layers of transformers' ``Cache``.
+
+    Attributes:
+        record_past: Never: no state is taken back.
+    """
+
+    record_past = False
+
+    def __init__(self, cache: ChunkCache, layer_idx: int = 0) -> None:
+        """Look at a chunk's cache."""
+        self._cache, self._layer_idx = cache, layer_idx
+
+    def __getitem__(self, layer_idx: int) -> LayerStates:
+        """The states of a layer."""
+        return LayerStates(self._cache, layer_idx)
+
+    @property
+    def conv_states(self) -> tuple[torch.Tensor | None]:
+        """The last inputs of its convolution, ``[1, C, W]``."""
+        return (self._cache.get_conv_state(self._layer_idx),)
+
+    @property
+    def recurrent_states(self) -> tuple[torch.Tensor | None]:
+        """Its state ``[1, H, K, V]``."""
+        return (self._cache.get_recurrent_state(self._layer_idx),)

@@ -68,6 +68,8 @@ class LayerRunner:
         """Rotary cos and sin of positions ``[token_lo, token_hi)`` from the model's own module, for all layers."""
         with torch.inference_mode():
             positions = torch.arange(token_lo, token_hi, device=self.model.device).unsqueeze(0)
+            if getattr(self._rotary, "mrope_section", None):
+                positions = positions.expand(3, -1, -1)  # of text the same in time, height and width
             like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
             return self._rotary(like, positions)  # type: ignore[no-any-return]
 
