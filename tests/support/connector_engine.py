@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cacheflow.vllm.plugin import CONNECTORS
 from support import kv_bytes
 from support.vllm_models import TINY
 
@@ -57,6 +58,7 @@ class ServingEngine:
 
     llm: object
     layout: object
+    groups: object
     num_requests: int = 0
     keeps_kv: bool = True
     answers: dict[str, Answer] = field(default_factory=dict)
@@ -159,7 +161,12 @@ class ServingEngine:
                 answer.params = output.kv_transfer_params
 
     def block_ids(self, name: str) -> list[int]:
-        return list(self.scheduler.kv_cache_manager.get_block_ids(self.internal_ids[name])[0])
+        return self.groups.kv_blocks(self.scheduler.kv_cache_manager.get_block_ids(self.internal_ids[name]))
+
+    def state_blocks(self, name: str, num_tokens: int) -> tuple[int, ...]:
+        """Blocks of a request's running states after so many tokens, of a model with recurrent layers."""
+        by_group = self.scheduler.kv_cache_manager.get_block_ids(self.internal_ids[name])
+        return self.groups.state_blocks(by_group, num_tokens)
 
     def request(self, name: str):
         """VLLM's request; None once it ended."""
@@ -304,11 +311,12 @@ def ours(connector):
 
 def kv_caches_of(runner) -> dict[str, torch.Tensor]:
     """The KV blocks of each layer, bottom first, as vLLM registers them."""
+    from cacheflow.vllm.models.kv_groups import KvGroups
     from cacheflow.vllm.models.layers import owning_names
     from cacheflow.vllm.models.model_access import layer_number
 
     context = runner.vllm_config.compilation_config.static_forward_context
-    names = owning_names(context, runner.kv_cache_config.kv_cache_groups[0].layer_names)
+    names = owning_names(context, KvGroups.of(runner.kv_cache_config).attention_names)
     names.sort(key=layer_number)
     return {name: context[name].kv_cache for name in names}
 
@@ -328,10 +336,10 @@ def our_threads() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("cacheflow"))
 
 
-def kv_transfer_config(profile_dir: Path, options: dict) -> dict:
+def kv_transfer_config(profile_dir: Path, options: dict, connector: str = "CacheFlowConnector") -> dict:
     return {
-        "kv_connector": "CacheFlowConnector",
-        "kv_connector_module_path": "cacheflow.vllm.connector",
+        "kv_connector": connector,
+        "kv_connector_module_path": CONNECTORS[connector],
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
@@ -362,6 +370,7 @@ def serving_engine(
     dtype: str,
     chunk_tokens: int = 128,
     options: dict | None = None,
+    connector: str = "CacheFlowConnector",
     around: Callable[[dict], dict] | None = None,
     **overrides,
 ):
@@ -371,11 +380,12 @@ def serving_engine(
     """
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    from cacheflow.vllm.models.kv_groups import KvGroups
     from cacheflow.vllm.worker.layout import BlockLayout
 
     transfer = None
     if options is not None:
-        transfer = kv_transfer_config(folder / "profiles", {"chunk_tokens": chunk_tokens, **options})
+        transfer = kv_transfer_config(folder / "profiles", {"chunk_tokens": chunk_tokens, **options}, connector)
         transfer = transfer if around is None else around(transfer)
     llm = new_llm(folder, dtype=dtype, chunk_tokens=chunk_tokens, transfer=transfer, **overrides)
     try:
@@ -383,7 +393,7 @@ def serving_engine(
         runner = core.model_executor.driver_worker.worker.model_runner
         caches = kv_caches_of(runner)
         layout = BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=list(caches))
-        serving = ServingEngine(llm, layout)
+        serving = ServingEngine(llm, layout, KvGroups.of(runner.kv_cache_config))
         del core, runner, caches
         yield serving
         serving.llm = None
