@@ -259,7 +259,7 @@ class ChangingEngine:
                 self.num_computes[each.restore_id] += len(each.compute)
             if each.finish or each.cancel:
                 finished.append(each.restore_id)
-        failed |= self.state.end(finished)
+        failed.update(*self.state.end(finished).values())
         return RankReport(loads=tuple(loads), computes=tuple(computes), finished=tuple(finished)), failed
 
     def _copy(self, target) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cacheflow.vllm.plugin import CONNECTORS
 from support import kv_bytes
 from support.vllm_models import TINY
 
@@ -30,12 +31,17 @@ class Answer:
     Attributes:
         tokens: Output tokens.
         kv: KV bytes ``[L, blocks, P]`` of the prompt's whole blocks, when its first token was there; see ``kv_bytes``.
+        states: Bytes of the running states where the prompt's last whole block ends that leaves a token to compute, in
+            a model that has any.
+        logprobs: Log-probabilities of each output token and of the likeliest others, where they were asked for.
         params: The response's ``kv_transfer_params``.
         finish_reason: ``length``, ``abort``; None while it runs.
     """
 
     tokens: list[int] = field(default_factory=list)
     kv: np.ndarray | None = None
+    states: np.ndarray | None = None
+    logprobs: list[dict[int, float]] = field(default_factory=list)
     params: dict | None = None
     finish_reason: str | None = None
 
@@ -57,6 +63,8 @@ class ServingEngine:
 
     llm: object
     layout: object
+    groups: object
+    kv_caches: dict[str, torch.Tensor]
     num_requests: int = 0
     keeps_kv: bool = True
     answers: dict[str, Answer] = field(default_factory=dict)
@@ -116,6 +124,7 @@ class ServingEngine:
         salt: str | None = None,
         lora: object = None,
         media: dict | None = None,
+        logprobs: int | None = None,
     ) -> str:
         """Add a request; returns the name its answer has in ``answers``.
 
@@ -127,8 +136,9 @@ class ServingEngine:
         name = f"r{self.num_requests}"
         extra = None if params is None else {"kv_transfer_params": params}
         sampling = SamplingParams(
-            max_tokens=num_tokens, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra
-        )
+            max_tokens=num_tokens, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra,
+            logprobs=logprobs,
+        )  # fmt: skip
         prompt = {"prompt_token_ids": list(tokens)}
         if salt is not None:
             prompt["cache_salt"] = salt
@@ -151,15 +161,25 @@ class ServingEngine:
             answer = self.answers[output.request_id]
             completion = output.outputs[0]
             answer.tokens = list(completion.token_ids)
+            if completion.logprobs:
+                answer.logprobs = [{token: each.logprob for token, each in of.items()} for of in completion.logprobs]
             if self.keeps_kv and answer.kv is None and not output.finished:
-                block_ids = self.block_ids(output.request_id)
-                answer.kv = self.gather(block_ids[: len(self._prompts[output.request_id]) // self.layout.block_size])
+                block_ids, num_tokens = self.block_ids(output.request_id), len(self._prompts[output.request_id])
+                answer.kv = self.gather(block_ids[: num_tokens // self.layout.block_size])
+                if self.groups.states:
+                    end = (num_tokens - 1) // self.layout.block_size * self.layout.block_size
+                    answer.states = self.gather_states(self.state_blocks(output.request_id, end))
             if output.finished:
                 answer.finish_reason = completion.finish_reason
                 answer.params = output.kv_transfer_params
 
     def block_ids(self, name: str) -> list[int]:
-        return list(self.scheduler.kv_cache_manager.get_block_ids(self.internal_ids[name])[0])
+        return self.groups.kv_blocks(self.scheduler.kv_cache_manager.get_block_ids(self.internal_ids[name]))
+
+    def state_blocks(self, name: str, num_tokens: int) -> tuple[int, ...]:
+        """Blocks of a request's running states after so many tokens, of a model with recurrent layers."""
+        by_group = self.scheduler.kv_cache_manager.get_block_ids(self.internal_ids[name])
+        return self.groups.state_blocks(by_group, num_tokens)
 
     def request(self, name: str):
         """VLLM's request; None once it ended."""
@@ -233,6 +253,29 @@ class ServingEngine:
         assert self.scheduler.reset_prefix_cache()
         self.poison()
 
+    @property
+    def states(self):
+        """The running states of all recurrent layers, as one row; only in a model that has any."""
+        from cacheflow.vllm.models.model_access import layer_number
+        from cacheflow.vllm.worker.layout import BlockLayout, LayerView, blocks_first
+        from cacheflow.vllm.worker.state_blocks import StateBlocks
+
+        group_of = {name: index for index, names in enumerate(self.groups.state_names) for name in names}
+        names = sorted(group_of, key=layer_number)
+        count = self.layout.num_blocks
+        views = [LayerView(name, blocks_first(self.kv_caches[name], count, name=name)) for name in names]
+        return StateBlocks(
+            BlockLayout(views, block_size=self.layout.block_size, layout_name="states"),
+            group_L=[group_of[name] for name in names],
+            layers_R=[len(names)],
+            num_groups=len(self.groups.states),
+        )
+
+    def gather_states(self, blocks: Sequence[int]) -> np.ndarray:
+        out = np.empty(self.states.num_bytes(0, 1), dtype=np.uint8)
+        self.states.gather(0, 1, blocks, out)
+        return out
+
     def poison(self, block_ids: Sequence[int] | None = None) -> None:
         ids = list(range(self.layout.num_blocks)) if block_ids is None else list(block_ids)
         kv_bytes.fill(self.layout, ids, POISON)
@@ -252,7 +295,7 @@ class ServingEngine:
         worker_connector, runner = self.worker_connector, self.core.model_executor.driver_worker.worker.model_runner
         fresh = Starting(
             options=options, store=store, vllm_config=runner.vllm_config, kv_cache_config=runner.kv_cache_config,
-            kv_caches=kv_caches_of(runner),
+            kv_caches=self.kv_caches,
         )  # fmt: skip
         worker_connector.half, connector.options = fresh.worker(), options
         facts = worker_connector.half.facts
@@ -304,13 +347,32 @@ def ours(connector):
 
 def kv_caches_of(runner) -> dict[str, torch.Tensor]:
     """The KV blocks of each layer, bottom first, as vLLM registers them."""
+    from cacheflow.vllm.models.kv_groups import KvGroups
     from cacheflow.vllm.models.layers import owning_names
     from cacheflow.vllm.models.model_access import layer_number
 
     context = runner.vllm_config.compilation_config.static_forward_context
-    names = owning_names(context, runner.kv_cache_config.kv_cache_groups[0].layer_names)
+    names = owning_names(context, KvGroups.of(runner.kv_cache_config).attention_names)
     names.sort(key=layer_number)
     return {name: context[name].kv_cache for name in names}
+
+
+@contextmanager
+def registered_caches():
+    """What vLLM registers with our connectors meanwhile, by layer."""
+    from cacheflow.vllm.connector import CacheFlowConnector
+
+    caches, register = {}, CacheFlowConnector.register_kv_caches
+
+    def noting(self, kv_caches):
+        caches.update(kv_caches)
+        register(self, kv_caches)
+
+    CacheFlowConnector.register_kv_caches = noting
+    try:
+        yield caches
+    finally:
+        CacheFlowConnector.register_kv_caches = register
 
 
 def random_tokens(count: int, *, seed: int = 3) -> list[int]:
@@ -328,10 +390,10 @@ def our_threads() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("cacheflow"))
 
 
-def kv_transfer_config(profile_dir: Path, options: dict) -> dict:
+def kv_transfer_config(profile_dir: Path, options: dict, connector: str = "CacheFlowConnector") -> dict:
     return {
-        "kv_connector": "CacheFlowConnector",
-        "kv_connector_module_path": "cacheflow.vllm.connector",
+        "kv_connector": connector,
+        "kv_connector_module_path": CONNECTORS[connector],
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
@@ -362,6 +424,7 @@ def serving_engine(
     dtype: str,
     chunk_tokens: int = 128,
     options: dict | None = None,
+    connector: str = "CacheFlowConnector",
     around: Callable[[dict], dict] | None = None,
     **overrides,
 ):
@@ -371,20 +434,23 @@ def serving_engine(
     """
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    from cacheflow.vllm.models.kv_groups import KvGroups
     from cacheflow.vllm.worker.layout import BlockLayout
 
     transfer = None
     if options is not None:
-        transfer = kv_transfer_config(folder / "profiles", {"chunk_tokens": chunk_tokens, **options})
+        transfer = kv_transfer_config(folder / "profiles", {"chunk_tokens": chunk_tokens, **options}, connector)
         transfer = transfer if around is None else around(transfer)
-    llm = new_llm(folder, dtype=dtype, chunk_tokens=chunk_tokens, transfer=transfer, **overrides)
+    with registered_caches() as caches:
+        llm = new_llm(folder, dtype=dtype, chunk_tokens=chunk_tokens, transfer=transfer, **overrides)
     try:
         core = llm.llm_engine.engine_core.engine_core
         runner = core.model_executor.driver_worker.worker.model_runner
-        caches = kv_caches_of(runner)
-        layout = BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=list(caches))
-        serving = ServingEngine(llm, layout)
-        del core, runner, caches
+        attention = kv_caches_of(runner)
+        caches = caches or attention
+        layout = BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=list(attention))
+        serving = ServingEngine(llm, layout, KvGroups.of(runner.kv_cache_config), caches)
+        del core, runner, caches, attention
         yield serving
         serving.llm = None
     finally:

@@ -50,6 +50,9 @@ def _random(name: str, weight: torch.Tensor, generator: torch.Generator) -> torc
         return torch.ones(weight.shape)
     if "norm" in name:
         return (NORM_GAIN if "q_norm" in name or "k_norm" in name else 1.0) + 0.2 * noise
+    if name.endswith("A_log"):
+        # How fast a recurrent layer forgets: as slowly as here errors in its state show long after.
+        return torch.log(0.002 + 0.048 * torch.rand(weight.shape, generator=generator))
     if weight.ndim == 1:
         return BIAS * noise
     if "embed" in name or "lm_head" in name:

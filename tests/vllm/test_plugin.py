@@ -227,6 +227,9 @@ def test_the_connector_is_known_by_its_name(run, first):
 register()
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 register()
-assert KVConnectorFactory.registered == {"CacheFlowConnector": ("cacheflow.vllm.connector", "CacheFlowConnector")}
+assert KVConnectorFactory.registered == {
+    "CacheFlowConnector": ("cacheflow.vllm.connector", "CacheFlowConnector"),
+    "CacheFlowHybridConnector": ("cacheflow.vllm.hybrid_connector", "CacheFlowHybridConnector"),
+}
 """
     )

@@ -38,6 +38,10 @@ class RestoreTarget:
         next_token: Token id after the last chunk, which a drafter reads; None where nothing drafts.
         copied_from: KV blocks of another restoration, whose content is copied first over the blocks right before
             ``start``: what both share is restored once.
+        state_blocks: Of a model with recurrent layers the KV blocks in which their running states stand, one for each
+            group of them: while the prefix is recomputed, and at its end.
+        start_states: Blocks that hold the states at ``start``; they are copied first. None where nothing is recomputed
+            or ``start`` is 0.
     """
 
     restore_id: int
@@ -52,6 +56,8 @@ class RestoreTarget:
     layers_per_block: int = 1
     next_token: int | None = None
     copied_from: tuple[int, ...] = ()
+    state_blocks: tuple[int, ...] = ()
+    start_states: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the parts fit each other.

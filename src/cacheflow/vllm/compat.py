@@ -32,7 +32,8 @@ _RUNNER_ATTRIBUTES = (
     "vllm_config",
 )  # fmt: skip
 _GROUP_ATTRIBUTES = (
-    "backend", "build_metadata", "create_metadata_builders", "kernel_block_stride", "kv_cache_spec", "layer_names",
+    "backend", "build_metadata", "create_metadata_builders", "kernel_block_stride", "kv_cache_group_id",
+    "kv_cache_spec", "layer_names",
 )  # fmt: skip
 _METADATA_FIELDS = (
     "block_table_tensor", "causal", "is_prefilling", "max_query_len", "max_seq_len", "num_actual_tokens", "num_reqs",
@@ -105,6 +106,13 @@ def require_vllm(version: str) -> None:
     missing += [f"set_forward_context({name}=)" for name in _CONTEXT_ARGUMENTS if name not in arguments]
     if missing:
         raise ConfigError(f"vLLM {version} lacks {', '.join(missing)}; CacheFlow supports 0.32 and 0.33")
+
+
+def missing_for_local_states(kv_cache_manager: Any) -> list[str]:  # noqa: ANN401 -- vLLM's KVCacheManager
+    """What a KV cache manager lacks of what it takes to hold running states of vLLM's own prefix cache."""
+    pool = getattr(kv_cache_manager, "block_pool", None)
+    missing = [] if hasattr(kv_cache_manager, "get_computed_blocks") else ["get_computed_blocks"]
+    return missing + [f"block_pool.{name}" for name in ("touch", "free_blocks") if not hasattr(pool, name)]
 
 
 def require_runner(runner: Any) -> None:  # noqa: ANN401 -- a vLLM model runner

@@ -32,13 +32,14 @@ from cacheflow.vllm.child_handshakes import keep_handshakes_apart
 from cacheflow.vllm.compat import check_version
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.last_line import log_beside_vllm, reason_left
+from cacheflow.vllm.models.kv_groups import KvGroups
 from cacheflow.vllm.models.refusals import load_refusals, require_loadable
 from cacheflow.vllm.models.workers import worker_of
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.plugin import register
 from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
 from cacheflow.vllm.scheduler.side import SchedulerSide
-from cacheflow.vllm.scheduler.view import MediaSpan, RequestView, ScheduledRequest
+from cacheflow.vllm.scheduler.view import NO_STATES, MediaSpan, RequestView, ScheduledRequest, TargetStates
 from cacheflow.vllm.starting import Starting
 from cacheflow.vllm.startup.open_store import acquire_store, release_store
 from cacheflow.vllm.step import NOTHING, ModelNews, StepWork
@@ -115,16 +116,18 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        self.options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
+        given = transfer.kv_connector_extra_config
+        self.options = ConnectorOptions.parse(given)
         if role is KVConnectorRole.WORKER:  # which vLLM makes first
             _check_transfer(worker_of(vllm_config).vllm_config.kv_transfer_config)
         log_beside_vllm()
         check_version()
         require_loadable(load_refusals(vllm_config, kv_cache_config))
+        self._groups = KvGroups.of(kv_cache_config)
+        self.options = self._adapted(self.options, given)
         self.options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
         self.options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
-        self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
-        self.options.require_block_size(self._block_size)
+        self.options.require_block_size(self._groups.block_size)
         self._engine_id = str(transfer.engine_id)
         store = acquire_store(self._engine_id, self.options)
         self.half: Starting | SchedulerSide | WorkerSide = Starting(
@@ -132,6 +135,11 @@ class CacheFlowConnector(KVConnectorBase_V1):
         )
         self._to_carry_out: StepWork | None = None
         self._to_save: StepWork | None = None
+        self._has_start_states = True
+
+    def _adapted(self, options: ConnectorOptions, given: dict[str, Any]) -> ConnectorOptions:
+        """The options as they are for this engine, of those that were ``given``."""
+        return options
 
     # Scheduler side
 
@@ -173,36 +181,50 @@ class CacheFlowConnector(KVConnectorBase_V1):
         if not scheduler.knows(request.request_id):  # where vLLM has no on_new_request
             scheduler.new_request(_view(request))
         matched = scheduler.num_matched(
-            request.request_id, num_computed_tokens, num_preemptions=request.num_preemptions
+            request.request_id,
+            num_computed_tokens,
+            num_preemptions=request.num_preemptions,
+            has_start_states=self._has_start_states,
         )
         return matched, bool(matched)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Begin the restoration vLLM has set blocks aside for; none where another connector brings the prefix."""
         if num_external_tokens:
-            self._scheduler.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+            kv_blocks = self._groups.kv_blocks(blocks.get_block_ids())
+            end = len(kv_blocks) * self._groups.block_size
+            states = self._target_states(request.request_id, blocks, end)
+            self._scheduler.allocated(request.request_id, kv_blocks, num_external_tokens, states)
         elif not request.skip_reading_prefix_cache:
             stats = request.prefill_stats
             self._scheduler.passed_over(
                 request.request_id, num_loaded=None if stats is None else stats.num_external_cached_tokens
             )
 
+    def _target_states(self, request_id: str, blocks: Any, end: int) -> TargetStates:
+        """Where the running states of a request stand whose blocks were set aside up to token ``end``."""
+        return NO_STATES
+
     def build_connector_meta(self, scheduler_output: Any) -> CacheFlowMetadata:
         """This step's work for the workers."""
+        groups = self._groups
         work = self._scheduler.step(
             _scheduled(scheduler_output),
-            lambda request_id: self._block_ids(scheduler_output, request_id),
+            lambda name: groups.kv_blocks(self._block_ids(scheduler_output, name)),
             num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
+            state_blocks_of=lambda name, end: groups.state_blocks(self._block_ids(scheduler_output, name), end),
+            preempted=sorted(scheduler_output.preempted_req_ids or ()),
         )
         return CacheFlowMetadata(work, loads_first=scheduler_output.has_sync_kv_loads)
 
-    def _block_ids(self, scheduler_output: Any, request_id: str) -> list[int]:
+    def _block_ids(self, scheduler_output: Any, request_id: str) -> tuple[list[int], ...]:
+        """A request's blocks by KV cache group."""
         state = getattr(scheduler_output, "kv_connector_block_state", None)
         block_ids = state.get_block_ids(request_id) if state is not None else None
         if block_ids is None:
             assert self._kv_cache_manager is not None, "vLLM binds its cache manager before the first step"
             block_ids = self._kv_cache_manager.get_block_ids(request_id)
-        return list(block_ids[0])
+        return tuple(block_ids)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in what the workers did."""

@@ -37,6 +37,8 @@ class EngineFacts:
             are not stored: on the first stage, or switched off.
         linked: Whether the stage below can hand activations over, in order, where boundary states are missing.
         replicated: Whether all tensor-parallel ranks of the stage keep the same KV, as of latent attention.
+        row_state_bytes: In a model with recurrent layers the bytes of their running states at one position, by row, a
+            row being a layer of ``shape`` with the recurrent ones below it; empty in other models.
         identity: What its KV is interchangeable with, by name, for people; ``namespace`` is the digest of it.
     """
 
@@ -53,6 +55,7 @@ class EngineFacts:
     boundary_token_bytes: int = 0
     linked: bool = False
     replicated: bool = False
+    row_state_bytes: tuple[int, ...] = ()
     identity: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,6 +76,23 @@ class EngineFacts:
     def keys(self) -> RankKeys:
         """Names its objects."""
         return RankKeys(self.shard, self.first_layer, self.replicated)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a prefix is restored with running states, which are kept at few positions."""
+        return bool(self.row_state_bytes)
+
+    @property
+    def rows_of_blocks(self) -> list[tuple[int, int]]:
+        """Layers ``[lo, hi)`` of ``shape`` in each row of the grid, bottom first."""
+        layers, step = self.shape.num_layers, self.layers_per_block
+        return [(lo, min(lo + step, layers)) for lo in range(0, layers, step)]
+
+    @property
+    def state_bytes_B(self) -> tuple[int, ...]:
+        """Bytes of the running states of each row of the grid at one position; none in a model without any."""
+        rows, step = self.row_state_bytes, self.layers_per_block
+        return tuple(sum(rows[lo : lo + step]) for lo in range(0, len(rows), step))
 
     @property
     def num_blocks(self) -> int:

@@ -60,6 +60,9 @@ class ConnectorOptions:
         boundary_states: On pipeline stages above the first, save what the stage below handed over too: from it a
             stage restores its layers without waiting for the others.
         save_decode_kv: Save chunks that contain tokens made by decode steps too.
+        checkpoint_every_chunks: In models with recurrent layers, save their running states also wherever a step of the
+            engine ends at a multiple of so many chunks. None: where a prompt's last chunk ends, where the prompts of
+            two requests part, and of a reply at its last chunk.
         unsupported_models: What to do with a model CacheFlow cannot recompute: ``refuse`` or ``load_only``.
         self_test: Check at start that restored KV equals the engine's own, bit for bit.
         explain: Attach the explain record to every request's ``kv_transfer_params``; one request can ask for it alone.
@@ -87,6 +90,7 @@ class ConnectorOptions:
     save: bool = True
     boundary_states: bool = True
     save_decode_kv: bool = True
+    checkpoint_every_chunks: int | None = None
     unsupported_models: str = "load_only"
     self_test: bool = True
     explain: bool = False
@@ -200,6 +204,7 @@ _POSITIVE = (
     "cpu_bytes_to_use",
     "chunk_tokens",
     "layers_per_block",
+    "checkpoint_every_chunks",
     "throttle_bytes_per_s",
     "starvation_s",
     "ttft_slo_ms",

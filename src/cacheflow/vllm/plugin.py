@@ -32,8 +32,11 @@ RUNNER_MODULE, GROUPS_MODULE = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worke
 
 ADD_SHARING = "add_kv_sharing_layers_to_kv_cache_groups"
 
-CONNECTOR_MODULE = "cacheflow.vllm.connector"
-CONNECTOR = "CacheFlowConnector"
+CONNECTORS = {
+    "CacheFlowConnector": "cacheflow.vllm.connector",
+    "CacheFlowHybridConnector": "cacheflow.vllm.hybrid_connector",
+}
+"""Connectors by name, and the module of each; the second is for models with recurrent layers."""
 
 WEIGHT_METHODS = ("apply_model", "reload_weights", "start_weight_update", "update_weights", "finish_weight_update")
 """Of vLLM's worker: each may leave other weights. ``apply_model`` may only look, which cannot be seen from here."""
@@ -144,8 +147,9 @@ def _add_sharing_with_specs(module: ModuleType) -> None:
 
 
 def _name_connector(module: ModuleType) -> None:
-    with contextlib.suppress(ValueError):  # registered before
-        module.KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
+    for name, path in CONNECTORS.items():
+        with contextlib.suppress(ValueError):  # registered before
+            module.KVConnectorFactory.register_connector(name, path, name)
 
 
 _CHANGES: dict[str, tuple[str, Callable[[ModuleType], None]]] = {

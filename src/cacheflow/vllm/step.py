@@ -29,6 +29,9 @@ class SaveWork:
         chain_hash: Chain hash (hex) at the end of the chunk.
         block_ids: KV blocks of the chunk, in order.
         adapter: The adapter that the namespace stands for; None without.
+        state_blocks: In a model with recurrent layers the KV blocks, one of each group of states, that hold the running
+            states at the end of the chunk after this forward; empty where they are not saved.
+        keep: Write the states when the request ends or is preempted, unless those of a later chunk come first.
     """
 
     namespace: str
@@ -37,6 +40,8 @@ class SaveWork:
     request_id: str = ""
     chunk: int = 0
     adapter: AdapterClaim | None = None
+    state_blocks: tuple[int, ...] = ()
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,7 @@ class StepWork:
         wait_s: With nothing to compute, wait up to this long for a read to end before the step ends.
         weights_versions: How often each rank's weights had changed when it was last heard of; left out where never.
         adapters: The adapter of each restoration that starts with this step and has one, by ``restore_id``.
+        preempted: Requests that vLLM preempted in this step.
         generation: The engine's (``KvIdentity``): counts its resets and the changes of weights it has heard of.
     """
 
@@ -65,6 +71,7 @@ class StepWork:
     wait_s: float = 0.0
     weights_versions: Mapping[int, int] = field(default_factory=dict)
     adapters: Mapping[int, AdapterClaim] = field(default_factory=dict)
+    preempted: tuple[str, ...] = ()
     generation: int = 0
 
     @property

@@ -20,7 +20,7 @@ class Watched(Future):
 
 def test_a_slow_store_is_waited_for_once_a_request_and_not_in_every_step():
     future, now_s = Watched(), 0.0
-    lookup = Lookup(future, deadline_at_s=1.0, clock=lambda: now_s)
+    lookup = Lookup(future, 0, deadline_at_s=1.0, clock=lambda: now_s)
     assert [lookup.poll() for _ in range(50)] == [None] * 50
     assert [wait_s for wait_s in future.waited_s if wait_s > 0] == future.waited_s[:1]
     future.set_result(7)
@@ -30,7 +30,7 @@ def test_a_slow_store_is_waited_for_once_a_request_and_not_in_every_step():
 
 def test_after_the_deadline_the_answer_is_nothing_even_when_it_comes_later():
     future, now_s = Watched(), 0.0
-    lookup = Lookup(future, deadline_at_s=1.0, clock=lambda: now_s)
+    lookup = Lookup(future, 0, deadline_at_s=1.0, clock=lambda: now_s)
     assert lookup.poll() is None
     now_s = 1.0
     assert lookup.poll() == 0

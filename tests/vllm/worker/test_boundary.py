@@ -245,6 +245,7 @@ def test_a_worker_looks_at_no_forward_but_the_step_s_own():
     engine = SimpleNamespace(
         handle=SimpleNamespace(shard=WHOLE, can_recompute=False),
         layout=BlockLayout([LayerView("0", torch.zeros(4, 2, 4))], block_size=4, layout_name=""),
+        states=None,
         facts=facts(block_size=4),
     )
     state = SimpleNamespace(begin_step=lambda work: None)

@@ -28,7 +28,7 @@ class FakeForward:
         self.waits = 0
         self.next_tokens = []
 
-    def piece(self, start, tokens, block_ids, boundary=None, *, next_token=None, adapter=None):
+    def piece(self, start, tokens, block_ids, boundary=None, *, state_blocks=(), next_token=None, adapter=None):
         self.next_tokens.append(next_token)
         return SimpleNamespace(start=start, end=start + len(tokens), tokens=tuple(tokens), boundary=boundary)
 

@@ -5,11 +5,15 @@ run by calling the whole model as vLLM's runner does, while stand-ins take the p
 those below return what the layer before the wanted ones returned when it was run (the *carry*), and above the last one
 the call ends. So everything that a model does before and between its layers is done by its own code.
 
-Shapes: ``R`` rows: the layers of this stage that have keys and values of their own, bottom first.
+A row is a layer that has keys and values of its own, with the recurrent layers right before it and what lies between;
+what comes after the last such layer is run with the last row.
+
+Shapes: ``R`` rows of this stage, bottom first.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,17 +53,23 @@ class ModelLayers:
     Attributes:
         modules: Every layer of the stage, in the order of the model's loop, those without keys and values included.
         first_number: Number of the first of them in the whole model.
-        row_of_R: Which of ``modules`` each row is.
+        row_of_R: Which of ``modules`` has each row's attention.
+        first_of_R: With which of ``modules`` each row begins.
         attention_R: VLLM's attention object of each row.
         name_R: Its name, the key of the row's KV cache.
+        states_R: Names of each row's recurrent layers, in order; none in models without.
+        ends_recurrent: Whether the last row has a recurrent layer above its attention.
         asked_again: Those of ``modules`` whose output the model gives to a drafter (EAGLE-3's auxiliary states).
     """
 
     modules: tuple[Module, ...]
     first_number: int
     row_of_R: tuple[int, ...]
+    first_of_R: tuple[int, ...]
     attention_R: tuple[Any, ...]
     name_R: tuple[str, ...]
+    states_R: tuple[tuple[str, ...], ...]
+    ends_recurrent: bool = False
     asked_again: frozenset[int] = frozenset()
 
     @property
@@ -70,11 +80,10 @@ class ModelLayers:
     def span(self, row_lo: int, row_hi: int) -> tuple[int, int]:
         """Modules ``[lo, hi)`` that are run for rows ``[row_lo, row_hi)``.
 
-        A layer without keys and values of its own is run with the row before it.
+        A layer that keeps nothing of its own is run with the row before it.
         """
-        first = 0 if row_lo == 0 else self.row_of_R[row_lo]
-        last = self.row_of_R[row_hi] if row_hi < len(self.row_of_R) else len(self.modules)
-        return first, last
+        last = self.first_of_R[row_hi] if row_hi < len(self.first_of_R) else len(self.modules)
+        return self.first_of_R[row_lo], last
 
     def can_write_alone(self, row: int) -> bool:
         """Whether a row's keys and values are in the cache before its attention is computed."""
@@ -96,7 +105,9 @@ class ModelLayers:
         """
         row_lo, row_hi = rows
         first, last = self.span(row_lo, row_hi)
-        alone = kv_only_top and self.can_write_alone(row_hi - 1)
+        # The state of a recurrent layer above the last attention needs what that attention makes.
+        cut = kv_only_top and not (self.ends_recurrent and row_hi == self.num_rows)
+        alone = cut and self.can_write_alone(row_hi - 1)
         kept = {} if carry is None else dict(carry.kept)
         with ExitStack() as stand_ins:
             if carry is not None:
@@ -108,7 +119,7 @@ class ModelLayers:
             if alone:
                 stand_ins.enter_context(ended_by(self.attention_R[row_hi - 1]))
             else:
-                top = self.modules[self.row_of_R[row_hi - 1] if kv_only_top else last - 1]
+                top = self.modules[self.row_of_R[row_hi - 1] if cut else last - 1]
                 stand_ins.enter_context(_stand_in(top, "forward", _end_after(top.forward)))
             try:
                 call()
@@ -146,43 +157,55 @@ class ModelLayers:
         raise UnsupportedModelError(f"the model's loop did not come to layer {self.first_number}")
 
 
-def find_layers(model: Module, context: Mapping[str, Any], names: Sequence[str]) -> ModelLayers:
+def find_layers(
+    model: Module, context: Mapping[str, Any], names: Sequence[str], state_names: Sequence[str] = ()
+) -> ModelLayers:
     """The layers of a model that hold the attention objects of these names, with what lies between them.
 
     Args:
         model: The whole model.
-        context: VLLM's ``static_forward_context``: attention objects by name.
+        context: VLLM's ``static_forward_context``: attention objects and recurrent layers by name.
         names: Those of the model with a KV cache.
+        state_names: Those with a running state.
 
     Raises:
         UnsupportedModelError: An attention object is not in the model's tree or not in a list of layers, or two are in
             one layer or in different lists.
     """
     paths = {id(module): path for path, module in model.named_modules(remove_duplicate=False)}
-    lists, rows = dict[int, tuple[str, Module]](), dict[int, str]()
-    for name in names:
+    lists, keepers = dict[int, tuple[str, Module]](), dict[int, str]()
+    for name in (*names, *state_names):
         path = paths.get(id(context[name]))
         found = None if path is None else _outermost_list(model, path)
         if found is None:
             raise UnsupportedModelError(f"the attention {name} is in no list of the model's layers")
         of_list, parent, number = found
         lists[id(parent)] = of_list, parent
-        if number in rows:
-            raise UnsupportedModelError(f"{rows[number]} and {name} are in one layer")
-        rows[number] = name
+        if number in keepers:
+            raise UnsupportedModelError(f"{keepers[number]} and {name} are in one layer")
+        keepers[number] = name
     if len(lists) != 1:
         raise UnsupportedModelError(f"its layers are in several lists: {', '.join(path for path, _ in lists.values())}")
     [(_, parent)] = lists.values()
     every = list(parent.children())
-    numbers = sorted(rows)
     here = [index for index, module in enumerate(every) if type(module).__name__ != "PPMissingLayer"]
     first, last = here[0], here[-1]
+    recurrent = set(state_names)
+    rows = sorted(number for number, name in keepers.items() if name not in recurrent)
+    states = sorted(number for number, name in keepers.items() if name in recurrent)
+    of_row: list[list[int]] = [[] for _ in rows]
+    for number in states:
+        of_row[min(bisect(rows, number), len(rows) - 1)].append(number)
+    begins = [min([*found, number]) for found, number in zip(of_row, rows, strict=True)]
     return ModelLayers(
         modules=tuple(every[first : last + 1]),
         first_number=first,
-        row_of_R=tuple(number - first for number in numbers),
-        attention_R=tuple(context[rows[number]] for number in numbers),
-        name_R=tuple(rows[number] for number in numbers),
+        row_of_R=tuple(number - first for number in rows),
+        first_of_R=(0, *(number - first for number in begins[1:])),
+        attention_R=tuple(context[keepers[number]] for number in rows),
+        name_R=tuple(keepers[number] for number in rows),
+        states_R=tuple(tuple(keepers[number] for number in found) for found in of_row),
+        ends_recurrent=bool(states) and states[-1] > rows[-1],
         asked_again=frozenset(number - 1 - first for number in _given_to_drafter(model) if first < number <= last),
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,7 @@ from cacheflow.vllm.compat import RunnerKind, is_compiled, require_runner, runne
 from cacheflow.vllm.models.boundary_states import BoundaryShape
 from cacheflow.vllm.models.drafter import Drafter, drafter_names, find_drafter
 from cacheflow.vllm.models.inputs import TextInputs
+from cacheflow.vllm.models.kv_groups import KvGroups
 from cacheflow.vllm.models.layers import ModelLayers, find_layers, owning_names
 from cacheflow.vllm.models.refusals import configured_refusals, load_refusals, require_loadable, require_recomputable
 from cacheflow.vllm.models.workers import worker_of
@@ -35,8 +39,10 @@ class ModelHandle:
         start_layer: First layer of this pipeline stage, counted from the model's bottom.
         layer_names: vLLM's name of the attention of each layer with a KV cache, bottom first, a drafter's last.
         num_drafter_layers: How many of them are a drafter's.
+        states_R: vLLM's names of the recurrent layers of each row, in order; a row is a layer with a KV cache and the
+            recurrent ones below it.
+        groups: Which of vLLM's KV cache groups holds what.
         shard: Tensor-parallel rank and pipeline stage.
-        block_size: Tokens of one KV block.
         num_blocks: KV blocks of this worker.
         device: Where the model is.
         dtype: Its activations' dtype.
@@ -56,8 +62,9 @@ class ModelHandle:
     start_layer: int
     layer_names: tuple[str, ...]
     num_drafter_layers: int
+    states_R: tuple[tuple[str, ...], ...]
+    groups: KvGroups
     shard: Shard
-    block_size: int
     num_blocks: int
     device: torch.device
     dtype: torch.dtype
@@ -68,6 +75,11 @@ class ModelHandle:
     def num_layers(self) -> int:
         """Layers of this stage with a KV cache."""
         return len(self.layer_names)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of one KV block."""
+        return self.groups.block_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -94,19 +106,21 @@ def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = Fals
     require_runner(runner)
     context = vllm_config.compilation_config.static_forward_context
     draft_model = runner.get_draft_model()
-    every = sorted(owning_names(context, kv_cache_config.kv_cache_groups[0].layer_names), key=layer_number)
+    groups = KvGroups.of(kv_cache_config)
+    every = sorted(owning_names(context, groups.attention_names), key=layer_number)
+    states = sorted(itertools.chain(*groups.state_names), key=layer_number)
     drafters = drafter_names(draft_model, context, every)
     names = [name for name in every if name not in drafters]
     reasons, layers, drafter = list(configured_refusals(vllm_config)), None, None
     if not reasons:
         try:
-            layers = find_layers(runner.get_model(), context, names)
+            layers = find_layers(runner.get_model(), context, names, states)
             drafter = find_drafter(runner, context, drafters)
         except UnsupportedModelError as error:
             reasons.append(str(error))
             layers = None
     require_recomputable(reasons, load_only=load_only)
-    group, shard = kv_cache_config.kv_cache_groups[0], shard_of(vllm_config)
+    shard = shard_of(vllm_config)
     number = layer_number(names[0])
     model, device, dtype = runner.get_model(), torch.device(runner.device), vllm_config.model_config.dtype
     return ModelHandle(
@@ -122,14 +136,22 @@ def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = Fals
         start_layer=layers.first_number if layers is not None else number[0] if number else 0,
         layer_names=(*(names if layers is None else layers.name_R), *drafters),
         num_drafter_layers=len(drafters),
+        states_R=_states_by_number(names, states) if layers is None else layers.states_R,
+        groups=groups,
         shard=shard,
-        block_size=int(group.kv_cache_spec.block_size),
         num_blocks=int(kv_cache_config.num_blocks),
         device=device,
         dtype=dtype,
         hidden_size=int(vllm_config.model_config.get_hidden_size()),
         boundary=BoundaryShape.of(model, dtype=dtype, device=device) if shard.pp_rank else BoundaryShape(),
     )
+
+
+def _states_by_number(names: Sequence[str], states: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The recurrent layers of each row by the numbers in their names, for a model that is only loaded."""
+    tops = [layer_number(name) for name in names]
+    rows = [min(bisect(tops, layer_number(each)), len(tops) - 1) for each in states]
+    return tuple(tuple(each for each, of in zip(states, rows, strict=True) if of == row) for row in range(len(tops)))
 
 
 def shard_of(vllm_config: Any) -> Shard:  # noqa: ANN401

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Piece:
         next_token_ids: ``[n]`` int32, on the device: the token after each; what a drafter reads.
         positions: ``[n]`` int64, on the device.
         slots: ``[n]`` int64: where each token's keys and values go.
-        common: vLLM's ``CommonAttentionMetadata``.
+        commons: vLLM's ``CommonAttentionMetadata`` of each of its KV cache groups.
         boundary: What the first layer of a later pipeline stage is given, and overwrites; None on the first stage.
         adapter: Its LoRA adapter; None for the model as it is.
     """
@@ -40,7 +40,7 @@ class Piece:
     next_token_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
-    common: Any
+    commons: tuple[Any, ...]
     boundary: States | None
     adapter: Adapter | None
 
@@ -55,6 +55,10 @@ class PartialForward:
     def __init__(self, handle: ModelHandle) -> None:
         self.handle = handle
         self._groups = _own_groups(handle)
+        attention = handle.groups.attention
+        self._slotted = [
+            name for group in self._groups if group.kv_cache_group_id == attention for name in group.layer_names
+        ]
         self._prepared: tuple[Piece, dict[str, Any]] | None = None
         self._running: torch.cuda.Event | None = None
         modules = handle.model.modules() if handle.compiled else ()
@@ -76,20 +80,23 @@ class PartialForward:
         context = self.handle.vllm_config.compilation_config.static_forward_context
         return [context[name] for name in self.handle.layer_names]
 
-    def piece(
+    def piece(  # noqa: PLR0913 -- a sequence's, keyword-only but for the first four
         self,
         start: int,
         tokens: Sequence[int],
         block_ids: Sequence[int],
         boundary: States | None = None,
         *,
+        state_blocks: Sequence[int] = (),
         next_token: int | None = None,
         adapter: Adapter | None = None,
     ) -> Piece:
         """Prepare the tokens from ``start`` on of a sequence whose KV blocks are ``block_ids``, in order from token 0.
 
-        ``boundary`` is what a later pipeline stage is handed for them; layers overwrite it. ``next_token`` comes after
-        them; where it is not known a drafter's last position is not right.
+        ``boundary`` is what a later pipeline stage is handed for them; layers overwrite it. ``state_blocks``, one of
+        each group of a hybrid model's states, hold the states before the tokens, and after a run those after them;
+        before the first token of a sequence what they hold does not matter. ``next_token`` comes after the tokens;
+        where it is not known a drafter's last position is not right.
         """
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -119,8 +126,18 @@ class PartialForward:
         followed = torch.tensor([*tokens, tokens[-1] if next_token is None else next_token], dtype=torch.int32)
         followed = followed.to(device, non_blocking=True)
         return Piece(
-            start, end, followed[:-1], followed[1:], on_device, slots_on_device, common, boundary, adapter
+            start, end, followed[:-1], followed[1:], on_device, slots_on_device,
+            self._by_group(common, table.numel(), state_blocks), boundary, adapter,
         )  # fmt: skip
+
+    def _by_group(self, common: Any, num_columns: int, state_blocks: Sequence[int]) -> tuple[Any, ...]:  # noqa: ANN401
+        """The metadata of every KV cache group; in those of states a sequence has one block for all positions."""
+        groups, device = self.handle.groups, self.handle.device
+        commons = [common] * (1 + len(groups.states))
+        for group, block in zip(groups.states, state_blocks, strict=True):
+            table = torch.full((1, num_columns), block, dtype=torch.int32).to(device, non_blocking=True)
+            commons[group] = replace(common, block_table_tensor=table)
+        return tuple(commons)
 
     def run(
         self, piece: Piece, carry: Carry | None, *, layers: tuple[int, int], kv_only_top: bool = False
@@ -220,7 +237,7 @@ class PartialForward:
 
         self.wait()  # builders may reuse pinned buffers that queued copies still read
         metadata = self._metadata(piece)
-        slots = dict.fromkeys(metadata, piece.slots)
+        slots = dict.fromkeys(self._slotted, piece.slots)
         arguments = {"num_tokens": piece.end - piece.start, "slot_mapping": slots}
         with (
             torch.inference_mode(),
@@ -240,7 +257,9 @@ class PartialForward:
         if self._prepared is None or self._prepared[0] is not piece:
             built = {}
             for group in self._groups:
-                built.update(dict.fromkeys(group.layer_names, group.build_metadata(piece.common)))
+                built.update(
+                    dict.fromkeys(group.layer_names, group.build_metadata(piece.commons[group.kv_cache_group_id]))
+                )
             self._prepared = piece, built
         return self._prepared[1]
 
@@ -258,17 +277,22 @@ def _own_groups(handle: ModelHandle) -> list[Any]:
 
     groups = []
     with set_current_vllm_config(handle.vllm_config):
-        for theirs in handle.runner.attn_groups[0]:
-            own = AttentionGroup(theirs.backend, list(theirs.layer_names), theirs.kv_cache_spec, 0)
-            own.create_metadata_builders(handle.vllm_config, handle.device, _kernel_block_size(handle.runner))
+        for index, theirs in attention_groups(handle):
+            own = AttentionGroup(theirs.backend, list(theirs.layer_names), theirs.kv_cache_spec, index)
+            own.create_metadata_builders(handle.vllm_config, handle.device, _kernel_block_size(handle.runner, index))
             own.kernel_block_stride = theirs.kernel_block_stride
             groups.append(own)
     return groups
 
 
-def _kernel_block_size(runner: Any) -> int | None:  # noqa: ANN401 -- a vLLM runner of either generation
+def attention_groups(handle: ModelHandle) -> list[tuple[int, Any]]:
+    """The runner's attention groups, of running states too, with the KV cache group that each is part of."""
+    return [(index, each) for index, of_group in enumerate(handle.runner.attn_groups) for each in of_group]
+
+
+def _kernel_block_size(runner: Any, group: int) -> int | None:  # noqa: ANN401 -- a vLLM runner of either generation
     sizes = getattr(runner, "_kernel_block_sizes", None) or getattr(runner, "kernel_block_sizes", None)
-    return int(sizes[0]) if sizes else None
+    return int(sizes[group]) if sizes and sizes[group] is not None else None
 
 
 @contextmanager

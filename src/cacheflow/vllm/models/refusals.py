@@ -12,6 +12,7 @@ from typing import Any
 
 from cacheflow.errors import UnsupportedModelError
 from cacheflow.shapes.hf_config import CacheKind
+from cacheflow.vllm.models.kv_groups import is_state_spec
 
 Config = Any
 """vLLM's configuration objects, whose types this package does not rely on."""
@@ -20,8 +21,9 @@ DRAFTERS = ("ngram", "suffix", "eagle", "eagle3", "mtp")
 """How vLLM may draft: from the tokens alone, or with a model whose keys and values are restored as one layer more."""
 SUPPORTED_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 """vLLM's KV cache specs that are restored: keys and values, or one latent, of every token."""
+STATE_KIND = "GDN_ATTN"
+"""What vLLM calls recurrent layers whose running states are restored: Gated DeltaNet."""
 _KIND_OF_SPEC = {
-    "MambaSpec": CacheKind.RECURRENT,
     "SlidingWindowSpec": CacheKind.WINDOW,
 }
 """vLLM's KV cache specs that a user knows by another name."""
@@ -56,6 +58,7 @@ def cache_refusal(kind: CacheKind, *, spec: str = "") -> str:
         CacheKind.FULL,
         CacheKind.MIXED,
         CacheKind.LATENT,
+        CacheKind.DELTA_NET,
     ):  # vLLM keeps all tokens where only some layers have a window
         return ""
     way_out = ""
@@ -66,18 +69,40 @@ def cache_refusal(kind: CacheKind, *, spec: str = "") -> str:
 
 def load_refusals(vllm_config: Config, kv_cache_config: Config) -> list[str]:
     """Why blocks cannot even be saved and loaded; empty when they can. Works in the scheduler and in workers."""
-    return [*_cache_refusals(kv_cache_config), *engine_refusals(vllm_config)]
+    reasons = [*_cache_refusals(kv_cache_config), *engine_refusals(vllm_config)]
+    recurrent = any(is_state_spec(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups)
+    if recurrent and vllm_config.speculative_config is not None:
+        reasons.append("it drafts, with running states for every draft: restoration was never tried with those")
+    return reasons
 
 
 def _cache_refusals(kv_cache_config: Config) -> Iterator[str]:
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        yield f"its layers keep different things (hybrid attention): {len(groups)} groups of KV cache, one is supported"
-    for spec in dict.fromkeys(type(spec) for group in groups for spec in layer_specs(group.kv_cache_spec)):
+    states = [group.kv_cache_spec for group in groups if is_state_spec(group.kv_cache_spec)]
+    others = [group for group in groups if not is_state_spec(group.kv_cache_spec)]
+    if len(others) != 1:
+        yield (
+            f"its layers keep different things: {len(others)} groups of KV cache beside those of running states, one "
+            "is supported; with CacheFlowConnector vLLM makes one of layers with windows and without"
+        )
+    yield from dict.fromkeys(reason for spec in states for reason in _state_refusals(spec))
+    for spec in dict.fromkeys(type(spec) for group in others for spec in layer_specs(group.kv_cache_spec)):
         if spec.__name__ not in SUPPORTED_SPECS:
             kind = _KIND_OF_SPEC.get(spec.__name__)
             unnamed = f"its KV cache is of kind {spec.__name__}; {' and '.join(SUPPORTED_SPECS)} are supported"
             yield unnamed if kind is None else cache_refusal(kind, spec=spec.__name__)
+
+
+def _state_refusals(spec: Any) -> Iterator[str]:  # noqa: ANN401 -- vLLM's MambaSpec
+    """Why running states are not restored."""
+    kind = getattr(spec.mamba_type, "name", str(spec.mamba_type))
+    if kind != STATE_KIND:
+        yield f"the model keeps {CacheKind.RECURRENT.value} (of kind {kind}); of those {STATE_KIND} is supported"
+    if spec.mamba_cache_mode != "align":
+        yield (
+            f"running states are kept in mode {spec.mamba_cache_mode!r}, not where blocks end ('align'): leave vLLM's "
+            "prefix caching on (--enable-prefix-caching)"
+        )
 
 
 def layer_specs(kv_cache_spec: Any) -> list[Any]:  # noqa: ANN401 -- vLLM's KVCacheSpec
@@ -97,6 +122,8 @@ def engine_refusals(vllm_config: Config) -> Iterator[str]:
         yield "it is an encoder-decoder model: cross-attention KV depends on more than the tokens"
     if vllm_config.speculative_config is not None:
         yield from _drafter_refusals(str(vllm_config.speculative_config.method))
+    if getattr(cache, "use_replayssm", False):
+        yield "use_replayssm is on: running states are then kept as what it takes to compute them again"
     if getattr(cache, "calculate_kv_scales", False):
         yield "calculate_kv_scales is on: quantised KV then depends on what was served before"
     if getattr(cache, "kv_sharing_fast_prefill", False):

@@ -33,8 +33,10 @@ class Decision:
         planning_s: Seconds the plan took.
         copied_from: KV blocks of another restoration that hold the tokens after ``start``; they are copied, the rest
             is restored.
-        can_compute: What the store loses can be recomputed; False where an image or a sound is among the tokens.
+        can_compute: What the store loses can be recomputed; False where an image or a sound is among the tokens, and in
+            a model with recurrent layers where their states at ``start`` are not to be had.
         reason: Why nothing is restored; empty when something is.
+        has_start_states: The running states at ``start`` were there when it was decided.
     """
 
     start: int
@@ -44,6 +46,7 @@ class Decision:
     copied_from: tuple[int, ...] = ()
     can_compute: bool = True
     reason: str = ""
+    has_start_states: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +95,11 @@ class Decider:
         self.stages[0].rates = rates
 
     @property
+    def recurrent(self) -> bool:
+        """Whether the model has recurrent layers."""
+        return any(stage.facts.recurrent for stage in self.stages)
+
+    @property
     def num_blocks(self) -> int:
         """Rows of the grids of all stages together."""
         return sum(stage.facts.num_blocks for stage in self.stages)
@@ -122,6 +130,7 @@ class Decider:
         start: int,
         num_tokens: int,
         num_text_tokens: int | None = None,
+        has_start_states: bool = True,
     ) -> Decision:
         """How to restore a request whose first ``start`` tokens are in the KV cache.
 
@@ -131,22 +140,28 @@ class Decider:
             start: Tokens vLLM's prefix cache holds, a multiple of the block size.
             num_tokens: Tokens of the request; the last is always computed, for its logits.
             num_text_tokens: Leading tokens that can be recomputed; None where all can.
+            has_start_states: The running states at ``start`` are there, in a model with recurrent layers.
 
         Raises:
             CostRangeError: A chunk lies outside the measured range.
         """
-        end = self._end(params, start=start, num_tokens=num_tokens, num_stored=stored.num_stored)
+        end = self._end(params, stored, start=start, num_tokens=num_tokens)
         if params.mode in (Mode.OFF, Mode.RECOMPUTE):
             return Decision(start=start, end=start, reason=f"the request asked for {params.mode.value!r}")
         if end <= start:
+            without = (
+                ""
+                if stored.checkpoints is None
+                else f"; running states are stored at the end of {len(stored.checkpoints)} chunks"
+            )
             reason = (
                 f"nothing to restore: of {num_tokens} tokens {start} are in the KV cache, the store holds "
                 f"{stored.num_stored * self._options.chunk_tokens} that this engine may use (the log says at start how "
-                f"many objects are its own), and {end} may be restored"
+                f"many objects are its own), and {end} may be restored{without}"
             )
             return Decision(start=start, end=start, reason=reason)
         began_s = self._clock()
-        can_compute = self.can_compute and (num_text_tokens is None or end <= num_text_tokens)
+        can_compute = self.can_compute and (num_text_tokens is None or end <= num_text_tokens) and has_start_states
         policy = self.policy if can_compute and params.mode is not Mode.LOAD else Load()
         span = self._span(start, end, num_tokens)
         stages = self._plans(policy, span, self._sources(stored.num_boundaries, span))
@@ -156,13 +171,17 @@ class Decider:
         planning_s = self._clock() - began_s
         return Decision(start=start, end=end, stages=stages, planning_s=planning_s, can_compute=can_compute)
 
-    def _end(self, params: RequestParams, *, start: int, num_tokens: int, num_stored: int) -> int:
+    def _end(self, params: RequestParams, stored: StoreQuestion, *, start: int, num_tokens: int) -> int:
         chunk_tokens = self._options.chunk_tokens
-        limits = [num_stored * chunk_tokens, num_tokens - 1, self._max_tokens]
+        limits = [stored.num_stored * chunk_tokens, num_tokens - 1, self._max_tokens]
         limits += [
             start + limit for limit in (self._options.max_load_tokens, params.max_load_tokens) if limit is not None
         ]
-        return min(limits) // chunk_tokens * chunk_tokens
+        num_chunks = min(limits) // chunk_tokens
+        if stored.checkpoints is None:
+            return num_chunks * chunk_tokens
+        # vLLM goes on from the running states: they must be stored where the restored prefix ends.
+        return max((chunk + 1 for chunk in stored.checkpoints if chunk < num_chunks), default=0) * chunk_tokens
 
     def _span(self, start: int, end: int, num_tokens: int | None = None) -> PlanSpan:
         # Stages prefill one after the other: what that takes is not the sum of what each of them plans for itself.

@@ -1,13 +1,15 @@
-"""Asks the store how much of a prompt it holds, off the scheduler's thread: chunks of KV, and boundary states."""
+"""Asks the store what it holds of a prompt, off the scheduler's thread: chunks of KV, boundary and running states."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
+from typing import Generic, TypeVar
 
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import ObjectKey
@@ -16,6 +18,8 @@ from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.scheduler.stage_planner import slowest_rank_of_each_stage
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 INLINE_WAIT_S = 0.001
 """A lookup that a local store answers at once is waited for, once; a slow one is asked about again in each step without
@@ -27,24 +31,24 @@ CHUNKS_PER_PROBE = 64
 """Chunks asked for in one ``contains``; bounds what is asked after the prompts part."""
 
 
-class Lookup:
-    """How many leading chunks the store holds; ``poll`` from the thread that asked."""
+class Lookup(Generic[T]):
+    """What the store holds of some chunks; ``poll`` from the thread that asked."""
 
-    def __init__(self, future: Future[int], *, deadline_at_s: float, clock: Clock) -> None:
-        self._future, self._deadline_at_s, self._clock = future, deadline_at_s, clock
+    def __init__(self, future: Future[T], nothing: T, *, deadline_at_s: float, clock: Clock) -> None:
+        self._future, self._nothing, self._deadline_at_s, self._clock = future, nothing, deadline_at_s, clock
         self._wait_s = INLINE_WAIT_S
         self.timed_out = False
 
-    def poll(self) -> int | None:
-        """Number of leading chunks the store holds; 0 after the deadline, None while it is not known."""
+    def poll(self) -> T | None:
+        """The answer; that it holds nothing after the deadline, None while it is not known."""
         if self.timed_out:
-            return 0
+            return self._nothing
         wait_s, self._wait_s = self._wait_s, 0.0
         try:
             return self._future.result(wait_s)
         except TimeoutError:
             self.timed_out = self._clock() >= self._deadline_at_s
-            return 0 if self.timed_out else None
+            return self._nothing if self.timed_out else None
 
 
 class PrefixLookup:
@@ -54,38 +58,54 @@ class PrefixLookup:
         """Ask ``store``; a question is given up after ``timeout_s``."""
         self._store, self._timeout_s, self._clock = store, timeout_s, clock
         self._closed = False
-        self._questions: SimpleQueue[tuple[Future[int], Sequence[Sequence[ObjectKey]]] | None] = SimpleQueue()
+        self._questions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads: list[Thread] = []
 
-    def start(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> Lookup:
-        """Ask for the objects of each chunk, in order."""
+    def start(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> Lookup[int]:
+        """Ask how many of the leading chunks have all of these objects."""
+        return self._ask(partial(self._count_leading, keys_by_chunk), 0)
+
+    def which(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> Lookup[frozenset[int]]:
+        """Ask which of the chunks have all of these objects."""
+        return self._ask(partial(self._found, keys_by_chunk), frozenset())
+
+    def _ask(self, question: Callable[[], T], nothing: T) -> Lookup[T]:
         # Daemons, which a pool's threads are not: a store that hangs must not keep the process from ending.
         while len(self._threads) < NUM_THREADS:
             name = f"cacheflow-lookup-{len(self._threads)}"
             self._threads.append(Thread(target=self._answer, name=name, daemon=True))
             self._threads[-1].start()
-        future: Future[int] = Future()
-        self._questions.put((future, keys_by_chunk))
-        return Lookup(future, deadline_at_s=self._clock() + self._timeout_s, clock=self._clock)
+        future: Future[T] = Future()
+
+        def answer() -> None:
+            try:
+                future.set_result(nothing if self._closed else question())
+            except Exception:  # a bug in a store must cost a hit, not the engine
+                logger.exception("prefix lookup failed; the prompt is computed")
+                future.set_result(nothing)
+
+        self._questions.put(answer)
+        return Lookup(future, nothing, deadline_at_s=self._clock() + self._timeout_s, clock=self._clock)
 
     def _answer(self) -> None:
-        while (question := self._questions.get()) is not None:
-            future, keys_by_chunk = question
-            future.set_result(0 if self._closed else self._count_leading(keys_by_chunk))
+        while (answer := self._questions.get()) is not None:
+            answer()
 
     def _count_leading(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> int:
-        try:
-            for first in range(0, len(keys_by_chunk), CHUNKS_PER_PROBE):
-                probe = keys_by_chunk[first : first + CHUNKS_PER_PROBE]
-                there = iter(self._store.contains([key for keys in probe for key in keys]))
-                for index, keys in enumerate(probe):
-                    found = [next(there) for _ in keys]
-                    if not all(found):
-                        return first + index
-        except Exception:  # a bug in a store must cost a hit, not the engine
-            logger.exception("prefix lookup failed; the prompt is computed")
-            return 0
-        return len(keys_by_chunk)
+        missing = (index for index, complete in self._complete(keys_by_chunk) if not complete)
+        return next(missing, len(keys_by_chunk))
+
+    def _found(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> frozenset[int]:
+        return frozenset(index for index, complete in self._complete(keys_by_chunk) if complete)
+
+    def _complete(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> Iterator[tuple[int, bool]]:
+        """Of each chunk in order whether the store has all of its objects."""
+        for first in range(0, len(keys_by_chunk), CHUNKS_PER_PROBE):
+            probe = keys_by_chunk[first : first + CHUNKS_PER_PROBE]
+            there = iter(self._store.contains([key for keys in probe for key in keys]))
+            for index, keys in enumerate(probe):
+                found = [next(there) for _ in keys]
+                yield first + index, all(found)
 
     def close(self) -> None:
         """End the threads without waiting for a store that hangs."""
@@ -104,21 +124,25 @@ class StoreQuestion:
         asked_after_saves: ``SaveLog.num_saves`` when it was asked.
         asked_at_s: When it was asked, on the clock of ``StoreQuestions``.
         lookup: Of the chunks' KV.
+        checkpoint_lookup: Of the running states at the end of each chunk; None of a model without recurrent layers.
         boundary_lookups: Of the boundary states of each stage above the first that stores them.
         repeated: Asked once more, because chunks were saved while the request queued.
         num_stored: Leading chunks the store holds.
         num_boundaries: Leading chunks of whose boundary states it holds, by ``boundary_lookups``.
+        checkpoints: Chunks at whose end it holds the running states; None of a model without recurrent layers.
     """
 
     namespace: str
     chain_hashes: tuple[str, ...]
     asked_after_saves: int
     asked_at_s: float
-    lookup: Lookup
-    boundary_lookups: tuple[Lookup, ...]
+    lookup: Lookup[int]
+    boundary_lookups: tuple[Lookup[int], ...]
+    checkpoint_lookup: Lookup[frozenset[int]] | None = None
     repeated: bool = False
     num_stored: int = 0
     num_boundaries: tuple[int, ...] = ()
+    checkpoints: frozenset[int] | None = None
 
 
 class StoreQuestions:
@@ -129,6 +153,7 @@ class StoreQuestions:
     ) -> None:
         """Ask for the objects of these ranks; ``num_saves`` is ``SaveLog.num_saves``."""
         self._lookup, self._ranks, self._num_saves, self._clock = lookup, tuple(facts_by_rank), num_saves, clock
+        self._recurrent = any(facts.recurrent for facts in facts_by_rank)
         self._boundary_stages = [
             facts for facts in slowest_rank_of_each_stage(facts_by_rank)[1:] if facts.boundary_token_bytes
         ]
@@ -141,6 +166,11 @@ class StoreQuestions:
             asked_after_saves=self._num_saves(),
             asked_at_s=self._clock(),
             lookup=self._lookup.start([self._ends(namespace, each) for each in chain_hashes]),
+            checkpoint_lookup=(
+                self._lookup.which([self._states(namespace, each) for each in chain_hashes])
+                if self._recurrent
+                else None
+            ),
             boundary_lookups=tuple(
                 self._lookup.start([[facts.keys.boundary(namespace, each)] for each in chain_hashes])
                 for facts in self._boundary_stages
@@ -156,12 +186,16 @@ class StoreQuestions:
         if num_stored is not None and self._is_old(question, num_stored):
             again = self.ask(question.namespace, question.chain_hashes)
             question.lookup, question.boundary_lookups = again.lookup, again.boundary_lookups
+            question.checkpoint_lookup = again.checkpoint_lookup
             question.asked_after_saves, question.asked_at_s = again.asked_after_saves, again.asked_at_s
             question.repeated = True
             num_stored = question.lookup.poll()
         boundaries = [lookup.poll() for lookup in question.boundary_lookups]
-        if num_stored is None or None in boundaries:
+        checkpoints = None if question.checkpoint_lookup is None else question.checkpoint_lookup.poll()
+        unknown = question.checkpoint_lookup is not None and checkpoints is None
+        if num_stored is None or None in boundaries or unknown:
             return False
+        question.checkpoints = checkpoints
         question.num_stored, question.num_boundaries = num_stored, tuple(num or 0 for num in boundaries)
         return True
 
@@ -180,3 +214,12 @@ class StoreQuestions:
             ends = [(0, min(step, layers)), (top_lo, layers)] if top_lo else [(0, layers)]
             keys += [facts.keys.kv(namespace, chain_hash, each) for each in ends]
         return keys
+
+    def _states(self, namespace: str, chain_hash: str) -> list[ObjectKey]:
+        """The objects of running states at the end of a chunk, of every row on every rank."""
+        return [
+            facts.keys.states(namespace, chain_hash, rows)
+            for facts in self._ranks
+            for rows, num_bytes in zip(facts.rows_of_blocks, facts.state_bytes_B, strict=True)
+            if num_bytes
+        ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from cacheflow.vllm.scheduler.checkpoints import RequestCheckpoints
 from cacheflow.vllm.scheduler.decide import Decision
 from cacheflow.vllm.scheduler.kv_identity import KvName
 from cacheflow.vllm.scheduler.lookup import StoreQuestion
@@ -43,6 +44,7 @@ class TrackedRequest:
     prefix: RequestPrefix
     saves: RequestSaves
     name: KvName
+    checkpoints: RequestCheckpoints | None = None
     question: StoreQuestion | None = None
     num_preemptions: int = 0
     asked_by_vllm: bool = False

@@ -25,6 +25,7 @@ from cacheflow.vllm.scheduler.explain import overlap, record_of
 from cacheflow.vllm.scheduler.pace import StepBudget, StepPace
 from cacheflow.vllm.scheduler.request import TrackedRequest
 from cacheflow.vllm.scheduler.sharing import NO_LEADER, LeaderShare, Wanted, find_leader
+from cacheflow.vllm.scheduler.view import TargetStates
 from cacheflow.vllm.step import SaveWork, StepWork
 
 logger = logging.getLogger(__name__)
@@ -131,9 +132,11 @@ class Restorations:
             for active in self._active.values()
             if not (active.restoration.done or active.restoration.giving_up)
         )
-        return find_leader(wanted, others, chunk_tokens=chunk_tokens, block_size=self._decider.facts.block_size)
+        return find_leader(wanted, others, chunk_tokens=chunk_tokens, block_size=self._decider.facts.block_size,
+            copies=not self._decider.recurrent,
+        )  # fmt: skip
 
-    def start(self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int]) -> None:
+    def start(self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int], where: TargetStates) -> None:
         """Begin a restoration into blocks that vLLM has set aside."""
         slowest = decision.slowest_stage
         assert slowest is not None, "a decision to restore has a plan for every stage"
@@ -153,6 +156,8 @@ class Restorations:
             chain_hashes=request.prefix.chain_hashes(first, decision.end // chunk_tokens),
             layers_per_block=self._decider.layers_per_block,
             copied_from=decision.copied_from,
+            state_blocks=where.blocks,
+            start_states=where.start if decision.can_compute else (),
         )
         states = [
             RestoreState(stage.problem, stage.plan, planner.rates, source=stage.source)

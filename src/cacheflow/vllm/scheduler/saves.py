@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from cacheflow.vllm.scheduler.kv_identity import KvName
 from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
-from cacheflow.vllm.scheduler.view import BlockIdsOf, RequestView
+from cacheflow.vllm.scheduler.view import BlockIdsOf, RequestView, StateBlocksOf
 from cacheflow.vllm.step import CaptureWork, SaveWork
 
 MAX_REMEMBERED = 16_384
@@ -69,18 +70,32 @@ class RequestSaves:
             return []
         self._next = end
         self._prefix.extend(view.tokens)
-        block_ids, num_blocks = block_ids_of(view.request_id), chunk_tokens // self._block_size
-        return [
-            SaveWork(
-                namespace=name.namespace,
-                chain_hash=self._prefix.hashes[chunk].hex(),
-                block_ids=tuple(block_ids[chunk * num_blocks : (chunk + 1) * num_blocks]),
-                request_id=view.request_id,
-                chunk=chunk,
-                adapter=name.claim,
-            )
-            for chunk in range(first, end)
-        ]
+        block_ids = block_ids_of(view.request_id)
+        return [self._save(name, chunk, block_ids) for chunk in range(first, end)]
+
+    def checkpoint(
+        self, name: KvName, *, num_computed: int, block_ids_of: BlockIdsOf, state_blocks_of: StateBlocksOf, keep: bool
+    ) -> SaveWork:
+        """The chunk that ends with so many computed tokens and the running states there; ``keep`` as in ``SaveWork``.
+
+        With its keys and values, whether or not they were saved before: without them the states are of no use.
+        """
+        request_id = self._view.request_id
+        self._prefix.extend(self._view.tokens)
+        chunk = num_computed // self._prefix.chunk_tokens - 1
+        save = self._save(name, chunk, block_ids_of(request_id))
+        return replace(save, state_blocks=state_blocks_of(request_id, num_computed), keep=keep)
+
+    def _save(self, name: KvName, chunk: int, block_ids: Sequence[int]) -> SaveWork:
+        num_blocks = self._prefix.chunk_tokens // self._block_size
+        return SaveWork(
+            namespace=name.namespace,
+            chain_hash=self._prefix.hashes[chunk].hex(),
+            block_ids=tuple(block_ids[chunk * num_blocks : (chunk + 1) * num_blocks]),
+            request_id=self._view.request_id,
+            chunk=chunk,
+            adapter=name.claim,
+        )
 
 
 class SaveLog:
@@ -96,13 +111,13 @@ class SaveLog:
 
     def __init__(self) -> None:
         self.num_saves = 0
-        self._last_save_of: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._last_save_of: OrderedDict[tuple[str, str, bool], int] = OrderedDict()
 
     def new(self, saves: Iterable[SaveWork], *, asked_after_saves: int) -> list[SaveWork]:
         """Those of a request that were not saved since it asked the store; they count as saved from now on."""
         new = []
         for save in saves:
-            name = (save.namespace, save.chain_hash)
+            name = (save.namespace, save.chain_hash, bool(save.state_blocks))
             if self._last_save_of.get(name, 0) > asked_after_saves:
                 continue
             self.num_saves += 1

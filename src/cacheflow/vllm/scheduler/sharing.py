@@ -54,13 +54,19 @@ class Wanted:
 
 
 def find_leader(
-    wanted: Wanted, others: Iterable[tuple[RestoreTarget, Callable[[], int]]], *, chunk_tokens: int, block_size: int
+    wanted: Wanted,
+    others: Iterable[tuple[RestoreTarget, Callable[[], int]]],
+    *,
+    chunk_tokens: int,
+    block_size: int,
+    copies: bool = True,
 ) -> LeaderShare:
     """What to do about the longest part of ``wanted`` that another restoration restores.
 
     One that restores nothing else is waited for: vLLM's prefix cache shares its blocks when it ends. The last chunk is
     never copied: a restoration has at least one chunk of its own to restore. Each of ``others`` comes with a call that
-    says up to which token its prefix is resident.
+    says up to which token its prefix is resident. Without ``copies``, in a model whose recurrent layers have no states
+    in the middle of a prefix that is restored, only what is shared as a whole is waited for.
     """
     first = wanted.start // chunk_tokens
     most = len(wanted.chain_hashes) - 1
@@ -75,7 +81,7 @@ def find_leader(
         end = (first + shared) * chunk_tokens
         if common and (first + common) * chunk_tokens >= target.chunk_ends[-1]:
             return LeaderShare(following=Following.WAIT)
-        if shared < 1 or end <= best.end:
+        if not copies or shared < 1 or end <= best.end:
             continue
         if resident() < end:
             return LeaderShare(following=Following.WAIT)

@@ -18,6 +18,7 @@ from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.scheduler.checkpoints import CheckpointDue, RequestCheckpoints
 from cacheflow.vllm.scheduler.decide import Decider, Decision
 from cacheflow.vllm.scheduler.explain import EMBEDDED, LOADED_BY_ANOTHER, Siblings, answer_of
 from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
@@ -30,7 +31,15 @@ from cacheflow.vllm.scheduler.saves import RequestSaves, SaveLog
 from cacheflow.vllm.scheduler.sharing import Following
 from cacheflow.vllm.scheduler.stage_planner import slowest_rank_of_each_stage
 from cacheflow.vllm.scheduler.store_census import StoreCensus
-from cacheflow.vllm.scheduler.view import BlockIdsOf, RequestView, ScheduledRequest
+from cacheflow.vllm.scheduler.view import (
+    NO_STATES,
+    BlockIdsOf,
+    RequestView,
+    ScheduledRequest,
+    StateBlocksOf,
+    TargetStates,
+    no_state_blocks,
+)
 from cacheflow.vllm.step import NOTHING, CaptureWork, ModelNews, SaveWork, StepWork, WeightsChange
 
 logger = logging.getLogger(__name__)
@@ -94,6 +103,7 @@ class SchedulerSide:
             logger.warning("request %s: kv_transfer_params: %s", view.request_id, params.complaint)
         prefix = RequestPrefix(chunk_tokens=self._options.chunk_tokens, salt=view.salt, media=view.media)
         request = TrackedRequest(
+            checkpoints=self._checkpoints(view),
             view=view,
             params=params,
             prefix=prefix,
@@ -105,6 +115,17 @@ class SchedulerSide:
         if params.mode is Mode.OFF:
             request.reason = "the request asked for 'off'" if view.hashable else EMBEDDED
         self._begin_name(request)
+
+    def _checkpoints(self, view: RequestView) -> RequestCheckpoints | None:
+        if not self.decider.recurrent:
+            return None
+        options = self._options
+        return RequestCheckpoints(
+            view,
+            chunk_tokens=options.chunk_tokens,
+            every_chunks=options.checkpoint_every_chunks,
+            decode_too=options.save_decode_kv,
+        )
 
     def _begin_name(self, request: TrackedRequest) -> None:
         """Forget what was known of a request's KV, and ask the store for what has its present name."""
@@ -139,8 +160,13 @@ class SchedulerSide:
                 request.question = self._ask(request)  # by now the store may hold what the request has computed itself
         request.num_preemptions = num_preemptions
 
-    def num_matched(self, request_id: str, num_computed: int, *, num_preemptions: int = 0) -> int | None:
-        """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step."""
+    def num_matched(
+        self, request_id: str, num_computed: int, *, num_preemptions: int = 0, has_start_states: bool = True
+    ) -> int | None:
+        """Tokens to restore beyond ``num_computed``; 0 for none, None to be asked again in the next step.
+
+        ``has_start_states``: in a model with recurrent layers their states at ``num_computed`` are there.
+        """
         request = self.requests.get(request_id)
         if request is None:
             return 0
@@ -154,9 +180,13 @@ class SchedulerSide:
             return None
         request.saves.note_stored(question.num_stored)
         request.offered = None
+        if request.checkpoints is not None and question.checkpoints is not None:
+            request.checkpoints.stored = question.checkpoints
         decision = request.decision
-        if decision is None or decision.start != num_computed:
-            decision = request.decision = self._decide(request, question, num_computed)
+        known = (num_computed, has_start_states)
+        if decision is None or (decision.start, decision.has_start_states) != known:
+            decision = self._decide(request, question, num_computed, has_start_states=has_start_states)
+            request.decision = decision
         if decision.num_tokens:
             shared = self.restorations.shared(request, decision)
             if shared.following is Following.WAIT:
@@ -166,7 +196,19 @@ class SchedulerSide:
             request.offered = self.decider.after_copy(decision, shared) if copies else decision
         return decision.num_tokens
 
-    def _decide(self, request: TrackedRequest, question: StoreQuestion, num_computed: int) -> Decision:
+    def stop_at(self, request_id: str, num_computed: int, *, vllm_stop: int) -> int:
+        """Where vLLM is to end a step of a prompt that goes on after so many tokens; see ``RequestCheckpoints``."""
+        request = self.requests.get(request_id)
+        if request is None or request.checkpoints is None or request.params.mode is Mode.OFF:
+            return vllm_stop
+        num_stored = 0 if request.question is None else request.question.num_stored
+        return request.checkpoints.stop_at(
+            num_stored=num_stored, end=num_computed, block_size=self._block_size, vllm_stop=vllm_stop
+        )
+
+    def _decide(
+        self, request: TrackedRequest, question: StoreQuestion, num_computed: int, *, has_start_states: bool
+    ) -> Decision:
         view = request.view
         try:
             decision = self.decider.decide(
@@ -175,7 +217,9 @@ class SchedulerSide:
                 start=num_computed,
                 num_tokens=len(view.tokens),
                 num_text_tokens=view.num_text_tokens,
+                has_start_states=has_start_states,
             )
+            decision = replace(decision, has_start_states=has_start_states)
         except CostRangeError as error:
             logger.warning("request %s is computed, not restored: %s", request.view.request_id, error)
             decision = Decision(start=num_computed, end=num_computed, reason=str(error))
@@ -191,7 +235,9 @@ class SchedulerSide:
             self.counts.guard[Choice.RECOMPUTE.value] += 1
         return decision
 
-    def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
+    def allocated(
+        self, request_id: str, block_ids: Sequence[int], num_external: int, states: TargetStates = NO_STATES
+    ) -> None:
         """Begin a restoration that vLLM has set blocks aside for, of ``num_external`` tokens."""
         request = self.requests.get(request_id)
         if request is None:
@@ -199,7 +245,7 @@ class SchedulerSide:
         offered = request.offered
         if offered is None or offered.num_tokens != num_external:
             raise AssertionError(f"vLLM allocated {num_external} tokens for {request_id}, offered was {offered}")
-        self.restorations.start(request, offered, block_ids)
+        self.restorations.start(request, offered, block_ids, states)
         request.decision = request.offered = None
 
     def passed_over(self, request_id: str, *, num_loaded: int | None) -> None:
@@ -215,7 +261,13 @@ class SchedulerSide:
             request.offered, request.reason = None, LOADED_BY_ANOTHER
 
     def step(
-        self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, *, num_scheduled_tokens: int
+        self,
+        scheduled: Iterable[ScheduledRequest],
+        block_ids_of: BlockIdsOf,
+        *,
+        num_scheduled_tokens: int,
+        state_blocks_of: StateBlocksOf = no_state_blocks,
+        preempted: Sequence[str] = (),
     ) -> StepWork:
         """The work of one step: restorations go on, computed chunks are saved.
 
@@ -223,17 +275,22 @@ class SchedulerSide:
             scheduled: The requests of the step.
             block_ids_of: KV blocks of a request of the step; asked only where a chunk is to be saved.
             num_scheduled_tokens: Tokens of the step's forward; 0 when nobody runs.
+            state_blocks_of: Where a request of the step has its running states after it; asked only where those are to
+                be saved.
+            preempted: Requests that lose their KV blocks in this step.
         """
-        saves, captures = self._saves(scheduled, block_ids_of) if self._options.save else ((), ())
-        generation = self.identity.generation
-        if not saves and not captures and not self.has_work:
+        saves, captures = self._saves(scheduled, block_ids_of, state_blocks_of) if self._options.save else ((), ())
+        generation, preempted = self.identity.generation, preempted if self.decider.recurrent else ()
+        if not saves and not captures and not preempted and not self.has_work:
             return StepWork(generation=generation) if generation else NOTHING
         work = self.restorations.step(saves, busy=num_scheduled_tokens > 0)
         versions = dict(self._weights_versions)
-        return replace(work, captures=captures, weights_versions=versions, generation=generation)
+        return replace(
+            work, captures=captures, preempted=tuple(preempted), weights_versions=versions, generation=generation
+        )
 
     def _saves(
-        self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf
+        self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, state_blocks_of: StateBlocksOf
     ) -> tuple[tuple[SaveWork, ...], tuple[CaptureWork, ...]]:
         saves: list[SaveWork] = []
         captures: list[CaptureWork] = []
@@ -249,6 +306,16 @@ class SchedulerSide:
             if self._captures and (capture := own.capture(num_computed - each.num_scheduled, num_computed)) is not None:
                 captures.append(capture)
             computed = own.take(request.name, num_computed=num_computed, block_ids_of=block_ids_of)
+            due = None if request.checkpoints is None else request.checkpoints.due(num_computed)
+            if due is not None:
+                checkpoint = own.checkpoint(
+                    request.name,
+                    num_computed=num_computed,
+                    block_ids_of=block_ids_of,
+                    state_blocks_of=state_blocks_of,
+                    keep=due is CheckpointDue.AT_END,
+                )
+                computed = [*(save for save in computed if save.chunk != checkpoint.chunk), checkpoint]
             question = request.question
             saves += self._save_log.new(computed, asked_after_saves=question.asked_after_saves if question else 0)
         return tuple(saves), tuple(captures)

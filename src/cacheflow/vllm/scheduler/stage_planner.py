@@ -92,7 +92,7 @@ class StagePlanner:
         grid = Grid(ends, facts.num_blocks, start=start)
         link = LinkCost(bytes_per_s=self.rates.bytes_per_s, latency_s=facts.link.latency_s)
         if facts.costs is None:
-            return load_only_problem(grid, facts, link, object_tokens=chunk_tokens)
+            return _with_states(load_only_problem(grid, facts, link, object_tokens=chunk_tokens), facts)
         problem = build_problem(facts.costs, grid, facts.shape, link=link, layers_per_block=facts.layers_per_block)
         if span.num_tokens is not None:
             own_s = own_prefill_s(facts.costs, start=start, end=end, num_tokens=span.num_tokens)
@@ -103,11 +103,11 @@ class StagePlanner:
                 problem, boundary_bytes_K=np.full(grid.num_chunks, boundary_bytes, dtype=np.int64)
             )
         if first == start:
-            return problem
+            return _with_states(problem, facts)
         # Objects are read whole: a first chunk of which a part is resident moves all its bytes.
         load_bytes_KB = problem.load_bytes_KB.copy()
         load_bytes_KB[0] = load_bytes_KB[0] * chunk_tokens // (ends[0] - start)
-        return dataclasses.replace(problem, load_bytes_KB=load_bytes_KB)
+        return _with_states(dataclasses.replace(problem, load_bytes_KB=load_bytes_KB), facts)
 
     def corrected(self, problem: RestoreProblem) -> RestoreProblem:
         """The problem by what compute was seen to take."""
@@ -127,6 +127,16 @@ class StagePlanner:
             return 1 << 62
         grids = [costs.kinds[kind] for kind in set(costs.layer_kinds)]
         return min(max(grid.offsets) + max(grid.chunk_tokens) for grid in grids)
+
+
+def _with_states(problem: RestoreProblem, facts: EngineFacts) -> RestoreProblem:
+    """The problem of a model with recurrent layers: the cells of the last chunk bring the states at its end too."""
+    if not facts.recurrent:
+        return problem
+    states_B = np.array(facts.state_bytes_B, dtype=np.int64)
+    load_bytes_KB = problem.load_bytes_KB.copy()
+    load_bytes_KB[-1] += states_B
+    return dataclasses.replace(problem, load_bytes_KB=load_bytes_KB, recurrent_B=states_B > 0)
 
 
 def slowest_rank_of_each_stage(ranks: Iterable[EngineFacts]) -> list[EngineFacts]:

@@ -10,6 +10,8 @@ from cacheflow.vllm.adapters import Adapter
 
 BlockIdsOf = Callable[[str], Sequence[int]]
 """KV blocks of a request, in order, by its id."""
+StateBlocksOf = Callable[[str, int], tuple[int, ...]]
+"""Blocks, one of each group, that hold a request's running states after so many tokens, by its id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,27 @@ class MediaSpan:
     start: int
     end: int
     content_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetStates:
+    """Where a restoration's running states stand, of a model with recurrent layers: one block of each group.
+
+    Attributes:
+        blocks: Those that vLLM has set aside for the end of the prefix.
+        start: Those that hold the states where the prefix goes on; none where it begins with the first token.
+    """
+
+    blocks: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
+
+
+NO_STATES = TargetStates()
+
+
+def no_state_blocks(request_id: str, num_tokens: int) -> tuple[int, ...]:
+    """A ``StateBlocksOf`` of a model without recurrent layers."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

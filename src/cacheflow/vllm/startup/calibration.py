@@ -23,8 +23,9 @@ from cacheflow.plan.problem import Seconds
 from cacheflow.vllm.models.layers import mapped
 from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.startup.agreement import from_first_rank
-from cacheflow.vllm.startup.probe import scratch_blocks
+from cacheflow.vllm.startup.probe import Scratch, scratch_blocks
 from cacheflow.vllm.worker.layout import BlockLayout
+from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Lengths:
 def calibrate(
     forward: PartialForward,
     layout: BlockLayout,
+    states: StateBlocks | None = None,
     *,
     identity: CostIdentity,
     lengths: Lengths,
@@ -67,13 +69,14 @@ def calibrate(
     """
     size, max_tokens = layout.block_size, lengths.max_tokens
     chunk_tokens = min(lengths.chunk_tokens, max_tokens)
-    past_tokens = min(_PAST_TOKENS, max_tokens, (layout.num_blocks - 1) * size - chunk_tokens)
+    num_blocks = layout.num_blocks - 1 - (0 if states is None else states.num_groups)
+    past_tokens = min(_PAST_TOKENS, max_tokens, num_blocks * size - chunk_tokens)
     past_tokens = max(size, past_tokens // size * size)
     layer_kinds = _kinds(forward, layout)
     names = sorted(set(layer_kinds))
-    pass_tokens = max(chunk_tokens, min(lengths.pass_tokens, max_tokens, (layout.num_blocks - 1) * size))
-    with scratch_blocks(layout, max(past_tokens + chunk_tokens, pass_tokens)) as block_ids:
-        meter = _Meter(forward, block_ids, past_blocks=past_tokens // size)
+    pass_tokens = max(chunk_tokens, min(lengths.pass_tokens, max_tokens, num_blocks * size))
+    with scratch_blocks(layout, max(past_tokens + chunk_tokens, pass_tokens), states) as scratch:
+        meter = _Meter(forward, scratch, past_blocks=past_tokens // size)
         kinds = {}
         for kind in names:
             layers = [layer for layer, each in enumerate(layer_kinds) if each == kind]
@@ -215,11 +218,11 @@ def _engine_pass(
 class _Meter:
     """Times chunks of one layer; median of a few repeats after one that is thrown away."""
 
-    def __init__(self, forward: PartialForward, block_ids: list[int], *, past_blocks: int) -> None:
+    def __init__(self, forward: PartialForward, scratch: Scratch, *, past_blocks: int) -> None:
         """Write chunks after the first ``past_blocks`` of the scratch blocks, which stand for any past."""
-        self._forward = forward
-        self._past, self._every = block_ids[:past_blocks], block_ids
-        self._target = block_ids[past_blocks:]
+        self._forward, self._states = forward, scratch.states[0]
+        self._past, self._every = scratch.kv[:past_blocks], scratch.kv
+        self._target = scratch.kv[past_blocks:]
         self._generator = torch.Generator().manual_seed(5)
 
     def seconds(self, length: int, offset: int, layers: list[int], *, kv_only: bool = False) -> float:
@@ -230,7 +233,7 @@ class _Meter:
         if not handle.is_first_stage:
             boundary = handle.boundary.random(length, self._generator, device=handle.device)
         blocks = [*past, *self._target] if offset else self._every
-        piece = self._forward.piece(offset, [1] * length, blocks, boundary)
+        piece = self._forward.piece(offset, [1] * length, blocks, boundary, state_blocks=self._states)
         if handle.compiled:
             return self._median_s(lambda: self._forward.run_whole(piece)) / handle.num_layers
         # What a layer returns for so many tokens is what the next one is given; which numbers does not matter.

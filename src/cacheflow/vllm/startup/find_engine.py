@@ -30,6 +30,7 @@ from cacheflow.vllm.worker.boundary import make_receive_buffer, stores_boundarie
 from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.side import FoundEngine
 from cacheflow.vllm.worker.stage_link import can_link
+from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def find_engine(
     """
     handle = open_model(vllm_config, kv_cache_config, load_only=options.unsupported_models == "load_only")
     layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names)
+    states = StateBlocks.of(handle, kv_caches, kv_cache_config)
     options.require_room_for_chunk(layout.num_bytes(0, layout.num_layers, options.chunk_tokens // layout.block_size))
     make_receive_buffer(handle)
     layers_per_block = _layers_per_block(options, handle)
@@ -62,7 +64,7 @@ def find_engine(
             f"self_test is off, but CacheFlow does not know vLLM {vllm_version().text}: leave it on, it takes a second"
         )
     if options.self_test:
-        handle = _tested(options, handle, layout, layers_per_block)
+        handle = _tested(options, handle, layout, states, layers_per_block)
     else:
         logger.warning("self_test is off: nothing proves that restored KV equals the engine's own")
     if handle.refusal:
@@ -71,15 +73,15 @@ def find_engine(
             "left to vLLM's prefill", handle.refusal,
         )  # fmt: skip
     forward = PartialForward(handle) if handle.can_recompute else None
-    namespace = worker_namespace(handle, layout, chunk_tokens=options.chunk_tokens)
-    weights = stage_weights(handle, layout)
-    costs = None if forward is None else _costs(options, handle, layout, forward, digest_of(weights))
+    namespace = worker_namespace(handle, layout, states, chunk_tokens=options.chunk_tokens)
+    weights = stage_weights(handle, layout, states)
+    costs = None if forward is None else _costs(options, handle, layout, states, forward, digest_of(weights))
     object_bytes = layout.largest_object_bytes(chunk_tokens=options.chunk_tokens, layers_per_block=layers_per_block)
     link = _link(options, store, object_bytes=object_bytes)
     facts = EngineFacts(
         shard=handle.shard,
         namespace=namespace.digest,
-        shape=_shape(handle, layout, vllm_config, kv_cache_config),
+        shape=_shape(handle, layout, vllm_config),
         layers_per_block=layers_per_block,
         block_size=layout.block_size,
         costs=costs,
@@ -89,14 +91,23 @@ def find_engine(
         weights=weights,
         linked=can_link(handle),
         replicated=all(is_latent(vllm_config.compilation_config.static_forward_context[n]) for n in handle.layer_names),
+        row_state_bytes=(
+            () if states is None else tuple(states.num_bytes(row, row + 1) for row in range(states.num_rows))
+        ),
         identity=tuple(sorted(namespace.parts().items())),
         boundary_token_bytes=handle.boundary.token_bytes if stores_boundaries(options, handle) else 0,
     )
     _log_stage(facts)
-    return FoundEngine(handle, layout, forward, facts)
+    return FoundEngine(handle, layout, states, forward, facts)
 
 
-def _tested(options: ConnectorOptions, handle: ModelHandle, layout: BlockLayout, layers_per_block: int) -> ModelHandle:
+def _tested(
+    options: ConnectorOptions,
+    handle: ModelHandle,
+    layout: BlockLayout,
+    states: StateBlocks | None,
+    layers_per_block: int,
+) -> ModelHandle:
     """The handle after the self-test: of an engine that only loads where recomputation is not exact.
 
     Raises:
@@ -105,7 +116,9 @@ def _tested(options: ConnectorOptions, handle: ModelHandle, layout: BlockLayout,
     """
     forward, refusal = PartialForward(handle) if handle.can_recompute else None, ""
     try:
-        result = self_test(layout, forward, chunk_tokens=options.chunk_tokens, layers_per_block=layers_per_block)
+        result = self_test(
+            layout, forward, states, chunk_tokens=options.chunk_tokens, layers_per_block=layers_per_block
+        )
     except UnsupportedModelError as error:
         refusal = str(error)
     else:
@@ -143,7 +156,12 @@ def _layers_per_block(options: ConnectorOptions, handle: ModelHandle) -> int:
 
 
 def _costs(
-    options: ConnectorOptions, handle: ModelHandle, layout: BlockLayout, forward: PartialForward, fingerprint: str
+    options: ConnectorOptions,
+    handle: ModelHandle,
+    layout: BlockLayout,
+    states: StateBlocks | None,
+    forward: PartialForward,
+    fingerprint: str,
 ) -> CostTable:
     identity = cost_identity(handle, fingerprint=fingerprint)
     pass_tokens = int(handle.vllm_config.scheduler_config.max_num_batched_tokens)
@@ -159,6 +177,7 @@ def _costs(
     costs = calibrate(
         forward,
         layout,
+        states,
         identity=identity,
         lengths=Lengths(
             chunk_tokens=options.chunk_tokens,
@@ -197,8 +216,8 @@ def _link(options: ConnectorOptions, store: Store, *, object_bytes: int) -> Link
     return replace(link, latency_s=max(link.latency_s, options.throttle_latency_s))
 
 
-def _shape(handle: ModelHandle, layout: BlockLayout, vllm_config: Any, kv_cache_config: Any) -> ModelShape:  # noqa: ANN401
-    spec = layer_specs(kv_cache_config.kv_cache_groups[0].kv_cache_spec)[0]
+def _shape(handle: ModelHandle, layout: BlockLayout, vllm_config: Any) -> ModelShape:  # noqa: ANN401
+    spec = layer_specs(handle.groups.spec)[0]
     model = vllm_config.model_config
     for name, block_bytes in zip(layout.layer_names, layout.block_bytes_L, strict=True):
         if block_bytes % layout.block_size:

@@ -18,17 +18,20 @@ from cacheflow.tensors.fingerprint import FULL_LIMIT_BYTES, kernel_identity, wei
 from cacheflow.vllm.facts import BOTTOM, LayerDigest
 from cacheflow.vllm.models.layers import Carry, leaves
 from cacheflow.vllm.models.model_access import ModelHandle
-from cacheflow.vllm.models.partial_forward import PartialForward
+from cacheflow.vllm.models.partial_forward import PartialForward, attention_groups
 from cacheflow.vllm.startup.agreement import of_all_ranks
 from cacheflow.vllm.startup.probe import gathered, make_probe, random_like, run_by_engine, scratch_blocks
 from cacheflow.vllm.worker.layout import BlockLayout
+from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 _WORKSPACE = "chunked_prefill_workspace_size"
 _BY_LAYER = "by layer"
 """Stands in a rank's namespace for its weights, which ``shared_namespace`` adds layer by layer."""
 
 
-def worker_namespace(handle: ModelHandle, layout: BlockLayout, *, chunk_tokens: int) -> Namespace:
+def worker_namespace(
+    handle: ModelHandle, layout: BlockLayout, states: StateBlocks | None = None, *, chunk_tokens: int
+) -> Namespace:
     """What this rank's saves depend on besides weights and adapters: equal on all pipeline stages, however many.
 
     Tensor-parallel ranks differ: each has heads of its own.
@@ -49,11 +52,26 @@ def worker_namespace(handle: ModelHandle, layout: BlockLayout, *, chunk_tokens: 
             ("layout", layout.identity(of_all_ranks(layout.shapes))),
             ("num_threads", str(_num_threads(handle.device))),
             ("shard", f"tp{shard.tp_rank}of{shard.tp_size}"),
+            *_states(handle, states),
         ),
     )
 
 
-def stage_weights(handle: ModelHandle, layout: BlockLayout) -> tuple[LayerDigest, ...]:
+def _states(handle: ModelHandle, states: StateBlocks | None) -> Iterator[tuple[str, str]]:
+    """How running states stand in their blocks, and what computes them; nothing without any."""
+    if states is None:
+        return
+    from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+
+    layer = handle.vllm_config.compilation_config.static_forward_context[states.layout.layer_names[0]]
+    parts = ", ".join(f"{tuple(each.shape[1:])} of {_dtype_name(each.dtype)}" for each in layer.kv_cache)
+    yield "states", f"{parts}, convolution {'DS' if is_conv_state_dim_first() else 'SD'}"
+    yield "states_kernel", str(getattr(layer, "gdn_prefill_backend", ""))
+
+
+def stage_weights(
+    handle: ModelHandle, layout: BlockLayout, states: StateBlocks | None = None
+) -> tuple[LayerDigest, ...]:
     """Digest of each of this rank's layers, and on the first stage of what lies below them; in order.
 
     Call before anything is served, on every rank: it may run short forwards. A model whose layers cannot be run alone
@@ -61,11 +79,11 @@ def stage_weights(handle: ModelHandle, layout: BlockLayout) -> tuple[LayerDigest
     """
     layers = handle.layers
     if layers is None:
-        return ((handle.start_layer if handle.shard.pp_rank else BOTTOM, _of_whole_stage(handle, layout)),)
+        return ((handle.start_layer if handle.shard.pp_rank else BOTTOM, _of_whole_stage(handle, layout, states)),)
     whole = sum(weight.nbytes for weight in handle.model.parameters()) <= FULL_LIMIT_BYTES
     forward, digests = PartialForward(handle), []
     if handle.is_first_stage:
-        digests.append((BOTTOM, _of_prelude(forward, layout, whole=whole)))
+        digests.append((BOTTOM, _of_prelude(forward, layout, states, whole=whole)))
     plain = []
     for row in range(layers.num_rows):
         modules = torch.nn.ModuleList(layers.modules[slice(*layers.span(row, row + 1))])
@@ -73,7 +91,7 @@ def stage_weights(handle: ModelHandle, layout: BlockLayout) -> tuple[LayerDigest
     if handle.drafter is not None:
         plain.append(weights_fingerprint(handle.drafter.model, {}, full=whole))
     if not all(weight.numel() for weight in handle.model.parameters()):
-        plain = _with_probe(forward, layout, plain)
+        plain = _with_probe(forward, layout, states, plain)
     return (*digests, *((handle.start_layer + row, digest) for row, digest in enumerate(plain)))
 
 
@@ -99,7 +117,7 @@ def cost_identity(handle: ModelHandle, *, fingerprint: str) -> CostIdentity:
     )
 
 
-def _of_whole_stage(handle: ModelHandle, layout: BlockLayout) -> str:
+def _of_whole_stage(handle: ModelHandle, layout: BlockLayout, states: StateBlocks | None) -> str:
     """Digest of the weights; on the CPU also of what they do to a probe.
 
     There vLLM packs the weights of linear layers into kernels' own memory and leaves empty parameters.
@@ -109,21 +127,22 @@ def _of_whole_stage(handle: ModelHandle, layout: BlockLayout) -> str:
     if all(weight.numel() for weight in handle.model.parameters()):
         return digest
     probe = make_probe(handle, num_chunks=1)
-    with scratch_blocks(layout, len(probe.tokens)) as block_ids:
-        run_by_engine(handle, probe, block_ids)
-        kv = gathered(layout, block_ids)
+    with scratch_blocks(layout, len(probe.tokens), states) as scratch:
+        run_by_engine(handle, probe, scratch.kv, scratch.states)
+        kv = gathered(layout, scratch.kv)
     return hashlib.sha256(digest.encode() + b"".join(each.tobytes() for each in kv)).hexdigest()
 
 
-def _of_prelude(forward: PartialForward, layout: BlockLayout, *, whole: bool) -> str:
+def _of_prelude(forward: PartialForward, layout: BlockLayout, states: StateBlocks | None, *, whole: bool) -> str:
     """Digest of what lies below the first layer: the weights of the modules there, and what they make of a probe.
 
     Where images or sounds are embedded, that is the weights of all that is no layer.
     """
     config: Any = forward.handle.vllm_config.model_config.hf_config
     probe = make_probe(forward.handle, num_chunks=1)
-    with scratch_blocks(layout, len(probe.tokens)) as block_ids:
-        modules, given = forward.prelude(forward.piece(0, probe.tokens, block_ids))
+    with scratch_blocks(layout, len(probe.tokens), states) as scratch:
+        piece = forward.piece(0, probe.tokens, scratch.kv, state_blocks=scratch.states[0])
+        modules, given = forward.prelude(piece)
     handle = forward.handle
     if handle.inputs.embedded and handle.layers is not None:
         modules = list(_without_layers(handle.model, frozenset(handle.layers.modules)))
@@ -152,25 +171,27 @@ def _packed_probes(module: torch.nn.Module, handle: ModelHandle) -> Iterator[tor
                 yield from leaves(each(probe.to(handle.device, handle.dtype)))
 
 
-def _with_probe(forward: PartialForward, layout: BlockLayout, digests: list[str]) -> list[str]:
+def _with_probe(
+    forward: PartialForward, layout: BlockLayout, states: StateBlocks | None, digests: list[str]
+) -> list[str]:
     """Each layer's digest with what it makes of fixed random states: its keys, its values and its output.
 
     The first layer of all is given tokens instead, the first of a later stage random boundary states.
     """
     handle, tokens, probed = forward.handle, make_probe(forward.handle, num_chunks=1).tokens, []
-    with scratch_blocks(layout, len(tokens)) as block_ids:
+    with scratch_blocks(layout, len(tokens), states) as scratch:
         carry = None
         for row, digest in enumerate(digests):
             generator, boundary = torch.Generator().manual_seed(13), None
             if not handle.is_first_stage:
                 boundary = handle.boundary.random(len(tokens), generator, device=handle.device)
-            piece = forward.piece(0, tokens, block_ids, boundary)
+            piece = forward.piece(0, tokens, scratch.kv, boundary, state_blocks=scratch.states[0])
             given: Carry | None = None if carry is None else random_like(carry, torch.Generator().manual_seed(13))
             carry = forward.run(piece, given, layers=(row, row + 1))
             forward.wait()
-            kv = np.empty(layout.num_bytes(row, row + 1, len(block_ids)), dtype=np.uint8)
+            kv = np.empty(layout.num_bytes(row, row + 1, len(scratch.kv)), dtype=np.uint8)
             layout.fence()
-            layout.gather(row, row + 1, block_ids, kv)
+            layout.gather(row, row + 1, scratch.kv, kv)
             own = hashlib.sha256(digest.encode() + kv.tobytes()).hexdigest()
             probed.append(_digest_of(own, *leaves(carry)))
     return probed
@@ -188,7 +209,7 @@ def _rope(config: Any) -> str:  # noqa: ANN401 -- a transformers config
 
 
 def _backend(handle: ModelHandle) -> str:
-    return ",".join(dict.fromkeys(group.backend.get_name() for group in handle.runner.attn_groups[0]))
+    return ",".join(dict.fromkeys(group.backend.get_name() for _, group in attention_groups(handle)))
 
 
 def _latent_workspace(handle: ModelHandle) -> tuple[tuple[str, str], ...]:

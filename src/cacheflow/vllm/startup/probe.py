@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from cacheflow.vllm.models.layers import mapped
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.workers import worker_of
 from cacheflow.vllm.worker.layout import BlockLayout, Payload
+from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 LEAST_CHUNK_TOKENS = 64
 _INPUTS = frozenset(("input_ids", "positions", "intermediate_tensors", "inputs_embeds"))
@@ -76,26 +78,36 @@ class SeenStep:
     refusal: str = ""
 
 
-def run_by_engine(handle: ModelHandle, probe: Probe, block_ids: Sequence[int]) -> list[SeenStep]:
+def run_by_engine(
+    handle: ModelHandle, probe: Probe, block_ids: Sequence[int], states: Sequence[Sequence[int]] = ()
+) -> list[SeenStep]:
     """Have the engine prefill the probe chunk by chunk, by its own steps, as it will prefill what users send.
 
-    All ranks must call it together.
+    The running states after each chunk are left in its blocks of ``states``. All ranks must call it together.
     """
-    seen, start = list[SeenStep](), 0
+    seen, start, size = list[SeenStep](), 0, handle.block_size
+    columns = {end // size - 1: blocks for end, blocks in zip(probe.chunk_ends, states, strict=False)}
     for end in probe.chunk_ends:
-        next_token = probe.token_after(end)
-        seen.append(step_by_engine(handle, probe.tokens[:end], block_ids, start=start, next_token=next_token))
+        next_token, tokens = probe.token_after(end), probe.tokens[:end]
+        seen.append(step_by_engine(handle, tokens, block_ids, start=start, next_token=next_token, states=columns))
         start = end
     return seen
 
 
 def step_by_engine(
-    handle: ModelHandle, tokens: Sequence[int], block_ids: Sequence[int], *, start: int, next_token: int
+    handle: ModelHandle,
+    tokens: Sequence[int],
+    block_ids: Sequence[int],
+    *,
+    start: int,
+    next_token: int,
+    states: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> SeenStep:
     """One step of the engine: compute the tokens from ``start`` on, of a prompt whose KV blocks are ``block_ids``.
 
-    The prompt goes on with ``next_token``, so that nothing of it is sampled. All ranks must call it together. The
-    connector is not asked for anything meanwhile: it is being started.
+    ``states`` has the blocks of a hybrid model's running states after so many KV blocks and one: where ``start`` and
+    where the tokens end. The prompt goes on with ``next_token``, so that nothing of it is sampled. All ranks must call
+    it together. The connector is not asked for anything meanwhile: it is being started.
     """
     from vllm.distributed.kv_transfer import kv_transfer_state
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -114,7 +126,8 @@ def step_by_engine(
     step, last = SchedulerOutput.make_empty(), SchedulerOutput.make_empty()
     longest = int(handle.vllm_config.model_config.max_model_len)
     prompt = [*tokens, next_token][:longest]
-    step.scheduled_new_reqs = [_new_request(handle, name, prompt, block_ids, start=start, end=len(tokens))]
+    blocks = _engine_blocks(handle, block_ids, states, num_blocks=-(-len(prompt) // handle.block_size), end=len(tokens))
+    step.scheduled_new_reqs = [_new_request(name, prompt, blocks, start=start)]
     step.num_scheduled_tokens = {name: len(tokens) - start}
     step.total_num_scheduled_tokens = len(tokens) - start
     last.finished_req_ids = {name}
@@ -155,25 +168,38 @@ def _seen(args: tuple[Any, ...], kwargs: dict[str, Any], *, embedded: bool) -> S
     return SeenStep(states)
 
 
-def _new_request(
-    handle: ModelHandle, name: str, prompt: list[int], block_ids: Sequence[int], *, start: int, end: int
-) -> Any:  # noqa: ANN401
-    """A request as vLLM's scheduler gives it to workers, of which ``[start, end)`` is computed."""
+def _engine_blocks(
+    handle: ModelHandle,
+    block_ids: Sequence[int],
+    states: Mapping[int, Sequence[int]],
+    *,
+    num_blocks: int,
+    end: int,
+) -> tuple[list[int], ...]:
+    """Blocks of a prompt by KV cache group; vLLM's null block, the first of all, stands for what is not kept."""
+    blocks = list(block_ids[: -(-end // handle.block_size)])
+    blocks += [0] * (num_blocks - len(blocks))
+    by_group = [[0] * num_blocks for _ in handle.groups.states]
+    for column, of_column in states.items():
+        if column < num_blocks:
+            for listed, block in zip(by_group, of_column, strict=True):
+                listed[column] = block
+    return handle.groups.by_group(blocks, by_group)
+
+
+def _new_request(name: str, prompt: list[int], blocks: tuple[list[int], ...], *, start: int) -> Any:  # noqa: ANN401
+    """A request as vLLM's scheduler gives it to workers, of which ``start`` tokens are computed."""
     from vllm.v1.core.sched.output import NewRequestData
 
     from vllm import SamplingParams
 
-    size = handle.block_size
-    blocks = list(block_ids[: -(-end // size)])
-    # What lies beyond is not kept: vLLM's null block, the first of all, stands for it.
-    blocks += [0] * (-(-len(prompt) // size) - len(blocks))
     return NewRequestData(
         req_id=name,
         prompt_token_ids=prompt,
         mm_features=[],
         sampling_params=SamplingParams(max_tokens=2, temperature=0.0),
         pooling_params=None,
-        block_ids=(blocks,),
+        block_ids=blocks,
         num_computed_tokens=start,
         lora_request=None,
         prefill_token_ids=prompt,
@@ -199,25 +225,44 @@ def random_like(carry: Any, generator: torch.Generator) -> Any:  # noqa: ANN401 
     return mapped(carry, change)
 
 
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Blocks at the end of the KV cache.
+
+    Attributes:
+        kv: For keys and values.
+        states: For the running states of a hybrid model at each of some positions: a block of each group.
+    """
+
+    kv: list[int]
+    states: list[tuple[int, ...]]
+
+
 @contextmanager
-def scratch_blocks(layout: BlockLayout, num_tokens: int) -> Iterator[list[int]]:
-    """Blocks at the end of the KV cache that hold ``num_tokens``; all bytes of them are zero afterwards, as before.
+def scratch_blocks(
+    layout: BlockLayout, num_tokens: int, states: StateBlocks | None = None, *, num_states: int = 1
+) -> Iterator[Scratch]:
+    """Blocks that hold ``num_tokens``, and states at so many positions; all of them are zero afterwards, as before.
 
     Only before the first request: vLLM hands blocks out from the front and knows nothing of this.
 
     Raises:
         ConfigError: The KV cache has fewer blocks (one, the null block, is vLLM's).
     """
-    needed = -(-num_tokens // layout.block_size)
+    for_kv, groups = -(-num_tokens // layout.block_size), 0 if states is None else states.num_groups
+    needed = for_kv + num_states * groups
     if needed > layout.num_blocks - 1:
         raise ConfigError(
             f"{num_tokens} tokens need {needed} KV blocks of {layout.block_size}, the KV cache has {layout.num_blocks}"
         )
     block_ids = list(range(layout.num_blocks - needed, layout.num_blocks))
+    kv, rest = block_ids[:for_kv], block_ids[for_kv:]
     try:
-        yield block_ids
+        yield Scratch(kv, [tuple(rest[index * groups : (index + 1) * groups]) for index in range(num_states)])
     finally:
-        wipe(layout, block_ids)
+        wipe(layout, kv)
+        if states is not None:
+            wipe(states.layout, rest)
 
 
 def wipe(layout: BlockLayout, block_ids: list[int], *, value: int = 0) -> None:

@@ -2,7 +2,8 @@
 
 A probe of a few short chunks is prefilled by the engine's own steps. Then it is restored in other blocks, which hold
 poison before: cells recomputed by partial forwards, cut at every boundary at which a restoration may be cut, the rest
-copied as loads would be. Every byte of every layer must be equal. Each layer is also run for its keys and values alone,
+copied as loads would be. Every byte of every layer must be equal, and in a hybrid model the running states at the end
+too. Each layer is also run for its keys and values alone,
 and where layers look at a window that is longer than the probe, a chunk far behind its start is compared as well.
 The blocks are the last of the KV cache and zero afterwards.
 """
@@ -26,6 +27,7 @@ from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.startup.agreement import of_all_ranks
 from cacheflow.vllm.startup.probe import (
     Probe,
+    Scratch,
     SeenStep,
     gathered,
     make_probe,
@@ -36,6 +38,7 @@ from cacheflow.vllm.startup.probe import (
 )
 from cacheflow.vllm.worker.layout import BlockLayout, Payload, block_layers
 from cacheflow.vllm.worker.recompute import VllmComputePort
+from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 _NUM_CHUNKS = 3
 _POISON = 0xFF
@@ -52,7 +55,7 @@ class Difference:
     Attributes:
         where: In which of the comparisons.
         layer: VLLM's name of the lowest layer that differs.
-        worst: Largest absolute difference in it; infinite where a number is NaN.
+        worst: Largest absolute difference in it; infinite where a number is NaN, and of running states.
         share: Share of its bytes that differ.
     """
 
@@ -99,7 +102,12 @@ class SelfTestResult:
 
 
 def self_test(
-    layout: BlockLayout, forward: PartialForward | None, *, chunk_tokens: int, layers_per_block: int = 1
+    layout: BlockLayout,
+    forward: PartialForward | None,
+    states: StateBlocks | None = None,
+    *,
+    chunk_tokens: int,
+    layers_per_block: int = 1,
 ) -> SelfTestResult:
     """Run a probe prompt in scratch blocks at the end of the KV cache; they are zero afterwards.
 
@@ -108,6 +116,7 @@ def self_test(
     Args:
         layout: The registered KV blocks.
         forward: How cells are recomputed; None tests copies alone.
+        states: The running states of a hybrid model.
         chunk_tokens: Chunk size of the saves; the probe has at most as many tokens where it only copies.
         layers_per_block: Restorations are cut at multiples of so many layers.
 
@@ -121,13 +130,18 @@ def self_test(
     difference = None
     if forward is None:
         num_tokens, num_chunks, num_cuts = min(chunk_tokens, 2 * layout.block_size), 1, 0
-        with scratch_blocks(layout, num_tokens) as block_ids:
-            copy_equal = _copies_are_equal(layout, block_ids, _random_bytes(layout, len(block_ids)))
+        with scratch_blocks(layout, num_tokens, states) as scratch:
+            copy_equal = _copies_are_equal(layout, scratch.kv, _random_bytes(layout, len(scratch.kv)))
+            if states is not None:
+                blocks = list(scratch.states[0])
+                random = _random_bytes(states.layout, len(blocks))
+                copy_equal = copy_equal and _copies_are_equal(states.layout, blocks, random)
     else:
-        test = _RecomputeTest(forward, layout, layers_per_block)
+        test = _RecomputeTest(forward, layout, states, layers_per_block)
         num_tokens, num_chunks = len(test.probe.tokens), len(test.probe.chunk_ends)
-        with scratch_blocks(layout, 2 * num_tokens + test.probe.chunk_tokens) as block_ids:
-            copy_equal, difference = test.run(block_ids)
+        needed = 2 * num_tokens + test.probe.chunk_tokens
+        with scratch_blocks(layout, needed, states, num_states=num_chunks + 1) as scratch:
+            copy_equal, difference = test.run(scratch)
         num_cuts, windows = test.num_cuts, test.windows
     if not copy_equal:
         raise SelfTestError(
@@ -148,8 +162,10 @@ def self_test(
 class _RecomputeTest:
     """The probe of one engine, and what it is compared by."""
 
-    def __init__(self, forward: PartialForward, layout: BlockLayout, layers_per_block: int) -> None:
-        self._forward, self._layout = forward, layout
+    def __init__(
+        self, forward: PartialForward, layout: BlockLayout, states: StateBlocks | None, layers_per_block: int
+    ) -> None:
+        self._forward, self._layout, self._states = forward, layout, states
         handle = forward.handle
         self._layers_per_block = handle.num_layers if handle.compiled else layers_per_block
         self._num_blocks = -(-handle.num_layers // self._layers_per_block)
@@ -157,28 +173,46 @@ class _RecomputeTest:
         self.num_cuts = self._num_blocks - 1
         self.windows = () if handle.compiled else tuple(self._long_windows())
 
-    def run(self, block_ids: list[int]) -> tuple[bool, Difference | None]:
-        """Whether copies are equal, and where recomputation is not; ``block_ids`` hold the probe twice and a chunk."""
-        layout, probe, handle = self._layout, self.probe, self._forward.handle
+    def run(self, scratch: Scratch) -> tuple[bool, Difference | None]:
+        """Whether copies are equal, and where recomputation is not.
+
+        ``scratch`` holds the probe twice and a chunk, and states after each chunk and once more.
+        """
+        layout, probe, handle, block_ids = self._layout, self.probe, self._forward.handle, scratch.kv
+        *engine_states, our_states = scratch.states
         count = len(probe.tokens) // layout.block_size
         engines, ours, spare = block_ids[:count], block_ids[count : 2 * count][::-1], block_ids[2 * count :]
-        handed = _handed(run_by_engine(handle, probe, engines))
+        handed = _handed(run_by_engine(handle, probe, engines, engine_states))
         own = gathered(layout, engines)
         copy_equal = _copies_are_equal(layout, engines, own)
-        restored = self._restored(ours, own, handed)
-        found = [self._compare(own, restored, "when it is recomputed layer by layer")]
+        restored = self._restored(ours, own, handed, own_states=our_states, end_states=engine_states[-1])
+        where = "when it is recomputed layer by layer"
+        found = [self._compare(own, restored, where), self._compare_states(engine_states[-1], our_states, where)]
         # Nothing is left out after a difference: other ranks may have found none, and layers are run by all together.
         if not handle.compiled:
             last = [each[count - len(spare) :] for each in own]
-            alone = self._alone(engines, spare, handed[-1])
+            alone = self._alone(engines, spare, handed[-1], scratch.states[-3:])
             found.append(self._compare(last, alone, "when its keys and values are computed alone"))
         found += [self._behind(window, engines, spare) for window in self.windows]
         return copy_equal, next((each for each in found if each is not None), None)
 
-    def _restored(self, block_ids: list[int], own: Bytes, handed: Sequence[States | None]) -> Bytes:
-        """Restore the probe into poisoned blocks: a staircase is recomputed, the rest copied from ``own``."""
+    def _restored(
+        self,
+        block_ids: list[int],
+        own: Bytes,
+        handed: Sequence[States | None],
+        *,
+        own_states: tuple[int, ...],
+        end_states: tuple[int, ...],
+    ) -> Bytes:
+        """Restore the probe into poisoned blocks: a staircase is recomputed, the rest copied from ``own``.
+
+        Of the rows that are not recomputed to the end the states are copied from ``end_states``.
+        """
         wipe(self._layout, block_ids, value=_POISON)
-        target = _target(self.probe, block_ids, self._layers_per_block)
+        if self._states is not None:
+            wipe(self._states.layout, list(own_states), value=_POISON)
+        target = _target(self.probe, block_ids, self._layers_per_block, own_states)
         port = VllmComputePort(self._forward, target)
         per_chunk = self.probe.chunk_tokens // self._layout.block_size
         for chunk, states in enumerate(handed):
@@ -196,10 +230,19 @@ class _RecomputeTest:
                 loaded = np.concatenate([each[first:last].reshape(-1) for each in own[layer:]])
                 self._layout.scatter(layer, self._layout.num_layers, block_ids[first:last], loaded)
         port.finish()
+        if self._states is not None and layer < self._states.num_rows:
+            payload = np.empty(self._states.num_bytes(layer, self._states.num_rows), dtype=np.uint8)
+            self._states.gather(layer, self._states.num_rows, end_states, payload)
+            self._states.scatter(layer, self._states.num_rows, own_states, payload)
         return gathered(self._layout, block_ids)
 
-    def _alone(self, past: list[int], spare: list[int], handed: States | None) -> Bytes:
-        """Keys and values of the last chunk, each layer's computed alone into spare blocks that hold poison."""
+    def _alone(
+        self, past: list[int], spare: list[int], handed: States | None, states: Sequence[tuple[int, ...]]
+    ) -> Bytes:
+        """Keys and values of the last chunk, each layer's computed alone into spare blocks that hold poison.
+
+        ``states`` are the running states before the chunk, those after it, and room for more.
+        """
         wipe(self._layout, spare, value=_POISON)
         forward, probe = self._forward, self.probe
         tokens, start = probe.chunk(len(probe.chunk_ends) - 1), len(probe.tokens) - probe.chunk_tokens
@@ -208,7 +251,11 @@ class _RecomputeTest:
         carry: Carry | None = None
         for layer in range(forward.handle.num_layers):
             for blocks, kv_only in (([*before, *spare], True), (past, False)):
-                piece = forward.piece(start, tokens, blocks, _copied(handed), next_token=next_token)
+                if self._states is not None and start:
+                    self._states.copy(states[0], states[-1])
+                piece = forward.piece(
+                    start, tokens, blocks, _copied(handed), state_blocks=states[-1], next_token=next_token
+                )
                 out = forward.run(piece, _copied(carry), layers=(layer, layer + 1), kv_only_top=kv_only)
             carry = out
         forward.wait()
@@ -239,6 +286,21 @@ class _RecomputeTest:
             if window > len(self.probe.tokens) and reach < longest:
                 yield window
 
+    def _compare_states(self, own: tuple[int, ...], restored: tuple[int, ...], where: str) -> Difference | None:
+        """Compare the running states of all rows in two blocks of each group."""
+        states = self._states
+        if states is None:
+            return None
+        found = [np.empty(states.num_bytes(0, states.num_rows), dtype=np.uint8) for _ in range(2)]
+        for blocks, out in zip((own, restored), found, strict=True):
+            states.layout.fence()
+            states.gather(0, states.num_rows, blocks, out)
+        own_L, restored_L = (states.layout.by_layer(each, 0, states.layout.num_layers, 1) for each in found)
+        for name, one, other in zip(states.layout.layer_names, own_L, restored_L, strict=True):
+            if not np.array_equal(one, other):
+                return Difference(where=where, layer=name, worst=float("inf"), share=float((one != other).mean()))
+        return None
+
     def _compare(self, own: Bytes, restored: Bytes, where: str) -> Difference | None:
         for layer, name in enumerate(self._forward.handle.layer_names):
             if not np.array_equal(own[layer], restored[layer]):
@@ -260,7 +322,7 @@ def _handed(steps: Sequence[SeenStep]) -> list[States | None]:
     return [step.states for step in steps]
 
 
-def _target(probe: Probe, block_ids: list[int], layers_per_block: int) -> RestoreTarget:
+def _target(probe: Probe, block_ids: list[int], layers_per_block: int, state_blocks: tuple[int, ...]) -> RestoreTarget:
     return RestoreTarget(
         restore_id=-1,
         request_id="self-test",
@@ -273,6 +335,7 @@ def _target(probe: Probe, block_ids: list[int], layers_per_block: int) -> Restor
         namespace="",
         chain_hashes=("",) * len(probe.chunk_ends),
         layers_per_block=layers_per_block,
+        state_blocks=state_blocks,
     )
 
 

@@ -25,6 +25,7 @@ import torch
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import num_layer_blocks
 from cacheflow.tensors.block_copy import DeviceCopies, HostCopies
+from cacheflow.vllm.models.kv_groups import KvGroups
 from cacheflow.vllm.models.model_access import layer_number
 
 Payload = npt.NDArray[np.uint8]
@@ -95,16 +96,14 @@ class BlockLayout:
         Args:
             kv_caches: One tensor per attention layer, by name.
             kv_cache_config: vLLM's KV cache config: number of blocks, block size, name of the layout.
-            layer_names: The layers to serve, bottom first; None: those of the only KV cache group, by number.
+            layer_names: The layers to serve, bottom first; None: all that keep keys and values, by number.
 
         Raises:
-            ConfigError: There is more than one KV cache group, layers are missing, or a tensor's block dimension is
-                unknown or ambiguous; the message has the shapes.
+            ConfigError: There is more than one KV cache group of keys and values, layers are missing, or a tensor's
+                block dimension is unknown or ambiguous; the message has the shapes.
         """
-        groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            raise ConfigError(f"{len(groups)} KV cache groups; only models with one are supported")
-        names = list(layer_names) if layer_names is not None else sorted(groups[0].layer_names, key=layer_number)
+        groups = KvGroups.of(kv_cache_config)
+        names = list(layer_names) if layer_names is not None else sorted(groups.attention_names, key=layer_number)
         missing = [name for name in names if name not in kv_caches]
         if missing:
             raise ConfigError(f"no KV cache was registered for {missing}; registered are {sorted(kv_caches)}")
@@ -114,7 +113,7 @@ class BlockLayout:
             LayerView(name, blocks_first(kv_caches[name], num_blocks, name=name, layout_name=layout_name))
             for name in names
         ]
-        return cls(views, block_size=int(groups[0].kv_cache_spec.block_size), layout_name=layout_name)
+        return cls(views, block_size=groups.block_size, layout_name=layout_name)
 
     def identity(self, shapes: Iterable[BlockShapes] = ()) -> str:
         """Names how bytes stand in a payload, whatever the number of blocks.

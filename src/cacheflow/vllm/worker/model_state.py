@@ -55,9 +55,9 @@ class ModelState:
             block_ids=target.block_ids[target.start // self._block_size - len(target.copied_from) :],
         )
 
-    def end(self, restore_ids: Sequence[int]) -> set[int]:
-        """KV blocks of those of these restorations that do not fit the present state: all that each has written."""
-        failed: set[int] = set()
+    def end(self, restore_ids: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """Those of these restorations that do not fit the present state, with all KV blocks that each has written."""
+        failed = dict[int, tuple[int, ...]]()
         if restore_ids:
             self._weights.check()
         for restore_id in restore_ids:
@@ -65,7 +65,7 @@ class ModelState:
             reason = self._contradiction(begun.weights_version, begun.adapter)
             if reason:
                 self._refused[restore_id] = reason
-                failed.update(begun.block_ids)
+                failed[restore_id] = begun.block_ids
         return failed
 
     def may_save(self, work: StepWork) -> tuple[SaveWork, ...]:

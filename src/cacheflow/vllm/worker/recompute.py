@@ -17,6 +17,7 @@ from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import Carry
 from cacheflow.vllm.models.partial_forward import PartialForward, Piece
+from cacheflow.vllm.worker.checkpoint import Checkpoint
 from cacheflow.vllm.worker.layout import block_layers
 from cacheflow.vllm.worker.stage_link import StageLink
 
@@ -56,6 +57,7 @@ class VllmComputePort:
         *,
         link: StageLink | None = None,
         adapter: Adapter | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         """Serve ``target``; nothing runs yet.
 
@@ -64,6 +66,7 @@ class VllmComputePort:
             target: What is restored.
             link: To the neighbouring stages, where activations are handed over.
             adapter: The request's LoRA adapter.
+            checkpoint: Takes the running states that are read; None of a model without recurrent layers.
 
         Raises:
             ValueError: This model cannot be recomputed with, the engine is compiled and the target's blocks are not
@@ -79,7 +82,7 @@ class VllmComputePort:
             )
         if any(position % handle.block_size for position in (target.start, *target.chunk_ends)):
             raise ValueError(f"chunks {target.start}, {target.chunk_ends} do not end on blocks of {handle.block_size}")
-        self._forward, self._link, self._adapter = forward, link, adapter
+        self._forward, self._link, self._adapter, self._checkpoint = forward, link, adapter, checkpoint
         self._target = target
         self._num_layers = handle.num_layers
         self._num_blocks = -(-handle.num_layers // target.layers_per_block)
@@ -172,10 +175,12 @@ class VllmComputePort:
         raise ValueError(f"vLLM runs the suffix itself, asked for blocks [{block_lo}, {block_hi})")
 
     def finish(self) -> None:
-        """Free what this restoration holds; on CUDA waits for its last tile."""
+        """Free what this restoration holds, on CUDA after its last tile; running states that were read are written."""
         self._chunks.clear()
         self._boundary.clear()
         self._forward.wait()
+        if self._checkpoint is not None:
+            self._checkpoint.write()
 
     def _run_whole(self, chunk: int) -> None:
         piece = self._piece(chunk)
@@ -204,6 +209,7 @@ class VllmComputePort:
             tokens,
             self._target.block_ids,
             boundary,
+            state_blocks=self._target.state_blocks,
             next_token=self._target.token_after(chunk),
             adapter=self._adapter,
         )

@@ -1,4 +1,4 @@
-"""Writes computed chunks to the store without holding up the forward."""
+"""Writes computed chunks, and running states at the end of some, to the store without holding up the forward."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cacheflow.stores.keys import RankKeys
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import SaveWork
 from cacheflow.vllm.worker.layout import BlockLayout, layers_of_blocks
+from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,19 @@ CLOSE_S = 2.0
 
 @dataclass(slots=True, eq=False)
 class _Copied:
-    """A chunk on its way to the store; ``submitted`` is set by the background thread."""
+    """A chunk or running states on their way to the store; ``submitted`` is set by the background thread.
+
+    Attributes:
+        name: Namespace and chain hash.
+        requests: Objects to write; given away.
+        num_bytes: Of them all.
+        is_chunk: Counts as a saved chunk.
+    """
 
     name: tuple[str, str]
     requests: list[PutRequest]
     num_bytes: int
+    is_chunk: bool = True
     submitted: Future[PutHandle | PutOutcome] = field(default_factory=Future)
 
     def outcome(self, *, timeout_s: float) -> str | None:
@@ -61,10 +70,12 @@ class ChunkSaver:
     """Copies a chunk out of the KV blocks at once; a thread of its own asks whether the store has it, the store writes.
 
     The caller never waits for the store: where that is slow or hangs, chunks are skipped once ``MAX_PENDING_BYTES`` are
-    copied and not yet written. All methods on one thread, which owns ``counts``.
+    copied and not yet written. Running states are copied as the chunk at whose end they stand, and written after it or,
+    of a request that goes on, when it ends: then those of later chunks have replaced them. All methods on one thread,
+    which owns ``counts``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- one worker's, keyword-only but for the first two
         self,
         store: Store,
         layout: BlockLayout,
@@ -72,12 +83,18 @@ class ChunkSaver:
         layers_per_block: int,
         keys: RankKeys,
         counts: Counts,
+        states: StateBlocks | None = None,
         more: MorePuts | None = None,
     ) -> None:
-        """Save in objects of ``layers_per_block`` layers under this rank's keys; ``more``: what else of a chunk."""
+        """Save in objects of ``layers_per_block`` layers under this rank's keys.
+
+        ``states``: the running states of a model with recurrent layers; ``more``: what else of a chunk.
+        """
         self._store, self._layout, self._keys, self._counts = store, layout, keys, counts
         self._dtype, self._more = str(layout.dtype).removeprefix("torch."), more
         self._layers_of = layers_of_blocks(layers_per_block, layout.num_layers)
+        self._states = states
+        self._kept: dict[str, _Copied] = {}
         self._pending: deque[_Copied] = deque()
         self._pending_bytes = 0
         self._under_way: set[tuple[str, str]] = set()
@@ -88,16 +105,46 @@ class ChunkSaver:
     def save(self, saves: Sequence[SaveWork]) -> None:
         """Copy these chunks; call after the forward that completed them was launched."""
         self._settle()
-        saves = [save for save in saves if self._has_room(save)]
-        if not saves:
+        chunks = [save for save in saves if self._has_room(save)]
+        # Without its chunk a state is of no use: where that found no room, there is none for the state either.
+        with_states = [
+            save for save in saves if save.state_blocks and (save.namespace, save.chain_hash) in self._under_way
+        ]
+        if not chunks and not with_states:
             return
+        self._layout.fence()
+        if self._states is not None:
+            self._states.layout.fence()
+        for save in chunks:
+            self._hand_over(self._copy(save))
+        for save in with_states:
+            copied = self._copy_states(save)
+            if copied is not None and save.keep:
+                self._keep(save.request_id, copied)
+            elif copied is not None:
+                self._hand_over(copied)
+
+    def write_kept(self, request_ids: Iterable[str]) -> None:
+        """Write the states that were kept of these requests, which end here or are preempted."""
+        for request_id in request_ids:
+            copied = self._kept.pop(request_id, None)
+            if copied is not None:
+                self._hand_over(copied)
+
+    def _keep(self, request_id: str, copied: _Copied) -> None:
+        before = self._kept.pop(request_id, None)
+        if before is not None:
+            self._pending_bytes -= before.num_bytes
+        self._kept[request_id] = copied
+
+    def _hand_over(self, copied: _Copied) -> None:
+        """Give what was copied to the background thread."""
         if self._thread is None:
             # A daemon: a store that hangs must not keep the process from ending.
             self._thread = Thread(target=self._submit_copied, name="cacheflow-save", daemon=True)
             self._thread.start()
-        self._layout.fence()
-        for save in saves:
-            self._copied.put(self._copy(save))
+        self._pending.append(copied)
+        self._copied.put(copied)
 
     def _has_room(self, save: SaveWork) -> bool:
         """Whether a chunk is to be copied; if so, its bytes count as pending."""
@@ -113,6 +160,23 @@ class ChunkSaver:
         self._pending_bytes += num_bytes
         return True
 
+    def _copy_states(self, save: SaveWork) -> _Copied | None:
+        """Running states at the end of a chunk; None where too much is waiting to be written."""
+        states = self._states
+        assert states is not None, "running states are saved of models that have any"
+        num_bytes = states.num_bytes(0, states.num_rows)
+        if self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
+            return None
+        self._pending_bytes += num_bytes
+        requests = []
+        for rows in self._layers_of:
+            payload = np.empty(states.num_bytes(*rows), dtype=np.uint8)
+            if payload.size:
+                states.gather(*rows, save.state_blocks, payload)
+                key = self._keys.states(save.namespace, save.chain_hash, rows)
+                requests.append(PutRequest(key, [payload], shape=payload.shape, dtype="uint8"))
+        return _Copied((save.namespace, save.chain_hash), requests, num_bytes, is_chunk=False)
+
     def _copy(self, save: SaveWork) -> _Copied:
         requests = []
         for layer_lo, layer_hi in self._layers_of:
@@ -125,8 +189,7 @@ class ChunkSaver:
         if self._more is not None:
             # Before the KV, so that a chunk whose top layer is there is there with its boundary.
             requests = [*self._more(save), *requests]
-        self._pending.append(_Copied((save.namespace, save.chain_hash), requests, num_bytes))
-        return self._pending[-1]
+        return _Copied((save.namespace, save.chain_hash), requests, num_bytes)
 
     def _shape(self, layer_lo: int, layer_hi: int, num_blocks: int) -> tuple[int, ...]:
         """What a record says of an object, for people; of layers that differ how many bytes they are."""
@@ -163,8 +226,9 @@ class ChunkSaver:
                 return
             copied = self._pending.popleft()
             self._pending_bytes -= copied.num_bytes
-            self._under_way.discard(copied.name)
-            self._counts.chunks_saved[outcome] += 1
+            if copied.is_chunk:
+                self._under_way.discard(copied.name)
+                self._counts.chunks_saved[outcome] += 1
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until everything is written; whether it was in time."""
@@ -173,6 +237,7 @@ class ChunkSaver:
 
     def close(self) -> None:
         """Give a moment to what is pending, then give it up: a chunk that is not written is a later miss."""
+        self.write_kept(list(self._kept))
         if not self.wait(timeout_s=CLOSE_S):
             logger.warning("%d chunks were not written in time and are lost", len(self._pending))
         self._closed = True

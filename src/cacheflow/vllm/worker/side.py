@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -17,11 +18,13 @@ from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.step import ModelNews, StepWork
 from cacheflow.vllm.worker.boundary import BoundaryCapture
+from cacheflow.vllm.worker.checkpoint import Checkpoint
 from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.model_state import ModelState
 from cacheflow.vllm.worker.recompute import VllmComputePort
 from cacheflow.vllm.worker.saver import ChunkSaver
 from cacheflow.vllm.worker.stage_link import StageAnswers, link_stages
+from cacheflow.vllm.worker.state_blocks import StateBlocks
 from cacheflow.vllm.worker.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 
 NOTHING_DONE = RankReport()
@@ -34,18 +37,24 @@ class FoundEngine:
     Attributes:
         handle: The model.
         layout: Its KV blocks.
+        states: The running states of its recurrent layers; None of a model without any.
         forward: Recomputes; None in an engine that only loads.
         facts: What the scheduler side needs to know.
     """
 
     handle: ModelHandle
     layout: BlockLayout
+    states: StateBlocks | None
     forward: PartialForward | None
     facts: EngineFacts
 
 
 class NoComputePort:
     """The compute side of an engine that only loads: nobody asks it to compute."""
+
+    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
+        """``checkpoint`` takes the running states that are read; None of a model without recurrent layers."""
+        self._checkpoint = checkpoint
 
     def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
         """Never called.
@@ -63,7 +72,9 @@ class NoComputePort:
         raise ValueError(f"an engine that only loads was asked to run blocks [{block_lo}, {block_hi})")
 
     def finish(self) -> None:
-        """Nothing to wait for."""
+        """Write the running states that were read."""
+        if self._checkpoint is not None:
+            self._checkpoint.write()
 
 
 class WorkerSide:
@@ -90,7 +101,9 @@ class WorkerSide:
         self.store, self._engine, self._state, self._capture = store, engine, state, capture
         self.counts = counts
         self._link = link_stages(engine.handle)
-        self._pool = staging_pool(engine.layout, chunk_tokens=chunk_tokens, layers_per_block=facts.layers_per_block)
+        self._pool = staging_pool(
+            engine.layout, engine.states, chunk_tokens=chunk_tokens, layers_per_block=facts.layers_per_block
+        )
         self._boundary_pool = boundary_pool(token_bytes=facts.boundary_token_bytes, chunk_tokens=chunk_tokens)
         self.saver = ChunkSaver(
             store,
@@ -98,6 +111,7 @@ class WorkerSide:
             layers_per_block=facts.layers_per_block,
             keys=facts.keys,
             counts=counts,
+            states=engine.states,
             more=None if capture is None else capture.put,
         )
         self._carrier = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
@@ -105,6 +119,8 @@ class WorkerSide:
         self._adapter_of: dict[int, Adapter] = {}
         self._report = NOTHING_DONE
         self._failed_blocks: set[int] = set()
+        self._failing: set[int] = set()
+        self._failed_requests: set[str] = set()
 
     @property
     def facts(self) -> EngineFacts:
@@ -128,22 +144,32 @@ class WorkerSide:
             self._capture.expect(work.captures)
 
     def forget(self, request_ids: set[str]) -> None:
-        """Drop what was kept of requests that ended."""
+        """Drop what was kept of requests that ended, but their last running states, which are written."""
+        self.saver.write_kept(request_ids)
         if self._capture is not None:
             self._capture.forget(request_ids)
 
     def _ports(self, target: RestoreTarget) -> Ports:
         engine = self._engine
         engine.layout.fence()
-        compute: ComputePort = NoComputePort()
+        checkpoint = None if engine.states is None else Checkpoint(engine.states, target.state_blocks)
+        compute: ComputePort = NoComputePort(checkpoint)
         boundaries = None
         if engine.forward is not None:
             adapter = self._adapter_of.get(target.restore_id)
-            compute = recomputing = VllmComputePort(engine.forward, target, link=self._link, adapter=adapter)
+            compute = recomputing = VllmComputePort(
+                engine.forward, target, link=self._link, adapter=adapter, checkpoint=checkpoint
+            )
             if token_bytes := engine.facts.boundary_token_bytes:
                 boundaries = BoundaryReads(pool=self._boundary_pool, token_bytes=token_bytes, give=recomputing.give)
         transfer = VllmTransferPort(
-            self.store, engine.layout, target, pool=self._pool, keys=engine.facts.keys, boundaries=boundaries
+            self.store,
+            engine.layout,
+            target,
+            pool=self._pool,
+            keys=engine.facts.keys,
+            boundaries=boundaries,
+            checkpoint=checkpoint,
         )
         return compute, transfer
 
@@ -164,10 +190,14 @@ class WorkerSide:
             if claim is not None and claim.adapter is not None:
                 self._adapter_of[target.restore_id] = claim.adapter
             self._copy_shared(target)
+            if target.start_states:
+                assert self._engine.states is not None, "running states are copied of models that have any"
+                self._engine.states.copy(target.start_states, target.state_blocks)
             self._state.begin(target, work)
             self._carrier.begin(target)
-        for block_ids in work.failed_blocks.values():
+        for restore_id, block_ids in work.failed_blocks.items():
             self._failed_blocks.update(block_ids)
+            self._failing.add(restore_id)
         self._carrier.carry_out(work.of_stage(self._engine.handle.shard.pp_rank), wait_s=work.wait_s)
 
     def _copy_shared(self, target: RestoreTarget) -> None:
@@ -181,12 +211,17 @@ class WorkerSide:
         may_save = self._state.may_save(work)
         if self._engine.facts.keys.writes:
             self.saver.save(may_save)
+        self.saver.write_kept(work.preempted)
 
     def take_finished(self) -> set[str]:
         """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""
         self._report = report = self._carrier.take_report()
         if report.finished:
-            self._failed_blocks.update(self._state.end(report.finished))
+            refused = self._state.end(report.finished)
+            self._failed_blocks.update(itertools.chain(*refused.values()))
+            failing = self._failing.intersection(report.finished).union(refused)
+            self._failing -= failing
+            self._failed_requests.update(self._request_of[restore_id] for restore_id in failing)
             for restore_id in report.finished:
                 self._adapter_of.pop(restore_id, None)
         return {self._request_of.pop(restore_id) for restore_id in report.finished}
@@ -204,6 +239,11 @@ class WorkerSide:
     def take_failed_blocks(self) -> set[int]:
         """KV blocks whose content is undefined, of restorations that ended since the last call."""
         failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_failed_requests(self) -> set[str]:
+        """Requests whose restoration ended without all that was promised, since the last call."""
+        failed, self._failed_requests = self._failed_requests, set()
         return failed
 
     def close(self) -> None:

@@ -1,12 +1,13 @@
 """The I/O side of a restoration inside vLLM: reads a cell into staging memory, then places it in the KV blocks.
 
 Provides ``restore.ports.TransferPort`` by structure. Two phases, because a read that comes late must not touch blocks
-that compute has taken over. An object holds whole KV blocks: see ``layout``.
+that compute has taken over. An object holds whole KV blocks: see ``layout``. In a model with recurrent layers the cells
+of the last chunk bring the running states at its end too, as a second object: both come, or neither counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cacheflow.plan.grid import Boundary, Cell, Piece
@@ -15,7 +16,9 @@ from cacheflow.stores.base import GetHandle, GetRequest, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm.worker.layout import BlockLayout, Payload, block_layers
+from cacheflow.vllm.worker.checkpoint import Checkpoint
+from cacheflow.vllm.worker.layout import BlockLayout, Payload, block_layers, layers_of_blocks
+from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 PRIORITY = 1
 """Of reads in the store: before saves."""
@@ -27,7 +30,8 @@ class VllmTicket:
 
     Attributes:
         piece: What it brings.
-        num_bytes: Bytes of the object.
+        num_bytes: Bytes of what it brings.
+        state_bytes: Bytes of running states among them, after the keys and values.
         pool: Where ``staging`` came from.
         staging: Receives the object.
         handle: The store's.
@@ -38,6 +42,7 @@ class VllmTicket:
     pool: StagingPool
     staging: StagingBuffer
     handle: GetHandle
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +67,7 @@ class VllmTransferPort:
     All methods on the I/O thread, but ``cancel`` on any.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- one restoration's, keyword-only but for the first three
         self,
         store: Store,
         layout: BlockLayout,
@@ -71,8 +76,11 @@ class VllmTransferPort:
         pool: StagingPool,
         keys: RankKeys = RankKeys(),  # noqa: B008 -- frozen
         boundaries: BoundaryReads | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         """Read ``target``'s objects into buffers of ``pool``, which all ports of the I/O thread share.
+
+        ``checkpoint`` takes the running states at its end; None of a model without recurrent layers.
 
         Raises:
             ValueError: The target's positions do not fall on block boundaries (a caller's bug).
@@ -86,6 +94,7 @@ class VllmTransferPort:
         self._pool = pool
         self._keys = keys
         self._boundaries = boundaries
+        self._checkpoint = checkpoint
 
     def start(self, piece: Piece, *, deadline_s: float) -> VllmTicket:
         """See ``TransferPort.start``; reads the whole object, also where only its end is wanted.
@@ -97,10 +106,18 @@ class VllmTransferPort:
             return self._start_boundary(piece, deadline_s=deadline_s)
         layers = self._layers(piece)
         blocks, _ = self._blocks(piece.chunk)
-        num_bytes = self._layout.num_bytes(*layers, len(blocks))
-        key = self._keys.kv(self._target.namespace, self._target.chain_hashes[piece.chunk], layers)
-        staging, handle = self._submit(key, self._pool, num_bytes, deadline_s=deadline_s)
-        return VllmTicket(piece, num_bytes, self._pool, staging, handle)
+        kv_bytes, state_bytes = self._layout.num_bytes(*layers, len(blocks)), self._state_bytes(piece.chunk, layers)
+        name = self._target.namespace, self._target.chain_hashes[piece.chunk], layers
+        objects = [(self._keys.kv(*name), kv_bytes)]
+        if state_bytes:
+            objects.append((self._keys.states(*name), state_bytes))
+        staging, handle = self._submit(objects, self._pool, deadline_s=deadline_s)
+        return VllmTicket(piece, kv_bytes + state_bytes, self._pool, staging, handle, state_bytes)
+
+    def _state_bytes(self, chunk: int, layers: tuple[int, int]) -> int:
+        if self._checkpoint is None or chunk < len(self._target.chunk_ends) - 1:
+            return 0
+        return self._checkpoint.num_bytes(layers)
 
     def _start_boundary(self, boundary: Boundary, *, deadline_s: float) -> VllmTicket:
         reads, chunk = self._boundaries, boundary.chunk
@@ -109,19 +126,25 @@ class VllmTransferPort:
         start, end = self._target.object_range(chunk)
         num_bytes = (end - start) * reads.token_bytes
         key = self._keys.boundary(self._target.namespace, self._target.chain_hashes[chunk])
-        staging, handle = self._submit(key, reads.pool, num_bytes, deadline_s=deadline_s)
+        staging, handle = self._submit([(key, num_bytes)], reads.pool, deadline_s=deadline_s)
         return VllmTicket(boundary, num_bytes, reads.pool, staging, handle)
 
     def _submit(
-        self, key: ObjectKey, pool: StagingPool, num_bytes: int, *, deadline_s: float
+        self, objects: Sequence[tuple[ObjectKey, int]], pool: StagingPool, *, deadline_s: float
     ) -> tuple[StagingBuffer, GetHandle]:
-        staging = pool.take()
-        request = GetRequest(key, staging.array[:num_bytes])
-        return staging, self._store.submit_get([request], priority=PRIORITY, deadline_s=deadline_s)
+        """Read objects of so many bytes, which come to lie one after the other; the last is asked for first."""
+        staging, requests, at = pool.take(), [], 0
+        for key, num_bytes in objects:
+            requests.append(GetRequest(key, staging.array[at : at + num_bytes]))
+            at += num_bytes
+        return staging, self._store.submit_get(requests[::-1], priority=PRIORITY, deadline_s=deadline_s)
 
     def wait(self, ticket: VllmTicket, *, timeout_s: float) -> LoadOutcome | None:
         """See ``TransferPort.wait``."""
-        return ticket.handle.wait(timeout_s)[0]
+        outcomes = ticket.handle.wait(timeout_s)
+        failed = (each for each in outcomes if each is not None and each is not LoadOutcome.OK)
+        # The first that fails settles it; others may be under way until the ticket is cancelled.
+        return next(failed, None if None in outcomes else LoadOutcome.OK)
 
     def place(self, ticket: VllmTicket) -> None:
         """See ``TransferPort.place``; blocks before the target's start keep what they hold."""
@@ -130,7 +153,11 @@ class VllmTransferPort:
             self._place_boundary(ticket.piece.chunk, payload)
         else:
             blocks, skip_blocks = self._blocks(ticket.piece.chunk)
-            self._layout.scatter(*self._layers(ticket.piece), blocks, payload, skip_blocks=skip_blocks)
+            layers, kv_bytes = self._layers(ticket.piece), ticket.num_bytes - ticket.state_bytes
+            self._layout.scatter(*layers, blocks, payload[:kv_bytes], skip_blocks=skip_blocks)
+            if ticket.state_bytes:
+                assert self._checkpoint is not None, "states are read for a checkpoint"
+                self._checkpoint.hold(layers, payload[kv_bytes:])
         ticket.pool.give(ticket.staging)
 
     def _place_boundary(self, chunk: int, payload: Payload) -> None:
@@ -155,9 +182,13 @@ class VllmTransferPort:
         return self._target.block_ids[object_start // size : end // size], (start - object_start) // size
 
 
-def staging_pool(layout: BlockLayout, *, chunk_tokens: int, layers_per_block: int) -> StagingPool:
-    """Staging buffers that hold any object of this layout; pinned where the KV cache is on CUDA."""
+def staging_pool(
+    layout: BlockLayout, states: StateBlocks | None = None, *, chunk_tokens: int, layers_per_block: int
+) -> StagingPool:
+    """Staging buffers that hold what any one read brings; pinned where the KV cache is on CUDA."""
     num_bytes = layout.largest_object_bytes(chunk_tokens=chunk_tokens, layers_per_block=layers_per_block)
+    if states is not None:
+        num_bytes += max(states.num_bytes(*rows) for rows in layers_of_blocks(layers_per_block, states.num_rows))
     return StagingPool(num_bytes, pinned=layout.device.type == "cuda")
 
 

@@ -1,0 +1,266 @@
+"""Models with recurrent layers (Gated DeltaNet) in an engine: restored, and equal to never forgotten, bit for bit.
+
+Keys, values, running states, tokens and log-probabilities are compared. The weights are random and the
+recurrent layers forget slowly: an error in a state shows long after.
+"""
+
+import numpy as np
+import pytest
+
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+from cacheflow.stores.keys import ObjectKind
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+CHUNK, ROWS, GROUPS = 128, 3, 3
+PROMPT, NUM_TOKENS = 1100, 8
+END = 1024
+
+
+def faulty_store(options):
+    from cacheflow.stores.memory import MemoryStore
+    from cacheflow.stores.throttled import ThrottledStore
+
+    store = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), FaultPlan())
+    return ThrottledStore(store, options.throttle_bytes_per_s)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory, _single_process_vllm):
+    from support.connector_engine import serving_engine
+    from support.random_weights import model_folder, random_weights
+
+    changes = {"num_hidden_layers": 4 * ROWS, "decoder_sparse_step": 4 * ROWS}
+    folder = model_folder(tmp_path_factory.mktemp("hybrids") / "qwen3_next", "qwen3_next", **changes)
+    options = {"self_test": True, "throttle_bytes_per_s": 1e8, "policy": "cake"}
+    arguments = {"load_format": "dummy", "num_gpu_blocks_override": 96, "connector": "CacheFlowHybridConnector"}
+    with pytest.MonkeyPatch.context() as patch, random_weights():
+        patch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty_store)
+        with serving_engine(folder, dtype="bfloat16", chunk_tokens=CHUNK, options=options, **arguments) as engine:
+            yield engine
+
+
+@pytest.fixture
+def engine(started):
+    """The engine with nothing cached and no faults; afterwards no block of it is lost."""
+    started.evict()
+    free_blocks = started.free_blocks
+    yield started
+    inject(started)
+    started.run()
+    started.evict()
+    assert started.free_blocks == free_blocks
+
+
+def inject(engine, *rules):
+    """From now on the store fails by these rules."""
+    engine.store.inner.set_plan(FaultPlan(rules=rules))
+
+
+def prompt(seed, count=PROMPT):
+    from support.connector_engine import random_tokens
+
+    return random_tokens(count, seed=seed)
+
+
+WISHES = {"num_tokens": NUM_TOKENS, "logprobs": 5}
+
+
+def assert_equal(one, other):
+    assert np.array_equal(one.kv, other.kv)
+    assert np.array_equal(one.states, other.states)
+    assert one.tokens == other.tokens
+    assert one.logprobs == other.logprobs
+
+
+def restored(engine, tokens, *, ratio, **wishes):
+    engine.balance_link(len(tokens), ratio=ratio)
+    return engine.ask(tokens, **{**WISHES, **wishes})
+
+
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_both_ways_at_once(engine, ratio):
+    tokens = prompt(1)
+    own = engine.saved(tokens, **WISHES)
+    again = restored(engine, tokens, ratio=ratio)
+    assert again.record["end"] == END
+    assert again.record["loaded_cells"] > 0
+    assert again.record["recomputed_cells"] > 0
+    assert_equal(again, own)
+
+
+def test_by_loading_alone(engine):
+    tokens = prompt(2)
+    own = engine.saved(tokens, **WISHES)
+    again = engine.ask(tokens, params={"cacheflow": "load"}, **WISHES)
+    assert again.record["recomputed_cells"] == 0
+    kv_bytes = engine.layout.num_bytes(0, ROWS, END // CHUNK)
+    assert again.record["loaded_bytes"] == kv_bytes + engine.states.num_bytes(0, 1)
+    assert_equal(again, own)
+
+
+def test_all_recomputed(engine):
+    """The store has lost all of it since it was asked."""
+    tokens = prompt(3)
+    own = engine.saved(tokens, **WISHES)
+    inject(engine, FaultRule(fault=Fault.MISS))
+    again = restored(engine, tokens, ratio=1.0)
+    assert again.record["loaded_cells"] == 0
+    assert again.record["outcome"] == "done"
+    assert_equal(again, own)
+
+
+def lost(engine, tokens, kind, *, chunk, row):
+    """One object that cannot be read any more."""
+    from cacheflow.stores.keys import RankKeys, chain_hashes
+
+    hashes = chain_hashes(tokens, list(range(CHUNK, END + 1, CHUNK)))
+    name = engine.side.identity.namespace(None), hashes[chunk].hex(), (row, row + 1)
+    key = RankKeys().states(*name) if kind is ObjectKind.STATE else RankKeys().kv(*name)
+    return FaultRule(fault=Fault.MISS, matches=lambda each: each == key)
+
+
+LAST = END // CHUNK - 1
+
+
+@pytest.mark.parametrize("row", range(ROWS))
+def test_a_lost_state(engine, row):
+    """Its row is recomputed to the end, with all below it."""
+    tokens = prompt(4)
+    own = engine.saved(tokens, **WISHES)
+    inject(engine, lost(engine, tokens, ObjectKind.STATE, chunk=LAST, row=row))
+    again = restored(engine, tokens, ratio=0.5)
+    assert again.record["failed_loads"]["miss"] == 1
+    assert again.record["outcome"] == "done"
+    assert all("l" not in column[: row + 1] for column in again.record["cells"])
+    assert_equal(again, own)
+
+
+@pytest.mark.parametrize(("chunk", "row"), [(2, 1), (3, 0), (6, 2), (LAST, 1)])
+def test_lost_keys_and_values(engine, chunk, row):
+    tokens = prompt(5)
+    own = engine.saved(tokens, **WISHES)
+    inject(engine, lost(engine, tokens, ObjectKind.KV, chunk=chunk, row=row))
+    again = restored(engine, tokens, ratio=0.5)
+    assert again.record["outcome"] == "done"
+    assert_equal(again, own)
+
+
+def test_an_end_short_of_what_is_saved(engine):
+    """Where two prompts part there is no state at first: the second leaves one, and the third is restored to it."""
+    first, second, third = (prompt(6)[:900] + prompt(seed, 250) for seed in (6, 7, 8))
+    engine.saved(first, **WISHES)
+    seconds = engine.ask(second, **WISHES)
+    assert seconds.records == []
+    assert "running states are stored at the end of" in seconds.params["cacheflow_reason"]
+    own = engine.own(third, **WISHES)
+    again = restored(engine, third, ratio=1.0)
+    assert again.record["end"] == 896
+    assert_equal(again, own)
+
+
+def test_what_vllm_has_itself_is_gone_on_from(engine):
+    tokens = prompt(9)
+    own = engine.saved(tokens, **WISHES)
+    engine.ask(tokens[:800], params={"cacheflow": "off"}, num_tokens=1)
+    again = restored(engine, tokens, ratio=1.0)
+    assert again.record["start"] == 768
+    assert again.record["recomputed_cells"] > 0
+    assert again.record["loaded_cells"] > 0
+    assert_equal(again, own)
+
+
+def test_a_failure_in_the_middle_is_computed_by_vllm(engine, monkeypatch):
+    tokens = prompt(10)
+    own = engine.saved(tokens, **WISHES)
+    engine.balance_link(PROMPT, ratio=1.0)
+    from cacheflow.vllm.models.partial_forward import PartialForward
+
+    run, calls = PartialForward.run, []
+
+    def failing(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(PartialForward, "run", failing)
+    again = engine.ask(tokens, **WISHES)
+    assert len(calls) >= 4
+    assert again.record["outcome"] == "failed"
+    assert_equal(again, own)
+
+
+def test_two_at_once(engine):
+    prompts = [prompt(11), prompt(12)]
+    owns = [engine.saved(tokens, **WISHES) for tokens in prompts]
+    engine.balance_link(PROMPT, ratio=1.0)
+    names = [engine.submit(tokens, **WISHES) for tokens in prompts]
+    engine.run()
+    for name, own in zip(names, owns, strict=True):
+        assert engine.answers[name].record["recomputed_cells"] > 0
+        assert_equal(engine.answers[name], own)
+
+
+def test_beside_a_request_that_decodes(engine):
+    tokens = prompt(13)
+    own = engine.saved(tokens, **WISHES)
+    others = engine.own(prompt(14, 300), num_tokens=64).tokens
+    engine.balance_link(PROMPT, ratio=1.0)
+    other = engine.submit(prompt(14, 300), num_tokens=64, params={"cacheflow": "off"})
+    engine.run(until=lambda: len(engine.answers[other].tokens) > 4)
+    again = engine.ask(tokens, **WISHES)
+    assert again.record["recomputed_cells"] > 0
+    assert_equal(again, own)
+    assert engine.answers[other].tokens == others
+
+
+def test_preempted_and_restored_again(engine):
+    tokens = prompt(15)
+    own = engine.saved(tokens, num_tokens=24)
+    engine.balance_link(PROMPT, ratio=1.0)
+    name = engine.submit(tokens, num_tokens=24)
+    engine.run(until=lambda: len(engine.answers[name].tokens) > 4)
+    request = engine.request(name)
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert request.num_preemptions == 1
+    engine.poison()
+    engine.run()
+    assert len(engine.answers[name].records) == 2
+    assert engine.answers[name].tokens == own.tokens
+
+
+def test_a_reply_is_restored_up_to_its_last_chunk(engine):
+    """The next turn of a chat: states that only decoding passed are written when the reply ends."""
+    first, end = prompt(16), 1280
+    name = engine.submit(first, num_tokens=200)
+    engine.run(until=lambda: engine.request(name).num_computed_tokens >= end)
+    states = engine.gather_states(engine.state_blocks(name, end))
+    kv = engine.gather(engine.block_ids(name)[: end // CHUNK])
+    engine.run()
+    turn = first + engine.answers[name].tokens + prompt(17, 60)
+    engine.ask(prompt(18, 20), num_tokens=1, params={"cacheflow": "off"})  # vLLM tells workers of ends a step later
+    engine.evict()
+    again = engine.ask(turn, params={"cacheflow": "load"}, **WISHES)
+    assert again.record["end"] == end == (len(turn) - 1) // CHUNK * CHUNK
+    assert np.array_equal(again.kv, kv)
+    assert np.array_equal(again.states, states)
+
+
+@pytest.mark.parametrize("wrong", ["none", "of an earlier chunk", "a little"])
+def test_a_wrong_state_shows(engine, wrong):
+    """Negative control: what is compared depends on the state where a restoration ends."""
+    tokens = prompt(19)
+    own = engine.own(tokens, **WISHES)
+    name = engine.submit(tokens, params={"cacheflow": "off"}, **WISHES)
+    engine.run(until=lambda: engine.request(name).num_computed_tokens >= END - 2 * CHUNK)
+    earlier = engine.gather_states(engine.state_blocks(name, END - 2 * CHUNK))
+    engine.run(until=lambda: engine.request(name).num_computed_tokens >= END)
+    blocks = engine.state_blocks(name, END)
+    right = engine.gather_states(blocks)
+    noisy = right ^ np.where(np.random.default_rng(5).random(right.shape) < 0.05, 0x10, 0).astype(np.uint8)
+    state = {"none": np.zeros_like(right), "of an earlier chunk": earlier, "a little": noisy}[wrong]
+    assert not np.array_equal(state, right)
+    engine.states.scatter(0, 1, blocks, state)
+    engine.run()
+    assert engine.answers[name].logprobs != own.logprobs
