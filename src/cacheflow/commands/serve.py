@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     if model is None and not args.print_config:
         raise ConfigError("which model? cacheflow serve MODEL [options] [-- options of vLLM's server]")
     if args.print_config:
-        check(model, options, passed_on, environment=os.environ)
-        sys.stdout.write(config_line(options) + "\n")
+        _, kind = check(model, options, passed_on, environment=os.environ)
+        sys.stdout.write(config_line(options, kind) + "\n")
         return 0
     if model == SMOLLM2_NAME:
         model = str(smollm2_folder())

@@ -32,10 +32,8 @@ RUNNER_MODULE, GROUPS_MODULE = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worke
 
 ADD_SHARING = "add_kv_sharing_layers_to_kv_cache_groups"
 
-CONNECTORS = {
-    "CacheFlowConnector": "cacheflow.vllm.connector",
-    "CacheFlowHybridConnector": "cacheflow.vllm.hybrid_connector",
-}
+CONNECTOR, HYBRID_CONNECTOR = "CacheFlowConnector", "CacheFlowHybridConnector"
+CONNECTORS = {CONNECTOR: "cacheflow.vllm.connector", HYBRID_CONNECTOR: "cacheflow.vllm.hybrid_connector"}
 """Connectors by name, and the module of each; the second is for models with recurrent layers."""
 
 WEIGHT_METHODS = ("apply_model", "reload_weights", "start_weight_update", "update_weights", "finish_weight_update")

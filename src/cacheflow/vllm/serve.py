@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cacheflow.errors import ConfigError
+from cacheflow.shapes.hf_config import CacheKind
 from cacheflow.stores.directory import RecordDirectory
 from cacheflow.vllm.last_line import environment_for_reason
 from cacheflow.vllm.options import CHOICES, ConnectorOptions
+from cacheflow.vllm.plugin import CONNECTOR, CONNECTORS, HYBRID_CONNECTOR
 from cacheflow.vllm.startup.installed import InstalledVllm, find_vllm, kv_cache_gib, require_plugin
 from cacheflow.vllm.startup.server_flags import ServerFlags
 from cacheflow.vllm.startup.start_checks import check_start
@@ -36,20 +38,21 @@ Replace = Callable[[str, list[str], Mapping[str, str]], object]
 """``os.execve``: becomes another program and does not return."""
 
 
-def transfer_config(options: ConnectorOptions) -> dict[str, Any]:
-    """The value of vLLM's ``--kv-transfer-config``."""
+def transfer_config(options: ConnectorOptions, kind: CacheKind = CacheKind.FULL) -> dict[str, Any]:
+    """The value of vLLM's ``--kv-transfer-config`` for a model whose layers keep ``kind``."""
+    connector = HYBRID_CONNECTOR if kind is CacheKind.DELTA_NET else CONNECTOR
     return {
-        "kv_connector": "CacheFlowConnector",
-        "kv_connector_module_path": "cacheflow.vllm.connector",
+        "kv_connector": connector,
+        "kv_connector_module_path": CONNECTORS[connector],
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": options.as_extra_config(),
     }
 
 
-def config_line(options: ConnectorOptions) -> str:
-    """``--kv-transfer-config '{...}'``, quoted for a shell."""
-    return f"--kv-transfer-config {shlex.quote(json.dumps(transfer_config(options)))}"
+def config_line(options: ConnectorOptions, kind: CacheKind) -> str:
+    """``--kv-transfer-config '{...}'`` for a model whose layers keep ``kind``, quoted for a shell."""
+    return f"--kv-transfer-config {shlex.quote(json.dumps(transfer_config(options, kind)))}"
 
 
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
@@ -123,13 +126,14 @@ def unknown_hint() -> str:
 
 def check(
     model: str | None, options: ConnectorOptions, passed_on: Sequence[str], *, environment: Mapping[str, str]
-) -> InstalledVllm | None:
+) -> tuple[InstalledVllm | None, CacheKind]:
     """Pass unless a server with these options is sure not to start; the same for a configuration that is only printed.
 
     ``model`` is a name or folder, as vLLM takes it, and None where only a configuration is printed.
 
     Returns:
-        The installed vLLM; None where there is none, whose properties then were not checked.
+        The installed vLLM; None where there is none, whose properties then were not checked. And what the model's
+        layers keep.
 
     Raises:
         ConfigError: The options contradict each other, the model or this machine.
@@ -139,8 +143,8 @@ def check(
         installed = find_vllm()
     except ConfigError:
         installed = None  # the configuration may be meant for another machine
-    check_start(model, options, ServerFlags(passed_on), installed=installed, environment=environment)
-    return installed
+    kind = check_start(model, options, ServerFlags(passed_on), installed=installed, environment=environment)
+    return installed, kind
 
 
 def check_passed_on(passed_on: Sequence[str]) -> None:
@@ -177,11 +181,12 @@ def serve(
             do.
         StoreError: The store's folder cannot be used.
     """
-    installed = check(model, options, passed_on, environment=environment) or find_vllm()
+    found, kind = check(model, options, passed_on, environment=environment)
+    installed = found or find_vllm()
     require_plugin(environment)
     if options.store_path is not None:
         RecordDirectory(Path(options.store_path))  # vLLM would need a minute to get there, and show a stack trace
-    line = config_line(options)
+    line = config_line(options, kind)
     sys.stdout.write(line + "\n")
     environment = environment_for_reason(environment)
     gib = kv_cache_gib(installed, passed_on, environment)

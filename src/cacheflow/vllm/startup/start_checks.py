@@ -43,11 +43,14 @@ def check_start(
     *,
     installed: InstalledVllm | None,
     environment: Mapping[str, str],
-) -> None:
+) -> CacheKind:
     """Pass unless vLLM with these options is sure to be refused once it has started.
 
     ``model`` is a name or folder, as vLLM takes it, and None where only a configuration is printed; ``installed`` is
     None where it is not known which vLLM would run.
+
+    Returns:
+        What the model's layers keep; ``FULL`` where that is not certain.
 
     Raises:
         ConfigError: It would be; with the reason that the connector or a worker would give.
@@ -57,13 +60,14 @@ def check_start(
     max_tokens = _max_tokens(flags, config)
     if max_tokens is not None:
         options.require_chunk_in_prompt(max_tokens)
+    kind = _cache_kind(flags, config, environment)
     block_size = flags.number("--block-size")
-    if block_size:
+    if block_size and not (kind is CacheKind.DELTA_NET and "chunk_tokens" not in options.as_extra_config()):
         options.require_block_size(block_size)
     view = _view(flags, config)
-    kind = _cache_kind(flags, config, environment)
     require_loadable([reason for reason in (cache_refusal(kind), *engine_refusals(view)) if reason])
     require_recomputable(list(configured_refusals(view)), load_only=options.unsupported_models == "load_only")
+    return kind
 
 
 def _config_of(model: str, flags: ServerFlags, environment: Mapping[str, str]) -> Mapping[str, Any]:
