@@ -10,11 +10,13 @@ from cacheflow.vllm.worker.side import WorkerSide
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("_single_process_vllm")]
 
-BEFORE, AFTER = "before the forward", "after the forward"
+BEFORE, AFTER, AFTER_DRAFTING = "before the forward", "after the forward", "after drafting"
 
 
 class Recorder(WorkerSide):
     """A worker side that notes what it is asked and when."""
+
+    drafts = False
 
     def __init__(self):
         self.now, self.calls = "", []
@@ -61,6 +63,7 @@ def step(connector, *, loads_first=False, saves_late=False, never_saves=False):
         connector.wait_for_save()
     connector.get_finished(set())
     if saves_late:
+        worker.now = AFTER_DRAFTING
         connector.wait_for_save()
     if not never_saves:
         connector.clear_connector_metadata()
@@ -73,6 +76,12 @@ def test_orders_are_carried_out_and_saved_once_after_the_forward(connector, how)
     for _ in range(2):
         calls = step(connector, **how)
         assert sorted(calls) == [("carry out", AFTER), ("expect", BEFORE), ("save", AFTER)]
+
+
+def test_what_a_drafter_writes_after_the_forward_is_saved_with_the_rest(connector):
+    connector.half.drafts = True
+    calls = step(connector, saves_late=True)
+    assert sorted(calls) == [("carry out", AFTER), ("expect", BEFORE), ("save", AFTER_DRAFTING)]
 
 
 def scheduler_output(**changes):
