@@ -124,6 +124,7 @@ class ServingEngine:
         salt: str | None = None,
         lora: object = None,
         media: dict | None = None,
+        media_names: dict | None = None,
         logprobs: int | None = None,
     ) -> str:
         """Add a request; returns the name its answer has in ``answers``.
@@ -144,6 +145,8 @@ class ServingEngine:
             prompt["cache_salt"] = salt
         if media is not None:
             prompt["multi_modal_data"] = media
+        if media_names is not None:
+            prompt["multi_modal_uuids"] = media_names
         before = set(self.scheduler.requests)
         self.engine.add_request(name, prompt, sampling, lora_request=lora)
         (internal,) = set(self.scheduler.requests) - before

@@ -1,5 +1,7 @@
 """An engine that takes images: text is recomputed and loaded, what holds an image is loaded alone, by its content."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -103,6 +105,52 @@ def test_another_image_in_its_place_is_another_prefix(setting):
     again = engine.ask(tokens, **wish(4))
     assert again.record["end"] == 2 * CHUNK  # what lies before it is the same
     assert_same(again, other)
+
+
+def test_an_image_that_goes_by_a_name_is_neither_saved_nor_restored(setting):
+    """The name is the user's: in another process it may stand for another image."""
+    engine, image_token = setting
+    tokens = [image_token, *text(10)]
+    own = engine.own(tokens, **wish(7))
+    for _ in range(2):
+        named = engine.ask(tokens, **wish(7), media_names={"image": ["a cat"]})
+        engine.evict()
+        assert named.tokens == own.tokens
+        assert named.records == []
+        assert "has no hash" in named.params["cacheflow_reason"]
+
+
+def test_a_weight_of_the_model_itself_and_the_processors_files_are_part_of_the_identity(setting, monkeypatch):
+    """Neither is in a module of its own, and the hash of an image says nothing of either."""
+    import torch
+
+    from cacheflow.vllm.models.model_access import open_model
+    from cacheflow.vllm.startup.identity import stage_weights, worker_namespace
+
+    engine, _ = setting
+    engine.evict()
+    runner, layout = engine.core.model_executor.driver_worker.worker.model_runner, engine.layout
+    handle = open_model(runner.vllm_config, runner.kv_cache_config)
+
+    def digests():
+        return stage_weights(handle, layout), worker_namespace(handle, layout, chunk_tokens=CHUNK).digest
+
+    first = digests()
+    assert digests() == first
+    handle.model.register_parameter("newline", torch.nn.Parameter(torch.ones(4), requires_grad=False))
+    other = digests()
+    del handle.model.newline
+    assert (other[0][0] != first[0][0], other[0][1:], other[1]) == (True, first[0][1:], first[1])
+    media = handle.vllm_config.model_config.multimodal_config
+    monkeypatch.setattr(media, "mm_processor_kwargs", {"image_mean": [0.1, 0.1, 0.1]})
+    assert digests()[1] != first[1]
+    monkeypatch.undo()
+    file = Path(handle.vllm_config.model_config.model) / "processor_config.json"
+    before = file.read_text()
+    file.write_text(before.replace("0.5", "0.4"))
+    assert digests()[1] != first[1]
+    file.write_text(before)
+    assert digests() == first
 
 
 @pytest.mark.parametrize("fault", [Fault.MISS, Fault.CORRUPT, Fault.LATE])

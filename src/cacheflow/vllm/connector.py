@@ -371,16 +371,18 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
 
 def _view(request: Any) -> RequestView:
-    lora = request.lora_request
+    lora, media = request.lora_request, [_media(feature) for feature in request.mm_features]
     return RequestView(
         request_id=request.request_id,
         tokens=request.all_token_ids,
         num_prompt_tokens=request.num_prompt_tokens,
         salt=request.cache_salt or "",
         adapter=Adapter.of(lora) if lora else None,
-        media=[_media(feature) for feature in request.mm_features],
+        media=media,
         params=request.kv_transfer_params,
-        hashable=request.prompt_embeds is None and request.pooling_params is None,
+        hashable=request.prompt_embeds is None
+        and request.pooling_params is None
+        and all(each.is_hash for each in media),
         computes_all=bool(request.skip_reading_prefix_cache),
     )
 

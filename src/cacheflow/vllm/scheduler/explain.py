@@ -17,7 +17,10 @@ from cacheflow.vllm.scheduler.decide import Decision
 from cacheflow.vllm.scheduler.request import TrackedRequest
 from cacheflow.vllm.scheduler.request_params import Mode
 
-EMBEDDED = "the prompt is given as embeddings: its token ids do not say what it is"
+UNNAMED = (
+    "what the prompt holds besides tokens has no hash: it is given as embeddings, or an image by a name of its own "
+    "(multi_modal_uuids), or vLLM hashes none (no prefix caching and mm_processor_cache_gb 0)"
+)
 LOADED_BY_ANOTHER = "another connector of this engine loaded the prefix"
 COMPUTES_ALL = (
     "vLLM computes all of this prompt, whatever is cached: its log-probabilities are asked for (echo, "

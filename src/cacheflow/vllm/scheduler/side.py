@@ -20,7 +20,7 @@ from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.checkpoints import CheckpointDue, RequestCheckpoints
 from cacheflow.vllm.scheduler.decide import Decider, Decision
-from cacheflow.vllm.scheduler.explain import EMBEDDED, LOADED_BY_ANOTHER, Siblings, answer_of
+from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, UNNAMED, Siblings, answer_of
 from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
 from cacheflow.vllm.scheduler.request import TrackedRequest
@@ -113,7 +113,7 @@ class SchedulerSide:
         self.requests[view.request_id] = request
         self._siblings.join(view.request_id)
         if params.mode is Mode.OFF:
-            request.reason = "the request asked for 'off'" if view.hashable else EMBEDDED
+            request.reason = "the request asked for 'off'" if view.hashable else UNNAMED
         self._begin_name(request)
 
     def _checkpoints(self, view: RequestView) -> RequestCheckpoints | None:

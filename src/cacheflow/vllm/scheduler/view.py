@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cacheflow.vllm.adapters import Adapter
 
+_HASH = re.compile(r"(?:^|:)[0-9a-f]{64,}$")
 BlockIdsOf = Callable[[str], Sequence[int]]
 """KV blocks of a request, in order, by its id."""
 StateBlocksOf = Callable[[str, int], tuple[int, ...]]
@@ -16,11 +18,16 @@ StateBlocksOf = Callable[[str, int], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaSpan:
-    """Where an image or a sound stands in a prompt: tokens ``[start, end)``, and a hash of its content."""
+    """Where an image or a sound stands in a prompt: tokens ``[start, end)``, and what vLLM calls its content."""
 
     start: int
     end: int
     content_id: str
+
+    @property
+    def is_hash(self) -> bool:
+        """Whether that is a hash of the content, and neither a number of this process nor a name of the user's."""
+        return _HASH.search(self.content_id) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +63,7 @@ class RequestView:
         adapter: Its LoRA adapter; None without.
         media: Images and sounds in the prompt, in order.
         params: ``kv_transfer_params``.
-        hashable: Whether the token ids say what the prompt is (not so for prompt embeddings).
+        hashable: Whether the token ids say what the prompt is (not so for prompt embeddings), and ``media`` what else.
         computes_all: Whether vLLM computes the whole prompt, whatever is cached of it.
     """
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
@@ -20,6 +22,7 @@ from cacheflow.vllm.models.layers import Carry, leaves
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.partial_forward import PartialForward, attention_groups
 from cacheflow.vllm.startup.agreement import of_all_ranks
+from cacheflow.vllm.startup.local_config import local_folder
 from cacheflow.vllm.startup.probe import gathered, make_probe, random_like, run_by_engine, scratch_blocks
 from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.state_blocks import StateBlocks
@@ -50,6 +53,7 @@ def worker_namespace(
             ("dtype", _dtype_name(handle.dtype)),
             *_latent_workspace(handle),
             ("layout", layout.identity(of_all_ranks(layout.shapes))),
+            *_media_processing(handle),
             ("num_threads", str(_num_threads(handle.device))),
             ("shard", f"tp{shard.tp_rank}of{shard.tp_size}"),
             *_states(handle, states),
@@ -152,7 +156,13 @@ def _of_prelude(forward: PartialForward, layout: BlockLayout, states: StateBlock
 
 
 def _without_layers(module: torch.nn.Module, layers: frozenset[torch.nn.Module]) -> Iterator[torch.nn.Module]:
-    """The outermost modules that are no layer and hold none."""
+    """The outermost modules that are no layer and hold none, and the weights of those that hold some."""
+    own = torch.nn.Module()
+    for name, weight in module.named_parameters(recurse=False):
+        own.register_parameter(name, weight)
+    for name, buffer in module.named_buffers(recurse=False):
+        own.register_buffer(name, buffer)
+    yield own
     for child in module.children():
         if layers.isdisjoint(child.modules()):
             yield child
@@ -216,6 +226,20 @@ def _latent_workspace(handle: ModelHandle) -> tuple[tuple[str, str], ...]:
     """Tokens of context that latent attention (MLA) adds up at once: longer contexts round by it."""
     layer = handle.vllm_config.compilation_config.static_forward_context[handle.layer_names[0]]
     return (("latent_workspace", str(getattr(layer, _WORKSPACE))),) if hasattr(layer, _WORKSPACE) else ()
+
+
+def _media_processing(handle: ModelHandle) -> tuple[tuple[str, str], ...]:
+    """What decides, besides weights, what an engine makes of an image or a sound, whose hash says nothing of it."""
+    if not handle.runner.supports_mm_inputs:
+        return ()
+    model = handle.vllm_config.model_config
+    folder = local_folder(str(model.model), revision=model.revision, environment=os.environ)
+    if folder is None:  # not known: nobody else may take what is saved here for their own
+        return (("media", secrets.token_hex(16)),)
+    digest = hashlib.sha256(json.dumps(model.multimodal_config.mm_processor_kwargs, default=str).encode())
+    for path in sorted(each for each in folder.iterdir() if "process" in each.name and each.is_file()):
+        digest.update(f"{path.name}|{path.stat().st_size}|".encode() + path.read_bytes())
+    return (("media", digest.hexdigest()),)
 
 
 def _num_threads(device: torch.device) -> int:

@@ -43,6 +43,12 @@ def local_config(
     return values
 
 
+def local_folder(model: str, *, revision: str | None, environment: Mapping[str, str]) -> Path | None:
+    """The folder with a model's files; None where this machine has none. Arguments as those of ``local_config``."""
+    file = _file_of(model, revision=revision, environment=environment)
+    return file.parent if file is not None and file.parent.is_dir() else None
+
+
 def _file_of(model: str, *, revision: str | None, environment: Mapping[str, str]) -> Path | None:
     folder = Path(model)
     if folder.is_dir():
