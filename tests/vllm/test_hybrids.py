@@ -4,6 +4,11 @@ Keys, values, running states, tokens and log-probabilities are compared. The wei
 recurrent layers forget slowly: an error in a state shows long after.
 """
 
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -15,6 +20,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CHUNK, ROWS, GROUPS = 128, 3, 3
 PROMPT, NUM_TOKENS = 1100, 8
 END = 1024
+STAND_INS = str(Path(__file__).parents[1] / "data" / "stand_ins")
+"""For modules that vLLM's models import and never use here: torchvision."""
 
 
 def faulty_store(options):
@@ -264,3 +271,66 @@ def test_a_wrong_state_shows(engine, wrong):
     engine.states.scatter(0, 1, blocks, state)
     engine.run()
     assert engine.answers[name].logprobs != own.logprobs
+
+
+# Other engines
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """An engine unlike the one above, and a prompt whose last chunk ends at ``end``."""
+
+    config: str = "qwen3_next"
+    chunk: int = CHUNK
+    prompt: int = PROMPT
+    end: int = END
+    engine: dict = field(default_factory=dict)
+
+
+OTHERS = {
+    "qwen3_5": Other("qwen3_5"),
+    "compiled": Other(engine={"enforce_eager": False}),
+    "qwen3_5-compiled": Other("qwen3_5", engine={"enforce_eager": False}),
+    "chunks of two blocks": Other(chunk=2 * CHUNK, prompt=1000, end=768),
+    "blocks of 192 tokens": Other(chunk=192, end=960, engine={"block_size": 192}),
+}
+
+
+@pytest.fixture(params=[pytest.param(OTHERS[name], id=name) for name in OTHERS])
+def other(request, tmp_path, monkeypatch, _single_process_vllm):
+    """Ends before the next one starts: vLLM has one engine a process."""
+    from support.connector_engine import serving_engine
+    from support.random_weights import model_folder, random_weights
+
+    monkeypatch.syspath_prepend(STAND_INS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([STAND_INS, *sys.path]))  # vLLM looks at models in a process
+    case = request.param
+    options = {"self_test": True, "throttle_bytes_per_s": 1e8, "policy": "cake"}
+    arguments = {"load_format": "dummy", "num_gpu_blocks_override": 96, "connector": "CacheFlowHybridConnector"}
+    folder = model_folder(tmp_path / case.config, case.config)
+    with (
+        random_weights(),
+        serving_engine(
+            folder, dtype="bfloat16", chunk_tokens=case.chunk, options=options, **arguments | case.engine
+        ) as engine,
+    ):
+        yield engine, case
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_in_other_engines(other):
+    engine, case = other
+    assert engine.worker.facts.load_only_reason == ""
+    tokens = prompt(1, case.prompt)
+    own = engine.saved(tokens, **WISHES)
+    for ratio in (1.0, 4.0):
+        again = restored(engine, tokens, ratio=ratio)
+        assert again.record["end"] == case.end
+        assert again.record["loaded_cells"] > 0
+        assert again.record["recomputed_cells"] > 0
+        assert_equal(again, own)
+        engine.evict()
+    again = engine.ask(tokens, params={"cacheflow": "load"}, **WISHES)
+    assert again.record["recomputed_cells"] == 0
+    assert_equal(again, own)

@@ -69,5 +69,5 @@ class RequestCheckpoints:
             return CheckpointDue.NOW
         if self._every_chunks is not None and chunk % self._every_chunks == 0:
             return CheckpointDue.NOW
-        replies = self._decode_too and num_computed > self._view.num_prompt_tokens
+        replies = self._decode_too and num_computed >= self._view.num_prompt_tokens
         return CheckpointDue.AT_END if replies else None
