@@ -209,6 +209,22 @@ def test_two_at_once(engine):
         assert_equal(engine.answers[name], own)
 
 
+def test_the_same_prompt_at_once_and_later_is_restored_once(engine):
+    """VLLM's own cache keeps the states where a restored prefix ends, also within a prompt."""
+    first = prompt(20)
+    own = engine.saved(first, **WISHES)
+    longer = first[:END] + prompt(21, 300)
+    engine.balance_link(PROMPT, ratio=1.0)
+    names = [engine.submit(tokens, **WISHES) for tokens in (longer, first)]
+    engine.run()
+    assert engine.answers[names[0]].record["end"] == END
+    assert engine.answers[names[1]].records == []
+    assert_equal(engine.answers[names[1]], own)
+    later = engine.ask(first[:END] + prompt(22, 300), **WISHES)
+    assert later.records == []
+    assert "of 1324 tokens 1024 are in the KV cache" in later.params["cacheflow_reason"]
+
+
 def test_beside_a_request_that_decodes(engine):
     tokens = prompt(13)
     own = engine.saved(tokens, **WISHES)
@@ -235,6 +251,24 @@ def test_preempted_and_restored_again(engine):
     engine.run()
     assert len(engine.answers[name].records) == 2
     assert engine.answers[name].tokens == own.tokens
+
+
+def test_preempted_after_its_answer_has_outgrown_the_prompt(engine):
+    """It is restored to the last chunk that it decoded itself, of which the states are written as it is preempted."""
+    end = 3 * CHUNK
+    engine.balance_link(PROMPT, ratio=0.01)
+    name = engine.submit(prompt(23, CHUNK + 100), num_tokens=2 * CHUNK)
+    engine.run(until=lambda: engine.request(name).num_computed_tokens >= end)
+    states = engine.gather_states(engine.state_blocks(name, end))
+    kv = engine.gather(engine.block_ids(name)[:3])
+    engine.run(until=lambda: len(engine.answers[name].tokens) > CHUNK + 60)
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.poison()
+    engine.run(until=lambda: engine.request(name).num_computed_tokens > end)
+    assert np.array_equal(engine.gather(engine.block_ids(name)[:3]), kv)
+    assert np.array_equal(engine.gather_states(engine.state_blocks(name, end)), states)
+    engine.run()
+    assert engine.answers[name].record["end"] == end
 
 
 def test_a_reply_is_restored_up_to_its_last_chunk(engine):

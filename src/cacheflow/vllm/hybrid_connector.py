@@ -32,6 +32,9 @@ class CacheFlowHybridConnector(CacheFlowConnector, SupportsHMA):
 
     # Scheduler side
 
+    _local_states: LocalStates
+    """Set when vLLM binds its cache manager, before the first step."""
+
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """See ``CacheFlowConnector``; learn to find the running states of vLLM's own prefix cache."""
         super().bind_kv_cache_manager(kv_cache_manager)

@@ -112,6 +112,8 @@ def test_groups_are_told_apart_by_what_they_keep():
     by_group = ([0, 0, 7], [4, 5, 6], [0, 0, 9])
     assert groups.kv_blocks(by_group) == [4, 5, 6]
     assert groups.state_blocks(by_group, 3 * 128) == (7, 9)
+    assert groups.state_blocks(by_group, 2 * 128) == ()  # vLLM has let go of them
+    assert groups.state_blocks(by_group, 4 * 128) == ()
     assert groups.by_group([4, 5, 6], [[0, 0, 7], [0, 0, 9]]) == by_group
 
 

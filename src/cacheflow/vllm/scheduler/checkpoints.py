@@ -25,6 +25,9 @@ class RequestCheckpoints:
 
     Attributes:
         stored: Chunks at whose end the store held them when it was asked.
+        kept: The chunk at whose end the states are that workers keep until the request ends or is preempted; None where
+            they keep none.
+        awaited_until_s: Until when kept states are waited for that are being written; 0 where none are.
     """
 
     def __init__(self, view: RequestView, *, chunk_tokens: int, every_chunks: int | None, decode_too: bool) -> None:
@@ -33,6 +36,8 @@ class RequestCheckpoints:
         self._every_chunks, self._decode_too = every_chunks, decode_too
         self._stop_at = 0
         self.stored: frozenset[int] = frozenset()
+        self.kept: int | None = None
+        self.awaited_until_s = 0.0
 
     @property
     def prompt_end(self) -> int:
@@ -59,6 +64,17 @@ class RequestCheckpoints:
             chosen = end if end < last else 0
         self._stop_at = max(chosen, vllm_stop)
         return self._stop_at
+
+    def preempted(self, now_s: float, *, timeout_s: float) -> None:
+        """Note that workers write what they keep: it is waited for so long."""
+        self.awaited_until_s = 0.0 if self.kept is None else now_s + timeout_s
+
+    def awaits(self, now_s: float) -> bool:
+        """Whether kept states are on their way into the store, which did not have them when it was asked."""
+        if self.kept is not None and self.kept not in self.stored and now_s < self.awaited_until_s:
+            return True
+        self.awaited_until_s = 0.0
+        return False
 
     def due(self, num_computed: int) -> CheckpointDue | None:
         """Whether to save the states after a step that ends with so many tokens computed."""
