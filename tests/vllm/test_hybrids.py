@@ -368,3 +368,35 @@ def test_in_other_engines(other):
     again = engine.ask(tokens, params={"cacheflow": "load"}, **WISHES)
     assert again.record["recomputed_cells"] == 0
     assert_equal(again, own)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("pipeline", "tensor", "layers"), [(1, 2, 8), (2, 1, 8), (2, 1, 12)])
+def test_ranks(tmp_path, pipeline, tensor, layers):
+    """Tensor-parallel ranks have states of their own heads, pipeline stages those of their own rows.
+
+    Two stages of twelve layers are cut within a row: the first ends with two recurrent layers.
+    """
+    from transformers import AutoConfig
+
+    from support.random_weights import model_folder
+    from support.rank_cases import AUTO, LOAD, OFF, Setting, asked, equal, record_of, request, saved
+    from support.vllm_models import write_weights
+
+    # vLLM wants experts on every stage.
+    changes = {"num_hidden_layers": layers, "decoder_sparse_step": 4}
+    config = AutoConfig.from_pretrained(model_folder(tmp_path / "config", "qwen3_next", **changes))
+    setting = Setting(str(write_weights(tmp_path / "model", config)), tmp_path, 400.0)
+    script = setting.script(pipeline=pipeline, tensor=tensor)
+    script.connector, script.dtype, script.num_kv_blocks = "CacheFlowHybridConnector", "bfloat16", 80
+    saved(script, 1)
+    asked(script, "own", request(1, OFF))
+    asked(script, "restored", request(1, AUTO))
+    asked(script, "load", request(1, LOAD))
+    answers = setting.run(script, "ranks")
+    assert record_of(answers["restored"])["recomputed_cells"] > 0
+    assert record_of(answers["restored"])["loaded_cells"] > 0
+    for each in (answers["restored"], answers["load"]):
+        assert record_of(each)["outcome"] == "done"
+        equal(each, answers["own"])
