@@ -6,6 +6,7 @@ recurrent layers forget slowly: an error in a state shows long after.
 
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -305,6 +306,48 @@ def test_a_wrong_state_shows(engine, wrong):
     engine.states.scatter(0, 1, blocks, state)
     engine.run()
     assert engine.answers[name].logprobs != own.logprobs
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_soak(engine):
+    """Prompts that part here and there come together, are aborted, preempted and read from a failing store."""
+    engine.configure(save_decode_kv=False)  # decoding rounds in another way than the prefill that is compared with
+    chances = np.random.default_rng(7)
+    stems = [prompt(100 + stem, 1200) for stem in range(3)]
+    asked = [stems[n % 3][: 150 + 80 * (n % 11)] + prompt(200 + n, 40 + 30 * (n % 5)) for n in range(24)]
+    owns = [engine.own(tokens, num_tokens=6).tokens for tokens in asked]
+    free_blocks, outcomes, met, wrong = engine.free_blocks, Counter(), Counter(), []
+    faults = [FaultRule(fault=fault, probability=0.1) for fault in (Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.LATE)]
+    for _ in range(60):
+        inject(engine, *(faults if chances.random() < 0.5 else ()))
+        engine.balance_link(PROMPT, ratio=float(chances.choice([0.3, 1.0, 3.0])))
+        chosen = [int(each) for each in chances.integers(0, len(asked), chances.integers(1, 5))]
+        names = [engine.submit(asked[each], num_tokens=6) for each in chosen]
+        for _ in range(int(chances.integers(0, 12))):
+            if engine.busy:
+                engine.step()
+        fate = chances.random()
+        if fate < 0.25 and engine.answers[names[0]].finish_reason is None:
+            engine.abort(names[0])
+        elif fate < 0.5 and not engine.side.has_work:  # vLLM preempts nobody who waits for a connector
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+        engine.run()
+        for each, name in zip(chosen, names, strict=True):
+            answer = engine.answers[name]
+            outcomes.update(record["outcome"] for record in answer.records)
+            met["after vLLM's own"] += sum(record["start"] > 0 for record in answer.records)
+            met["reads failed"] += sum(bool(record["failed_loads"]) for record in answer.records)
+            if answer.finish_reason != "abort" and answer.tokens != owns[each]:
+                wrong.append((each, answer.records))
+        if chances.random() < 0.7:
+            inject(engine)
+            engine.evict()
+            assert engine.free_blocks == free_blocks
+    assert wrong == []
+    assert outcomes["done"] > 20
+    assert min(met[each] for each in ("after vLLM's own", "reads failed")) > 0, met
+    assert set(outcomes) <= {"done", "cancelled"}
 
 
 # Other engines
