@@ -15,8 +15,10 @@ import pytest
 
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.keys import ObjectKind
+from support.v2_runner import WANTED
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+first_runner = pytest.mark.skipif(WANTED, reason="the second runner's kernels are interpreted: a few tests show it")
 
 CHUNK, ROWS, GROUPS = 128, 3, 3
 PROMPT, NUM_TOKENS = 1100, 8
@@ -107,6 +109,7 @@ def test_by_loading_alone(engine):
     assert_equal(again, own)
 
 
+@first_runner
 def test_all_recomputed(engine):
     """The store has lost all of it since it was asked."""
     tokens = prompt(3)
@@ -131,6 +134,7 @@ def lost(engine, tokens, kind, *, chunk, row):
 LAST = END // CHUNK - 1
 
 
+@first_runner
 @pytest.mark.parametrize("row", range(ROWS))
 def test_a_lost_state(engine, row):
     """Its row is recomputed to the end, with all below it."""
@@ -144,6 +148,7 @@ def test_a_lost_state(engine, row):
     assert_equal(again, own)
 
 
+@first_runner
 @pytest.mark.parametrize(("chunk", "row"), [(2, 1), (3, 0), (6, 2), (LAST, 1)])
 def test_lost_keys_and_values(engine, chunk, row):
     tokens = prompt(5)
@@ -154,6 +159,7 @@ def test_lost_keys_and_values(engine, chunk, row):
     assert_equal(again, own)
 
 
+@first_runner
 def test_an_end_short_of_what_is_saved(engine):
     """Where two prompts part there is no state at first: the second leaves one, and the third is restored to it."""
     first, second, third = (prompt(6)[:900] + prompt(seed, 250) for seed in (6, 7, 8))
@@ -199,6 +205,7 @@ def test_a_failure_in_the_middle_is_computed_by_vllm(engine, monkeypatch):
     assert_equal(again, own)
 
 
+@first_runner
 def test_two_at_once(engine):
     prompts = [prompt(11), prompt(12)]
     owns = [engine.saved(tokens, **WISHES) for tokens in prompts]
@@ -210,6 +217,7 @@ def test_two_at_once(engine):
         assert_equal(engine.answers[name], own)
 
 
+@first_runner
 def test_the_same_prompt_at_once_and_later_is_restored_once(engine):
     """VLLM's own cache keeps the states where a restored prefix ends, also within a prompt."""
     first = prompt(20)
@@ -226,6 +234,7 @@ def test_the_same_prompt_at_once_and_later_is_restored_once(engine):
     assert "of 1324 tokens 1024 are in the KV cache" in later.params["cacheflow_reason"]
 
 
+@first_runner
 def test_beside_a_request_that_decodes(engine):
     tokens = prompt(13)
     own = engine.saved(tokens, **WISHES)
@@ -239,6 +248,7 @@ def test_beside_a_request_that_decodes(engine):
     assert engine.answers[other].tokens == others
 
 
+@first_runner
 def test_preempted_and_restored_again(engine):
     tokens = prompt(15)
     own = engine.saved(tokens, num_tokens=24)
@@ -254,6 +264,7 @@ def test_preempted_and_restored_again(engine):
     assert engine.answers[name].tokens == own.tokens
 
 
+@first_runner
 def test_preempted_after_its_answer_has_outgrown_the_prompt(engine):
     """It is restored to the last chunk that it decoded itself, of which the states are written as it is preempted."""
     end = 3 * CHUNK
@@ -289,6 +300,7 @@ def test_a_reply_is_restored_up_to_its_last_chunk(engine):
     assert np.array_equal(again.states, states)
 
 
+@first_runner
 @pytest.mark.parametrize("wrong", ["none", "of an earlier chunk", "a little"])
 def test_a_wrong_state_shows(engine, wrong):
     """Negative control: what is compared depends on the state where a restoration ends."""
@@ -308,6 +320,7 @@ def test_a_wrong_state_shows(engine, wrong):
     assert engine.answers[name].logprobs != own.logprobs
 
 
+@first_runner
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_soak(engine):
@@ -394,6 +407,7 @@ def other(request, tmp_path, monkeypatch, _single_process_vllm):
         yield engine, case
 
 
+@first_runner
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_in_other_engines(other):
@@ -413,6 +427,7 @@ def test_in_other_engines(other):
     assert_equal(again, own)
 
 
+@first_runner
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("pipeline", "tensor", "layers"), [(1, 2, 8), (2, 1, 8), (2, 1, 12)])

@@ -1,5 +1,6 @@
 """Models with recurrent layers on the scheduler side: where a prefix ends, what is read, and where states are saved."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -192,6 +193,62 @@ def test_vllm_is_asked_to_stop_where_states_are_wanted(asked, stop):
     assert made.stop_at(**arguments) == stop * CHUNK
     if stop and stop != asked["end"]:
         assert made.due(stop * CHUNK) is NOW
+
+
+def test_vllm_does_not_stop_for_states_that_are_stored():
+    made = positions()
+    made.stored = frozenset({2})
+    assert made.stop_at(num_stored=3, end=0, block_size=CHUNK, vllm_stop=0) == 0
+
+
+def kept(made):
+    """A request whose workers keep the states at the end of its second chunk, which it has decoded."""
+    made.arrive("r", prompt := tokens(CHUNK + 9))
+    made.matched("r")
+    prompt += tokens(2 * CHUNK, seed=5)
+    assert scheduled_step(made, 2 * CHUNK).saves[-1].keep
+    made.hold("r", 2)
+    return prompt
+
+
+def matched(made, name, **kwargs):
+    """What is found of a request once the store has answered, again and again; None while it is waited for."""
+    for _ in range(50):
+        found = made.side.num_matched(name, 0, **kwargs)
+        if found is not None:
+            return found
+        time.sleep(0.001)
+    return None
+
+
+def test_a_preempted_request_waits_until_its_states_are_written():
+    made = case()
+    kept(made)
+    assert matched(made, "r", num_preemptions=1) is None
+    hold_states(made, "r", 1)
+    assert matched(made, "r", num_preemptions=1) == 2 * CHUNK
+
+
+def test_the_next_turn_waits_for_the_states_of_the_one_before():
+    made = case()
+    prompt = kept(made)
+    made.arrive("other", tokens(2 * CHUNK, seed=77))
+    made.side.finished("r")
+    made.arrive("next", prompt)
+    assert matched(made, "other") == 0
+    assert matched(made, "next") is None
+    hold_states(made, "next", 1)
+    assert matched(made, "next") == 2 * CHUNK
+
+
+def test_states_that_are_not_written_are_waited_for_no_longer_than_the_store():
+    made = case()
+    prompt = kept(made)
+    made.side.finished("r")
+    made.arrive("next", prompt)
+    assert matched(made, "next") is None
+    made.now_s += made.options.lookup_timeout_s
+    assert matched(made, "next") == 0
 
 
 def scheduled_step(made, num_computed, **kwargs):

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from enum import Enum
 
+from cacheflow.types import Clock
+from cacheflow.vllm.scheduler.lookup import StoreQuestion
 from cacheflow.vllm.scheduler.view import RequestView
+from cacheflow.vllm.step import SaveWork
 
 
 class CheckpointDue(Enum):
@@ -25,9 +28,6 @@ class RequestCheckpoints:
 
     Attributes:
         stored: Chunks at whose end the store held them when it was asked.
-        kept: The chunk at whose end the states are that workers keep until the request ends or is preempted; None where
-            they keep none.
-        awaited_until_s: Until when kept states are waited for that are being written; 0 where none are.
     """
 
     def __init__(self, view: RequestView, *, chunk_tokens: int, every_chunks: int | None, decode_too: bool) -> None:
@@ -36,8 +36,6 @@ class RequestCheckpoints:
         self._every_chunks, self._decode_too = every_chunks, decode_too
         self._stop_at = 0
         self.stored: frozenset[int] = frozenset()
-        self.kept: int | None = None
-        self.awaited_until_s = 0.0
 
     @property
     def prompt_end(self) -> int:
@@ -55,7 +53,7 @@ class RequestCheckpoints:
         """
         last = self.prompt_end
         parts_at = min(num_stored * self._chunk_tokens, last)
-        if end < parts_at < last:
+        if end < parts_at < last and num_stored - 1 not in self.stored:
             chosen = parts_at
         elif end < last and self._chunk_tokens != block_size:
             chosen = last
@@ -64,17 +62,6 @@ class RequestCheckpoints:
             chosen = end if end < last else 0
         self._stop_at = max(chosen, vllm_stop)
         return self._stop_at
-
-    def preempted(self, now_s: float, *, timeout_s: float) -> None:
-        """Note that workers write what they keep: it is waited for so long."""
-        self.awaited_until_s = 0.0 if self.kept is None else now_s + timeout_s
-
-    def awaits(self, now_s: float) -> bool:
-        """Whether kept states are on their way into the store, which did not have them when it was asked."""
-        if self.kept is not None and self.kept not in self.stored and now_s < self.awaited_until_s:
-            return True
-        self.awaited_until_s = 0.0
-        return False
 
     def due(self, num_computed: int) -> CheckpointDue | None:
         """Whether to save the states after a step that ends with so many tokens computed."""
@@ -87,3 +74,35 @@ class RequestCheckpoints:
             return CheckpointDue.NOW
         replies = self._decode_too and num_computed >= self._view.num_prompt_tokens
         return CheckpointDue.AT_END if replies else None
+
+
+class StatesUnderWay:
+    """Running states that workers keep of a request, and write when it ends: what the store is asked meanwhile is old.
+
+    The next turn of a chat comes at once, and so does a request that was preempted. Scheduler's thread alone.
+    """
+
+    def __init__(self, *, patience_s: float, clock: Clock) -> None:
+        """What is being written is waited for so long."""
+        self._patience_s, self._clock = patience_s, clock
+        self._kept: dict[str, tuple[str, str]] = {}
+        self._until_s: dict[tuple[str, str], float] = {}
+
+    def keep(self, save: SaveWork) -> None:
+        """Note that workers keep the states at the end of a chunk of a request instead of those before."""
+        self._kept[save.request_id] = save.namespace, save.chain_hash
+
+    def release(self, request_id: str) -> None:
+        """Note that a request ends or is preempted: workers are told in the next step."""
+        name = self._kept.pop(request_id, None)
+        if name is not None:
+            self._until_s[name] = self._clock() + self._patience_s
+
+    def awaited(self, question: StoreQuestion) -> bool:
+        """Whether some of a prompt are on their way into the store, which did not have them when it was asked."""
+        now_s, found = self._clock(), question.checkpoints or frozenset()
+        self._until_s = {name: until_s for name, until_s in self._until_s.items() if now_s < until_s}
+        if not self._until_s:
+            return False
+        missing = (each for chunk, each in enumerate(question.chain_hashes) if chunk not in found)
+        return any((question.namespace, each) in self._until_s for each in missing)
