@@ -44,6 +44,11 @@ def random_weights(*, seed: int = 0):
         DummyModelLoader.load_weights = before
 
 
+def slow_decay(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Weights by which a recurrent layer forgets so slowly that errors in its state show long after."""
+    return torch.log(0.002 + 0.048 * torch.rand(shape, generator=generator))
+
+
 def _random(name: str, weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     noise = torch.randn(weight.shape, generator=generator)
     if "_scale" in name:
@@ -51,8 +56,7 @@ def _random(name: str, weight: torch.Tensor, generator: torch.Generator) -> torc
     if "norm" in name:
         return (NORM_GAIN if "q_norm" in name or "k_norm" in name else 1.0) + 0.2 * noise
     if name.endswith("A_log"):
-        # How fast a recurrent layer forgets: as slowly as here errors in its state show long after.
-        return torch.log(0.002 + 0.048 * torch.rand(weight.shape, generator=generator))
+        return slow_decay(weight.shape, generator)
     if weight.ndim == 1:
         return BIAS * noise
     if "embed" in name or "lm_head" in name:

@@ -60,6 +60,7 @@ class Script:
     dtype: str = "float32"
     num_kv_blocks: int = 0
     executor: str = "mp"
+    connector: str = "CacheFlowConnector"
     steps: list[tuple[str, str, dict]] = field(default_factory=list)
 
     def do(self, name: str, label: str = "", /, **arguments: Any) -> Script:
@@ -128,7 +129,7 @@ class Session:
         transfer = None
         if script.options is not None:
             options = {"chunk_tokens": script.chunk_tokens, "store": "file", **script.options}
-            transfer = kv_transfer_config(folder.parent / "profiles", options)
+            transfer = kv_transfer_config(folder.parent / "profiles", options, script.connector)
         self.script = script
         self.llm = LLM(
             model=script.model, dtype=script.dtype, skip_tokenizer_init=True, enforce_eager=script.eager, seed=0,
@@ -158,6 +159,7 @@ class Session:
         Returns:
             For each request its ``tokens``, ``ttft_s``, ``params`` and ``kv``, ``[layer, tp rank, block, byte]``.
         """
+        from cacheflow.vllm.models.kv_groups import KvGroups
         from vllm import SamplingParams
 
         engine, scheduler = self.llm.llm_engine, self.core.scheduler
@@ -181,8 +183,9 @@ class Session:
                 if "ttft_s" not in answer:
                     answer["ttft_s"] = time.perf_counter() - began_s
                     if kv and not output.finished:
-                        ids = scheduler.kv_cache_manager.get_block_ids(internal[output.request_id])[0]
-                        answer["kv"] = self.kv(list(ids)[: answer["num_prompt"] // block_size])
+                        by_group = scheduler.kv_cache_manager.get_block_ids(internal[output.request_id])
+                        ids = KvGroups.of(scheduler.kv_cache_config).kv_blocks(by_group)
+                        answer["kv"] = self.kv(ids[: answer["num_prompt"] // block_size])
                 if output.finished:
                     answer["tokens"], answer["params"] = list(output.outputs[0].token_ids), output.kv_transfer_params
         return list(answers.values())
@@ -301,12 +304,13 @@ def runner_generation(worker: Any) -> str:
 
 
 def layout_of(worker: Any) -> Any:
+    from cacheflow.vllm.models.kv_groups import KvGroups
     from cacheflow.vllm.models.model_access import layer_number
     from cacheflow.vllm.worker.layout import BlockLayout
 
     runner = runner_of(worker)
     context = runner.vllm_config.compilation_config.static_forward_context
-    names = sorted(runner.kv_cache_config.kv_cache_groups[0].layer_names, key=layer_number)
+    names = sorted(KvGroups.of(runner.kv_cache_config).attention_names, key=layer_number)
     caches = {name: context[name].kv_cache for name in names}
     return BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=names)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from support import kv_bytes
+from support.random_weights import slow_decay
 
 TINY = {
     "hidden_size": 128,
@@ -47,7 +48,9 @@ def write_weights(folder: Path, config: object, *, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, weight in module.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in name:
+            if name.endswith("A_log"):
+                weight.copy_(slow_decay(weight.shape, generator))
+            elif "norm" in name:
                 weight.copy_((1.6 if "q_norm" in name or "k_norm" in name else 1.0) + 0.2 * noise)
             elif weight.ndim == 1:
                 weight.copy_(0.3 * noise)

@@ -130,6 +130,23 @@ def test_the_printed_line_is_what_the_connector_parses(capsys: pytest.CaptureFix
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "words", "name"),
+    [
+        ({"text_config": {"model_type": "qwen3_5_text", "full_attention_interval": 4}}, [], "CacheFlowHybridConnector"),
+        ({"model_type": "qwen3_next"}, [], "CacheFlowHybridConnector"),
+        # What vLLM will run is not certain then.
+        ({"model_type": "qwen3_next"}, ["--", "--hf-overrides", "{}"], "CacheFlowConnector"),
+    ],
+)
+def test_the_connector_is_the_one_for_the_model(machine, tmp_path, capsys, changes, words, name):
+    machine(vllm="0.32.0")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["A"], "num_hidden_layers": 4, **changes}))
+    code, out, _ = run(capsys, str(tmp_path), "--print-config", *words)
+    assert code == 0
+    assert config_of(out)["kv_connector"] == name
+
+
 def test_folders_in_the_printed_line_do_not_depend_on_where_it_is_pasted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     options = parsed("--store-path", "kv", "--profile-dir=~/profiles")

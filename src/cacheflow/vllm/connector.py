@@ -135,7 +135,6 @@ class CacheFlowConnector(KVConnectorBase_V1):
         )
         self._to_carry_out: StepWork | None = None
         self._to_save: StepWork | None = None
-        self._has_start_states = True
 
     def _adapted(self, options: ConnectorOptions, given: dict[str, Any]) -> ConnectorOptions:
         """The options as they are for this engine, of those that were ``given``."""
@@ -184,9 +183,13 @@ class CacheFlowConnector(KVConnectorBase_V1):
             request.request_id,
             num_computed_tokens,
             num_preemptions=request.num_preemptions,
-            has_start_states=self._has_start_states,
+            has_start_states=self._has_start_states(request, num_computed_tokens),
         )
         return matched, bool(matched)
+
+    def _has_start_states(self, request: Any, num_computed_tokens: int) -> bool:
+        """Whether recurrent layers can go on after so many tokens; a model without any needs nothing for it."""
+        return True
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Begin the restoration vLLM has set blocks aside for; none where another connector brings the prefix."""

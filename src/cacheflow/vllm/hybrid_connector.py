@@ -32,6 +32,9 @@ class CacheFlowHybridConnector(CacheFlowConnector, SupportsHMA):
 
     # Scheduler side
 
+    _local_states: LocalStates
+    """Set when vLLM binds its cache manager, before the first step."""
+
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """See ``CacheFlowConnector``; learn to find the running states of vLLM's own prefix cache."""
         super().bind_kv_cache_manager(kv_cache_manager)
@@ -39,16 +42,17 @@ class CacheFlowHybridConnector(CacheFlowConnector, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See ``CacheFlowConnector``; also asks vLLM to stop where states are wanted."""
-        states, name = self._local_states, request.request_id
-        self._has_start_states = not num_computed_tokens or states.hold(request, num_computed_tokens)
         matched, loads = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if not matched:
-            states.release(name)
+            self._local_states.release(request.request_id)
         own_stop = getattr(request, "shared_prefix_boundary", None)
         if matched is not None and own_stop is not None:
             end = num_computed_tokens + matched
-            request.shared_prefix_boundary = self._scheduler.stop_at(name, end, vllm_stop=own_stop)
+            request.shared_prefix_boundary = self._scheduler.stop_at(request.request_id, end, vllm_stop=own_stop)
         return matched, loads
+
+    def _has_start_states(self, request: Any, num_computed_tokens: int) -> bool:
+        return not num_computed_tokens or self._local_states.hold(request, num_computed_tokens)
 
     def _target_states(self, request_id: str, blocks: Any, end: int) -> TargetStates:
         return TargetStates(

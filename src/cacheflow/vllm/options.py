@@ -26,6 +26,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 """The values of options that have few."""
 
 
+DEFAULT_CHUNK_TOKENS = 512
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectorOptions:
     """How CacheFlow behaves inside vLLM.
@@ -35,7 +38,8 @@ class ConnectorOptions:
             that see the directory).
         store_path: Directory of the file store; required for it, refused otherwise.
         cpu_bytes_to_use: Capacity of the store in bytes, on this node.
-        chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size.
+        chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size. A model with
+            recurrent layers, whose blocks are long, has chunks of one block unless another size is given.
         layers_per_block: Layers in one stored object; None: 1 in an eager engine, all in a compiled one.
         policy: How a prefix is restored; only ``cacheflow`` has the never-slower guard.
         objective: Which of several restorations comes first; ``slo``: as many first tokens within ``ttft_slo_ms`` as
@@ -71,7 +75,7 @@ class ConnectorOptions:
     store: str = "memory"
     store_path: str | None = None
     cpu_bytes_to_use: int = 4 << 30
-    chunk_tokens: int = 512
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     layers_per_block: int | None = None
     policy: str = "cacheflow"
     objective: str = "mean_ttft"

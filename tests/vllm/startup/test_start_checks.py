@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,13 @@ def test_a_model_that_is_not_even_loaded(model, vllm, changes, said):
         message = refused(path, options, [], vllm)
         assert said in message
         assert "load_only" not in message  # it would not help
+
+
+@pytest.mark.parametrize("words", [["--block-size", "1088"], ["--max-model-len", "512"]], ids=str)
+def test_a_hybrid_s_chunk_is_a_block_unless_another_size_is_given(model, vllm, words):
+    path = model(model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
+    passes(path, FILE, words, vllm)
+    assert "chunk_tokens is 1024" in refused(path, replace(FILE, chunk_tokens=1024), words, vllm)
 
 
 @pytest.mark.parametrize(

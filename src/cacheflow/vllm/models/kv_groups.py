@@ -62,9 +62,13 @@ class KvGroups:
         return list(by_group[self.attention])
 
     def state_blocks(self, by_group: Sequence[Sequence[int]], num_tokens: int) -> tuple[int, ...]:
-        """The blocks, one of each state group, that hold a request's states after so many tokens, whole blocks."""
+        """The blocks, one of each state group, that hold a request's states after so many tokens, whole blocks.
+
+        None where vLLM keeps no states there, or has let go of them: its null block stands for those.
+        """
         column = num_tokens // self.block_size - 1
-        return tuple(int(by_group[group][column]) for group in self.states)
+        blocks = tuple(int(by_group[group][column]) for group in self.states if column < len(by_group[group]))
+        return blocks if len(blocks) == len(self.states) and 0 not in blocks else ()
 
     def by_group(self, kv_blocks: Sequence[int], state_blocks: Sequence[Sequence[int]]) -> tuple[list[int], ...]:
         """Blocks of a request as vLLM lists them."""

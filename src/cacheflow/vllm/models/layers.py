@@ -169,8 +169,8 @@ def find_layers(
         state_names: Those with a running state.
 
     Raises:
-        UnsupportedModelError: An attention object is not in the model's tree or not in a list of layers, or two are in
-            one layer or in different lists.
+        UnsupportedModelError: One of them is not in the model's tree or not in a list of layers, or two are in one
+            layer or in different lists.
     """
     paths = {id(module): path for path, module in model.named_modules(remove_duplicate=False)}
     lists, keepers = dict[int, tuple[str, Module]](), dict[int, str]()
@@ -178,7 +178,7 @@ def find_layers(
         path = paths.get(id(context[name]))
         found = None if path is None else _outermost_list(model, path)
         if found is None:
-            raise UnsupportedModelError(f"the attention {name} is in no list of the model's layers")
+            raise UnsupportedModelError(f"the layer {name} is in no list of the model's layers")
         of_list, parent, number = found
         lists[id(parent)] = of_list, parent
         if number in keepers:

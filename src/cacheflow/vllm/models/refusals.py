@@ -80,12 +80,13 @@ def _cache_refusals(kv_cache_config: Config) -> Iterator[str]:
     groups = kv_cache_config.kv_cache_groups
     states = [group.kv_cache_spec for group in groups if is_state_spec(group.kv_cache_spec)]
     others = [group for group in groups if not is_state_spec(group.kv_cache_spec)]
+    yield from dict.fromkeys(reason for spec in states for reason in _state_refusals(spec))
     if len(others) != 1:
         yield (
-            f"its layers keep different things: {len(others)} groups of KV cache beside those of running states, one "
-            "is supported; with CacheFlowConnector vLLM makes one of layers with windows and without"
+            f"its layers keep keys and values in {len(others)} groups of KV cache, one is supported: beside "
+            "CacheFlowConnector vLLM makes one group of layers with windows and without"
         )
-    yield from dict.fromkeys(reason for spec in states for reason in _state_refusals(spec))
+        return
     for spec in dict.fromkeys(type(spec) for group in others for spec in layer_specs(group.kv_cache_spec)):
         if spec.__name__ not in SUPPORTED_SPECS:
             kind = _KIND_OF_SPEC.get(spec.__name__)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from enum import Enum
 
+from cacheflow.types import Clock
+from cacheflow.vllm.scheduler.lookup import StoreQuestion
 from cacheflow.vllm.scheduler.view import RequestView
+from cacheflow.vllm.step import SaveWork
 
 
 class CheckpointDue(Enum):
@@ -50,7 +53,7 @@ class RequestCheckpoints:
         """
         last = self.prompt_end
         parts_at = min(num_stored * self._chunk_tokens, last)
-        if end < parts_at < last:
+        if end < parts_at < last and num_stored - 1 not in self.stored:
             chosen = parts_at
         elif end < last and self._chunk_tokens != block_size:
             chosen = last
@@ -69,5 +72,37 @@ class RequestCheckpoints:
             return CheckpointDue.NOW
         if self._every_chunks is not None and chunk % self._every_chunks == 0:
             return CheckpointDue.NOW
-        replies = self._decode_too and num_computed > self._view.num_prompt_tokens
+        replies = self._decode_too and num_computed >= self._view.num_prompt_tokens
         return CheckpointDue.AT_END if replies else None
+
+
+class StatesUnderWay:
+    """Running states that workers keep of a request, and write when it ends: what the store is asked meanwhile is old.
+
+    The next turn of a chat comes at once, and so does a request that was preempted. Scheduler's thread alone.
+    """
+
+    def __init__(self, *, patience_s: float, clock: Clock) -> None:
+        """What is being written is waited for so long."""
+        self._patience_s, self._clock = patience_s, clock
+        self._kept: dict[str, tuple[str, str]] = {}
+        self._until_s: dict[tuple[str, str], float] = {}
+
+    def keep(self, save: SaveWork) -> None:
+        """Note that workers keep the states at the end of a chunk of a request instead of those before."""
+        self._kept[save.request_id] = save.namespace, save.chain_hash
+
+    def release(self, request_id: str) -> None:
+        """Note that a request ends or is preempted: workers are told in the next step."""
+        name = self._kept.pop(request_id, None)
+        if name is not None:
+            self._until_s[name] = self._clock() + self._patience_s
+
+    def awaited(self, question: StoreQuestion) -> bool:
+        """Whether some of a prompt are on their way into the store, which did not have them when it was asked."""
+        now_s, found = self._clock(), question.checkpoints or frozenset()
+        self._until_s = {name: until_s for name, until_s in self._until_s.items() if now_s < until_s}
+        if not self._until_s:
+            return False
+        missing = (each for chunk, each in enumerate(question.chain_hashes) if chunk not in found)
+        return any((question.namespace, each) in self._until_s for each in missing)

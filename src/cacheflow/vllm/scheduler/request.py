@@ -25,6 +25,7 @@ class TrackedRequest:
         prefix: Its chunks.
         saves: Which of them are still to be saved.
         name: Under which its KV is saved and looked for.
+        checkpoints: Where its running states are saved; None in a model without recurrent layers.
         question: What the store was asked of it and has answered; None where it was not asked.
         num_preemptions: How often vLLM had preempted it when the store was last asked.
         asked_by_vllm: vLLM has asked how much can be restored.

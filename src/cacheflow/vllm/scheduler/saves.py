@@ -75,16 +75,20 @@ class RequestSaves:
 
     def checkpoint(
         self, name: KvName, *, num_computed: int, block_ids_of: BlockIdsOf, state_blocks_of: StateBlocksOf, keep: bool
-    ) -> SaveWork:
-        """The chunk that ends with so many computed tokens and the running states there; ``keep`` as in ``SaveWork``.
+    ) -> SaveWork | None:
+        """The chunk that ends with so many computed tokens and the running states there; None where there are none.
 
-        With its keys and values, whether or not they were saved before: without them the states are of no use.
+        With its keys and values, whether or not they were saved before: without them the states are of no use. ``keep``
+        as in ``SaveWork``.
         """
         request_id = self._view.request_id
+        blocks = state_blocks_of(request_id, num_computed)
+        if not blocks:
+            return None
         self._prefix.extend(self._view.tokens)
         chunk = num_computed // self._prefix.chunk_tokens - 1
         save = self._save(name, chunk, block_ids_of(request_id))
-        return replace(save, state_blocks=state_blocks_of(request_id, num_computed), keep=keep)
+        return replace(save, state_blocks=blocks, keep=keep)
 
     def _save(self, name: KvName, chunk: int, block_ids: Sequence[int]) -> SaveWork:
         num_blocks = self._prefix.chunk_tokens // self._block_size

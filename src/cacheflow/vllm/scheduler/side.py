@@ -18,7 +18,7 @@ from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler.checkpoints import CheckpointDue, RequestCheckpoints
+from cacheflow.vllm.scheduler.checkpoints import CheckpointDue, RequestCheckpoints, StatesUnderWay
 from cacheflow.vllm.scheduler.decide import Decider, Decision
 from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, UNNAMED, Siblings, answer_of
 from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
@@ -62,6 +62,7 @@ class SchedulerSide:
         """Serve the engine whose workers found out ``facts_by_rank``."""
         by_stage = slowest_rank_of_each_stage(facts_by_rank)
         self._options, self._store = options, store
+        self._under_way = StatesUnderWay(patience_s=options.lookup_timeout_s, clock=clock)
         self._block_size = by_stage[0].block_size
         self._captures = any(facts.boundary_token_bytes for facts in facts_by_rank)
         self.requests: dict[str, TrackedRequest] = {}
@@ -158,6 +159,7 @@ class SchedulerSide:
             request.decision = None
             if request.params.mode is not Mode.OFF:
                 request.question = self._ask(request)  # by now the store may hold what the request has computed itself
+            self._under_way.release(request.view.request_id)
         request.num_preemptions = num_preemptions
 
     def num_matched(
@@ -182,6 +184,9 @@ class SchedulerSide:
         request.offered = None
         if request.checkpoints is not None and question.checkpoints is not None:
             request.checkpoints.stored = question.checkpoints
+            if self._under_way.awaited(question):
+                request.question = self._ask(request)
+                return None
         decision = request.decision
         known = (num_computed, has_start_states)
         if decision is None or (decision.start, decision.has_start_states) != known:
@@ -219,10 +224,10 @@ class SchedulerSide:
                 num_text_tokens=view.num_text_tokens,
                 has_start_states=has_start_states,
             )
-            decision = replace(decision, has_start_states=has_start_states)
         except CostRangeError as error:
             logger.warning("request %s is computed, not restored: %s", request.view.request_id, error)
             decision = Decision(start=num_computed, end=num_computed, reason=str(error))
+        decision = replace(decision, has_start_states=has_start_states)
         request.reason = decision.reason
         if question.lookup.timed_out:
             self.counts.lookup_timeouts += 1  # once a decision: vLLM asks in every step while the request waits
@@ -306,19 +311,31 @@ class SchedulerSide:
             if self._captures and (capture := own.capture(num_computed - each.num_scheduled, num_computed)) is not None:
                 captures.append(capture)
             computed = own.take(request.name, num_computed=num_computed, block_ids_of=block_ids_of)
-            due = None if request.checkpoints is None else request.checkpoints.due(num_computed)
-            if due is not None:
-                checkpoint = own.checkpoint(
-                    request.name,
-                    num_computed=num_computed,
-                    block_ids_of=block_ids_of,
-                    state_blocks_of=state_blocks_of,
-                    keep=due is CheckpointDue.AT_END,
-                )
+            checkpoint = self._checkpoint(request, num_computed, block_ids_of, state_blocks_of)
+            if checkpoint is not None:
                 computed = [*(save for save in computed if save.chunk != checkpoint.chunk), checkpoint]
             question = request.question
-            saves += self._save_log.new(computed, asked_after_saves=question.asked_after_saves if question else 0)
+            new = self._save_log.new(computed, asked_after_saves=question.asked_after_saves if question else 0)
+            for save in new:
+                if save.keep:
+                    self._under_way.keep(save)
+            saves += new
         return tuple(saves), tuple(captures)
+
+    def _checkpoint(
+        self, request: TrackedRequest, num_computed: int, block_ids_of: BlockIdsOf, state_blocks_of: StateBlocksOf
+    ) -> SaveWork | None:
+        """The chunk that ends with the step, with its running states; None where they are not to be saved."""
+        due = None if request.checkpoints is None else request.checkpoints.due(num_computed)
+        if due is None:
+            return None
+        return request.saves.checkpoint(
+            request.name,
+            num_computed=num_computed,
+            block_ids_of=block_ids_of,
+            state_blocks_of=state_blocks_of,
+            keep=due is CheckpointDue.AT_END,
+        )
 
     def _is_current(self, request: TrackedRequest) -> bool:
         """Whether all of a request's KV is of the weights and the adapter that its name stands for."""
@@ -401,6 +418,7 @@ class SchedulerSide:
         request = self.requests.pop(request_id, None)
         if request is None:
             return None
+        self._under_way.release(request_id)
         record = self.restorations.cancel(request_id)
         if record is not None:
             request.records.append(record)

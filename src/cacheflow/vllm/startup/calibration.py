@@ -34,6 +34,8 @@ _PAST_TOKENS = 8192
 _LAYERS_TIMED = 6
 """A pass over several layers, so that weights come from memory as in a real one."""
 _REPEATS = 3
+_LEAST_RECURRENT = 2
+"""Kernels of recurrent layers prefill no single token (vLLM 0.32 on the CPU); two take as long."""
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -228,6 +230,8 @@ class _Meter:
     def seconds(self, length: int, offset: int, layers: list[int], *, kv_only: bool = False) -> float:
         """Seconds of one layer for ``length`` tokens after ``offset``."""
         handle = self._forward.handle
+        if self._states:
+            length = max(length, _LEAST_RECURRENT)
         past = [self._past[index % len(self._past)] for index in range(offset // handle.block_size)]
         boundary = None
         if not handle.is_first_stage:

@@ -34,6 +34,8 @@ from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 logger = logging.getLogger(__name__)
 
+_RECURRENT_TOKENS = 64
+"""Kernels of Gated DeltaNet layers take so many tokens at once."""
 _COSTLY_CHUNK = 0.2
 """Share of a chunk's cost that a long pass saves, from which on longer chunks are advised."""
 
@@ -56,6 +58,8 @@ def find_engine(
     handle = open_model(vllm_config, kv_cache_config, load_only=options.unsupported_models == "load_only")
     layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names)
     states = StateBlocks.of(handle, kv_caches, kv_cache_config)
+    if states is not None:
+        _advise_blocks(options, handle)
     options.require_room_for_chunk(layout.num_bytes(0, layout.num_layers, options.chunk_tokens // layout.block_size))
     make_receive_buffer(handle)
     layers_per_block = _layers_per_block(options, handle)
@@ -99,6 +103,24 @@ def find_engine(
     )
     _log_stage(facts)
     return FoundEngine(handle, layout, states, forward, facts)
+
+
+def _advise_blocks(options: ConnectorOptions, handle: ModelHandle) -> None:
+    """Say when running states depend on where passes end, and passes of a prefill end elsewhere than chunks."""
+    size = handle.block_size
+    if size % _RECURRENT_TOKENS:
+        logger.warning(
+            "KV blocks hold %d tokens, no multiple of %d: running states then depend in the last bits on where passes "
+            "end. Give vLLM --block-size %d",
+            size, _RECURRENT_TOKENS, -(-size // _RECURRENT_TOKENS) * _RECURRENT_TOKENS,
+        )  # fmt: skip
+    pass_tokens = int(handle.vllm_config.scheduler_config.max_num_batched_tokens)
+    if pass_tokens < options.chunk_tokens:
+        logger.warning(
+            "vLLM prefills %d tokens in a pass, fewer than the %d of a chunk: what is recomputed then differs in its "
+            "last bits from what was saved. Give vLLM --max-num-batched-tokens %d",
+            pass_tokens, options.chunk_tokens, options.chunk_tokens,
+        )  # fmt: skip
 
 
 def _tested(

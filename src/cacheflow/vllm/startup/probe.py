@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from cacheflow.vllm.worker.state_blocks import StateBlocks
 LEAST_CHUNK_TOKENS = 64
 _INPUTS = frozenset(("input_ids", "positions", "intermediate_tensors", "inputs_embeds"))
 """What the model is called with in a partial forward."""
-_NAME = "_cacheflow_self_test_"
+_NAME, _numbers = "_cacheflow_self_test_", itertools.count()
+"""No name twice: vLLM's first runner remembers where the running states of a request stood after it has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def step_by_engine(
             if worker.execute_model(step) is None:
                 worker.sample_tokens(None)
 
-    name = f"{_NAME}{start}"
+    name = f"{_NAME}{next(_numbers)}"
     step, last = SchedulerOutput.make_empty(), SchedulerOutput.make_empty()
     longest = int(handle.vllm_config.model_config.max_model_len)
     prompt = [*tokens, next_token][:longest]

@@ -79,6 +79,7 @@ class SelfTestResult:
         num_cuts: Boundaries between layers at which it was cut; 0 where only whole passes or loads are used.
         windows: Lengths of windows for which a chunk behind them was compared.
         difference: Why recomputation is not exact; None where it is, or was not asked for.
+        states: Whether running states were compared too.
         copy_equal: Blocks gathered, wiped and scattered back were the same bits.
         elapsed_s: How long it took.
     """
@@ -90,10 +91,12 @@ class SelfTestResult:
     difference: Difference | None
     copy_equal: bool
     elapsed_s: float
+    states: bool = False
 
     def __str__(self) -> str:
         """What was proved, in one line."""
-        parts = [f"{self.num_tokens} tokens in {self.num_chunks} chunks, restored KV equal to the engine's bit for bit"]
+        what = "restored KV and running states" if self.states else "restored KV"
+        parts = [f"{self.num_tokens} tokens in {self.num_chunks} chunks, {what} equal to the engine's bit for bit"]
         if self.num_cuts:
             parts.append(f"cut at {self.num_cuts} layers, keys and values alone in each")
         if self.windows:
@@ -156,6 +159,7 @@ def self_test(
         difference=difference,
         copy_equal=copy_equal,
         elapsed_s=time.perf_counter() - started_s,
+        states=states is not None,
     )
 
 

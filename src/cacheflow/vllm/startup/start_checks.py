@@ -19,7 +19,7 @@ from cacheflow.vllm.models.refusals import (
     require_loadable,
     require_recomputable,
 )
-from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.options import DEFAULT_CHUNK_TOKENS, ConnectorOptions
 from cacheflow.vllm.startup.installed import InstalledVllm
 from cacheflow.vllm.startup.local_config import local_config
 from cacheflow.vllm.startup.server_flags import ServerFlags
@@ -57,17 +57,22 @@ def check_start(
     """
     config = {} if model is None else _config_of(model, flags, environment)
     _check_store(options, flags, installed, environment)
-    max_tokens = _max_tokens(flags, config)
-    if max_tokens is not None:
-        options.require_chunk_in_prompt(max_tokens)
     kind = _cache_kind(flags, config, environment)
-    block_size = flags.number("--block-size")
-    if block_size and not (kind is CacheKind.DELTA_NET and "chunk_tokens" not in options.as_extra_config()):
-        options.require_block_size(block_size)
+    _check_chunks(options, flags, max_tokens=_max_tokens(flags, config), recurrent=kind is CacheKind.DELTA_NET)
     view = _view(flags, config)
     require_loadable([reason for reason in (cache_refusal(kind), *engine_refusals(view)) if reason])
     require_recomputable(list(configured_refusals(view)), load_only=options.unsupported_models == "load_only")
     return kind
+
+
+def _check_chunks(options: ConnectorOptions, flags: ServerFlags, *, max_tokens: int | None, recurrent: bool) -> None:
+    block_size = flags.number("--block-size")
+    if recurrent and options.chunk_tokens == DEFAULT_CHUNK_TOKENS:
+        return  # a chunk will be a block, whose size vLLM works out
+    if max_tokens is not None:
+        options.require_chunk_in_prompt(max_tokens)
+    if block_size:
+        options.require_block_size(block_size)
 
 
 def _config_of(model: str, flags: ServerFlags, environment: Mapping[str, str]) -> Mapping[str, Any]:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PENDING_BYTES = 1 << 30
 """Copied but not yet written; a chunk that would exceed it is not saved: a slow store must not eat the memory."""
+MAX_KEPT_BYTES = MAX_PENDING_BYTES // 2
+"""Of them running states of requests that go on: the rest is left for chunks."""
 MorePuts = Callable[[SaveWork], Iterable[PutRequest]]
 """What is to be written beside a chunk's KV."""
 CLOSE_S = 2.0
@@ -165,7 +167,8 @@ class ChunkSaver:
         states = self._states
         assert states is not None, "running states are saved of models that have any"
         num_bytes = states.num_bytes(0, states.num_rows)
-        if self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
+        kept = sum(each.num_bytes for each in self._kept.values()) if save.keep else 0
+        if self._pending_bytes + num_bytes > MAX_PENDING_BYTES or kept + num_bytes > MAX_KEPT_BYTES:
             return None
         self._pending_bytes += num_bytes
         requests = []

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cacheflow.errors import ConfigError
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.worker.layout import BlockLayout, LayerView, Payload, blocks_first
 
@@ -46,11 +47,13 @@ class StateBlocks:
         """Those of a hybrid model; None of any other.
 
         Raises:
-            ConfigError: A tensor's block dimension is unknown or ambiguous.
+            ConfigError: A layer is missing, or its tensor's block dimension is unknown or ambiguous.
         """
         names = [name for row in handle.states_R for name in row]
         if not names:
             return None
+        if missing := [name for name in names if name not in kv_caches]:
+            raise ConfigError(f"no running states were registered for {missing}; registered are {sorted(kv_caches)}")
         group_of = {name: index for index, each in enumerate(handle.groups.state_names) for name in each}
         num_blocks = int(kv_cache_config.num_blocks)
         views = [LayerView(name, blocks_first(kv_caches[name], num_blocks, name=name)) for name in names]
