@@ -53,18 +53,26 @@ def tiny_model(
     Raises:
         UnsupportedModelError: The family is unknown.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     known = (*FAMILIES, *HYBRID_FAMILIES)
     if family not in known:
         raise UnsupportedModelError(f"family {family!r} is not supported; allowed: {', '.join(known)}")
     extra = _TINY_HYBRID if family in HYBRID_FAMILIES else _TINY_MOE if family == "qwen3_moe" else {}
     config = AutoConfig.for_model(family, **{**_TINY, **extra, **overrides})
+    module = random_module(config, dtype=dtype, seed=seed)
+    return wrap_module(module.to(device=device), name=f"tiny-{family}")
+
+
+def random_module(config: Any, *, dtype: str | torch.dtype, seed: int = 0) -> Any:  # noqa: ANN401 -- transformers'
+    """A causal LM of a transformers configuration with random weights, drawn in float32 and rounded."""
+    from transformers import AutoModelForCausalLM
+
     module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION_NAME)
     _draw(module, seed)
     for weight in module.parameters():  # not module.to(dtype): it would round the rotary frequencies too
         weight.data = weight.data.to(parse_dtype(dtype))
-    return wrap_module(module.to(device=device), name=f"tiny-{family}")
+    return module
 
 
 def random_weights(
@@ -165,7 +173,7 @@ def _slow_decay(module: Any, generator: torch.Generator) -> None:  # noqa: ANN40
 def _draw(module: Any, seed: int) -> None:  # noqa: ANN401 -- a transformers causal LM
     """Weights large enough that scores spread by several units: near-uniform attention would hide errors."""
     generator = torch.Generator().manual_seed(seed)
-    hybrid = module.config.model_type in HYBRID_FAMILIES
+    hybrid = "linear_attention" in (getattr(module.config, "layer_types", None) or ())
     with torch.no_grad():
         for name, weight in module.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,22 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"hidden_size": 64}')
     with pytest.raises(ConfigError, match="cannot be used"):
         read_model(tmp_path, "m")
+
+
+def test_a_hybrids_chunks_are_blocks_that_hold_a_running_state(tmp_path: Path):
+    sizes = {
+        "model_type": "qwen3_5_text", "num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 96, "vocab_size": 320,
+        "linear_num_key_heads": 5, "linear_num_value_heads": 15, "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    model = read_model(tmp_path, "m")
+    assert model.is_hybrid
+    model.require_block_size(512)
+    for wrong in (448, 520):
+        with pytest.raises(ConfigError, match=r"499 tokens.*give --chunk 512"):
+            model.require_block_size(wrong)
 
 
 def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(tmp_path: Path):

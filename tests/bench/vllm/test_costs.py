@@ -14,13 +14,18 @@ from cacheflow.bench.vllm.costs import (
     sample_lengths,
 )
 from cacheflow.bench.vllm.counts import counts_between
-from cacheflow.types import ModelShape
+from cacheflow.types import HybridShape, ModelShape
 
 SHAPE = ModelShape(
     name="smol", num_layers=30, hidden_size=576, num_q_heads=9, num_kv_heads=3, head_dim=64, intermediate_size=1536,
     vocab_size=49152,
 )  # fmt: skip
 SIZE = PrefixSize(num_tokens=4096, suffix_tokens=37, chunk_tokens=512)
+HYBRID = HybridShape(
+    name="hybrid", num_layers=24, hidden_size=512, num_q_heads=8, num_kv_heads=2, head_dim=64, intermediate_size=2560,
+    vocab_size=4096, layers_per_attention=4, num_state_k_heads=5, num_state_v_heads=15, state_k_dim=64, state_v_dim=64,
+    conv_kernel=4,
+)  # fmt: skip
 ENDS = SIZE.grid_ends
 
 
@@ -74,6 +79,18 @@ def test_the_bound_follows_the_machine():
 
 def test_the_share_of_keys_and_values_is_that_of_the_weights():
     assert kv_only_share(SHAPE) == pytest.approx(384 / (384 + 2 * 576 + 3 * 1536))
+
+
+def test_a_hybrid_loads_its_running_states_too():
+    kv_bytes = 4096 * 6 * 512
+    assert prefix_bytes(HYBRID, SIZE) == kv_bytes + 18 * (15 * 64 * 64 * 4 + 3 * 2 * (2 * 5 * 64 + 15 * 64))
+    loaded_s = prefix_bytes(HYBRID, SIZE) / 1e9
+    assert least_times(_costs(), HYBRID, SIZE, bytes_per_s=1e9).restore_s == pytest.approx(loaded_s, rel=0.02)
+
+
+def test_of_a_row_its_recurrent_layers_are_computed_for_keys_and_values_too():
+    alone = 256 / (256 + 2 * 512 + 3 * 2560)
+    assert kv_only_share(HYBRID) == pytest.approx((3 + alone) / 4)
 
 
 def test_counts_are_differences_and_sum_over_labels():

@@ -42,6 +42,16 @@ def test_the_latency_asked_for_reaches_our_connector_alone():
         assert "itl_slo_ms" not in str(transfer_config(policy, SETUP))
 
 
+def test_a_hybrid_gets_its_own_connector_and_blocks_as_long_as_a_chunk():
+    config = transfer_config("cacheflow", dataclasses.replace(SETUP, hybrid=True))
+    assert config is not None
+    assert config["kv_connector"] == "CacheFlowHybridConnector"
+    assert config["kv_connector_module_path"] == "cacheflow.vllm.hybrid_connector"
+    command = server_command(dataclasses.replace(SERVER, block_size=512), port=1, transfer=None)
+    assert command[command.index("--block-size") + 1] == "512"
+    assert "--block-size" not in server_command(SERVER, port=1, transfer=None)
+
+
 def test_stock_vllm_gets_no_connector():
     assert transfer_config("vllm", SETUP) is None
     assert "--kv-transfer-config" not in server_command(SERVER, port=1, transfer=None)

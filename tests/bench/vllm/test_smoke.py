@@ -1,4 +1,4 @@
-"""One real server: stock vLLM behind our command line, client and costs. Runs only where vLLM is installed."""
+"""One real server of each kind behind our command line, client and costs. Runs only where vLLM is installed."""
 
 import importlib.util
 import sys
@@ -24,22 +24,26 @@ pytestmark = [
 NUM_TOKENS = 1024
 
 
-def test_a_prefix_that_was_evicted_comes_back_from_host_memory_and_changes_no_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("tiny-qwen3", OFFLOADING), pytest.param("hybrid", "cacheflow", marks=pytest.mark.long)],
+)
+def test_a_prefix_that_was_evicted_comes_back_and_changes_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, policy: str
 ):
     monkeypatch.setenv("CACHEFLOW_CACHE", str(tmp_path / "cache"))
-    model = open_model("tiny-qwen3")
+    model = open_model(name)
     tokens = prompt_tokens(model, NUM_TOKENS + 37)
     server = ServerOptions(
         python=Path(sys.executable), model_dir=model.folder, dtype="bfloat16", chunk_tokens=512, max_tokens=2048,
-        kv_cache_gib=1, compiled=False, log_dir=tmp_path / "logs",
+        kv_cache_gib=1, compiled=False, log_dir=tmp_path / "logs", block_size=512 if model.is_hybrid else None,
     )  # fmt: skip
-    options = FleetOptions(server=server, store_root=tmp_path / "store")
-    with open_fleet((OFFLOADING,), options, bytes_per_s=1e8) as fleet, fleet.turn(OFFLOADING) as running:
+    options = FleetOptions(server=server, store_root=tmp_path / "store", hybrid=model.is_hybrid)
+    with open_fleet((policy,), options, bytes_per_s=1e8) as fleet, fleet.turn(policy) as running:
         client = running.client
         reference = ask(client, tokens, num_tokens=16).answer  # nothing is stored yet: this is a prefill
         assert reference.cached_tokens == 0
-        save_prefix(client, tokens[:NUM_TOKENS])
+        save_prefix(client, tokens[: NUM_TOKENS + 1])
         restored = ask(client, tokens, num_tokens=16).answer
         client.evict()
         other = [(token + 1) % model.shape.vocab_size for token in tokens]

@@ -128,7 +128,7 @@ def test_every_server_restores_once_before_it_is_timed(client: VllmClient):
     log: list[str] = []
     _study().warm_up(_fleet(client, ("vllm", "cake", "lmcache"), log))
     assert [entry for entry in log if entry.endswith("runs")] == ["cake runs", "lmcache runs"]
-    assert FakeVllm.seen.count("complete 1024") == FakeVllm.seen.count("complete 1061") == 2
+    assert FakeVllm.seen.count("complete 1025") == FakeVllm.seen.count("complete 1061") == 2
 
 
 def test_the_text_is_long_enough_for_every_prompt():

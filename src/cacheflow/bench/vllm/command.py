@@ -22,20 +22,22 @@ from cacheflow.bench.vllm.probe import probe
 from cacheflow.bench.vllm.report import draw_vllm, load_table, vllm_tables
 from cacheflow.bench.vllm.server import ServerOptions, threads_bind
 from cacheflow.bench.vllm.study import VllmStudy, VllmStudyOptions, longest_sequence, tokens_needed
-from cacheflow.bench.vllm.workload import TINY_NAME, BenchModel, open_model, prompt_tokens
+from cacheflow.bench.vllm.workload import HYBRID_NAME, RANDOM_MODELS, TINY_NAME, BenchModel, open_model, prompt_tokens
 from cacheflow.errors import ConfigError
 
 DTYPE = "bfloat16"
 POOL_PREFIXES = 6
 """Prefixes that fit in the KV cache: evicted blocks are used again only after several others, so that the blocks
 into which a prefix is restored never hold it already."""
+STATES_OF_PREFIX = 4
+"""Running states in the KV cache for each of them: those at its end, and those of a request under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VllmFlags(ServedFlags):
     """The options of ``bench vllm``."""
 
-    model: str = option(DEFAULT_MODEL, f"{DEFAULT_MODEL}, {TINY_NAME} or a model folder", shown="")
+    model: str = option(DEFAULT_MODEL, f"{DEFAULT_MODEL}, {TINY_NAME}, {HYBRID_NAME} or a model folder", shown="")
     ratios: tuple[float, ...] = option(
         (0.25, 1.0, 4.0), "load time over vLLM's own prefill time", metavar="R,R,...", above=0, finite=True
     )
@@ -67,8 +69,8 @@ class VllmFlags(ServedFlags):
             raise ConfigError("--itl-slo-ms needs --neighbour: alone there is no inter-token latency to keep")
         if self.load is not None and self.neighbour:
             raise ConfigError("--load and --neighbour exclude each other: under load every request has neighbours")
-        if self.load is not None and self.model == TINY_NAME:
-            raise ConfigError(f"--load needs a model that reads text; {TINY_NAME} has a tokenizer of made-up words")
+        if self.load is not None and self.model in RANDOM_MODELS:
+            raise ConfigError(f"--load needs a model that reads text; {self.model} has a tokenizer of made-up words")
 
     @property
     def rounds(self) -> int:
@@ -92,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(flags.model)
     if flags.tokens + flags.suffix + 64 > model.max_tokens:
         raise ConfigError(f"--tokens {flags.tokens} is too long: {flags.model} allows {model.max_tokens} tokens in all")
+    model.require_block_size(flags.chunk)
     if flags.load is not None:
         loads = Suite(out=flags.out, kind=LoadRecord, show=load_table, file="load.jsonl", only_added=True)
         return loads.run(partial(_load, flags, model))
@@ -112,18 +115,23 @@ def _fleet_options(
             policies.append(policy)
         except RivalMissingError as error:
             suite.say(f"policy {policy} is left out: {error}")
-    longest = longest_sequence(flags.size)
+    longest, shape = longest_sequence(flags.size), model.shape
     server = ServerOptions(
         python=flags.vllm_python,
         model_dir=model.folder,
         dtype=DTYPE,
         chunk_tokens=flags.chunk,
         max_tokens=min(model.max_tokens, longest),
-        kv_cache_gib=math.ceil(POOL_PREFIXES * longest * model.shape.kv_bytes_per_token / 2**30),
+        kv_cache_gib=math.ceil(
+            POOL_PREFIXES * (longest * shape.kv_bytes_per_token + STATES_OF_PREFIX * shape.checkpoint_bytes) / 2**30
+        ),
+        block_size=flags.chunk if model.is_hybrid else None,
         compiled=flags.compiled,
         log_dir=flags.out / "logs",
     )
-    options = FleetOptions(server=server, store_root=stores, pythons=pythons, itl_slo_ms=flags.itl_slo_ms)
+    options = FleetOptions(
+        server=server, store_root=stores, pythons=pythons, itl_slo_ms=flags.itl_slo_ms, hybrid=model.is_hybrid
+    )
     return options, tuple(policies)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cacheflow.bench.vllm.client import ServerError, VllmClient
 from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.grid import Grid
-from cacheflow.plan.problem import LinkCost, RestoreProblem
+from cacheflow.plan.problem import LinkCost, RestoreProblem, cell_bytes_KB, recurrent_B
 from cacheflow.types import ModelShape
 
 
@@ -108,8 +108,8 @@ def fit_chunks(
 
 
 def prefix_bytes(shape: ModelShape, size: PrefixSize) -> int:
-    """Bytes of the prefix's keys and values."""
-    return size.num_tokens * shape.kv_bytes_per_token
+    """Bytes of the prefix's keys and values, and of a hybrid's running states at its end."""
+    return size.num_tokens * shape.kv_bytes_per_token + shape.checkpoint_bytes
 
 
 def least_times(
@@ -118,41 +118,51 @@ def least_times(
     """The bound on a restoration inside vLLM, from its own prefill times.
 
     Errs on the low side: the server's own time per request counts as suffix, of which all but the top layer may
-    overlap with loading.
+    overlap with loading. A block is a layer, or a row of a hybrid.
     """
+    rows, row_layers = shape.num_rows, shape.row_layers
     grid = Grid.regular(
         num_tokens=size.num_tokens,
         chunk_tokens=size.chunk_tokens,
-        num_blocks=shape.num_layers,
+        num_blocks=rows,
         suffix_tokens=size.suffix_tokens,
     )
-    chunk_K = np.array(costs.chunk_s) * drift / shape.num_layers
-    tokens_K = np.array([hi - lo for lo, hi in map(grid.chunk_range, range(grid.num_chunks))])
+    chunk_K = np.array(costs.chunk_s) * drift / rows
     return bound(
         RestoreProblem(
             grid=grid,
-            compute_KB=_spread(chunk_K, shape.num_layers),
-            kv_only_KB=_spread(np.minimum(chunk_K, chunk_K[0]) * kv_only_share(shape), shape.num_layers),
-            load_bytes_KB=np.outer(tokens_K, np.full(shape.num_layers, shape.kv_bytes_per_token_layer)),
+            compute_KB=_spread(chunk_K, rows),
+            kv_only_KB=_spread(np.minimum(chunk_K, chunk_K[0]) * kv_only_share(shape), rows),
+            load_bytes_KB=cell_bytes_KB(shape, grid, layers_per_block=row_layers),
             link=LinkCost(bytes_per_s=bytes_per_s),
-            suffix_B=np.full(shape.num_layers, costs.suffix_s * drift / shape.num_layers),
+            suffix_B=np.full(rows, costs.suffix_s * drift / rows),
+            recurrent_B=recurrent_B(shape, layers_per_block=row_layers),
         )
     )
 
 
+def to_cache(tokens: Sequence[int], size: PrefixSize) -> Sequence[int]:
+    """What to send so that a prefix is cached: with a token after it, for running states are kept before the last."""
+    return tokens[: size.num_tokens + 1]
+
+
 def kv_only_share(shape: ModelShape) -> float:
-    """Share of a layer's matrix products that keys and values alone need; attention not counted."""
+    """Share of a layer's matrix products that keys and values alone need; attention not counted.
+
+    Of a hybrid the share of a row, whose recurrent layers are computed either way.
+    """
     kv = 2 * shape.num_kv_heads * shape.head_dim
     q = shape.num_q_heads * shape.head_dim
     mlp = 3 * shape.intermediate_size * max(1, shape.num_active_experts)
-    return kv / (kv + 2 * q + mlp)
+    return (shape.row_layers - 1 + kv / (kv + 2 * q + mlp)) / shape.row_layers
 
 
 def _measure_round(client: VllmClient, tokens: Sequence[int], size: PrefixSize, lengths: Sequence[int]) -> list[float]:
     """Times to first token: of one token, of every length, of the suffix after a cached prefix, of everything."""
     times = [_cold_s(client, tokens[:1]), *(_cold_s(client, tokens[:length]) for length in lengths)]
     whole = tokens[: size.num_tokens + size.suffix_tokens]
-    warm = client.complete(whole, max_tokens=1)  # the last length was the prefix: it is cached
+    client.complete(to_cache(tokens, size), max_tokens=1)
+    warm = client.complete(whole, max_tokens=1)
     if warm.cached_tokens != size.num_tokens:
         raise ServerError(f"stock vLLM cached {warm.cached_tokens} of {size.num_tokens} tokens of a prefix it just saw")
     return [*times, warm.ttft_s, _cold_s(client, whole)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cacheflow.errors import CacheFlowError, ConfigError
+from cacheflow.vllm.plugin import CONNECTOR, CONNECTORS, HYBRID_CONNECTOR
 
 STOCK = "vllm"
 """vLLM's own chunked prefill: the baseline, the reference for tokens, and where costs are measured."""
@@ -38,6 +39,7 @@ class LinkSetup:
     Attributes:
         bytes_per_s: Bandwidth of the link, payload bytes.
         profile_dir: Folder in which our connector keeps the costs it measured, for all its policies alike.
+        hybrid: Whether the model has recurrent layers.
         side_port: Port at which vLLM reaches a rival's own server (through its paced link); None without one.
     """
 
@@ -48,6 +50,7 @@ class LinkSetup:
     side_port: int | None = None
     itl_slo_ms: float | None = None
     boundary_states: bool | None = None
+    hybrid: bool = False
 
 
 class SideServer(Protocol):
@@ -130,7 +133,8 @@ def transfer_config(policy: str, setup: LinkSetup) -> dict[str, Any] | None:
     if policy == STOCK:
         return None
     if policy in OWN_POLICIES:
-        return connector_config("CacheFlowConnector", "cacheflow.vllm.connector", _own(policy, setup))
+        connector = HYBRID_CONNECTOR if setup.hybrid else CONNECTOR
+        return connector_config(connector, CONNECTORS[connector], _own(policy, setup))
     if policy not in rivals():
         raise ConfigError(f"policy {policy!r} is not known; known are {', '.join(vllm_policies())}")
     return rivals()[policy].transfer(setup)

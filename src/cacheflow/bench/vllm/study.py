@@ -14,7 +14,7 @@ from cacheflow.bench.record import ITL_SLO_MS, NEIGHBOUR, Environment, VllmRecor
 from cacheflow.bench.suite import rotated
 from cacheflow.bench.vllm.ask import NEIGHBOUR_TOKENS, Asked, Neighbour, ask, compare, save_prefix
 from cacheflow.bench.vllm.client import Completion, VllmClient
-from cacheflow.bench.vllm.costs import PrefixSize, VllmCosts, least_times, measure_costs
+from cacheflow.bench.vllm.costs import PrefixSize, VllmCosts, least_times, measure_costs, prefix_bytes, to_cache
 from cacheflow.bench.vllm.counts import EngineCounts, counts_between
 from cacheflow.bench.vllm.fleet import Fleet, wait_until_at_rest
 from cacheflow.bench.vllm.policies import OWN_POLICIES, STOCK, link_note
@@ -78,7 +78,7 @@ class VllmStudy:
 
     def bytes_per_s(self, ratio: float) -> float:
         """Bandwidth at which loading the prefix takes ``ratio`` times as long as vLLM's own prefill of it."""
-        return self.options.size.num_tokens * self.model.shape.kv_bytes_per_token / (ratio * self._costs().recompute_s)
+        return prefix_bytes(self.model.shape, self.options.size) / (ratio * self._costs().recompute_s)
 
     def warm_up(self, fleet: Fleet) -> None:
         """Save and restore a short prefix with each new server, untimed: a process's first restoration costs extra.
@@ -90,7 +90,7 @@ class VllmStudy:
         for policy in fleet.servers:
             if policy != STOCK:
                 with fleet.turn(policy) as server:
-                    save_prefix(server.client, text[:num_tokens])
+                    save_prefix(server.client, text[: num_tokens + 1])
                     wait_until_at_rest(server)
                     ask(server.client, text, num_tokens=2)
 
@@ -102,7 +102,7 @@ class VllmStudy:
                     continue
                 on_step(policy)
                 with fleet.turn(policy) as server:
-                    save_prefix(server.client, self.prompt(repeat)[: self.options.size.num_tokens])
+                    save_prefix(server.client, to_cache(self.prompt(repeat), self.options.size))
                     wait_until_at_rest(server)
                 if policy in OWN_POLICIES:
                     self._saved.add((policy, repeat))
@@ -143,7 +143,7 @@ class VllmStudy:
         answer = asked.answer
         compared = compare(answer, self.references[repeat], beside_neighbour=options.neighbour)
         note = "; ".join(filter(None, (compared.note, _not_restored(policy, answer, options.size))))
-        recomputed, loaded, wasted = _cells(policy, answer, counts, options.size, shape.num_layers)
+        recomputed, loaded, wasted = _cells(policy, answer, counts, options.size, shape.num_rows)
         return VllmRecord(
             suite="vllm",
             policy=policy,
@@ -217,10 +217,10 @@ def _not_restored(policy: str, answer: Completion, size: PrefixSize) -> str:
 
 
 def _cells(
-    policy: str, answer: Completion, counts: EngineCounts, size: PrefixSize, num_layers: int
+    policy: str, answer: Completion, counts: EngineCounts, size: PrefixSize, num_rows: int
 ) -> tuple[int, int, int]:
     """Cells recomputed, loaded and read for nothing; tokens that nothing restored count as recomputed."""
-    per_token = num_layers / size.chunk_tokens
+    per_token = num_rows / size.chunk_tokens
     if policy in OWN_POLICIES:
         counted = (counts.recomputed_tokens, counts.loaded_tokens, counts.wasted_tokens)
     else:

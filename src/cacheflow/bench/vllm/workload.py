@@ -14,7 +14,7 @@ from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, cache_root, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
 from cacheflow.shapes.hf_config import shape_of
-from cacheflow.types import ModelShape
+from cacheflow.types import HybridShape, ModelShape
 from cacheflow.workloads.coding import byte_tokens, source_text
 
 TINY_NAME = "tiny-qwen3"
@@ -32,7 +32,31 @@ RANKS_NAME = "ranks-qwen3"
 RANKS_SHAPE = {**TINY_SHAPE, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24,
                "num_key_value_heads": 8}  # fmt: skip
 """Heads for two ranks, layers for stages, and states between stages that are small beside a stage's KV."""
-RANDOM_MODELS = {TINY_NAME: TINY_SHAPE, RANKS_NAME: RANKS_SHAPE}
+HYBRID_NAME = "hybrid"
+HYBRID_SHAPE = {
+    **TINY_SHAPE,
+    "hidden_size": 512,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 5,
+    "linear_num_value_heads": 15,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    # vLLM 0.32 runs no Qwen3-Next without experts: the top layer has some, as wide together as the MLP of the others.
+    "decoder_sparse_step": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 1248,
+    "shared_expert_intermediate_size": 64,
+}
+"""The proportions of Qwen3.6-27B: three of four layers are recurrent, with three value heads for each key head. A
+running state is as large as the keys and values of 499 tokens (there 783)."""
+FAMILY = {TINY_NAME: "qwen3", RANKS_NAME: "qwen3", HYBRID_NAME: "qwen3_next"}
+RANDOM_MODELS = {TINY_NAME: TINY_SHAPE, RANKS_NAME: RANKS_SHAPE, HYBRID_NAME: HYBRID_SHAPE}
+RECURRENT_TOKENS = 64
+"""Running states do not depend on where passes end as long as those are multiples of it."""
 PROMPT_STRIDE = 611
 """Tokens between the beginnings of two prompts of a run: they share no block, so none is another's cache hit."""
 
@@ -44,6 +68,27 @@ class BenchModel:
     folder: Path
     shape: ModelShape
     max_tokens: int
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether it has recurrent layers."""
+        return isinstance(self.shape, HybridShape)
+
+    def require_block_size(self, num_tokens: int) -> None:
+        """Reject KV blocks of so many tokens where vLLM makes larger ones: as large as a running state.
+
+        Raises:
+            ConfigError: Says which are not.
+        """
+        if not isinstance(self.shape, HybridShape):
+            return
+        least = -(-self.shape.state_bytes // self.shape.kv_bytes_per_token_layer)
+        if num_tokens < least or num_tokens % RECURRENT_TOKENS:
+            raise ConfigError(
+                f"--chunk {num_tokens}: a chunk of {self.shape.name} is a KV block, which is as large as a running "
+                f"state ({least} tokens) and should be a multiple of {RECURRENT_TOKENS}: give --chunk "
+                f"{-(-least // RECURRENT_TOKENS) * RECURRENT_TOKENS} or another such"
+            )
 
     def on_record(self, size: PrefixSize, *, bytes_per_s: float, ratio: float) -> dict[str, Any]:
         """What a record says of this model, a prefix of this size and the link to it."""
@@ -84,24 +129,28 @@ def read_model(folder: Path, name: str) -> BenchModel:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if name == HYBRID_NAME:
+            config["num_experts"] = 0
         return BenchModel(folder, shape_of(config, name=name), int(config["max_position_embeddings"]))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model folder {folder} cannot be used: {error}") from error
 
 
 def random_folder(name: str) -> Path:
-    """Folder with a small random Qwen3 whose attention is far from uniform; made on the first call."""
+    """Folder with a small random Qwen3 or Qwen3-Next, attention far from uniform; made on the first call."""
     folder, shape = cache_root() / "models" / name, RANDOM_MODELS[name]
     if (folder / "config.json").is_file():
         return folder
-    from cacheflow.engine.random_models import tiny_model
+    from transformers import AutoConfig
+
+    from cacheflow.engine.random_models import random_module
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
-        sizes: dict[str, Any] = dict(shape)
+        config = AutoConfig.for_model(FAMILY[name], sliding_window=None, tie_word_embeddings=False, **shape)
         with quiet_transformers():
-            tiny_model("qwen3", dtype="bfloat16", **sizes).module.save_pretrained(staging)
+            random_module(config, dtype="bfloat16").save_pretrained(staging)
         _write_tokenizer(staging, vocab_size=shape["vocab_size"])
         staging.rename(folder)
     except OSError:
