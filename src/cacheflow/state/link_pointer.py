@@ -241,8 +241,11 @@ class LinkPointer:
         return None
 
     def _steal(self, now_s: float) -> Cell | None:
-        """Take the top of the highest open chunk when the link is ahead of what was expected."""
+        """Take what compute would come to last when the link is ahead of what was expected."""
         board = self._board
+        if self._cell_sequence is not None:
+            self._tile_index = 0
+            return self._from_tail(now_s)
         for chunk in np.flatnonzero(board.open_bytes_K)[::-1].tolist():
             block = board.top_open_block(chunk, self._compute.demand_K[chunk], board.num_blocks)
             if block is not None:
