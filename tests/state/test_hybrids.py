@@ -138,3 +138,25 @@ def test_with_new_tokens_compute_keeps_the_bottom_rows_and_the_link_does_not_cli
     found, witness = run(problem, make_policy("cacheflow").plan(problem), speed=speed)
     assert not witness.broken
     assert found.ttft_s <= at_most * bound(truth).ttft_s + 0.001
+
+
+def at_ratio(problem: RestoreProblem, ratio: float) -> RestoreProblem:
+    """The link takes ``ratio`` times as long for all of it as compute does."""
+    load_s = ratio * float(problem.compute_KB.sum())
+    return replace(problem, link=LinkCost(bytes_per_s=float(problem.load_bytes_KB.sum()) / load_s))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("suffix_tokens", [0, 128])
+def test_of_a_chunk_that_the_link_ends_compute_does_keys_and_values_alone_at_last(ratio: float, suffix_tokens: int):
+    problem = at_ratio(hybrid_problem(num_tokens=16 * 1056, suffix_tokens=suffix_tokens, num_rows=6), ratio)
+    found, witness = run(problem, make_policy("cacheflow").plan(problem))
+    assert not witness.broken
+    assert found.ttft_s <= 1.025 * bound(problem).ttft_s
+
+
+def test_the_link_takes_no_row_of_a_short_prefix_whose_end_compute_has_come_to():
+    """What it takes ahead of time is what compute would come to last, not the top of the last chunk."""
+    problem = at_ratio(hybrid_problem(num_tokens=4 * 1056, suffix_tokens=37, num_rows=6), 2.0)
+    found, _ = run(problem, make_policy("cacheflow").plan(problem))
+    assert found.ttft_s <= 1.06 * bound(problem).ttft_s

@@ -10,6 +10,7 @@ cost of its way up, as many as bring the end forward most; the last one only as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cacheflow.plan.grid import Tile
@@ -43,9 +44,18 @@ class _Option:
 class ComputePointer:
     """Claims work for compute; a tile's chunks are continued where they were left."""
 
-    def __init__(self, board: Board, boundaries: Boundaries, link: LinkSide, compute: ComputeSide) -> None:
-        """Start at the head of the plan's compute sequence."""
+    def __init__(
+        self,
+        board: Board,
+        boundaries: Boundaries,
+        link: LinkSide,
+        compute: ComputeSide,
+        *,
+        expected_levels_K: Callable[[float], tuple[int, ...]],
+    ) -> None:
+        """Start at the head of the plan's compute sequence; ``expected_levels_K`` is the link pointer's."""
         self._board, self._boundaries, self._link, self._compute = board, boundaries, link, compute
+        self._expected_levels_K = expected_levels_K
         self._tile_index = 0
 
     def claim(self, now_s: float) -> ComputeClaim:
@@ -74,9 +84,19 @@ class ComputePointer:
     def _claimed(
         self, kind: ClaimKind, tile: Tile, now_s: float, *, restart: bool = False, kv_only: bool = False
     ) -> ComputeClaim:
-        kv_only = kv_only or self._compute.kv_only_top(tile)
+        kv_only = kv_only or self._compute.kv_only_top(tile) or self._left_to_link(kind, tile, now_s)
         predicted_s = self._compute.claim(tile, kv_only=kv_only, repair=kind is ClaimKind.REPAIR, now_s=now_s)
         return ComputeClaim(kind=kind, tile=tile, restart=restart, kv_only_top=kv_only, predicted_s=predicted_s)
+
+    def _left_to_link(self, kind: ClaimKind, tile: Tile, now_s: float) -> bool:
+        """Whether what is open above a tile is expected to be the link's, and compute can be done with the chunk."""
+        compute = self._compute
+        if kind is not ClaimKind.RECOMPUTE or not compute.plan.kv_only_top:
+            return False
+        if tile.block_hi < compute.demand_K[tile.chunk_lo]:
+            return False
+        levels_K = self._expected_levels_K(now_s)
+        return bool(levels_K) and levels_K[tile.chunk_lo] <= tile.block_hi
 
     def _computable(self, chunk: int) -> bool:
         """Whether compute may restore cells of a chunk, now or later."""

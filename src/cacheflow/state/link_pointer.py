@@ -30,6 +30,8 @@ CLIMB_MARGIN = 1.15
 """Start loading bottom-up when the link's remaining time is this many suffix times (plus one chunk)."""
 DOUBT = 1.5
 """Until rates were observed, load only what the link would get even if compute were this much faster than planned."""
+SURE = 1.15
+"""The same for what a wide staircase leaves out of a chunk, where rates were observed."""
 CHUNKS_AHEAD = 1
 """Chunks whose boundary states are kept ready after the one compute works on, however long a chunk takes."""
 
@@ -109,6 +111,15 @@ class LinkPointer:
                 [block for block in range(board.num_blocks) if (chunk, block) not in loadable]
                 for chunk in range(board.num_chunks)
             ]
+
+    def expected_levels_K(self, now_s: float) -> tuple[int, ...]:
+        """What compute is expected to take of each chunk at most, of bottom blocks; empty where that is left open.
+
+        Only of a wide staircase: in a split by tokens compute takes whole chunks.
+        """
+        if self._cell_sequence is None or self._link.down or self._compute.stopped:
+            return ()
+        return self._meeting_point(now_s, doubt=SURE if self._rates.trusted else DOUBT).levels_K
 
     # Cells.
 
@@ -273,7 +284,10 @@ class LinkPointer:
         return bottom_row_pays(self._board, self._boundaries, self._link, self._compute)
 
     def _meeting_point(self, now_s: float, *, doubt: float) -> MeetingPoint:
-        """Where compute, with the suffix after it, and the link, with the top block after it, would end together."""
+        """Where compute, with the suffix after it, and the link, with the top block after it, would end together.
+
+        With ``doubt`` compute is so many times as fast as expected, and the link as slow.
+        """
         board, link, compute = self._board, self._link, self._compute
         factor, bytes_per_s = self._rates.compute_factor / doubt, link.bytes_per_s / doubt
         after_s = compute.suffix_left_s() + compute.left_s(now_s)

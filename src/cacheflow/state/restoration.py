@@ -73,7 +73,8 @@ class RestoreState:
         self._link = LinkSide(plan, rates, problem.grid.num_chunks)
         self._compute = ComputeSide(problem, plan, rates, self._board, min_claim_s=min_claim_s)
         sides = (self._board, self._boundaries, self._link, self._compute)
-        self._compute_pointer, self._link_pointer = ComputePointer(*sides), LinkPointer(*sides)
+        self._link_pointer = LinkPointer(*sides)
+        self._compute_pointer = ComputePointer(*sides, expected_levels_K=self._link_pointer.expected_levels_K)
         self._failed_in_row = 0
         self._given_to_link: set[int] = set()
         if self._link.down:
