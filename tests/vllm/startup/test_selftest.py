@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError, SelfTestError, UnsupportedModelError
+from support import kv_bytes
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ONE = pytest.mark.parametrize("tiny", ["qwen3-bf16"], indirect=True, scope="session")
@@ -16,6 +17,14 @@ def new_forward(tiny, **changes):
     from cacheflow.vllm.models.partial_forward import PartialForward
 
     return PartialForward(dataclasses.replace(tiny.handle, **changes))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_by_other_tests(request):
+    """The engine is shared: where the self-test works others may have been."""
+    if "tiny" in request.fixturenames:
+        layout = request.getfixturevalue("tiny").layout
+        kv_bytes.fill(layout, list(range(layout.num_blocks)), 0)
 
 
 def last_blocks(tiny, count):
