@@ -40,6 +40,12 @@ def accelerator_name(device: str) -> str | None:
     return str(torch.cuda.get_device_name())
 
 
+def available_memory() -> int:
+    """Bytes that new processes can take without driving others out; Linux."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
 def _cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cacheflow.bench.environment import available_memory
 from cacheflow.bench.options import DEFAULT_MODEL, EmbeddedFlags
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.identity import model_identity, state_identity
@@ -15,7 +16,8 @@ from cacheflow.engine.random_models import random_weights
 from cacheflow.engine.saver import PrefixSaver
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.shapes.hardware import find_model
+from cacheflow.shapes.hardware import GPUS, find_model
+from cacheflow.shapes.roofline import Roofline
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
 from cacheflow.tensors.fingerprint import kernel_identity
@@ -44,8 +46,24 @@ def open_model(flags: EmbeddedFlags) -> LoadedModel:
 @functools.lru_cache(maxsize=1)
 def _open(name: str, shape: ModelShape | None, device: str, dtype: str) -> LoadedModel:
     if shape is not None:
+        if device == "cpu":
+            _require_memory(shape)
         return random_weights(shape, device=device, dtype=dtype)
     return load_model(name, device=device, dtype=dtype)
+
+
+def weight_bytes(shape: ModelShape) -> int:
+    """Bytes of a shape's weights."""
+    return Roofline(shape=shape, gpu=next(iter(GPUS.values()))).weight_bytes
+
+
+def _require_memory(shape: ModelShape) -> None:
+    needed, free = weight_bytes(shape), available_memory()
+    if needed > free:
+        raise ConfigError(
+            f"the weights of {shape.name} take {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB of memory are free: "
+            "take a smaller shape, such as a config.json with fewer layers"
+        )
 
 
 def prompt_tokens(model: LoadedModel, num_tokens: int) -> list[int]:

@@ -64,6 +64,8 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str | to
 
     name = str(path_or_name)
     folder = str(smollm2_folder()) if name == SMOLLM2_NAME else name
+    if Path(folder).is_file():
+        raise ConfigError(f"model {name!r} is a file; give a folder with config.json and weights, or {SMOLLM2_NAME!r}")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         check_supported(config, device=device, dtype=torch_dtype)

@@ -229,6 +229,8 @@ BAD = {
     "perturbed links in Gbit/s": (("--perturb", "--gbps", "1"), "--perturb needs the throttled store"),
     "unknown shape": (("--shape", "GPT-9"), "unknown model 'GPT-9'; known: Llama-3.1-8B"),
     "no model": (("--model", "/nowhere/at/all"), "model '/nowhere/at/all'"),
+    "a file": (("--model", __file__), "is a file; give a folder"),
+    "weights that fit no machine": (("--shape", "Llama-3.1-70B"), "the weights of Llama-3.1-70B take 141 GB"),
     "half precision on the CPU": (("--dtype", "float16"), "dtype float16 is not supported; allowed: bfloat16, float32"),
 }
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cacheflow.bench.environment import available_memory
 from cacheflow.bench.vllm import server as vllm_server
 from cacheflow.bench.vllm.client import ServerError
 from cacheflow.bench.vllm.fleet import Fleet
 from cacheflow.bench.vllm.policies import RivalMissingError
-from cacheflow.bench.vllm.process_group import available_memory, group_cpu_s, group_memory
+from cacheflow.bench.vllm.process_group import group_cpu_s, group_memory
 from cacheflow.bench.vllm.rivals.lmcache import lmcache_python
 from cacheflow.bench.vllm.server import VllmServer, free_port, start_process, stop_process
 from cacheflow.bench.vllm.workload import open_model, read_model

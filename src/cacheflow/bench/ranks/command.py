@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cacheflow.bench.environment import environment
+from cacheflow.bench.environment import available_memory, environment
 from cacheflow.bench.options import ServedFlags, exit_on_sigterm, option
 from cacheflow.bench.ranks.report import draw_ranks, ranks_tables
 from cacheflow.bench.ranks.study import ANSWER_TOKENS, RanksOptions, RankSplit, RanksStudy, splits_of
@@ -19,7 +19,6 @@ from cacheflow.bench.record import RanksRecord
 from cacheflow.bench.suite import Suite, SuiteRun, new_progress
 from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.bench.vllm.probe import probe
-from cacheflow.bench.vllm.process_group import available_memory
 from cacheflow.bench.vllm.server import ServerOptions
 from cacheflow.bench.vllm.workload import PROMPT_STRIDE, RANKS_NAME, BenchModel, open_model, prompt_tokens
 from cacheflow.errors import ConfigError

@@ -19,6 +19,7 @@ from cacheflow.bench.summary import console_tables, summarise
 from cacheflow.bench.timeline import Timeline, draw_timelines, read_timelines, write_timelines
 from cacheflow.errors import ConfigError
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.shapes.hardware import find_model
 
 if TYPE_CHECKING:
     from cacheflow.bench.restore.rounds import Round, RoundRun
@@ -28,6 +29,8 @@ RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 OBJECTIVES = ("restore", "ttft")
 CUDA_GBPS = (10.0, 40.0, 80.0, float("inf"))
 """Links studied on a GPU unless others are asked for: those of the paper, and no limit."""
+LARGE_BYTES = 2e9
+"""Weights of this size make a study on a CPU long."""
 PERTURBATIONS = {
     "cost_error=2": {"cost_error": 2.0},
     "cost_error=0.5": {"cost_error": 0.5},
@@ -107,6 +110,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _work(flags: RestoreFlags, suite: SuiteRun[RestoreRecord]) -> bool:
+    if flags.shape is not None and flags.device == "cpu":
+        from cacheflow.bench.setup import weight_bytes
+
+        num_bytes = weight_bytes(find_model(flags.shape))
+        if num_bytes > LARGE_BYTES:
+            suite.say(
+                f"random weights of {flags.shape}: {num_bytes / 1e9:.0f} GB. On a CPU a study of them can take hours; "
+                "--time-limit-s ends it early, and the same command goes on"
+            )
     return all([_run_length(flags, num_tokens, suite) for num_tokens in flags.tokens])  # noqa: C419 -- every length
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a server use of the machine, and what is free; Linux."""
+"""What the processes of a server use of the machine; Linux."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ def group_memory(group: int) -> list[int]:
         with suppress(OSError):  # it ended meanwhile
             found.append(_kib_of((process / "smaps_rollup").read_text(), "Pss") * KIB)
     return found
-
-
-def available_memory() -> int:
-    """Bytes that new processes can take without driving others out."""
-    return _kib_of(Path("/proc/meminfo").read_text(encoding="utf-8"), "MemAvailable") * KIB
 
 
 def _processes(group: int) -> Iterator[tuple[Path, list[str]]]:
