@@ -31,6 +31,7 @@ class ReadmeFlags(Flags):
     suite: str = option(RESTORE, "suite to show")
     policies: tuple[str, ...] | None = option(None, "rows of the table (default: all)", metavar="P,P,...")
     num_tokens: int | None = option(None, "prefix length to show (default: the longest)", metavar="N")
+    table: str | None = option(None, "where it goes: between <!-- NAME-results:begin --> and :end (default: by suite)")
     figure: Path | None = option(None, "also draw the study's time over the bound here", metavar="FILE")
     check: bool = option(False, "change nothing; fail if the table is out of date")
 
@@ -41,6 +42,7 @@ class ReadmeFlags(Flags):
         words += [f"--suite {self.suite}"] if self.suite != RESTORE else []
         words += [f"--policies {','.join(self.policies)}"] if self.policies else []
         words += [f"--num-tokens {self.num_tokens}"] if self.num_tokens is not None else []
+        words += [f"--table {self.table}"] if self.table is not None else []
         words += [f"--results {self.results.as_posix()}"]
         words += [f"--readme {self.readme.as_posix()}"] if self.readme != README else []
         return " ".join(words)
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     block = results_block(flags)
     try:
         text = flags.readme.read_text(encoding="utf-8")
-        filled = fill(text, block, markers=markers_of(flags.suite))
+        filled = fill(text, block, markers=markers_of(flags.suite, flags.table))
         if flags.check and filled != text:
             raise ConfigError(f"{flags.readme} is out of date: run {flags.command}")
         if filled != text:
@@ -84,11 +86,12 @@ def _draw(flags: ReadmeFlags, figure: Path) -> None:
         draw_over_bound(sweeps, figure)
 
 
-def markers_of(suite: str) -> tuple[str, str]:
-    """What stands around a suite's table."""
-    if suite not in MARKED_SUITES:
+def markers_of(suite: str, table: str | None = None) -> tuple[str, str]:
+    """What stands around a table: the one of this name, or of its suite."""
+    name = table or (suite if suite in MARKED_SUITES else None)
+    if name is None:
         return BEGIN, END
-    return f"<!-- {suite}-results:begin -->", f"<!-- {suite}-results:end -->"
+    return f"<!-- {name}-results:begin -->", f"<!-- {name}-results:end -->"
 
 
 def results_block(flags: ReadmeFlags) -> str:
