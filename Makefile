@@ -21,7 +21,7 @@ PYTEST_OPTIONS ?=
 TEST_THREADS ?= 1
 # Files of tests that need vLLM side by side; each takes up to 4 GB of memory. 0: one after the other, in this process.
 TEST_JOBS ?= 2
-VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vllm -n $(TEST_JOBS) --dist loadgroup \
+VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vllm -n $(TEST_JOBS) --dist loadfile \
 	$(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := help

@@ -26,9 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("vllm"):
             # vLLM, torch and their dependencies warn about each other; those warnings are not ours to fail on.
             item.add_marker(pytest.mark.filterwarnings("default"))
-            # Side by side run files, and of those that share engines the tests of each engine.
-            engine = getattr(item, "callspec", None) and item.callspec.params.get("tiny")
-            item.add_marker(pytest.mark.xdist_group(engine or str(item.path)))
 
 
 @pytest.fixture(autouse=True)
