@@ -46,7 +46,7 @@ def stand_ins() -> Iterator[None]:
     vLLM looks at models in a process of its own.
     """
     info = SimpleNamespace(
-        ctx=SimpleNamespace(model_config=SimpleNamespace(max_model_len=0)),
+        skip_prompt_length_check=False, ctx=SimpleNamespace(model_config=SimpleNamespace(max_model_len=0)),
         supported_mm_limits={"image": None, "video": 1}, allowed_mm_limits={"image": 0, "video": 0},
         get_mm_max_tokens_per_item=lambda **_: {},
     )  # fmt: skip
