@@ -45,7 +45,10 @@ def stand_ins() -> Iterator[None]:
 
     vLLM looks at models in a process of its own.
     """
+    from vllm.renderers import TokenizeParams
+
     info = SimpleNamespace(
+        default_tok_params=TokenizeParams(max_total_tokens=1 << 20),
         skip_prompt_length_check=False, ctx=SimpleNamespace(model_config=SimpleNamespace(max_model_len=0)),
         supported_mm_limits={"image": None, "video": 1}, allowed_mm_limits={"image": 0, "video": 0},
         get_mm_max_tokens_per_item=lambda **_: {},
