@@ -32,7 +32,7 @@ class Answer:
         tokens: Output tokens.
         kv: KV bytes ``[L, blocks, P]`` of the prompt's whole blocks, when its first token was there; see ``kv_bytes``.
         states: Bytes of the running states where the prompt's last whole block ends that leaves a token to compute, in
-            a model that has any.
+            a model that has any, and where vLLM has not let go of those yet.
         logprobs: Log-probabilities of each output token and of the likeliest others, where they were asked for.
         params: The response's ``kv_transfer_params``.
         finish_reason: ``length``, ``abort``; None while it runs.
@@ -171,7 +171,8 @@ class ServingEngine:
                 answer.kv = self.gather(block_ids[: num_tokens // self.layout.block_size])
                 if self.groups.states:
                     end = (num_tokens - 1) // self.layout.block_size * self.layout.block_size
-                    answer.states = self.gather_states(self.state_blocks(output.request_id, end))
+                    blocks = self.state_blocks(output.request_id, end)
+                    answer.states = self.gather_states(blocks) if blocks else None
             if output.finished:
                 answer.finish_reason = completion.finish_reason
                 answer.params = output.kv_transfer_params

@@ -1,13 +1,9 @@
 """Save, evict, poison, restore: KV and tokens equal those of an engine without the connector, in every bit."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 import pytest
 
-from cacheflow.plan.plan import Prediction, RestorePlan, Share, SuffixStart
-from cacheflow.plan.staircase import compute_tiles, load_tiles
+from support.fixed_staircase import planned
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -83,23 +79,6 @@ def test_staircases_of_all_kinds_are_exact(setting):
     engine.configure(layers_per_block=None)
 
 
-@dataclass(frozen=True)
-class FixedStaircase:
-    """The same cells are recomputed whatever the two sides take."""
-
-    levels_K: tuple[int, ...]
-    kv_only_top: bool
-    name: ClassVar[str] = "fixed_staircase"
-
-    def plan(self, problem):
-        return RestorePlan(
-            policy=self.name, compute_sequence=compute_tiles(self.levels_K),
-            load_sequence=load_tiles(self.levels_K, problem.grid.num_blocks), share=Share.NONE,
-            suffix_start=SuffixStart.AFTER_RESTORE, levels_K=self.levels_K, kv_only_top=self.kv_only_top,
-            predicted=Prediction(restore_s=1.0, ttft_s=1.0, compute_s=1.0, load_s=1.0),
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize("kv_only_top", [False, True])
 @pytest.mark.parametrize("chunk_tokens", STAIRCASES)
 def test_a_staircase_of_heights_that_fall_with_the_block(setting, chunk_tokens, kv_only_top):
@@ -109,11 +88,11 @@ def test_a_staircase_of_heights_that_fall_with_the_block(setting, chunk_tokens, 
     prompt, levels_K = prompt_of(chunk_tokens), STAIRCASES[chunk_tokens]
     engine.saved(prompt)
     engine.balance_link(len(prompt))
-    engine.side.decider.policy = FixedStaircase(levels_K, kv_only_top)
-    again = engine.ask(prompt)
+    with planned(engine, *levels_K, kv_only_top=kv_only_top) as staircase:
+        again = engine.ask(prompt)
     assert again.record["outcome"] == "done"
-    assert again.record["policy"] == FixedStaircase.name
-    assert again.record["cells"] == ["c" * level + "l" * (LAYERS - level) for level in levels_K]
+    assert again.record["policy"] == staircase.name
+    assert again.record["cells"] == staircase.cells(LAYERS)
     assert np.array_equal(again.kv, own[chunk_tokens].kv)
     assert again.tokens == own[chunk_tokens].tokens
 

@@ -1,0 +1,119 @@
+"""Engines of models with recurrent layers, what they are asked, and what their answers are held to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cacheflow.stores.faults import FaultPlan, FaultRule, FaultyStore
+from support.v2_runner import WANTED
+
+CONNECTOR = "CacheFlowHybridConnector"
+CHUNK, NUM_BLOCKS = 128, 96
+ROWS, PROMPT, END = (2, 588, 512) if WANTED else (3, 1100, 1024)
+"""Of tests that both runners run, the last chunk of a prompt ending at ``END``; less where kernels are interpreted."""
+MIXED = (2, 2, 1, 0) if WANTED else (3, 3, 2, 2, 1, 0, 0, 0)
+"""A staircase with chunks that are recomputed whole, shared, and loaded whole."""
+DEEP = {"num_hidden_layers": 4 * ROWS, "decoder_sparse_step": 4 * ROWS}
+"""So many rows; experts in the last layer alone, without which vLLM does not start the model."""
+WISHES = {"num_tokens": 8, "logprobs": 5}
+OPTIONS = {"self_test": True, "throttle_bytes_per_s": 1e8, "policy": "cake"}
+STAND_INS = str(Path(__file__).parents[1] / "data" / "stand_ins")
+"""For modules that vLLM's models import and never use here: torchvision."""
+
+
+def faulty_store(options: Any) -> Any:
+    """A store in memory, or of files, that fails by a plan; none at first."""
+    from cacheflow.stores.memory import MemoryStore
+    from cacheflow.stores.throttled import ThrottledStore
+
+    store = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), FaultPlan())
+    return ThrottledStore(store, options.throttle_bytes_per_s)
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """What models want at start and never use here: torchvision, and a processor of images.
+
+    vLLM looks at models in a process of its own.
+    """
+    from vllm.renderers import TokenizeParams
+
+    info = SimpleNamespace(
+        default_tok_params=TokenizeParams(max_total_tokens=1 << 20),
+        skip_prompt_length_check=False, ctx=SimpleNamespace(model_config=SimpleNamespace(max_model_len=0)),
+        supported_mm_limits={"image": None, "video": 1}, allowed_mm_limits={"image": 0, "video": 0},
+        get_mm_max_tokens_per_item=lambda **_: {},
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        processor = SimpleNamespace(info=info)
+        patch.setattr("vllm.multimodal.registry.MultiModalRegistry.create_processor", lambda *_, **__: processor)
+        patch.syspath_prepend(STAND_INS)
+        patch.setenv("PYTHONPATH", os.pathsep.join([STAND_INS, *sys.path]))
+        yield
+
+
+@contextmanager
+def hybrid_engine(
+    folder: Path, *, chunk: int = CHUNK, options: dict | None = None, seed: int = 0, **changes: Any
+) -> Iterator[Any]:
+    """An engine with random weights and a store that can be made to fail; ``changes`` to vLLM's arguments."""
+    from support.connector_engine import serving_engine
+    from support.random_weights import random_weights
+
+    arguments = {"load_format": "dummy", "num_gpu_blocks_override": NUM_BLOCKS, "connector": CONNECTOR, **changes}
+    options = OPTIONS | (options or {})
+    with pytest.MonkeyPatch.context() as patch, random_weights(seed=seed):
+        if "store" not in options:
+            patch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty_store)
+        with serving_engine(folder, dtype="bfloat16", chunk_tokens=chunk, options=options, **arguments) as engine:
+            yield engine
+
+
+@contextmanager
+def nothing_lost(engine: Any) -> Iterator[Any]:
+    """The engine with nothing cached and no faults; afterwards no block of it is lost."""
+    engine.evict()
+    free_blocks = engine.free_blocks
+    yield engine
+    inject(engine)
+    engine.run()
+    engine.evict()
+    assert engine.free_blocks == free_blocks
+
+
+def inject(engine: Any, *rules: FaultRule) -> None:
+    """From now on the store fails by these rules."""
+    engine.store.inner.set_plan(FaultPlan(rules=rules))
+
+
+def prompt(seed: int, count: int = PROMPT) -> list[int]:
+    from support.connector_engine import random_tokens
+
+    return random_tokens(count, seed=seed)
+
+
+def assert_equal(one: Any, other: Any, *, alone: bool = True) -> None:
+    """Equal to the last bit; log-probabilities only of requests that had every step to themselves.
+
+    Beside others a step multiplies matrices with more rows, which some CPUs round in another way.
+    """
+    assert np.array_equal(one.kv, other.kv)
+    assert one.states is not None
+    assert np.array_equal(one.states, other.states)
+    assert one.tokens == other.tokens
+    assert not alone or one.logprobs == other.logprobs
+
+
+def restored(engine: Any, tokens: Sequence[int], *, ratio: float, **wishes: Any) -> Any:
+    """Asked where loading takes ``ratio`` times what recomputing does."""
+    engine.balance_link(len(tokens), ratio=ratio)
+    return engine.ask(tokens, **{**WISHES, **wishes})
