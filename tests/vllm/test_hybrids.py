@@ -4,27 +4,29 @@ Keys, values, running states, tokens and log-probabilities are compared. The wei
 recurrent layers forget slowly: an error in a state shows long after.
 """
 
-import os
-import sys
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.keys import ObjectKind
+from support.hybrid_answers import (
+    CHUNK,
+    END,
+    PROMPT,
+    WISHES,
+    assert_a_wrong_state_shows,
+    assert_equal,
+    prompt,
+    restored,
+)
 from support.v2_runner import WANTED
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 first_runner = pytest.mark.skipif(WANTED, reason="the second runner's kernels are interpreted: a few tests show it")
 
-CHUNK, ROWS, GROUPS = 128, 3, 3
-PROMPT, NUM_TOKENS = 1100, 8
-END = 1024
-STAND_INS = str(Path(__file__).parents[1] / "data" / "stand_ins")
-"""For modules that vLLM's models import and never use here: torchvision."""
+ROWS = 3
 
 
 def faulty_store(options):
@@ -65,31 +67,6 @@ def engine(started):
 def inject(engine, *rules):
     """From now on the store fails by these rules."""
     engine.store.inner.set_plan(FaultPlan(rules=rules))
-
-
-def prompt(seed, count=PROMPT):
-    from support.connector_engine import random_tokens
-
-    return random_tokens(count, seed=seed)
-
-
-WISHES = {"num_tokens": NUM_TOKENS, "logprobs": 5}
-
-
-def assert_equal(one, other, *, alone=True):
-    """Equal to the last bit; log-probabilities only of requests that had every step to themselves.
-
-    Beside others a step multiplies matrices with more rows, which some CPUs round in another way.
-    """
-    assert np.array_equal(one.kv, other.kv)
-    assert np.array_equal(one.states, other.states)
-    assert one.tokens == other.tokens
-    assert not alone or one.logprobs == other.logprobs
-
-
-def restored(engine, tokens, *, ratio, **wishes):
-    engine.balance_link(len(tokens), ratio=ratio)
-    return engine.ask(tokens, **{**WISHES, **wishes})
 
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
@@ -307,21 +284,9 @@ def test_a_reply_is_restored_up_to_its_last_chunk(engine):
 @first_runner
 @pytest.mark.parametrize("wrong", ["none", "of an earlier chunk", "a little"])
 def test_a_wrong_state_shows(engine, wrong):
-    """Negative control: what is compared depends on the state where a restoration ends."""
     tokens = prompt(19)
     own = engine.own(tokens, **WISHES)
-    name = engine.submit(tokens, params={"cacheflow": "off"}, **WISHES)
-    engine.run(until=lambda: engine.request(name).num_computed_tokens >= END - 2 * CHUNK)
-    earlier = engine.gather_states(engine.state_blocks(name, END - 2 * CHUNK))
-    engine.run(until=lambda: engine.request(name).num_computed_tokens >= END)
-    blocks = engine.state_blocks(name, END)
-    right = engine.gather_states(blocks)
-    noisy = right ^ np.where(np.random.default_rng(5).random(right.shape) < 0.05, 0x10, 0).astype(np.uint8)
-    state = {"none": np.zeros_like(right), "of an earlier chunk": earlier, "a little": noisy}[wrong]
-    assert not np.array_equal(state, right)
-    engine.states.scatter(0, 1, blocks, state)
-    engine.run()
-    assert engine.answers[name].logprobs != own.logprobs
+    assert_a_wrong_state_shows(engine, tokens, own, wrong, end=END, step=2 * CHUNK)
 
 
 @first_runner
@@ -365,100 +330,3 @@ def test_a_soak(engine):
     assert outcomes["done"] > 20
     assert min(met[each] for each in ("after vLLM's own", "reads failed")) > 0, met
     assert set(outcomes) <= {"done", "cancelled"}
-
-
-# Other engines
-
-
-@dataclass(frozen=True, slots=True)
-class Other:
-    """An engine unlike the one above, and a prompt whose last chunk ends at ``end``."""
-
-    config: str = "qwen3_next"
-    chunk: int = CHUNK
-    prompt: int = PROMPT
-    end: int = END
-    engine: dict = field(default_factory=dict)
-
-
-OTHERS = {
-    "qwen3_5": Other("qwen3_5"),
-    "compiled": Other(engine={"enforce_eager": False}),
-    "qwen3_5-compiled": Other("qwen3_5", engine={"enforce_eager": False}),
-    "chunks of two blocks": Other(chunk=2 * CHUNK, prompt=1000, end=768),
-    "blocks of 192 tokens": Other(chunk=192, end=960, engine={"block_size": 192}),
-}
-
-
-@pytest.fixture(params=[pytest.param(OTHERS[name], id=name) for name in OTHERS])
-def other(request, tmp_path, monkeypatch, _single_process_vllm):
-    """Ends before the next one starts: vLLM has one engine a process."""
-    from support.connector_engine import serving_engine
-    from support.random_weights import model_folder, random_weights
-
-    monkeypatch.syspath_prepend(STAND_INS)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([STAND_INS, *sys.path]))  # vLLM looks at models in a process
-    case = request.param
-    options = {"self_test": True, "throttle_bytes_per_s": 1e8, "policy": "cake"}
-    arguments = {"load_format": "dummy", "num_gpu_blocks_override": 96, "connector": "CacheFlowHybridConnector"}
-    folder = model_folder(tmp_path / case.config, case.config)
-    with (
-        random_weights(),
-        serving_engine(
-            folder, dtype="bfloat16", chunk_tokens=case.chunk, options=options, **arguments | case.engine
-        ) as engine,
-    ):
-        yield engine, case
-
-
-@first_runner
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_in_other_engines(other):
-    engine, case = other
-    assert engine.worker.facts.load_only_reason == ""
-    tokens = prompt(1, case.prompt)
-    own = engine.saved(tokens, **WISHES)
-    for ratio in (1.0, 4.0):
-        again = restored(engine, tokens, ratio=ratio)
-        assert again.record["end"] == case.end
-        assert again.record["loaded_cells"] > 0
-        assert again.record["recomputed_cells"] > 0
-        assert_equal(again, own)
-        engine.evict()
-    again = engine.ask(tokens, params={"cacheflow": "load"}, **WISHES)
-    assert again.record["recomputed_cells"] == 0
-    assert_equal(again, own)
-
-
-@first_runner
-@pytest.mark.long
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("pipeline", "tensor", "layers"), [(1, 2, 8), (2, 1, 8), (2, 1, 12)])
-def test_ranks(tmp_path, pipeline, tensor, layers):
-    """Tensor-parallel ranks have states of their own heads, pipeline stages those of their own rows.
-
-    Two stages of twelve layers are cut within a row: the first ends with two recurrent layers.
-    """
-    from transformers import AutoConfig
-
-    from support.random_weights import model_folder
-    from support.rank_cases import AUTO, LOAD, OFF, Setting, asked, equal, record_of, request, saved
-    from support.vllm_models import write_weights
-
-    # vLLM wants experts on every stage.
-    changes = {"num_hidden_layers": layers, "decoder_sparse_step": 4}
-    config = AutoConfig.from_pretrained(model_folder(tmp_path / "config", "qwen3_next", **changes))
-    setting = Setting(str(write_weights(tmp_path / "model", config)), tmp_path, 400.0)
-    script = setting.script(pipeline=pipeline, tensor=tensor)
-    script.connector, script.dtype, script.num_kv_blocks = "CacheFlowHybridConnector", "bfloat16", 80
-    saved(script, 1)
-    asked(script, "own", request(1, OFF))
-    asked(script, "restored", request(1, AUTO))
-    asked(script, "load", request(1, LOAD))
-    answers = setting.run(script, "ranks")
-    assert record_of(answers["restored"])["recomputed_cells"] > 0
-    assert record_of(answers["restored"])["loaded_cells"] > 0
-    for each in (answers["restored"], answers["load"]):
-        assert record_of(each)["outcome"] == "done"
-        equal(each, answers["own"])
