@@ -34,8 +34,11 @@ STAND_INS = str(Path(__file__).parents[1] / "data" / "stand_ins")
 class Other:
     """An engine, and a prompt whose last chunk ends at ``end``.
 
-    With ``within_passes`` a prompt's last pass leaves states where its last block ends as it goes by. ``only_loads``
-    says why nothing is recomputed.
+    Attributes:
+        ratios: Of loading to recomputing; none where chunks are not what the engine's passes are, or nothing is
+            recomputed.
+        within_passes: Whether passes leave states in their middle.
+        only_loads: Why nothing is recomputed.
     """
 
     config: str = "qwen3_next"
@@ -43,6 +46,7 @@ class Other:
     prompt: int = PROMPT
     end: int = END
     engine: dict = field(default_factory=dict)
+    ratios: tuple[float, ...] = (1.0, 4.0)
     within_passes: bool = False
     only_loads: str = ""
 
@@ -52,10 +56,13 @@ OTHERS = {
     "nemotron_h-compiled": Other("nemotron_h", engine={"enforce_eager": False}),
     "nemotron_h, blocks of 192 tokens": Other("nemotron_h", chunk=192, end=960, engine={"block_size": 192}),
     "nemotron_h, states within passes": Other("nemotron_h", chunk=2 * CHUNK, prompt=1000, end=768, within_passes=True),
+    "nemotron_h, passes of four blocks": Other(
+        "nemotron_h", engine={"max_num_batched_tokens": 4 * CHUNK}, ratios=(), within_passes=True
+    ),
     "granite_hybrid": Other("granite_hybrid"),
     "falcon_h1": Other("falcon_h1"),
     "falcon_h1-compiled": Other("falcon_h1", engine={"enforce_eager": False}),
-    "zamba2": Other("zamba2", only_loads="are in one layer"),
+    "zamba2": Other("zamba2", ratios=(), only_loads="are in one layer"),
     "qwen3_5": Other("qwen3_5"),
     "compiled": Other(engine={"enforce_eager": False}),
     "qwen3_5-compiled": Other("qwen3_5", engine={"enforce_eager": False}),
@@ -105,7 +112,7 @@ def test_in_other_engines(other):
     assert case.only_loads in reason
     tokens = prompt(1, case.prompt)
     own = engine.saved(tokens, **WISHES)
-    for ratio in () if reason else (1.0, 4.0):
+    for ratio in case.ratios:
         again = restored(engine, tokens, ratio=ratio)
         assert again.record["end"] == case.end
         assert again.record["loaded_cells"] > 0
@@ -114,9 +121,11 @@ def test_in_other_engines(other):
         engine.evict()
     again = engine.ask(tokens, params={"cacheflow": "load"}, **WISHES)
     assert again.record["recomputed_cells"] == 0
+    assert again.record["end"] == case.end
     assert_equal(again, own)
     engine.evict()
-    assert_a_wrong_state_shows(engine, tokens, own, "a little", end=case.end, step=2 * case.chunk)
+    step = case.engine.get("max_num_batched_tokens", 2 * case.chunk)
+    assert_a_wrong_state_shows(engine, tokens, own, "a little", end=case.end, step=step)
 
 
 @first_runner
