@@ -275,6 +275,105 @@ class HybridShape(ModelShape):
         return (layer + 1) % self.row_layers != 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mamba2Shape(ModelShape):
+    """A model of which each layer does one thing: attention, a Mamba-2 recurrence, or an MLP (Nemotron-H).
+
+    ``num_layers`` counts the attention layers: each is a row, with the layers that are restored together with it.
+
+    Attributes:
+        pattern: What each layer does, bottom first: ``M`` Mamba-2, ``*`` attention, ``-`` an MLP, ``E`` experts.
+        num_state_heads: Heads of a recurrent layer; each has a state of its own.
+        state_head_dim: Width of one of them.
+        state_dim: Width of the state of each channel.
+        num_state_groups: Groups of heads that share their input and output matrices.
+        conv_kernel: Tokens that the convolution before the recurrence sees, the newest included.
+        state_dtype: Dtype of the recurrent state, a key of ``DTYPE_BYTES``; the convolution keeps ``dtype``.
+        shared_intermediate_size: Width of the expert that every token visits besides its own; 0 for none.
+    """
+
+    pattern: str
+    num_state_heads: int
+    state_head_dim: int
+    state_dim: int
+    num_state_groups: int
+    conv_kernel: int
+    state_dtype: str = "float32"
+    shared_intermediate_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Reject shapes that no such model can have.
+
+        Raises:
+            ConfigError: See ``ModelShape``; or the pattern has another letter or number of attention layers.
+        """
+        super(Mamba2Shape, self).__post_init__()  # slots make another class of this one, which super() alone misses
+        for key in ("num_state_heads", "state_head_dim", "state_dim", "num_state_groups", "conv_kernel"):
+            _require_count(self.name, key, getattr(self, key), least=1)
+        _require_count(self.name, "shared_intermediate_size", self.shared_intermediate_size, least=0)
+        others = sorted({*self.pattern} - {*"M*-E"})
+        if others or self.pattern.count("*") != self.num_layers:
+            raise ConfigError(
+                f"model shape {self.name!r}: pattern {self.pattern!r} must have {self.num_layers} attention layers "
+                "(*), Mamba-2 layers (M), MLPs (-) and experts (E) alone"
+            )
+        if self.num_state_heads % self.num_state_groups:
+            raise ConfigError(
+                f"model shape {self.name!r}: num_state_heads {self.num_state_heads} is no multiple of "
+                f"num_state_groups {self.num_state_groups}"
+            )
+        if self.state_dtype not in DTYPE_BYTES:
+            raise ConfigError(
+                f"model shape {self.name!r}: state_dtype {self.state_dtype!r} is not one of {sorted(DTYPE_BYTES)}"
+            )
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The part of the pattern that each row is, bottom first.
+
+        A row begins with the recurrent layers below its attention; what comes before the next row's belongs to it.
+        """
+        first, *between, top = self.pattern.split("*")
+        rows = [f"{first}*"]
+        for part in between:
+            begins = part.find("M") if "M" in part else len(part)
+            rows[-1] += part[:begins]
+            rows.append(f"{part[begins:]}*")
+        rows[-1] += top
+        return tuple(rows)
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution: the heads' inputs, and each group's input and output matrices."""
+        return self.num_state_heads * self.state_head_dim + 2 * self.num_state_groups * self.state_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the running state of one recurrent layer: the last inputs of the convolution, and the recurrence."""
+        conv_bytes = self.conv_channels * (self.conv_kernel - 1) * DTYPE_BYTES[self.dtype]
+        recurrence = self.num_state_heads * self.state_head_dim * self.state_dim
+        return conv_bytes + recurrence * DTYPE_BYTES[self.state_dtype]
+
+    @property
+    def row_state_bytes(self) -> int:
+        """See ``ModelShape``; rows differ, see ``state_bytes_B``.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(f"model shape {self.name!r}: its rows have different numbers of recurrent layers")
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """See ``ModelShape``."""
+        return self.state_bytes * self.pattern.count("M")
+
+    def state_bytes_B(self, layers_per_block: int) -> tuple[int, ...]:
+        """See ``ModelShape``: of blocks of so many rows."""
+        rows = [row.count("M") * self.state_bytes for row in self.rows]
+        return tuple(sum(rows[lo : lo + layers_per_block]) for lo in range(0, len(rows), layers_per_block))
+
+
 def _require_count(name: str, key: str, value: object, *, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"model shape {name!r}: {key} is {value!r}, must be a whole number of at least {least}")

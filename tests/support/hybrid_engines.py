@@ -117,3 +117,21 @@ def restored(engine: Any, tokens: Sequence[int], *, ratio: float, **wishes: Any)
     """Asked where loading takes ``ratio`` times what recomputing does."""
     engine.balance_link(len(tokens), ratio=ratio)
     return engine.ask(tokens, **{**WISHES, **wishes})
+
+
+def assert_a_wrong_state_shows(
+    engine: Any, tokens: Sequence[int], own: Any, wrong: str, *, end: int, step: int
+) -> None:
+    """Negative control: what is compared depends on the state where a restoration ends."""
+    name = engine.submit(tokens, params={"cacheflow": "recompute"}, **WISHES)
+    engine.run(until=lambda: engine.request(name).num_computed_tokens >= end - step)
+    earlier = engine.gather_states(engine.state_blocks(name, end - step))
+    engine.run(until=lambda: engine.request(name).num_computed_tokens >= end)
+    blocks = engine.state_blocks(name, end)
+    right = engine.gather_states(blocks)
+    noisy = right ^ np.where(np.random.default_rng(5).random(right.shape) < 0.05, 0x10, 0).astype(np.uint8)
+    state = {"none": np.zeros_like(right), "of an earlier chunk": earlier, "a little": noisy}[wrong]
+    assert not np.array_equal(state, right)
+    engine.states.scatter(0, 1, blocks, state)
+    engine.run()
+    assert engine.answers[name].logprobs != own.logprobs

@@ -57,6 +57,8 @@ def _random(name: str, weight: torch.Tensor, generator: torch.Generator) -> torc
         return (NORM_GAIN if "q_norm" in name or "k_norm" in name else 1.0) + 0.2 * noise
     if name.endswith("A_log"):
         return slow_decay(weight.shape, generator)
+    if name.endswith(".A"):  # what vLLM makes of Mamba-2's A_log as it loads it
+        return -slow_decay(weight.shape, generator).exp()
     if weight.ndim == 1:
         return BIAS * noise
     if "embed" in name or "lm_head" in name:

@@ -4,8 +4,6 @@ Keys, values, running states, tokens and log-probabilities are compared. The wei
 recurrent layers forget slowly: an error in a state shows long after.
 """
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import pytest
 
@@ -20,13 +18,13 @@ from support.hybrid_engines import (
     PROMPT,
     ROWS,
     WISHES,
+    assert_a_wrong_state_shows,
     assert_equal,
     hybrid_engine,
     inject,
     nothing_lost,
     prompt,
     restored,
-    stand_ins,
 )
 from support.v2_runner import WANTED
 
@@ -389,109 +387,6 @@ def test_a_reply_is_restored_up_to_its_last_chunk(engine):
 @first_runner
 @pytest.mark.parametrize("wrong", ["none", "of an earlier chunk", "a little"])
 def test_a_wrong_state_shows(engine, wrong):
-    """Negative control: what is compared depends on the state where a restoration ends."""
     tokens = prompt(19)
     own = engine.own(tokens, **WISHES)
-    name = engine.submit(tokens, params={"cacheflow": "off"}, **WISHES)
-    engine.run(until=lambda: engine.request(name).num_computed_tokens >= END - 2 * CHUNK)
-    earlier = engine.gather_states(engine.state_blocks(name, END - 2 * CHUNK))
-    engine.run(until=lambda: engine.request(name).num_computed_tokens >= END)
-    blocks = engine.state_blocks(name, END)
-    right = engine.gather_states(blocks)
-    noisy = right ^ np.where(np.random.default_rng(5).random(right.shape) < 0.05, 0x10, 0).astype(np.uint8)
-    state = {"none": np.zeros_like(right), "of an earlier chunk": earlier, "a little": noisy}[wrong]
-    assert not np.array_equal(state, right)
-    engine.states.scatter(0, 1, blocks, state)
-    engine.run()
-    assert engine.answers[name].logprobs != own.logprobs
-
-
-# Other engines
-
-
-@dataclass(frozen=True, slots=True)
-class Other:
-    """An engine unlike the one above, and a prompt whose last chunk ends at ``end``."""
-
-    config: str = "qwen3_next"
-    changes: dict = field(default_factory=dict)
-    chunk: int = CHUNK
-    prompt: int = PROMPT
-    end: int = END
-    engine: dict = field(default_factory=dict)
-
-
-OTHERS = {
-    "qwen3_5": Other("qwen3_5"),
-    "compiled": Other(engine={"enforce_eager": False}),
-    "qwen3_5-compiled": Other("qwen3_5", engine={"enforce_eager": False}),
-    "chunks of two blocks": Other(chunk=2 * CHUNK, prompt=1000, end=768),
-    "experts in every layer": Other(changes={"decoder_sparse_step": 1}),
-    "qwen3_5-experts": Other("qwen3_5_moe"),
-    "qwen3_5-images": Other("qwen3_5_media", engine={"language_model_only": True}),
-    "blocks of 192 tokens": Other(chunk=192, end=960, engine={"block_size": 192}),
-}
-
-
-@pytest.fixture(params=[pytest.param(OTHERS[name], id=name) for name in OTHERS])
-def other(request, tmp_path, _single_process_vllm):
-    """Ends before the next one starts: vLLM has one engine a process."""
-    from support.random_weights import model_folder
-
-    case = request.param
-    folder = model_folder(tmp_path / case.config, case.config, **case.changes)
-    with stand_ins(), hybrid_engine(folder, chunk=case.chunk, **case.engine) as engine:
-        yield engine, case
-
-
-@first_runner
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_in_other_engines(other):
-    engine, case = other
-    assert engine.worker.facts.load_only_reason == ""
-    tokens, num_blocks = prompt(1, case.prompt), engine.side.decider.num_blocks
-    own = engine.saved(tokens, **WISHES)
-    for share in (1, 2):
-        whole = case.end // case.chunk * share // 3
-        levels = [num_blocks] * whole + [num_blocks // 2] + [0] * (case.end // case.chunk - whole - 1)
-        with planned(engine, *levels) as staircase:
-            again = engine.ask(tokens, **WISHES)
-        assert again.record["end"] == case.end
-        assert again.record["cells"] == staircase.cells(num_blocks)
-        assert_equal(again, own)
-        engine.evict()
-    again = engine.ask(tokens, params={"cacheflow": "load"}, **WISHES)
-    assert again.record["recomputed_cells"] == 0
-    assert_equal(again, own)
-
-
-@first_runner
-@pytest.mark.long
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("pipeline", "tensor", "layers"), [(1, 2, 8), (2, 1, 8), (2, 1, 12)])
-def test_ranks(tmp_path, pipeline, tensor, layers):
-    """Tensor-parallel ranks have states of their own heads, pipeline stages those of their own rows.
-
-    Two stages of twelve layers are cut within a row: the first ends with two recurrent layers.
-    """
-    from transformers import AutoConfig
-
-    from support.random_weights import model_folder
-    from support.rank_cases import AUTO, LOAD, OFF, Setting, asked, equal, record_of, request, saved
-    from support.vllm_models import write_weights
-
-    # vLLM wants experts on every stage.
-    changes = {"num_hidden_layers": layers, "decoder_sparse_step": 4}
-    config = AutoConfig.from_pretrained(model_folder(tmp_path / "config", "qwen3_next", **changes))
-    setting = Setting(str(write_weights(tmp_path / "model", config)), tmp_path, 400.0)
-    script = setting.script(pipeline=pipeline, tensor=tensor)
-    script.connector, script.dtype, script.num_kv_blocks = "CacheFlowHybridConnector", "bfloat16", 80
-    saved(script, 1)
-    asked(script, "own", request(1, OFF))
-    asked(script, "restored", request(1, AUTO))
-    asked(script, "load", request(1, LOAD))
-    answers = setting.run(script, "ranks")
-    for each in (answers["restored"], answers["load"]):
-        assert record_of(each)["outcome"] == "done"
-        equal(each, answers["own"])
+    assert_a_wrong_state_shows(engine, tokens, own, wrong, end=END, step=2 * CHUNK)

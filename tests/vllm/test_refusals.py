@@ -112,6 +112,50 @@ def test_layers_of_one_group_are_looked_at_one_by_one():
     assert "its KV cache is of kind HiddenStateCacheSpec" in found
 
 
+def hybrid(kind, *, mode="align"):
+    """A group of running states of this kind, and one of keys and values."""
+    import torch
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    states = MambaSpec(
+        block_size=128, shapes=((3, 8), (2, 4, 4)), dtypes=(torch.bfloat16, torch.float32), mamba_cache_mode=mode,
+        mamba_type=MambaAttentionBackendEnum[kind],
+    )  # fmt: skip
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=states), *specs().kv_cache_groups])
+
+
+@pytest.mark.parametrize("kind", ["GDN_ATTN", "MAMBA2"])
+def test_states_of_these_kinds_are_welcome_where_they_are_kept_at_blocks_ends(kind):
+    from cacheflow.vllm.models.refusals import load_refusals
+
+    assert load_refusals(config(), hybrid(kind)) == []
+    (found,) = load_refusals(config(), hybrid(kind, mode="none"))
+    assert "leave vLLM's prefix caching on" in found
+
+
+@pytest.mark.parametrize("kind", ["MAMBA1", "SHORT_CONV", "LINEAR"])
+def test_states_of_other_kinds_are_refused_by_name(kind):
+    from cacheflow.vllm.models.refusals import load_refusals
+
+    (found,) = load_refusals(config(), hybrid(kind))
+    assert f"(of kind {kind}); of those GDN_ATTN and MAMBA2 are supported" in found
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["KimiLinearForCausalLM", "KimiK3ForConditionalGeneration", "BailingMoeV3ForCausalLM", "Glm5NextForCausalLM"],
+)
+def test_kimi_delta_attention_is_told_from_gated_delta_nets(architecture):
+    """VLLM gives the states of both one name."""
+    from cacheflow.vllm.models.refusals import load_refusals
+
+    (found,) = load_refusals(config(model_config__architecture=architecture), hybrid("GDN_ATTN"))
+    assert "Kimi Delta Attention (KDA)" in found
+    assert "GPUs alone, where restoring them was never tried" in found
+    assert load_refusals(config(model_config__architecture="Qwen3NextForCausalLM"), hybrid("GDN_ATTN")) == []
+
+
 def test_a_latent_of_every_token_and_quantised_keys_are_welcome():
     from cacheflow.vllm.models.refusals import configured_refusals, load_refusals
 

@@ -135,6 +135,8 @@ def test_the_printed_line_is_what_the_connector_parses(capsys: pytest.CaptureFix
     [
         ({"text_config": {"model_type": "qwen3_5_text", "full_attention_interval": 4}}, [], "CacheFlowHybridConnector"),
         ({"model_type": "qwen3_next"}, [], "CacheFlowHybridConnector"),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*"}, [], "CacheFlowHybridConnector"),
+        ({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 4}, [], "CacheFlowConnector"),
         # What vLLM will run is not certain then.
         ({"model_type": "qwen3_next"}, ["--", "--hf-overrides", "{}"], "CacheFlowConnector"),
     ],

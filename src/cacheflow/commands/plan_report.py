@@ -15,7 +15,7 @@ from cacheflow.bench.timeline import Timeline
 from cacheflow.plan.bound import Bound
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.sim.rehearsal import Rehearsal
-from cacheflow.types import ModelShape
+from cacheflow.types import Mamba2Shape, ModelShape
 
 MAX_GRID_ROWS = 16
 MAX_GRID_COLUMNS = 64
@@ -90,8 +90,10 @@ def guard_line(report: PlanReport) -> str:
 def checkpoint_line(shape: ModelShape) -> str:
     """What a hybrid model restores besides keys and values."""
     as_tokens = shape.checkpoint_bytes / shape.kv_bytes_per_token
+    lengths = {len(row) for row in shape.rows} if isinstance(shape, Mamba2Shape) else {shape.row_layers}
+    layers = " or ".join(str(each) for each in sorted(lengths))
     return (
-        f"Rows of {shape.row_layers} layers, one of them attention. The checkpoint, the states of the others at the "
+        f"Rows of {layers} layers, one of them attention. The checkpoint, the states of the others at the "
         f"end of the prefix, takes {size(shape.checkpoint_bytes)}, as much as keys and values of {as_tokens:,.0f} "
         "tokens; a row recomputed to the end needs none."
     )

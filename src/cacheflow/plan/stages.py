@@ -15,7 +15,7 @@ import numpy as np
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
-from cacheflow.types import DTYPE_BYTES, HybridShape, ModelShape
+from cacheflow.types import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
 
 BOUNDARY_TENSORS = 2
 """vLLM hands a later stage the hidden states and the residual."""
@@ -68,6 +68,11 @@ class RankLayout:
                 f"{shape.num_state_k_heads} key heads of the recurrent layers of {shape.name} cannot be shared by "
                 f"tensor_parallel_size {size}"
             )
+        if isinstance(shape, Mamba2Shape) and shape.num_state_groups % size:
+            raise ConfigError(
+                f"{shape.num_state_groups} groups of heads of the recurrent layers of {shape.name} cannot be shared by "
+                f"tensor_parallel_size {size}"
+            )
         split_rows(shape, self.pipeline_parallel_size)
         return parts
 
@@ -110,6 +115,8 @@ def split_rows(shape: ModelShape, num_stages: int) -> tuple[tuple[int, int], ...
     Raises:
         ConfigError: There are fewer layers than stages, or no stage; or a stage would begin within a row.
     """
+    if isinstance(shape, Mamba2Shape) and num_stages > 1:
+        raise ConfigError(f"pipeline stages of {shape.name} would begin within its rows, which differ in length")
     layers = split_layers(shape.num_layers, num_stages)
     if any(lo % shape.row_layers for lo, _ in layers):
         raise ConfigError(
@@ -181,7 +188,7 @@ def rank_problem(problem: RestoreProblem, shape: ModelShape, layout: RankLayout)
     sharing = 1 if layout.link_per_rank else layout.num_ranks
     # Running states fall into as many parts as there are ranks; keys and values into no more than there are heads.
     states_KB = np.zeros_like(problem.load_bytes_KB)
-    states_KB[-1:] = problem.recurrent_B * shape.row_state_bytes
+    states_KB[-1:] = np.array(shape.state_bytes_B(shape.row_layers), dtype=np.int64)
     return replace(
         problem,
         compute_KB=problem.compute_KB / tp,

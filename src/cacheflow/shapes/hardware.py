@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json, read_text
-from cacheflow.shapes.hf_config import HYBRID_KEYS, is_hf_config, shape_of
+from cacheflow.shapes.hf_config import HYBRID_KEYS, MAMBA2_KEYS, is_hf_config, shape_of
 from cacheflow.shapes.roofline import GpuPeaks
-from cacheflow.types import HybridShape, ModelShape
+from cacheflow.types import HybridShape, Mamba2Shape, ModelShape
 
 T = TypeVar("T", ModelShape, GpuPeaks)
 
@@ -38,6 +38,10 @@ GREATEST = {
     "state_k_dim": 100_000,
     "state_v_dim": 100_000,
     "conv_kernel": 100_000,
+    "num_state_heads": 100_000,
+    "state_head_dim": 100_000,
+    "state_dim": 100_000,
+    "num_state_groups": 100_000,
     "shared_intermediate_size": 10_000_000,
     "memory_bytes": 10**18,
 }
@@ -47,7 +51,7 @@ LEAST_RATE, GREATEST_RATE = 1.0, 1e24
 HF_FILE = "config.json"
 MODEL_FILES = "a Hugging Face config.json, a folder that holds one, or a .json file of a shape"
 """What a model can be given as, besides a known name."""
-NO_NUMBERS = ("name", "dtype", "state_dtype", "gated_attention")
+NO_NUMBERS = ("name", "dtype", "state_dtype", "gated_attention", "pattern")
 OPTIONAL = ("sliding_window", "kv_token_bytes")
 
 MODEL_SHAPES: dict[str, ModelShape] = {
@@ -95,11 +99,16 @@ MODEL_SHAPES: dict[str, ModelShape] = {
             shared_intermediate_size=512, layers_per_attention=4, num_state_k_heads=16, num_state_v_heads=32,
             state_k_dim=128, state_v_dim=128, conv_kernel=4,
         ),
+        Mamba2Shape(
+            name="Nemotron-3-Nano-30B-A3B", num_layers=6, hidden_size=2688, num_q_heads=32, num_kv_heads=2,
+            head_dim=128, intermediate_size=1856, vocab_size=131072, num_experts=128, num_active_experts=6,
+            shared_intermediate_size=3712, pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            num_state_heads=64, state_head_dim=64, state_dim=128, num_state_groups=8, conv_kernel=4,
+        ),
     )
 }  # fmt: skip
 
 UNSUPPORTED_MODELS: dict[str, str] = {
-    "Nemotron-3-Nano-30B-A3B": "its Mamba-2 layers are no Gated DeltaNet layers, and lie in no regular pattern",
     "DeepSeek-V3": "it caches a compressed latent (MLA) instead of keys and values",
 }
 """Models people ask for whose cache a grid of equal cells does not describe; by name, the reason."""
@@ -192,7 +201,8 @@ def _of_hf_config(path: Path, values: Mapping[str, Any]) -> ModelShape:
     except ConfigError as error:
         raise ConfigError(f"model file {path}: {error}") from error
     for field in fields(shape):
-        key = HYBRID_KEYS.get(field.name, field.name)
+        keys = MAMBA2_KEYS if isinstance(shape, Mamba2Shape) else HYBRID_KEYS
+        key = keys.get(field.name, field.name)
         _check_field(f"model file {path}: {key}", field.name, getattr(shape, field.name))
     return shape
 

@@ -1,8 +1,8 @@
 """A model's shape from its Hugging Face ``config.json``: plain attention, dense or with experts, or a hybrid.
 
-A hybrid has Gated DeltaNet layers below each attention layer (Qwen3-Next, Qwen3.5, Qwen3.6). Pure: takes the parsed
-JSON. What a shape cannot say (latent caches, other recurrent layers, layers that differ) is refused by name, never
-approximated.
+A hybrid has Gated DeltaNet layers below each attention layer (Qwen3-Next, Qwen3.5, Qwen3.6), or layers that do one
+thing each: attention, Mamba-2 or an MLP (Nemotron-H). Pure: takes the parsed JSON. What a shape cannot say (latent
+caches, other recurrent layers, layers that differ) is refused by name, never approximated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from cacheflow.errors import ConfigError
-from cacheflow.types import DTYPE_BYTES, HybridShape, ModelShape
+from cacheflow.types import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
 
 Config = Mapping[str, Any]
 """A parsed ``config.json``, or its ``text_config``."""
@@ -40,12 +40,35 @@ HYBRID_KEYS = {
 }
 """The same for ``HybridShape``."""
 
+MAMBA2_KEYS = {
+    **KEYS,
+    "num_layers": "hybrid_override_pattern",
+    "pattern": "hybrid_override_pattern",
+    "num_state_heads": "mamba_num_heads",
+    "state_head_dim": "mamba_head_dim",
+    "state_dim": "ssm_state_size",
+    "num_state_groups": "n_groups",
+    "state_dtype": "mamba_ssm_cache_dtype",
+    "shared_intermediate_size": "moe_shared_expert_intermediate_size",
+}
+"""The same for ``Mamba2Shape``."""
+
 _FULL = ("full_attention", "attention")
 _DELTA_NET = "linear_attention"
 _DELTA_NET_TYPES = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 """Model types whose ``linear_attention`` layers are Gated DeltaNet ones, and whose attention has an output gate."""
 _ROW_KEY, _ROW_LAYERS = "full_attention_interval", 4
 """Where these types name no layer, each so many layers end in one of full attention; 4 is what their code assumes."""
+_MAMBA2_TYPES = ("falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2")
+"""Model types whose recurrent layers are Mamba-2 ones."""
+_WITH_STATES, _WITH_TOKENS = {_DELTA_NET, "mamba", "hybrid", "M"}, {*_FULL, "hybrid", "*"}
+"""What these types call their layers: "hybrid" has both, the letters are those of ``hybrid_override_pattern``."""
+_SINGLE_TYPES = ("nemotron_h",)
+"""Those of which each layer does one thing, an MLP or its mixing of tokens."""
+_LETTERS = {
+    "mamba": "M", _DELTA_NET: "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E",
+}  # fmt: skip
+"""Of ``hybrid_override_pattern``, where the layers are listed by name instead, in one of two ways."""
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _RECURRENT_KEYS = (
     "attn_layer_period", "full_attention_interval", "hybrid_override_pattern", "linear_conv_kernel_dim",
@@ -64,7 +87,14 @@ class CacheKind(Enum):
     MIXED = "a sliding window of tokens in some layers and every token in others"
     LATENT = "a compressed latent (MLA) instead of keys and values"
     DELTA_NET = "the state of a gated delta rule in some layers and every token in others"
+    MAMBA2 = "the state of a Mamba-2 layer in some layers and every token in others"
+    KIMI_DELTA = "the state of Kimi Delta Attention (KDA) in some layers"
     RECURRENT = "a recurrent state in some layers instead of keys and values"
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a prefix is restored with running states besides keys and values."""
+        return self in (CacheKind.DELTA_NET, CacheKind.MAMBA2)
 
 
 def is_hf_config(values: object) -> bool:
@@ -84,8 +114,12 @@ def cache_kind(text: Config) -> CacheKind:
     Args:
         text: Of the language model, see ``text_config``.
     """
+    if text.get("linear_attn_config"):  # Kimi's name for it; the other layers keep a latent
+        return CacheKind.KIMI_DELTA
     if text.get("kv_lora_rank"):
         return CacheKind.LATENT
+    if _is_mamba2(text):
+        return CacheKind.MAMBA2
     if text.get("model_type") in _DELTA_NET_TYPES and {*_layer_types(text)} <= {_DELTA_NET, *_FULL}:
         return CacheKind.DELTA_NET
     listed = _layer_types(text)
@@ -99,6 +133,13 @@ def cache_kind(text: Config) -> CacheKind:
     if any(text.get(key) is not None for key in _RECURRENT_KEYS):
         return CacheKind.RECURRENT
     return _window_kind(text)
+
+
+def _is_mamba2(text: Config) -> bool:
+    if text.get("model_type") not in _MAMBA2_TYPES:
+        return False
+    kinds = {*(_layer_types(text) or text.get("hybrid_override_pattern") or ())}
+    return not kinds or bool(kinds & _WITH_STATES and kinds & _WITH_TOKENS)
 
 
 def _window_kind(text: Config) -> CacheKind:
@@ -127,15 +168,13 @@ def shape_of(config: Config, *, name: str) -> ModelShape:
     """
     text = text_config(config)
     kind = cache_kind(text)
+    if kind is CacheKind.MAMBA2:
+        return _mamba2(config, text, name=name)
     if kind not in (CacheKind.FULL, CacheKind.WINDOW, CacheKind.DELTA_NET):
         raise ConfigError(f"not supported: the model keeps {kind.value}")
     if config.get("is_encoder_decoder"):
         raise ConfigError("not supported: is_encoder_decoder is true; only decoder-only models are")
-    if text.get("quantization_config") or config.get("quantization_config"):
-        raise ConfigError(
-            "not supported: quantization_config; costs are those of unquantised weights: give the config.json of the "
-            "model it was made from"
-        )
+    _require_unquantised(config, text)
     num_q_heads = _count(text, "num_attention_heads")
     hidden_size = _count(text, "hidden_size")
     experts = _experts(text, shared=kind is CacheKind.DELTA_NET)
@@ -155,6 +194,56 @@ def shape_of(config: Config, *, name: str) -> ModelShape:
     if kind is CacheKind.DELTA_NET:
         return _hybrid(text, of_any)
     return ModelShape(**of_any, sliding_window=_count(text, "sliding_window") if kind is CacheKind.WINDOW else None)
+
+
+def _require_unquantised(config: Config, text: Config) -> None:
+    if text.get("quantization_config") or config.get("quantization_config"):
+        raise ConfigError(
+            "not supported: quantization_config; costs are those of unquantised weights: give the config.json of the "
+            "model it was made from"
+        )
+
+
+def _mamba2(config: Config, text: Config, *, name: str) -> Mamba2Shape:
+    """The shape of a model of which each layer does one thing."""
+    if text.get("model_type") not in _SINGLE_TYPES:
+        raise ConfigError(
+            f"not supported: the model keeps {CacheKind.MAMBA2.value}, and has MLPs in the same layers "
+            f"(model_type {text.get('model_type')!r}; {', '.join(_SINGLE_TYPES)} is supported)"
+        )
+    _require_unquantised(config, text)
+    pattern = text.get("hybrid_override_pattern") or "".join(_LETTERS.get(each, each) for each in _layer_types(text))
+    if not pattern:
+        raise ConfigError("lacks hybrid_override_pattern")
+    if "-" in pattern and "E" in pattern:
+        raise ConfigError("not supported: some layers are dense and some have experts (hybrid_override_pattern)")
+    for key in ("sliding_window", "moe_latent_size"):
+        if text.get(key):
+            raise ConfigError(f"not supported: {key} is {text[key]!r}")
+    experts = _count(text, "n_routed_experts") if "E" in pattern else 0
+    num_shared = (text.get("n_shared_experts") or 0) if experts else 0
+    num_q_heads, hidden_size = _count(text, "num_attention_heads"), _count(text, "hidden_size")
+    return Mamba2Shape(
+        name=name,
+        num_layers=pattern.count("*"),
+        hidden_size=hidden_size,
+        num_q_heads=num_q_heads,
+        num_kv_heads=_count(text, "num_key_value_heads", default=num_q_heads),
+        head_dim=_count(text, "head_dim", default=hidden_size // max(num_q_heads, 1)),
+        intermediate_size=_count(text, "moe_intermediate_size" if experts else "intermediate_size"),
+        vocab_size=_count(text, "vocab_size"),
+        num_experts=experts,
+        num_active_experts=_count(text, "num_experts_per_tok") if experts else 0,
+        dtype=_dtype(config, text),
+        pattern=pattern,
+        num_state_heads=_count(text, "mamba_num_heads"),
+        state_head_dim=_count(text, "mamba_head_dim"),
+        state_dim=_count(text, "ssm_state_size"),
+        num_state_groups=_count(text, "n_groups"),
+        conv_kernel=_count(text, "conv_kernel"),
+        state_dtype=text.get("mamba_ssm_cache_dtype") or "float32",
+        shared_intermediate_size=num_shared * _count(text, "moe_shared_expert_intermediate_size") if num_shared else 0,
+    )
 
 
 def _hybrid(text: Config, of_any: Mapping[str, Any]) -> HybridShape:

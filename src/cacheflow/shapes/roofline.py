@@ -16,11 +16,13 @@ import numpy.typing as npt
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds, cell_bytes_KB, recurrent_B
-from cacheflow.types import DTYPE_BYTES, HybridShape, ModelShape
+from cacheflow.types import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
 
 Tokens = npt.NDArray[np.int64]
 DELTA_CHUNK = 64
 """Tokens that Gated DeltaNet's kernels take at once: within them it is attention, between them a recurrence."""
+SSD_CHUNK = 128
+"""The same for Mamba-2's, as published models have it (``chunk_size``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,25 +91,55 @@ class Roofline:
     gpu: GpuPeaks
     efficiency: Efficiency = Efficiency()
 
-    def row_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
-        """Seconds of one row, in full and with keys and values only in its attention layer.
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of row there are: rows of one kind cost the same."""
+        return tuple(sorted(set(self.shape.rows))) if isinstance(self.shape, Mamba2Shape) else ("",)
 
-        A row is one attention layer, of a hybrid model with its recurrent layers below.
+    @property
+    def kind_B(self) -> Tokens:
+        """Index of each row's kind, bottom first."""
+        rows = self.shape.rows if isinstance(self.shape, Mamba2Shape) else ("",) * self.shape.num_rows
+        return np.array([self.kinds.index(row) for row in rows], dtype=np.int64)
+
+    def row_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
+        """Seconds of one row of each kind, in full and with keys and values only in its attention layer.
+
+        A row is one attention layer, of a hybrid model with its recurrent layers below. Shape ``(len(tokens), N)``.
         """
         full_s, kv_only_s = self.layer_s(tokens, offsets), self.kv_only_s(tokens)
+        if isinstance(self.shape, Mamba2Shape):
+            return self._mamba2_rows_s(self.shape, tokens, full_s, kv_only_s)
         if isinstance(self.shape, HybridShape):
             below_s = (self.shape.row_layers - 1) * self._recurrent_s(self.shape, tokens)
             full_s, kv_only_s = full_s + below_s, kv_only_s + below_s
-        return full_s, np.minimum(full_s, kv_only_s)
+        return full_s[:, None], np.minimum(full_s, kv_only_s)[:, None]
+
+    def _mamba2_rows_s(
+        self, shape: Mamba2Shape, tokens: Tokens, attention_s: Seconds, kv_only_s: Seconds
+    ) -> tuple[Seconds, Seconds]:
+        """The same of a model of which each layer does one thing.
+
+        Where a recurrent layer lies above the row's attention, all of the row is run for its state.
+        """
+        mamba_s, mlp_s = self._recurrent_s(shape, tokens), self._mlp_s(tokens)
+        full, kv_only = [], []
+        for row in self.kinds:
+            below, above = row.split("*")
+            below_s = below.count("M") * mamba_s + (len(below) - below.count("M")) * mlp_s
+            above_s = above.count("M") * mamba_s + (len(above) - above.count("M")) * mlp_s
+            full.append(below_s + attention_s + above_s)
+            kv_only.append(full[-1] if "M" in above else below_s + np.minimum(attention_s, kv_only_s))
+        return np.column_stack(full), np.column_stack(kv_only)
 
     def layer_s(self, tokens: Tokens, offsets: Tokens) -> Seconds:
         """Seconds of one attention layer for chunks of ``tokens`` tokens with ``offsets`` tokens before them."""
         shape, past = self.shape, self._visible_past(tokens, offsets)
-        weights = self._projection_weights + self._mlp_weights(self._active_experts)
+        weights = self._projection_weights + self._mlp_beside(self._active_experts)
         gemm_flops: Seconds = 2.0 * tokens.astype(np.float64) * weights
         attention_flops = 4.0 * shape.num_q_heads * shape.head_dim * past
         compute_s = self._gemm_s(gemm_flops) + self._attention_s(attention_flops)
-        read_weights = self._projection_weights + self._mlp_weights(self._touched_experts(tokens))
+        read_weights = self._projection_weights + self._mlp_beside(self._touched_experts(tokens))
         seen = np.minimum(offsets, shape.sliding_window or offsets)
         moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + (seen + tokens) * shape.kv_bytes_per_token_layer
         return np.maximum(compute_s, self._memory_s(moved_bytes)) + self.efficiency.layer_overhead_s
@@ -121,13 +153,19 @@ class Roofline:
             self.efficiency.layer_overhead_s
         )
 
-    def _recurrent_s(self, shape: HybridShape, tokens: Tokens) -> Seconds:
-        """Seconds of one recurrent layer with its MLP: the same for every token, however many came before."""
-        weights = _recurrent_weights(shape) + self._mlp_weights(self._active_experts)
+    def _mlp_s(self, tokens: Tokens) -> Seconds:
+        """Seconds of a layer that is an MLP alone."""
+        compute_s = self._gemm_s(2.0 * tokens.astype(np.float64) * self._mlp_weights(self._active_experts))
+        moved_bytes = self._mlp_weights(self._touched_experts(tokens)) * DTYPE_BYTES[self.shape.dtype]
+        return np.maximum(compute_s, self._memory_s(moved_bytes)) + self.efficiency.layer_overhead_s
+
+    def _recurrent_s(self, shape: HybridShape | Mamba2Shape, tokens: Tokens) -> Seconds:
+        """Seconds of one recurrent layer and its MLP, if any: the same for every token, however many came before."""
+        weights = _recurrent_weights(shape) + self._mlp_beside(self._active_experts)
         compute_s = self._gemm_s(2.0 * tokens.astype(np.float64) * weights) + self._attention_s(
-            _delta_flops_per_token(shape) * tokens.astype(np.float64)
+            _state_flops_per_token(shape) * tokens.astype(np.float64)
         )
-        read_weights = _recurrent_weights(shape) + self._mlp_weights(self._touched_experts(tokens))
+        read_weights = _recurrent_weights(shape) + self._mlp_beside(self._touched_experts(tokens))
         moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + 2 * shape.state_bytes
         return np.maximum(compute_s, self._memory_s(moved_bytes)) + self.efficiency.layer_overhead_s
 
@@ -140,11 +178,23 @@ class Roofline:
     def weight_bytes(self) -> int:
         """Bytes of all weights: every expert, embedding and LM head apart."""
         shape = self.shape
-        mlp = float(self._mlp_weights(shape.num_experts or 1))
-        weights = shape.num_rows * int(self._projection_weights + mlp) + 2 * shape.vocab_size * shape.hidden_size
-        if isinstance(shape, HybridShape):
-            weights += (shape.num_layers - shape.num_rows) * int(_recurrent_weights(shape) + mlp)
+        beside = float(self._mlp_beside(shape.num_experts or 1))
+        weights = shape.num_rows * int(self._projection_weights + beside) + 2 * shape.vocab_size * shape.hidden_size
+        if isinstance(shape, HybridShape | Mamba2Shape):
+            weights += self._num_recurrent * int(_recurrent_weights(shape) + beside)
+        weights += self._num_mlps * int(self._mlp_weights(shape.num_experts or 1))
         return weights * DTYPE_BYTES[shape.dtype]
+
+    @property
+    def _num_recurrent(self) -> int:
+        shape = self.shape
+        return shape.pattern.count("M") if isinstance(shape, Mamba2Shape) else shape.num_layers - shape.num_rows
+
+    @property
+    def _num_mlps(self) -> int:
+        """Layers that are an MLP alone."""
+        shape = self.shape
+        return len(shape.pattern) - shape.num_rows - self._num_recurrent if isinstance(shape, Mamba2Shape) else 0
 
     def decode_s(self, num_requests: int, context_tokens: int) -> float:
         """Seconds of one step in which every request decodes one token.
@@ -159,20 +209,21 @@ class Roofline:
             return 0.0
         shape = self.shape
         one_layer = np.array([num_requests], dtype=np.int64)
-        weights = self._projection_weights + float(self._mlp_weights(self._active_experts))
+        weights = self._projection_weights + float(self._mlp_beside(self._active_experts))
         attention_flops = 4.0 * shape.num_q_heads * shape.head_dim * context_tokens
         compute_s = float(self._gemm_s(np.asarray(2.0 * num_requests * weights))) + float(
             self._attention_s(np.asarray(attention_flops))
         )
-        read_weights = self._projection_weights + float(self._mlp_weights(self._touched_experts(one_layer))[0])
+        read_weights = self._projection_weights + float(np.ravel(self._mlp_beside(self._touched_experts(one_layer)))[0])
         moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + context_tokens * shape.kv_bytes_per_token_layer
         layer_s = max(compute_s, float(self._memory_s(moved_bytes))) + self.efficiency.layer_overhead_s
         all_s = shape.num_rows * layer_s
-        if isinstance(shape, HybridShape):
-            all_s += (shape.num_layers - shape.num_rows) * self._recurrent_step_s(shape, num_requests)
+        if isinstance(shape, HybridShape | Mamba2Shape):
+            all_s += self._num_recurrent * self._recurrent_step_s(shape, num_requests)
+        all_s += self._num_mlps * float(self._mlp_s(one_layer)[0])
         return all_s + self.head_s()
 
-    def _recurrent_step_s(self, shape: HybridShape, num_requests: int) -> float:
+    def _recurrent_step_s(self, shape: HybridShape | Mamba2Shape, num_requests: int) -> float:
         """Seconds of one recurrent layer in which every request decodes one token: it reads and writes its state."""
         own = float(self._recurrent_s(shape, np.array([num_requests], dtype=np.int64))[0])
         return own + float(self._memory_s(2 * shape.state_bytes * (num_requests - 1)))
@@ -189,12 +240,21 @@ class Roofline:
     def _active_experts(self) -> int:
         return self.shape.num_active_experts or 1
 
+    def _mlp_beside(self, num_experts: Seconds | int) -> Seconds:
+        """Weights of the MLP that every layer has besides its attention or recurrence; 0 where it is a layer alone."""
+        weights = self._mlp_weights(num_experts)
+        return np.zeros_like(weights) if isinstance(self.shape, Mamba2Shape) else weights
+
     def _mlp_weights(self, num_experts: Seconds | int) -> Seconds:
-        """Weights of gate, up and down projection of that many experts, and of the one that every token visits."""
+        """Weights of an MLP with that many experts, and the one that every token visits.
+
+        Gate, up and down projection; where layers do one thing each, the MLP has no gate.
+        """
         shape = self.shape
-        shared = shape.shared_intermediate_size if isinstance(shape, HybridShape) else 0
-        return np.asarray(3.0 * shape.hidden_size * shape.intermediate_size * num_experts) + (
-            3.0 * shape.hidden_size * shared
+        shared = shape.shared_intermediate_size if isinstance(shape, HybridShape | Mamba2Shape) else 0
+        projections = 2.0 if isinstance(shape, Mamba2Shape) else 3.0
+        return np.asarray(projections * shape.hidden_size * shape.intermediate_size * num_experts) + (
+            projections * shape.hidden_size * shared
         )
 
     def _touched_experts(self, tokens: Tokens) -> Seconds:
@@ -225,11 +285,33 @@ class Roofline:
         return np.asarray(num_bytes) / (self.efficiency.memory * self.gpu.memory_bytes_per_s)
 
 
-def _recurrent_weights(shape: HybridShape) -> int:
-    """Weights of one recurrent layer without its MLP: queries, keys, values, gate, two rates a head, and the output."""
+def _recurrent_weights(shape: HybridShape | Mamba2Shape) -> int:
+    """Weights of one recurrent layer without its MLP.
+
+    Gated DeltaNet: queries, keys, values, gate, two rates a head, and the output. Mamba-2: the same with one rate.
+    """
+    if isinstance(shape, Mamba2Shape):
+        width = shape.num_state_heads * shape.state_head_dim
+        projected = shape.conv_channels + width + shape.num_state_heads
+        return shape.hidden_size * (projected + width) + shape.conv_channels * shape.conv_kernel
     value_width = shape.num_state_v_heads * shape.state_v_dim
     projected = shape.conv_channels + value_width + 2 * shape.num_state_v_heads
     return shape.hidden_size * (projected + value_width) + shape.conv_channels * shape.conv_kernel
+
+
+def _state_flops_per_token(shape: HybridShape | Mamba2Shape) -> float:
+    return _ssd_flops_per_token(shape) if isinstance(shape, Mamba2Shape) else _delta_flops_per_token(shape)
+
+
+def _ssd_flops_per_token(shape: Mamba2Shape) -> float:
+    """Arithmetic of Mamba-2's chunked scan, two for a product and its sum.
+
+    Against the state: what is read and what is written. Within a chunk: a group's output matrices against its input
+    matrices, and the heads' inputs. Source: Dao and Gu, "Transformers are SSMs", section 6.
+    """
+    width, state = shape.num_state_heads * shape.state_head_dim, shape.state_dim
+    within = SSD_CHUNK * (shape.num_state_groups * state + width)
+    return 2.0 * (2 * width * state + within)
 
 
 def _delta_flops_per_token(shape: HybridShape) -> float:
@@ -260,15 +342,15 @@ def problem_from_roofline(roofline: Roofline, grid: Grid, *, link: LinkCost) -> 
     if grid.num_blocks != shape.num_rows:
         raise ConfigError(f"the grid has {grid.num_blocks} blocks, {shape.name} has {shape.num_rows} rows of layers")
     suffix = _chunks([grid.suffix_range(index) for index in range(len(grid.suffix_ends))])
-    ones = np.ones((1, shape.num_rows), dtype=np.int64)
-    full_K, kv_only_K = roofline.row_s(*_chunks([grid.chunk_range(chunk) for chunk in range(grid.num_chunks)]))
+    kind_B = roofline.kind_B
+    full_KN, kv_only_KN = roofline.row_s(*_chunks([grid.chunk_range(chunk) for chunk in range(grid.num_chunks)]))
     return RestoreProblem(
         grid=grid,
-        compute_KB=full_K[:, None] * ones,
-        kv_only_KB=kv_only_K[:, None] * ones,
+        compute_KB=full_KN[:, kind_B],
+        kv_only_KB=kv_only_KN[:, kind_B],
         load_bytes_KB=cell_bytes_KB(shape, grid, layers_per_block=shape.row_layers),
         link=link,
-        suffix_B=roofline.row_s(*suffix)[0].sum() * ones[0],
+        suffix_B=roofline.row_s(*suffix)[0].sum(axis=0)[kind_B],
         head_s=roofline.head_s() if grid.suffix_ends else 0.0,
         recurrent_B=recurrent_B(shape, layers_per_block=shape.row_layers),
     )

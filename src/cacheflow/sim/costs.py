@@ -163,15 +163,14 @@ class RooflineSource:
     def __init__(self, roofline: Roofline) -> None:
         """Take the model and the GPU."""
         self._roofline = roofline
-        self.kind_B: Tokens = np.zeros(roofline.shape.num_rows, dtype=np.int64)
+        self.kind_B: Tokens = roofline.kind_B
         self.head_s = roofline.head_s()
         self.most_tokens = float("inf")
         self.decode_step_s = roofline.decode_s
 
     def row_s(self, tokens: Tokens, offsets: Tokens) -> tuple[Seconds, Seconds]:
         """See ``ChunkSource``."""
-        full_s, kv_only_s = self._roofline.row_s(tokens, offsets)
-        return full_s[:, None], kv_only_s[:, None]
+        return self._roofline.row_s(tokens, offsets)
 
 
 class MeasuredSource:

@@ -1,4 +1,4 @@
-"""The connector of models with recurrent layers (Gated DeltaNet: Qwen3-Next, Qwen3.5).
+"""The connector of models with recurrent layers (Gated DeltaNet: Qwen3-Next, Qwen3.5; Mamba-2: Nemotron-H, Granite 4).
 
 ``--kv-transfer-config '{"kv_connector": "CacheFlowHybridConnector", "kv_connector_module_path":
 "cacheflow.vllm.hybrid_connector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'``
@@ -48,7 +48,9 @@ class CacheFlowHybridConnector(CacheFlowConnector, SupportsHMA):
         own_stop = getattr(request, "shared_prefix_boundary", None)
         if matched is not None and own_stop is not None:
             end = num_computed_tokens + matched
-            request.shared_prefix_boundary = self._scheduler.stop_at(request.request_id, end, vllm_stop=own_stop)
+            request.shared_prefix_boundary = self._scheduler.stop_at(
+                request.request_id, end, vllm_stop=own_stop, kept_within_passes=self._groups.kept_within_passes
+            )
         return matched, loads
 
     def _has_start_states(self, request: Any, num_computed_tokens: int) -> bool:

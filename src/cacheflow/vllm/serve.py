@@ -40,7 +40,7 @@ Replace = Callable[[str, list[str], Mapping[str, str]], object]
 
 def transfer_config(options: ConnectorOptions, kind: CacheKind = CacheKind.FULL) -> dict[str, Any]:
     """The value of vLLM's ``--kv-transfer-config`` for a model whose layers keep ``kind``."""
-    connector = HYBRID_CONNECTOR if kind is CacheKind.DELTA_NET else CONNECTOR
+    connector = HYBRID_CONNECTOR if kind.has_states else CONNECTOR
     return {
         "kv_connector": connector,
         "kv_connector_module_path": CONNECTORS[connector],

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cacheflow.errors import ConfigError
+from cacheflow.errors import ConfigError, UnsupportedModelError
 from cacheflow.vllm.models.kv_groups import KvGroups
 from cacheflow.vllm.models.layers import find_layers
 
@@ -30,24 +30,26 @@ class Keeper(torch.nn.Module):
 
 
 class Layer(torch.nn.Module):
-    def __init__(self, keeper):
+    def __init__(self, keepers):
         super().__init__()
-        if keeper is not None:
-            self.keeper = keeper
+        self.keepers = torch.nn.Sequential(*keepers)
 
     def forward(self, hidden):
-        return self.keeper(hidden) if hasattr(self, "keeper") else hidden
+        return self.keepers(hidden)
 
 
 class Model(torch.nn.Module):
-    """``A``: attention, ``S``: running state, ``-``: a layer that keeps nothing of its own."""
+    """``A``: attention, ``S``: running state, ``B``: both, ``-``: a layer that keeps nothing of its own."""
 
     def __init__(self, pattern):
         super().__init__()
         self.called = []
-        keepers = [None if kind == "-" else Keeper(f"{kind}{n}", self.called) for n, kind in enumerate(pattern)]
+        kinds = {"-": "", "B": "AS"}
+        keepers = [
+            [Keeper(f"{each}{n}", self.called) for each in kinds.get(kind, kind)] for n, kind in enumerate(pattern)
+        ]
         self.layers = torch.nn.ModuleList(Layer(each) for each in keepers)
-        self.context = {each.name: each for each in keepers if each is not None}
+        self.context = {each.name: each for of_layer in keepers for each in of_layer}
 
     def forward(self, hidden):
         for layer in self.layers:
@@ -70,6 +72,8 @@ def rows_of(pattern):
         ("-SA-SA-", [(0, 4), (4, 7)], [("S1",), ("S4",)]),
         ("SSAA", [(0, 3), (3, 4)], [("S0", "S1"), ()]),
         ("A-A", [(0, 2), (2, 3)], [(), ()]),
+        ("BBB", [(0, 1), (1, 2), (2, 3)], [("S0",), ("S1",), ("S2",)]),
+        ("SB-A", [(0, 3), (3, 4)], [("S0", "S1"), ()]),
     ],
 )
 def test_a_row_is_an_attention_with_the_states_below_it(pattern, spans, states):
@@ -97,6 +101,20 @@ def test_keys_and_values_alone_leave_out_the_attention_but_no_state():
     assert model.called == ["S2", "A3", "A3 attends", "S4", "S5"]  # states above the last attention need its output
 
 
+def test_a_layer_with_both_is_run_whole():
+    model, layers = rows_of("BB")
+    layers.run(lambda: model(torch.zeros(1)), None, (0, 1), kv_only_top=True)
+    assert model.called == ["A0", "A0 attends", "S0"]
+
+
+def test_two_attentions_in_one_layer_are_refused():
+    model, _ = rows_of("BB")
+    shared = torch.nn.Sequential(model.layers[0].keepers[0], model.layers[1].keepers[0])
+    whole = torch.nn.Sequential(torch.nn.ModuleList([shared]))
+    with pytest.raises(UnsupportedModelError, match="A0 and A1 are in one layer"):
+        find_layers(whole, model.context, ["A0", "A1"])
+
+
 def group(kind, *names, **spec):
     return SimpleNamespace(kv_cache_spec=type(kind, (), {"block_size": 128, **spec})(), layer_names=list(names))
 
@@ -109,6 +127,7 @@ def test_groups_are_told_apart_by_what_they_keep():
     )
     assert (groups.attention, groups.states, groups.block_size) == (1, (0, 2), 128)
     assert groups.state_names == (("s0", "s3"), ("s1",))
+    assert not groups.kept_within_passes
     by_group = ([0, 0, 7], [4, 5, 6], [0, 0, 9])
     assert groups.kv_blocks(by_group) == [4, 5, 6]
     assert groups.state_blocks(by_group, 3 * 128) == (7, 9)

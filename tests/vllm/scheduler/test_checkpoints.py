@@ -182,13 +182,13 @@ def test_states_are_saved_at_the_prompt_s_last_chunk_and_of_a_reply_at_its_last(
         ({"num_stored": 9, "end": 5}, 0),  # where vLLM stops anyway
         ({"num_stored": 0, "end": 0}, 0),
         ({"num_stored": 3, "end": 0, "vllm_stop": 4}, 4),
-        ({"num_stored": 0, "end": 0, "block_size": BLOCK}, 5),  # vLLM stops where a block ends, within a chunk
-        ({"num_stored": 3, "end": 0, "block_size": BLOCK}, 3),
+        ({"num_stored": 0, "end": 0, "stops_itself": False}, 5),
+        ({"num_stored": 3, "end": 0, "stops_itself": False}, 3),
     ],
 )
 def test_vllm_is_asked_to_stop_where_states_are_wanted(asked, stop):
     made = positions()
-    arguments = {"block_size": CHUNK, "vllm_stop": 0} | asked
+    arguments = {"stops_itself": True, "vllm_stop": 0} | asked
     arguments |= {name: arguments[name] * CHUNK for name in ("end", "vllm_stop")}
     assert made.stop_at(**arguments) == stop * CHUNK
     if stop and stop != asked["end"]:
@@ -198,7 +198,7 @@ def test_vllm_is_asked_to_stop_where_states_are_wanted(asked, stop):
 def test_vllm_does_not_stop_for_states_that_are_stored():
     made = positions()
     made.stored = frozenset({2})
-    assert made.stop_at(num_stored=3, end=0, block_size=CHUNK, vllm_stop=0) == 0
+    assert made.stop_at(num_stored=3, end=0, stops_itself=True, vllm_stop=0) == 0
 
 
 def kept(made):
@@ -270,6 +270,17 @@ def test_a_chunk_s_save_carries_the_states_where_they_are_due():
     (last,) = scheduled_step(made, 2 * CHUNK).saves
     assert (last.chunk, last.state_blocks, last.keep) == (1, (2 * CHUNK // BLOCK, 1), False)
     assert last.block_ids == tuple(range(CHUNK // BLOCK, 2 * CHUNK // BLOCK))
+
+
+def test_vllm_is_asked_to_stop_where_it_would_go_by():
+    """A chunk is larger than a block, or states are kept within passes."""
+    made = case()
+    made.arrive("r", tokens(4 * CHUNK + 5))
+    assert made.side.stop_at("r", 0, vllm_stop=0) == 4 * CHUNK
+    blocks = Case(options=replace(options(), chunk_tokens=BLOCK), facts_by_rank=RECURRENT)
+    blocks.arrive("r", tokens(4 * CHUNK + 5))
+    assert blocks.side.stop_at("r", 0, vllm_stop=0) == 0
+    assert blocks.side.stop_at("r", 0, vllm_stop=0, kept_within_passes=True) == 4 * CHUNK + 4 // BLOCK * BLOCK
 
 
 def test_states_are_saved_where_the_keys_and_values_were_long_ago():

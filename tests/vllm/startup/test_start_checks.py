@@ -60,6 +60,10 @@ def passes(model, options, words, installed, environment=None) -> None:
             {"layer_types": ["sliding_attention"] * 2, "sliding_window": 512},
             "a sliding window of tokens in every layer",
         ),
+        (
+            {"model_type": "kimi_linear", "linear_attn_config": {"kda_layers": [1]}, "kv_lora_rank": 512},
+            "the state of Kimi Delta Attention (KDA) in some layers; vLLM has its kernels for GPUs alone",
+        ),
     ],
 )
 def test_a_model_that_is_not_even_loaded(model, vllm, changes, said):
@@ -71,8 +75,10 @@ def test_a_model_that_is_not_even_loaded(model, vllm, changes, said):
 
 
 @pytest.mark.parametrize("words", [["--block-size", "1088"], ["--max-model-len", "512"]], ids=str)
-def test_a_hybrid_s_chunk_is_a_block_unless_another_size_is_given(model, vllm, words):
-    path = model(model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
+@pytest.mark.parametrize("model_type", ["qwen3_next", "granitemoehybrid"])
+def test_a_hybrid_s_chunk_is_a_block_unless_another_size_is_given(model, vllm, words, model_type):
+    kinds = {"qwen3_next": ["linear_attention", "full_attention"], "granitemoehybrid": ["mamba", "attention"]}
+    path = model(model_type=model_type, layer_types=kinds[model_type])
     passes(path, FILE, words, vllm)
     assert "chunk_tokens is 1024" in refused(path, replace(FILE, chunk_tokens=1024), words, vllm)
 

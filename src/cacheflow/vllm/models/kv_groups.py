@@ -13,6 +13,8 @@ from cacheflow.errors import ConfigError
 
 STATE_SPEC = "MambaSpec"
 """VLLM's KV cache spec of layers that keep a running state."""
+DELTA_NET, MAMBA2 = "GDN_ATTN", "MAMBA2"
+"""What vLLM calls recurrent layers whose running states are restored: Gated DeltaNet and Mamba-2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,9 @@ class KvGroups:
         spec: What vLLM says of the attention layers' blocks.
         attention_names: VLLM's names of the layers of ``attention``.
         state_names: Names of the layers of each of ``states``.
+        state_kind: What vLLM calls the layers of ``states``; empty without any.
+        kept_within_passes: Whether a prompt's last pass leaves the states where its last whole block ends as it goes by
+            (Mamba-2): then vLLM ends no pass there.
     """
 
     attention: int
@@ -34,6 +39,8 @@ class KvGroups:
     spec: Any
     attention_names: tuple[str, ...]
     state_names: tuple[tuple[str, ...], ...]
+    state_kind: str = ""
+    kept_within_passes: bool = False
 
     @classmethod
     def of(cls, kv_cache_config: Any) -> KvGroups:  # noqa: ANN401 -- vLLM's KVCacheConfig
@@ -55,6 +62,8 @@ class KvGroups:
             spec=group.kv_cache_spec,
             attention_names=tuple(getattr(group, "layer_names", ())),
             state_names=tuple(tuple(each.layer_names) for _, each in states),
+            state_kind=kind_of_states(states[0][1].kv_cache_spec) if states else "",
+            kept_within_passes=any(keeps_within_passes(each.kv_cache_spec) for _, each in states),
         )
 
     def kv_blocks(self, by_group: Sequence[Sequence[int]]) -> list[int]:
@@ -77,6 +86,17 @@ class KvGroups:
         for group, blocks in zip(self.states, state_blocks, strict=True):
             listed[group] = list(blocks)
         return tuple(listed)
+
+
+def kind_of_states(spec: Any) -> str:  # noqa: ANN401 -- vLLM's MambaSpec
+    """What vLLM calls the layers that keep these running states."""
+    kind = getattr(spec, "mamba_type", "")
+    return str(getattr(kind, "name", kind))
+
+
+def keeps_within_passes(spec: Any) -> bool:  # noqa: ANN401 -- vLLM's KVCacheSpec
+    """Whether layers with this KV cache spec leave states in the middle of a pass."""
+    return bool(getattr(spec, "num_prefill_checkpoint_blocks", 0))
 
 
 def is_state_spec(spec: Any) -> bool:  # noqa: ANN401 -- vLLM's KVCacheSpec

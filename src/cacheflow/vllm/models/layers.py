@@ -5,15 +5,15 @@ run by calling the whole model as vLLM's runner does, while stand-ins take the p
 those below return what the layer before the wanted ones returned when it was run (the *carry*), and above the last one
 the call ends. So everything that a model does before and between its layers is done by its own code.
 
-A row is a layer that has keys and values of its own, with the recurrent layers right before it and what lies between;
-what comes after the last such layer is run with the last row.
+A row is a layer that has keys and values of its own, with the recurrent layers right before it and what lies between,
+or that is recurrent as well; what comes after the last such layer is run with the last row.
 
 Shapes: ``R`` rows of this stage, bottom first.
 """
 
 from __future__ import annotations
 
-from bisect import bisect
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class ModelLayers:
         attention_R: VLLM's attention object of each row.
         name_R: Its name, the key of the row's KV cache.
         states_R: Names of each row's recurrent layers, in order; none in models without.
-        ends_recurrent: Whether the last row has a recurrent layer above its attention.
+        whole_R: Whether each row is always run to its top: it has a recurrent layer beside or above its attention.
         asked_again: Those of ``modules`` whose output the model gives to a drafter (EAGLE-3's auxiliary states).
     """
 
@@ -69,7 +69,7 @@ class ModelLayers:
     attention_R: tuple[Any, ...]
     name_R: tuple[str, ...]
     states_R: tuple[tuple[str, ...], ...]
-    ends_recurrent: bool = False
+    whole_R: tuple[bool, ...]
     asked_again: frozenset[int] = frozenset()
 
     @property
@@ -105,8 +105,7 @@ class ModelLayers:
         """
         row_lo, row_hi = rows
         first, last = self.span(row_lo, row_hi)
-        # The state of a recurrent layer above the last attention needs what that attention makes.
-        cut = kv_only_top and not (self.ends_recurrent and row_hi == self.num_rows)
+        cut = kv_only_top and not self.whole_R[row_hi - 1]
         alone = cut and self.can_write_alone(row_hi - 1)
         kept = {} if carry is None else dict(carry.kept)
         with ExitStack() as stand_ins:
@@ -169,33 +168,31 @@ def find_layers(
         state_names: Those with a running state.
 
     Raises:
-        UnsupportedModelError: One of them is not in the model's tree or not in a list of layers, or two are in one
-            layer or in different lists.
+        UnsupportedModelError: One of them is not in the model's tree or not in a list of layers, or two of a kind are
+            in one layer, or some are in different lists.
     """
     paths = {id(module): path for path, module in model.named_modules(remove_duplicate=False)}
-    lists, keepers = dict[int, tuple[str, Module]](), dict[int, str]()
-    for name in (*names, *state_names):
+    lists, keepers, states = dict[int, tuple[str, Module]](), dict[int, str](), dict[int, str]()
+    for name, of_kind in (*((each, keepers) for each in names), *((each, states) for each in state_names)):
         path = paths.get(id(context[name]))
         found = None if path is None else _outermost_list(model, path)
         if found is None:
             raise UnsupportedModelError(f"the layer {name} is in no list of the model's layers")
         of_list, parent, number = found
         lists[id(parent)] = of_list, parent
-        if number in keepers:
-            raise UnsupportedModelError(f"{keepers[number]} and {name} are in one layer")
-        keepers[number] = name
+        if number in of_kind:
+            raise UnsupportedModelError(f"{of_kind[number]} and {name} are in one layer")
+        of_kind[number] = name
     if len(lists) != 1:
         raise UnsupportedModelError(f"its layers are in several lists: {', '.join(path for path, _ in lists.values())}")
     [(_, parent)] = lists.values()
     every = list(parent.children())
     here = [index for index, module in enumerate(every) if type(module).__name__ != "PPMissingLayer"]
     first, last = here[0], here[-1]
-    recurrent = set(state_names)
-    rows = sorted(number for number, name in keepers.items() if name not in recurrent)
-    states = sorted(number for number, name in keepers.items() if name in recurrent)
+    rows = sorted(keepers)
     of_row: list[list[int]] = [[] for _ in rows]
-    for number in states:
-        of_row[min(bisect(rows, number), len(rows) - 1)].append(number)
+    for number in sorted(states):
+        of_row[min(bisect_left(rows, number), len(rows) - 1)].append(number)
     begins = [min([*found, number]) for found, number in zip(of_row, rows, strict=True)]
     return ModelLayers(
         modules=tuple(every[first : last + 1]),
@@ -204,8 +201,8 @@ def find_layers(
         first_of_R=(0, *(number - first for number in begins[1:])),
         attention_R=tuple(context[keepers[number]] for number in rows),
         name_R=tuple(keepers[number] for number in rows),
-        states_R=tuple(tuple(keepers[number] for number in found) for found in of_row),
-        ends_recurrent=bool(states) and states[-1] > rows[-1],
+        states_R=tuple(tuple(states[number] for number in found) for found in of_row),
+        whole_R=tuple(bool(found) and found[-1] >= row for found, row in zip(of_row, rows, strict=True)),
         asked_again=frozenset(number - 1 - first for number in _given_to_drafter(model) if first < number <= last),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from bisect import bisect
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +150,7 @@ def open_model(vllm_config: Any, kv_cache_config: Any, *, load_only: bool = Fals
 def _states_by_number(names: Sequence[str], states: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """The recurrent layers of each row by the numbers in their names, for a model that is only loaded."""
     tops = [layer_number(name) for name in names]
-    rows = [min(bisect(tops, layer_number(each)), len(tops) - 1) for each in states]
+    rows = [min(bisect_left(tops, layer_number(each)), len(tops) - 1) for each in states]
     return tuple(tuple(each for each, of in zip(states, rows, strict=True) if of == row) for row in range(len(tops)))
 
 

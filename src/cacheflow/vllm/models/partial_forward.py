@@ -14,6 +14,7 @@ import torch
 
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.models.boundary_states import States
+from cacheflow.vllm.models.kv_groups import keeps_within_passes
 from cacheflow.vllm.models.layers import Carry, ModelLayers
 from cacheflow.vllm.models.model_access import ModelHandle
 
@@ -278,11 +279,17 @@ def _own_groups(handle: ModelHandle) -> list[Any]:
     groups = []
     with set_current_vllm_config(handle.vllm_config):
         for index, theirs in attention_groups(handle):
-            own = AttentionGroup(theirs.backend, list(theirs.layer_names), theirs.kv_cache_spec, index)
+            spec = _without_states_within(theirs.kv_cache_spec)
+            own = AttentionGroup(theirs.backend, list(theirs.layer_names), spec, index)
             own.create_metadata_builders(handle.vllm_config, handle.device, _kernel_block_size(handle.runner, index))
             own.kernel_block_stride = theirs.kernel_block_stride
             groups.append(own)
     return groups
+
+
+def _without_states_within(spec: Any) -> Any:  # noqa: ANN401 -- vLLM's KVCacheSpec
+    """The same for layers that leave no states within a pass: here that would be in the block of those at its end."""
+    return replace(spec, num_prefill_checkpoint_blocks=0) if keeps_within_passes(spec) else spec
 
 
 def attention_groups(handle: ModelHandle) -> list[tuple[int, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from cacheflow.errors import UnsupportedModelError
 from cacheflow.shapes.hf_config import CacheKind
-from cacheflow.vllm.models.kv_groups import is_state_spec
+from cacheflow.vllm.models.kv_groups import DELTA_NET, MAMBA2, is_state_spec, kind_of_states
 
 Config = Any
 """vLLM's configuration objects, whose types this package does not rely on."""
@@ -21,8 +21,8 @@ DRAFTERS = ("ngram", "suffix", "eagle", "eagle3", "mtp")
 """How vLLM may draft: from the tokens alone, or with a model whose keys and values are restored as one layer more."""
 SUPPORTED_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 """vLLM's KV cache specs that are restored: keys and values, or one latent, of every token."""
-STATE_KIND = "GDN_ATTN"
-"""What vLLM calls recurrent layers whose running states are restored: Gated DeltaNet."""
+KDA_ARCHITECTURES = ("BailingMoeV3", "Glm5Next", "KimiK3", "KimiLinear")
+"""How the names of architectures with Kimi Delta Attention begin: vLLM counts their states as Gated DeltaNet's."""
 _KIND_OF_SPEC = {
     "SlidingWindowSpec": CacheKind.WINDOW,
 }
@@ -54,16 +54,17 @@ def require_recomputable(reasons: Sequence[str], *, load_only: bool) -> None:
 
 def cache_refusal(kind: CacheKind, *, spec: str = "") -> str:
     """Why a KV cache of this kind, vLLM's ``spec`` where that is known, is not restored; empty where it may be."""
-    if kind in (
+    if kind.has_states or kind in (
         CacheKind.FULL,
         CacheKind.MIXED,
         CacheKind.LATENT,
-        CacheKind.DELTA_NET,
     ):  # vLLM keeps all tokens where only some layers have a window
         return ""
     way_out = ""
     if kind is CacheKind.WINDOW:
         way_out = "; vLLM's --disable-sliding-window keeps every token, of prompts up to the window"
+    if kind is CacheKind.KIMI_DELTA:
+        way_out = "; vLLM has its kernels for GPUs alone, where restoring them was never tried"
     return f"the model keeps {kind.value}{f' ({spec})' if spec else ''}{way_out}"
 
 
@@ -71,6 +72,8 @@ def load_refusals(vllm_config: Config, kv_cache_config: Config) -> list[str]:
     """Why blocks cannot even be saved and loaded; empty when they can. Works in the scheduler and in workers."""
     reasons = [*_cache_refusals(kv_cache_config), *engine_refusals(vllm_config)]
     recurrent = any(is_state_spec(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups)
+    if str(getattr(vllm_config.model_config, "architecture", "")).startswith(KDA_ARCHITECTURES):
+        reasons.append(cache_refusal(CacheKind.KIMI_DELTA))
     if recurrent and vllm_config.speculative_config is not None:
         reasons.append("it drafts, with running states for every draft: restoration was never tried with those")
     return reasons
@@ -96,9 +99,10 @@ def _cache_refusals(kv_cache_config: Config) -> Iterator[str]:
 
 def _state_refusals(spec: Any) -> Iterator[str]:  # noqa: ANN401 -- vLLM's MambaSpec
     """Why running states are not restored."""
-    kind = getattr(spec.mamba_type, "name", str(spec.mamba_type))
-    if kind != STATE_KIND:
-        yield f"the model keeps {CacheKind.RECURRENT.value} (of kind {kind}); of those {STATE_KIND} is supported"
+    kind = kind_of_states(spec)
+    if kind not in (DELTA_NET, MAMBA2):
+        supported = f"{DELTA_NET} and {MAMBA2}"
+        yield f"the model keeps {CacheKind.RECURRENT.value} (of kind {kind}); of those {supported} are supported"
     if spec.mamba_cache_mode != "align":
         yield (
             f"running states are kept in mode {spec.mamba_cache_mode!r}, not where blocks end ('align'): leave vLLM's "

@@ -42,20 +42,20 @@ class RequestCheckpoints:
         """Where the prompt's last whole chunk ends that leaves a token to compute."""
         return (self._view.num_prompt_tokens - 1) // self._chunk_tokens * self._chunk_tokens
 
-    def stop_at(self, *, num_stored: int, end: int, block_size: int, vllm_stop: int) -> int:
+    def stop_at(self, *, num_stored: int, end: int, stops_itself: bool, vllm_stop: int) -> int:
         """Where vLLM is to end a step, for the states there; 0 for nowhere, and where it will stop anyway.
 
         Args:
             num_stored: Leading chunks the store holds of the prompt.
             end: Tokens that are in the KV cache, or will have been restored, when the prompt goes on.
-            block_size: vLLM stops where the prompt's last block of so many tokens ends.
+            stops_itself: Whether vLLM ends a step where the prompt's last chunk ends.
             vllm_stop: Where it means to stop itself, because prompts that it has seen part there; 0 for nowhere.
         """
         last = self.prompt_end
         parts_at = min(num_stored * self._chunk_tokens, last)
         if end < parts_at < last and num_stored - 1 not in self.stored:
             chosen = parts_at
-        elif end < last and self._chunk_tokens != block_size:
+        elif end < last and not stops_itself:
             chosen = last
         else:
             # Where a restored prefix ends vLLM keeps the states only if it thinks that prompts part there.

@@ -201,14 +201,20 @@ class SchedulerSide:
             request.offered = self.decider.after_copy(decision, shared) if copies else decision
         return decision.num_tokens
 
-    def stop_at(self, request_id: str, num_computed: int, *, vllm_stop: int) -> int:
-        """Where vLLM is to end a step of a prompt that goes on after so many tokens; see ``RequestCheckpoints``."""
+    def stop_at(self, request_id: str, num_computed: int, *, vllm_stop: int, kept_within_passes: bool = False) -> int:
+        """Where vLLM is to end a step of a prompt that goes on after so many tokens; see ``RequestCheckpoints``.
+
+        It ends one where the prompt's last block does, unless the states there are ``kept_within_passes``.
+        """
         request = self.requests.get(request_id)
         if request is None or request.checkpoints is None or request.params.mode is Mode.OFF:
             return vllm_stop
         num_stored = 0 if request.question is None else request.question.num_stored
         return request.checkpoints.stop_at(
-            num_stored=num_stored, end=num_computed, block_size=self._block_size, vllm_stop=vllm_stop
+            num_stored=num_stored,
+            end=num_computed,
+            stops_itself=self._options.chunk_tokens == self._block_size and not kept_within_passes,
+            vllm_stop=vllm_stop,
         )
 
     def _decide(

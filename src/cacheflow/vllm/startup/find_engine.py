@@ -16,6 +16,7 @@ from cacheflow.stores.probe import measure_link
 from cacheflow.types import ModelShape
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.models.kv_groups import MAMBA2
 from cacheflow.vllm.models.layers import is_latent
 from cacheflow.vllm.models.model_access import ModelHandle, open_model
 from cacheflow.vllm.models.partial_forward import PartialForward
@@ -34,8 +35,8 @@ from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 logger = logging.getLogger(__name__)
 
-_RECURRENT_TOKENS = 64
-"""Kernels of Gated DeltaNet layers take so many tokens at once."""
+_DELTA_TOKENS = 64
+"""Kernels of Gated DeltaNet layers take so many tokens at once; those of Mamba-2 as many as the model says."""
 _COSTLY_CHUNK = 0.2
 """Share of a chunk's cost that a long pass saves, from which on longer chunks are advised."""
 
@@ -108,13 +109,20 @@ def find_engine(
 def _advise_blocks(options: ConnectorOptions, handle: ModelHandle) -> None:
     """Say when running states depend on where passes end, and passes of a prefill end elsewhere than chunks."""
     size = handle.block_size
-    if size % _RECURRENT_TOKENS:
+    is_mamba2 = handle.groups.state_kind == MAMBA2
+    step = int(handle.vllm_config.model_config.get_mamba_chunk_size()) if is_mamba2 else _DELTA_TOKENS
+    if size % step:
         logger.warning(
-            "KV blocks hold %d tokens, no multiple of %d: running states then depend in the last bits on where passes "
-            "end. Give vLLM --block-size %d",
-            size, _RECURRENT_TOKENS, -(-size // _RECURRENT_TOKENS) * _RECURRENT_TOKENS,
+            "KV blocks hold %d tokens, no multiple of the %d that a recurrent layer takes at once: running states then "
+            "depend in the last bits on where passes end. Give vLLM --block-size %d",
+            size, step, -(-size // step) * step,
         )  # fmt: skip
     pass_tokens = int(handle.vllm_config.scheduler_config.max_num_batched_tokens)
+    if handle.groups.kept_within_passes and handle.device.type == "cpu" and pass_tokens > size:
+        logger.warning(
+            "vLLM 0.32 fails with an IndexError on the CPU where a pass of a Mamba-2 model crosses the end of a block: "
+            "%d tokens. Give it --max-num-batched-tokens %d", size, size,
+        )  # fmt: skip
     if pass_tokens < options.chunk_tokens:
         logger.warning(
             "vLLM prefills %d tokens in a pass, fewer than the %d of a chunk: what is recomputed then differs in its "

@@ -18,6 +18,7 @@ from cacheflow.stores.keys import Namespace
 from cacheflow.tensors.device import device_name
 from cacheflow.tensors.fingerprint import FULL_LIMIT_BYTES, kernel_identity, weights_fingerprint
 from cacheflow.vllm.facts import BOTTOM, LayerDigest
+from cacheflow.vllm.models.kv_groups import MAMBA2
 from cacheflow.vllm.models.layers import Carry, leaves
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.partial_forward import PartialForward, attention_groups
@@ -70,7 +71,18 @@ def _states(handle: ModelHandle, states: StateBlocks | None) -> Iterator[tuple[s
     layer = handle.vllm_config.compilation_config.static_forward_context[states.layout.layer_names[0]]
     parts = ", ".join(f"{tuple(each.shape[1:])} of {_dtype_name(each.dtype)}" for each in layer.kv_cache)
     yield "states", f"{parts}, convolution {'DS' if is_conv_state_dim_first() else 'SD'}"
-    yield "states_kernel", str(getattr(layer, "gdn_prefill_backend", ""))
+    yield "states_kernel", _mamba2_kernel(handle) if handle.groups.state_kind == MAMBA2 else _delta_kernel(layer)
+
+
+def _delta_kernel(layer: Any) -> str:  # noqa: ANN401 -- vLLM's recurrent layer
+    return str(getattr(layer, "gdn_prefill_backend", ""))
+
+
+def _mamba2_kernel(handle: ModelHandle) -> str:
+    config = handle.vllm_config.mamba_config
+    rounding = "at random" if config.enable_stochastic_rounding else "to nearest"
+    chunk_tokens = handle.vllm_config.model_config.get_mamba_chunk_size()
+    return f"mamba2 in chunks of {chunk_tokens}, {config.backend.name}, rounding {rounding}"
 
 
 def stage_weights(

@@ -136,9 +136,7 @@ def self_test(
         with scratch_blocks(layout, num_tokens, states) as scratch:
             copy_equal = _copies_are_equal(layout, scratch.kv, _random_bytes(layout, len(scratch.kv)))
             if states is not None:
-                blocks = list(scratch.states[0])
-                random = _random_bytes(states.layout, len(blocks))
-                copy_equal = copy_equal and _copies_are_equal(states.layout, blocks, random)
+                copy_equal = copy_equal and _state_copies_are_equal(states, scratch.states[0])
     else:
         test = _RecomputeTest(forward, layout, states, layers_per_block)
         num_tokens, num_chunks = len(test.probe.tokens), len(test.probe.chunk_ends)
@@ -356,10 +354,27 @@ def _copies_are_equal(layout: BlockLayout, block_ids: list[int], own: Bytes) -> 
     return wiped and all(map(np.array_equal, gathered(layout, block_ids), own))
 
 
+def _state_copies_are_equal(states: StateBlocks, blocks: Sequence[int]) -> bool:
+    """The same of running states, one row after the other: layers of two groups share the memory of a block."""
+    size = states.num_bytes(0, states.num_rows)
+    taken = np.empty(size, dtype=np.uint8)
+    for payload in (np.full(size, _POISON, dtype=np.uint8), _random(size)):
+        states.layout.fence()
+        states.scatter(0, states.num_rows, blocks, payload)
+        states.layout.fence()
+        states.gather(0, states.num_rows, blocks, taken)
+        if not np.array_equal(taken, payload):
+            return False
+    return True
+
+
 def _random_bytes(layout: BlockLayout, num_blocks: int) -> Bytes:
     size = layout.num_bytes(0, layout.num_layers, num_blocks)
-    random = np.random.default_rng(11).integers(0, 256, size, dtype=np.uint8)
-    return layout.by_layer(random, 0, layout.num_layers, num_blocks)
+    return layout.by_layer(_random(size), 0, layout.num_layers, num_blocks)
+
+
+def _random(size: int) -> Payload:
+    return np.random.default_rng(11).integers(0, 256, size, dtype=np.uint8)
 
 
 def _worst_difference(own: Payload, restored: Payload, dtype: torch.dtype) -> float:

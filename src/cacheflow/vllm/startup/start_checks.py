@@ -58,7 +58,7 @@ def check_start(
     config = {} if model is None else _config_of(model, flags, environment)
     _check_store(options, flags, installed, environment)
     kind = _cache_kind(flags, config, environment)
-    _check_chunks(options, flags, max_tokens=_max_tokens(flags, config), recurrent=kind is CacheKind.DELTA_NET)
+    _check_chunks(options, flags, max_tokens=_max_tokens(flags, config), recurrent=kind.has_states)
     view = _view(flags, config)
     require_loadable([reason for reason in (cache_refusal(kind), *engine_refusals(view)) if reason])
     require_recomputable(list(configured_refusals(view)), load_only=options.unsupported_models == "load_only")
