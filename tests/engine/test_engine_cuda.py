@@ -9,7 +9,7 @@ from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.saver import PrefixSaver
 from cacheflow.engine.selftest import self_test
 from cacheflow.engine.transfer_port import StoreTransferPort
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Cell, Tile
 from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
@@ -56,7 +56,7 @@ def restore_through(case, kv, port):
 def test_pinned_link_restores_on_its_own_stream(bytes_per_s):
     case = prefilled("llama", "bfloat16", device="cuda")
     prefix = PinnedPrefix.save(case.saved, case.geometry)
-    assert prefix.payload(0, 0).is_pinned()
+    assert prefix.payload(Cell(0, 0)).is_pinned()
     kv = case.runner.new_kv(case.saved.capacity)
     logits = restore_through(case, kv, PinnedLinkPort(prefix, kv=kv, bytes_per_s=bytes_per_s))
     assert torch.equal(logits, case.logits)

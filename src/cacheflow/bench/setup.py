@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cacheflow.bench.options import DEFAULT_MODEL, EmbeddedFlags
 from cacheflow.engine.cells import CellGeometry
-from cacheflow.engine.identity import model_identity, state_identity
+from cacheflow.engine.identity import bits_identity, state_identity
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.random_models import random_weights
@@ -18,7 +18,6 @@ from cacheflow.plan.problem import RestoreProblem
 from cacheflow.shapes.hardware import find_model
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
-from cacheflow.tensors.fingerprint import kernel_identity
 from cacheflow.types import ModelShape
 from cacheflow.workloads.coding import byte_tokens, source_text
 
@@ -73,11 +72,7 @@ def namespace_of(model: LoadedModel, chunk_tokens: int) -> Namespace:
         weights_fingerprint=model.fingerprint,
         dtype=model.shape.dtype,
         chunk_tokens=chunk_tokens,
-        extra=(
-            *kernel_identity(model.device, library="transformers"),
-            ("num_threads", str(model_identity(model).num_threads)),
-            *state_identity(model.shape),
-        ),
+        extra=(*bits_identity(model), *state_identity(model.shape)),
     )
 
 

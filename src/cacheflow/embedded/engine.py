@@ -16,7 +16,7 @@ from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.arguments import flag, number, require_instance, whole
 from cacheflow.engine.families import require_chunk_tokens
-from cacheflow.engine.identity import model_identity, state_identity
+from cacheflow.engine.identity import asks_flash3, bits_identity, model_identity, state_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
@@ -30,7 +30,6 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
-from cacheflow.tensors.fingerprint import kernel_identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +109,7 @@ class Engine:
         require_instance("model", model, LoadedModel, hint="Engine.open takes a folder or a name")
         _check_parts(store, costs, link)
         self.model, self.store, self.costs, self.link = model, store, costs, link
-        identity = model_identity(model)
-        costs.identity.require(identity)
+        costs.identity.require(model_identity(model))
         for kind in costs.kinds.values():
             kind.full_s(self.options.chunk_tokens, 0)  # refuse a chunk nobody measured now, not at the first eviction
         require_chunk_tokens(model.shape, self.options.chunk_tokens)
@@ -124,9 +122,7 @@ class Engine:
             dtype=model.shape.dtype,
             chunk_tokens=self.options.chunk_tokens,
             extra=(
-                *kernel_identity(model.device, library="transformers"),
-                # a float32 product of a few rows rounds differently when more threads share it
-                ("num_threads", str(identity.num_threads)),
+                *bits_identity(model),
                 ("layers_per_block", str(layers_per_block)),
                 *state_identity(model.shape),
             ),
@@ -167,7 +163,8 @@ class Engine:
         identity = costs.identity
         if identity.device_type == "cuda" and not torch.cuda.is_available():
             raise ProfileError(f"costs were measured on {identity.device}; this machine has no CUDA device: calibrate")
-        loaded = load_model(model, device=identity.device_type, dtype=identity.dtype)
+        flash3 = asks_flash3(identity)
+        loaded = load_model(model, device=identity.device_type, dtype=identity.dtype, flash3=flash3)
         return cls(loaded, store=store, costs=costs, link=link, options=options)
 
     def session(self, *, salt: str = "", history: Sequence[int] = ()) -> Session:
