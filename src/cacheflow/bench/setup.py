@@ -37,14 +37,14 @@ def open_model(flags: EmbeddedFlags) -> LoadedModel:
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
     shape = None if flags.shape is None else find_model(flags.shape)  # now: the file may have changed since
-    return _open(flags.model or DEFAULT_MODEL, shape, flags.device, flags.dtype)
+    return _open(flags.model or DEFAULT_MODEL, shape, flags.device, flags.dtype, flags.flash3)
 
 
 @functools.lru_cache(maxsize=1)
-def _open(name: str, shape: ModelShape | None, device: str, dtype: str) -> LoadedModel:
+def _open(name: str, shape: ModelShape | None, device: str, dtype: str, flash3: bool) -> LoadedModel:
     if shape is not None:
-        return random_weights(shape, device=device, dtype=dtype)
-    return load_model(name, device=device, dtype=dtype)
+        return random_weights(shape, device=device, dtype=dtype, flash3=flash3)
+    return load_model(name, device=device, dtype=dtype, flash3=flash3)
 
 
 def prompt_tokens(model: LoadedModel, num_tokens: int) -> list[int]:
