@@ -28,6 +28,11 @@ def test_self_test_passes(family, dtype):
     assert self_test(tiny_model(family, dtype=dtype, device="cuda")).passed
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_self_test_passes_with_a_window_that_cuts_in(dtype):
+    assert self_test(tiny_model("mistral", dtype=dtype, device="cuda", sliding_window=24)).passed
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("levels", [[3, 3, 3, 3], [3, 2, 1, 0], [0, 0, 0, 0]])
 def test_staircases_are_bit_equal(levels, dtype):
@@ -61,6 +66,15 @@ def test_pinned_link_restores_on_its_own_stream(bytes_per_s):
     logits = restore_through(case, kv, PinnedLinkPort(prefix, kv=kv, bytes_per_s=bytes_per_s))
     assert torch.equal(logits, case.logits)
     assert same_kv(case, kv)
+
+
+def test_a_caller_in_inference_mode_restores_all_the_same():
+    case = prefilled("llama", "bfloat16", device="cuda")
+    prefix = PinnedPrefix.save(case.saved, case.geometry)
+    with torch.inference_mode():
+        kv = case.runner.new_kv(case.saved.capacity)
+        logits = restore_through(case, kv, PinnedLinkPort(prefix, kv=kv))
+    assert torch.equal(logits, case.logits)
 
 
 def test_store_round_trip_through_pinned_staging():
