@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -19,6 +20,11 @@ from cacheflow.engine.runner import LayerRunner, Rope
 
 NONE_GOES_ON = -1
 """A choice: the device does nothing until it is asked again."""
+
+
+def _move(target: torch.Tensor, source: torch.Tensor) -> None:
+    with torch.inference_mode():
+        target.copy_(source)
 
 
 class FakeEvent:
@@ -48,12 +54,9 @@ class FakeStream:
         self.queue: deque[tuple[str, object]] = deque()
         self.now_s = 0.0
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        def move() -> None:
-            with torch.inference_mode():
-                target.copy_(source)
-
-        self._ask("copy", move)
+    def copy(self, *copies: tuple[torch.Tensor, torch.Tensor]) -> None:
+        for target, source in copies:
+            self._ask("copy", partial(_move, target, source))
 
     def launch(self, work: Callable[[], None]) -> None:
         self._ask("launch", work)

@@ -151,8 +151,7 @@ class EngineComputePort:
                 raise ValueError(f"suffix stands below block {self._suffix_block} of {self._grid.num_blocks}")
             self.logits = self._runner.logits(last)
         elif self._kv.lane is not None:
-            self._see_placed()
-            self._kv.lane.streams.current().record().wait()
+            self._kv.lane.settle()
         self._chunks.clear()
         self._suffix.clear()
 

@@ -67,6 +67,11 @@ class CopyLane:
             self.streams.current().wait_for(uploaded)
             self._waited = uploaded
 
+    def settle(self) -> None:
+        """Have the calling thread wait until all that compute was asked, and every upload so far, is done."""
+        self.before_compute()
+        self.streams.current().record().wait()
+
     def has_room(self, timeout_s: float) -> bool:
         """Whether another upload may be queued, within ``timeout_s``."""
         until_s = time.monotonic() + timeout_s
@@ -88,10 +93,8 @@ class CopyLane:
             target: ``[layers, 2, n, H, D]`` on the device, contiguous in the last three axes: one copy for each
                 layer's keys and each layer's values.
         """
-        source = payload.view(target.dtype).view(target.shape)
-        for layer_to, layer_from in zip(target.unbind(0), source.unbind(0), strict=True):
-            self._up.copy(layer_to[0], layer_from[0])
-            self._up.copy(layer_to[1], layer_from[1])
+        runs = target.view(-1, *target.shape[2:])  # not flatten: it would copy rather than fail
+        self._up.copy(*zip(runs.unbind(0), payload.view(target.dtype).view(runs.shape).unbind(0), strict=True))
         event = self._up.record()
         self._queued.append(event)
         self._uploaded = event  # last: compute may look at any time
@@ -100,7 +103,7 @@ class CopyLane:
     def download(self, target: torch.Tensor, source: torch.Tensor) -> StreamEvent:
         """Queue the copy of device memory, as compute leaves it, into pinned memory; read it after the event."""
         self.after_compute()
-        self._down.copy(target, source)
+        self._down.copy((target, source))
         return self._down.record()
 
     def wait_downloads(self) -> None:

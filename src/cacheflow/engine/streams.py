@@ -30,8 +30,11 @@ class StreamEvent(Protocol):
 class DeviceStream(Protocol):
     """One queue of the device; every method returns at once."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy a tensor, one side of it pinned or both on the device; both live until the copy has been done."""
+    def copy(self, *copies: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Copy into the first of each pair what is in the second; both live until that has been done.
+
+        One of them is pinned, or both are on the device.
+        """
         ...
 
     def record(self, *, timed: bool = False) -> StreamEvent:
@@ -99,11 +102,12 @@ class CudaStream:
         """Ask this stream."""
         self.stream = stream
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def copy(self, *copies: tuple[torch.Tensor, torch.Tensor]) -> None:
         """See ``DeviceStream.copy``."""
         # In inference mode whatever the caller's: memory made in it can be written in it alone.
         with torch.inference_mode(), torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
 
     def record(self, *, timed: bool = False) -> CudaEvent:
         """See ``DeviceStream.record``."""

@@ -15,19 +15,19 @@ COPY_BYTES = 1 << 30
 def upload_bytes_per_s(streams: DeviceStreams, device: torch.device, *, num_bytes: int = COPY_BYTES) -> float:
     """Bandwidth of one copy from pinned host memory."""
     source, target = streams.pinned(num_bytes), torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    return num_bytes / device_seconds(streams, lambda: streams.current().copy(target, source))
+    return num_bytes / device_seconds(streams, lambda: streams.current().copy((target, source)))
 
 
 def download_bytes_per_s(streams: DeviceStreams, device: torch.device, *, num_bytes: int = COPY_BYTES) -> float:
     """Bandwidth of one copy into pinned host memory."""
     target, source = streams.pinned(num_bytes), torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    return num_bytes / device_seconds(streams, lambda: streams.current().copy(target, source))
+    return num_bytes / device_seconds(streams, lambda: streams.current().copy((target, source)))
 
 
 def memory_bytes_per_s(streams: DeviceStreams, device: torch.device, *, num_bytes: int = COPY_BYTES) -> float:
     """Bandwidth of the device's memory: bytes read and written by one copy within it."""
     source, target = (torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * num_bytes / device_seconds(streams, lambda: streams.current().copy(target, source))
+    return 2 * num_bytes / device_seconds(streams, lambda: streams.current().copy((target, source)))
 
 
 def product_flops_per_s(

@@ -97,6 +97,25 @@ def test_wrong_bits_end_the_study(rehearse, monkeypatch):
     assert "the study ends here" in shown
 
 
+def test_a_part_that_fails_is_said_and_the_others_have_their_time(rehearse, monkeypatch):
+    from cacheflow.bench.gpu import parts
+
+    def full(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(parts, "CostMeter", full)
+    options = ("--pace", "1000", "--parts", "2,0")
+    code, records, shown = rehearse(*options)
+    assert code == 0
+    assert done(records) == [0]
+    [failed] = [record for record in records if record.name == "failed"]
+    assert (failed.part, failed.values) == (2, {"error": "RuntimeError: out of memory"})
+    assert "part 2 failed: RuntimeError: out of memory" in shown
+    assert "measured, part by part" in shown
+    monkeypatch.undo()
+    assert done(rehearse(*options)[1]) == [0, 2]
+
+
 def test_parts_that_are_none(refused, tmp_path):
     said = refused("bench", "gpu", "--out", tmp_path, "--device", "cpu", "--parts", "0,7")
     assert "--parts 7: known are 0,1,2,3,4,5,6,8" in said

@@ -168,6 +168,8 @@ class BatchStudy:
         prompts = [self.prompts[index] for index in order]
         for prompt in prompts:
             prompt.kv.poison()
+        if self.runner.lane is not None:
+            self.runner.lane.settle()  # what evicting takes is no part of a restoration
         scheduler = BatchScheduler(
             contender.make(),
             LiveRates(bytes_per_s=bytes_per_s),

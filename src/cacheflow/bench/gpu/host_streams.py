@@ -33,10 +33,11 @@ class HostEvent:
 class HostStream:
     """``DeviceStream`` whose work is done when a call returns."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def copy(self, *copies: tuple[torch.Tensor, torch.Tensor]) -> None:
         """See ``DeviceStream.copy``."""
         with torch.inference_mode():
-            target.copy_(source)
+            for target, source in copies:
+                target.copy_(source)
 
     def record(self, *, timed: bool = False) -> HostEvent:
         """See ``DeviceStream.record``."""

@@ -63,10 +63,9 @@ class Part:
 class GpuStudy:
     """What the parts share: the model, the clock, the results file."""
 
-    def __init__(self, flags: GpuFlags, suite: SuiteRun[BenchRecord], *, clock: Clock = time.monotonic) -> None:
-        """Start the clock; the model is made when a part asks for it."""
-        self.flags, self._suite, self._clock = flags, suite, clock
-        self._ends_s = clock() + flags.time_limit_s
+    def __init__(self, flags: GpuFlags, suite: SuiteRun[BenchRecord], *, ends_s: float, clock: Clock) -> None:
+        """Watch the clock until ``ends_s``."""
+        self.flags, self._suite, self._ends_s, self._clock = flags, suite, ends_s, clock
         self.device = torch.device(flags.device)
         self.streams: DeviceStreams = streams_of(self.device) or HostStreams()
         self.on_gpu = flags.device == "cuda"
@@ -181,8 +180,9 @@ class GpuStudy:
 
 def run_parts(flags: GpuFlags, suite: SuiteRun[BenchRecord], *, clock: Clock = time.monotonic) -> bool:
     """Run what is asked for, is not on record, and has its time; False when something was left out."""
+    ends_s, complete = clock() + flags.time_limit_s, True
     setup.open_model(flags)  # a missing device or shape is one line, before anything is measured
-    study, complete = GpuStudy(flags, suite, clock=clock), True
+    study = GpuStudy(flags, suite, ends_s=ends_s, clock=clock)
     for part in PARTS:
         if part.number not in flags.parts or study.has(part.number, "done"):
             continue
@@ -192,7 +192,15 @@ def run_parts(flags: GpuFlags, suite: SuiteRun[BenchRecord], *, clock: Clock = t
             complete = False
             continue
         began_s = clock()
-        if part.run(study):
+        try:
+            finished = part.run(study)
+        except Exception as error:  # noqa: BLE001 -- what was measured is to be shown, and other parts may have their time
+            study.put(part.number, "failed", {"error": f"{type(error).__name__}: {error}"[:500]})
+            study.say(f"part {part.number} failed: {type(error).__name__}: {error}")
+            study.free()
+            complete = False
+            continue
+        if finished:
             study.put(part.number, "done", {"seconds": clock() - began_s})
         elif part.number == EXACTNESS:
             study.say("bits differ: no time is worth measuring, the study ends here")

@@ -268,6 +268,8 @@ class Study:
             options=self.options.executor,
         )
         self._kv.poison()
+        if self._kv.lane is not None:
+            self._kv.lane.settle()  # what evicting takes is no part of a restoration
         transfer = self._link.open(self._kv, bytes_per_s=bytes_per_s, drop=wrong.drop)
         num_tokens = len(self.tokens) if with_suffix else self.grid.num_tokens
         request = RestoreRequest(
