@@ -147,6 +147,9 @@ class Engine:
             lookup_deadline_s=self.options.lookup_deadline_s,
         )
         self.num_blocks = num_layer_blocks(model.shape.num_layers, layers_per_block)
+        if self.runner.lane is not None:
+            # Pinned now, not at the first restoration.
+            self.runner.lane.staging(chunk_tokens * layers_per_block * model.shape.kv_bytes_per_token_layer)
         self.restorer = Restorer(
             runner=self.runner,
             policy=make_policy(self.options.policy, crossover_tokens=self.options.crossover_tokens),

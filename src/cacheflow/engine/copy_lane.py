@@ -47,11 +47,15 @@ class CopyLane:
             self.streams.share(tensor, stream)
 
     def staging(self, num_bytes: int) -> StagingPool:
-        """Pinned buffers of at least ``num_bytes``; the same pool for all that need about as many."""
+        """Pinned buffers of at least ``num_bytes``; the same pool for all that need about as many.
+
+        The first of them are pinned here: no read should wait for that.
+        """
         size = 1 << max(16, (num_bytes - 1).bit_length())
         if size not in self._pools:
             slabs = PinnedSlabs(self.streams.pinned, slab_bytes=SLAB_BYTES)
-            self._pools[size] = StagingPool(size, allocate=slabs.take)
+            pool = self._pools[size] = StagingPool(size, allocate=slabs.take)
+            pool.give(pool.take())
         return self._pools[size]
 
     def after_compute(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,10 +52,7 @@ class PinnedSlabs:
 
 
 class StagingPool:
-    """Hands out buffers of one size and takes them back; grows to what is in flight at once.
-
-    ``take`` on one thread; ``give`` on any.
-    """
+    """Hands out buffers of one size and takes them back; grows to what is in flight at once. Any thread."""
 
     def __init__(
         self, num_bytes: int, *, pinned: bool = False, allocate: Callable[[int], torch.Tensor] | None = None
@@ -70,20 +68,23 @@ class StagingPool:
         self._pinned = pinned
         self._allocate = allocate or self._new
         self._free: list[tuple[StagingBuffer, Passing | None]] = []
+        self._lock = threading.Lock()
 
     def take(self) -> StagingBuffer:
         """A buffer that nobody else holds; its content is whatever was there."""
-        for index in reversed(range(len(self._free))):  # from the one just used; others may append meanwhile
-            buffer, after = self._free[index]
-            if after is None or after.done():
-                del self._free[index]
-                return buffer
-        tensor = self._allocate(self._num_bytes)
+        with self._lock:
+            for index in reversed(range(len(self._free))):  # the one just used first
+                buffer, after = self._free[index]
+                if after is None or after.done():
+                    del self._free[index]
+                    return buffer
+            tensor = self._allocate(self._num_bytes)
         return StagingBuffer(tensor=tensor, array=tensor.numpy())
 
     def give(self, buffer: StagingBuffer, *, after: Passing | None = None) -> None:
         """Return a buffer; nothing may touch it any more, or nothing once ``after`` is done."""
-        self._free.append((buffer, after))
+        with self._lock:
+            self._free.append((buffer, after))
 
     def _new(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
