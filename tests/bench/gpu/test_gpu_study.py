@@ -51,7 +51,7 @@ def test_the_whole_study_is_rehearsed_and_taken_up(rehearse, tmp_path):
     assert {record.policy for record in main} == set(RESTORE_POLICIES)
     assert {record.store for record in restored} == {"pinned", "memory"}
     assert {record.num_tokens for record in restored} == {128, 512, 1024}
-    assert all("launch_over_wall" in record.environment for record in restored)
+    assert all({"launch_over_wall", "attention"} <= set(record.environment) for record in restored)
     assert "measured, part by part" in shown
     assert shown.index("measured, part by part") < shown.index("records in")
     assert sum(1 for each in (tmp_path / "out").rglob("*") if each.is_file()) <= 8

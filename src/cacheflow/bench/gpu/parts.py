@@ -172,7 +172,7 @@ class GpuStudy:
                 if expected_s > self.left_s:
                     self.say(f"left out from {each:g} Gbit/s on: {expected_s:.0f} s needed, {self.left_s:.0f} s left")
                     return False
-                named = {**self._environment, **study.clock_checks}
+                named = {**self._environment, **study.device_notes}
                 for run in run_round(study, round_, suite=SUITE, environment=named, on_run=lambda name: None):
                     self._suite.add(run.record)
         return True

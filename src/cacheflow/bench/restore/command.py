@@ -140,7 +140,7 @@ def _run_length(flags: RestoreFlags, num_tokens: int, suite: SuiteRun[RestoreRec
             study.prepare(lambda: progress.advance(task))
             done = [*suite.done, *suite.added]
             rounds = [r for r in _rounds(flags, study, done) if not is_done(r, study, done, suite=flags.suite)]
-            named = {**environment(accelerator=accelerator_name(flags.device)), **study.clock_checks}
+            named = {**environment(accelerator=accelerator_name(flags.device)), **study.device_notes}
 
             def measure(round_: Round, on_run: OnRun) -> list[RestoreRecord]:
                 runs = run_round(study, round_, suite=flags.suite, environment=named, on_run=on_run)

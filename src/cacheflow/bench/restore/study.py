@@ -89,7 +89,7 @@ class Study:
     """A model with one prefilled, saved and measured prefix.
 
     Attributes:
-        clock_checks: Of the cost measurements on CUDA, medians of what ``CostMeter`` keeps beside them.
+        device_notes: For records, on CUDA: the attention kernel, and medians of what ``CostMeter`` keeps beside costs.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Study:
         self._costs: dict[ChunkPoint, ChunkCost] = {}
         self._head_s = 0.0
         self._unlimited_bytes_per_s: float | None = None
-        self.clock_checks: dict[str, float] = {}
+        self.device_notes: dict[str, float | str] = {}
 
     @property
     def num_cost_steps(self) -> int:
@@ -157,7 +157,8 @@ class Study:
         self._head_s = meter.measure_head_s()
         for name in ("events_over_wall", "launch_over_wall"):
             if measured := getattr(meter, name):
-                self.clock_checks[name] = round(statistics.median(measured), 4)
+                self.device_notes[name] = round(statistics.median(measured), 4)
+                self.device_notes["attention"] = self.model.attention.value
 
     def regrain(self, layers_per_block: int, *, executor: ExecutorOptions | None = None) -> None:
         """Cut the same prefix into other blocks and save it so; reference and costs stay.
