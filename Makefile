@@ -25,7 +25,7 @@ VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vl
 	$(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-long test-vllm check bench bench-vllm
+.PHONY: help setup setup-vllm demo test test-fast test-long test-vllm check bench bench-vllm bench-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -86,6 +86,10 @@ check: $(STAMP) ## format, lint, types, layers
 
 bench: $(STAMP) ## every policy over load/compute ratios; results, table and plots in out/bench
 	$(BIN)/cacheflow bench restore --out $(OUT)/bench
+
+# Not in .venv: a machine with a GPU has its own torch, and maybe no network.
+bench-gpu: ## the first study on a GPU, with the Python at hand; results and table in out/bench-gpu
+	PYTHONPATH=src $(PYTHON) -m cacheflow.cli bench gpu --out $(OUT)/bench-gpu
 
 bench-vllm: $(VLLM_STAMP) ## inside vLLM, beside its own prefill; results, table and plot in out/bench-vllm
 	$(VLLM_BIN)/cacheflow bench vllm --quick --out $(OUT)/bench-vllm

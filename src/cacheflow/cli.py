@@ -90,6 +90,12 @@ COMMANDS = (
         "cacheflow.bench.ranks.command",
     ),
     Command(
+        ("bench", "gpu"),
+        "the first study on a GPU, in parts that watch the clock",
+        "cacheflow.bench.gpu.command",
+        in_repository=True,
+    ),
+    Command(
         ("bench", "figures"),
         "redraw the figures of the CacheFlow paper, and ours, by simulation",
         "cacheflow.bench.figures.command",

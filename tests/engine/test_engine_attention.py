@@ -1,10 +1,16 @@
 """The chunk attention against a plain masked softmax."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cacheflow.engine.attention import _lower_right, chunk_attention
-from cacheflow.errors import UnsupportedModelError
+from cacheflow.engine.attention import chunk_attention
+from cacheflow.engine.cuda_attention import AttentionKernel, default_kernel, flash3, masked
+from cacheflow.engine.random_models import tiny_model
+from cacheflow.errors import ConfigError, UnsupportedModelError
 
 pytestmark = pytest.mark.torch
 
@@ -42,13 +48,97 @@ def test_agrees_with_a_masked_softmax(n, num_keys, heads, window):
     torch.testing.assert_close(out.double(), reference(query, key, value, 0.3, window), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 1, 7, 64])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-@pytest.mark.parametrize(("n", "num_keys"), [(1, 50), (9, 9), (33, 100)])
-def test_the_way_taken_on_cuda_computes_the_same(n, num_keys, heads):
+@pytest.mark.parametrize(("n", "num_keys"), [(1, 1), (1, 50), (9, 9), (33, 100)])
+def test_the_written_out_mask_of_cuda_computes_the_same(n, num_keys, heads, window):
     query, key, value = draw(n, num_keys, heads=heads)
     with torch.inference_mode():
-        out = _lower_right(query, key, value, 0.3).transpose(1, 2)
-    torch.testing.assert_close(out.double(), reference(query, key, value, 0.3), rtol=1e-5, atol=1e-5)
+        out = masked(query, key, value, 0.3, window).transpose(1, 2)
+    torch.testing.assert_close(out.double(), reference(query, key, value, 0.3, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "kernel"),
+    [
+        ("cpu", torch.bfloat16, 64, AttentionKernel.MERGED),
+        ("cuda", torch.bfloat16, 64, AttentionKernel.FLASH2),
+        ("cuda", torch.float16, 256, AttentionKernel.FLASH2),
+        ("cuda", torch.float32, 64, AttentionKernel.MASKED),
+        ("cuda", torch.bfloat16, 60, AttentionKernel.MASKED),
+        ("cuda", torch.bfloat16, 264, AttentionKernel.MASKED),
+    ],
+)
+def test_one_kernel_serves_every_shape_of_a_model(device, dtype, head_dim, kernel):
+    assert default_kernel(device, dtype, head_dim) is kernel
+
+
+class Ops(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize(
+    ("n", "num_keys", "window", "operator"),
+    [
+        (1, 700, None, "_scaled_dot_product_flash_attention"),
+        (64, 64, None, "_scaled_dot_product_flash_attention"),
+        (64, 700, None, "_scaled_dot_product_flash_attention"),
+        (64, 700, 1000, "_scaled_dot_product_flash_attention"),
+        (1, 700, 24, "_flash_attention_forward"),
+        (64, 700, 24, "_flash_attention_forward"),
+    ],
+)
+def test_half_precision_off_the_cpu_asks_for_flash_whatever_the_shape(n, num_keys, window, operator, heads):
+    """Without values (device "meta"): which operator is asked, on tensors in place, and the shape that comes back."""
+    query = torch.empty(1, heads[0], n, 64, device="meta", dtype=torch.bfloat16)
+    key, value = torch.empty(2, 1, heads[1], num_keys, 64, device="meta", dtype=torch.bfloat16)
+    with Ops() as ops:
+        out, _ = chunk_attention(None, query, key, value, None, sliding_window=window)
+    assert out.shape == (1, n, heads[0], 64)
+    assert out.is_contiguous()
+    assert operator in ops.names
+    assert not {"repeat_interleave", "expand", "bitwise_and", "where"} & set(
+        ops.names
+    )  # no head is copied, no mask made
+
+
+def documented_flash3(q, k, v, *, softmax_scale, causal, window_size):
+    """What the package documents: ``[1, tokens, heads, D]``, causality and windows counted from the last key."""
+    left, right = window_size
+    query, key, value = (each.transpose(1, 2) for each in (q, k, v))
+    query_at = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None]
+    key_at = torch.arange(key.shape[2])[None]
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    seen &= (key_at <= query_at + right) if right >= 0 else seen
+    seen &= (key_at >= query_at - left) if left >= 0 else seen
+    seen &= (key_at <= query_at) if causal else seen
+    group = query.shape[1] // key.shape[1]
+    key, value = (each.double().repeat_interleave(group, 1) for each in (key, value))
+    scores = softmax_scale * query.double() @ key.transpose(2, 3)
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 64])
+@pytest.mark.parametrize(("n", "num_keys"), [(1, 50), (9, 9), (33, 100)])
+def test_flash3_is_asked_for_the_same(monkeypatch, n, num_keys, window):
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", SimpleNamespace(flash_attn_func=documented_flash3))
+    query, key, value = draw(n, num_keys)
+    out = flash3(query, key, value, 0.3, window).transpose(1, 2)
+    torch.testing.assert_close(out.double(), reference(query, key, value, 0.3, window), rtol=1e-5, atol=1e-5)
+
+
+def test_flash3_is_refused_where_it_cannot_be():
+    with pytest.raises(ConfigError, match="attention flash3 is of CUDA devices in half precision"):
+        tiny_model("llama", flash3=True)
 
 
 def test_scale_defaults_to_the_head_dim():

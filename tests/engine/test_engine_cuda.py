@@ -9,7 +9,7 @@ from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.saver import PrefixSaver
 from cacheflow.engine.selftest import self_test
 from cacheflow.engine.transfer_port import StoreTransferPort
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Cell, Tile
 from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
@@ -26,6 +26,11 @@ pytestmark = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_self_test_passes(family, dtype):
     assert self_test(tiny_model(family, dtype=dtype, device="cuda")).passed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_self_test_passes_with_a_window_that_cuts_in(dtype):
+    assert self_test(tiny_model("mistral", dtype=dtype, device="cuda", sliding_window=24)).passed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -56,11 +61,20 @@ def restore_through(case, kv, port):
 def test_pinned_link_restores_on_its_own_stream(bytes_per_s):
     case = prefilled("llama", "bfloat16", device="cuda")
     prefix = PinnedPrefix.save(case.saved, case.geometry)
-    assert prefix.payload(0, 0).is_pinned()
+    assert prefix.payload(Cell(0, 0)).is_pinned()
     kv = case.runner.new_kv(case.saved.capacity)
     logits = restore_through(case, kv, PinnedLinkPort(prefix, kv=kv, bytes_per_s=bytes_per_s))
     assert torch.equal(logits, case.logits)
     assert same_kv(case, kv)
+
+
+def test_a_caller_in_inference_mode_restores_all_the_same():
+    case = prefilled("llama", "bfloat16", device="cuda")
+    prefix = PinnedPrefix.save(case.saved, case.geometry)
+    with torch.inference_mode():
+        kv = case.runner.new_kv(case.saved.capacity)
+        logits = restore_through(case, kv, PinnedLinkPort(prefix, kv=kv))
+    assert torch.equal(logits, case.logits)
 
 
 def test_store_round_trip_through_pinned_staging():

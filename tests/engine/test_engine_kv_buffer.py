@@ -33,7 +33,7 @@ def test_a_payload_is_the_cell_in_c_order(dtype):
     payload = kv.cell(*cell).contiguous().view(torch.uint8).numpy().reshape(-1).copy()
     expected = kv.kv_L2THD.clone()
     kv.cell(*cell).zero_()
-    kv.write_payload(payload, cell)
+    kv.write_payload(torch.from_numpy(payload), cell)
     assert torch.equal(kv.kv_L2THD, expected)
 
 

@@ -1,11 +1,14 @@
 """Loading: fingerprints, folders, and the bundled SmolLM2."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cacheflow.engine import smollm2
+from cacheflow.engine.cuda_attention import AttentionKernel
+from cacheflow.engine.identity import asks_flash3, bits_identity, model_identity
 from cacheflow.engine.model import load_model
 from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.runner import LayerRunner
@@ -141,3 +144,16 @@ def test_smollm2_passes_the_self_test_and_knows_the_capital(dtype):
         stop_tokens=frozenset({model.tokenizer.eos_token_id}),
     )  # fmt: skip
     assert "Paris" in model.tokenizer.decode(new)
+
+
+def test_the_attention_kernel_is_part_of_what_costs_and_saved_kv_are_known_by_off_the_cpu():
+    model = tiny_model("llama")
+    on_cpu = bits_identity(model)
+    assert (model.attention, model_identity(model).attention) == (AttentionKernel.MERGED, "cacheflow")
+    assert [name for name, _ in on_cpu] == ["device", "torch", "transformers", "num_threads"]
+    for kernel in (AttentionKernel.FLASH2, AttentionKernel.FLASH3, AttentionKernel.MASKED):
+        other = replace(model, attention=kernel)
+        assert model_identity(other).attention == f"cacheflow-{kernel.value}"
+        assert asks_flash3(model_identity(other)) == (kernel is AttentionKernel.FLASH3)
+        assert bits_identity(other)[:4] == on_cpu
+        assert ("attention", kernel.value) in bits_identity(other)

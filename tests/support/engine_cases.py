@@ -29,9 +29,9 @@ class Case:
     def grid(self) -> Grid:
         return self.geometry.grid
 
-    def new_port(self, kv: KVBuffer, **arguments) -> EngineComputePort:
+    def new_port(self, kv: KVBuffer, *, runner: LayerRunner | None = None, **arguments) -> EngineComputePort:
         return EngineComputePort(
-            self.runner, grid=self.grid, tokens=self.tokens, kv=kv,
+            runner or self.runner, grid=self.grid, tokens=self.tokens, kv=kv,
             layers_per_block=self.geometry.layers_per_block, **arguments,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
+from cacheflow.engine.cell_sizes import chunk_tokens_of
 from cacheflow.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -196,7 +197,8 @@ class EmbeddedFlags(Flags):
     device: str = option("cpu", choices=("cpu", "cuda"))
     dtype: str = option("bfloat16", choices=DTYPES)
     suffix: int = option(256, "new tokens", metavar="N", at_least=1)
-    chunk: int = option(512, "chunk tokens", metavar="N", at_least=1)
+    flash3: bool = option(False, "compute attention by FlashAttention-3 (CUDA, package fa3-fwd)")
+    chunk: int | None = option(None, "chunk tokens (default: 512; 1024 with --device cuda)", metavar="N", at_least=1)
     repeats: int = option(3, "alternations", metavar="N", at_least=1)
     time_limit_s: float | None = option(
         None, "stop after this long; the same command goes on where it stopped", metavar="S", above=0
@@ -211,6 +213,13 @@ class EmbeddedFlags(Flags):
         super().__post_init__()
         if self.model is not None and self.shape is not None:
             raise ConfigError("--model and --shape both say what is restored: drop one of them")
+        if self.flash3 and self.device == "cpu":
+            raise ConfigError("--flash3 is of --device cuda: drop it")
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk."""
+        return chunk_tokens_of(self.device, self.chunk)
 
 
 @dataclass(frozen=True, kw_only=True)

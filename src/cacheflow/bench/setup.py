@@ -9,7 +9,7 @@ from dataclasses import replace
 from cacheflow.bench.environment import available_memory
 from cacheflow.bench.options import DEFAULT_MODEL, EmbeddedFlags
 from cacheflow.engine.cells import CellGeometry
-from cacheflow.engine.identity import model_identity, state_identity
+from cacheflow.engine.identity import bits_identity, state_identity
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.random_models import random_weights
@@ -20,7 +20,6 @@ from cacheflow.shapes.hardware import GPUS, find_model
 from cacheflow.shapes.roofline import Roofline
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
-from cacheflow.tensors.fingerprint import kernel_identity
 from cacheflow.types import ModelShape
 from cacheflow.workloads.coding import byte_tokens, source_text
 
@@ -40,16 +39,16 @@ def open_model(flags: EmbeddedFlags) -> LoadedModel:
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
     shape = None if flags.shape is None else find_model(flags.shape)  # now: the file may have changed since
-    return _open(flags.model or DEFAULT_MODEL, shape, flags.device, flags.dtype)
+    return _open(flags.model or DEFAULT_MODEL, shape, flags.device, flags.dtype, flags.flash3)
 
 
 @functools.lru_cache(maxsize=1)
-def _open(name: str, shape: ModelShape | None, device: str, dtype: str) -> LoadedModel:
+def _open(name: str, shape: ModelShape | None, device: str, dtype: str, flash3: bool) -> LoadedModel:
     if shape is not None:
         if device == "cpu":
             _require_memory(shape)
-        return random_weights(shape, device=device, dtype=dtype)
-    return load_model(name, device=device, dtype=dtype)
+        return random_weights(shape, device=device, dtype=dtype, flash3=flash3)
+    return load_model(name, device=device, dtype=dtype, flash3=flash3)
 
 
 def weight_bytes(shape: ModelShape) -> int:
@@ -91,11 +90,7 @@ def namespace_of(model: LoadedModel, chunk_tokens: int) -> Namespace:
         weights_fingerprint=model.fingerprint,
         dtype=model.shape.dtype,
         chunk_tokens=chunk_tokens,
-        extra=(
-            *kernel_identity(model.device, library="transformers"),
-            ("num_threads", str(model_identity(model).num_threads)),
-            *state_identity(model.shape),
-        ),
+        extra=(*bits_identity(model), *state_identity(model.shape)),
     )
 
 

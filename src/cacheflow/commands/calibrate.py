@@ -15,6 +15,7 @@ from rich.progress import TaskID
 from cacheflow.bench.options import DTYPES, Flags, option
 from cacheflow.bench.suite import new_progress
 from cacheflow.bench.table import Row, text_table
+from cacheflow.engine.cell_sizes import chunk_tokens_of
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.types import Clock
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from cacheflow.profiling.profile import Profile
 
 
+ROUNDS = {"cpu": 2, "cuda": 3}
+"""Of measurement, unless others are asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrateFlags(Flags):
     """The options of ``calibrate``."""
@@ -31,9 +36,12 @@ class CalibrateFlags(Flags):
     model: str = option(help="model folder, or smollm2-135m", words="positional", metavar="MODEL")
     device: str = option("cpu", choices=("cpu", "cuda"))
     dtype: str = option("bfloat16", choices=DTYPES)
-    chunk: int = option(512, "chunk tokens", metavar="N")
+    flash3: bool = option(False, "compute attention by FlashAttention-3 (CUDA, package fa3-fwd)")
+    chunk: int | None = option(None, "chunk tokens (default: 512; 1024 with --device cuda)", metavar="N")
     max_tokens: int | None = option(None, "longest sequence (default: the model's, up to 8192)", metavar="N")
-    repeats: int = option(2, "rounds of measurement", metavar="N")
+    repeats: int | None = option(
+        None, "rounds of measurement (default: 2; with --device cuda 3, after one that is not kept)", metavar="N"
+    )
     time_limit_s: float = option(
         180.0, "seconds of measuring; far offsets, then repeats, then big passes are left out and named",
         metavar="S", above=0, finite=True,
@@ -48,6 +56,16 @@ class CalibrateFlags(Flags):
         None, "throttle the store to this link, in gigabits per second", metavar="G", above=0
     )
     out: Path | None = option(None, "profile to write (default: in the cache folder)", metavar="FILE")
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of the longest chunk."""
+        return chunk_tokens_of(self.device, self.chunk)
+
+    @property
+    def rounds(self) -> int:
+        """How often each chunk is timed."""
+        return ROUNDS[self.device] if self.repeats is None else self.repeats
 
 
 add_arguments = CalibrateFlags.add_flags
@@ -68,7 +86,7 @@ def run(args: argparse.Namespace, *, clock: Clock = time.perf_counter, cpu_clock
     flags = CalibrateFlags.of(args)
     options = _options(flags)
     console = Console()
-    model = load_model(flags.model, device=flags.device, dtype=flags.dtype)
+    model = load_model(flags.model, device=flags.device, dtype=flags.dtype, flash3=flags.flash3)
     path = flags.out or profile_path(device=device_name(model.device), model=model.name, dtype=flags.dtype)
     require_place(path)
     with new_progress(console) as progress:
@@ -81,7 +99,7 @@ def run(args: argparse.Namespace, *, clock: Clock = time.perf_counter, cpu_clock
 
         began_s = clock()
         on_step("link", 0, 1)
-        link = _measure_store(flags, flags.chunk * model.shape.kv_bytes_per_token_layer)
+        link = _measure_store(flags, flags.chunk_tokens * model.shape.kv_bytes_per_token_layer)
         on_step("link", 1, 1)
         options = replace(options, time_limit_s=_left_s(flags.time_limit_s, clock() - began_s))
         calibration = Calibration(model, options, on_step, clock, cpu_clock)
@@ -89,7 +107,7 @@ def run(args: argparse.Namespace, *, clock: Clock = time.perf_counter, cpu_clock
     _print(profile, console)
     for each in calibration.left_out:
         console.print(f"left out, within {flags.time_limit_s:g} s: {each}", soft_wrap=True)
-    if flags.repeats == 1:
+    if flags.rounds == 1:
         console.print("every chunk was timed once: --repeats 2 would tell whether the machine was busy")
     if profile.busy and not flags.accept_noise:
         raise ProfileError(
@@ -112,7 +130,10 @@ def _options(flags: CalibrateFlags) -> CalibrationOptions:
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
     return CalibrationOptions(
-        chunk_tokens=flags.chunk, max_tokens=flags.max_tokens, repeats=flags.repeats, time_limit_s=flags.time_limit_s
+        chunk_tokens=flags.chunk_tokens,
+        max_tokens=flags.max_tokens,
+        repeats=flags.rounds,
+        time_limit_s=flags.time_limit_s,
     )
 
 

@@ -177,7 +177,7 @@ class Demo:
         context = {
             **of_model(self.model),
             "suite": SUITE,
-            "chunk_tokens": self._engine.options.chunk_tokens,
+            "chunk_tokens": self._engine.chunking.chunk_tokens,
             "load_compute_ratio": 1.0,
             "repeat": repeat,
             "environment": environment(),
@@ -199,7 +199,7 @@ class Demo:
         return Grid(
             chunk_ends=prefix.chunk_ends,
             num_blocks=prefix.num_blocks,
-            suffix_ends=regular_ends(prefix.num_tokens, end, self._engine.options.chunk_tokens),
+            suffix_ends=regular_ends(prefix.num_tokens, end, self._engine.chunking.chunk_tokens),
         )
 
     @property

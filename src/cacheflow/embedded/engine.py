@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.arguments import flag, number, require_instance, whole
+from cacheflow.engine.cell_sizes import READS_IN_FLIGHT, chunk_tokens_of, layers_of_cell
 from cacheflow.engine.families import require_chunk_tokens
-from cacheflow.engine.identity import model_identity, state_identity
+from cacheflow.engine.identity import asks_flash3, bits_identity, model_identity, state_identity
 from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
@@ -30,7 +31,6 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
-from cacheflow.tensors.fingerprint import kernel_identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,21 +39,23 @@ class EngineOptions:
 
     Attributes:
         policy: A restore policy by name.
-        chunk_tokens: Tokens of a chunk; part of the store's key, because it decides the rounding.
+        chunk_tokens: Tokens of a chunk; part of the store's key, because it decides the rounding. None for 512 on the
+            CPU and 1,024 on CUDA.
         layers_per_block: Layers of one block, which is one store object per chunk; None for one, or for a hybrid model
-            as many as from one attention layer to the next.
+            as many as from one attention layer to the next, and on CUDA for as many as keep the link busy
+            (``cell_sizes``).
         crossover_tokens: Length from which ``cacheflow_v1`` restores token-wise, measured by calibration.
         lookup_deadline_s: Longest time to ask the store what it holds.
-        executor: Depth and deadlines of reads.
+        executor: Depth and deadlines of reads; None for what suits the device.
         self_test: Check the model against its own forward pass at load.
     """
 
     policy: str = "cacheflow"
-    chunk_tokens: int = 512
+    chunk_tokens: int | None = None
     layers_per_block: int | None = None
     crossover_tokens: int | None = None
     lookup_deadline_s: float = 1.0
-    executor: ExecutorOptions = field(default_factory=ExecutorOptions)
+    executor: ExecutorOptions | None = None
     self_test: bool = True
 
     def __post_init__(self) -> None:
@@ -62,13 +64,15 @@ class EngineOptions:
         Raises:
             ConfigError: A value is out of range, or the policy is unknown.
         """
-        object.__setattr__(self, "chunk_tokens", whole("chunk_tokens", self.chunk_tokens, least=1))
+        if self.chunk_tokens is not None:
+            object.__setattr__(self, "chunk_tokens", whole("chunk_tokens", self.chunk_tokens, least=1))
         if self.layers_per_block is not None:
             object.__setattr__(self, "layers_per_block", whole("layers_per_block", self.layers_per_block, least=1))
         if self.crossover_tokens is not None:
             object.__setattr__(self, "crossover_tokens", whole("crossover_tokens", self.crossover_tokens))
         object.__setattr__(self, "lookup_deadline_s", number("lookup_deadline_s", self.lookup_deadline_s, above=0))
-        require_instance("executor", self.executor, ExecutorOptions)
+        if self.executor is not None:
+            require_instance("executor", self.executor, ExecutorOptions)
         flag("self_test", self.self_test)
         require_instance("policy", self.policy, str)
         make_policy(self.policy)
@@ -110,39 +114,47 @@ class Engine:
         require_instance("model", model, LoadedModel, hint="Engine.open takes a folder or a name")
         _check_parts(store, costs, link)
         self.model, self.store, self.costs, self.link = model, store, costs, link
-        identity = model_identity(model)
-        costs.identity.require(identity)
+        costs.identity.require(model_identity(model))
+        device_type = model.device.type
+        chunk_tokens = chunk_tokens_of(device_type, self.options.chunk_tokens)
         for kind in costs.kinds.values():
-            kind.full_s(self.options.chunk_tokens, 0)  # refuse a chunk nobody measured now, not at the first eviction
-        require_chunk_tokens(model.shape, self.options.chunk_tokens)
-        layers_per_block = model.shape.layers_of_block(self.options.layers_per_block)
+            kind.full_s(chunk_tokens, 0)  # refuse a chunk nobody measured now, not at the first eviction
+        require_chunk_tokens(model.shape, chunk_tokens)
+        layers_per_block = layers_of_cell(
+            model.shape,
+            device_type=device_type,
+            chunk_tokens=chunk_tokens,
+            bytes_per_s=link.bytes_per_s,
+            asked=self.options.layers_per_block,
+        )
         self.runner = LayerRunner(model)
         if self.options.self_test:
             self_test(model)
         self.namespace = Namespace(
             weights_fingerprint=model.fingerprint,
             dtype=model.shape.dtype,
-            chunk_tokens=self.options.chunk_tokens,
+            chunk_tokens=chunk_tokens,
             extra=(
-                *kernel_identity(model.device, library="transformers"),
-                # a float32 product of a few rows rounds differently when more threads share it
-                ("num_threads", str(identity.num_threads)),
+                *bits_identity(model),
                 ("layers_per_block", str(layers_per_block)),
                 *state_identity(model.shape),
             ),
         )
         self._in_batch = threading.Lock()
         self.chunking = Chunking(
-            chunk_tokens=self.options.chunk_tokens,
+            chunk_tokens=chunk_tokens,
             layers_per_block=layers_per_block,
             lookup_deadline_s=self.options.lookup_deadline_s,
         )
         self.num_blocks = num_layer_blocks(model.shape.num_layers, layers_per_block)
+        if self.runner.lane is not None:
+            # Pinned now, not at the first restoration.
+            self.runner.lane.staging(chunk_tokens * layers_per_block * model.shape.kv_bytes_per_token_layer)
         self.restorer = Restorer(
             runner=self.runner,
             policy=make_policy(self.options.policy, crossover_tokens=self.options.crossover_tokens),
             rates=LiveRates(bytes_per_s=link.bytes_per_s),
-            options=self.options.executor,
+            options=self.options.executor or ExecutorOptions(max_reads_in_flight=READS_IN_FLIGHT[device_type]),
         )
 
     @classmethod
@@ -167,7 +179,8 @@ class Engine:
         identity = costs.identity
         if identity.device_type == "cuda" and not torch.cuda.is_available():
             raise ProfileError(f"costs were measured on {identity.device}; this machine has no CUDA device: calibrate")
-        loaded = load_model(model, device=identity.device_type, dtype=identity.dtype)
+        flash3 = asks_flash3(identity)
+        loaded = load_model(model, device=identity.device_type, dtype=identity.dtype, flash3=flash3)
         return cls(loaded, store=store, costs=costs, link=link, options=options)
 
     def session(self, *, salt: str = "", history: Sequence[int] = ()) -> Session:

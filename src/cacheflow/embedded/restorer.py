@@ -84,7 +84,7 @@ class Restorer:
     @property
     def min_claim_s(self) -> float:
         """What compute claims at once at least, in seconds."""
-        return CUDA_CLAIM_S if self.runner.model.device.type == "cuda" else 0.0
+        return 0.0 if self.runner.lane is None else CUDA_CLAIM_S
 
     def restore(
         self, request: RestoreRequest, transfer: TransferPort[T], *, cancel: threading.Event | None = None

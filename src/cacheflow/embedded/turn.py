@@ -195,7 +195,7 @@ class Turn:
     def _copy_from(self, source: Turn, num_tokens: int) -> None:
         assert self.kv is not None, "prepared turns have a buffer"
         assert source.kv is not None, "prepared turns have a buffer"
-        self.kv.kv_L2THD[:, :, :num_tokens].copy_(source.kv.kv_L2THD[:, :, :num_tokens])
+        self.kv.copy_from(source.kv, num_tokens)
 
     def start(self) -> bool:
         """See ``DecodePort.start``."""

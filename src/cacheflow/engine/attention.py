@@ -3,8 +3,9 @@
 Shapes: ``n`` query tokens, ``T`` key tokens (the queries are the last ``n`` of them), ``Hq`` query heads, ``H`` key
 and value heads, ``G = Hq / H``, ``D`` head_dim. Batch is always 1.
 
-Registered with transformers as ``"cacheflow"``. The kernels taken depend on ``(n, T, window, dtype, device)`` alone,
-never on where keys and values came from: that is what makes a restored prefix bit-equal to a recomputed one.
+Registered with transformers as ``"cacheflow"``, and with FlashAttention-3 as ``"cacheflow-flash3"``. The kernels taken
+depend on ``(n, T, window, dtype, device)`` alone, never on where keys and values came from: that is what makes a
+restored prefix bit-equal to a recomputed one. Those of a CUDA device are in ``cuda_attention``.
 
 Why not plain SDPA on CPU: with a lower-right causal mask it materialises the mask and expands keys and values to
 ``Hq`` heads. An unmasked part over the keys before the chunk (the ``G`` query heads of a group folded into the query
@@ -26,12 +27,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
+from cacheflow.engine.cuda_attention import AttentionKernel, default_kernel, flash2, flash3, masked, seen_by
 from cacheflow.errors import UnsupportedModelError
 
 ATTENTION_NAME = "cacheflow"
+FLASH3_ATTENTION_NAME = "cacheflow-flash3"
 
 # Arguments layers pass along that cannot change the result for one unpadded sequence.
 _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"})
@@ -65,17 +67,44 @@ def chunk_attention(
         UnsupportedModelError: The layer asks for something this function does not compute (a mask, attention sinks,
             a soft cap, dropout, a batch).
     """
+    kernel = default_kernel(query.device.type, query.dtype, query.shape[-1])
+    return _attend(kernel, query, key, value, attention_mask, arguments), None
+
+
+def flash3_chunk_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **arguments: Any,  # noqa: ANN401 -- the transformers interface passes anything
+) -> tuple[torch.Tensor, None]:
+    """``chunk_attention`` by FlashAttention-3; see ``require_flash3``."""
+    return _attend(AttentionKernel.FLASH3, query, key, value, attention_mask, arguments), None
+
+
+def _attend(
+    kernel: AttentionKernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    arguments: dict[str, Any],
+) -> torch.Tensor:
     scaling = arguments.pop("scaling", None)
     window = arguments.pop("sliding_window", None)
     _refuse_unknown(query, attention_mask, arguments)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if window is not None and key.shape[2] > window:
+    if kernel is not AttentionKernel.MERGED:
+        out = _ON_CUDA[kernel](query, key, value, scale, window)
+    elif window is not None and key.shape[2] > window:
         out = _windowed(query, key, value, scale, window)
-    elif query.device.type == "cpu":
-        out = _merged_cpu(query, key, value, scale)
     else:
-        out = _lower_right(query, key, value, scale)
-    return out.transpose(1, 2).contiguous(), None
+        out = _merged_cpu(query, key, value, scale)
+    return out.transpose(1, 2).contiguous()
+
+
+_ON_CUDA = {AttentionKernel.FLASH2: flash2, AttentionKernel.FLASH3: flash3, AttentionKernel.MASKED: masked}
 
 
 def _refuse_unknown(query: torch.Tensor, mask: torch.Tensor | None, arguments: dict[str, Any]) -> None:
@@ -112,15 +141,6 @@ def _merged_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sca
     return torch.lerp(own.float(), before.float(), weight).to(query.dtype)
 
 
-def _lower_right(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention aligned to the last key; the flash kernel where the device and dtype have one."""
-    n, num_keys = query.shape[2], key.shape[2]
-    bias = causal_lower_right(n, num_keys) if n > 1 else None
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
-
-
 def _windowed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int) -> torch.Tensor:
     """Exact masking of a sliding window that cuts in; a token sees itself and ``window - 1`` before it."""
     n, num_keys = query.shape[2], key.shape[2]
@@ -134,12 +154,11 @@ def _windowed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale
 
 @lru_cache(maxsize=8)
 def _window_mask(n: int, num_keys: int, window: int, device: str) -> torch.Tensor:
-    """``[n, num_keys]`` True where query ``i`` (key position ``num_keys - n + i``) may look."""
+    """``seen_by``, kept."""
     # Kept across calls, and calls may run inside inference_mode: an inference tensor must not leak out of it.
     with torch.inference_mode(False):
-        query_at = torch.arange(num_keys - n, num_keys, device=device).unsqueeze(1)
-        key_at = torch.arange(num_keys, device=device).unsqueeze(0)
-        return (key_at <= query_at) & (key_at > query_at - window)
+        return seen_by(n, num_keys, window, device)
 
 
 AttentionInterface.register(ATTENTION_NAME, chunk_attention)
+AttentionInterface.register(FLASH3_ATTENTION_NAME, flash3_chunk_attention)

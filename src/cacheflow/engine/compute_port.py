@@ -6,8 +6,8 @@ Provides ``restore.ports.ComputePort`` by structure. One port serves one restora
 Recurrent layers: prefix chunks move states of the port's own along; what they are after the last chunk goes into the
 buffer's checkpoint, where a load puts the same. The new tokens start from the checkpoint and move other states along.
 
-On CUDA every call returns once its kernels are queued; ``recompute`` first waits for the tile *before* it, so at most
-one tile is still running and the caller's clock stays close to the device's. Nothing synchronises the whole device.
+On CUDA every call returns once its kernels are queued, and the device waits for the cells that were placed before it;
+``record`` tells the caller how far the device has come. Nothing synchronises the whole device.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import ChunkCache, KVBuffer
 from cacheflow.engine.runner import LayerRunner, Rope
 from cacheflow.engine.running_states import RunningStates
+from cacheflow.engine.streams import StreamEvent
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid, Tile
 
@@ -83,7 +84,6 @@ class EngineComputePort:
         self._chunks: dict[int, _ChunkState] = {}
         self._suffix: list[_ChunkState] = []
         self._suffix_block = 0
-        self._running: torch.cuda.Event | None = None
 
     def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
         """See ``ComputePort.recompute``.
@@ -100,12 +100,12 @@ class EngineComputePort:
             token_range = self._grid.chunk_range(tile.chunk_lo)
             state = self._chunks[tile.chunk_lo] = self._begin(*token_range, self._running_states)
         self._pass(tile)
+        self._see_placed()
         self._advance(state, tile.block_lo, tile.block_hi, kv_only_top=kv_only_top)
         if tile.block_hi == self._grid.num_blocks:
             state.hidden = None  # nothing runs above the top block of a prefix chunk
         if self._running_states is not None and tile.chunk_hi == self._grid.num_chunks:
             self._checkpoint.copy_from(self._running_states, self._layers(tile.block_lo, tile.block_hi))
-        self._bound_queue()
 
     def _pass(self, tile: Tile) -> None:
         """Note that running states move past a chunk; chunk 0 starts them over."""
@@ -131,12 +131,12 @@ class EngineComputePort:
         if block_lo == 0:
             ranges = map(self._grid.suffix_range, range(len(self._grid.suffix_ends)))
             self._suffix = [self._begin(*token_range, self.end_states) for token_range in ranges]
+        self._see_placed()
         for block in range(block_lo, block_hi):
             if self.end_states is not None:
                 self.end_states.copy_from(self._checkpoint, self._geometry.layers(block))
             for state in self._suffix:
                 self._advance(state, block, block + 1, kv_only_top=self._is_spent(state, block))
-            self._bound_queue()
         self._suffix_block = block_hi
 
     def finish(self) -> None:
@@ -150,11 +150,15 @@ class EngineComputePort:
             if last is None:
                 raise ValueError(f"suffix stands below block {self._suffix_block} of {self._grid.num_blocks}")
             self.logits = self._runner.logits(last)
-        elif self._running is not None:
-            self._running.synchronize()
+        elif self._kv.lane is not None:
+            self._kv.lane.settle()
         self._chunks.clear()
         self._suffix.clear()
-        self._running = None
+
+    def record(self) -> StreamEvent | None:
+        """See ``QueueingPort.record``; None on the CPU."""
+        lane = self._kv.lane
+        return None if lane is None else lane.streams.current().record(timed=True)
 
     def keep_states(self) -> None:
         """Make the buffer's checkpoint that at the end of the new tokens, from which later ones go on."""
@@ -185,10 +189,7 @@ class EngineComputePort:
         """Above the top layer only the last chunk's last token goes on: the others need keys and values alone."""
         return block == self._grid.num_blocks - 1 and state is not self._suffix[-1]
 
-    def _bound_queue(self) -> None:
-        if self._kv.device.type != "cuda":
-            return
-        before, self._running = self._running, torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._running.record()
-        if before is not None:
-            before.synchronize()
+    def _see_placed(self) -> None:
+        """Have the device wait for the cells that were placed so far."""
+        if self._kv.lane is not None:
+            self._kv.lane.before_compute()

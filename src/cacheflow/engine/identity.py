@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from cacheflow.engine.attention import ATTENTION_NAME
+from cacheflow.engine.cuda_attention import AttentionKernel
 from cacheflow.engine.model import LoadedModel
 from cacheflow.plan.costs import CostIdentity
 from cacheflow.tensors.device import device_name
+from cacheflow.tensors.fingerprint import kernel_identity
 from cacheflow.types import HybridShape, ModelShape
 
 
@@ -22,8 +24,30 @@ def model_identity(model: LoadedModel) -> CostIdentity:
         device=device_name(model.device),
         dtype=model.shape.dtype,
         num_threads=0 if on_cuda else torch.get_num_threads(),
-        attention=ATTENTION_NAME,
+        attention=_attention_name(model.attention),
     )
+
+
+def asks_flash3(identity: CostIdentity) -> bool:
+    """Whether costs were measured with FlashAttention-3."""
+    return identity.attention == _attention_name(AttentionKernel.FLASH3)
+
+
+def bits_identity(model: LoadedModel) -> tuple[tuple[str, str], ...]:
+    """What besides weights and tokens decides the bits of this model's KV on this machine; for ``Namespace.extra``."""
+    extra = (
+        *kernel_identity(model.device, library="transformers"),
+        # a float32 product of a few rows rounds differently when more threads share it
+        ("num_threads", str(model_identity(model).num_threads)),
+    )
+    if model.attention is AttentionKernel.MERGED:
+        return extra
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return (*extra, ("attention", model.attention.value), ("cudnn", str(cudnn)))
+
+
+def _attention_name(kernel: AttentionKernel) -> str:
+    return ATTENTION_NAME if kernel is AttentionKernel.MERGED else f"{ATTENTION_NAME}-{kernel.value}"
 
 
 def state_identity(shape: ModelShape) -> tuple[tuple[str, str], ...]:

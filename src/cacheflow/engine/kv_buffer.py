@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cacheflow.engine.copy_lane import CopyLane
 from cacheflow.engine.running_states import RunningStates
+from cacheflow.engine.streams import StreamEvent
 from cacheflow.errors import ConfigError
 from cacheflow.types import HybridShape, ModelShape
 
@@ -36,9 +38,18 @@ class KVBuffer:
     Attributes:
         checkpoint: Running states of the recurrent layers where the restored or prefilled tokens end; None without
             such layers.
+        lane: Copies cells in and out while the device computes; None in host memory, where a call copies.
     """
 
-    def __init__(self, shape: ModelShape, *, capacity: int, dtype: torch.dtype, device: str | torch.device) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        capacity: int,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        lane: CopyLane | None = None,
+    ) -> None:
         """Allocate ``capacity`` tokens, poisoned.
 
         Raises:
@@ -51,10 +62,15 @@ class KVBuffer:
         # kernels may round differently with the alignment.
         room = -(-capacity // _ALIGN_TOKENS) * _ALIGN_TOKENS
         self._row_layers = shape.row_layers
-        self.kv_L2THD = torch.empty(
-            (shape.num_rows, 2, room, shape.num_kv_heads, shape.head_dim), dtype=dtype, device=device
-        )[:, :, :capacity]
-        self.checkpoint = RunningStates(shape, dtype=dtype) if isinstance(shape, HybridShape) else None
+        self.lane = lane
+        # Whatever mode the caller is in: memory made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.kv_L2THD = torch.empty(
+                (shape.num_rows, 2, room, shape.num_kv_heads, shape.head_dim), dtype=dtype, device=device
+            )[:, :, :capacity]
+            self.checkpoint = RunningStates(shape, dtype=dtype) if isinstance(shape, HybridShape) else None
+        if lane is not None:
+            lane.adopt(self.kv_L2THD)
         on_cpu = self.kv_L2THD.device.type == "cpu"
         self._raw: npt.NDArray[Any] | None = self.kv_L2THD.view(_RAW_DTYPE[dtype]).numpy() if on_cpu else None
         self.poison()
@@ -71,14 +87,19 @@ class KVBuffer:
 
     def poison(self) -> None:
         """Evict everything: fill with NaN, so that a cell nobody restored shows in every output."""
+        if self.lane is not None:
+            self.lane.before_compute()
+            self.lane.wait_downloads()
         self.kv_L2THD.fill_(float("nan"))
         if self.checkpoint is not None:
             self.checkpoint.poison()
-        if self.device.type == "cuda":  # a copy stream would not wait for the fill
-            torch.cuda.current_stream(self.device).synchronize()
+        if self.lane is not None:
+            self.lane.after_compute()
 
     def copy_from(self, other: KVBuffer, num_tokens: int) -> None:
         """Take keys and values of the first tokens of another buffer, and its checkpoint."""
+        if other.lane is not None:
+            other.lane.before_compute()
         self.kv_L2THD[:, :, :num_tokens].copy_(other.kv_L2THD[:, :, :num_tokens])
         if self.checkpoint is not None and other.checkpoint is not None:
             self.checkpoint.copy_from(other.checkpoint)
@@ -109,10 +130,21 @@ class KVBuffer:
         """Which attention layers lie in ``[layer_lo, layer_hi)``: the top one of each row."""
         return slice(layer_lo // self._row_layers, layer_hi // self._row_layers)
 
-    def write_payload(self, payload: npt.NDArray[np.uint8], cell: tuple[int, int, int, int]) -> None:
-        """Copy keys and values, bytes of ``[layers, 2, n, H, D]``, to where a ``CellGeometry.extent`` says; CPU."""
+    def write_payload(self, payload: torch.Tensor, cell: tuple[int, int, int, int]) -> StreamEvent | None:
+        """Copy keys and values to where a ``CellGeometry.extent`` says.
+
+        Args:
+            payload: Bytes of ``[layers, 2, n, H, D]``, uint8; pinned where there is a lane.
+            cell: The extent.
+
+        Returns:
+            The event after which the payload may be written again; None where the copy is done already.
+        """
+        if self.lane is not None:
+            return self.lane.upload(payload, self.cell(*cell))
         target = self.raw_cell(*cell)
-        np.copyto(target, payload.view(target.dtype).reshape(target.shape))
+        np.copyto(target, payload.numpy().view(target.dtype).reshape(target.shape))
+        return None
 
 
 class KeysAndValuesWritten(Exception):

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from cacheflow.engine.attention import ATTENTION_NAME
+from cacheflow.engine.attention import ATTENTION_NAME, FLASH3_ATTENTION_NAME
+from cacheflow.engine.cuda_attention import AttentionKernel, default_kernel, require_flash3
 from cacheflow.engine.families import check_supported, parse_dtype, shape_of
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
@@ -37,6 +38,7 @@ class LoadedModel:
         max_tokens: Longest sequence the position embeddings allow.
         dtype: Dtype of weights, activations and KV.
         device: Where it runs.
+        attention: The kernel of its attention.
     """
 
     name: str
@@ -47,13 +49,23 @@ class LoadedModel:
     max_tokens: int
     dtype: torch.dtype
     device: torch.device
+    attention: AttentionKernel
 
 
-def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "bfloat16") -> LoadedModel:
+def load_model(
+    path_or_name: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "bfloat16", flash3: bool = False
+) -> LoadedModel:
     """Load a model from a folder (or ``"smollm2-135m"``) onto a device.
 
+    Args:
+        path_or_name: Where it is.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: Of weights, activations and KV.
+        flash3: Compute attention by FlashAttention-3 (CUDA, package ``fa3-fwd``).
+
     Raises:
-        ConfigError: The folder has no readable model, or the bundled model's package is missing.
+        ConfigError: The folder has no readable model, the bundled model's package is missing, or see
+            ``require_flash3``.
         UnsupportedModelError: The family, rope type, quantisation, device or dtype is not allowed.
     """
     torch_dtype = parse_dtype(dtype)
@@ -89,7 +101,7 @@ def load_model(path_or_name: str | Path, *, device: str = "cpu", dtype: str | to
             f"model {name!r} cannot be loaded: {error}; give a folder with config.json and weights, or {SMOLLM2_NAME!r}"
         ) from error
     _require_all_weights(name, loading)
-    return wrap_module(module, name=Path(name).name, tokenizer=_tokenizer(folder))
+    return wrap_module(module, name=Path(name).name, tokenizer=_tokenizer(folder), flash3=flash3)
 
 
 def _require_all_weights(name: str, loading: Mapping[str, Any]) -> None:
@@ -106,6 +118,7 @@ def wrap_module(
     name: str,
     tokenizer: Any | None = None,  # noqa: ANN401 -- a transformers tokenizer
     fingerprint: str | None = None,
+    flash3: bool = False,
 ) -> LoadedModel:
     """Take a transformers causal LM that already lies on its device; switches its attention to ours.
 
@@ -114,24 +127,32 @@ def wrap_module(
         name: Name for people and profiles.
         tokenizer: Passed through.
         fingerprint: Use this one instead of hashing the weights.
+        flash3: Compute attention by FlashAttention-3.
 
     Raises:
         UnsupportedModelError: See ``check_supported``.
+        ConfigError: See ``require_flash3``.
     """
     weight = module.get_input_embeddings().weight
     check_supported(module.config, device=weight.device.type, dtype=weight.dtype)
     module.eval().requires_grad_(False)
     _align(module)
-    module.config._attn_implementation = ATTENTION_NAME  # noqa: SLF001 -- what every layer reads at each call
+    shape = shape_of(module.config, name=name, dtype=weight.dtype)
+    kind = (weight.device.type, weight.dtype, shape.head_dim)
+    if flash3:
+        require_flash3(*kind)
+    # What every layer reads at each call.
+    module.config._attn_implementation = FLASH3_ATTENTION_NAME if flash3 else ATTENTION_NAME  # noqa: SLF001
     return LoadedModel(
         name=name,
         module=module,
         tokenizer=tokenizer,
-        shape=shape_of(module.config, name=name, dtype=weight.dtype),
+        shape=shape,
         fingerprint=fingerprint or weights_fingerprint(module, module.config.to_dict()),
         max_tokens=int(module.config.max_position_embeddings),
         dtype=weight.dtype,
         device=weight.device,
+        attention=AttentionKernel.FLASH3 if flash3 else default_kernel(*kind),
     )
 
 

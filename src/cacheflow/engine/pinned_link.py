@@ -11,67 +11,72 @@ import time
 import torch
 
 from cacheflow.engine.cells import CellGeometry
-from cacheflow.engine.cuda import CopyLane
+from cacheflow.engine.copy_lane import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.plan.grid import Boundary, Cell, Piece, Tile
 from cacheflow.stores.link import LinkSchedule
+from cacheflow.tensors.staging import GREATEST_SLAB_BYTES, PinnedSlabs
 from cacheflow.types import Clock, LoadOutcome
 
 
 class PinnedPrefix:
-    """Keys and values of a prefix in host memory, cell after cell, each as its payload (see ``cells``)."""
+    """Keys and values of a prefix in host memory, each cell as its payload (see ``cells``)."""
 
-    def __init__(self, geometry: CellGeometry, *, pinned: bool) -> None:
-        """Reserve room for every cell of the grid, page-locked if ``pinned``."""
+    def __init__(self, geometry: CellGeometry, *, lane: CopyLane | None = None) -> None:
+        """Reserve room for every cell of the grid, page-locked with a lane."""
         self.geometry = geometry
-        self._spans: dict[Cell, tuple[int, int]] = {}
-        end = 0
-        for cell in Tile(0, geometry.grid.num_chunks, 0, geometry.grid.num_blocks).cells():
-            start, end = end, end + geometry.num_bytes(cell)
-            self._spans[cell] = start, end
-        self._bytes = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+        cells = list(Tile(0, geometry.grid.num_chunks, 0, geometry.grid.num_blocks).cells())
+        allocate = _pageable if lane is None else lane.streams.pinned
+        slabs = PinnedSlabs(allocate, slab_bytes=min(sum(map(geometry.num_bytes, cells)), GREATEST_SLAB_BYTES))
+        self._payloads = {cell: slabs.take(geometry.num_bytes(cell)) for cell in cells}
 
     @classmethod
     def save(cls, kv: KVBuffer, geometry: CellGeometry) -> PinnedPrefix:
-        """Copy the grid's prefix out of a KV buffer; pinned when the buffer is on CUDA. Waits for the copies."""
-        prefix = cls(geometry, pinned=kv.device.type == "cuda")
-        for cell in prefix._spans:
-            values, payload = kv.cell(*geometry.extent(cell)), prefix.payload(cell)
-            kv_bytes = geometry.kv_bytes(cell)
-            payload[:kv_bytes].view(values.dtype).view(values.shape).copy_(values)
+        """Copy the grid's prefix out of a KV buffer; pinned when the buffer has a lane. Waits for the copies."""
+        prefix, copied = cls(geometry, lane=kv.lane), None
+        for cell, payload in prefix._payloads.items():
+            values, kv_bytes = kv.cell(*geometry.extent(cell)), geometry.kv_bytes(cell)
+            target = payload[:kv_bytes].view(values.dtype).view(values.shape)
+            if kv.lane is not None:
+                copied = kv.lane.download(target, values)
+            else:
+                target.copy_(values)
             if payload.numel() > kv_bytes:
                 assert kv.checkpoint is not None, "only a model with recurrent layers has states to save"
                 payload.numpy()[kv_bytes:] = kv.checkpoint.payload(geometry.layers(cell.block))
+        if copied is not None:
+            copied.wait()
         return prefix
 
     def payload(self, cell: Cell) -> torch.Tensor:
-        """Bytes of one cell, a uint8 view."""
-        start, end = self._spans[cell]
-        return self._bytes[start:end]
+        """Bytes of one cell, uint8."""
+        return self._payloads[cell]
+
+
+def _pageable(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 class PinnedTicket:
     """One cell on the link; made by ``PinnedLinkPort.start``."""
 
-    __slots__ = ("due_at_s", "event", "extent", "kv_bytes", "late_at_s", "num_bytes", "staging")
+    __slots__ = ("due_at_s", "extent", "kv_bytes", "late_at_s", "num_bytes", "payload")
 
-    def __init__(self, *, geometry: CellGeometry, cell: Cell, staging: torch.Tensor) -> None:
+    def __init__(self, *, geometry: CellGeometry, cell: Cell, payload: torch.Tensor) -> None:
         """Hold what the port needs to place or cancel the read."""
         self.extent = geometry.extent(cell)
-        self.staging = staging
+        self.payload = payload
         self.kv_bytes = geometry.kv_bytes(cell)
         self.num_bytes = geometry.num_bytes(cell)
         self.due_at_s = 0.0
         self.late_at_s = float("inf")
-        self.event: torch.cuda.Event | None = None
 
 
 class PinnedLinkPort:
     """Loads cells from a ``PinnedPrefix`` over a paced link. All methods on one thread.
 
-    A cell is copied into a staging buffer on the KV buffer's device when its read starts (on CUDA asynchronously, on a
-    stream of its own) and counts as arrived when the copy is through and the link's schedule says so, whichever is
-    later. Placing it is a copy within the device.
+    A cell has arrived when the link's schedule says so; on the CPU it is copied into a staging buffer when its read
+    starts, on CUDA it is pinned already, and placing it queues its copy to the device.
     """
 
     def __init__(
@@ -92,7 +97,6 @@ class PinnedLinkPort:
         self._kv = kv
         self._clock = clock
         self._schedule = LinkSchedule(bytes_per_s)
-        self._lane = CopyLane(kv.device) if kv.device.type == "cuda" else None
         self._free: list[torch.Tensor] = []
 
     def start(self, piece: Piece, *, deadline_s: float) -> PinnedTicket:
@@ -100,56 +104,44 @@ class PinnedLinkPort:
         assert not isinstance(piece, Boundary), "the first stage reads no boundary states"
         now_s = self._clock()
         payload = self._prefix.payload(piece)
-        staging = self._take()
-        ticket = PinnedTicket(geometry=self._geometry, cell=piece, staging=staging)
+        if self._kv.lane is None:
+            staging = self._take()
+            staging.numpy()[: payload.numel()] = payload.numpy()
+            payload = staging
+        ticket = PinnedTicket(geometry=self._geometry, cell=piece, payload=payload)
         transfer = self._schedule.submit(ticket.num_bytes, now_s=now_s)
         ticket.due_at_s = self._schedule.done_at_s(transfer)
         ticket.late_at_s = now_s + deadline_s
-        if self._lane is None:
-            staging.numpy()[: ticket.num_bytes] = payload.numpy()
-        else:
-            ticket.event = self._lane.copy(staging[: ticket.num_bytes], payload)
         return ticket
 
     def wait(self, ticket: PinnedTicket, *, timeout_s: float) -> LoadOutcome | None:
-        """See ``TransferPort.wait``."""
+        """See ``TransferPort.wait``; what would have to queue for the device has not arrived yet."""
         until_s = min(self._clock() + timeout_s, ticket.late_at_s)
-        while not self._arrived(ticket):
-            now_s = self._clock()
+        while (now_s := self._clock()) < ticket.due_at_s:
             if now_s >= until_s:
                 return LoadOutcome.LATE if now_s >= ticket.late_at_s else None
             time.sleep(max(0.0, min(ticket.due_at_s, until_s) - now_s))
+        lane = self._kv.lane
+        if lane is not None and not lane.has_room(max(0.0, until_s - now_s)):
+            return LoadOutcome.LATE if self._clock() >= ticket.late_at_s else None
         return LoadOutcome.OK
 
     def place(self, ticket: PinnedTicket) -> None:
         """See ``TransferPort.place``."""
-        if self._lane is None:
-            self._kv.write_payload(ticket.staging.numpy()[: ticket.kv_bytes], ticket.extent)
-        else:
-            target = self._kv.cell(*ticket.extent)
-            source = ticket.staging[: ticket.kv_bytes].view(target.dtype).view(target.shape)
-            self._lane.copy(target, source).synchronize()
+        self._kv.write_payload(ticket.payload[: ticket.kv_bytes], ticket.extent)
         if ticket.num_bytes > ticket.kv_bytes:
             states = self._kv.checkpoint
             assert states is not None, "only a model with recurrent layers has states to read"
-            states.write_payload(ticket.staging.numpy()[ticket.kv_bytes : ticket.num_bytes], ticket.extent[:2])
-        self._free.append(ticket.staging)
+            states.write_payload(ticket.payload.numpy()[ticket.kv_bytes : ticket.num_bytes], ticket.extent[:2])
+        self._give(ticket)
 
     def cancel(self, ticket: PinnedTicket) -> None:
         """See ``TransferPort.cancel``; the bytes it was given on the link stay spent."""
-        if ticket.event is not None:
-            ticket.event.synchronize()
-        self._free.append(ticket.staging)
-
-    def _arrived(self, ticket: PinnedTicket) -> bool:
-        if self._clock() < ticket.due_at_s:
-            return False
-        if ticket.event is not None:
-            ticket.event.synchronize()  # microseconds: asking again after a sleep would cost more than the copy
-        return True
+        self._give(ticket)
 
     def _take(self) -> torch.Tensor:
-        if self._free:
-            return self._free.pop()
-        num_bytes = max(1, self._geometry.max_cell_bytes)
-        return torch.empty(num_bytes, dtype=torch.uint8) if self._lane is None else self._lane.empty(num_bytes)
+        return self._free.pop() if self._free else _pageable(max(1, self._geometry.max_cell_bytes))
+
+    def _give(self, ticket: PinnedTicket) -> None:
+        if self._kv.lane is None:
+            self._free.append(ticket.payload)

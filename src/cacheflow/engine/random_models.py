@@ -39,7 +39,13 @@ _TINY_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size"
 
 
 def tiny_model(
-    family: str, *, dtype: str | torch.dtype = "float32", seed: int = 0, device: str = "cpu", **overrides: object
+    family: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    seed: int = 0,
+    device: str = "cpu",
+    flash3: bool = False,
+    **overrides: object,
 ) -> LoadedModel:
     """A random model of 3 layers (a hybrid of 8) and hidden size 64 whose attention is far from uniform.
 
@@ -48,6 +54,7 @@ def tiny_model(
         dtype: Weights are drawn in float32 and rounded, so dtypes of one seed agree.
         seed: Of the weights.
         device: Where it goes.
+        flash3: Compute attention by FlashAttention-3.
         **overrides: Configuration values, such as ``sliding_window=24``.
 
     Raises:
@@ -61,7 +68,7 @@ def tiny_model(
     extra = _TINY_HYBRID if family in HYBRID_FAMILIES else _TINY_MOE if family == "qwen3_moe" else {}
     config = AutoConfig.for_model(family, **{**_TINY, **extra, **overrides})
     module = random_module(config, dtype=dtype, seed=seed)
-    return wrap_module(module.to(device=device), name=f"tiny-{family}")
+    return wrap_module(module.to(device=device), name=f"tiny-{family}", flash3=flash3)
 
 
 def random_module(config: Any, *, dtype: str | torch.dtype, seed: int = 0) -> Any:  # noqa: ANN401 -- transformers'
@@ -75,7 +82,7 @@ def random_module(config: Any, *, dtype: str | torch.dtype, seed: int = 0) -> An
     return module
 
 
-def random_weights(
+def random_weights(  # noqa: PLR0913 -- keyword-only
     shape: ModelShape,
     *,
     device: str,
@@ -83,6 +90,7 @@ def random_weights(
     max_tokens: int = 131_072,
     seed: int = 0,
     family: str | None = None,
+    flash3: bool = False,
 ) -> LoadedModel:
     """A model of a real shape with random weights, built on the device itself; for timing, never for text.
 
@@ -93,6 +101,7 @@ def random_weights(
         max_tokens: Longest sequence.
         seed: Of the weights; also the fingerprint, with the shape.
         family: One of ``FAMILIES``; None takes qwen3_moe with experts, qwen3 for names that start with it, else llama.
+        flash3: Compute attention by FlashAttention-3.
 
     Raises:
         UnsupportedModelError: Device, dtype or family is not allowed, or the shape is a hybrid with experts.
@@ -119,7 +128,7 @@ def random_weights(
     with torch.device(device):
         module = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(dtype), attn_implementation=ATTENTION_NAME)
     _slow_decay(module, torch.Generator().manual_seed(seed))
-    return wrap_module(module, name=shape.name, fingerprint=f"random-{family}-{seed}-{shape}")
+    return wrap_module(module, name=shape.name, fingerprint=f"random-{family}-{seed}-{shape}", flash3=flash3)
 
 
 def _family_of(shape: ModelShape) -> str:

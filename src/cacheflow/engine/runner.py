@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from cacheflow.engine.copy_lane import CopyLane
 from cacheflow.engine.kv_buffer import ChunkCache, KeysAndValuesWritten, KVBuffer
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.running_states import RunningStates
+from cacheflow.engine.streams import DeviceStreams, streams_of
 from cacheflow.errors import ConfigError, PromptError
 from cacheflow.types import HybridShape
 
@@ -24,11 +26,18 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class LayerRunner:
-    """Block-wise forward of one model; stateless between calls, so one runner serves many sequences in turn."""
+    """Block-wise forward of one model; stateless between calls, so one runner serves many sequences in turn.
 
-    def __init__(self, model: LoadedModel) -> None:
-        """Take the layers of a loaded model."""
+    Attributes:
+        model: The model.
+        lane: Copies into and out of its KV buffers while it computes; None on the CPU.
+    """
+
+    def __init__(self, model: LoadedModel, *, streams: DeviceStreams | None = None) -> None:
+        """Take the layers of a loaded model; ``streams`` of its device for None."""
         body: Any = model.module.model
+        streams = streams or streams_of(model.device)
+        self.lane = None if streams is None else CopyLane(streams)
         self.model = model
         self.num_layers = model.shape.num_layers
         self._layers: list[Any] = list(body.layers)
@@ -39,7 +48,8 @@ class LayerRunner:
 
     def new_kv(self, capacity: int) -> KVBuffer:
         """A poisoned KV buffer of this model's shape, dtype and device."""
-        return KVBuffer(self.model.shape, capacity=capacity, dtype=self.model.dtype, device=self.model.device)
+        model = self.model
+        return KVBuffer(model.shape, capacity=capacity, dtype=model.dtype, device=model.device, lane=self.lane)
 
     def new_states(self) -> RunningStates | None:
         """Poisoned states of the model's recurrent layers; None where it has none."""

@@ -3,24 +3,31 @@
 An object holds ``[layers, 2, n, H, D]`` in the KV dtype, C order; see ``cells``. Keys and values are copied out of the
 KV buffer at submission, so the buffer may be used, or evicted, right after; so are the states, which are written once
 all keys and values are there: without those they are of no use.
+
+From a device a chunk comes in one copy into pinned memory, and from there into memory of its own; meanwhile the device
+copies the next one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cacheflow.engine.cells import CellGeometry
+from cacheflow.engine.copy_lane import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
+from cacheflow.engine.streams import StreamEvent
 from cacheflow.engine.transfer_port import cell_key, state_key
 from cacheflow.plan.grid import Cell
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey
+from cacheflow.tensors.staging import StagingBuffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +58,55 @@ class PrefixSaver:
 
     def save_chunk(self, kv: KVBuffer, chunk: int) -> None:
         """Start writing every cell of a chunk that is wholly in ``kv``."""
-        requests = []
-        for block in range(self._geometry.grid.num_blocks):
-            cell = Cell(chunk, block)
-            key = cell_key(self._namespace, self._chain[chunk], self._geometry, cell)
-            requests.append(self._request(key, kv.cell(*self._geometry.extent(cell))))
-        self._handles.append(self._store.submit_put(requests))
+        self._save(kv, [chunk])
+
+    def _save(self, kv: KVBuffer, chunks: Sequence[int]) -> None:
+        copies = self._host_copies(kv, chunks) if kv.lane is None else self._device_copies(kv, kv.lane, chunks)
+        for chunk, payloads in zip(chunks, copies, strict=True):
+            requests = []
+            for block, payload in enumerate(payloads):
+                key = cell_key(self._namespace, self._chain[chunk], self._geometry, Cell(chunk, block))
+                requests.append(self._request(key, payload))
+            self._handles.append(self._store.submit_put(requests))
+
+    def _host_copies(self, kv: KVBuffer, chunks: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+        """Each chunk's cells, block after block, in memory of their own."""
+        for chunk in chunks:
+            cells = (kv.cell(*self._geometry.extent(Cell(chunk, block))) for block in self._blocks)
+            yield [torch.empty(values.shape, dtype=values.dtype).copy_(values) for values in cells]
+
+    def _device_copies(self, kv: KVBuffer, lane: CopyLane, chunks: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+        """The same from a device; the copy of a chunk is queued before the one before it is waited for."""
+        num_layers = self._geometry.shape.num_layers
+        of_chunks = [kv.cell(0, num_layers, *self._geometry.grid.chunk_range(chunk)) for chunk in chunks]
+        pool = lane.staging(max((values.nbytes for values in of_chunks), default=0))
+
+        def begin(values: torch.Tensor) -> tuple[StagingBuffer, StreamEvent]:
+            staging = pool.take()
+            return staging, lane.download(staging.tensor[: values.nbytes].view(values.dtype).view(values.shape), values)
+
+        def copies() -> Iterator[tuple[torch.Tensor, StagingBuffer, StreamEvent] | None]:
+            for values in of_chunks:
+                yield values, *begin(values)
+            yield None
+
+        for under_way, _ in pairwise(copies()):
+            assert under_way is not None, "nothing comes after the end"
+            values, staging, copied = under_way
+            copied.wait()
+            own = torch.from_numpy(staging.array[: values.nbytes].copy()).view(values.dtype).view(values.shape)
+            pool.give(staging)
+            yield [own[slice(*self._geometry.layers(block))] for block in self._blocks]
+
+    @property
+    def _blocks(self) -> range:
+        return range(self._geometry.grid.num_blocks)
 
     def save_prefix(self, kv: KVBuffer, *, first_chunk: int = 0) -> None:
         """Start writing every chunk of the grid from ``first_chunk`` on, and after them the checkpoint at its end."""
-        for chunk in range(first_chunk, self._geometry.grid.num_chunks):
-            self.save_chunk(kv, chunk)
+        self._save(kv, range(first_chunk, self._geometry.grid.num_chunks))
         if kv.checkpoint is not None and self._chain:
-            for block in range(self._geometry.grid.num_blocks):
+            for block in self._blocks:
                 key = state_key(self._namespace, self._chain[-1], self._geometry, block)
                 payload = kv.checkpoint.payload(self._geometry.layers(block))
                 self._states.append(PutRequest(key, [payload], shape=payload.shape, dtype="uint8"))
@@ -90,10 +133,5 @@ class PrefixSaver:
 
     def _request(self, key: ObjectKey, values: torch.Tensor) -> PutRequest:
         shape = tuple(values.shape)
-        return PutRequest(key, [_bytes(values)], shape=shape, dtype=self._geometry.shape.dtype)
-
-
-def _bytes(values: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """A private copy of the values as bytes on the host."""
-    copied = torch.empty(values.shape, dtype=values.dtype).copy_(values)
-    return copied.view(-1).view(torch.uint8).numpy()
+        payload: npt.NDArray[np.uint8] = values.view(-1).view(torch.uint8).numpy()
+        return PutRequest(key, [payload], shape=shape, dtype=self._geometry.shape.dtype)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cacheflow.engine.cells import CellGeometry
-from cacheflow.engine.cuda import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.stores.base import GetHandle, GetRequest, Store
@@ -58,8 +57,8 @@ class StoreTransferPort:
         self._namespace = namespace
         self._chain = [each.hex() for each in chain_hashes]
         self._kv = kv
-        self._lane = CopyLane(kv.device) if kv.device.type == "cuda" else None
-        self._pool = StagingPool(geometry.max_cell_bytes, pinned=self._lane is not None)
+        num_bytes = geometry.max_cell_bytes
+        self._pool = StagingPool(num_bytes) if kv.lane is None else kv.lane.staging(num_bytes)
 
     def start(self, piece: Piece, *, deadline_s: float) -> StoreTicket:
         """See ``TransferPort.start``; on one device there are no boundary states to read."""
@@ -76,22 +75,26 @@ class StoreTransferPort:
         return StoreTicket(geometry=self._geometry, cell=piece, staging=staging, handle=handle)
 
     def wait(self, ticket: StoreTicket, *, timeout_s: float) -> LoadOutcome | None:
-        """See ``TransferPort.wait``; the first object that gave nothing usable decides."""
+        """See ``TransferPort.wait``; the first object that gave nothing usable decides.
+
+        What would have to queue for the device has not arrived yet.
+        """
         outcomes = ticket.handle.wait(timeout_s)
         failed = (each for each in outcomes if each not in (None, LoadOutcome.OK))
-        return next(failed, None if None in outcomes else LoadOutcome.OK)
+        outcome = next(failed, None if None in outcomes else LoadOutcome.OK)
+        lane = self._kv.lane
+        if outcome is LoadOutcome.OK and lane is not None and not lane.has_room(timeout_s):
+            return None
+        return outcome
 
     def place(self, ticket: StoreTicket) -> None:
-        """See ``TransferPort.place``; numpy's single-threaded copy on the CPU, a copy stream on CUDA."""
-        if self._lane is None:
-            self._kv.write_payload(ticket.staging.array[: ticket.kv_bytes], ticket.extent)
-        else:
-            self._lane.upload(ticket.staging.tensor[: ticket.kv_bytes], self._kv.cell(*ticket.extent))
+        """See ``TransferPort.place``; numpy's single-threaded copy on the CPU, queued for a copy stream on CUDA."""
+        copied = self._kv.write_payload(ticket.staging.tensor[: ticket.kv_bytes], ticket.extent)
         if ticket.num_bytes > ticket.kv_bytes:
             states = self._kv.checkpoint
             assert states is not None, "only a model with recurrent layers has states to read"
             states.write_payload(ticket.staging.array[ticket.kv_bytes : ticket.num_bytes], ticket.extent[:2])
-        self._pool.give(ticket.staging)
+        self._pool.give(ticket.staging, after=copied)
 
     def cancel(self, ticket: StoreTicket) -> None:
         """See ``TransferPort.cancel``."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from cacheflow.errors import ConfigError, RestoreCancelled
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.plan.report import Span
+from cacheflow.plan.report import Span, SpanKind
 from cacheflow.restore.batch import BatchOutcome, Prepared
 from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.hand_over import recompute
-from cacheflow.restore.jobs import Job, Jobs
-from cacheflow.restore.ports import Ticket
+from cacheflow.restore.jobs import Job, Jobs, LiveRestoration
+from cacheflow.restore.launch_queue import LaunchQueue
+from cacheflow.restore.ports import ComputePort, DeviceEvent, QueueingPort, Ticket
 from cacheflow.restore.reads import Reads
 from cacheflow.restore.work import ComputeWork, cut, join
 from cacheflow.state.compute_side import ClaimKind, ComputeClaim
@@ -23,15 +26,27 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", bound=Ticket)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked(Generic[T]):
+    """A piece that a device was asked for, of a restoration."""
+
+    restoration: LiveRestoration[T]
+    kind: SpanKind
+    tile: Tile
+    predicted_s: float
+
+
 class ComputeLoop(Generic[T]):
     """Everything that touches a model, on the thread that calls ``run`` or ``step``.
 
-    A port that raises ends its own request with the error; others go on.
+    A port that raises ends its own request with the error; others go on. Where a device works on after a call, what was
+    asked counts as done at once, because it is done in sequence, and its seconds are noted when it has been done.
     """
 
     def __init__(self, jobs: Jobs[T], reads: Reads[T], pace: DecodePace, *, poll_s: float) -> None:
         """Nothing is done before ``run``; ``poll_s`` is the longest sleep while requests wait for the link."""
         self._jobs, self._reads, self._pace, self._poll_s = jobs, reads, pace, poll_s
+        self._queue: LaunchQueue[_Asked[T]] = LaunchQueue()
 
     def run(self) -> None:
         """Work until the batch closes; then every request has ended."""
@@ -123,31 +138,52 @@ class ComputeLoop(Generic[T]):
         """Carry out one claim, with rounds of decoding between its pieces where they are due."""
         jobs, spans, busy_s = self._jobs, list[Span](), 0.0
         port = job.ready.compute
+        queues = _is_queueing(port)
+        with jobs.changed:
+            restoration = jobs.restoration_of(job)
         for tile, work, predicted_s in _pieces(claim, job.ready.problem, whole=not jobs.decoding):
             if jobs.decoding:
                 factor = jobs.scheduler.rates.compute_factor
                 if self._pace.is_due(jobs.now_s(), next_s=predicted_s * factor):
                     self._decode_round()
             start_s = jobs.now_s()
+            kind = claim.span_kind(tile, kv_only=work is not None and work.kv_only_top)
+            carry_out = partial(_carry_out, port, tile, work)
             try:
-                if work is None:
-                    port.run_suffix(tile.block_lo, tile.block_hi)
+                if queues:
+                    asked = _Asked(restoration, kind, tile, predicted_s)
+                    expected_s = predicted_s * jobs.scheduler.rates.compute_factor
+                    record = partial(_event, port)
+                    self._queue.launch(asked, record, carry_out, expected_s=expected_s, now_s=start_s)
                 else:
-                    recompute(port, work)
+                    carry_out()
             except Exception as error:  # noqa: BLE001 -- the request ends with it
                 self._fail(job, error)
                 return
             end_s = jobs.now_s()
-            kind = claim.span_kind(tile, kv_only=work is not None and work.kv_only_top)
-            spans.append(Span.of_compute(kind, tile, start_s, end_s))
+            if not queues:
+                spans.append(Span.of_compute(kind, tile, start_s, end_s))
             busy_s += end_s - start_s
         with jobs.changed:
-            restoration = jobs.restoration_of(job)
-            restoration.state.complete_compute(claim, actual_s=busy_s)
+            if queues:
+                restoration.state.assume_compute(claim, start_s)
+                self._note_ended()
+            else:
+                restoration.state.complete_compute(claim, actual_s=busy_s)
             restoration.note_restored(jobs.now_s())
             restoration.spans.extend(spans)
             jobs.changed.notify_all()
         job.overhead_s += jobs.now_s() - begun_s - busy_s
+
+    def _note_ended(self) -> None:
+        """Note what the device has done since the last call; with the lock held."""
+        for ended in self._queue.take_ended():
+            asked, seconds = ended.what, ended.end_s - ended.start_s
+            restoration = asked.restoration
+            restoration.state.note_computed(ended.end_s, predicted_s=asked.predicted_s, actual_s=seconds)
+            restoration.spans.append(Span.of_compute(asked.kind, asked.tile, ended.start_s, ended.end_s))
+            if asked.kind is not SpanKind.SUFFIX and restoration.restored_at_s is not None:
+                restoration.restored_at_s = max(restoration.restored_at_s, ended.end_s)
 
     def _finish(self, job: Job[T]) -> None:
         """The first token, and whatever of the answer must come at once."""
@@ -162,6 +198,7 @@ class ComputeLoop(Generic[T]):
         with jobs.changed:
             restoration = jobs.restoration_of(job)
             restoration.note_restored(now_s)
+            self._note_ended()
             if not jobs.decoding:
                 self._pace.begin(now_s)
             jobs.begin_decoding(job)
@@ -229,6 +266,23 @@ class ComputeLoop(Generic[T]):
             restoration = self._jobs.withdraw(job)
         if restoration is not None:
             self._reads.drop(restoration)
+
+
+def _carry_out(port: ComputePort, tile: Tile, work: ComputeWork | None) -> None:
+    if work is None:
+        port.run_suffix(tile.block_lo, tile.block_hi)
+    else:
+        recompute(port, work)
+
+
+def _is_queueing(port: ComputePort) -> bool:
+    return isinstance(port, QueueingPort) and port.record() is not None
+
+
+def _event(port: ComputePort) -> DeviceEvent:
+    event = port.record() if isinstance(port, QueueingPort) else None
+    assert event is not None, "a queueing port records events"
+    return event
 
 
 _Part = tuple[Tile, ComputeWork | None, float]

@@ -7,7 +7,7 @@ hangs must hold up nobody; its other methods are called on the I/O thread of ``R
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from cacheflow.plan.grid import Piece, Tile
 from cacheflow.types import LoadOutcome
@@ -21,8 +21,8 @@ class ComputePort(Protocol):
 
         The tile is one chunk wide and continues that chunk's activations: its ``block_lo`` is 0 or where the last
         call for the chunk ended. With ``kv_only_top`` the topmost block computes keys and values only and the chunk
-        cannot be continued above it. On return, later calls of this port see the result; on an asynchronous device
-        at most one tile may still be running.
+        cannot be continued above it. On return, later calls of this port see the result; a ``QueueingPort``'s device
+        may still be at work.
         """
         ...
 
@@ -52,6 +52,31 @@ class HandOverPort(Protocol):
 
     def send(self, chunk: int, *, failed: bool) -> None:
         """Hand a chunk's activations over to the stage above, or tell it that there are none: ``failed``."""
+        ...
+
+
+class DeviceEvent(Protocol):
+    """A place in what a device was asked."""
+
+    def done(self) -> bool:
+        """Whether the device has done all before it; does not wait."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for it."""
+        ...
+
+    def seconds_after(self, earlier: Any) -> float:  # noqa: ANN401 -- another of its kind
+        """Device seconds between two events that are done."""
+        ...
+
+
+@runtime_checkable
+class QueueingPort(Protocol):
+    """What a ``ComputePort`` adds whose calls may return before their work is done; all of them share one queue."""
+
+    def record(self) -> DeviceEvent | None:
+        """An event after all that was asked so far; None on a device whose calls return when their work is done."""
         ...
 
 

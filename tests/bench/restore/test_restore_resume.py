@@ -92,7 +92,8 @@ def test_a_second_run_into_the_same_folder_is_refused_before_the_work(bench, res
     [
         (("--ratios", 1, "--gbps", 1), "--ratios and --gbps both say how fast the link is: drop one of them"),
         (("--shape", "Qwen3-8B"), "--model and --shape both say what is restored: drop one of them"),
-        (("--device", "cuda", "--store", "file"), "--store file is of --device cpu"),
+        (("--flash3",), "--flash3 is of --device cuda: drop it"),
+        (("--perturb", "--store", "pinned"), "--perturb needs the throttled store"),
     ],
 )
 def test_options_that_contradict_each_other(bench, no_work, options, reason):

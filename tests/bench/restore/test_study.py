@@ -371,6 +371,19 @@ def test_a_round_is_done_when_every_policy_of_it_is_on_record(study):
     assert ratio_on_record(study, records, suite="restore", bytes_per_s=math.inf) is None
 
 
+def test_a_pinned_prefix_is_a_link_too():
+    """On the CPU its copies are numpy's, and what it carries at most shows in a load: there is no copy to measure."""
+    from cacheflow.bench.restore.link import PinnedStudyLink
+
+    study = new_study(link=PinnedStudyLink())
+    study.prepare()
+    assert study.store == "pinned"
+    assert math.isfinite(study.link_bytes_per_s(math.inf))
+    for name in ("load", "cacheflow"):
+        assert study.run(make_policy(name), with_suffix=True, bytes_per_s=math.inf).correct
+    study.close()
+
+
 def hybrid_study(**options):
     from cacheflow.bench.restore.study import Study, StudyOptions
     from support.embedded_cases import PATIENT, random_tokens, tiny

@@ -115,8 +115,13 @@ def _work(flags: BatchFlags, suite: SuiteRun[BatchRecord]) -> bool:
 def _open_study(flags: BatchFlags) -> BatchStudy:
     from cacheflow.bench.batch.study import BatchStudy, BatchStudyOptions
     from cacheflow.bench.setup import open_model, prompt_tokens
+    from cacheflow.engine.cell_sizes import READS_IN_FLIGHT
+    from cacheflow.restore.options import ExecutorOptions
 
-    options = BatchStudyOptions(lengths=flags.lengths, suffix_tokens=flags.suffix, chunk_tokens=flags.chunk)
+    executor = ExecutorOptions(max_reads_in_flight=READS_IN_FLIGHT[flags.device])
+    options = BatchStudyOptions(
+        lengths=flags.lengths, suffix_tokens=flags.suffix, chunk_tokens=flags.chunk_tokens, executor=executor
+    )
     model = open_model(flags)
     return BatchStudy(model, prompt_tokens(model, options.num_tokens), options=options)
 

@@ -168,12 +168,13 @@ class BatchStudy:
         prompts = [self.prompts[index] for index in order]
         for prompt in prompts:
             prompt.kv.poison()
-        on_cuda = self.model.device.type == "cuda"
+        if self.runner.lane is not None:
+            self.runner.lane.settle()  # what evicting takes is no part of a restoration
         scheduler = BatchScheduler(
             contender.make(),
             LiveRates(bytes_per_s=bytes_per_s),
             starvation_s=case.starvation_s,
-            min_claim_s=CUDA_CLAIM_S if on_cuda else 0.0,
+            min_claim_s=0.0 if self.runner.lane is None else CUDA_CLAIM_S,
         )
         link = ThrottledStore(self._store, bytes_per_s)
         ports = [self._port(prompt) for prompt in prompts]

@@ -54,8 +54,8 @@ class RestoreFlags(EmbeddedFlags):
     )  # fmt: skip
     tokens: tuple[int, ...] = option((4096,), "prefix", metavar="N,N,...", above=0)
     layers_per_block: int | None = option(
-        None, "layers of a block (default: 1; of a hybrid model from one attention layer to the next)", metavar="N",
-        at_least=1,
+        None, "layers of a block (default: 1; of a hybrid model from one attention layer to the next; with --device "
+        "cuda as many as keep the link busy)", metavar="N", at_least=1,
     )  # fmt: skip
     policies: tuple[str, ...] = option(
         tuple(RESTORE_POLICIES), metavar="P,P,...", known=("policy", tuple(RESTORE_POLICIES))
@@ -64,7 +64,11 @@ class RestoreFlags(EmbeddedFlags):
         OBJECTIVES, metavar=",".join(OBJECTIVES), known=("objective", OBJECTIVES), shown=""
     )
     perturb: bool = option(False, "run cacheflow with wrong costs, wrong bandwidth and a falling link instead")
-    store: str = option("memory", "where the prefix is saved (CPU)", choices=("memory", "file"))
+    store: str | None = option(
+        None, "where the prefix is saved (default: memory; with --device cuda pinned, host memory without a store)",
+        choices=("pinned", "memory", "file"),
+    )  # fmt: skip
+    cost_repeats: int = option(3, "times each chunk is timed", metavar="N", at_least=1)
 
     def __post_init__(self) -> None:
         """Check each value, and what contradicts another.
@@ -77,14 +81,27 @@ class RestoreFlags(EmbeddedFlags):
         super().__post_init__()
         if math.inf in (self.ratios or ()):
             raise ConfigError(f"--ratios {self.ratios} must be finite; a link without a limit is --gbps inf")
-        if self.perturb and (self.device != "cpu" or self.gbps):
-            raise ConfigError("--perturb needs the throttled store: --device cpu, and --ratios instead of --gbps")
+        if self.perturb and (self.device != "cpu" or self.gbps or self.store == "pinned"):
+            raise ConfigError(
+                "--perturb needs the throttled store: --device cpu, no --store pinned, and --ratios instead of --gbps"
+            )
         if self.gbps and self.ratios is not None:
             raise ConfigError("--ratios and --gbps both say how fast the link is: drop one of them")
-        if self.device == "cuda" and self.store != "memory":
-            raise ConfigError(
-                f"--store {self.store} is of --device cpu; on a GPU the prefix is in pinned memory: drop it"
-            )
+
+    @property
+    def links_gbps(self) -> tuple[float, ...]:
+        """Bandwidths to study; none where ratios say how fast the link is."""
+        return self.gbps or (CUDA_GBPS if self.device == "cuda" and self.ratios is None else ())
+
+    @property
+    def fastest_bytes_per_s(self) -> float:
+        """The fastest link of a bandwidth that is known, for which cells have to be large enough; 0 without any."""
+        return max((each * 1e9 / 8 for each in self.links_gbps if math.isfinite(each)), default=0.0)
+
+    @property
+    def saves_in(self) -> str:
+        """Where the prefix is saved."""
+        return self.store or ("pinned" if self.device == "cuda" else "memory")
 
     @property
     def suite(self) -> str:
@@ -135,9 +152,7 @@ def _run_length(flags: RestoreFlags, num_tokens: int, suite: SuiteRun[RestoreRec
             study.prepare(lambda: progress.advance(task))
             done = [*suite.done, *suite.added]
             rounds = [r for r in _rounds(flags, study, done) if not is_done(r, study, done, suite=flags.suite)]
-            # On CUDA: device time between events over wall time of the cost measurements.
-            check = {} if study.events_over_wall is None else {"events_over_wall": round(study.events_over_wall, 4)}
-            named = {**environment(accelerator=accelerator_name(flags.device)), **check}
+            named = {**environment(accelerator=accelerator_name(flags.device)), **study.device_notes}
 
             def measure(round_: Round, on_run: OnRun) -> list[RestoreRecord]:
                 runs = run_round(study, round_, suite=flags.suite, environment=named, on_run=on_run)
@@ -163,17 +178,28 @@ def open_study(flags: RestoreFlags, num_tokens: int) -> Study:
     from cacheflow.bench import setup
     from cacheflow.bench.restore.link import PinnedStudyLink, StoreStudyLink
     from cacheflow.bench.restore.study import Study, StudyOptions
+    from cacheflow.engine.cell_sizes import READS_IN_FLIGHT, layers_of_cell
+    from cacheflow.restore.options import ExecutorOptions
 
     model = setup.open_model(flags)
+    chunk_tokens = flags.chunk_tokens
     options = StudyOptions(
         num_tokens=num_tokens,
         suffix_tokens=flags.suffix,
-        chunk_tokens=flags.chunk,
-        layers_per_block=model.shape.layers_of_block(flags.layers_per_block),
+        chunk_tokens=chunk_tokens,
+        layers_per_block=layers_of_cell(
+            model.shape,
+            device_type=flags.device,
+            chunk_tokens=chunk_tokens,
+            bytes_per_s=flags.fastest_bytes_per_s,
+            asked=flags.layers_per_block,
+        ),
+        cost_repeats=flags.cost_repeats,
+        executor=ExecutorOptions(max_reads_in_flight=READS_IN_FLIGHT[flags.device]),
     )
-    folder = str(flags.out / "store") if flags.store == "file" else None
-    on_gpu = flags.device == "cuda"
-    link = PinnedStudyLink() if on_gpu else StoreStudyLink(setup.namespace_of(model, flags.chunk), directory=folder)
+    folder = str(flags.out / "store") if flags.saves_in == "file" else None
+    namespace = setup.namespace_of(model, chunk_tokens)
+    link = PinnedStudyLink() if flags.saves_in == "pinned" else StoreStudyLink(namespace, directory=folder)
     return Study(model, setup.prompt_tokens(model, num_tokens + flags.suffix), options=options, link=link)
 
 
@@ -207,7 +233,7 @@ def _bandwidths(flags: RestoreFlags, study: Study, done: Sequence[RestoreRecord]
     """
     from cacheflow.bench.restore.rounds import ratio_on_record
 
-    gbps = flags.gbps or (CUDA_GBPS if flags.device == "cuda" and flags.ratios is None else ())
+    gbps = flags.links_gbps
     if not gbps:
         for ratio in flags.ratios or RATIOS:
             yield ratio, study.bytes_per_s(ratio)

@@ -1,4 +1,4 @@
-"""The links a study restores over: a throttled store on the CPU, paced copies from pinned memory on a GPU."""
+"""The links a study restores over: a throttled store, or paced copies from pinned memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
 from cacheflow.engine.transfer_port import StoreTransferPort
 from cacheflow.errors import StoreError
+from cacheflow.profiling.ceilings import upload_bytes_per_s
 from cacheflow.restore.ports import TransferPort
 from cacheflow.stores.base import Store
 from cacheflow.stores.file import FileStore
@@ -32,7 +33,7 @@ class LinkDrop:
 class PinnedStudyLink:
     """A prefix in host memory (pinned for CUDA), copied at a paced rate; needs no store."""
 
-    store = "memory"
+    store = "pinned"
 
     def __init__(self) -> None:
         """Keep nothing yet."""
@@ -48,6 +49,10 @@ class PinnedStudyLink:
         if self._prefix is None or drop is not None:
             raise StoreError("a pinned link needs a saved prefix and keeps its bandwidth")
         return PinnedLinkPort(self._prefix, kv=kv, bytes_per_s=bytes_per_s)
+
+    def copy_bytes_per_s(self, kv: KVBuffer) -> float | None:
+        """The most that the way into ``kv`` carries, from one large copy; None on the CPU, which has no such way."""
+        return None if kv.lane is None else upload_bytes_per_s(kv.lane.streams, kv.device)
 
     def close(self) -> None:
         """Free the host memory."""
@@ -96,6 +101,11 @@ class StoreStudyLink:
             chain_hashes=self._chain,
             kv=kv,
         )
+
+    def copy_bytes_per_s(self, kv: KVBuffer) -> float | None:
+        """None: what a store gives at most is not known but by loading from it."""
+        del kv
+        return None
 
     def close(self) -> None:
         """Close the store."""

@@ -20,6 +20,7 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.families import require_chunk_tokens
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
+from cacheflow.engine.streams import DeviceStreams
 from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid, num_layer_blocks
@@ -85,10 +86,29 @@ CLEAN = Wrong()
 
 
 class Study:
-    """A model with one prefilled, saved and measured prefix."""
+    """A model with one prefilled, saved and measured prefix.
 
-    def __init__(self, model: LoadedModel, tokens: Sequence[int], *, options: StudyOptions, link: StudyLink) -> None:
+    Attributes:
+        device_notes: For records, on CUDA: the attention kernel, and medians of what ``CostMeter`` keeps beside costs.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokens: Sequence[int],
+        *,
+        options: StudyOptions,
+        link: StudyLink,
+        streams: DeviceStreams | None = None,
+    ) -> None:
         """Take the prompt; ``prepare`` does the work.
+
+        Args:
+            model: What runs.
+            tokens: The prefix, then the new tokens.
+            options: How they are cut, and how restorations are carried out.
+            link: Where the prefix is saved.
+            streams: Of a rehearsal; the model's device's own for None.
 
         Raises:
             ConfigError: Too few tokens, more than the model allows, or chunks that a hybrid model cannot have.
@@ -101,7 +121,7 @@ class Study:
                 f"{len(tokens)} tokens, the model allows {model.max_tokens}"
             )
         self.model, self.options = model, options
-        self.runner = LayerRunner(model)
+        self.runner = LayerRunner(model, streams=streams)
         self.tokens = list(tokens[:total])
         self.grid = Grid.regular(
             num_tokens=options.num_tokens,
@@ -117,7 +137,7 @@ class Study:
         self._costs: dict[ChunkPoint, ChunkCost] = {}
         self._head_s = 0.0
         self._unlimited_bytes_per_s: float | None = None
-        self.events_over_wall: float | None = None
+        self.device_notes: dict[str, float | str] = {}
 
     @property
     def num_cost_steps(self) -> int:
@@ -135,8 +155,25 @@ class Study:
         meter = CostMeter(self.runner, max_tokens=len(self.tokens))
         self._costs = meter.measure_chunks(self._points(), repeats=self.options.cost_repeats, on_step=on_step)
         self._head_s = meter.measure_head_s()
-        if meter.events_over_wall:
-            self.events_over_wall = statistics.median(meter.events_over_wall)
+        for name in ("events_over_wall", "launch_over_wall"):
+            if measured := getattr(meter, name):
+                self.device_notes[name] = round(statistics.median(measured), 4)
+                self.device_notes["attention"] = self.model.attention.value
+
+    def regrain(self, layers_per_block: int, *, executor: ExecutorOptions | None = None) -> None:
+        """Cut the same prefix into other blocks and save it so; reference and costs stay.
+
+        Raises:
+            ConfigError: The model is a hybrid: its checkpoint at the prefix's end is gone.
+            StoreError: The prefix could not be saved.
+        """
+        if self._checkpoint is not None:
+            raise ConfigError(f"{self.model.name} is a hybrid: its prefix is cut once")
+        options = replace(self.options, layers_per_block=self.model.shape.layers_of_block(layers_per_block))
+        self.options = options if executor is None else replace(options, executor=executor)
+        self.grid = replace(self.grid, num_blocks=num_layer_blocks(self.model.shape.num_layers, layers_per_block))
+        self._link.close()
+        self._link.save(self._reference, self._geometry(self._prefix_grid()), self.tokens)
 
     @property
     def store(self) -> str:
@@ -192,9 +229,14 @@ class Study:
         return self.prefix_bytes / (ratio * self.recompute_s())
 
     def link_bytes_per_s(self, asked_bytes_per_s: float) -> float:
-        """What a link of ``asked_bytes_per_s`` delivers: itself, or for ``inf`` what loading the prefix once shows."""
+        """What a link of ``asked_bytes_per_s`` delivers: itself, or for ``inf`` what it carries at most.
+
+        That is known of pinned memory from one large copy, else from loading the prefix once.
+        """
         if math.isfinite(asked_bytes_per_s):
             return asked_bytes_per_s
+        if self._unlimited_bytes_per_s is None:
+            self._unlimited_bytes_per_s = self._link.copy_bytes_per_s(self._kv)
         if self._unlimited_bytes_per_s is None:
             self._unlimited_bytes_per_s = 1e12  # a guess, for the run that replaces it; load plans without it
             run = self.run(make_policy("load"), with_suffix=False, bytes_per_s=asked_bytes_per_s)
@@ -227,6 +269,8 @@ class Study:
             options=self.options.executor,
         )
         self._kv.poison()
+        if self._kv.lane is not None:
+            self._kv.lane.settle()  # what evicting takes is no part of a restoration
         transfer = self._link.open(self._kv, bytes_per_s=bytes_per_s, drop=wrong.drop)
         num_tokens = len(self.tokens) if with_suffix else self.grid.num_tokens
         request = RestoreRequest(

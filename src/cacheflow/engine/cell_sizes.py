@@ -1,0 +1,44 @@
+"""How large chunks and cells are and how many reads are under way, unless somebody says otherwise.
+
+On the CPU a cell's copy costs little beside its read. On CUDA every cell costs the host about 0.3 ms (Python's threads,
+a state machine, a few calls into the driver), during which launching may stand still: a cell has to keep the link busy
+for longer than that. And kernels of short chunks leave the device idle. An estimate, not yet measured.
+"""
+
+from __future__ import annotations
+
+import math
+
+from cacheflow.types import ModelShape
+
+CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
+READS_IN_FLIGHT = {"cpu": 3, "cuda": 8}
+LEAST_CELL_S = 0.8e-3
+"""On CUDA a cell keeps the link busy for this long at least ..."""
+LEAST_BLOCKS = 8
+"""... as long as so many blocks are left of the layers, or compute and link could not share a chunk evenly."""
+
+
+def chunk_tokens_of(device_type: str, asked: int | None = None) -> int:
+    """Tokens of a chunk, as asked or as suits the device."""
+    return CHUNK_TOKENS[device_type] if asked is None else asked
+
+
+def layers_of_cell(
+    shape: ModelShape, *, device_type: str, chunk_tokens: int, bytes_per_s: float, asked: int | None = None
+) -> int:
+    """Layers of a block, as asked or as suits the device and a link of ``bytes_per_s``, which may be infinite.
+
+    Powers of two, so that a link that is measured anew does not change them, and with them the keys of what is saved.
+
+    Raises:
+        ConfigError: A block of so many layers cannot be restored by itself.
+    """
+    least = shape.layers_of_block(asked)
+    if asked is not None or device_type == "cpu":
+        return least
+    most = max(least, shape.num_layers // LEAST_BLOCKS)
+    wanted = LEAST_CELL_S * bytes_per_s / (chunk_tokens * shape.kv_bytes_per_token_layer)
+    if not wanted < most:
+        return most
+    return min(most, 1 << max(0, math.ceil(math.log2(wanted)))) if wanted > 1 else least

@@ -1,0 +1,38 @@
+"""Chunks, cells and reads that suit a device."""
+
+import pytest
+
+from cacheflow.engine.cell_sizes import LEAST_CELL_S, chunk_tokens_of, layers_of_cell
+from cacheflow.errors import ConfigError
+from cacheflow.shapes.hardware import find_model
+
+LLAMA = find_model("Llama-3.1-8B")
+
+
+def layers(gbps, *, device_type="cuda", chunk_tokens=1024, shape=LLAMA, asked=None):
+    return layers_of_cell(
+        shape, device_type=device_type, chunk_tokens=chunk_tokens, bytes_per_s=gbps * 1e9 / 8, asked=asked
+    )
+
+
+@pytest.mark.parametrize(("gbps", "wanted"), [(1, 1), (10, 1), (40, 1), (80, 2), (160, 4), (400, 4), (float("inf"), 4)])
+def test_a_cell_keeps_the_link_busy_on_cuda(gbps, wanted):
+    assert layers(gbps) == wanted
+    cell_s = wanted * 1024 * LLAMA.kv_bytes_per_token_layer / (gbps * 1e9 / 8)
+    assert cell_s >= LEAST_CELL_S or wanted == LLAMA.num_layers // 8
+
+
+def test_the_cpu_and_whoever_asks_get_what_they_had():
+    assert [layers(gbps, device_type="cpu") for gbps in (1, 80, float("inf"))] == [1, 1, 1]
+    assert layers(80, asked=3) == 3
+    assert layers(80, asked=5, device_type="cpu") == 5
+    assert [chunk_tokens_of(kind) for kind in ("cpu", "cuda")] == [512, 1024]
+    assert chunk_tokens_of("cuda", 96) == 96
+    hybrid = find_model("Qwen3.6-27B")
+    assert layers(80, device_type="cpu", shape=hybrid) == hybrid.row_layers
+    with pytest.raises(ConfigError, match="must be a multiple of 4"):
+        layers(80, device_type="cpu", shape=hybrid, asked=3)
+
+
+def test_a_link_that_is_measured_anew_changes_no_keys():
+    assert {layers(gbps) for gbps in (60, 70, 80)} == {2}
