@@ -19,8 +19,8 @@ OUT ?= out
 PYTEST_OPTIONS ?=
 # Tiny models gain nothing from more threads, which on a busy machine wait for each other, for minutes in all.
 TEST_THREADS ?= 1
-# Files of tests that need vLLM side by side; each takes up to 4 GB of memory. 0: one after the other, in this process.
-TEST_JOBS ?= 2
+# Files of tests that need vLLM side by side, each with up to 4 GB of memory. 0: one after the other, in this process.
+TEST_JOBS ?= 0
 VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vllm -n $(TEST_JOBS) --dist loadfile \
 	$(PYTEST_OPTIONS)
 

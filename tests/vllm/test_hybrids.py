@@ -293,8 +293,9 @@ def test_the_same_prompt_at_once_and_later_is_restored_once(engine):
     engine.balance_link(PROMPT, ratio=1.0)
     names = [engine.submit(tokens, **WISHES) for tokens in (longer, first)]
     engine.run()
-    assert engine.answers[names[0]].record["end"] == END
-    assert engine.answers[names[1]].records == []
+    # The one of which the store answers first.
+    [record] = [record for name in names for record in engine.answers[name].records]
+    assert record["end"] == END
     assert_equal(engine.answers[names[1]], own, alone=False)
     later = engine.ask(first[:END] + prompt(22, 300), **WISHES)
     assert later.records == []
