@@ -21,7 +21,7 @@ Ids = npt.NDArray[np.int64]
 _AS_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Run(NamedTuple):
+class EqualLayers(NamedTuple):
     """Neighbouring layers of one shape: in a payload they are one ``[layers, blocks, ...]``.
 
     Attributes:
@@ -49,13 +49,13 @@ class ShapeRuns:
             same = self._inner_L[layer] == self._inner_L[layer + 1]
             self._end_L[layer] = self._end_L[layer + 1] if same else layer + 1
 
-    def of(self, layer_lo: int, layer_hi: int, num_blocks: int) -> Iterator[Run]:
+    def of(self, layer_lo: int, layer_hi: int, num_blocks: int) -> Iterator[EqualLayers]:
         """The runs of a payload of so many blocks in layers ``[layer_lo, layer_hi)``, in order."""
         start, at = layer_lo, 0
         while start < layer_hi:
             end = min(self._end_L[start], layer_hi)
             stop = at + (end - start) * num_blocks * self._block_bytes_L[start]
-            yield Run(start, end, slice(at, stop), (end - start, num_blocks, *self._inner_L[start]))
+            yield EqualLayers(start, end, slice(at, stop), (end - start, num_blocks, *self._inner_L[start]))
             start, at = end, stop
 
 
@@ -92,7 +92,7 @@ class HostCopies:
             for source_block, target_block in zip(source, target, strict=True):
                 np.copyto(layer[target_block], layer[source_block])
 
-    def _shaped(self, payload: Payload, run: Run) -> npt.NDArray[np.generic]:
+    def _shaped(self, payload: Payload, run: EqualLayers) -> npt.NDArray[np.generic]:
         shaped: npt.NDArray[np.generic] = payload[run.part].view(self._layers[0].dtype).reshape(run.shape)
         return shaped
 
