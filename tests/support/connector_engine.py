@@ -34,6 +34,7 @@ class Answer:
         states: Bytes of the running states where the prompt's last whole block ends that leaves a token to compute, in
             a model that has any, and where vLLM has not let go of those yet.
         logprobs: Log-probabilities of each output token and of the likeliest others, where they were asked for.
+        prompt_logprobs: Those of the prompt's tokens; nothing of the first.
         params: The response's ``kv_transfer_params``.
         finish_reason: ``length``, ``abort``; None while it runs.
     """
@@ -42,6 +43,7 @@ class Answer:
     kv: np.ndarray | None = None
     states: np.ndarray | None = None
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     params: dict | None = None
     finish_reason: str | None = None
 
@@ -55,6 +57,11 @@ class Answer:
         """The explain record of its only restoration."""
         (record,) = self.records
         return record
+
+
+def log_probabilities(positions: Sequence[dict | None]) -> list[dict[int, float]]:
+    """VLLM's, by position and token."""
+    return [{token: each.logprob for token, each in (of or {}).items()} for of in positions]
 
 
 @dataclass
@@ -126,6 +133,7 @@ class ServingEngine:
         media: dict | None = None,
         media_names: dict | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> str:
         """Add a request; returns the name its answer has in ``answers``.
 
@@ -138,7 +146,7 @@ class ServingEngine:
         extra = None if params is None else {"kv_transfer_params": params}
         sampling = SamplingParams(
             max_tokens=num_tokens, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra,
-            logprobs=logprobs,
+            logprobs=logprobs, prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
         prompt = {"prompt_token_ids": list(tokens)}
         if salt is not None:
@@ -165,7 +173,9 @@ class ServingEngine:
             completion = output.outputs[0]
             answer.tokens = list(completion.token_ids)
             if completion.logprobs:
-                answer.logprobs = [{token: each.logprob for token, each in of.items()} for of in completion.logprobs]
+                answer.logprobs = log_probabilities(completion.logprobs)
+            if output.prompt_logprobs:
+                answer.prompt_logprobs = log_probabilities(output.prompt_logprobs)
             if self.keeps_kv and answer.kv is None and not output.finished:
                 block_ids, num_tokens = self.block_ids(output.request_id), len(self._prompts[output.request_id])
                 answer.kv = self.gather(block_ids[: num_tokens // self.layout.block_size])
@@ -206,16 +216,14 @@ class ServingEngine:
         self.run()
         return self.answers[name]
 
-    def log_gap(self, tokens: Sequence[int], one: int, other: int) -> float:
-        """How far the log-probabilities of two next tokens are apart; ``inf`` when one is not among the likeliest."""
-        from vllm import SamplingParams
+    def log_gaps(self, tokens: Sequence[int], reply: Sequence[int]) -> list[float]:
+        """How much less likely than the likeliest each token of a reply is, where vLLM computes it all as one prompt.
 
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=10, detokenize=False)
-        (output,) = self.llm.generate([{"prompt_token_ids": list(tokens)}], sampling, use_tqdm=False)
-        likely = output.outputs[0].logprobs[0]
-        if one not in likely or other not in likely:
-            return float("inf")
-        return abs(likely[one].logprob - likely[other].logprob)
+        All 0 for vLLM's own reply, but for near ties: steps of other sizes round in other ways.
+        """
+        answer = self.ask([*tokens, *reply], num_tokens=1, prompt_logprobs=1, params={"cacheflow": "off"})
+        likely = answer.prompt_logprobs[len(tokens) :]
+        return [max(of.values()) - of[token] for token, of in zip(reply, likely, strict=True)]
 
     def count_preemptions(self) -> list[str]:
         """Names of the requests that vLLM preempts from now on; grows."""

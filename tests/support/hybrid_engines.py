@@ -26,6 +26,10 @@ DEEP = {"num_hidden_layers": 4 * ROWS, "decoder_sparse_step": 4 * ROWS}
 """So many rows; experts in the last layer alone, without which vLLM does not start the model."""
 WISHES = {"num_tokens": 8, "logprobs": 5}
 OPTIONS = {"self_test": True, "throttle_bytes_per_s": 1e8, "policy": "cake"}
+TIE = 8.0
+"""How much less likely than the likeliest a token of a right reply may be, where vLLM computes it all as one prompt.
+Steps of other sizes round in other ways, on some CPUs more than on others: that made up to 3.5; a state of an earlier
+chunk, 35 and more."""
 STAND_INS = str(Path(__file__).parents[1] / "data" / "stand_ins")
 """For modules that vLLM's models import and never use here: torchvision."""
 
@@ -101,16 +105,23 @@ def prompt(seed: int, count: int = PROMPT) -> list[int]:
     return random_tokens(count, seed=seed)
 
 
-def assert_equal(one: Any, other: Any, *, alone: bool = True) -> None:
-    """Equal to the last bit; log-probabilities only of requests that had every step to themselves.
+def assert_equal(one: Any, other: Any) -> None:
+    """Equal to the last bit, of requests that had every step to themselves."""
+    assert_same_cache(one, other)
+    assert one.tokens == other.tokens
+    assert one.logprobs == other.logprobs
 
-    Beside others a step multiplies matrices with more rows, which some CPUs round in another way.
-    """
+
+def assert_equal_beside_others(engine: Any, tokens: Sequence[int], one: Any, other: Any) -> None:
+    """The prompt's cache to the last bit, and a reply that vLLM by itself might have given beside others."""
+    assert_same_cache(one, other)
+    assert max(engine.log_gaps(tokens, one.tokens)) < TIE
+
+
+def assert_same_cache(one: Any, other: Any) -> None:
     assert np.array_equal(one.kv, other.kv)
     assert one.states is not None
     assert np.array_equal(one.states, other.states)
-    assert one.tokens == other.tokens
-    assert not alone or one.logprobs == other.logprobs
 
 
 def restored(engine: Any, tokens: Sequence[int], *, ratio: float, **wishes: Any) -> Any:
