@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cacheflow.stores.faults import FaultPlan, FaultRule, FaultyStore
+from support.faulty_store import faulty_store, inject
 from support.v2_runner import WANTED
 
 CONNECTOR = "CacheFlowHybridConnector"
@@ -32,15 +32,6 @@ Steps of other sizes round in other ways, on some CPUs more than on others: that
 chunk, 35 and more."""
 STAND_INS = str(Path(__file__).parents[1] / "data" / "stand_ins")
 """For modules that vLLM's models import and never use here: torchvision."""
-
-
-def faulty_store(options: Any) -> Any:
-    """A store in memory, or of files, that fails by a plan; none at first."""
-    from cacheflow.stores.memory import MemoryStore
-    from cacheflow.stores.throttled import ThrottledStore
-
-    store = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), FaultPlan())
-    return ThrottledStore(store, options.throttle_bytes_per_s)
 
 
 @contextmanager
@@ -92,11 +83,6 @@ def nothing_lost(engine: Any) -> Iterator[Any]:
     engine.run()
     engine.evict()
     assert engine.free_blocks == free_blocks
-
-
-def inject(engine: Any, *rules: FaultRule) -> None:
-    """From now on the store fails by these rules."""
-    engine.store.inner.set_plan(FaultPlan(rules=rules))
 
 
 def prompt(seed: int, count: int = PROMPT) -> list[int]:

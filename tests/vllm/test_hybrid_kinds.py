@@ -20,10 +20,9 @@ from support.hybrid_engines import (
     prompt,
     stand_ins,
 )
-from support.v2_runner import WANTED
+from support.v2_runner import first_runner
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-first_runner = pytest.mark.skipif(WANTED, reason="the second runner's kernels are interpreted: test_hybrids shows it")
 
 
 @dataclass(frozen=True, slots=True)

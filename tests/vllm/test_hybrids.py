@@ -9,6 +9,7 @@ import pytest
 
 from cacheflow.stores.faults import Fault, FaultRule
 from cacheflow.stores.keys import ObjectKind
+from support.faulty_store import inject
 from support.fixed_staircase import planned
 from support.hybrid_engines import (
     CHUNK,
@@ -23,15 +24,13 @@ from support.hybrid_engines import (
     assert_equal,
     assert_equal_beside_others,
     hybrid_engine,
-    inject,
     nothing_lost,
     prompt,
     restored,
 )
-from support.v2_runner import WANTED
+from support.v2_runner import first_runner
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-first_runner = pytest.mark.skipif(WANTED, reason="the second runner's kernels are interpreted: a few tests show it")
 
 NUM_CHUNKS = END // CHUNK
 
