@@ -196,6 +196,11 @@ class ModelShape:
         return self.num_layers // self.row_layers
 
     @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Layers of each row, bottom first."""
+        return (self.row_layers,) * self.num_rows
+
+    @property
     def row_state_bytes(self) -> int:
         """Bytes of the running states of one row, which do not grow with the tokens; 0 without recurrent layers."""
         return 0
@@ -441,6 +446,11 @@ class Mamba2Shape(RecurrentShape):
             rows.append(f"{part[begins:]}*")
         rows[-1] += top
         return tuple(rows)
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """See ``ModelShape``; layers of every kind."""
+        return tuple(len(row) for row in self.rows)
 
     @property
     def num_recurrent(self) -> int:

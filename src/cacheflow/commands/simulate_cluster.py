@@ -143,8 +143,9 @@ def cluster_config(values: ClusterFile, shape: ModelShape, *, slo_ttft_s: float)
     """The cluster that these values describe.
 
     Raises:
-        ConfigError: The weights do not leave room for keys and values.
+        ConfigError: The layout does not fit the model, or the weights do not leave room for keys and values.
     """
+    values.layout.kv_parts(shape)
     token_bytes = shape.kv_bytes_per_token
     kv_tokens = values.kv_tokens or _kv_tokens(values.gpu, shape, values.layout)
     same = {each.name for each in fields(ClusterConfig)} & knobs(ClusterFile).keys() - {"kv_tokens"}
