@@ -61,6 +61,7 @@ def hybrid_engine(
     folder: Path, *, chunk: int = CHUNK, options: dict | None = None, seed: int = 0, **changes: Any
 ) -> Iterator[Any]:
     """An engine with random weights and a store that can be made to fail; ``changes`` to vLLM's arguments."""
+    from cacheflow.vllm.compat import runner_kind
     from support.connector_engine import serving_engine
     from support.random_weights import random_weights
 
@@ -70,6 +71,7 @@ def hybrid_engine(
         if "store" not in options:
             patch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty_store)
         with serving_engine(folder, dtype="bfloat16", chunk_tokens=chunk, options=options, **arguments) as engine:
+            assert runner_kind(engine.runner).value == ("v2" if WANTED else "v1")
             yield engine
 
 
