@@ -5,13 +5,17 @@ Units are in the names: ``*_s`` seconds, ``*_bytes`` bytes, ``*_bytes_per_s`` ra
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from cacheflow.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DELTA_CHUNK = 64
+"""Tokens that kernels of Gated DeltaNet layers take at once: within them it is attention, between them a recurrence.
+Running states do not depend on where passes end as long as those are multiples of it."""
 
 
 class Clock(Protocol):
@@ -68,6 +72,9 @@ class ModelShape:
     dtype: str = "bfloat16"
     kv_token_bytes: int | tuple[int, ...] | None = None
 
+    mlp_projections: ClassVar[int] = 3
+    """Gate, up and down."""
+
     def __post_init__(self) -> None:
         """Reject shapes that no model can have.
 
@@ -90,10 +97,12 @@ class ModelShape:
             )
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"model shape {self.name!r}: dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}")
-        if self.num_q_heads % self.num_kv_heads:
+        self._require_multiple("num_q_heads", "num_kv_heads")
+
+    def _require_multiple(self, key: str, of: str) -> None:
+        if getattr(self, key) % getattr(self, of):
             raise ConfigError(
-                f"model shape {self.name!r}: num_q_heads {self.num_q_heads} is no multiple of "
-                f"num_kv_heads {self.num_kv_heads}"
+                f"model shape {self.name!r}: {key} {getattr(self, key)} is no multiple of {of} {getattr(self, of)}"
             )
 
     def _check_kv_token_bytes(self) -> None:
@@ -140,6 +149,40 @@ class ModelShape:
         by_layer = self.kv_bytes_per_token_L
         return tuple(sum(by_layer[lo : lo + layers_per_block]) for lo in range(0, self.num_layers, layers_per_block))
 
+    # Weights: counts, but for their bytes in all.
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of one attention layer without its MLP."""
+        return self.hidden_size * self.head_dim * 2 * (self.num_q_heads + self.num_kv_heads)
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one expert of an MLP, or of a dense one."""
+        return self.mlp_projections * self.hidden_size * self.intermediate_size
+
+    @property
+    def shared_expert_weights(self) -> int:
+        """Weights of the expert of an MLP that every token visits besides its own."""
+        return 0
+
+    @property
+    def num_mlps(self) -> int:
+        """MLPs, each with all its experts."""
+        return self.num_layers
+
+    @property
+    def num_weights(self) -> int:
+        """All weights: every expert, embedding and LM head apart."""
+        mlp_weights = (self.num_experts or 1) * self.expert_weights + self.shared_expert_weights
+        embeddings = 2 * self.vocab_size * self.hidden_size
+        return self.num_rows * self.attention_weights + self.num_mlps * mlp_weights + embeddings
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.num_weights * DTYPE_BYTES[self.dtype]
+
     # What a hybrid model has besides.
 
     @property
@@ -151,6 +194,11 @@ class ModelShape:
     def num_rows(self) -> int:
         """Rows of a grid whose blocks are as small as can be."""
         return self.num_layers // self.row_layers
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Layers of each row, bottom first."""
+        return (self.row_layers,) * self.num_rows
 
     @property
     def row_state_bytes(self) -> int:
@@ -190,8 +238,78 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HybridShape(ModelShape):
-    """A model whose attention layers each have Gated DeltaNet layers below them, with a running state.
+class RecurrentShape(ModelShape, ABC):
+    """A model with recurrent layers beside those of attention; each keeps a running state.
+
+    Attributes:
+        conv_kernel: Tokens that the convolution before the recurrence sees, the newest included.
+        state_dtype: Dtype of the recurrent state, a key of ``DTYPE_BYTES``; the convolution keeps ``dtype``.
+        shared_intermediate_size: Width of the expert that every token visits besides its own; 0 for none.
+    """
+
+    conv_kernel: int
+    state_dtype: str = "float32"
+    shared_intermediate_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Reject shapes that no such model can have.
+
+        Raises:
+            ConfigError: See ``ModelShape``; or the state's dtype is unknown.
+        """
+        super(RecurrentShape, self).__post_init__()  # slots make another class of this one, which super() alone misses
+        _require_count(self.name, "conv_kernel", self.conv_kernel, least=1)
+        _require_count(self.name, "shared_intermediate_size", self.shared_intermediate_size, least=0)
+        if self.state_dtype not in DTYPE_BYTES:
+            raise ConfigError(
+                f"model shape {self.name!r}: state_dtype {self.state_dtype!r} is not one of {sorted(DTYPE_BYTES)}"
+            )
+
+    @property
+    @abstractmethod
+    def num_recurrent(self) -> int:
+        """Recurrent layers."""
+
+    @property
+    @abstractmethod
+    def conv_channels(self) -> int:
+        """Channels of the convolution."""
+
+    @property
+    @abstractmethod
+    def recurrence_size(self) -> int:
+        """Numbers in the recurrent state of one layer."""
+
+    @property
+    @abstractmethod
+    def recurrent_weights(self) -> int:
+        """Weights of one recurrent layer without its MLP."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the running state of one recurrent layer: the last inputs of the convolution, and the recurrence."""
+        conv_bytes = self.conv_channels * (self.conv_kernel - 1) * DTYPE_BYTES[self.dtype]
+        return conv_bytes + self.recurrence_size * DTYPE_BYTES[self.state_dtype]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """See ``ModelShape``."""
+        return self.state_bytes * self.num_recurrent
+
+    @property
+    def shared_expert_weights(self) -> int:
+        """See ``ModelShape``."""
+        return self.mlp_projections * self.hidden_size * self.shared_intermediate_size
+
+    @property
+    def num_weights(self) -> int:
+        """See ``ModelShape``."""
+        return super(RecurrentShape, self).num_weights + self.num_recurrent * self.recurrent_weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HybridShape(RecurrentShape):
+    """A model whose attention layers each have Gated DeltaNet layers below them.
 
     Attributes:
         layers_per_attention: Layers of a row: recurrent ones and, on top, one of full attention.
@@ -199,10 +317,7 @@ class HybridShape(ModelShape):
         num_state_v_heads: Value heads of a recurrent layer; each has a state of its own.
         state_k_dim: Width of one query or key head of a recurrent layer.
         state_v_dim: Width of one of its value heads.
-        conv_kernel: Tokens that the convolution before the recurrence sees, the newest included.
-        state_dtype: Dtype of the recurrent state, a key of ``DTYPE_BYTES``; the convolution keeps ``dtype``.
         gated_attention: The attention's output is gated by a second projection of the size of the queries'.
-        shared_intermediate_size: Width of the expert that every token visits besides its own; 0 for none.
     """
 
     layers_per_attention: int
@@ -210,37 +325,23 @@ class HybridShape(ModelShape):
     num_state_v_heads: int
     state_k_dim: int
     state_v_dim: int
-    conv_kernel: int
-    state_dtype: str = "float32"
     gated_attention: bool = True
-    shared_intermediate_size: int = 0
 
     def __post_init__(self) -> None:
         """Reject shapes that no hybrid can have.
 
         Raises:
-            ConfigError: See ``ModelShape``; or rows do not divide the layers.
+            ConfigError: See ``RecurrentShape``; or rows do not divide the layers.
         """
-        super(HybridShape, self).__post_init__()  # slots make another class of this one, which super() alone misses
-        for key in (
-            "num_state_k_heads", "num_state_v_heads", "state_k_dim", "state_v_dim", "conv_kernel",
-        ):  # fmt: skip
+        super(HybridShape, self).__post_init__()  # as in RecurrentShape
+        for key in ("num_state_k_heads", "num_state_v_heads", "state_k_dim", "state_v_dim"):
             _require_count(self.name, key, getattr(self, key), least=1)
         _require_count(self.name, "layers_per_attention", self.layers_per_attention, least=2)
-        _require_count(self.name, "shared_intermediate_size", self.shared_intermediate_size, least=0)
         if self.num_layers % self.layers_per_attention:
             raise ConfigError(
                 f"model shape {self.name!r}: {self.num_layers} layers are not whole rows of {self.layers_per_attention}"
             )
-        if self.num_state_v_heads % self.num_state_k_heads:
-            raise ConfigError(
-                f"model shape {self.name!r}: num_state_v_heads {self.num_state_v_heads} is no multiple of "
-                f"num_state_k_heads {self.num_state_k_heads}"
-            )
-        if self.state_dtype not in DTYPE_BYTES:
-            raise ConfigError(
-                f"model shape {self.name!r}: state_dtype {self.state_dtype!r} is not one of {sorted(DTYPE_BYTES)}"
-            )
+        self._require_multiple("num_state_v_heads", "num_state_k_heads")
 
     @property
     def kv_bytes_per_token_L(self) -> tuple[int, ...]:
@@ -254,16 +355,32 @@ class HybridShape(ModelShape):
         return self.layers_per_attention
 
     @property
+    def num_recurrent(self) -> int:
+        """See ``RecurrentShape``."""
+        return self.num_layers - self.num_rows
+
+    @property
     def conv_channels(self) -> int:
         """Channels of the convolution: queries, keys and values side by side."""
         return 2 * self.num_state_k_heads * self.state_k_dim + self.num_state_v_heads * self.state_v_dim
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of the running state of one recurrent layer: the last inputs of the convolution, and the recurrence."""
-        conv_bytes = self.conv_channels * (self.conv_kernel - 1) * DTYPE_BYTES[self.dtype]
-        recurrence = self.num_state_v_heads * self.state_k_dim * self.state_v_dim
-        return conv_bytes + recurrence * DTYPE_BYTES[self.state_dtype]
+    def recurrence_size(self) -> int:
+        """See ``RecurrentShape``."""
+        return self.num_state_v_heads * self.state_k_dim * self.state_v_dim
+
+    @property
+    def attention_weights(self) -> int:
+        """See ``ModelShape``."""
+        gate = self.hidden_size * self.head_dim * self.num_q_heads if self.gated_attention else 0
+        return super(HybridShape, self).attention_weights + gate
+
+    @property
+    def recurrent_weights(self) -> int:
+        """See ``RecurrentShape``: queries, keys, values, gate, two rates a head, and the output."""
+        value_width = self.num_state_v_heads * self.state_v_dim
+        projected = self.conv_channels + value_width + 2 * self.num_state_v_heads
+        return self.hidden_size * (projected + value_width) + self.conv_channels * self.conv_kernel
 
     @property
     def row_state_bytes(self) -> int:
@@ -276,7 +393,7 @@ class HybridShape(ModelShape):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mamba2Shape(ModelShape):
+class Mamba2Shape(RecurrentShape):
     """A model of which each layer does one thing: attention, a Mamba-2 recurrence, or an MLP (Nemotron-H).
 
     ``num_layers`` counts the attention layers: each is a row, with the layers that are restored together with it.
@@ -287,9 +404,6 @@ class Mamba2Shape(ModelShape):
         state_head_dim: Width of one of them.
         state_dim: Width of the state of each channel.
         num_state_groups: Groups of heads that share their input and output matrices.
-        conv_kernel: Tokens that the convolution before the recurrence sees, the newest included.
-        state_dtype: Dtype of the recurrent state, a key of ``DTYPE_BYTES``; the convolution keeps ``dtype``.
-        shared_intermediate_size: Width of the expert that every token visits besides its own; 0 for none.
     """
 
     pattern: str
@@ -297,35 +411,26 @@ class Mamba2Shape(ModelShape):
     state_head_dim: int
     state_dim: int
     num_state_groups: int
-    conv_kernel: int
-    state_dtype: str = "float32"
-    shared_intermediate_size: int = 0
+
+    mlp_projections: ClassVar[int] = 2
+    """Up and down."""
 
     def __post_init__(self) -> None:
         """Reject shapes that no such model can have.
 
         Raises:
-            ConfigError: See ``ModelShape``; or the pattern has another letter or number of attention layers.
+            ConfigError: See ``RecurrentShape``; or the pattern has another letter or number of attention layers.
         """
-        super(Mamba2Shape, self).__post_init__()  # slots make another class of this one, which super() alone misses
-        for key in ("num_state_heads", "state_head_dim", "state_dim", "num_state_groups", "conv_kernel"):
+        super(Mamba2Shape, self).__post_init__()  # as in RecurrentShape
+        for key in ("num_state_heads", "state_head_dim", "state_dim", "num_state_groups"):
             _require_count(self.name, key, getattr(self, key), least=1)
-        _require_count(self.name, "shared_intermediate_size", self.shared_intermediate_size, least=0)
         others = sorted({*self.pattern} - {*"M*-E"})
         if others or self.pattern.count("*") != self.num_layers:
             raise ConfigError(
                 f"model shape {self.name!r}: pattern {self.pattern!r} must have {self.num_layers} attention layers "
                 "(*), Mamba-2 layers (M), MLPs (-) and experts (E) alone"
             )
-        if self.num_state_heads % self.num_state_groups:
-            raise ConfigError(
-                f"model shape {self.name!r}: num_state_heads {self.num_state_heads} is no multiple of "
-                f"num_state_groups {self.num_state_groups}"
-            )
-        if self.state_dtype not in DTYPE_BYTES:
-            raise ConfigError(
-                f"model shape {self.name!r}: state_dtype {self.state_dtype!r} is not one of {sorted(DTYPE_BYTES)}"
-            )
+        self._require_multiple("num_state_heads", "num_state_groups")
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -343,16 +448,36 @@ class Mamba2Shape(ModelShape):
         return tuple(rows)
 
     @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """See ``ModelShape``; layers of every kind."""
+        return tuple(len(row) for row in self.rows)
+
+    @property
+    def num_recurrent(self) -> int:
+        """See ``RecurrentShape``."""
+        return self.pattern.count("M")
+
+    @property
+    def num_mlps(self) -> int:
+        """See ``ModelShape``: layers of their own."""
+        return len(self.pattern) - self.num_rows - self.num_recurrent
+
+    @property
     def conv_channels(self) -> int:
         """Channels of the convolution: the heads' inputs, and each group's input and output matrices."""
         return self.num_state_heads * self.state_head_dim + 2 * self.num_state_groups * self.state_dim
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of the running state of one recurrent layer: the last inputs of the convolution, and the recurrence."""
-        conv_bytes = self.conv_channels * (self.conv_kernel - 1) * DTYPE_BYTES[self.dtype]
-        recurrence = self.num_state_heads * self.state_head_dim * self.state_dim
-        return conv_bytes + recurrence * DTYPE_BYTES[self.state_dtype]
+    def recurrence_size(self) -> int:
+        """See ``RecurrentShape``."""
+        return self.num_state_heads * self.state_head_dim * self.state_dim
+
+    @property
+    def recurrent_weights(self) -> int:
+        """See ``RecurrentShape``: inputs, the groups' matrices, gate, one rate a head, and the output."""
+        width = self.num_state_heads * self.state_head_dim
+        projected = self.conv_channels + width + self.num_state_heads
+        return self.hidden_size * (projected + width) + self.conv_channels * self.conv_kernel
 
     @property
     def row_state_bytes(self) -> int:
@@ -362,11 +487,6 @@ class Mamba2Shape(ModelShape):
             ConfigError: Always.
         """
         raise ConfigError(f"model shape {self.name!r}: its rows have different numbers of recurrent layers")
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """See ``ModelShape``."""
-        return self.state_bytes * self.pattern.count("M")
 
     def state_bytes_B(self, layers_per_block: int) -> tuple[int, ...]:
         """See ``ModelShape``: of blocks of so many rows."""

@@ -214,3 +214,51 @@ def test_a_hybrid_is_planned_by_rows_with_its_checkpoint(capsys: pytest.CaptureF
     assert "The checkpoint" in text
     assert cli.main(words(model="Qwen3.6-35B-A3B", pipeline_parallel_size="4")) == 2
     assert "within a row of 4" in capsys.readouterr().err
+
+
+NEMOTRON = {"model": "Nemotron-3-Nano-30B-A3B", "tokens": "32768", "chunk": "2048"}
+
+
+def loaded_mb(text: str) -> float:
+    """Of loading everything, on one rank."""
+    [found] = re.findall(r"^ ?load .* (\S+) MB", text, re.MULTILINE)
+    return float(found)
+
+
+def test_rows_that_differ_in_length_are_named_by_their_first_layer(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(words(**NEMOTRON)) == 0
+    text = capsys.readouterr().out
+    assert "Rows of 7 or 17 layers" in text
+    assert "takes 49.1 MB, as much as keys and values of 7,989 tokens" in " ".join(text.split())
+    assert re.findall(r"^layer +(\d+) ", text, re.MULTILINE) == ["35", "28", "21", "14", "7", "0"]
+    assert loaded_mb(text) == pytest.approx(32768 * 6144 / 1e6 + 49.1, abs=0.1)
+
+
+@pytest.mark.parametrize(("size", "kv_parts"), [(2, 2), (4, 2), (8, 2)])
+def test_ranks_share_running_states_by_groups_and_two_heads_at_most_by_two(
+    size: int, kv_parts: int, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main([*words(**NEMOTRON, tensor_parallel_size=str(size)), "--shared-link"]) == 0
+    text = capsys.readouterr().out
+    assert f"on 1 x {size} H100, link 40 Gbit/s shared" in text
+    assert loaded_mb(text) == pytest.approx(32768 * 6144 / 1e6 / kv_parts + 49.1 / size, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (NEMOTRON | {"pipeline_parallel_size": "2"}, "would begin within its rows, which differ in length"),
+        (NEMOTRON | {"tensor_parallel_size": "3"}, "32 query heads and 2 key/value heads of Nemotron-3-Nano-30B-A3B"),
+        (NEMOTRON | {"tensor_parallel_size": "16"}, "8 groups of heads of the recurrent layers"),
+        ({"model": "Qwen3.6-27B", "pipeline_parallel_size": "3"}, "at layers 0, 21, 43, within a row of 4"),
+        ({"model": "Qwen3.6-27B", "pipeline_parallel_size": "65"}, "64 layers cannot be split into 65"),
+        ({"model": "Qwen3.6-35B-A3B", "tensor_parallel_size": "32"}, "cannot be shared by tensor_parallel_size 32"),
+    ],
+)
+def test_what_the_layers_of_a_hybrid_do_not_allow_is_refused(
+    changes: dict[str, str], reason: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(words(**changes)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert reason in printed.err

@@ -399,3 +399,72 @@ def test_a_simulated_model_is_a_hugging_face_folder_too(trace: Path, tmp_path: P
     assert cli.main(words(trace, out, "--model", str(folder), "--policies", "cacheflow")) == 0
     (record,) = read_records(out / "results.jsonl", SimulationRecord)
     assert record.model == "tiny"
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """Two long chats by turns, of which GPU memory holds one."""
+    rows = [
+        {
+            "timestamp": 2000 * n,
+            "input_length": 512 * 41,
+            "output_length": 4,
+            "hash_ids": [*range(lo, lo + 40), 1000 + n],
+        }
+        for n, lo in enumerate([0, 100] * 4)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def simulated_hybrid(chats: Path, folder: Path, model: str, layout: dict[str, object]) -> tuple[int, Path]:
+    """Exit code and folder."""
+    cluster, out = folder / "cluster.json", folder / f"out-{len(list(folder.iterdir()))}"
+    cluster.write_text(json.dumps(layout | {"num_replicas": 1, "kv_tokens": 24_576}))
+    command = ["simulate", "--trace", chats, "--out", out, "--cluster", cluster, "--model", model]
+    return cli.main([str(word) for word in (*command, "--policies", "vllm,cake,cacheflow")]), out
+
+
+@pytest.mark.parametrize(
+    ("model", "layouts"),
+    [
+        ("Nemotron-3-Nano-30B-A3B", ({"tensor_parallel_size": 2},)),
+        ("Qwen3.6-27B", ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {
+            "pipeline_parallel_size": 4, "tensor_parallel_size": 2, "link_per_rank": False,
+        })),
+        ("Qwen3.6-35B-A3B", ({"pipeline_parallel_size": 2},)),
+    ],
+)  # fmt: skip
+def test_hybrids_are_restored_on_one_gpu_and_on_several(
+    chats: Path, tmp_path: Path, model: str, layouts: tuple[dict[str, object], ...]
+):
+    alone = 0.0
+    for layout in ({}, *layouts):
+        code, out = simulated_hybrid(chats, tmp_path, model, layout)
+        assert code == 0
+        found = {each.policy: each for each in read_records(out / "results.jsonl", SimulationRecord)}
+        ours, own = found["cacheflow"], found["vllm"]
+        assert ours.loaded_tokens > own.loaded_tokens == 0
+        assert ours.hit_tokens + ours.loaded_tokens + ours.recomputed_tokens == pytest.approx(6 * 40 * 512)
+        assert ours.hit_tokens < 6 * 40 * 512 / 2
+        assert ours.ttft_mean_s < own.ttft_mean_s
+        alone = alone or ours.ttft_mean_s
+        assert layout == {} or ours.ttft_mean_s < alone  # each of several GPUs has less to restore
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "reason"),
+    [
+        ("Nemotron-3-Nano-30B-A3B", {"pipeline_parallel_size": 2}, "would begin within its rows"),
+        ("Nemotron-3-Nano-30B-A3B", {"tensor_parallel_size": 16}, "8 groups of heads of the recurrent layers"),
+        ("Qwen3.6-27B", {"pipeline_parallel_size": 3}, "at layers 0, 21, 43, within a row of 4"),
+    ],
+)
+def test_layouts_that_a_hybrid_does_not_allow_are_refused_before_anything_is_simulated(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, layout: dict[str, object], reason: str
+):
+    code, out = simulated_hybrid(chats, tmp_path, model, layout)
+    assert code == 2
+    assert reason in capsys.readouterr().err
+    assert not out.exists()

@@ -106,7 +106,7 @@ def test_a_decode_step_reads_weights_once_and_every_context():
     moved = 2 * (8 * layer + 32_000 * 1024) + 10_000 * SHAPE.kv_bytes_per_token
     assert roofline.decode_s(4, 10_000) == pytest.approx(moved / GPU.memory_bytes_per_s)
     assert roofline.decode_s(0, 0) == 0.0
-    assert roofline.weight_bytes == 2 * (8 * layer + 2 * 32_000 * 1024)
+    assert SHAPE.weight_bytes == 2 * (8 * layer + 2 * 32_000 * 1024)
 
 
 def test_a_large_batch_is_bound_by_arithmetic():

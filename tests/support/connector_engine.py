@@ -115,8 +115,12 @@ class ServingEngine:
         return self.worker.store
 
     @property
+    def runner(self):
+        return self.core.model_executor.driver_worker.worker.model_runner
+
+    @property
     def model(self):
-        return self.core.model_executor.driver_worker.worker.model_runner.model
+        return self.runner.model
 
     @property
     def free_blocks(self) -> int:

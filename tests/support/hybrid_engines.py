@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cacheflow.stores.faults import FaultPlan, FaultRule, FaultyStore
+from support.faulty_store import faulty_store, inject
 from support.v2_runner import WANTED
 
 CONNECTOR = "CacheFlowHybridConnector"
@@ -32,15 +32,6 @@ Steps of other sizes round in other ways, on some CPUs more than on others: that
 chunk, 35 and more."""
 STAND_INS = str(Path(__file__).parents[1] / "data" / "stand_ins")
 """For modules that vLLM's models import and never use here: torchvision."""
-
-
-def faulty_store(options: Any) -> Any:
-    """A store in memory, or of files, that fails by a plan; none at first."""
-    from cacheflow.stores.memory import MemoryStore
-    from cacheflow.stores.throttled import ThrottledStore
-
-    store = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), FaultPlan())
-    return ThrottledStore(store, options.throttle_bytes_per_s)
 
 
 @contextmanager
@@ -70,6 +61,7 @@ def hybrid_engine(
     folder: Path, *, chunk: int = CHUNK, options: dict | None = None, seed: int = 0, **changes: Any
 ) -> Iterator[Any]:
     """An engine with random weights and a store that can be made to fail; ``changes`` to vLLM's arguments."""
+    from cacheflow.vllm.compat import runner_kind
     from support.connector_engine import serving_engine
     from support.random_weights import random_weights
 
@@ -79,6 +71,7 @@ def hybrid_engine(
         if "store" not in options:
             patch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty_store)
         with serving_engine(folder, dtype="bfloat16", chunk_tokens=chunk, options=options, **arguments) as engine:
+            assert runner_kind(engine.runner).value == ("v2" if WANTED else "v1")
             yield engine
 
 
@@ -92,11 +85,6 @@ def nothing_lost(engine: Any) -> Iterator[Any]:
     engine.run()
     engine.evict()
     assert engine.free_blocks == free_blocks
-
-
-def inject(engine: Any, *rules: FaultRule) -> None:
-    """From now on the store fails by these rules."""
-    engine.store.inner.set_plan(FaultPlan(rules=rules))
 
 
 def prompt(seed: int, count: int = PROMPT) -> list[int]:

@@ -6,8 +6,9 @@ import pytest
 
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.stores.base import PutOutcome
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+from cacheflow.stores.faults import Fault, FaultRule
 from cacheflow.types import LoadOutcome
+from support.faulty_store import faulty_store, inject
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -31,14 +32,6 @@ def started(tmp_path_factory, _single_process_vllm):
             yield engine
 
 
-def faulty_store(options):
-    from cacheflow.stores.memory import MemoryStore
-    from cacheflow.stores.throttled import ThrottledStore
-
-    store = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), FaultPlan())
-    return ThrottledStore(store, options.throttle_bytes_per_s)
-
-
 @pytest.fixture
 def engine(started):
     """The engine with nothing cached, a fast link, and no faults."""
@@ -50,11 +43,6 @@ def engine(started):
     started.run()
     started.evict()
     assert started.free_blocks == free_blocks
-
-
-def inject(engine, *rules):
-    """From now on the store fails by these rules."""
-    engine.store.inner.set_plan(FaultPlan(rules=rules))
 
 
 def tokens(count=NUM_CHUNKS * CHUNK + 21, seed=1):

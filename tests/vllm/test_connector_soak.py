@@ -1,27 +1,25 @@
-"""Hours in minutes: chats that come, go, are aborted, preempted and served from a failing store; every answer is right.
-
-``CACHEFLOW_SOAK_REQUESTS`` scales it, ``CACHEFLOW_SOAK_SEED`` changes it.
-"""
+"""Hours in minutes: chats that come, go, are aborted, preempted and served from a failing store, all answered right."""
 
 import os
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule
+from support.faulty_store import faulty_store
+from support.soak import MARKS, NUM_REQUESTS, SEED
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(3600)]
+pytestmark = MARKS
 
-NUM_REQUESTS = int(os.environ.get("CACHEFLOW_SOAK_REQUESTS", "300"))
-SEED = int(os.environ.get("CACHEFLOW_SOAK_SEED", "0"))
 CHUNK = 128
 MAX_HISTORY = 1400
 MAX_LIVE = 7
 ENGINE = {"max_model_len": 2048, "num_gpu_blocks_override": 22}
-READ_FAULTS = (Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.LATE, Fault.HANG)
+FAULTS = (Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.LATE, Fault.HANG, Fault.PUT_ERROR)
 THREADS = {
     f"cacheflow-{name}" for name in ("census", "io", "lookup-0", "lookup-1", "reaper", "save", "store-0", "store-1")
 }
@@ -94,16 +92,6 @@ class Traffic:
         session.history, session.live = [*prompt, *answer.tokens], None
 
 
-def faulty_store(options):
-    from cacheflow.stores.memory import MemoryStore
-    from cacheflow.stores.throttled import ThrottledStore
-
-    rules = [FaultRule(fault=fault, probability=0.01) for fault in READ_FAULTS]
-    plan = FaultPlan(rules=(*rules, FaultRule(fault=Fault.PUT_ERROR, probability=0.01)), seed=SEED)
-    store = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), plan)
-    return ThrottledStore(store, options.throttle_bytes_per_s, 0.0005)
-
-
 def sometimes_failing(recompute, chances):
     def instead(self, tile, *, kv_only_top):
         if chances.random() < 0.005:
@@ -128,7 +116,9 @@ def test_every_answer_is_vllms_own(folder, monkeypatch, capsys):
     from cacheflow.vllm.worker.recompute import VllmComputePort
     from support.connector_engine import our_threads, serving_engine
 
-    monkeypatch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty_store)
+    plan = FaultPlan(rules=tuple(FaultRule(fault=fault, probability=0.01) for fault in FAULTS), seed=SEED)
+    faulty = partial(faulty_store, plan=plan, latency_s=0.0005)
+    monkeypatch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty)
     monkeypatch.setattr(VllmComputePort, "recompute", sometimes_failing(VllmComputePort.recompute, random.Random(SEED)))
     options = {
         "throttle_bytes_per_s": 3e7, "policy": "cake", "cpu_bytes_to_use": 12 << 20, "restore_timeout_s": 1.0,

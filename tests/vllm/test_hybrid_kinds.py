@@ -20,10 +20,9 @@ from support.hybrid_engines import (
     prompt,
     stand_ins,
 )
-from support.v2_runner import WANTED
+from support.v2_runner import WANTED, first_runner
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-first_runner = pytest.mark.skipif(WANTED, reason="the second runner's kernels are interpreted: test_hybrids shows it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +68,14 @@ OTHERS = {
     "blocks of 192 tokens": Other(chunk=192, end=960, engine={"block_size": 192}),
 }
 IN_THE_PLAIN_SUITE = ("nemotron_h",)
+"""On both generations of vLLM's runner."""
 
 
 @pytest.fixture(
     params=[
         pytest.param(each, id=name, marks=() if name in IN_THE_PLAIN_SUITE else pytest.mark.long)
         for name, each in OTHERS.items()
+        if name in IN_THE_PLAIN_SUITE or not WANTED
     ]
 )
 def other(request, tmp_path, _single_process_vllm):
@@ -93,7 +94,6 @@ def other(request, tmp_path, _single_process_vllm):
     assert bool(left) == case.within_passes
 
 
-@first_runner
 @pytest.mark.timeout(900)
 def test_in_other_engines(other):
     engine, case = other

@@ -1,9 +1,5 @@
-"""Chats with a hybrid: together, aborted, preempted, served from a failing store, forgotten; every answer is right.
+"""Chats with a hybrid: together, aborted, preempted, served from a failing store, forgotten; every answer is right."""
 
-``CACHEFLOW_SOAK_REQUESTS`` scales it, ``CACHEFLOW_SOAK_SEED`` changes it.
-"""
-
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,12 +7,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from cacheflow.stores.faults import Fault, FaultRule
-from support.hybrid_engines import CHUNK, TIE, hybrid_engine, inject
+from support.faulty_store import inject
+from support.hybrid_engines import CHUNK, TIE, hybrid_engine
+from support.soak import MARKS, NUM_REQUESTS, SEED
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(3600)]
+pytestmark = MARKS
 
-NUM_REQUESTS = int(os.environ.get("CACHEFLOW_SOAK_REQUESTS", "300"))
-SEED = int(os.environ.get("CACHEFLOW_SOAK_SEED", "0"))
 MAX_LIVE = 5
 MAX_HISTORY = 1100
 FAULTS = [FaultRule(fault=fault, probability=0.05) for fault in (Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.LATE)]

@@ -9,6 +9,7 @@ import pytest
 
 from cacheflow.stores.faults import Fault, FaultRule
 from cacheflow.stores.keys import ObjectKind
+from support.faulty_store import inject
 from support.fixed_staircase import planned
 from support.hybrid_engines import (
     CHUNK,
@@ -23,15 +24,13 @@ from support.hybrid_engines import (
     assert_equal,
     assert_equal_beside_others,
     hybrid_engine,
-    inject,
     nothing_lost,
     prompt,
     restored,
 )
-from support.v2_runner import WANTED
+from support.v2_runner import first_runner
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-first_runner = pytest.mark.skipif(WANTED, reason="the second runner's kernels are interpreted: a few tests show it")
 
 NUM_CHUNKS = END // CHUNK
 
@@ -229,29 +228,55 @@ def test_what_vllm_has_without_states_is_gone_on_from_by_loading(engine, monkeyp
     assert_equal(again, own)
 
 
-@first_runner
-def test_states_that_vllm_has_are_not_evicted_for_what_goes_on_from_them(engine):
-    """They are the next to be evicted when blocks are set aside for the restoration."""
-    tokens = prompt(34)
-    own = engine.saved(tokens, **WISHES)
-    name = engine.submit(tokens[:800], params={"cacheflow": "off"}, num_tokens=1)
-    engine.run(until=lambda: engine.request(name).num_computed_tokens >= 768)
-    states = engine.state_blocks(name, 768)
-    engine.run()
-    for seed in (35, 36, 37):
-        engine.ask(prompt(seed, 500), params={"cacheflow": "off"}, num_tokens=1)  # evicted after the states
-    pool = engine.scheduler.kv_cache_manager.block_pool
-    free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
-    others = pool.get_new_blocks(min(map(free.index, states)))
-    with planned(engine, 3, 1) as staircase:
-        name = engine.submit(tokens, **WISHES)
-        engine.run(until=lambda: engine.answers[name].tokens)
-    pool.free_blocks(others)
-    engine.run()
-    again = engine.answers[name]
+def gone_on_under_pressure(engine, tokens):
+    """Restored after 768 tokens that vLLM has; once blocks are set aside for it, another uses all that are free."""
+    engine.ask(tokens[:800], params={"cacheflow": "off"}, num_tokens=1)
+    pool, connector = engine.scheduler.kv_cache_manager.block_pool, engine.connector
+    set_aside = connector.update_state_after_alloc
+
+    def then_another_comes_and_goes(*args):
+        set_aside(*args)
+        free = pool.get_new_blocks(pool.get_num_free_blocks())
+        engine.poison([block.block_id for block in free])
+        pool.free_blocks(free)
+
+    with planned(engine, 3, 1) as staircase, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connector, "update_state_after_alloc", then_another_comes_and_goes)
+        again = engine.ask(tokens, **WISHES)
     assert again.record["start"] == 768
     assert again.record["cells"] == staircase.cells(ROWS)
-    assert_equal(again, own)
+    return again
+
+
+@first_runner
+def test_states_that_vllm_has_are_not_evicted_while_something_goes_on_from_them(engine):
+    tokens = prompt(34)
+    own = engine.saved(tokens, **WISHES)
+    assert_equal(gone_on_under_pressure(engine, tokens), own)
+
+
+@first_runner
+def test_states_that_are_not_held_are_evicted(engine, monkeypatch):
+    """Negative control: the same, but that vLLM does not learn that the blocks are held."""
+    from cacheflow.vllm.local_states import LocalStates
+
+    tokens, pool = prompt(34), engine.scheduler.kv_cache_manager.block_pool
+    own = engine.saved(tokens, **WISHES)
+
+    def unknown_to_vllm(method):
+        def instead(*args):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(pool, "touch", lambda blocks: None)
+                patch.setattr(pool, "free_blocks", lambda blocks: None)
+                return method(*args)
+
+        return instead
+
+    for name in ("hold", "release"):
+        monkeypatch.setattr(LocalStates, name, unknown_to_vllm(getattr(LocalStates, name)))
+    again = gone_on_under_pressure(engine, tokens)
+    assert not np.array_equal(again.kv, own.kv)
+    assert not np.array_equal(again.states, own.states)
 
 
 def test_a_failure_in_the_middle_is_computed_by_vllm(engine, monkeypatch):

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+from cacheflow.stores.faults import Fault, FaultRule
+from support.faulty_store import faulty_store, inject
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -19,13 +20,6 @@ def setting(tmp_path_factory, _single_process_vllm):
     from support.connector_engine import serving_engine
     from support.image_model import write_image_model
     from support.random_weights import random_weights
-
-    def faulty_store(options):
-        from cacheflow.stores.memory import MemoryStore
-        from cacheflow.stores.throttled import ThrottledStore
-
-        store = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), FaultPlan())
-        return ThrottledStore(store, options.throttle_bytes_per_s)
 
     folder, image_token = write_image_model(tmp_path_factory.mktemp("images"))
     options = {"self_test": True, "unsupported_models": "refuse", "throttle_bytes_per_s": 1e8, "policy": "cake"}
@@ -158,9 +152,9 @@ def test_what_the_store_loses_after_an_image_is_left_to_vllm(setting, fault):
     engine, image_token = setting
     tokens = [image_token, *text(8)]
     own = engine.saved(tokens, **wish(5))
-    engine.store.inner.set_plan(FaultPlan(rules=(FaultRule(fault=fault, every=5),)))
+    inject(engine, FaultRule(fault=fault, every=5))
     again = engine.ask(tokens, **wish(5))
-    engine.store.inner.set_plan(FaultPlan())
+    inject(engine)
     assert again.record["outcome"] == "failed"
     assert again.record["recomputed_cells"] == 0
     assert_same(again, own)

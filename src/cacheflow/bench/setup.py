@@ -16,8 +16,7 @@ from cacheflow.engine.random_models import random_weights
 from cacheflow.engine.saver import PrefixSaver
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.plan.problem import RestoreProblem
-from cacheflow.shapes.hardware import GPUS, find_model
-from cacheflow.shapes.roofline import Roofline
+from cacheflow.shapes.hardware import find_model
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
 from cacheflow.types import ModelShape
@@ -51,13 +50,8 @@ def _open(name: str, shape: ModelShape | None, device: str, dtype: str, flash3: 
     return load_model(name, device=device, dtype=dtype, flash3=flash3)
 
 
-def weight_bytes(shape: ModelShape) -> int:
-    """Bytes of a shape's weights."""
-    return Roofline(shape=shape, gpu=next(iter(GPUS.values()))).weight_bytes
-
-
 def _require_memory(shape: ModelShape) -> None:
-    needed, free = weight_bytes(shape), available_memory()
+    needed, free = shape.weight_bytes, available_memory()
     if needed > free:
         raise ConfigError(
             f"the weights of {shape.name} take {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB of memory are free: "

@@ -142,7 +142,7 @@ def predict(
         bound=bound(problem),
         rehearsals=tuple(rehearse(problem, make_policy(name).plan(problem)) for name in RESTORE_POLICIES),
         chosen=chosen,
-        row_layers=shape.row_layers,
+        row_lengths=shape.row_lengths,
     )
 
 

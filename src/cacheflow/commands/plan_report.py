@@ -15,7 +15,7 @@ from cacheflow.bench.timeline import Timeline
 from cacheflow.plan.bound import Bound
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.sim.rehearsal import Rehearsal
-from cacheflow.types import Mamba2Shape, ModelShape
+from cacheflow.types import ModelShape
 
 MAX_GRID_ROWS = 16
 MAX_GRID_COLUMNS = 64
@@ -27,7 +27,7 @@ class PlanReport:
     """One restoration predicted under several policies.
 
     Attributes:
-        row_layers: Layers of a row of the grid.
+        row_lengths: Layers of each row of the grid, bottom first.
     """
 
     title: str
@@ -35,7 +35,7 @@ class PlanReport:
     bound: Bound
     rehearsals: tuple[Rehearsal, ...]
     chosen: str
-    row_layers: int = 1
+    row_lengths: tuple[int, ...]
 
     @property
     def shown(self) -> Rehearsal:
@@ -90,8 +90,7 @@ def guard_line(report: PlanReport) -> str:
 def checkpoint_line(shape: ModelShape) -> str:
     """What a hybrid model restores besides keys and values."""
     as_tokens = shape.checkpoint_bytes / shape.kv_bytes_per_token
-    lengths = {len(row) for row in shape.rows} if isinstance(shape, Mamba2Shape) else {shape.row_layers}
-    layers = " or ".join(str(each) for each in sorted(lengths))
+    layers = " or ".join(str(each) for each in sorted(set(shape.row_lengths)))
     return (
         f"Rows of {layers} layers, one of them attention. The checkpoint, the states of the others at the "
         f"end of the prefix, takes {size(shape.checkpoint_bytes)}, as much as keys and values of {as_tokens:,.0f} "
@@ -107,7 +106,7 @@ def split_grid(report: PlanReport) -> Text:
     rows = _ranges(num_blocks, MAX_GRID_ROWS)
     text = Text()
     for block_lo, block_hi in reversed(rows):
-        text.append(f"layer {block_lo * report.row_layers:>3} ", style="dim")
+        text.append(f"layer {sum(report.row_lengths[:block_lo]):>3} ", style="dim")
         for chunk_lo, chunk_hi in columns:
             letters = Counter("".join(cells_KB[chunk][block_lo:block_hi] for chunk in range(chunk_lo, chunk_hi)))
             text.append(*_mark(letters))

@@ -143,8 +143,9 @@ def cluster_config(values: ClusterFile, shape: ModelShape, *, slo_ttft_s: float)
     """The cluster that these values describe.
 
     Raises:
-        ConfigError: The weights do not leave room for keys and values.
+        ConfigError: The layout does not fit the model, or the weights do not leave room for keys and values.
     """
+    values.layout.kv_parts(shape)
     token_bytes = shape.kv_bytes_per_token
     kv_tokens = values.kv_tokens or _kv_tokens(values.gpu, shape, values.layout)
     same = {each.name for each in fields(ClusterConfig)} & knobs(ClusterFile).keys() - {"kv_tokens"}
@@ -174,13 +175,12 @@ def _kv_tokens(gpu_name: str, shape: ModelShape, layout: RankLayout) -> int:
     """Tokens that a replica's memory holds beside the weights; every rank has its part of both."""
     memory_gb = PUBLISHED_MEMORY_GB.get(gpu_name.lower())
     memory_bytes = memory_gb * 10**9 if memory_gb else find_gpu(gpu_name).memory_bytes
-    weight_bytes = Roofline(shape=shape, gpu=GPUS["H100"]).weight_bytes
     parts = layout.kv_parts(shape) * layout.pipeline_parallel_size
-    kv_bytes = (MEMORY_SHARE * memory_bytes - weight_bytes / layout.num_ranks) * parts
+    kv_bytes = (MEMORY_SHARE * memory_bytes - shape.weight_bytes / layout.num_ranks) * parts
     if kv_bytes < shape.kv_bytes_per_token:
         owner = f"{gpu_name} has" if layout.num_ranks == 1 else f"{layout.num_ranks} {gpu_name} have"
         raise ConfigError(
-            f"the weights of {shape.name} take {weight_bytes / 1e9:.0f} GB, "
+            f"the weights of {shape.name} take {shape.weight_bytes / 1e9:.0f} GB, "
             f"{owner} {memory_bytes * layout.num_ranks / 1e9:.0f} GB: "
             "choose a larger GPU, a smaller model, or more ranks (pipeline_parallel_size, tensor_parallel_size)"
         )

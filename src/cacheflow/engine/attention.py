@@ -22,7 +22,7 @@ fp32                  10 / 11  25 / 27  34 / 42  62 / 86
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ def chunk_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
+    kernel: AttentionKernel | None = None,
     **arguments: Any,  # noqa: ANN401 -- the transformers interface passes anything
 ) -> tuple[torch.Tensor, None]:
     """Attend a chunk ``query [1, Hq, n, D]`` over ``key, value [1, H, T, D]``; the chunk is the last ``n`` of ``T``.
@@ -57,6 +59,7 @@ def chunk_attention(
         key: ``[1, H, T, D]``, a strided view of the KV buffer.
         value: Like ``key``.
         attention_mask: Must be None; causality and windows are exact here.
+        kernel: None for the device's default; of FlashAttention-3 see ``require_flash3``.
         **arguments: ``scaling``, ``sliding_window`` and ``dropout`` (must be 0) are honoured; those that cannot matter
             are ignored.
 
@@ -67,30 +70,7 @@ def chunk_attention(
         UnsupportedModelError: The layer asks for something this function does not compute (a mask, attention sinks,
             a soft cap, dropout, a batch).
     """
-    kernel = default_kernel(query.device.type, query.dtype, query.shape[-1])
-    return _attend(kernel, query, key, value, attention_mask, arguments), None
-
-
-def flash3_chunk_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **arguments: Any,  # noqa: ANN401 -- the transformers interface passes anything
-) -> tuple[torch.Tensor, None]:
-    """``chunk_attention`` by FlashAttention-3; see ``require_flash3``."""
-    return _attend(AttentionKernel.FLASH3, query, key, value, attention_mask, arguments), None
-
-
-def _attend(
-    kernel: AttentionKernel,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    arguments: dict[str, Any],
-) -> torch.Tensor:
+    kernel = kernel or default_kernel(query.device.type, query.dtype, query.shape[-1])
     scaling = arguments.pop("scaling", None)
     window = arguments.pop("sliding_window", None)
     _refuse_unknown(query, attention_mask, arguments)
@@ -101,7 +81,7 @@ def _attend(
         out = _windowed(query, key, value, scale, window)
     else:
         out = _merged_cpu(query, key, value, scale)
-    return out.transpose(1, 2).contiguous()
+    return out.transpose(1, 2).contiguous(), None
 
 
 _ON_CUDA = {AttentionKernel.FLASH2: flash2, AttentionKernel.FLASH3: flash3, AttentionKernel.MASKED: masked}
@@ -161,4 +141,4 @@ def _window_mask(n: int, num_keys: int, window: int, device: str) -> torch.Tenso
 
 
 AttentionInterface.register(ATTENTION_NAME, chunk_attention)
-AttentionInterface.register(FLASH3_ATTENTION_NAME, flash3_chunk_attention)
+AttentionInterface.register(FLASH3_ATTENTION_NAME, partial(chunk_attention, kernel=AttentionKernel.FLASH3))

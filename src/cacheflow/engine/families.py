@@ -12,14 +12,11 @@ import torch
 
 from cacheflow.errors import ConfigError, UnsupportedModelError
 from cacheflow.shapes import hf_config
-from cacheflow.types import HybridShape, ModelShape
+from cacheflow.types import DELTA_CHUNK, HybridShape, ModelShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 HYBRID_FAMILIES = ("qwen3_5_text",)
 """Gated DeltaNet layers below each attention layer; on the CPU, where transformers computes them with torch alone."""
-STATE_CHUNK = 64
-"""A hybrid's chunks are multiples of as many tokens as a Gated DeltaNet layer takes at once: cut elsewhere, its state
-rounds otherwise than in one pass."""
 
 # "dynamic" and "longrope" change the frequencies with the length seen so far: keys of a chunk would depend on what ran
 # before it, and a recomputed chunk would not equal the saved one.
@@ -65,9 +62,9 @@ def require_chunk_tokens(shape: ModelShape, chunk_tokens: int) -> None:
     Raises:
         ConfigError: It is a hybrid, and they are no multiple of what its recurrent layers take at once.
     """
-    if isinstance(shape, HybridShape) and chunk_tokens % STATE_CHUNK:
+    if isinstance(shape, HybridShape) and chunk_tokens % DELTA_CHUNK:
         raise ConfigError(
-            f"chunk_tokens is {chunk_tokens}, must be a multiple of {STATE_CHUNK} for {shape.name}: its recurrent "
+            f"chunk_tokens is {chunk_tokens}, must be a multiple of {DELTA_CHUNK} for {shape.name}: its recurrent "
             "layers round differently where they are cut elsewhere"
         )
 

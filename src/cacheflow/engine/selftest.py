@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from cacheflow.engine.compute_port import EngineComputePort
-from cacheflow.engine.families import STATE_CHUNK
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.running_states import RunningStates
 from cacheflow.errors import SelfTestError
 from cacheflow.plan.grid import Grid, Tile
+from cacheflow.types import DELTA_CHUNK
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest relative error against the model's own forward. bf16: SmolLM2 (30 layers) has 2.0e-2, random models of three
@@ -33,7 +33,7 @@ MOE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 5e-2}
 """The same with experts: in half precision rounding sends single tokens to another expert (0.09 seen in bf16)."""
 
 _ENDS = (97, 161, 288, 320)
-_HYBRID_ENDS = (2 * STATE_CHUNK, 3 * STATE_CHUNK, 5 * STATE_CHUNK, 6 * STATE_CHUNK)
+_HYBRID_ENDS = (2 * DELTA_CHUNK, 3 * DELTA_CHUNK, 5 * DELTA_CHUNK, 6 * DELTA_CHUNK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

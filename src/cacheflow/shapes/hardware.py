@@ -2,7 +2,9 @@
 
 Source of the tables: model configurations and system files of ai-dynamo/aiconfigurator at commit 095f58a5 (nominal
 peaks, best GEMM measured); vocabulary sizes from the models' published ``config.json``. Hybrid models: their model
-cards (Qwen/Qwen3.6-27B, Qwen/Qwen3.6-35B-A3B) and the defaults of transformers 5.23 (Qwen3-Next-80B-A3B, Qwen3.5-9B).
+cards (Qwen/Qwen3.6-27B, Qwen/Qwen3.6-35B-A3B), the defaults of transformers 5.23 (Qwen3-Next-80B-A3B, Qwen3.5-9B), and
+the published ``config.json`` of nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16, where ``intermediate_size`` here is
+``moe_intermediate_size`` there and the layers are ``hybrid_override_pattern``.
 """
 
 from __future__ import annotations

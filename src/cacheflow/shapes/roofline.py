@@ -16,13 +16,11 @@ import numpy.typing as npt
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds, cell_bytes_KB, recurrent_B
-from cacheflow.types import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
+from cacheflow.types import DELTA_CHUNK, DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape, RecurrentShape
 
 Tokens = npt.NDArray[np.int64]
-DELTA_CHUNK = 64
-"""Tokens that Gated DeltaNet's kernels take at once: within them it is attention, between them a recurrence."""
 SSD_CHUNK = 128
-"""The same for Mamba-2's, as published models have it (``chunk_size``)."""
+"""``DELTA_CHUNK`` of Mamba-2's kernels, as published models have it (``chunk_size``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,11 +133,11 @@ class Roofline:
     def layer_s(self, tokens: Tokens, offsets: Tokens) -> Seconds:
         """Seconds of one attention layer for chunks of ``tokens`` tokens with ``offsets`` tokens before them."""
         shape, past = self.shape, self._visible_past(tokens, offsets)
-        weights = self._projection_weights + self._mlp_beside(self._active_experts)
+        weights = shape.attention_weights + self._mlp_beside(self._active_experts)
         gemm_flops: Seconds = 2.0 * tokens.astype(np.float64) * weights
         attention_flops = 4.0 * shape.num_q_heads * shape.head_dim * past
         compute_s = self._gemm_s(gemm_flops) + self._attention_s(attention_flops)
-        read_weights = self._projection_weights + self._mlp_beside(self._touched_experts(tokens))
+        read_weights = shape.attention_weights + self._mlp_beside(self._touched_experts(tokens))
         seen = np.minimum(offsets, shape.sliding_window or offsets)
         moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + (seen + tokens) * shape.kv_bytes_per_token_layer
         return np.maximum(compute_s, self._memory_s(moved_bytes)) + self.efficiency.layer_overhead_s
@@ -159,13 +157,13 @@ class Roofline:
         moved_bytes = self._mlp_weights(self._touched_experts(tokens)) * DTYPE_BYTES[self.shape.dtype]
         return np.maximum(compute_s, self._memory_s(moved_bytes)) + self.efficiency.layer_overhead_s
 
-    def _recurrent_s(self, shape: HybridShape | Mamba2Shape, tokens: Tokens) -> Seconds:
+    def _recurrent_s(self, shape: RecurrentShape, tokens: Tokens) -> Seconds:
         """Seconds of one recurrent layer and its MLP, if any: the same for every token, however many came before."""
-        weights = _recurrent_weights(shape) + self._mlp_beside(self._active_experts)
+        weights = shape.recurrent_weights + self._mlp_beside(self._active_experts)
         compute_s = self._gemm_s(2.0 * tokens.astype(np.float64) * weights) + self._attention_s(
             _state_flops_per_token(shape) * tokens.astype(np.float64)
         )
-        read_weights = _recurrent_weights(shape) + self._mlp_beside(self._touched_experts(tokens))
+        read_weights = shape.recurrent_weights + self._mlp_beside(self._touched_experts(tokens))
         moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + 2 * shape.state_bytes
         return np.maximum(compute_s, self._memory_s(moved_bytes)) + self.efficiency.layer_overhead_s
 
@@ -173,28 +171,6 @@ class Roofline:
         """Seconds of the LM head for one token: its weights are read once."""
         shape = self.shape
         return float(self._memory_s(shape.vocab_size * shape.hidden_size * DTYPE_BYTES[shape.dtype]))
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights: every expert, embedding and LM head apart."""
-        shape = self.shape
-        beside = float(self._mlp_beside(shape.num_experts or 1))
-        weights = shape.num_rows * int(self._projection_weights + beside) + 2 * shape.vocab_size * shape.hidden_size
-        if isinstance(shape, HybridShape | Mamba2Shape):
-            weights += self._num_recurrent * int(_recurrent_weights(shape) + beside)
-        weights += self._num_mlps * int(self._mlp_weights(shape.num_experts or 1))
-        return weights * DTYPE_BYTES[shape.dtype]
-
-    @property
-    def _num_recurrent(self) -> int:
-        shape = self.shape
-        return shape.pattern.count("M") if isinstance(shape, Mamba2Shape) else shape.num_layers - shape.num_rows
-
-    @property
-    def _num_mlps(self) -> int:
-        """Layers that are an MLP alone."""
-        shape = self.shape
-        return len(shape.pattern) - shape.num_rows - self._num_recurrent if isinstance(shape, Mamba2Shape) else 0
 
     def decode_s(self, num_requests: int, context_tokens: int) -> float:
         """Seconds of one step in which every request decodes one token.
@@ -209,32 +185,25 @@ class Roofline:
             return 0.0
         shape = self.shape
         one_layer = np.array([num_requests], dtype=np.int64)
-        weights = self._projection_weights + float(self._mlp_beside(self._active_experts))
+        weights = shape.attention_weights + float(self._mlp_beside(self._active_experts))
         attention_flops = 4.0 * shape.num_q_heads * shape.head_dim * context_tokens
         compute_s = float(self._gemm_s(np.asarray(2.0 * num_requests * weights))) + float(
             self._attention_s(np.asarray(attention_flops))
         )
-        read_weights = self._projection_weights + float(np.ravel(self._mlp_beside(self._touched_experts(one_layer)))[0])
+        read_weights = shape.attention_weights + float(np.ravel(self._mlp_beside(self._touched_experts(one_layer)))[0])
         moved_bytes = read_weights * DTYPE_BYTES[shape.dtype] + context_tokens * shape.kv_bytes_per_token_layer
         layer_s = max(compute_s, float(self._memory_s(moved_bytes))) + self.efficiency.layer_overhead_s
         all_s = shape.num_rows * layer_s
-        if isinstance(shape, HybridShape | Mamba2Shape):
-            all_s += self._num_recurrent * self._recurrent_step_s(shape, num_requests)
-        all_s += self._num_mlps * float(self._mlp_s(one_layer)[0])
+        if isinstance(shape, RecurrentShape):
+            all_s += shape.num_recurrent * self._recurrent_step_s(shape, num_requests)
+        if isinstance(shape, Mamba2Shape):
+            all_s += shape.num_mlps * float(self._mlp_s(one_layer)[0])
         return all_s + self.head_s()
 
-    def _recurrent_step_s(self, shape: HybridShape | Mamba2Shape, num_requests: int) -> float:
+    def _recurrent_step_s(self, shape: RecurrentShape, num_requests: int) -> float:
         """Seconds of one recurrent layer in which every request decodes one token: it reads and writes its state."""
         own = float(self._recurrent_s(shape, np.array([num_requests], dtype=np.int64))[0])
         return own + float(self._memory_s(2 * shape.state_bytes * (num_requests - 1)))
-
-    @property
-    def _projection_weights(self) -> int:
-        shape = self.shape
-        weights = shape.hidden_size * shape.head_dim * 2 * (shape.num_q_heads + shape.num_kv_heads)
-        if isinstance(shape, HybridShape) and shape.gated_attention:
-            weights += shape.hidden_size * shape.head_dim * shape.num_q_heads
-        return weights
 
     @property
     def _active_experts(self) -> int:
@@ -246,16 +215,8 @@ class Roofline:
         return np.zeros_like(weights) if isinstance(self.shape, Mamba2Shape) else weights
 
     def _mlp_weights(self, num_experts: Seconds | int) -> Seconds:
-        """Weights of an MLP with that many experts, and the one that every token visits.
-
-        Gate, up and down projection; where layers do one thing each, the MLP has no gate.
-        """
-        shape = self.shape
-        shared = shape.shared_intermediate_size if isinstance(shape, HybridShape | Mamba2Shape) else 0
-        projections = 2.0 if isinstance(shape, Mamba2Shape) else 3.0
-        return np.asarray(projections * shape.hidden_size * shape.intermediate_size * num_experts) + (
-            projections * shape.hidden_size * shared
-        )
+        """Weights of an MLP with that many experts, and the one that every token visits."""
+        return np.asarray(self.shape.expert_weights * num_experts) + self.shape.shared_expert_weights
 
     def _touched_experts(self, tokens: Tokens) -> Seconds:
         """Experts of which at least one of the tokens needs the weights, routing taken as uniform."""
@@ -285,22 +246,11 @@ class Roofline:
         return np.asarray(num_bytes) / (self.efficiency.memory * self.gpu.memory_bytes_per_s)
 
 
-def _recurrent_weights(shape: HybridShape | Mamba2Shape) -> int:
-    """Weights of one recurrent layer without its MLP.
-
-    Gated DeltaNet: queries, keys, values, gate, two rates a head, and the output. Mamba-2: the same with one rate.
-    """
-    if isinstance(shape, Mamba2Shape):
-        width = shape.num_state_heads * shape.state_head_dim
-        projected = shape.conv_channels + width + shape.num_state_heads
-        return shape.hidden_size * (projected + width) + shape.conv_channels * shape.conv_kernel
-    value_width = shape.num_state_v_heads * shape.state_v_dim
-    projected = shape.conv_channels + value_width + 2 * shape.num_state_v_heads
-    return shape.hidden_size * (projected + value_width) + shape.conv_channels * shape.conv_kernel
-
-
-def _state_flops_per_token(shape: HybridShape | Mamba2Shape) -> float:
-    return _ssd_flops_per_token(shape) if isinstance(shape, Mamba2Shape) else _delta_flops_per_token(shape)
+def _state_flops_per_token(shape: RecurrentShape) -> float:
+    if isinstance(shape, HybridShape):
+        return _delta_flops_per_token(shape)
+    assert isinstance(shape, Mamba2Shape), "there is no third"
+    return _ssd_flops_per_token(shape)
 
 
 def _ssd_flops_per_token(shape: Mamba2Shape) -> float:

@@ -82,14 +82,14 @@ def test_what_is_found_is_on_record_with_its_name(rehearse):
 
 
 def test_wrong_bits_end_the_study(rehearse, monkeypatch):
-    from cacheflow.bench.gpu import parts
+    from cacheflow.bench.gpu import exactness
     from cacheflow.errors import SelfTestError
 
     def broken(model):
         raise SelfTestError(f"{model.name} is not reproduced")
 
-    monkeypatch.setattr(parts, "self_test", broken)
-    monkeypatch.setattr(parts, "RESTORE_POLICIES", ("load",))
+    monkeypatch.setattr(exactness, "self_test", broken)
+    monkeypatch.setattr(exactness, "RESTORE_POLICIES", ("load",))
     code, records, shown = rehearse("--pace", "1000", "--parts", "1,2")
     assert code == 1
     assert done(records) == []
@@ -98,12 +98,12 @@ def test_wrong_bits_end_the_study(rehearse, monkeypatch):
 
 
 def test_a_part_that_fails_is_said_and_the_others_have_their_time(rehearse, monkeypatch):
-    from cacheflow.bench.gpu import parts
+    from cacheflow.bench.gpu import costs
 
     def full(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(parts, "CostMeter", full)
+    monkeypatch.setattr(costs, "CostMeter", full)
     options = ("--pace", "1000", "--parts", "2,0")
     code, records, shown = rehearse(*options)
     assert code == 0

@@ -16,6 +16,7 @@ from cacheflow.bench.vllm.policies import (
 from cacheflow.bench.vllm.server import ServerOptions, server_command, server_environment
 from cacheflow.errors import ConfigError
 from cacheflow.policies.registry import RESTORE_POLICIES
+from cacheflow.vllm.plugin import HYBRID_CONNECTOR
 
 SETUP = LinkSetup(bytes_per_s=2e7, chunk_tokens=512, store_dir=Path("/s"), profile_dir=Path("/p"), side_port=5555)
 SERVER = ServerOptions(
@@ -43,11 +44,11 @@ def test_the_latency_asked_for_reaches_our_connector_alone():
 
 
 def test_a_hybrid_gets_its_own_connector_and_blocks_as_long_as_a_chunk():
-    config = transfer_config("cacheflow", dataclasses.replace(SETUP, hybrid=True))
+    config = transfer_config("cacheflow", dataclasses.replace(SETUP, connector=HYBRID_CONNECTOR))
     assert config is not None
     assert config["kv_connector"] == "CacheFlowHybridConnector"
     assert config["kv_connector_module_path"] == "cacheflow.vllm.hybrid_connector"
-    command = server_command(dataclasses.replace(SERVER, block_size=512), port=1, transfer=None)
+    command = server_command(dataclasses.replace(SERVER, hybrid=True), port=1, transfer=None)
     assert command[command.index("--block-size") + 1] == "512"
     assert "--block-size" not in server_command(SERVER, port=1, transfer=None)
 

@@ -36,9 +36,9 @@ def test_a_prefix_that_was_evicted_comes_back_and_changes_no_token(
     tokens = prompt_tokens(model, NUM_TOKENS + 37)
     server = ServerOptions(
         python=Path(sys.executable), model_dir=model.folder, dtype="bfloat16", chunk_tokens=512, max_tokens=2048,
-        kv_cache_gib=1, compiled=False, log_dir=tmp_path / "logs", block_size=512 if model.is_hybrid else None,
+        kv_cache_gib=1, compiled=False, log_dir=tmp_path / "logs", hybrid=model.is_hybrid,
     )  # fmt: skip
-    options = FleetOptions(server=server, store_root=tmp_path / "store", hybrid=model.is_hybrid)
+    options = FleetOptions(server=server, store_root=tmp_path / "store")
     with open_fleet((policy,), options, bytes_per_s=1e8) as fleet, fleet.turn(policy) as running:
         client = running.client
         reference = ask(client, tokens, num_tokens=16).answer  # nothing is stored yet: this is a prefill

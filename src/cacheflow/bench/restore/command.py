@@ -128,9 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _work(flags: RestoreFlags, suite: SuiteRun[RestoreRecord]) -> bool:
     if flags.shape is not None and flags.device == "cpu":
-        from cacheflow.bench.setup import weight_bytes
-
-        num_bytes = weight_bytes(find_model(flags.shape))
+        num_bytes = find_model(flags.shape).weight_bytes
         if num_bytes > LARGE_BYTES:
             suite.say(
                 f"random weights of {flags.shape}: {num_bytes / 1e9:.0f} GB. On a CPU a study of them can take hours; "

@@ -125,13 +125,11 @@ def _fleet_options(
         kv_cache_gib=math.ceil(
             POOL_PREFIXES * (longest * shape.kv_bytes_per_token + STATES_OF_PREFIX * shape.checkpoint_bytes) / 2**30
         ),
-        block_size=flags.chunk if model.is_hybrid else None,
+        hybrid=model.is_hybrid,
         compiled=flags.compiled,
         log_dir=flags.out / "logs",
     )
-    options = FleetOptions(
-        server=server, store_root=stores, pythons=pythons, itl_slo_ms=flags.itl_slo_ms, hybrid=model.is_hybrid
-    )
+    options = FleetOptions(server=server, store_root=stores, pythons=pythons, itl_slo_ms=flags.itl_slo_ms)
     return options, tuple(policies)
 
 

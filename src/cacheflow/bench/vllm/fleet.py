@@ -12,6 +12,7 @@ from typing import Any
 from cacheflow.bench.vllm.client import ServerError
 from cacheflow.bench.vllm.policies import LinkSetup, SideServer, rivals, transfer_config
 from cacheflow.bench.vllm.server import ServerOptions, VllmServer, start_server
+from cacheflow.vllm.plugin import CONNECTOR, HYBRID_CONNECTOR
 
 REST_WINDOW_S = 0.3
 REST_SHARE = 0.25
@@ -25,14 +26,12 @@ class FleetOptions:
     Attributes:
         store_root: Folder under which each policy's file store lives.
         pythons: Interpreters of policies that need one of their own.
-        hybrid: Whether the model has recurrent layers.
     """
 
     server: ServerOptions
     store_root: Path
     pythons: Mapping[str, Path] = field(default_factory=dict)
     itl_slo_ms: float | None = None
-    hybrid: bool = False
 
 
 @dataclass(slots=True)
@@ -112,7 +111,7 @@ def open_fleet(policies: Sequence[str], options: FleetOptions, *, bytes_per_s: f
                 profile_dir=options.store_root / "profiles",
                 side_port=fleet.sides[policy].port if policy in fleet.sides else None,
                 itl_slo_ms=options.itl_slo_ms,
-                hybrid=options.hybrid,
+                connector=HYBRID_CONNECTOR if options.server.hybrid else CONNECTOR,
             )
             server = replace(options.server, python=options.pythons.get(policy, options.server.python))
             fleet.start(stack, policy, server, transfer_config(policy, setup))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cacheflow.errors import CacheFlowError, ConfigError
-from cacheflow.vllm.plugin import CONNECTOR, CONNECTORS, HYBRID_CONNECTOR
+from cacheflow.vllm.plugin import CONNECTOR, CONNECTORS
 
 STOCK = "vllm"
 """vLLM's own chunked prefill: the baseline, the reference for tokens, and where costs are measured."""
@@ -39,7 +39,7 @@ class LinkSetup:
     Attributes:
         bytes_per_s: Bandwidth of the link, payload bytes.
         profile_dir: Folder in which our connector keeps the costs it measured, for all its policies alike.
-        hybrid: Whether the model has recurrent layers.
+        connector: Of ours, the one that takes the model.
         side_port: Port at which vLLM reaches a rival's own server (through its paced link); None without one.
     """
 
@@ -50,7 +50,7 @@ class LinkSetup:
     side_port: int | None = None
     itl_slo_ms: float | None = None
     boundary_states: bool | None = None
-    hybrid: bool = False
+    connector: str = CONNECTOR
 
 
 class SideServer(Protocol):
@@ -133,8 +133,7 @@ def transfer_config(policy: str, setup: LinkSetup) -> dict[str, Any] | None:
     if policy == STOCK:
         return None
     if policy in OWN_POLICIES:
-        connector = HYBRID_CONNECTOR if setup.hybrid else CONNECTOR
-        return connector_config(connector, CONNECTORS[connector], _own(policy, setup))
+        return connector_config(setup.connector, CONNECTORS[setup.connector], _own(policy, setup))
     if policy not in rivals():
         raise ConfigError(f"policy {policy!r} is not known; known are {', '.join(vllm_policies())}")
     return rivals()[policy].transfer(setup)

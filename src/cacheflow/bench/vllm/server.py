@@ -34,7 +34,7 @@ class ServerOptions:
     Attributes:
         chunk_tokens: Tokens of a step (``max_num_batched_tokens``): the chunk of chunked prefill.
         kv_cache_bytes: KV cache on any device, instead; None for the above, and for vLLM's choice elsewhere.
-        block_size: Tokens of a KV block; None for vLLM's choice.
+        hybrid: Whether the model has recurrent layers: its KV blocks are as long as a chunk.
         compiled: Let vLLM compile the model; else it runs eagerly, in which restoration by layers is bit-exact.
         omp_bind: Cores of the ranks in vLLM's notation; empty: all cores for the only rank.
     """
@@ -48,7 +48,7 @@ class ServerOptions:
     compiled: bool
     log_dir: Path
     kv_cache_bytes: int | None = None
-    block_size: int | None = None
+    hybrid: bool = False
     pipeline_parallel_size: int = 1
     tensor_parallel_size: int = 1
     omp_bind: str = ""
@@ -69,8 +69,8 @@ def server_command(options: ServerOptions, *, port: int, transfer: Mapping[str, 
             command += [f"--{key.replace('_', '-')}", str(size), "--distributed-executor-backend", "mp"]
     if not options.compiled:
         command.append("--enforce-eager")
-    if options.block_size is not None:
-        command += ["--block-size", str(options.block_size)]
+    if options.hybrid:
+        command += ["--block-size", str(options.chunk_tokens)]
     if options.kv_cache_bytes is not None:
         command += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
     if transfer is not None:

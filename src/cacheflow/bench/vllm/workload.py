@@ -14,7 +14,7 @@ from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, cache_root, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
 from cacheflow.shapes.hf_config import shape_of
-from cacheflow.types import HybridShape, ModelShape
+from cacheflow.types import DELTA_CHUNK, HybridShape, ModelShape
 from cacheflow.workloads.coding import byte_tokens, source_text
 
 TINY_NAME = "tiny-qwen3"
@@ -55,8 +55,6 @@ HYBRID_SHAPE = {
 running state is as large as the keys and values of 499 tokens (there 783)."""
 FAMILY = {TINY_NAME: "qwen3", RANKS_NAME: "qwen3", HYBRID_NAME: "qwen3_next"}
 RANDOM_MODELS = {TINY_NAME: TINY_SHAPE, RANKS_NAME: RANKS_SHAPE, HYBRID_NAME: HYBRID_SHAPE}
-RECURRENT_TOKENS = 64
-"""Running states do not depend on where passes end as long as those are multiples of it."""
 PROMPT_STRIDE = 611
 """Tokens between the beginnings of two prompts of a run: they share no block, so none is another's cache hit."""
 
@@ -83,11 +81,11 @@ class BenchModel:
         if not isinstance(self.shape, HybridShape):
             return
         least = -(-self.shape.state_bytes // self.shape.kv_bytes_per_token_layer)
-        if num_tokens < least or num_tokens % RECURRENT_TOKENS:
+        if num_tokens < least or num_tokens % DELTA_CHUNK:
             raise ConfigError(
                 f"--chunk {num_tokens}: a chunk of {self.shape.name} is a KV block, which is as large as a running "
-                f"state ({least} tokens) and should be a multiple of {RECURRENT_TOKENS}: give --chunk "
-                f"{-(-least // RECURRENT_TOKENS) * RECURRENT_TOKENS} or another such"
+                f"state ({least} tokens) and should be a multiple of {DELTA_CHUNK}: give --chunk "
+                f"{-(-least // DELTA_CHUNK) * DELTA_CHUNK} or another such"
             )
 
     def on_record(self, size: PrefixSize, *, bytes_per_s: float, ratio: float) -> dict[str, Any]:

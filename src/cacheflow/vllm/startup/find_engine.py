@@ -13,7 +13,7 @@ from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
 from cacheflow.stores.probe import measure_link
-from cacheflow.types import ModelShape
+from cacheflow.types import DELTA_CHUNK, ModelShape
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.models.kv_groups import MAMBA2
@@ -35,8 +35,6 @@ from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 logger = logging.getLogger(__name__)
 
-_DELTA_TOKENS = 64
-"""Kernels of Gated DeltaNet layers take so many tokens at once; those of Mamba-2 as many as the model says."""
 _COSTLY_CHUNK = 0.2
 """Share of a chunk's cost that a long pass saves, from which on longer chunks are advised."""
 
@@ -110,7 +108,7 @@ def _advise_blocks(options: ConnectorOptions, handle: ModelHandle) -> None:
     """Say when running states depend on where passes end, and passes of a prefill end elsewhere than chunks."""
     size = handle.block_size
     is_mamba2 = handle.groups.state_kind == MAMBA2
-    step = int(handle.vllm_config.model_config.get_mamba_chunk_size()) if is_mamba2 else _DELTA_TOKENS
+    step = int(handle.vllm_config.model_config.get_mamba_chunk_size()) if is_mamba2 else DELTA_CHUNK
     if size % step:
         logger.warning(
             "KV blocks hold %d tokens, no multiple of the %d that a recurrent layer takes at once: running states then "
