@@ -83,6 +83,22 @@ def hybrid_engine(
 
 
 @contextmanager
+def asynchronous() -> Iterator[None]:
+    """Engines that begin meanwhile schedule a step ahead of what was sampled, as on GPUs: on CPUs vLLM would not."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    configure = CpuPlatform.check_and_update_config
+
+    def configured(vllm_config: Any) -> None:
+        configure(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(configured))
+        yield
+
+
+@contextmanager
 def nothing_lost(engine: Any) -> Iterator[Any]:
     """The engine with nothing cached and no faults; afterwards no block of it is lost."""
     engine.evict()
