@@ -6,18 +6,21 @@ line and a ``config.json`` on this machine say. What they do not say is left to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from cacheflow.errors import ConfigError
 from cacheflow.shapes.hf_config import CacheKind, cache_kind, text_config
 from cacheflow.vllm.models.refusals import (
+    DRAFTS_BESIDE_STATES,
+    NO_STATES_KEPT,
     cache_refusal,
     configured_refusals,
     engine_refusals,
     require_loadable,
     require_recomputable,
+    states_elsewhere,
 )
 from cacheflow.vllm.options import DEFAULT_CHUNK_TOKENS, ConnectorOptions
 from cacheflow.vllm.startup.installed import InstalledVllm
@@ -60,9 +63,18 @@ def check_start(
     kind = _cache_kind(flags, config, environment)
     _check_chunks(options, flags, max_tokens=_max_tokens(flags, config), recurrent=kind.has_states)
     view = _view(flags, config)
-    require_loadable([reason for reason in (cache_refusal(kind), *engine_refusals(view)) if reason])
+    reasons = [cache_refusal(kind), *engine_refusals(view), *(_state_refusals(flags) if kind.has_states else ())]
+    require_loadable([reason for reason in reasons if reason])
     require_recomputable(list(configured_refusals(view)), load_only=options.unsupported_models == "load_only")
     return kind
+
+
+def _state_refusals(flags: ServerFlags) -> Iterator[str]:
+    """Why the running states of a hybrid are not restored with these options."""
+    if flags.given("--speculative-config"):
+        yield DRAFTS_BESIDE_STATES
+    if flags.given("--no-enable-prefix-caching") and not flags.on("--enable-prefix-caching"):
+        yield states_elsewhere(NO_STATES_KEPT)
 
 
 def _check_chunks(options: ConnectorOptions, flags: ServerFlags, *, max_tokens: int | None, recurrent: bool) -> None:
