@@ -137,8 +137,10 @@ def test_the_printed_line_is_what_the_connector_parses(capsys: pytest.CaptureFix
         ({"model_type": "qwen3_next"}, [], "CacheFlowHybridConnector"),
         ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*"}, [], "CacheFlowHybridConnector"),
         ({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 4}, [], "CacheFlowConnector"),
+        ({"model_type": "qwen3_next"}, ["--", "--hf-overrides", "{}", "--block-size=1088"], "CacheFlowHybridConnector"),
+        ({"model_type": "qwen3_next"}, ["--", "--load-format", "runai_streamer"], "CacheFlowHybridConnector"),
         # What vLLM will run is not certain then.
-        ({"model_type": "qwen3_next"}, ["--", "--hf-overrides", "{}"], "CacheFlowConnector"),
+        ({"model_type": "qwen3_next"}, ["--", "--hf-config-path", "elsewhere"], "CacheFlowConnector"),
     ],
 )
 def test_the_connector_is_the_one_for_the_model(machine, tmp_path, capsys, changes, words, name):
