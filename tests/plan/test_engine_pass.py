@@ -79,3 +79,11 @@ def test_a_table_keeps_its_passes_in_json():
 def test_nonsense_is_refused(values):
     with pytest.raises(ProfileError, match="engine pass"):
         EnginePass.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "longest"),
+    [(16, 2048), (160, 1920), (1056, 1056), (4096, 512)],
+)
+def test_the_longest_chunk_is_of_whole_blocks(block_size, longest):
+    assert OWN.longest_chunk(block_size) == longest

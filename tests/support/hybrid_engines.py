@@ -26,10 +26,8 @@ DEEP = {"num_hidden_layers": 4 * ROWS, "decoder_sparse_step": 4 * ROWS}
 """So many rows; experts in the last layer alone, without which vLLM does not start the model."""
 WISHES = {"num_tokens": 8, "logprobs": 5}
 OPTIONS = {"self_test": True, "throttle_bytes_per_s": 1e8, "policy": "cake"}
-TIE = 8.0
-"""How much less likely than the likeliest a token of a right reply may be, where vLLM computes it all as one prompt.
-Steps of other sizes round in other ways, on some CPUs more than on others: that made up to 3.5; a state of an earlier
-chunk, 35 and more."""
+TIE, UNLIKELY_SHARE = 4.0, 1 / 16
+"""See ``is_likely``."""
 STAND_INS = str(Path(__file__).parents[1] / "data" / "stand_ins")
 """For modules that vLLM's models import and never use here: torchvision."""
 
@@ -76,6 +74,22 @@ def hybrid_engine(
 
 
 @contextmanager
+def asynchronous() -> Iterator[None]:
+    """Engines that begin meanwhile schedule a step ahead of what was sampled, as on GPUs: on CPUs vLLM would not."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    configure = CpuPlatform.check_and_update_config
+
+    def configured(vllm_config: Any) -> None:
+        configure(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(configured))
+        yield
+
+
+@contextmanager
 def nothing_lost(engine: Any) -> Iterator[Any]:
     """The engine with nothing cached and no faults; afterwards no block of it is lost."""
     engine.evict()
@@ -103,7 +117,18 @@ def assert_equal(one: Any, other: Any) -> None:
 def assert_equal_beside_others(engine: Any, tokens: Sequence[int], one: Any, other: Any) -> None:
     """The prompt's cache to the last bit, and a reply that vLLM by itself might have given beside others."""
     assert_same_cache(one, other)
-    assert max(engine.log_gaps(tokens, one.tokens)) < TIE
+    assert is_likely(engine, tokens, one.tokens)
+
+
+def is_likely(engine: Any, tokens: Sequence[int], reply: Sequence[int]) -> bool:
+    """Whether vLLM might have replied this by itself, beside others and after any steps that brought it there.
+
+    Steps of other sizes round in other ways, on some CPUs more than on others, and these models' experts turn a last
+    bit into a token that is less likely by up to 20, where vLLM computes prompt and reply as one prompt: that was a
+    single token in a reply, of 10,000 seven by more than 8. Of a reply from an earlier chunk's state every second is.
+    """
+    unlikely = sum(gap > TIE for gap in engine.log_gaps(tokens, reply))
+    return unlikely <= 1 + UNLIKELY_SHARE * len(reply)
 
 
 def assert_same_cache(one: Any, other: Any) -> None:
@@ -122,7 +147,7 @@ def assert_a_wrong_state_shows(
     engine: Any, tokens: Sequence[int], own: Any, wrong: str, *, end: int, step: int
 ) -> None:
     """Negative control: what is compared depends on the state where a restoration ends."""
-    name = engine.submit(tokens, params={"cacheflow": "recompute"}, **WISHES)
+    name = engine.submit(tokens, params={"cacheflow": "recompute"}, **{**WISHES, "num_tokens": 32})
     engine.run(until=lambda: engine.request(name).num_computed_tokens >= end - step)
     earlier = engine.gather_states(engine.state_blocks(name, end - step))
     engine.run(until=lambda: engine.request(name).num_computed_tokens >= end)
@@ -133,4 +158,6 @@ def assert_a_wrong_state_shows(
     assert not np.array_equal(state, right)
     engine.states.scatter(0, 1, blocks, state)
     engine.run()
-    assert engine.answers[name].logprobs != own.logprobs
+    answer = engine.answers[name]
+    assert answer.logprobs[: len(own.logprobs)] != own.logprobs
+    assert not is_likely(engine, tokens, answer.tokens)

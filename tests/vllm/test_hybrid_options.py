@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from support.fixed_staircase import planned
-from support.hybrid_engines import CHUNK, WISHES, assert_equal, hybrid_engine, nothing_lost, prompt
+from support.hybrid_engines import CHUNK, WISHES, assert_equal, asynchronous, hybrid_engine, nothing_lost, prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -76,6 +76,27 @@ def test_hits_that_end_within_a_block(folder):
         assert (again.record["start"], again.record["end"]) == (1024, 1408)
         assert again.record["recomputed_cells"] == 0
         same(again, own)
+
+
+def test_vllm_schedules_ahead_of_what_it_has_sampled(folder):
+    """A reply's states are saved although the last token of their chunk is known a step later."""
+    first, end = prompt(5, 7 * CHUNK + 90), 8 * CHUNK
+    with asynchronous(), hybrid_engine(folder) as started, nothing_lost(started) as engine:
+        tokens = prompt(1)
+        own = engine.saved(tokens, **WISHES)
+        restored_by_plan(engine, tokens, own, 2, 2, 2, 1, 1, 0, 0, 0)
+        engine.evict()
+        name = engine.submit(first, num_tokens=100)
+        engine.run(until=lambda: engine.request(name).num_computed_tokens >= end)
+        states, kv = engine.gather_states(engine.state_blocks(name, end)), engine.gather(engine.block_ids(name)[:8])
+        engine.run()
+        turn = first + engine.answers[name].tokens + prompt(6, 9)
+        engine.ask(prompt(7, 20), num_tokens=1, params=OFF)  # vLLM tells workers of ends a step later
+        engine.evict()
+        again = engine.ask(turn, params={"cacheflow": "load"}, **WISHES)
+        assert again.record["end"] == end
+        assert np.array_equal(again.kv, kv)
+        assert np.array_equal(again.states, states)
 
 
 STATES = {

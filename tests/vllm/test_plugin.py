@@ -18,6 +18,8 @@ class Worker:
     def __init__(self, vllm_config):
         self.vllm_config = vllm_config
     def load_model(self, *, load_dummy_weights=False):
+        import logging
+        logging.debug("as the experts do on the CPU")
         self.loaded = load_dummy_weights
 """
 FACTORY = """
@@ -90,6 +92,25 @@ def test_registering_imports_neither_vllm_nor_torch(run):
     run("""
 register()
 assert not [name for name in sys.modules if name.startswith(("vllm", "torch"))]
+""")
+
+
+def test_a_workers_log_is_vllms_although_a_model_configures_logging(run):
+    """``logging.debug`` gives the root logger a handler and no level, and what is below a warning would be lost."""
+    run("""
+import io
+import logging
+theirs, seen = logging.getLogger("vllm"), io.StringIO()
+theirs.addHandler(logging.StreamHandler(seen))
+theirs.setLevel("INFO")
+register()
+from vllm.v1.worker.gpu_worker import Worker
+worker = Worker(config("cacheflow.vllm.connector"))
+worker.load_model()
+from cacheflow.vllm.last_line import log_beside_vllm
+log_beside_vllm()
+logging.getLogger("cacheflow.vllm.startup").info("self-test passed")
+assert seen.getvalue() == "self-test passed\\n"
 """)
 
 

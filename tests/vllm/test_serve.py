@@ -131,14 +131,36 @@ def test_the_printed_line_is_what_the_connector_parses(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
+    ("model_type", "words", "extra"),
+    [
+        ("qwen3_next", [], {}),
+        ("qwen3_next", ["--chunk-tokens", "512"], {"chunk_tokens": 512}),
+        ("qwen3_next", ["--chunk-tokens", "256"], {"chunk_tokens": 256}),
+        ("llama", ["--chunk-tokens", "512"], {}),
+    ],
+)
+def test_a_hybrids_chunk_that_is_asked_for_is_passed_on_though_it_be_the_default(
+    machine, tmp_path, capsys, model_type, words, extra
+):
+    machine(vllm="0.32.0")
+    values = {"architectures": ["A"], "num_hidden_layers": 4, "model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    code, out, _ = run(capsys, str(tmp_path), "--print-config", *words)
+    assert code == 0
+    assert config_of(out)["kv_connector_extra_config"] == extra
+
+
+@pytest.mark.parametrize(
     ("changes", "words", "name"),
     [
         ({"text_config": {"model_type": "qwen3_5_text", "full_attention_interval": 4}}, [], "CacheFlowHybridConnector"),
         ({"model_type": "qwen3_next"}, [], "CacheFlowHybridConnector"),
         ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*"}, [], "CacheFlowHybridConnector"),
         ({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 4}, [], "CacheFlowConnector"),
+        ({"model_type": "qwen3_next"}, ["--", "--hf-overrides", "{}", "--block-size=1088"], "CacheFlowHybridConnector"),
+        ({"model_type": "qwen3_next"}, ["--", "--load-format", "runai_streamer"], "CacheFlowHybridConnector"),
         # What vLLM will run is not certain then.
-        ({"model_type": "qwen3_next"}, ["--", "--hf-overrides", "{}"], "CacheFlowConnector"),
+        ({"model_type": "qwen3_next"}, ["--", "--hf-config-path", "elsewhere"], "CacheFlowConnector"),
     ],
 )
 def test_the_connector_is_the_one_for_the_model(machine, tmp_path, capsys, changes, words, name):

@@ -43,6 +43,10 @@ class EnginePass:
         num_chunks, num_passes = -(-num_tokens // self.chunk_tokens), -(-num_tokens // self.pass_tokens)
         return max(0, num_chunks - num_passes) * self.saved_s
 
+    def longest_chunk(self, block_size: int) -> int:
+        """Tokens of the longest chunk that a pass takes, in whole KV blocks of ``block_size`` tokens."""
+        return max(self.chunk_tokens, self.pass_tokens // block_size * block_size)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         return asdict(self)

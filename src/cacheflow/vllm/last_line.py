@@ -31,9 +31,13 @@ _TRACKER_WARNING = "ignore:resource_tracker:UserWarning"
 
 
 def log_beside_vllm() -> None:
-    """Give ``cacheflow``'s logger vLLM's handlers and level, unless logging is configured for it."""
+    """Give ``cacheflow``'s logger vLLM's handlers and level, unless logging is configured for it, or for all.
+
+    In a worker it is called early: the first ``logging.debug`` of any library configures logging for all, and lines
+    below a warning are lost. vLLM's experts on the CPU do that.
+    """
     ours, theirs = logging.getLogger("cacheflow"), logging.getLogger("vllm")
-    if ours.handlers or ours.level or logging.getLogger().handlers:
+    if ours.handlers or ours.level or logging.getLogger().handlers or not theirs.handlers:
         return
     ours.handlers, ours.propagate = list(theirs.handlers), False
     ours.setLevel(theirs.level)

@@ -18,7 +18,7 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
 
-from cacheflow.vllm.last_line import print_reason_last
+from cacheflow.vllm.last_line import log_beside_vllm, print_reason_last
 from cacheflow.vllm.models.workers import remember
 
 WORKER_MODULE = "vllm.v1.worker.gpu_worker"
@@ -115,8 +115,11 @@ def _wrap(module: ModuleType) -> None:
 
     @functools.wraps(load_model)
     def remembering(worker: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- whatever this vLLM passes
+        connected = worker.vllm_config.kv_transfer_config is not None
+        if connected:
+            log_beside_vllm()  # before the model: what it loads may log through logging's own functions
         result = load_model(worker, *args, **kwargs)
-        if worker.vllm_config.kv_transfer_config is not None:
+        if connected:
             remember(worker)
         return result
 

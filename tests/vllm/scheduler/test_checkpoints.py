@@ -272,6 +272,20 @@ def test_a_chunk_s_save_carries_the_states_where_they_are_due():
     assert last.block_ids == tuple(range(CHUNK // BLOCK, 2 * CHUNK // BLOCK))
 
 
+def test_states_whose_last_token_is_known_a_step_late_are_saved_then():
+    """VLLM schedules a step before it knows what the one before has sampled."""
+    made = case()
+    made.arrive("r", prompt := tokens(2 * CHUNK - 2))
+    made.matched("r")
+    scheduled_step(made, 2 * CHUNK - 2)
+    assert scheduled_step(made, 2 * CHUNK - 1).saves == ()
+    prompt.append(1)
+    assert scheduled_step(made, 2 * CHUNK).saves == ()
+    prompt.append(2)
+    (late,) = scheduled_step(made, 2 * CHUNK + 1).saves
+    assert (late.chunk, late.state_blocks, late.keep) == (1, (2 * CHUNK // BLOCK, 1), True)
+
+
 def test_vllm_is_asked_to_stop_where_it_would_go_by():
     """A chunk is larger than a block, or states are kept within passes."""
     made = case()

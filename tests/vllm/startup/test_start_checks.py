@@ -55,6 +55,7 @@ def passes(model, options, words, installed, environment=None) -> None:
     [
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "a recurrent state in some layers"),
+        ({"model_type": "jamba", "mamba_d_state": 16}, "Gated DeltaNet and Mamba-2 are restored: serve it without"),
         ({"model_type": "mistral", "sliding_window": 512}, "--disable-sliding-window"),
         (
             {"layer_types": ["sliding_attention"] * 2, "sliding_window": 512},
@@ -81,6 +82,24 @@ def test_a_hybrid_s_chunk_is_a_block_unless_another_size_is_given(model, vllm, w
     path = model(model_type=model_type, layer_types=kinds[model_type])
     passes(path, FILE, words, vllm)
     assert "chunk_tokens is 1024" in refused(path, replace(FILE, chunk_tokens=1024), words, vllm)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--no-enable-prefix-caching"], "leave vLLM's prefix caching on (--enable-prefix-caching)"),
+        (["--enable-prefix-caching", "--no-enable-prefix-caching"], "kept in mode 'none'"),
+        (["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}'], "serve it without drafts"),
+        (["-sc", '{"model": "d"}'], "serve it without drafts"),
+    ],
+    ids=str,
+)
+def test_a_hybrid_that_drafts_or_runs_without_prefix_caching(model, vllm, words, said):
+    path = model(model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
+    for options in (FILE, LOAD_ONLY):
+        assert said in refused(path, options, words, vllm)
+    passes(path, FILE, ["--no-enable-prefix-caching", "--enable-prefix-caching"], vllm)
+    passes(model(), FILE, words, vllm)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,11 @@ SUPPORTED_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 """vLLM's KV cache specs that are restored: keys and values, or one latent, of every token."""
 KDA_ARCHITECTURES = ("BailingMoeV3", "Glm5Next", "KimiK3", "KimiLinear")
 """How the names of architectures with Kimi Delta Attention begin: vLLM counts their states as Gated DeltaNet's."""
+DRAFTS_BESIDE_STATES = (
+    "it drafts, with running states for every draft: restoration was never tried with those; serve it without drafts"
+)
+STATES_AT_BLOCK_ENDS, NO_STATES_KEPT = "align", "none"
+"""vLLM's modes (``mamba_cache_mode``) of keeping running states with its prefix caching, and without."""
 _KIND_OF_SPEC = {
     "SlidingWindowSpec": CacheKind.WINDOW,
 }
@@ -63,6 +68,8 @@ def cache_refusal(kind: CacheKind, *, spec: str = "") -> str:
     way_out = ""
     if kind is CacheKind.WINDOW:
         way_out = "; vLLM's --disable-sliding-window keeps every token, of prompts up to the window"
+    if kind is CacheKind.RECURRENT:
+        way_out = "; of those Gated DeltaNet and Mamba-2 are restored: serve it without CacheFlow"
     if kind is CacheKind.KIMI_DELTA:
         way_out = "; vLLM has its kernels for GPUs alone, where restoring them was never tried"
     return f"the model keeps {kind.value}{f' ({spec})' if spec else ''}{way_out}"
@@ -75,7 +82,7 @@ def load_refusals(vllm_config: Config, kv_cache_config: Config) -> list[str]:
     if str(getattr(vllm_config.model_config, "architecture", "")).startswith(KDA_ARCHITECTURES):
         reasons.append(cache_refusal(CacheKind.KIMI_DELTA))
     if recurrent and vllm_config.speculative_config is not None:
-        reasons.append("it drafts, with running states for every draft: restoration was never tried with those")
+        reasons.append(DRAFTS_BESIDE_STATES)
     return reasons
 
 
@@ -103,11 +110,16 @@ def _state_refusals(spec: Any) -> Iterator[str]:  # noqa: ANN401 -- vLLM's Mamba
     if kind not in (DELTA_NET, MAMBA2):
         supported = f"{DELTA_NET} and {MAMBA2}"
         yield f"the model keeps {CacheKind.RECURRENT.value} (of kind {kind}); of those {supported} are supported"
-    if spec.mamba_cache_mode != "align":
-        yield (
-            f"running states are kept in mode {spec.mamba_cache_mode!r}, not where blocks end ('align'): leave vLLM's "
-            "prefix caching on (--enable-prefix-caching)"
-        )
+    if spec.mamba_cache_mode != STATES_AT_BLOCK_ENDS:
+        yield states_elsewhere(spec.mamba_cache_mode)
+
+
+def states_elsewhere(mode: str) -> str:
+    """Why running states that vLLM keeps in another mode than ``STATES_AT_BLOCK_ENDS`` are not restored."""
+    return (
+        f"running states are kept in mode {mode!r}, not where blocks end ({STATES_AT_BLOCK_ENDS!r}): leave vLLM's "
+        "prefix caching on (--enable-prefix-caching)"
+    )
 
 
 def layer_specs(kv_cache_spec: Any) -> list[Any]:  # noqa: ANN401 -- vLLM's KVCacheSpec

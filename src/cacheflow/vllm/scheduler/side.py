@@ -331,7 +331,12 @@ class SchedulerSide:
     def _checkpoint(
         self, request: TrackedRequest, num_computed: int, block_ids_of: BlockIdsOf, state_blocks_of: StateBlocksOf
     ) -> SaveWork | None:
-        """The chunk that ends with the step, with its running states; None where they are not to be saved."""
+        """The chunk that ends with the step, with its running states; None where they are not to be saved.
+
+        Where vLLM schedules ahead of what it has sampled, a chunk's last token is known a step late. Then its states
+        are saved in that step: vLLM still has them.
+        """
+        num_computed = min(num_computed, len(request.view.tokens))
         due = None if request.checkpoints is None else request.checkpoints.due(num_computed)
         if due is None:
             return None

@@ -214,7 +214,7 @@ def _costs(
         ),
         budget_s=options.calibrate_budget_s,
     )
-    _advise_chunk(costs)
+    _advise_chunk(costs, block_size=handle.block_size)
     try:
         save_costs(costs, path)
     except OSError as error:
@@ -222,17 +222,18 @@ def _costs(
     return costs
 
 
-def _advise_chunk(costs: CostTable) -> None:
+def _advise_chunk(costs: CostTable, *, block_size: int) -> None:
     """Say when chunks of the save cost much more than the engine's own passes, as with a mixture of experts."""
     own = costs.engine_pass
     if own is None:
         return
     chunk_s = sum(costs.kinds[kind].full_s(own.chunk_tokens, 0) for kind in costs.layer_kinds)
-    if own.saved_s > _COSTLY_CHUNK * chunk_s:
+    longest = own.longest_chunk(block_size)
+    if own.saved_s > _COSTLY_CHUNK * chunk_s and longest > own.chunk_tokens:
         logger.warning(
             "recomputing in chunks of %d tokens costs %.0f %% more than in this engine's passes of %d: restoration "
             "will seldom pay; set chunk_tokens to %d (prefixes saved so far are then saved anew)",
-            own.chunk_tokens, own.saved_s / max(chunk_s - own.saved_s, 1e-9) * 100, own.pass_tokens, own.pass_tokens,
+            own.chunk_tokens, own.saved_s / max(chunk_s - own.saved_s, 1e-9) * 100, own.pass_tokens, longest,
         )  # fmt: skip
 
 

@@ -6,26 +6,31 @@ line and a ``config.json`` on this machine say. What they do not say is left to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from cacheflow.errors import ConfigError
 from cacheflow.shapes.hf_config import CacheKind, cache_kind, text_config
 from cacheflow.vllm.models.refusals import (
+    DRAFTS_BESIDE_STATES,
+    NO_STATES_KEPT,
     cache_refusal,
     configured_refusals,
     engine_refusals,
     require_loadable,
     require_recomputable,
+    states_elsewhere,
 )
 from cacheflow.vllm.options import DEFAULT_CHUNK_TOKENS, ConnectorOptions
 from cacheflow.vllm.startup.installed import InstalledVllm
 from cacheflow.vllm.startup.local_config import local_config
 from cacheflow.vllm.startup.server_flags import ServerFlags
 
-_CHANGES_THE_MODEL = ("--config-format", "--hf-config-path", "--hf-overrides", "--model-impl", "--load-format")
+_ANOTHER_CONFIG = ("--config-format", "--hf-config-path", "--model-impl")
 """With one of these a ``config.json`` does not say what vLLM will run."""
+_OVERRIDES = "--hf-overrides"
+"""With these it does not say all of it, but still what kind of layers there are."""
 _MAX_LEN_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -50,19 +55,29 @@ def check_start(
     None where it is not known which vLLM would run.
 
     Returns:
-        What the model's layers keep; ``FULL`` where that is not certain.
+        What the model's layers keep; ``FULL`` where nothing says it.
 
     Raises:
         ConfigError: It would be; with the reason that the connector or a worker would give.
     """
-    config = {} if model is None else _config_of(model, flags, environment)
+    written = {} if model is None else _config_of(model, flags, environment)
+    config = {} if flags.given(_OVERRIDES) else written
     _check_store(options, flags, installed, environment)
-    kind = _cache_kind(flags, config, environment)
-    _check_chunks(options, flags, max_tokens=_max_tokens(flags, config), recurrent=kind.has_states)
+    kind, written_kind = (_cache_kind(flags, each, environment) for each in (config, written))
+    _check_chunks(options, flags, max_tokens=_max_tokens(flags, config), recurrent=written_kind.has_states)
     view = _view(flags, config)
-    require_loadable([reason for reason in (cache_refusal(kind), *engine_refusals(view)) if reason])
+    reasons = [cache_refusal(kind), *engine_refusals(view), *(_state_refusals(flags) if kind.has_states else ())]
+    require_loadable([reason for reason in reasons if reason])
     require_recomputable(list(configured_refusals(view)), load_only=options.unsupported_models == "load_only")
-    return kind
+    return written_kind
+
+
+def _state_refusals(flags: ServerFlags) -> Iterator[str]:
+    """Why the running states of a hybrid are not restored with these options."""
+    if flags.given("--speculative-config"):
+        yield DRAFTS_BESIDE_STATES
+    if flags.given("--no-enable-prefix-caching") and not flags.on("--enable-prefix-caching"):
+        yield states_elsewhere(NO_STATES_KEPT)
 
 
 def _check_chunks(options: ConnectorOptions, flags: ServerFlags, *, max_tokens: int | None, recurrent: bool) -> None:
@@ -76,7 +91,7 @@ def _check_chunks(options: ConnectorOptions, flags: ServerFlags, *, max_tokens: 
 
 
 def _config_of(model: str, flags: ServerFlags, environment: Mapping[str, str]) -> Mapping[str, Any]:
-    if any(flags.given(name) for name in _CHANGES_THE_MODEL):
+    if any(flags.given(name) for name in _ANOTHER_CONFIG) or flags.text("--load-format") == "gguf":
         return {}
     return local_config(model, revision=flags.text("--revision"), environment=environment) or {}
 
