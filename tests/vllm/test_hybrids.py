@@ -373,6 +373,8 @@ def test_preempted_and_restored_again(engine, seeds, num_tokens):
         reply = engine.answers[name].tokens
         assert reply[: len(begun)] == begun
         assert is_likely(engine, tokens, reply)
+        if len(prompts) == 1:  # every step to itself: then to the token, what was decoded before coming with the prompt
+            assert reply[len(begun) :] == engine.own(tokens + begun, num_tokens=num_tokens - len(begun)).tokens
 
 
 @first_runner
