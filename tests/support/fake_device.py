@@ -1,6 +1,6 @@
 """A device without one: streams, events and pinned memory whose work is done late, in a sequence that a test chooses.
 
-Behind the seam of ``engine.streams``. What a stream is asked is kept and done later, one piece at a time: whenever the
+Behind the seam of ``tensors.streams``. What a stream is asked is kept and done later, one piece at a time: whenever the
 host turns to the device, the test's ``choose`` says which stream goes on, or that none does. Whatever holds for every
 choice holds for a real device, which makes one of them. Tensors are real ones in host memory, so a copy or a launch
 that comes too early or too late shows in the bits. A copy and a launch take a second of their stream each.

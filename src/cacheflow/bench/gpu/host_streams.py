@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from cacheflow.engine.streams import DeviceStream, StreamEvent
+from cacheflow.tensors.streams import DeviceStream, StreamEvent
 
 
 class HostEvent:

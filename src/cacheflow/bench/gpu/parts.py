@@ -32,13 +32,13 @@ from cacheflow.engine.families import DTYPES, FAMILIES
 from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
-from cacheflow.engine.streams import DeviceStreams, streams_of
 from cacheflow.errors import ConfigError, SelfTestError
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.profiling import ceilings
 from cacheflow.profiling.measure import CostMeter
 from cacheflow.profiling.survey import ChunkPoint
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.tensors.streams import DeviceStreams, streams_of
 from cacheflow.types import Clock
 
 SUITE = "restore"

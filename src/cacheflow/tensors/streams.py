@@ -1,4 +1,4 @@
-"""Streams, events and pinned memory: all that the engine asks of a device that works while the host goes on.
+"""Streams, events and pinned memory: all that is asked of a device that works while the host goes on.
 
 What the device is asked in one stream it does in sequence; two streams meet at events alone. Tests have a device of
 their own behind ``DeviceStreams``, which needs no GPU.

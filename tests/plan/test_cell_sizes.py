@@ -2,8 +2,8 @@
 
 import pytest
 
-from cacheflow.engine.cell_sizes import LEAST_CELL_S, chunk_tokens_of, layers_of_cell
 from cacheflow.errors import ConfigError
+from cacheflow.plan.cell_sizes import LEAST_CELL_S, chunk_tokens_of, layers_of_cell
 from cacheflow.shapes.hardware import find_model
 
 LLAMA = find_model("Llama-3.1-8B")

@@ -15,8 +15,8 @@ from collections import deque
 
 import torch
 
-from cacheflow.engine.streams import DeviceStreams, StreamEvent
 from cacheflow.tensors.staging import PinnedSlabs, StagingPool
+from cacheflow.tensors.streams import DeviceStreams, StreamEvent
 
 MAX_QUEUED = 8
 """Uploads that the device has not done yet; more would count as resident long before they are."""
