@@ -61,6 +61,11 @@ class FakeStream:
     def launch(self, work: Callable[[], None]) -> None:
         self._ask("launch", work)
 
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        kept, sent = values.clone(), torch.full_like(values, 1 << 6)
+        self._ask("send", partial(_move, sent, kept))
+        return sent
+
     def record(self, *, timed: bool = False) -> FakeEvent:
         event = FakeEvent(self.device)
         self._ask("record", event)
@@ -89,8 +94,8 @@ class FakeStream:
 
     def go_on(self) -> None:
         kind, what = self.queue.popleft()
-        if kind in ("copy", "launch"):
-            self.now_s += 1.0
+        if kind in ("copy", "launch", "send"):
+            self.now_s += kind != "send"
             what()
         elif kind == "record":
             what.passed, what.at_s = True, self.now_s

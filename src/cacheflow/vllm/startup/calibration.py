@@ -264,19 +264,20 @@ class _Meter:
         return self._median_s(head)
 
     def _median_s(self, work: Callable[[], object]) -> float:
-        taken = []
-        for _ in range(_REPEATS + 1):
-            self._settle()
-            started_s = time.perf_counter()
-            work()
-            self._settle()
-            taken.append(time.perf_counter() - started_s)
-        return statistics.median(taken[1:])
+        return statistics.median([self._seconds(work) for _ in range(_REPEATS + 1)][1:])
 
-    def _settle(self) -> None:
-        self._forward.wait()
-        if self._forward.handle.device.type == "cuda":
-            torch.cuda.current_stream(self._forward.handle.device).synchronize()
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """Seconds of work: on CUDA the device's own, with whatever it waited for launching."""
+        before = self._forward.record()
+        if before is not None:
+            before.wait()
+        started_s, begin = time.perf_counter(), self._forward.record()
+        work()
+        end = self._forward.record()
+        if begin is None or end is None:
+            return time.perf_counter() - started_s
+        end.wait()
+        return end.seconds_after(begin)
 
 
 def _golden(kind: str, grid: CostGrid) -> GoldenPoint:

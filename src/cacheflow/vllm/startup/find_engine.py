@@ -13,6 +13,7 @@ from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
 from cacheflow.stores.probe import measure_link
+from cacheflow.tensors.copy_lane import lane_of
 from cacheflow.types import ModelShape
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
@@ -57,8 +58,9 @@ def find_engine(
         ProfileError: There is no profile for this engine and ``calibrate`` is off.
     """
     handle = open_model(vllm_config, kv_cache_config, load_only=options.unsupported_models == "load_only")
-    layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names)
-    states = StateBlocks.of(handle, kv_caches, kv_cache_config)
+    lane = lane_of(handle.device)
+    layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names, lane=lane)
+    states = StateBlocks.of(handle, kv_caches, kv_cache_config, lane=lane)
     if states is not None:
         _advise_blocks(options, handle)
     options.require_room_for_chunk(layout.num_bytes(0, layout.num_layers, options.chunk_tokens // layout.block_size))
@@ -77,7 +79,7 @@ def find_engine(
             "%s. Prefixes are restored by loading alone: no sooner than the store can bring them, and what it lost is "
             "left to vLLM's prefill", handle.refusal,
         )  # fmt: skip
-    forward = PartialForward(handle) if handle.can_recompute else None
+    forward = PartialForward(handle, lane) if handle.can_recompute else None
     namespace = worker_namespace(handle, layout, states, chunk_tokens=options.chunk_tokens)
     weights = stage_weights(handle, layout, states)
     costs = None if forward is None else _costs(options, handle, layout, states, forward, digest_of(weights))
@@ -144,7 +146,7 @@ def _tested(
         SelfTestError: Copies of KV blocks are not equal.
         UnsupportedModelError: Recomputation is not exact, and ``unsupported_models`` is ``refuse``.
     """
-    forward, refusal = PartialForward(handle) if handle.can_recompute else None, ""
+    forward, refusal = PartialForward(handle, layout.lane) if handle.can_recompute else None, ""
     try:
         result = self_test(
             layout, forward, states, chunk_tokens=options.chunk_tokens, layers_per_block=layers_per_block

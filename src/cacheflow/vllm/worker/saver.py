@@ -114,9 +114,6 @@ class ChunkSaver:
         ]
         if not chunks and not with_states:
             return
-        self._layout.fence()
-        if self._states is not None:
-            self._states.layout.fence()
         for save in chunks:
             self._hand_over(self._copy(save))
         for save in with_states:

@@ -151,7 +151,6 @@ class WorkerSide:
 
     def _ports(self, target: RestoreTarget) -> Ports:
         engine = self._engine
-        engine.layout.fence()
         checkpoint = None if engine.states is None else Checkpoint(engine.states, target.state_blocks)
         compute: ComputePort = NoComputePort(checkpoint)
         boundaries = None
@@ -167,6 +166,7 @@ class WorkerSide:
             engine.layout,
             target,
             pool=self._pool,
+            fence=engine.layout.fence(),
             keys=engine.facts.keys,
             boundaries=boundaries,
             checkpoint=checkpoint,
@@ -217,6 +217,7 @@ class WorkerSide:
         """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""
         self._report = report = self._carrier.take_report()
         if report.finished:
+            self._engine.layout.see_placed()  # also of what was given up: its blocks are others' from now on
             refused = self._state.end(report.finished)
             self._failed_blocks.update(itertools.chain(*refused.values()))
             failing = self._failing.intersection(report.finished).union(refused)
