@@ -39,6 +39,7 @@ class FakeEvent:
     def wait(self) -> None:
         with self.device.lock:
             self.device.host_waits += 1
+            self.device.waits_by_thread[threading.current_thread().name] += 1
             while not self.passed:
                 assert self.device.step(), "the host waits for what no stream will ever do"
 
@@ -107,6 +108,7 @@ class FakeDevice:
     Attributes:
         asked: What each stream was asked, by stream and kind.
         host_waits: How often the host waited for the device.
+        waits_by_thread: The same, by the thread's name.
         pinned_bytes: Sizes of the pinned allocations.
         shared: How many tensors were shared with a stream.
         on_ask: Called after each thing that a stream is asked.
@@ -119,6 +121,7 @@ class FakeDevice:
         self.asked: Counter[tuple[str, str]] = Counter()
         self.log: list[tuple[str, str]] = []
         self.host_waits = 0
+        self.waits_by_thread: Counter[str] = Counter()
         self.pinned_bytes: list[int] = []
         self.shared = 0
         self.on_ask: Callable[[], None] = lambda: None
