@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cacheflow.errors import ConfigError, ProfileError, UnsupportedModelError
+from cacheflow.plan.cell_sizes import layers_of_object
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
@@ -65,7 +66,8 @@ def find_engine(
         _advise_blocks(options, handle)
     options.require_room_for_chunk(layout.num_bytes(0, layout.num_layers, options.chunk_tokens // layout.block_size))
     make_receive_buffer(handle)
-    layers_per_block = _layers_per_block(options, handle)
+    shape = _shape(handle, layout, vllm_config)
+    layers_per_block = _layers_per_block(options, handle, shape)
     if not options.self_test and not vllm_version().known:
         raise ConfigError(
             f"self_test is off, but CacheFlow does not know vLLM {vllm_version().text}: leave it on, it takes a second"
@@ -88,7 +90,7 @@ def find_engine(
     facts = EngineFacts(
         shard=handle.shard,
         namespace=namespace.digest,
-        shape=_shape(handle, layout, vllm_config),
+        shape=shape,
         layers_per_block=layers_per_block,
         block_size=layout.block_size,
         costs=costs,
@@ -176,9 +178,16 @@ def _log_stage(facts: EngineFacts) -> None:
     logger.info("pipeline stage %d of %d %s", shard.pp_rank, shard.pp_size, how)
 
 
-def _layers_per_block(options: ConnectorOptions, handle: ModelHandle) -> int:
+def _layers_per_block(options: ConnectorOptions, handle: ModelHandle, shape: ModelShape) -> int:
+    """Layers of an object: the same on all ranks, whatever part of the model each holds."""
     if not handle.compiled:
-        return options.layers_per_block or 1
+        own = layers_of_object(
+            shape,
+            device_type=handle.device.type,
+            chunk_tokens=options.chunk_tokens,
+            asked=options.layers_per_block,
+        )
+        return min(of_all_ranks(own))
     if options.layers_per_block not in (None, handle.num_layers):
         raise ConfigError(
             f"layers_per_block is {options.layers_per_block}, but this engine runs a compiled model, which is "
