@@ -69,6 +69,11 @@ class PartialForward:
         modules = handle.model.modules() if handle.compiled else ()
         self._compiled = [each for each in modules if getattr(each, "do_not_compile", True) is False]
 
+    @property
+    def queues(self) -> bool:
+        """Whether a call returns once its kernels are queued."""
+        return self._lane is not None
+
     def record(self) -> StreamEvent | None:
         """An event after all that was asked so far; None on the CPU."""
         return None if self._lane is None else self._lane.streams.current().record(timed=True)
