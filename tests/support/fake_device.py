@@ -9,6 +9,7 @@ that comes too early or too late shows in the bits. A copy and a launch take a s
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -166,6 +167,33 @@ class FakeDevice:
         with self.lock:
             while self.step():
                 pass
+
+
+class PromptStream(FakeStream):
+    """Does what it is asked before the call returns, once the streams that it waits for have; on the wall clock."""
+
+    @property
+    def now_s(self) -> float:
+        return time.perf_counter()
+
+    @now_s.setter
+    def now_s(self, now_s: float) -> None:
+        pass
+
+    def _ask(self, kind: str, what: object) -> None:
+        super()._ask(kind, what)
+        with self.device.lock:
+            while self.queue:
+                assert self.device.step(), "the compute stream waits for what no other will ever do"
+
+
+class PromptDevice(FakeDevice):
+    """Computes at once, as a model on the CPU does; its other streams are as late as the test chooses."""
+
+    def __init__(self, choose: Callable[[int], int]) -> None:
+        super().__init__(choose)
+        self.compute = PromptStream(self, "compute")
+        self.streams = [self.compute]
 
 
 class Later:
