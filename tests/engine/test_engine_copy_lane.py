@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheflow.engine.compute_port import EngineComputePort
-from cacheflow.engine.copy_lane import MAX_QUEUED, CopyLane
 from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
 from cacheflow.engine.saver import PrefixSaver
 from cacheflow.engine.transfer_port import StoreTransferPort
 from cacheflow.plan.grid import Cell, Tile
 from cacheflow.stores.keys import chain_hashes
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.tensors.copy_lane import MAX_QUEUED, CopyLane
 from cacheflow.tensors.staging import PinnedSlabs, StagingPool
 from cacheflow.types import LoadOutcome
 from support.engine_cases import prefilled, same_kv

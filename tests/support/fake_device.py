@@ -1,6 +1,6 @@
 """A device without one: streams, events and pinned memory whose work is done late, in a sequence that a test chooses.
 
-Behind the seam of ``engine.streams``. What a stream is asked is kept and done later, one piece at a time: whenever the
+Behind the seam of ``tensors.streams``. What a stream is asked is kept and done later, one piece at a time: whenever the
 host turns to the device, the test's ``choose`` says which stream goes on, or that none does. Whatever holds for every
 choice holds for a real device, which makes one of them. Tensors are real ones in host memory, so a copy or a launch
 that comes too early or too late shows in the bits. A copy and a launch take a second of their stream each.
@@ -9,6 +9,7 @@ that comes too early or too late shows in the bits. A copy and a launch take a s
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,6 +40,7 @@ class FakeEvent:
     def wait(self) -> None:
         with self.device.lock:
             self.device.host_waits += 1
+            self.device.waits_by_thread[threading.current_thread().name] += 1
             while not self.passed:
                 assert self.device.step(), "the host waits for what no stream will ever do"
 
@@ -60,6 +62,11 @@ class FakeStream:
 
     def launch(self, work: Callable[[], None]) -> None:
         self._ask("launch", work)
+
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        kept, sent = values.clone(), torch.full_like(values, 1 << 6)
+        self._ask("send", partial(_move, sent, kept))
+        return sent
 
     def record(self, *, timed: bool = False) -> FakeEvent:
         event = FakeEvent(self.device)
@@ -89,8 +96,8 @@ class FakeStream:
 
     def go_on(self) -> None:
         kind, what = self.queue.popleft()
-        if kind in ("copy", "launch"):
-            self.now_s += 1.0
+        if kind in ("copy", "launch", "send"):
+            self.now_s += kind != "send"
             what()
         elif kind == "record":
             what.passed, what.at_s = True, self.now_s
@@ -102,6 +109,7 @@ class FakeDevice:
     Attributes:
         asked: What each stream was asked, by stream and kind.
         host_waits: How often the host waited for the device.
+        waits_by_thread: The same, by the thread's name.
         pinned_bytes: Sizes of the pinned allocations.
         shared: How many tensors were shared with a stream.
         on_ask: Called after each thing that a stream is asked.
@@ -114,6 +122,7 @@ class FakeDevice:
         self.asked: Counter[tuple[str, str]] = Counter()
         self.log: list[tuple[str, str]] = []
         self.host_waits = 0
+        self.waits_by_thread: Counter[str] = Counter()
         self.pinned_bytes: list[int] = []
         self.shared = 0
         self.on_ask: Callable[[], None] = lambda: None
@@ -158,6 +167,33 @@ class FakeDevice:
         with self.lock:
             while self.step():
                 pass
+
+
+class PromptStream(FakeStream):
+    """Does what it is asked before the call returns, once the streams that it waits for have; on the wall clock."""
+
+    @property
+    def now_s(self) -> float:
+        return time.perf_counter()
+
+    @now_s.setter
+    def now_s(self, now_s: float) -> None:
+        pass
+
+    def _ask(self, kind: str, what: object) -> None:
+        super()._ask(kind, what)
+        with self.device.lock:
+            while self.queue:
+                assert self.device.step(), "the compute stream waits for what no other will ever do"
+
+
+class PromptDevice(FakeDevice):
+    """Computes at once, as a model on the CPU does; its other streams are as late as the test chooses."""
+
+    def __init__(self, choose: Callable[[int], int]) -> None:
+        super().__init__(choose)
+        self.compute = PromptStream(self, "compute")
+        self.streams = [self.compute]
 
 
 class Later:

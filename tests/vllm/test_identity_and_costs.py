@@ -164,6 +164,51 @@ def test_a_spent_budget_extends_the_far_end(tiny, forward):
 
 
 @ONE
+def test_on_a_device_layers_are_timed_in_one_call_and_by_its_clock(tiny, monkeypatch):
+    """A wait for each point's ends and for each piece's numbers, none for a layer."""
+    from cacheflow.tensors.copy_lane import CopyLane
+    from cacheflow.vllm.models.partial_forward import PartialForward
+    from cacheflow.vllm.startup.calibration import Lengths, calibrate
+    from cacheflow.vllm.startup.identity import cost_identity
+    from support.fake_device import FakeDevice
+
+    device = FakeDevice(lambda num_ready: 0)  # everything at once; what a model runs takes it no time
+    forward = PartialForward(tiny.handle, CopyLane(device))
+    run, piece, calls, num_pieces = forward.run, forward.piece, [], 0
+
+    def noted_run(piece, carry, *, layers, kv_only_top=False):
+        calls.append((layers, kv_only_top))
+        device.compute.launch(lambda: None)  # but so a second a call
+        return run(piece, carry, layers=layers, kv_only_top=kv_only_top)
+
+    def noted_piece(*args, **kwargs):
+        nonlocal num_pieces
+        num_pieces += 1
+        return piece(*args, **kwargs)
+
+    monkeypatch.setattr(forward, "run", noted_run)
+    monkeypatch.setattr(forward, "piece", noted_piece)
+    costs = calibrate(
+        forward,
+        tiny.layout,
+        identity=cost_identity(tiny.handle, fingerprint="f"),
+        lengths=Lengths(chunk_tokens=128, pass_tokens=64, max_tokens=2048),
+        budget_s=1e-6,
+    )
+    (grid,) = costs.kinds.values()
+    num_layers, (first, _) = tiny.handle.num_layers, calls[0]
+    assert first == (0, 1)  # makes the carry
+    assert {layers for layers, kv_only in calls if not kv_only} == {(0, 1), (0, num_layers)}
+    assert {layers for layers, kv_only in calls if kv_only} == {(row, row + 1) for row in range(num_layers)}
+    assert grid.full_s(128, 0) == 1.0 / num_layers, "a launch for all layers, on the device's own clock"
+    assert grid.kv_only_s(128, 0) == grid.full_s(128, 0), "never more than the whole"
+    measured = sum((layers, kv_only) == ((0, num_layers), False) for layers, kv_only in calls)
+    measured += sum(layers == (num_layers - 1, num_layers) for layers, kv_only in calls if kv_only)
+    head = 4  # its repeats, without a piece
+    assert device.host_waits == 2 * (measured + head) + num_pieces - 1
+
+
+@ONE
 def test_what_this_engine_is(tiny):
     from cacheflow.vllm.compat import RunnerKind, check_version, require_vllm, vllm_version
     from cacheflow.vllm.models.refusals import load_refusals

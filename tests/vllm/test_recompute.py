@@ -103,6 +103,30 @@ def test_staircase_interleaved(tiny, setting, heights):
     assert tiny.differing(kv, block_ids) == 0
 
 
+def test_on_a_device_the_host_waits_once_a_piece_and_not_for_its_tiles(tiny, prefilled):
+    """Before a builder's buffers are filled anew: their copies for the piece before, in flight or not."""
+    from cacheflow.tensors.copy_lane import CopyLane
+    from cacheflow.vllm.models.partial_forward import PartialForward
+    from cacheflow.vllm.worker.recompute import VllmComputePort
+    from support.fake_device import FakeDevice
+
+    device = FakeDevice(lambda num_ready: 0)
+    forward = PartialForward(tiny.handle, CopyLane(device))
+    tokens, kv = prefilled(128)
+    block_ids = tiny.poisoned(kv.shape[1])
+    port = VllmComputePort(forward, new_target(tiny, tokens, 128, block_ids))
+    for chunk in range(NUM_CHUNKS):
+        for layer in range(kv.shape[0]):
+            port.recompute(Tile(chunk, chunk + 1, layer, layer + 1), kv_only_top=False)
+        assert device.host_waits == chunk
+    port.finish()
+    assert device.host_waits == NUM_CHUNKS - 1
+    assert device.asked["compute", "record"] == NUM_CHUNKS, "one event a piece, after its numbers were copied out"
+    assert device.asked["compute", "wait_for"] == 0, "nothing was placed"
+    assert port.record() is not None
+    assert tiny.differing(kv, block_ids) == 0
+
+
 def test_blocks_of_several_layers(tiny, setting):
     port, kv, block_ids = setting(128, layers_per_block=3)
     for chunk in range(NUM_CHUNKS):

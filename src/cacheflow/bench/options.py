@@ -13,8 +13,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
-from cacheflow.engine.cell_sizes import chunk_tokens_of
 from cacheflow.errors import ConfigError
+from cacheflow.plan.cell_sizes import chunk_tokens_of
 
 DEFAULT_MODEL = "smollm2-135m"
 """What is restored unless ``--model`` or ``--shape`` says otherwise."""

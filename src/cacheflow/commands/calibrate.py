@@ -15,8 +15,8 @@ from rich.progress import TaskID
 from cacheflow.bench.options import DTYPES, Flags, option
 from cacheflow.bench.suite import new_progress
 from cacheflow.bench.table import Row, text_table
-from cacheflow.engine.cell_sizes import chunk_tokens_of
 from cacheflow.errors import ConfigError, ProfileError
+from cacheflow.plan.cell_sizes import chunk_tokens_of
 from cacheflow.types import Clock
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from cacheflow.embedded.host import Chunking
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.arguments import flag, number, require_instance, whole
-from cacheflow.engine.cell_sizes import READS_IN_FLIGHT, chunk_tokens_of, layers_of_cell
 from cacheflow.engine.families import require_chunk_tokens
 from cacheflow.engine.identity import asks_flash3, bits_identity, model_identity, state_identity
 from cacheflow.engine.model import LoadedModel, load_model
@@ -23,6 +22,7 @@ from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import self_test
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.batch import STARVATION_S
+from cacheflow.plan.cell_sizes import READS_IN_FLIGHT, chunk_tokens_of, layers_of_cell
 from cacheflow.plan.costs import CostTable, build_problem
 from cacheflow.plan.grid import Grid, num_layer_blocks
 from cacheflow.plan.problem import LinkCost, RestoreProblem

@@ -20,9 +20,9 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import ChunkCache, KVBuffer
 from cacheflow.engine.runner import LayerRunner, Rope
 from cacheflow.engine.running_states import RunningStates
-from cacheflow.engine.streams import StreamEvent
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Grid, Tile
+from cacheflow.tensors.streams import StreamEvent
 
 
 class _ChunkState:

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cacheflow.engine.copy_lane import CopyLane
 from cacheflow.engine.running_states import RunningStates
-from cacheflow.engine.streams import StreamEvent
 from cacheflow.errors import ConfigError
+from cacheflow.tensors.copy_lane import CopyLane
+from cacheflow.tensors.streams import StreamEvent
 from cacheflow.types import HybridShape, ModelShape
 
 _ALIGN_TOKENS = 64

@@ -11,10 +11,10 @@ import time
 import torch
 
 from cacheflow.engine.cells import CellGeometry
-from cacheflow.engine.copy_lane import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.plan.grid import Boundary, Cell, Piece, Tile
 from cacheflow.stores.link import LinkSchedule
+from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.staging import GREATEST_SLAB_BYTES, PinnedSlabs
 from cacheflow.types import Clock, LoadOutcome
 

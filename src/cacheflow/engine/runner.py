@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from cacheflow.engine.copy_lane import CopyLane
 from cacheflow.engine.kv_buffer import ChunkCache, KeysAndValuesWritten, KVBuffer
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.running_states import RunningStates
-from cacheflow.engine.streams import DeviceStreams, streams_of
 from cacheflow.errors import ConfigError, PromptError
+from cacheflow.tensors.copy_lane import CopyLane
+from cacheflow.tensors.streams import DeviceStreams, streams_of
 from cacheflow.types import HybridShape
 
 Rope = tuple[torch.Tensor, torch.Tensor]

@@ -20,14 +20,14 @@ import numpy.typing as npt
 import torch
 
 from cacheflow.engine.cells import CellGeometry
-from cacheflow.engine.copy_lane import CopyLane
 from cacheflow.engine.kv_buffer import KVBuffer
-from cacheflow.engine.streams import StreamEvent
 from cacheflow.engine.transfer_port import cell_key, state_key
 from cacheflow.plan.grid import Cell
 from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey
+from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.staging import StagingBuffer
+from cacheflow.tensors.streams import StreamEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from cacheflow.engine.streams import DeviceStreams
+from cacheflow.tensors.streams import DeviceStreams
 
 COPY_BYTES = 1 << 30
 """Copies are timed with so many bytes: latency and launching do not show."""

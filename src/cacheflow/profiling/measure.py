@@ -15,8 +15,8 @@ import torch
 
 from cacheflow.engine.kv_buffer import ChunkCache, KVBuffer
 from cacheflow.engine.runner import LayerRunner
-from cacheflow.engine.streams import DeviceStream
 from cacheflow.profiling.survey import ChunkCost, ChunkPoint, median_cost
+from cacheflow.tensors.streams import DeviceStream
 from cacheflow.types import Clock
 
 KV_ONLY_ROWS = 4

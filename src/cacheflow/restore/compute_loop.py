@@ -16,8 +16,8 @@ from cacheflow.restore.batch import BatchOutcome, Prepared
 from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.hand_over import recompute
 from cacheflow.restore.jobs import Job, Jobs, LiveRestoration
-from cacheflow.restore.launch_queue import LaunchQueue
-from cacheflow.restore.ports import ComputePort, DeviceEvent, QueueingPort, Ticket
+from cacheflow.restore.launch_queue import LaunchQueue, recorder_of
+from cacheflow.restore.ports import ComputePort, Ticket
 from cacheflow.restore.reads import Reads
 from cacheflow.restore.work import ComputeWork, cut, join
 from cacheflow.state.compute_side import ClaimKind, ComputeClaim
@@ -138,7 +138,7 @@ class ComputeLoop(Generic[T]):
         """Carry out one claim, with rounds of decoding between its pieces where they are due."""
         jobs, spans, busy_s = self._jobs, list[Span](), 0.0
         port = job.ready.compute
-        queues = _is_queueing(port)
+        record = recorder_of(port)
         with jobs.changed:
             restoration = jobs.restoration_of(job)
         for tile, work, predicted_s in _pieces(claim, job.ready.problem, whole=not jobs.decoding):
@@ -150,10 +150,9 @@ class ComputeLoop(Generic[T]):
             kind = claim.span_kind(tile, kv_only=work is not None and work.kv_only_top)
             carry_out = partial(_carry_out, port, tile, work)
             try:
-                if queues:
+                if record is not None:
                     asked = _Asked(restoration, kind, tile, predicted_s)
                     expected_s = predicted_s * jobs.scheduler.rates.compute_factor
-                    record = partial(_event, port)
                     self._queue.launch(asked, record, carry_out, expected_s=expected_s, now_s=start_s)
                 else:
                     carry_out()
@@ -161,11 +160,11 @@ class ComputeLoop(Generic[T]):
                 self._fail(job, error)
                 return
             end_s = jobs.now_s()
-            if not queues:
+            if record is None:
                 spans.append(Span.of_compute(kind, tile, start_s, end_s))
             busy_s += end_s - start_s
         with jobs.changed:
-            if queues:
+            if record is not None:
                 restoration.state.assume_compute(claim, start_s)
                 self._note_ended()
             else:
@@ -273,16 +272,6 @@ def _carry_out(port: ComputePort, tile: Tile, work: ComputeWork | None) -> None:
         port.run_suffix(tile.block_lo, tile.block_hi)
     else:
         recompute(port, work)
-
-
-def _is_queueing(port: ComputePort) -> bool:
-    return isinstance(port, QueueingPort) and port.record() is not None
-
-
-def _event(port: ComputePort) -> DeviceEvent:
-    event = port.record() if isinstance(port, QueueingPort) else None
-    assert event is not None, "a queueing port records events"
-    return event
 
 
 _Part = tuple[Tile, ComputeWork | None, float]

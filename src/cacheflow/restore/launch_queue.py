@@ -10,14 +10,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
-from cacheflow.restore.ports import DeviceEvent
+from cacheflow.restore.ports import DeviceEvent, QueueingPort
 
 QUEUE_S = 0.004
 """Seconds of work that stay queued, as expected, when the host waits for the device to get on."""
 
 W = TypeVar("W")
+
+
+def recorder_of(port: object) -> Callable[[], DeviceEvent] | None:
+    """What records events after all that a compute port was asked; None where its calls return when work is done."""
+    if not isinstance(port, QueueingPort) or port.record() is None:
+        return None
+    return partial(_event, port)
+
+
+def _event(port: QueueingPort) -> DeviceEvent:
+    event = port.record()
+    assert event is not None, "a queueing port records events"
+    return event
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +58,10 @@ class LaunchQueue(Generic[W]):
         """Nothing is launched."""
         self._launched: deque[_Launched[W]] = deque()
         self._origin: tuple[DeviceEvent, float] | None = None
+
+    def __len__(self) -> int:
+        """Pieces that were launched and did not come back from ``take_ended`` yet."""
+        return len(self._launched)
 
     def launch(
         self, what: W, record: Callable[[], DeviceEvent], work: Callable[[], None], *, expected_s: float, now_s: float

@@ -290,7 +290,7 @@ class StageRestoration:
         joined = join(units)
         for unit in joined:
             self._computes.add(unit.work, unit.predicted_s)
-        return tuple(unit.work for unit in joined)
+        return tuple(replace(unit.work, expected_s=unit.predicted_s * factor) for unit in joined)
 
     def _next_unit(self) -> Unit:
         """The next unit; at the top of a chunk whose activations the stage above takes, in full and handed over."""

@@ -2,6 +2,9 @@
 
 Work comes once per engine step and is carried out strictly in sequence, so that the sender may count what was
 given earlier as done. Compute runs on the calling thread, reads on one I/O thread for all restorations.
+
+Where a device works on after a call, seconds of compute are the device's own, and a restoration is finished once the
+device has done its last piece: both are reported when they are known, in a later step, and nobody waits for them.
 """
 
 from __future__ import annotations
@@ -11,14 +14,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from cacheflow.plan.grid import Piece
 from cacheflow.restore.hand_over import forfeit, receive, recompute, take_unwanted
-from cacheflow.restore.ports import ComputePort, HandOverPort, TransferPort
+from cacheflow.restore.launch_queue import LaunchQueue, recorder_of
+from cacheflow.restore.ports import ComputePort, DeviceEvent, HandOverPort, TransferPort
 from cacheflow.restore.reads import Read, Reads
 from cacheflow.restore.work import (
     ComputeReport,
+    ComputeWork,
     LoadReport,
     RankReport,
     ReadWork,
@@ -31,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 Ports = tuple[ComputePort, TransferPort[Any]]
 
+DEVICE_POLL_S = 2e-4
+"""Sleep between two looks at a device while there is nothing else to do."""
+
 
 class _Restoration:
     """One restoration under way, and the owner of its reads.
@@ -38,6 +47,10 @@ class _Restoration:
     Attributes:
         ports: None when they could not be made.
         answers: The compute port, or what answers for it where there is none.
+        record: Makes an event on the compute port's queue; None where its calls return when their work is done.
+        num_computed: Pieces of work that were reported.
+        num_queued: Pieces that the device was asked for and that were not reported.
+        finishing: All was asked, and it is finished once the device has done it.
         broken: Compute has failed.
     """
 
@@ -45,8 +58,9 @@ class _Restoration:
         self.restore_id, self.origin_s, self._given = restore_id, origin_s, given
         self.ports: Ports | None = None
         self.answers: object = None
-        self.num_computed = 0
-        self.broken = False
+        self.record: Callable[[], DeviceEvent] | None = None
+        self.num_computed = self.num_queued = 0
+        self.finishing = self.broken = False
 
     @property
     def transfer(self) -> TransferPort[Any]:
@@ -153,6 +167,7 @@ class StepExecutor:
         self._make_ports, self._make_answers, self._clock = make_ports, make_answers, clock
         self._given = _GivenReads()
         self._reads: Reads[Any] = Reads(self._given, clock=clock, poll_s=poll_s)
+        self._queue: LaunchQueue[_Restoration] = LaunchQueue()
         self._active: dict[int, _Restoration] = {}
         self._computes: list[ComputeReport] = []
         self._finished: list[int] = []
@@ -170,6 +185,7 @@ class StepExecutor:
         try:
             restoration.ports = self._make_ports(target)
             restoration.answers = restoration.ports[0]
+            restoration.record = recorder_of(restoration.ports[0])
         except Exception as error:
             restoration.answers = self._make_answers(target)
             logger.exception("restoration %d of request %s cannot begin", target.restore_id, target.request_id)
@@ -195,15 +211,23 @@ class StepExecutor:
                 if each.finish and not restoration.broken:
                     self._finish(restoration)
         wait_s = max(wait_s, max((each.wait_s for each in work), default=0.0))
-        if wait_s > 0 and not computed and not (self._computes or self._finished):
+        if wait_s > 0 and not computed and not self._anything_new():
             self._wait(wait_s)
 
+    def _anything_new(self) -> bool:
+        """Whether compute has something to report."""
+        self._note_ended()
+        return bool(self._computes or self._finished)
+
     def _wait(self, timeout_s: float) -> None:
-        """Wait until a read has ended, or none is under way."""
-        with self._given.changed:
-            self._given.changed.wait_for(
-                lambda: self._given.ended or not (self._given.any_queued or self._reads.under_way), timeout=timeout_s
-            )
+        """Wait until a read or a piece of compute has ended, or none is under way."""
+        given, until_s = self._given, time.monotonic() + timeout_s
+        with given.changed:
+            while not given.ended and (given.any_queued or self._reads.under_way or self._queue):
+                left_s = until_s - time.monotonic()
+                if left_s <= 0 or (self._queue and self._anything_new()):
+                    return
+                given.changed.wait(min(left_s, DEVICE_POLL_S) if self._queue else left_s)
 
     def _drop_and_read(self, work: StageWork, restoration: _Restoration) -> None:
         if work.cancel:
@@ -243,17 +267,41 @@ class StepExecutor:
             return False
         seconds: list[float] = []
         for index, each in enumerate(work.compute):
-            before_s = self._clock()
             try:
-                recompute(port, each)
+                seconds += self._carry_out(restoration, port, each)
             except Exception as error:
                 logger.exception("restoration %d: compute failed on %s", work.restore_id, each.tile)
                 self._break(restoration, tuple(seconds), error)
                 forfeit(port, work.compute[index + 1 :])
                 return True
-            seconds.append(self._clock() - before_s)
-        self._note(restoration, tuple(seconds))
+        if seconds:
+            self._note(restoration, tuple(seconds))
         return True
+
+    def _carry_out(self, restoration: _Restoration, port: ComputePort, work: ComputeWork) -> tuple[float, ...]:
+        """Carry out a piece of work; returns the seconds it took, nothing where a device was asked for it."""
+        start_s = self._clock()
+        if restoration.record is None:
+            recompute(port, work)
+            return (self._clock() - start_s,)
+        self._queue.launch(
+            restoration,
+            restoration.record,
+            partial(recompute, port, work),
+            expected_s=work.expected_s,
+            now_s=start_s,
+        )
+        restoration.num_queued += 1
+        return ()
+
+    def _note_ended(self) -> None:
+        """Note what the device has done since the last call; does not wait."""
+        for ended in self._queue.take_ended():
+            restoration = ended.what
+            restoration.num_queued -= 1
+            self._note(restoration, (ended.end_s - ended.start_s,), ended_at_s=ended.end_s)
+            if restoration.finishing and not restoration.num_queued:
+                self._end(restoration)
 
     def _finish(self, restoration: _Restoration) -> None:
         assert restoration.ports is not None, "a restoration without ports is broken"
@@ -263,10 +311,14 @@ class StepExecutor:
             logger.exception("restoration %d: compute failed at the end", restoration.restore_id)
             self._break(restoration, (), error)
             return
-        self._end(restoration)
+        self._note_ended()
+        restoration.finishing = bool(restoration.num_queued)
+        if not restoration.finishing:
+            self._end(restoration)
 
     def _end(self, restoration: _Restoration) -> None:
-        """Report a restoration finished; nothing of it touches the KV cache from now on."""
+        """Report a restoration finished; nothing that is asked for it from now on touches the KV cache."""
+        restoration.finishing = False
         self._drop(restoration)
         del self._active[restoration.restore_id]
         self._finished.append(restoration.restore_id)
@@ -275,8 +327,15 @@ class StepExecutor:
         restoration.broken = True
         self._note(restoration, seconds, error=f"{type(error).__name__}: {error}")
 
-    def _note(self, restoration: _Restoration, seconds: tuple[float, ...], *, error: str = "") -> None:
-        end_s = self._clock() - restoration.origin_s
+    def _note(
+        self,
+        restoration: _Restoration,
+        seconds: tuple[float, ...],
+        *,
+        ended_at_s: float | None = None,
+        error: str = "",
+    ) -> None:
+        end_s = (self._clock() if ended_at_s is None else ended_at_s) - restoration.origin_s
         first = restoration.num_computed
         restoration.num_computed += len(seconds)
         self._computes.append(
@@ -285,6 +344,7 @@ class StepExecutor:
 
     def take_report(self) -> RankReport:
         """What was done since the last call; end of a read that ``OK`` reports included."""
+        self._note_ended()
         # Finished first: a read of a restoration that is over must not be reported after its end.
         finished, self._finished = tuple(self._finished), []
         computes, self._computes = tuple(self._computes), []

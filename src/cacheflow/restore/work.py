@@ -98,12 +98,14 @@ class ComputeWork:
         restart: Forget the chunk's activations first.
         kv_only_top: The topmost block needs keys and values only.
         sends: Hand the chunk's activations over to the pipeline stage above afterwards, even if this fails.
+        expected_s: How long it should take; bounds what a rank's device has queued, and changes nothing that is done.
     """
 
     tile: Tile
     restart: bool = False
     kv_only_top: bool = False
     sends: bool = False
+    expected_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +173,16 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeReport:
-    """What compute did of one restoration in a step: seconds of each piece of work; fewer when one failed.
+    """What compute did of one restoration: seconds of each piece of work; fewer when one failed.
+
+    Of a device that works on after a call it comes late; what was asked is done in sequence all the same.
 
     Attributes:
         restore_id: Which restoration.
         first: How many pieces of the restoration's compute work this worker had carried out before.
         seconds: Of each piece carried out.
         end_s: When the last of them ended, in seconds on the worker's clock since the restoration's target arrived.
-        error: Why the next one failed; empty when none did. The restoration is over then.
+        error: Why a later one failed; empty when none did. The restoration is over then.
     """
 
     restore_id: int

@@ -1,1 +1,4 @@
-"""What everything that holds tensors shares: staging buffers, digests of weights, names of devices. Knows no model."""
+"""What everything that holds tensors shares: streams, staging buffers, copies, digests of weights, names of devices.
+
+Knows no model.
+"""

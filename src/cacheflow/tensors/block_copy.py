@@ -7,13 +7,15 @@ Layers may differ in what follows ``N``, not in dtype.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from cacheflow.tensors.copy_lane import CopyLane
+from cacheflow.tensors.streams import DeviceStream, StreamEvent
 
 Payload = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.int64]
@@ -67,9 +69,6 @@ class HostCopies:
         self._layers = [view.view(_AS_BYTES[view.element_size()]).numpy() for view in views]
         self._runs = ShapeRuns(views)
 
-    def fence(self) -> None:
-        """Nothing to wait for: computation on the CPU is over when its call returns."""
-
     def gather(self, layer_lo: int, layer_hi: int, ids: Ids, out: Payload) -> None:
         """Copy blocks ``ids`` of each layer into ``out``."""
         for run in self._runs.of(layer_lo, layer_hi, len(ids)):
@@ -86,6 +85,13 @@ class HostCopies:
                 for position in range(skip, len(ids)):
                     np.copyto(layer[ids[position]], source[index, position])
 
+    def place(
+        self, layer_lo: int, layer_hi: int, ids: Ids, payload: Payload, skip: int, *, after: StreamEvent | None
+    ) -> None:
+        """The same: on the CPU nothing is to be waited for."""
+        del after
+        self.scatter(layer_lo, layer_hi, ids, payload, skip)
+
     def copy(self, source: Ids, target: Ids) -> None:
         """Copy blocks ``source`` of every layer over blocks ``target``."""
         for layer in self._layers:
@@ -98,74 +104,82 @@ class HostCopies:
 
 
 class DeviceCopies:
-    """Copies on a CUDA stream of their own, through pinned host memory; never synchronises the device.
+    """Copies by kernels of a CUDA device: in the stream that computes or, of what is placed, in that of uploads.
 
-    One call at a time: the stream, the device buffer and the pinned buffer are shared under a lock.
+    The host sends numbers of blocks and queues kernels; it waits in ``gather`` alone.
     """
 
-    def __init__(self, views: Sequence[torch.Tensor]) -> None:
-        """Create the stream; buffers grow to the largest payload seen."""
+    def __init__(self, views: Sequence[torch.Tensor], lane: CopyLane) -> None:
+        """Copy over the streams of ``lane``."""
         self._layers = [view.view(_AS_BYTES[view.element_size()]) for view in views]
         self._runs = ShapeRuns(views)
         self._device = views[0].device
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()
-        self._pinned = torch.empty(0, dtype=torch.uint8)
-        self._fence: torch.cuda.Event | None = None
+        self._lane = lane
 
-    def fence(self) -> None:
-        """Make later copies wait for what the calling thread's current stream has queued so far."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        self._fence = event
+    def snapshot(self, layer_lo: int, layer_hi: int, ids: Ids, out: torch.Tensor) -> None:
+        """Copy blocks ``ids`` of each layer, as compute leaves them, into device memory, uint8."""
+        self._lane.before_compute()
+        stream = self._lane.streams.current()
+        index = stream.send(torch.from_numpy(ids))
+
+        def pick() -> None:
+            for run, rows in self._parts(layer_lo, layer_hi, len(ids), out):
+                for layer, row in zip(self._layers[run.layer_lo : run.layer_hi], rows, strict=True):
+                    torch.index_select(layer, 0, index, out=row)
+
+        stream.launch(pick)
 
     def gather(self, layer_lo: int, layer_hi: int, ids: Ids, out: Payload) -> None:
-        """Select blocks on the device, copy each run once to pinned memory, then all into ``out``."""
-        with self._lock, torch.cuda.stream(self._stream):
-            self._wait_fence()
-            index = torch.from_numpy(ids).to(self._device, non_blocking=True)
-            pinned = self._pinned_bytes(out.nbytes)
-            for run in self._runs.of(layer_lo, layer_hi, len(ids)):
-                layers = self._layers[run.layer_lo : run.layer_hi]
-                picked = torch.stack([layer.index_select(0, index) for layer in layers])
-                pinned[run.part].copy_(picked.view(-1).view(torch.uint8), non_blocking=True)
-            self._finish()
-            np.copyto(out, pinned.numpy())
+        """Copy blocks ``ids`` of each layer into ``out``; waits for the device."""
+        taken = torch.empty(out.nbytes, dtype=torch.uint8, device=self._device)
+        self.snapshot(layer_lo, layer_hi, ids, taken)
+        self._lane.settle()
+        np.copyto(out, taken.cpu().numpy())
 
     def scatter(self, layer_lo: int, layer_hi: int, ids: Ids, payload: Payload, skip: int) -> None:
-        """Copy the payload to the device once, then into blocks ``ids``; a pinned payload is not copied again."""
-        with self._lock, torch.cuda.stream(self._stream):
-            source = torch.from_numpy(payload)
-            if not source.is_pinned():
-                pinned = self._pinned_bytes(payload.nbytes)
-                np.copyto(pinned.numpy(), payload)
-                source = pinned
-            self._wait_fence()
-            moved = source.to(self._device, non_blocking=True)
-            index = torch.from_numpy(ids[skip:].copy()).to(self._device, non_blocking=True)
-            for run in self._runs.of(layer_lo, layer_hi, len(ids)):
-                of_run = moved[run.part].view(self._layers[0].dtype).view(run.shape)
-                for layer, blocks in zip(self._layers[run.layer_lo : run.layer_hi], of_run, strict=True):
-                    layer.index_copy_(0, index, blocks[skip:])
-            self._finish()
+        """Copy the payload into blocks ``ids`` of each layer, without its first ``skip``, as compute goes on."""
+        self._lane.before_compute()
+        stream = self._lane.streams.current()
+        moved = stream.send(torch.from_numpy(payload))
+        index = stream.send(torch.from_numpy(ids[skip:].copy()))
+        stream.launch(lambda: self._spread(layer_lo, layer_hi, index, moved, skip))
+
+    def place(
+        self, layer_lo: int, layer_hi: int, ids: Ids, payload: Payload, skip: int, *, after: StreamEvent | None
+    ) -> StreamEvent:
+        """The same of a pinned payload, as an upload; returns the event after which that may be written again."""
+
+        def ask(up: DeviceStream) -> None:
+            index = up.send(torch.from_numpy(ids[skip:].copy()))
+
+            def move() -> None:
+                moved = torch.from_numpy(payload).to(self._device, non_blocking=True)
+                self._spread(layer_lo, layer_hi, index, moved, skip)
+
+            up.launch(move)
+
+        return self._lane.upload_by(ask, after=after)
+
+    def _spread(self, layer_lo: int, layer_hi: int, index: torch.Tensor, moved: torch.Tensor, skip: int) -> None:
+        for run, rows in self._parts(layer_lo, layer_hi, skip + len(index), moved):
+            for layer, blocks in zip(self._layers[run.layer_lo : run.layer_hi], rows, strict=True):
+                layer.index_copy_(0, index, blocks[skip:])
 
     def copy(self, source: Ids, target: Ids) -> None:
-        """Copy blocks ``source`` of every layer over blocks ``target``, on the caller's stream."""
-        source_index = torch.from_numpy(source).to(self._device, non_blocking=True)
-        target_index = torch.from_numpy(target).to(self._device, non_blocking=True)
-        for layer in self._layers:
-            layer.index_copy_(0, target_index, layer.index_select(0, source_index))
+        """Copy blocks ``source`` of every layer over blocks ``target``, as compute leaves them."""
+        self._lane.before_compute()
+        stream = self._lane.streams.current()
+        source_index, target_index = (stream.send(torch.from_numpy(each)) for each in (source, target))
 
-    def _wait_fence(self) -> None:
-        if self._fence is not None:
-            self._stream.wait_event(self._fence)
+        def move() -> None:
+            for layer in self._layers:
+                layer.index_copy_(0, target_index, layer.index_select(0, source_index))
 
-    def _pinned_bytes(self, num_bytes: int) -> torch.Tensor:
-        if self._pinned.numel() < num_bytes:
-            self._pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        return self._pinned[:num_bytes]
+        stream.launch(move)
 
-    def _finish(self) -> None:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        event.synchronize()
+    def _parts(
+        self, layer_lo: int, layer_hi: int, num_blocks: int, payload: torch.Tensor
+    ) -> Iterator[tuple[EqualLayers, torch.Tensor]]:
+        """Runs of layers with their part of a payload, ``[layers, blocks, ...]``."""
+        for run in self._runs.of(layer_lo, layer_hi, num_blocks):
+            yield run, payload[run.part].view(self._layers[0].dtype).view(run.shape)

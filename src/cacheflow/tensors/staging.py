@@ -18,7 +18,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagingBuffer:
-    """Host memory as bytes; ``tensor`` and ``array`` are the same bytes, pinned when the pool is."""
+    """Host memory as bytes; ``tensor`` and ``array`` are the same bytes."""
 
     tensor: torch.Tensor
     array: npt.NDArray[np.uint8]
@@ -54,19 +54,15 @@ class PinnedSlabs:
 class StagingPool:
     """Hands out buffers of one size and takes them back; grows to what is in flight at once. Any thread."""
 
-    def __init__(
-        self, num_bytes: int, *, pinned: bool = False, allocate: Callable[[int], torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, num_bytes: int, *, allocate: Callable[[int], torch.Tensor] | None = None) -> None:
         """Allocate nothing yet.
 
         Args:
             num_bytes: Size of every buffer.
-            pinned: Page-locked memory, for asynchronous copies to a CUDA device.
-            allocate: Where the memory of a buffer comes from, as uint8; ``pinned`` is then its business.
+            allocate: Where the memory of a buffer comes from, as uint8; None: ordinary memory.
         """
         self._num_bytes = max(1, num_bytes)
-        self._pinned = pinned
-        self._allocate = allocate or self._new
+        self._allocate = allocate or _new
         self._free: list[tuple[StagingBuffer, Passing | None]] = []
         self._lock = threading.Lock()
 
@@ -86,5 +82,6 @@ class StagingPool:
         with self._lock:
             self._free.append((buffer, after))
 
-    def _new(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+def _new(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)

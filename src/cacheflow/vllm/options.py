@@ -40,7 +40,8 @@ class ConnectorOptions:
         cpu_bytes_to_use: Capacity of the store in bytes, on this node.
         chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size. A model with
             recurrent layers, whose blocks are long, has chunks of one block unless another size is given.
-        layers_per_block: Layers in one stored object; None: 1 in an eager engine, all in a compiled one.
+        layers_per_block: Layers in one stored object; None: all in a compiled engine, in an eager one 1 or, on CUDA, as
+            many as make 8 MiB, a power of two, an eighth of the layers at most.
         policy: How a prefix is restored; only ``cacheflow`` has the never-slower guard.
         objective: Which of several restorations comes first; ``slo``: as many first tokens within ``ttft_slo_ms`` as
             can be.

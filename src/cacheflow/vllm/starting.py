@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cacheflow.stores.base import Store
+from cacheflow.tensors.snapshot_room import SnapshotRoom
 from cacheflow.vllm.adapters import LoadedAdapters
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
@@ -23,6 +24,7 @@ from cacheflow.vllm.scheduler.side import SchedulerSide
 from cacheflow.vllm.startup.find_engine import find_engine
 from cacheflow.vllm.worker.boundary import BoundaryCapture
 from cacheflow.vllm.worker.model_state import ModelState
+from cacheflow.vllm.worker.saver import snapshot_room
 from cacheflow.vllm.worker.side import FoundEngine, WorkerSide
 from cacheflow.vllm.worker.weights_watch import watch_weights
 
@@ -57,7 +59,7 @@ class Starting:
         Raises:
             UnsupportedModelError: The model cannot be recomputed and the user did not ask for ``load_only``.
             SelfTestError: Restored KV differs from the engine's own.
-            ConfigError: The KV cache is laid out in a way CacheFlow does not know.
+            ConfigError: The KV cache is laid out in a way CacheFlow does not know, or the GPU has no memory left.
         """
         # Before the weights' fingerprint is taken: what changes from now on is noticed.
         runner = worker_of(self.vllm_config).model_runner
@@ -71,7 +73,19 @@ class Starting:
             ModelState(rank=facts.rank, block_size=facts.block_size, weights=weights, adapters=adapters),
             chunk_tokens=self.options.chunk_tokens,
             capture=self._capture(engine),
+            room=self._room(engine),
             counts=self.counts,
+        )
+
+    def _room(self, engine: FoundEngine) -> SnapshotRoom | None:
+        """On CUDA, of ranks that save."""
+        if not (self.options.save and engine.facts.keys.writes):
+            return None
+        return snapshot_room(
+            engine.layout,
+            engine.states,
+            chunk_tokens=self.options.chunk_tokens,
+            batch_tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
         )
 
     def _capture(self, engine: FoundEngine) -> BoundaryCapture | None:

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError, SelfTestError, UnsupportedModelError
@@ -133,16 +132,15 @@ def test_a_model_that_is_called_with_more_than_tokens_is_named(tiny, changed, sa
 
 
 @ONE
-def test_scatter_into_the_wrong_block_is_refused(tiny):
+def test_placing_into_the_wrong_block_is_refused(tiny):
     from cacheflow.vllm.startup.selftest import self_test
 
     class Off:
         def __getattr__(self, name):
             return getattr(tiny.layout, name)
 
-        def scatter(self, lo, hi, block_ids, payload, **arguments):
-            shifted = [*block_ids[1:], block_ids[0]] if len(np.unique(payload)) > 1 else block_ids
-            tiny.layout.scatter(lo, hi, shifted, payload, **arguments)
+        def place(self, lo, hi, block_ids, payload, **arguments):
+            return tiny.layout.place(lo, hi, [*block_ids[1:], block_ids[0]], payload, **arguments)
 
     with pytest.raises(SelfTestError, match="copied out and back differ"):
         self_test(Off(), new_forward(tiny), chunk_tokens=512)

@@ -250,7 +250,7 @@ def test_a_worker_looks_at_no_forward_but_the_step_s_own():
     )
     state = SimpleNamespace(begin_step=lambda work: None)
     store = MemoryStore(capacity_bytes=1 << 20)
-    worker = WorkerSide(store, engine, state, chunk_tokens=CHUNK, capture=case.capture, counts=case.counts)
+    worker = WorkerSide(store, engine, state, chunk_tokens=CHUNK, capture=case.capture, room=None, counts=case.counts)
     wanted = (CaptureWork(request_id="a", start=0, end=8),)
     worker.expect(StepWork(captures=wanted))
     worker.carry_out(StepWork())

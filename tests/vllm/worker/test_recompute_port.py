@@ -25,7 +25,6 @@ class FakeForward:
             boundary=BoundaryShape((BoundaryPart("hidden", (WIDTH,), torch.float32),)),
         )  # fmt: skip
         self.calls = []
-        self.waits = 0
         self.next_tokens = []
 
     def piece(self, start, tokens, block_ids, boundary=None, *, state_blocks=(), next_token=None, adapter=None):
@@ -40,9 +39,6 @@ class FakeForward:
 
     def run_whole(self, piece):
         self.calls.append((piece.tokens, piece.boundary is not None))
-
-    def wait(self):
-        self.waits += 1
 
 
 def new_port(forward, *, start=0, layers_per_block=2):
@@ -127,12 +123,11 @@ def test_a_compiled_engine_runs_whole_passes():
         new_port(forward, layers_per_block=1)
 
 
-def test_finishing_waits_and_frees():
+def test_finishing_frees():
     forward = FakeForward()
     port = new_port(forward)
     port.recompute(Tile(0, 1, 0, 1), kv_only_top=False)
     port.finish()
-    assert forward.waits == 1
     port.recompute(Tile(0, 1, 0, 1), kv_only_top=False)
 
 

@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 import torch
 
 from cacheflow.vllm.worker.weights_watch import SAMPLE_BYTES, WeightsWatch, announce_change, watch_weights
+from support.fake_device import NONE_GOES_ON, FakeDevice
 
 pytestmark = pytest.mark.torch
 
@@ -101,3 +102,42 @@ def test_the_sample_is_small_and_takes_high_and_low_bytes():
         model.first.weight.data.copy_((model.first.weight.data.view(torch.int16) ^ bits).view(torch.bfloat16))
         watch.check()
         assert watch.version == before + 1
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_on_a_device_the_check_does_not_wait_for_the_forward(edited):
+    """Weights are compared as they were before it, with every edit that was asked for by then."""
+    device = FakeDevice(lambda num_ready: NONE_GOES_ON, favours=-1)
+    model = Model()
+    watch = WeightsWatch(model, device)
+    if edited:
+        device.compute.launch(lambda: model.first.weight.data.mul_(2.0))
+    watch.begin_step()
+    device.compute.launch(lambda: None)  # the forward
+    watch.check()
+    assert watch.version == edited
+    assert device.compute.num_queued("launch") == 1, "the forward is still to come"
+    assert device.host_waits == 1
+
+
+def test_a_check_before_the_first_step_sees_what_was_asked_so_far():
+    device = FakeDevice(lambda num_ready: NONE_GOES_ON)
+    model = Model()
+    watch = WeightsWatch(model, device)
+    device.compute.launch(lambda: model.norm.data.add_(1.0))
+    watch.check()
+    assert watch.version == 1
+
+
+def test_after_a_change_the_same_step_compares_with_the_new_sample():
+    device = FakeDevice(lambda num_ready: NONE_GOES_ON, favours=-1)
+    model = Model()
+    watch = WeightsWatch(model, device)
+    device.compute.launch(lambda: model.norm.data.add_(1.0))
+    watch.begin_step()
+    device.compute.launch(lambda: None)
+    watch.check()
+    assert watch.version == 1
+    watch.check()
+    assert device.compute.num_queued("launch") == 0, "the new sample is made after what was asked so far"
+    assert watch.version == 1

@@ -115,7 +115,7 @@ def _work(flags: BatchFlags, suite: SuiteRun[BatchRecord]) -> bool:
 def _open_study(flags: BatchFlags) -> BatchStudy:
     from cacheflow.bench.batch.study import BatchStudy, BatchStudyOptions
     from cacheflow.bench.setup import open_model, prompt_tokens
-    from cacheflow.engine.cell_sizes import READS_IN_FLIGHT
+    from cacheflow.plan.cell_sizes import READS_IN_FLIGHT
     from cacheflow.restore.options import ExecutorOptions
 
     executor = ExecutorOptions(max_reads_in_flight=READS_IN_FLIGHT[flags.device])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
-from cacheflow.engine.streams import DeviceStream, StreamEvent
+from cacheflow.tensors.streams import DeviceStream, StreamEvent
 
 
 class HostEvent:
@@ -38,6 +39,15 @@ class HostStream:
         with torch.inference_mode():
             for target, source in copies:
                 target.copy_(source)
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """See ``DeviceStream.launch``."""
+        with torch.inference_mode():
+            work()
+
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        """See ``DeviceStream.send``."""
+        return values.clone()
 
     def record(self, *, timed: bool = False) -> HostEvent:
         """See ``DeviceStream.record``."""

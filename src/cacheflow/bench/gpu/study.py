@@ -17,8 +17,8 @@ from cacheflow.bench.restore.rounds import Round, is_done, ratio_on_record, run_
 from cacheflow.bench.restore.study import Study, StudyOptions
 from cacheflow.bench.suite import SuiteRun
 from cacheflow.engine.runner import LayerRunner
-from cacheflow.engine.streams import DeviceStreams, streams_of
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.tensors.streams import DeviceStreams, streams_of
 from cacheflow.types import Clock
 
 SUITE = "restore"

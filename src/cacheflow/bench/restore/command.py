@@ -176,7 +176,7 @@ def open_study(flags: RestoreFlags, num_tokens: int) -> Study:
     from cacheflow.bench import setup
     from cacheflow.bench.restore.link import PinnedStudyLink, StoreStudyLink
     from cacheflow.bench.restore.study import Study, StudyOptions
-    from cacheflow.engine.cell_sizes import READS_IN_FLIGHT, layers_of_cell
+    from cacheflow.plan.cell_sizes import READS_IN_FLIGHT, layers_of_cell
     from cacheflow.restore.options import ExecutorOptions
 
     model = setup.open_model(flags)

@@ -20,7 +20,6 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.families import require_chunk_tokens
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
-from cacheflow.engine.streams import DeviceStreams
 from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid, num_layer_blocks
@@ -31,6 +30,7 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.profiling.measure import CostMeter, chunk_points
 from cacheflow.profiling.survey import ChunkCost, ChunkPoint
 from cacheflow.restore.options import ExecutorOptions
+from cacheflow.tensors.streams import DeviceStreams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

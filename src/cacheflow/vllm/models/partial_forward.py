@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from cacheflow.tensors.copy_lane import CopyLane
+from cacheflow.tensors.streams import StreamEvent
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.kv_groups import keeps_within_passes
@@ -50,20 +52,31 @@ class PartialForward:
     """Runs pieces of sequences through this worker's layers; one per process, on the worker's main thread only.
 
     It has attention metadata builders of its own: vLLM's keep state between the steps of its batch. On CUDA a call
-    returns once its kernels are queued and first waits for the call before it, so that at most one is running.
+    returns once its kernels are queued, and they wait for the cells that were placed before it. The host waits in one
+    case, before the builders' buffers are filled anew: until what they held for the piece before has been copied out.
     """
 
-    def __init__(self, handle: ModelHandle) -> None:
-        self.handle = handle
+    def __init__(self, handle: ModelHandle, lane: CopyLane | None = None) -> None:
+        """Run the handle's layers; ``lane`` is that of the KV blocks, None on the CPU."""
+        self.handle, self._lane = handle, lane
         self._groups = _own_groups(handle)
         attention = handle.groups.attention
         self._slotted = [
             name for group in self._groups if group.kv_cache_group_id == attention for name in group.layer_names
         ]
         self._prepared: tuple[Piece, dict[str, Any]] | None = None
-        self._running: torch.cuda.Event | None = None
+        self._copied_out: StreamEvent | None = None
         modules = handle.model.modules() if handle.compiled else ()
         self._compiled = [each for each in modules if getattr(each, "do_not_compile", True) is False]
+
+    @property
+    def queues(self) -> bool:
+        """Whether a call returns once its kernels are queued."""
+        return self._lane is not None
+
+    def record(self) -> StreamEvent | None:
+        """An event after all that was asked so far; None on the CPU."""
+        return None if self._lane is None else self._lane.streams.current().record(timed=True)
 
     @property
     def writes_alone(self) -> bool:
@@ -101,31 +114,30 @@ class PartialForward:
         """
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        end, size, device = start + len(tokens), self.handle.block_size, self.handle.device
+        end, size = start + len(tokens), self.handle.block_size
         table = torch.tensor(block_ids[: -(-end // size)], dtype=torch.int32)
         positions = torch.arange(start, end, dtype=torch.int64)
         slots = table.long()[positions // size] * size + positions % size
         starts = torch.tensor([0, end - start], dtype=torch.int32)
         lengths = torch.tensor([end], dtype=torch.int32)
-        on_device = positions.to(device, non_blocking=True)
-        slots_on_device = slots.to(device, non_blocking=True)
+        on_device, slots_on_device = self._send(positions), self._send(slots)
         common = CommonAttentionMetadata(
-            query_start_loc=starts.to(device, non_blocking=True),
+            query_start_loc=self._send(starts),
             query_start_loc_cpu=starts,
-            seq_lens=lengths.to(device, non_blocking=True),
+            seq_lens=self._send(lengths),
             seq_lens_cpu_upper_bound=lengths,
             num_reqs=1,
             num_actual_tokens=end - start,
             max_query_len=end - start,
             max_seq_len=end,
-            block_table_tensor=table.unsqueeze(0).to(device, non_blocking=True),
+            block_table_tensor=self._send(table.unsqueeze(0)),
             slot_mapping=slots_on_device,
             causal=True,
             is_prefilling=torch.ones(1, dtype=torch.bool),
             positions=on_device,
         )
-        followed = torch.tensor([*tokens, tokens[-1] if next_token is None else next_token], dtype=torch.int32)
-        followed = followed.to(device, non_blocking=True)
+        after = tokens[-1] if next_token is None else next_token
+        followed = self._send(torch.tensor([*tokens, after], dtype=torch.int32))
         return Piece(
             start, end, followed[:-1], followed[1:], on_device, slots_on_device,
             self._by_group(common, table.numel(), state_blocks), boundary, adapter,
@@ -133,12 +145,16 @@ class PartialForward:
 
     def _by_group(self, common: Any, num_columns: int, state_blocks: Sequence[int]) -> tuple[Any, ...]:  # noqa: ANN401
         """The metadata of every KV cache group; in those of states a sequence has one block for all positions."""
-        groups, device = self.handle.groups, self.handle.device
+        groups = self.handle.groups
         commons = [common] * (1 + len(groups.states))
         for group, block in zip(groups.states, state_blocks, strict=True):
-            table = torch.full((1, num_columns), block, dtype=torch.int32).to(device, non_blocking=True)
-            commons[group] = replace(common, block_table_tensor=table)
+            table = torch.full((1, num_columns), block, dtype=torch.int32)
+            commons[group] = replace(common, block_table_tensor=self._send(table))
         return tuple(commons)
+
+    def _send(self, values: torch.Tensor) -> torch.Tensor:
+        """Numbers of a piece where the model reads them."""
+        return values if self._lane is None else self._lane.streams.current().send(values)
 
     def run(
         self, piece: Piece, carry: Carry | None, *, layers: tuple[int, int], kv_only_top: bool = False
@@ -214,12 +230,6 @@ class PartialForward:
             return piece.positions.repeat(3, 1)  # height and width of text are its time
         return piece.positions
 
-    def wait(self) -> None:
-        """Wait until the last call's kernels have run; does nothing on the CPU."""
-        if self._running is not None:
-            self._running.synchronize()
-            self._running = None
-
     @contextmanager
     def _eager(self) -> Iterator[None]:
         """Have vLLM run the model's Python code for a while, of which a compiled one runs none; its bits may differ."""
@@ -236,7 +246,8 @@ class PartialForward:
         """VLLM's forward context for one piece, nested in whatever context is active."""
         from vllm.forward_context import get_forward_context, set_forward_context
 
-        self.wait()  # builders may reuse pinned buffers that queued copies still read
+        if self._lane is not None:
+            self._lane.before_compute()
         metadata = self._metadata(piece)
         slots = dict.fromkeys(self._slotted, piece.slots)
         arguments = {"num_tokens": piece.end - piece.start, "slot_mapping": slots}
@@ -249,19 +260,19 @@ class PartialForward:
                 # vLLM names MoE layers by counting calls from the model's bottom; None makes each give its own name.
                 get_forward_context().all_moe_layers = None
             yield
-        if self.handle.device.type == "cuda":
-            self._running = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._running.record(torch.cuda.current_stream(self.handle.device))
 
     def _metadata(self, piece: Piece) -> dict[str, Any]:
         """Attention metadata by layer; kept for one piece, because a builder may reuse its buffers for the next."""
         if self._prepared is None or self._prepared[0] is not piece:
+            if self._copied_out is not None:
+                self._copied_out.wait()
             built = {}
             for group in self._groups:
                 built.update(
                     dict.fromkeys(group.layer_names, group.build_metadata(piece.commons[group.kv_cache_group_id]))
                 )
             self._prepared = piece, built
+            self._copied_out = self.record()
         return self._prepared[1]
 
 

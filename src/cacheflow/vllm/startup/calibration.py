@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 _PAST_TOKENS = 8192
 """Distinct tokens of the past; more than any CPU cache holds of a layer's keys and values, then they repeat."""
 _LAYERS_TIMED = 6
-"""A pass over several layers, so that weights come from memory as in a real one."""
+"""A pass over several layers, so that weights come from memory as in a real one; on CUDA in as few calls as can be, and
+timed by events, so that neither calls nor waits count for layers."""
 _REPEATS = 3
 _LEAST_RECURRENT = 2
 """Kernels of recurrent layers prefill no single token (vLLM 0.32 on the CPU); two take as long."""
@@ -83,8 +84,9 @@ def calibrate(
         for kind in names:
             layers = [layer for layer, each in enumerate(layer_kinds) if each == kind]
             axes = (_lengths(chunk_tokens, size), _offsets(max_tokens, chunk_tokens, size))
-            kinds[kind] = _grid(meter, _spread(layers), *axes, budget_s=budget_s / len(names), max_tokens=max_tokens)
-        every = _spread(list(range(len(layer_kinds))))
+            few = _a_few(layers, neighbours=forward.queues)
+            kinds[kind] = _grid(meter, few, *axes, budget_s=budget_s / len(names), max_tokens=max_tokens)
+        every = _a_few(list(range(len(layer_kinds))), neighbours=forward.queues)
         overhead_s = meter.seconds(1, 0, every)
         head_s = meter.head_s()
         reach = Lengths(chunk_tokens=chunk_tokens, pass_tokens=pass_tokens, max_tokens=max_tokens)
@@ -116,10 +118,26 @@ def _offsets(max_tokens: int, chunk_tokens: int, block_size: int) -> list[int]:
     return sorted({*steps, fits, -(-max_tokens // block_size) * block_size})
 
 
-def _spread(layers: list[int]) -> list[int]:
-    """A few of the layers, evenly."""
+def _a_few(layers: list[int], *, neighbours: bool) -> list[int]:
+    """A few of the layers: evenly or, where they are to run in one call, from the middle of the longest stretch."""
+    longest = [*range(*max(_stretches(layers), key=lambda stretch: stretch[1] - stretch[0]))]
+    if neighbours and len(longest) > 1:
+        count = min(_LAYERS_TIMED, len(longest))
+        first = (len(longest) - count) // 2
+        return longest[first : first + count]
     count = min(_LAYERS_TIMED, len(layers))
     return [layers[index * len(layers) // count] for index in range(count)]
+
+
+def _stretches(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring layers as ``[lo, hi)``."""
+    found: list[tuple[int, int]] = []
+    for layer in layers:
+        if found and found[-1][1] == layer:
+            found[-1] = found[-1][0], layer + 1
+        else:
+            found.append((layer, layer + 1))
+    return found
 
 
 def _kinds(forward: PartialForward, layout: BlockLayout) -> tuple[str, ...]:
@@ -242,11 +260,14 @@ class _Meter:
             return self._median_s(lambda: self._forward.run_whole(piece)) / handle.num_layers
         # What a layer returns for so many tokens is what the next one is given; which numbers does not matter.
         given = self._forward.run(piece, None, layers=(0, 1))
-        states = [mapped(given, torch.clone) for _ in layers]
+        # Of several layers in one call only the top one can be left after its keys and values.
+        joined = self._forward.queues and not kv_only
+        calls = _stretches(layers) if joined else [(layer, layer + 1) for layer in layers]
+        states = [mapped(given, torch.clone) for _ in calls]
 
         def one_pass() -> None:
-            for layer, carry in zip(layers, states, strict=True):
-                self._forward.run(piece, carry, layers=(layer, layer + 1), kv_only_top=kv_only)
+            for rows, carry in zip(calls, states, strict=True):
+                self._forward.run(piece, carry, layers=rows, kv_only_top=kv_only)
 
         return self._median_s(one_pass) / len(layers)
 
@@ -264,19 +285,20 @@ class _Meter:
         return self._median_s(head)
 
     def _median_s(self, work: Callable[[], object]) -> float:
-        taken = []
-        for _ in range(_REPEATS + 1):
-            self._settle()
-            started_s = time.perf_counter()
-            work()
-            self._settle()
-            taken.append(time.perf_counter() - started_s)
-        return statistics.median(taken[1:])
+        return statistics.median([self._seconds(work) for _ in range(_REPEATS + 1)][1:])
 
-    def _settle(self) -> None:
-        self._forward.wait()
-        if self._forward.handle.device.type == "cuda":
-            torch.cuda.current_stream(self._forward.handle.device).synchronize()
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """Seconds of work: on CUDA the device's own, with whatever it waited for launching."""
+        before = self._forward.record()
+        if before is not None:
+            before.wait()
+        started_s, begin = time.perf_counter(), self._forward.record()
+        work()
+        end = self._forward.record()
+        if begin is None or end is None:
+            return time.perf_counter() - started_s
+        end.wait()
+        return end.seconds_after(begin)
 
 
 def _golden(kind: str, grid: CostGrid) -> GoldenPoint:

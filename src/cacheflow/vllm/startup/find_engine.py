@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from cacheflow.errors import ConfigError, ProfileError, UnsupportedModelError
+from cacheflow.plan.cell_sizes import layers_of_object
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
 from cacheflow.stores.probe import measure_link
+from cacheflow.tensors.copy_lane import lane_of
 from cacheflow.types import DELTA_CHUNK, ModelShape
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
@@ -55,13 +57,15 @@ def find_engine(
         ProfileError: There is no profile for this engine and ``calibrate`` is off.
     """
     handle = open_model(vllm_config, kv_cache_config, load_only=options.unsupported_models == "load_only")
-    layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names)
-    states = StateBlocks.of(handle, kv_caches, kv_cache_config)
+    lane = lane_of(handle.device)
+    layout = BlockLayout.from_kv_caches(kv_caches, kv_cache_config, layer_names=handle.layer_names, lane=lane)
+    states = StateBlocks.of(handle, kv_caches, kv_cache_config, lane=lane)
     if states is not None:
         _advise_blocks(options, handle)
     options.require_room_for_chunk(layout.num_bytes(0, layout.num_layers, options.chunk_tokens // layout.block_size))
     make_receive_buffer(handle)
-    layers_per_block = _layers_per_block(options, handle)
+    shape = _shape(handle, layout, vllm_config)
+    layers_per_block = _layers_per_block(options, handle, shape)
     if not options.self_test and not vllm_version().known:
         raise ConfigError(
             f"self_test is off, but CacheFlow does not know vLLM {vllm_version().text}: leave it on, it takes a second"
@@ -75,7 +79,7 @@ def find_engine(
             "%s. Prefixes are restored by loading alone: no sooner than the store can bring them, and what it lost is "
             "left to vLLM's prefill", handle.refusal,
         )  # fmt: skip
-    forward = PartialForward(handle) if handle.can_recompute else None
+    forward = PartialForward(handle, lane) if handle.can_recompute else None
     namespace = worker_namespace(handle, layout, states, chunk_tokens=options.chunk_tokens)
     weights = stage_weights(handle, layout, states)
     costs = None if forward is None else _costs(options, handle, layout, states, forward, digest_of(weights))
@@ -84,7 +88,7 @@ def find_engine(
     facts = EngineFacts(
         shard=handle.shard,
         namespace=namespace.digest,
-        shape=_shape(handle, layout, vllm_config),
+        shape=shape,
         layers_per_block=layers_per_block,
         block_size=layout.block_size,
         costs=costs,
@@ -142,7 +146,7 @@ def _tested(
         SelfTestError: Copies of KV blocks are not equal.
         UnsupportedModelError: Recomputation is not exact, and ``unsupported_models`` is ``refuse``.
     """
-    forward, refusal = PartialForward(handle) if handle.can_recompute else None, ""
+    forward, refusal = PartialForward(handle, layout.lane) if handle.can_recompute else None, ""
     try:
         result = self_test(
             layout, forward, states, chunk_tokens=options.chunk_tokens, layers_per_block=layers_per_block
@@ -172,9 +176,16 @@ def _log_stage(facts: EngineFacts) -> None:
     logger.info("pipeline stage %d of %d %s", shard.pp_rank, shard.pp_size, how)
 
 
-def _layers_per_block(options: ConnectorOptions, handle: ModelHandle) -> int:
+def _layers_per_block(options: ConnectorOptions, handle: ModelHandle, shape: ModelShape) -> int:
+    """Layers of an object: the same on all ranks, whatever part of the model each holds."""
     if not handle.compiled:
-        return options.layers_per_block or 1
+        own = layers_of_object(
+            shape,
+            device_type=handle.device.type,
+            chunk_tokens=options.chunk_tokens,
+            asked=options.layers_per_block,
+        )
+        return min(of_all_ranks(own))
     if options.layers_per_block not in (None, handle.num_layers):
         raise ConfigError(
             f"layers_per_block is {options.layers_per_block}, but this engine runs a compiled model, which is "

@@ -97,7 +97,7 @@ def stage_weights(
     if layers is None:
         return ((handle.start_layer if handle.shard.pp_rank else BOTTOM, _of_whole_stage(handle, layout, states)),)
     whole = sum(weight.nbytes for weight in handle.model.parameters()) <= FULL_LIMIT_BYTES
-    forward, digests = PartialForward(handle), []
+    forward, digests = PartialForward(handle, layout.lane), []
     if handle.is_first_stage:
         digests.append((BOTTOM, _of_prelude(forward, layout, states, whole=whole)))
     plain = []
@@ -210,9 +210,7 @@ def _with_probe(
             piece = forward.piece(0, tokens, scratch.kv, boundary, state_blocks=scratch.states[0])
             given: Carry | None = None if carry is None else random_like(carry, torch.Generator().manual_seed(13))
             carry = forward.run(piece, given, layers=(row, row + 1))
-            forward.wait()
             kv = np.empty(layout.num_bytes(row, row + 1, len(scratch.kv)), dtype=np.uint8)
-            layout.fence()
             layout.gather(row, row + 1, scratch.kv, kv)
             own = hashlib.sha256(digest.encode() + kv.tobytes()).hexdigest()
             probed.append(_digest_of(own, *leaves(carry)))

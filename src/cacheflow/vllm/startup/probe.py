@@ -210,7 +210,6 @@ def _new_request(name: str, prompt: list[int], blocks: tuple[list[int], ...], *,
 
 def gathered(layout: BlockLayout, block_ids: list[int]) -> list[Payload]:
     """Bytes ``[blocks, P]`` of blocks in each layer."""
-    layout.fence()
     out = np.empty(layout.num_bytes(0, layout.num_layers, len(block_ids)), dtype=np.uint8)
     layout.gather(0, layout.num_layers, block_ids, out)
     return layout.by_layer(out, 0, layout.num_layers, len(block_ids))
@@ -269,7 +268,6 @@ def scratch_blocks(
 
 def wipe(layout: BlockLayout, block_ids: list[int], *, value: int = 0) -> None:
     """Fill blocks of every layer with one byte value."""
-    layout.fence()
     for layer in range(layout.num_layers):
         payload = np.full(layout.num_bytes(layer, layer + 1, len(block_ids)), value, dtype=np.uint8)
         layout.scatter(layer, layer + 1, block_ids, payload)

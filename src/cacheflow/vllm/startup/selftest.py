@@ -228,7 +228,6 @@ class _RecomputeTest:
             _, layer = block_layers(height - 1, self._layers_per_block, self._layout.num_layers)
             if layer < self._layout.num_layers:
                 first, last = chunk * per_chunk, (chunk + 1) * per_chunk
-                self._layout.fence()
                 loaded = np.concatenate([each[first:last].reshape(-1) for each in own[layer:]])
                 self._layout.scatter(layer, self._layout.num_layers, block_ids[first:last], loaded)
         port.finish()
@@ -260,7 +259,6 @@ class _RecomputeTest:
                 )
                 out = forward.run(piece, _copied(carry), layers=(layer, layer + 1), kv_only_top=kv_only)
             carry = out
-        forward.wait()
         return gathered(self._layout, spare)
 
     def _behind(self, window: int, past: list[int], spare: list[int]) -> Difference | None:
@@ -275,7 +273,6 @@ class _RecomputeTest:
         wipe(self._layout, spare, value=_POISON)
         piece = self._forward.piece(start, tokens, blocks, handed, next_token=next_token)
         self._forward.run(piece, None, layers=(0, handle.num_layers))
-        self._forward.wait()
         restored = gathered(self._layout, spare)
         return self._compare(own, restored, f"behind its window of {window} tokens")
 
@@ -295,7 +292,6 @@ class _RecomputeTest:
             return None
         found = [np.empty(states.num_bytes(0, states.num_rows), dtype=np.uint8) for _ in range(2)]
         for blocks, out in zip((own, restored), found, strict=True):
-            states.layout.fence()
             states.gather(0, states.num_rows, blocks, out)
         own_L, restored_L = (states.layout.by_layer(each, 0, states.layout.num_layers, 1) for each in found)
         for name, one, other in zip(states.layout.layer_names, own_L, restored_L, strict=True):
@@ -346,11 +342,11 @@ def _copied(nest: Any) -> Any:  # noqa: ANN401
 
 
 def _copies_are_equal(layout: BlockLayout, block_ids: list[int], own: Bytes) -> bool:
-    """Put the bytes into blocks that hold something else, and take them out again."""
+    """Put the bytes into blocks that hold something else, as reads are placed, and take them out again."""
     wipe(layout, block_ids, value=_POISON)
     wiped = all((each == _POISON).all() for each in gathered(layout, block_ids))
-    layout.fence()
-    layout.scatter(0, layout.num_layers, block_ids, np.concatenate([each.reshape(-1) for each in own]))
+    payload = np.concatenate([each.reshape(-1) for each in own])
+    layout.place(0, layout.num_layers, block_ids, payload, after=layout.fence())
     return wiped and all(map(np.array_equal, gathered(layout, block_ids), own))
 
 
@@ -359,9 +355,7 @@ def _state_copies_are_equal(states: StateBlocks, blocks: Sequence[int]) -> bool:
     size = states.num_bytes(0, states.num_rows)
     taken = np.empty(size, dtype=np.uint8)
     for payload in (np.full(size, _POISON, dtype=np.uint8), _random(size)):
-        states.layout.fence()
         states.scatter(0, states.num_rows, blocks, payload)
-        states.layout.fence()
         states.gather(0, states.num_rows, blocks, taken)
         if not np.array_equal(taken, payload):
             return False

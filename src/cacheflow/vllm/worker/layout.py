@@ -25,6 +25,8 @@ import torch
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import num_layer_blocks
 from cacheflow.tensors.block_copy import DeviceCopies, HostCopies
+from cacheflow.tensors.copy_lane import CopyLane
+from cacheflow.tensors.streams import StreamEvent
 from cacheflow.vllm.models.kv_groups import KvGroups
 from cacheflow.vllm.models.model_access import layer_number
 
@@ -49,13 +51,15 @@ class LayerView:
 class BlockLayout:
     """The KV blocks of one worker; made once, when vLLM registers its KV caches.
 
-    ``gather`` and ``scatter`` may run on any thread, also side by side on different blocks. On the CPU numpy copies
-    (it releases the GIL). On CUDA copies run on a stream of their own, after the last ``fence``, and a call returns
-    when its bytes are there.
+    On the CPU numpy copies (it releases the GIL), and every method may be called on any thread, also side by side on
+    different blocks. On CUDA the device copies after a call has returned: ``place`` is called on the I/O thread, all
+    else on the worker's main thread, and kernels launched there see what was placed before them.
     """
 
-    def __init__(self, layers: Sequence[LayerView], *, block_size: int, layout_name: str) -> None:
-        """Take over checked views; see ``from_kv_caches``.
+    def __init__(
+        self, layers: Sequence[LayerView], *, block_size: int, layout_name: str, lane: CopyLane | None = None
+    ) -> None:
+        """Take over checked views; see ``from_kv_caches``. ``lane`` is the worker's; None on the CPU.
 
         Raises:
             ConfigError: There is no layer, or blocks differ between layers in dtype, number or device.
@@ -81,7 +85,8 @@ class BlockLayout:
         self.layout_name = layout_name
         self.shapes: BlockShapes = frozenset(tuple(each.blocks_NI.shape[1:]) for each in layers)
         views = [layer.blocks_NI for layer in layers]
-        self._copies = HostCopies(views) if self.device.type == "cpu" else DeviceCopies(views)
+        self.lane = lane
+        self._copies = HostCopies(views) if lane is None else DeviceCopies(views, lane)
 
     @classmethod
     def from_kv_caches(
@@ -90,6 +95,7 @@ class BlockLayout:
         kv_cache_config: Any,  # noqa: ANN401 -- vllm.v1.kv_cache_interface.KVCacheConfig
         *,
         layer_names: Sequence[str] | None = None,
+        lane: CopyLane | None = None,
     ) -> BlockLayout:
         """Understand what ``register_kv_caches`` was given.
 
@@ -97,6 +103,7 @@ class BlockLayout:
             kv_caches: One tensor per attention layer, by name.
             kv_cache_config: vLLM's KV cache config: number of blocks, block size, name of the layout.
             layer_names: The layers to serve, bottom first; None: all that keep keys and values, by number.
+            lane: The worker's; None on the CPU.
 
         Raises:
             ConfigError: There is more than one KV cache group of keys and values, layers are missing, or a tensor's
@@ -113,7 +120,7 @@ class BlockLayout:
             LayerView(name, blocks_first(kv_caches[name], num_blocks, name=name, layout_name=layout_name))
             for name in names
         ]
-        return cls(views, block_size=groups.block_size, layout_name=layout_name)
+        return cls(views, block_size=groups.block_size, layout_name=layout_name, lane=lane)
 
     def identity(self, shapes: Iterable[BlockShapes] = ()) -> str:
         """Names how bytes stand in a payload, whatever the number of blocks.
@@ -141,16 +148,31 @@ class BlockLayout:
         ]
         return [payload[start:end].reshape(num_blocks, -1) for start, end in pairwise(ends)]
 
-    def fence(self) -> None:
-        """Make later copies wait for the kernels queued so far; call on the worker's main thread.
+    def fence(self) -> StreamEvent | None:
+        """What ``place`` waits for: an event after all kernels queued so far; None on the CPU.
 
-        A gather needs it after the forward that wrote its blocks was launched, a scatter after the blocks were given
-        to its request: kernels of their last owner may still be queued. Does nothing on the CPU.
+        Of a set of blocks it is recorded when they are given to a request: kernels of their last owner may still be
+        queued. What is queued later, saves among it, no placement waits for.
         """
-        self._copies.fence()
+        return None if self.lane is None else self.lane.streams.current().record()
+
+    def see_placed(self) -> None:
+        """Have kernels that are launched from now on, in whatever forward, see what was placed; does not wait."""
+        if self.lane is not None:
+            self.lane.before_compute()
+
+    def snapshot(self, layer_lo: int, layer_hi: int, block_ids: Sequence[int], out: torch.Tensor) -> None:
+        """Queue the copy of blocks of layers ``[layer_lo, layer_hi)`` into device memory, uint8; on CUDA alone.
+
+        Raises:
+            ValueError: Layers, blocks or the size of ``out`` do not fit (a caller's bug).
+        """
+        assert isinstance(self._copies, DeviceCopies), "on the CPU blocks are gathered"
+        self._require(layer_lo, layer_hi, block_ids, out.nbytes)
+        self._copies.snapshot(layer_lo, layer_hi, _ids(block_ids), out)
 
     def gather(self, layer_lo: int, layer_hi: int, block_ids: Sequence[int], out: Payload) -> None:
-        """Copy blocks of layers ``[layer_lo, layer_hi)`` out.
+        """Copy blocks of layers ``[layer_lo, layer_hi)`` out; waits for the device.
 
         Args:
             layer_lo: First layer, counted from the stage's first.
@@ -161,13 +183,13 @@ class BlockLayout:
         Raises:
             ValueError: Layers, blocks or the size of ``out`` do not fit (a caller's bug).
         """
-        self._require(layer_lo, layer_hi, block_ids, out)
+        self._require(layer_lo, layer_hi, block_ids, _checked(out))
         self._copies.gather(layer_lo, layer_hi, _ids(block_ids), out)
 
     def scatter(
         self, layer_lo: int, layer_hi: int, block_ids: Sequence[int], payload: Payload, *, skip_blocks: int = 0
     ) -> None:
-        """Copy a payload into blocks of layers ``[layer_lo, layer_hi)``; on return kernels launched later see it.
+        """Copy a payload into blocks of layers ``[layer_lo, layer_hi)``; kernels launched later see it.
 
         Args:
             layer_lo: First layer, counted from the stage's first.
@@ -179,10 +201,37 @@ class BlockLayout:
         Raises:
             ValueError: Layers, blocks or the size of ``payload`` do not fit (a caller's bug).
         """
-        if not 0 <= skip_blocks < len(block_ids):
-            raise ValueError(f"skip_blocks is {skip_blocks}, must be in [0, {len(block_ids)})")
-        self._require(layer_lo, layer_hi, block_ids, payload, skip_blocks)
+        self._require(layer_lo, layer_hi, block_ids, _checked(payload), skip_blocks)
         self._copies.scatter(layer_lo, layer_hi, _ids(block_ids), payload, skip_blocks)
+
+    def place(
+        self,
+        layer_lo: int,
+        layer_hi: int,
+        block_ids: Sequence[int],
+        payload: Payload,
+        *,
+        skip_blocks: int = 0,
+        after: StreamEvent | None,
+    ) -> StreamEvent | None:
+        """Copy a pinned payload in as ``scatter`` does, beside what compute is doing.
+
+        Args:
+            layer_lo: See ``scatter``.
+            layer_hi: See ``scatter``.
+            block_ids: See ``scatter``.
+            payload: See ``scatter``.
+            skip_blocks: See ``scatter``.
+            after: The ``fence`` of the blocks.
+
+        Returns:
+            The event after which the payload may be written again; None where the copy is done already.
+
+        Raises:
+            ValueError: As ``scatter``.
+        """
+        self._require(layer_lo, layer_hi, block_ids, _checked(payload), skip_blocks)
+        return self._copies.place(layer_lo, layer_hi, _ids(block_ids), payload, skip_blocks, after=after)
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole blocks of all layers; call on the worker's main thread.
@@ -194,15 +243,17 @@ class BlockLayout:
             raise ValueError(f"cannot copy blocks {list(source)} over {list(target)} of {self.num_blocks}")
         self._copies.copy(_ids(source), _ids(target))
 
-    def _require(self, layer_lo: int, layer_hi: int, ids: Sequence[int], payload: Payload, skip: int = 0) -> None:
+    def _require(self, layer_lo: int, layer_hi: int, ids: Sequence[int], num_bytes: int, skip: int = 0) -> None:
+        if not 0 <= skip < max(1, len(ids)):
+            raise ValueError(f"skip_blocks is {skip}, must be in [0, {len(ids)})")
         if not 0 <= layer_lo < layer_hi <= self.num_layers:
             raise ValueError(f"layers [{layer_lo}, {layer_hi}) are not within this stage's {self.num_layers}")
         written = ids[skip:]
         if not written or not 0 <= min(written) <= max(written) < self.num_blocks:
             raise ValueError(f"block ids {list(ids)} are not within [0, {self.num_blocks})")
         expected = self.num_bytes(layer_lo, layer_hi, len(ids))
-        if payload.nbytes != expected or payload.dtype != np.uint8 or not payload.flags.c_contiguous:
-            raise ValueError(f"payload of {payload.nbytes} bytes of {payload.dtype}, must be {expected} of uint8")
+        if num_bytes != expected:
+            raise ValueError(f"payload of {num_bytes} bytes, must be {expected}")
 
 
 def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[int, int]:
@@ -247,6 +298,13 @@ def _by_layout(candidates: list[int], layout_name: str) -> list[int]:
     """VLLM's named layouts all register the logical shape ``[B, H, N, C]``: the first dimension is the block's."""
     named = len(layout_name) == 5 and set(layout_name) == set("LBHNC")
     return [0] if named and 0 in candidates else candidates
+
+
+def _checked(payload: Payload) -> int:
+    """Bytes of a payload, once it is one."""
+    if payload.dtype != np.uint8 or not payload.flags.c_contiguous:
+        raise ValueError(f"payload of {payload.dtype}, must be contiguous uint8")
+    return payload.nbytes
 
 
 def _ids(block_ids: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -45,6 +45,7 @@ class ModelState:
         if work.generation > self._generation:
             self._generation = work.generation
             self._weights.accept()
+        self._weights.begin_step()
 
     def begin(self, target: RestoreTarget, work: StepWork) -> None:
         """Note what a restoration that starts with this step rests on."""

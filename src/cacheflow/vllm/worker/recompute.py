@@ -13,6 +13,7 @@ import torch
 
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
+from cacheflow.tensors.streams import StreamEvent
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import Carry
@@ -166,6 +167,10 @@ class VllmComputePort:
         assert state.carry is not None, "of a chunk that is not spent"
         return self._forward.hand_over(state.piece, state.carry)
 
+    def record(self) -> StreamEvent | None:
+        """See ``QueueingPort.record``; None on the CPU."""
+        return self._forward.record()
+
     def run_suffix(self, block_lo: int, block_hi: int) -> None:
         """Never called: vLLM computes the new tokens itself.
 
@@ -175,10 +180,9 @@ class VllmComputePort:
         raise ValueError(f"vLLM runs the suffix itself, asked for blocks [{block_lo}, {block_hi})")
 
     def finish(self) -> None:
-        """Free what this restoration holds, on CUDA after its last tile; running states that were read are written."""
+        """Free what this restoration holds; running states that were read are written, on CUDA after its last tile."""
         self._chunks.clear()
         self._boundary.clear()
-        self._forward.wait()
         if self._checkpoint is not None:
             self._checkpoint.write()
 

@@ -11,6 +11,7 @@ from cacheflow.restore.ports import ComputePort
 from cacheflow.restore.step_executor import Ports, StepExecutor
 from cacheflow.restore.work import RankReport, RestoreTarget, StepReport
 from cacheflow.stores.base import Store
+from cacheflow.tensors.snapshot_room import SnapshotRoom
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
@@ -86,7 +87,7 @@ class WorkerSide:
         counts: What this rank counted since they were last taken.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- one worker's, keyword-only but for the first three
         self,
         store: Store,
         engine: FoundEngine,
@@ -94,9 +95,13 @@ class WorkerSide:
         *,
         chunk_tokens: int,
         capture: BoundaryCapture | None,
+        room: SnapshotRoom | None,
         counts: Counts,
     ) -> None:
-        """Serve what start-up found; ``capture`` is None where this rank saves no boundary states."""
+        """Serve what start-up found.
+
+        ``capture`` is None where this rank saves no boundary states, ``room`` where it takes no snapshots of chunks.
+        """
         facts = engine.facts
         self.store, self._engine, self._state, self._capture = store, engine, state, capture
         self.counts = counts
@@ -113,6 +118,7 @@ class WorkerSide:
             counts=counts,
             states=engine.states,
             more=None if capture is None else capture.put,
+            room=room,
         )
         self._carrier = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
         self._request_of: dict[int, str] = {}
@@ -151,7 +157,6 @@ class WorkerSide:
 
     def _ports(self, target: RestoreTarget) -> Ports:
         engine = self._engine
-        engine.layout.fence()
         checkpoint = None if engine.states is None else Checkpoint(engine.states, target.state_blocks)
         compute: ComputePort = NoComputePort(checkpoint)
         boundaries = None
@@ -167,6 +172,7 @@ class WorkerSide:
             engine.layout,
             target,
             pool=self._pool,
+            fence=engine.layout.fence(),
             keys=engine.facts.keys,
             boundaries=boundaries,
             checkpoint=checkpoint,
@@ -217,6 +223,7 @@ class WorkerSide:
         """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""
         self._report = report = self._carrier.take_report()
         if report.finished:
+            self._engine.layout.see_placed()  # also of what was given up: its blocks are others' from now on
             refused = self._state.end(report.finished)
             self._failed_blocks.update(itertools.chain(*refused.values()))
             failing = self._failing.intersection(report.finished).union(refused)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cacheflow.errors import ConfigError
+from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.worker.layout import BlockLayout, LayerView, Payload, blocks_first
 
@@ -23,7 +24,7 @@ from cacheflow.vllm.worker.layout import BlockLayout, LayerView, Payload, blocks
 class StateBlocks:
     """The running states of one worker's rows; made once, when vLLM registers its KV caches.
 
-    ``gather`` and ``scatter`` may run on any thread, as those of ``BlockLayout``.
+    ``snapshot``, ``gather`` and ``scatter`` are called on the threads that those of ``BlockLayout`` are.
 
     Attributes:
         layout: The blocks of all recurrent layers, rows ascending.
@@ -43,8 +44,10 @@ class StateBlocks:
         handle: ModelHandle,
         kv_caches: Mapping[str, torch.Tensor],
         kv_cache_config: Any,  # noqa: ANN401 -- vLLM's KVCacheConfig
+        *,
+        lane: CopyLane | None = None,
     ) -> StateBlocks | None:
-        """Those of a hybrid model; None of any other.
+        """Those of a hybrid model; None of any other. ``lane`` is the worker's; None on the CPU.
 
         Raises:
             ConfigError: A layer is missing, or its tensor's block dimension is unknown or ambiguous.
@@ -58,7 +61,7 @@ class StateBlocks:
         num_blocks = int(kv_cache_config.num_blocks)
         views = [LayerView(name, blocks_first(kv_caches[name], num_blocks, name=name)) for name in names]
         return cls(
-            BlockLayout(views, block_size=handle.block_size, layout_name="states"),
+            BlockLayout(views, block_size=handle.block_size, layout_name="states", lane=lane),
             group_L=[group_of[name] for name in names],
             layers_R=[len(row) for row in handle.states_R],
             num_groups=len(handle.groups.states),
@@ -72,6 +75,13 @@ class StateBlocks:
     def num_bytes(self, row_lo: int, row_hi: int) -> int:
         """Bytes of the states of rows ``[row_lo, row_hi)`` at one position."""
         return self.layout.num_bytes(self._first_R[row_lo], self._first_R[row_hi], 1)
+
+    def snapshot(self, row_lo: int, row_hi: int, blocks_G: Sequence[int], out: torch.Tensor) -> None:
+        """See ``BlockLayout.snapshot``."""
+        first, at = self._first_R[row_lo], 0
+        for layer, num_bytes in enumerate(self.layout.block_bytes_L[first : self._first_R[row_hi]], start=first):
+            self.layout.snapshot(layer, layer + 1, [blocks_G[self._group_L[layer]]], out[at : at + num_bytes])
+            at += num_bytes
 
     def gather(self, row_lo: int, row_hi: int, blocks_G: Sequence[int], out: Payload) -> None:
         """Copy the states of rows ``[row_lo, row_hi)`` out of one block of each group."""

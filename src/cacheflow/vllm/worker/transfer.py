@@ -14,7 +14,9 @@ from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys
+from cacheflow.tensors.copy_lane import MAX_QUEUED
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
+from cacheflow.tensors.streams import StreamEvent
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.worker.checkpoint import Checkpoint
 from cacheflow.vllm.worker.layout import BlockLayout, Payload, block_layers, layers_of_blocks
@@ -74,13 +76,15 @@ class VllmTransferPort:
         target: RestoreTarget,
         *,
         pool: StagingPool,
+        fence: StreamEvent | None = None,
         keys: RankKeys = RankKeys(),  # noqa: B008 -- frozen
         boundaries: BoundaryReads | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """Read ``target``'s objects into buffers of ``pool``, which all ports of the I/O thread share.
 
-        ``checkpoint`` takes the running states at its end; None of a model without recurrent layers.
+        ``fence`` is that of the target's blocks, see ``BlockLayout``. ``checkpoint`` takes the running states at its
+        end; None of a model without recurrent layers.
 
         Raises:
             ValueError: The target's positions do not fall on block boundaries (a caller's bug).
@@ -92,6 +96,7 @@ class VllmTransferPort:
         self._layout = layout
         self._target = target
         self._pool = pool
+        self._fence = fence
         self._keys = keys
         self._boundaries = boundaries
         self._checkpoint = checkpoint
@@ -140,25 +145,30 @@ class VllmTransferPort:
         return staging, self._store.submit_get(requests[::-1], priority=PRIORITY, deadline_s=deadline_s)
 
     def wait(self, ticket: VllmTicket, *, timeout_s: float) -> LoadOutcome | None:
-        """See ``TransferPort.wait``."""
+        """See ``TransferPort.wait``; what would have to queue for the device has not arrived yet."""
         outcomes = ticket.handle.wait(timeout_s)
         failed = (each for each in outcomes if each is not None and each is not LoadOutcome.OK)
         # The first that fails settles it; others may be under way until the ticket is cancelled.
-        return next(failed, None if None in outcomes else LoadOutcome.OK)
+        outcome = next(failed, None if None in outcomes else LoadOutcome.OK)
+        lane = self._layout.lane
+        if outcome is LoadOutcome.OK and lane is not None and not lane.has_room(timeout_s):
+            return None
+        return outcome
 
     def place(self, ticket: VllmTicket) -> None:
         """See ``TransferPort.place``; blocks before the target's start keep what they hold."""
+        copied: StreamEvent | None = None
         payload = ticket.staging.array[: ticket.num_bytes]
         if isinstance(ticket.piece, Boundary):
             self._place_boundary(ticket.piece.chunk, payload)
         else:
             blocks, skip_blocks = self._blocks(ticket.piece.chunk)
             layers, kv_bytes = self._layers(ticket.piece), ticket.num_bytes - ticket.state_bytes
-            self._layout.scatter(*layers, blocks, payload[:kv_bytes], skip_blocks=skip_blocks)
+            copied = self._layout.place(*layers, blocks, payload[:kv_bytes], skip_blocks=skip_blocks, after=self._fence)
             if ticket.state_bytes:
                 assert self._checkpoint is not None, "states are read for a checkpoint"
                 self._checkpoint.hold(layers, payload[kv_bytes:])
-        ticket.pool.give(ticket.staging)
+        ticket.pool.give(ticket.staging, after=copied)
 
     def _place_boundary(self, chunk: int, payload: Payload) -> None:
         assert self._boundaries is not None, "boundary states are placed where they are read"
@@ -185,13 +195,18 @@ class VllmTransferPort:
 def staging_pool(
     layout: BlockLayout, states: StateBlocks | None = None, *, chunk_tokens: int, layers_per_block: int
 ) -> StagingPool:
-    """Staging buffers that hold what any one read brings; pinned where the KV cache is on CUDA."""
+    """Staging buffers that hold what any one read brings.
+
+    Where the KV cache is on CUDA they are pinned, and those that reads and uploads need at once are so from here on.
+    """
     num_bytes = layout.largest_object_bytes(chunk_tokens=chunk_tokens, layers_per_block=layers_per_block)
     if states is not None:
         num_bytes += max(states.num_bytes(*rows) for rows in layers_of_blocks(layers_per_block, states.num_rows))
-    return StagingPool(num_bytes, pinned=layout.device.type == "cuda")
+    if layout.lane is None:
+        return StagingPool(num_bytes)
+    return layout.lane.staging(num_bytes, num_buffers=2 * MAX_QUEUED)
 
 
 def boundary_pool(*, token_bytes: int, chunk_tokens: int) -> StagingPool:
     """Staging buffers that hold a chunk's boundary states."""
-    return StagingPool(token_bytes * chunk_tokens, pinned=False)
+    return StagingPool(token_bytes * chunk_tokens)

@@ -3,7 +3,8 @@
 vLLM lets weights be replaced in a running engine (``apply_model``, ``reload_weights``, weight transfer from a trainer),
 and any user of ``collective_rpc`` can edit them. KV of other weights is wrong KV. Changes through vLLM's methods and
 through the model's ``load_weights`` are announced here by wrappers (``plugin``). An edit that uses none of them is
-found by comparing a few bytes of every weight, each time that chunks are saved and that a restoration ends.
+found by comparing a few bytes of every weight, each time that chunks are saved and that a restoration ends. On CUDA
+they are compared on a stream of their own, as they were before the step's forward, which the host does not wait for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cacheflow.tensors.streams import DeviceStreams, StreamEvent, streams_of
 from cacheflow.vllm.step import WeightsChange
 
 SAMPLE_BYTES = 64
@@ -32,14 +34,20 @@ class WeightsWatch:
         change: The last change; None while there was none.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        """Remember a sample of every weight; later calls of the model's ``load_weights`` announce a change."""
+    def __init__(self, model: torch.nn.Module, streams: DeviceStreams | None = None) -> None:
+        """Remember a sample of every weight; later calls of the model's ``load_weights`` announce a change.
+
+        ``streams`` are the device's; None: those of the weights' device, where it has any.
+        """
         self._model = model
         self.change: WeightsChange | None = None
+        self._before_forward: StreamEvent | None = None
         load_weights = getattr(model, "load_weights", None)
         if load_weights is not None:
             model.load_weights = self._announcing(load_weights)  # type: ignore[assignment]
         self._take_sample()
+        self._streams = streams or next(filter(None, map(streams_of, self._views)), None)
+        self._beside = None if self._streams is None else self._streams.new_stream()
 
     @property
     def version(self) -> int:
@@ -54,6 +62,11 @@ class WeightsWatch:
     def accept(self) -> None:
         """Take the weights as they are for the known ones: nothing that was computed with others counts any more."""
         self._take_sample()
+
+    def begin_step(self) -> None:
+        """Call before every forward: what changed weights was asked before it."""
+        if self._streams is not None:
+            self._before_forward = self._streams.current().record()
 
     def check(self) -> None:
         """Compare the sample: a difference is a change that nobody announced. 0.4 ms for 273 weights (CPU)."""
@@ -74,6 +87,7 @@ class WeightsWatch:
 
     def _take_sample(self) -> None:
         """Where each weight lies, views of its sampled bytes by device, and these bytes."""
+        self._before_forward = None  # of a comparison in this step, which must see the sample made first
         self._places = [
             (module._parameters, name, weight, weight.data_ptr())  # noqa: SLF001 -- a replaced parameter must show
             for module in self._model.modules()
@@ -90,10 +104,25 @@ class WeightsWatch:
         for parameters, name, weight, address in self._places:
             if parameters.get(name) is not weight or weight.data_ptr() != address:
                 return f"the weight {name} was replaced"
-        for device, views in self._views.items():
-            if not torch.equal(torch.cat(views), self._sample[device]):
-                return f"weights on {device} differ from those that were loaded"
+        for device in self._differing_devices():
+            return f"weights on {device} differ from those that were loaded"
         return ""
+
+    def _differing_devices(self) -> list[torch.device]:
+        """Where the sample differs; on CUDA the host waits for what came before the step's forward, not for that."""
+        found: list[torch.device] = []
+
+        def compare() -> None:
+            views_of = self._views.items()
+            found.extend(each for each, views in views_of if not torch.equal(torch.cat(views), self._sample[each]))
+
+        if self._streams is None or self._beside is None:
+            compare()
+        else:
+            self._beside.wait_for(self._before_forward or self._streams.current().record())
+            self._beside.launch(compare)
+            self._beside.record().wait()
+        return found
 
 
 def watch_weights(runner: Any) -> WeightsWatch:  # noqa: ANN401 -- a vLLM model runner

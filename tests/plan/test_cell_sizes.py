@@ -1,9 +1,17 @@
 """Chunks, cells and reads that suit a device."""
 
+from dataclasses import replace
+
 import pytest
 
-from cacheflow.engine.cell_sizes import LEAST_CELL_S, chunk_tokens_of, layers_of_cell
 from cacheflow.errors import ConfigError
+from cacheflow.plan.cell_sizes import (
+    LEAST_CELL_S,
+    LEAST_OBJECT_BYTES,
+    chunk_tokens_of,
+    layers_of_cell,
+    layers_of_object,
+)
 from cacheflow.shapes.hardware import find_model
 
 LLAMA = find_model("Llama-3.1-8B")
@@ -36,3 +44,17 @@ def test_the_cpu_and_whoever_asks_get_what_they_had():
 
 def test_a_link_that_is_measured_anew_changes_no_keys():
     assert {layers(gbps) for gbps in (60, 70, 80)} == {2}
+
+
+@pytest.mark.parametrize(("chunk_tokens", "wanted"), [(256, 4), (512, 4), (1024, 2), (2048, 1), (4096, 1)])
+def test_objects_that_engines_share_have_8_mib_on_cuda(chunk_tokens, wanted):
+    assert layers_of_object(LLAMA, device_type="cuda", chunk_tokens=chunk_tokens) == wanted
+    object_bytes = wanted * chunk_tokens * LLAMA.kv_bytes_per_token_layer
+    assert object_bytes >= LEAST_OBJECT_BYTES or wanted == LLAMA.num_layers // 8
+    assert layers_of_object(LLAMA, device_type="cpu", chunk_tokens=chunk_tokens) == 1
+    assert layers_of_object(LLAMA, device_type="cuda", chunk_tokens=chunk_tokens, asked=3) == 3
+
+
+def test_of_layers_that_differ_the_mean_counts():
+    mixed = replace(LLAMA, kv_token_bytes=(2048, 6144) * 16)
+    assert layers_of_object(mixed, device_type="cuda", chunk_tokens=1024) == 2

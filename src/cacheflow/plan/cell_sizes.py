@@ -15,6 +15,9 @@ CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
 READS_IN_FLIGHT = {"cpu": 3, "cuda": 8}
 LEAST_CELL_S = 0.8e-3
 """On CUDA a cell keeps the link busy for this long at least ..."""
+LEAST_OBJECT_BYTES = 8 << 20
+"""On CUDA what a cell holds at least where its size must not depend on a link that one engine has measured: engines
+that share a store name objects by it. So many bytes take ``LEAST_CELL_S`` at 84 Gbit/s."""
 LEAST_BLOCKS = 8
 """... as long as so many blocks are left of the layers, or compute and link could not share a chunk evenly."""
 
@@ -38,7 +41,16 @@ def layers_of_cell(
     if asked is not None or device_type == "cpu":
         return least
     most = max(least, shape.num_layers // LEAST_BLOCKS)
-    wanted = LEAST_CELL_S * bytes_per_s / (chunk_tokens * shape.kv_bytes_per_token_layer)
+    kept = [token_bytes for token_bytes in shape.kv_bytes_per_token_L if token_bytes]
+    wanted = LEAST_CELL_S * bytes_per_s / (chunk_tokens * sum(kept) / len(kept))
     if not wanted < most:
         return most
     return min(most, 1 << max(0, math.ceil(math.log2(wanted)))) if wanted > 1 else least
+
+
+def layers_of_object(shape: ModelShape, *, device_type: str, chunk_tokens: int, asked: int | None = None) -> int:
+    """The same for objects that engines share, whatever links they have."""
+    bytes_per_s = LEAST_OBJECT_BYTES / LEAST_CELL_S
+    return layers_of_cell(
+        shape, device_type=device_type, chunk_tokens=chunk_tokens, bytes_per_s=bytes_per_s, asked=asked
+    )

@@ -1,4 +1,4 @@
-"""Streams, events and pinned memory: all that the engine asks of a device that works while the host goes on.
+"""Streams, events and pinned memory: all that is asked of a device that works while the host goes on.
 
 What the device is asked in one stream it does in sequence; two streams meet at events alone. Tests have a device of
 their own behind ``DeviceStreams``, which needs no GPU.
@@ -6,6 +6,7 @@ their own behind ``DeviceStreams``, which needs no GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,14 @@ class DeviceStream(Protocol):
 
         One of them is pinned, or both are on the device.
         """
+        ...
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """Do what ``work`` asks of the device; tensors that it makes and drops are this stream's to use again."""
+        ...
+
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy on the device of a tensor of the host's, which may change at once; for this stream alone."""
         ...
 
     def record(self, *, timed: bool = False) -> StreamEvent:
@@ -108,6 +117,16 @@ class CudaStream:
         with torch.inference_mode(), torch.cuda.stream(self.stream):
             for target, source in copies:
                 target.copy_(source, non_blocking=True)
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """See ``DeviceStream.launch``."""
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            work()
+
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        """See ``DeviceStream.send``; torch keeps the pinned copy until the device has read it."""
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            return values.pin_memory().to(self.stream.device, non_blocking=True)
 
     def record(self, *, timed: bool = False) -> CudaEvent:
         """See ``DeviceStream.record``."""

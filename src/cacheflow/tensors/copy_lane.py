@@ -1,4 +1,4 @@
-"""Copies between host memory and the KV buffers of one engine, while it computes.
+"""Copies between host memory and the KV of one engine, while it computes.
 
 The rules, which ``tests/engine/test_engine_copy_lane.py`` holds under random interleavings of host and device:
 
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
-from cacheflow.engine.streams import DeviceStreams, StreamEvent
 from cacheflow.tensors.staging import PinnedSlabs, StagingPool
+from cacheflow.tensors.streams import DeviceStream, DeviceStreams, StreamEvent, streams_of
 
 MAX_QUEUED = 8
 """Uploads that the device has not done yet; more would count as resident long before they are."""
@@ -29,7 +30,8 @@ SLAB_BYTES = 64 << 20
 class CopyLane:
     """A stream for each direction, and the pinned memory both copy from and to; one for an engine.
 
-    Threads: ``upload`` and ``has_room`` on the I/O thread, the rest on the thread that computes.
+    Threads: uploads and ``has_room`` on the I/O thread, a ``download`` that is told what to come after on any one
+    thread, the rest on the thread that computes.
     """
 
     def __init__(self, streams: DeviceStreams) -> None:
@@ -46,16 +48,17 @@ class CopyLane:
         for stream in (self._up, self._down):
             self.streams.share(tensor, stream)
 
-    def staging(self, num_bytes: int) -> StagingPool:
+    def staging(self, num_bytes: int, *, num_buffers: int = 1) -> StagingPool:
         """Pinned buffers of at least ``num_bytes``; the same pool for all that need about as many.
 
-        The first of them are pinned here: no read should wait for that.
+        So many of them, where the pool is new, are pinned here: no read should wait for that.
         """
         size = 1 << max(16, (num_bytes - 1).bit_length())
         if size not in self._pools:
             slabs = PinnedSlabs(self.streams.pinned, slab_bytes=SLAB_BYTES)
             pool = self._pools[size] = StagingPool(size, allocate=slabs.take)
-            pool.give(pool.take())
+            for buffer in [pool.take() for _ in range(num_buffers)]:
+                pool.give(buffer)
         return self._pools[size]
 
     def after_compute(self) -> None:
@@ -98,18 +101,42 @@ class CopyLane:
                 layer's keys and each layer's values.
         """
         runs = target.view(-1, *target.shape[2:])  # not flatten: it would copy rather than fail
-        self._up.copy(*zip(runs.unbind(0), payload.view(target.dtype).view(runs.shape).unbind(0), strict=True))
+        pairs = zip(runs.unbind(0), payload.view(target.dtype).view(runs.shape).unbind(0), strict=True)
+        return self.upload_by(lambda up: up.copy(*pairs))
+
+    def upload_by(self, ask: Callable[[DeviceStream], None], *, after: StreamEvent | None = None) -> StreamEvent:
+        """Queue what ``ask`` asks the stream of uploads for; returns the event after which its source may be written.
+
+        Args:
+            ask: Copies from pinned memory to where compute reads.
+            after: What compute must have done before; None for what an ``after_compute`` has seen to.
+        """
+        if after is not None:
+            self._up.wait_for(after)
+        ask(self._up)
         event = self._up.record()
         self._queued.append(event)
         self._uploaded = event  # last: compute may look at any time
         return event
 
-    def download(self, target: torch.Tensor, source: torch.Tensor) -> StreamEvent:
-        """Queue the copy of device memory, as compute leaves it, into pinned memory; read it after the event."""
-        self.after_compute()
+    def download(self, target: torch.Tensor, source: torch.Tensor, *, after: StreamEvent | None = None) -> StreamEvent:
+        """Queue the copy of device memory into pinned memory; read it after the event.
+
+        ``after`` is an event after which the source is what is wanted; None: as compute leaves it now.
+        """
+        if after is None:
+            self.after_compute()
+        else:
+            self._down.wait_for(after)
         self._down.copy((target, source))
         return self._down.record()
 
     def wait_downloads(self) -> None:
         """Have what compute is asked next wait for every download so far: it may write over what they read."""
         self.streams.current().wait_for(self._down.record())
+
+
+def lane_of(device: torch.device) -> CopyLane | None:
+    """A lane of a device of its own; None for the CPU, whose copies are done when a call returns."""
+    streams = streams_of(device)
+    return None if streams is None else CopyLane(streams)
