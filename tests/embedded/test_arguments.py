@@ -242,7 +242,7 @@ def test_options_of_an_engine(options, message):
 
 
 PARTS = {
-    "store": ("kv", "store is of type str, must be of Store: MemoryStore"),
+    "store": ("kv", "store is of type str, must be of Store: open_store"),
     "costs": (None, "costs is of type NoneType, must be of CostTable: load_profile"),
     "link": (1e9, "link is of type float, must be of LinkCost"),
     "options": ({}, "options is of type dict, must be of EngineOptions"),

@@ -97,7 +97,8 @@ class Engine:
 
         Args:
             model: See ``load_model``.
-            store: Where KV goes and comes from; stays the caller's to close.
+            store: Where KV goes and comes from, such as ``stores.opening.open_store(url, ...)``; stays the caller's to
+                close.
             costs: Measured on this machine for this model (``cacheflow calibrate``).
             link: What the profile says of the store's link.
             options: Policy, chunking, deadlines.
@@ -250,6 +251,6 @@ class Engine:
 
 
 def _check_parts(store: object, costs: object, link: object) -> None:
-    require_instance("store", store, Store, hint="MemoryStore, or FileStore(folder, capacity_bytes=...)")
+    require_instance("store", store, Store, hint="open_store(url, capacity_bytes=...), see docs/stores.md")
     require_instance("costs", costs, CostTable, hint="load_profile(path).costs")
     require_instance("link", link, LinkCost, hint="load_profile(path).link")

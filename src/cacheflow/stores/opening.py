@@ -1,0 +1,231 @@
+"""Opens a store by its URL; the one place that knows which scheme is which store.
+
+::
+
+    memory                              this process's memory
+    file:///var/cache/kv                a directory; ?fsync=yes flushes each record to the disk
+
+Other packages add schemes as entry points of the group ``cacheflow.stores``: the name is the scheme, the value a
+``StoreOpener``. See docs/stores.md.
+
+A URL holds no secret, so that it may be printed and logged; one that does is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
+
+from cacheflow.errors import ConfigError, StoreError
+from cacheflow.stores.base import Store
+from cacheflow.stores.file import FileStore
+from cacheflow.stores.memory import MemoryStore
+
+ENTRY_POINT_GROUP = "cacheflow.stores"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreUrl:
+    """A store's URL, taken apart.
+
+    Attributes:
+        text: As it was given.
+        scheme: Which store, such as ``file``.
+        host: Between ``//`` and the path, without user and port; empty where there is none.
+        port: None where there is none.
+        username: None where there is none.
+        path: With its leading ``/``, unquoted; empty where there is none.
+        options: What stands after ``?``, by name.
+    """
+
+    text: str
+    scheme: str
+    host: str = ""
+    port: int | None = None
+    username: str | None = None
+    path: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> StoreUrl:
+        """Take a URL apart; whether its scheme is known is for ``check_store_url``.
+
+        Raises:
+            ConfigError: It is no URL, holds a password, or repeats an option.
+        """
+        if text == "memory":
+            return cls(text=text, scheme=text)
+        try:
+            parts = urlsplit(text)
+            port, password = parts.port, parts.password
+        except ValueError as error:
+            raise ConfigError(f"store: not a URL, {error}; give {_forms()}") from error
+        if password is not None:
+            raise ConfigError(
+                "store: the URL holds a password, and URLs are printed and logged: take it out and set the environment "
+                "variable that docs/stores.md names"
+            )
+        if not parts.scheme or "://" not in text:
+            raise ConfigError(f"store is {text!r}, must be a URL: {_forms()}")
+        return cls(
+            text=text,
+            scheme=parts.scheme,
+            host=unquote(parts.hostname or ""),
+            port=port,
+            username=None if parts.username is None else unquote(parts.username),
+            path=unquote(parts.path),
+            options=_options(parts),
+        )
+
+    def require_options(self, *known: str) -> None:
+        """Pass if it has no other options than these.
+
+        Raises:
+            ConfigError: It has; names them, and those that are known.
+        """
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:
+            allowed = ", ".join(known) if known else "none"
+            raise ConfigError(f"store: unknown option {', '.join(unknown)} of a {self.scheme} store; known: {allowed}")
+
+    def flag(self, name: str) -> bool:
+        """An option that is ``yes`` or ``no``, which it is where it is not given.
+
+        Raises:
+            ConfigError: It is something else.
+        """
+        value = self.options.get(name, "no")
+        if value not in ("yes", "no"):
+            raise ConfigError(f"store: {name} is {value!r}, must be yes or no")
+        return value == "yes"
+
+    def seconds(self, name: str, default: float) -> float:
+        """An option in seconds.
+
+        Raises:
+            ConfigError: It is no finite number above 0.
+        """
+        text = self.options.get(name)
+        try:
+            value = default if text is None else float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"store: {name} is {text!r}, must be seconds, above 0 and finite")
+        return value
+
+
+class StoreOpener(Protocol):
+    """Checks the URLs of one scheme, and says how each is opened."""
+
+    def __call__(self, url: StoreUrl) -> Callable[..., Store]:
+        """Check a URL; touches no disk and no network.
+
+        Args:
+            url: Its scheme is this opener's; the rest has not been checked.
+
+        Returns:
+            What opens the store, with ``capacity_bytes`` by keyword; raises ``StoreError`` where it cannot be reached
+            or used.
+
+        Raises:
+            ConfigError: The URL names no such store, or a package is missing: says which extra brings it.
+        """
+        ...
+
+
+def open_store(url: str, *, capacity_bytes: int) -> Store:
+    """Open the store that a URL names; the caller closes it.
+
+    Args:
+        url: See the module's docstring.
+        capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
+
+    Raises:
+        ConfigError: The URL is wrong, its scheme unknown, or a package is missing.
+        StoreError: The store cannot be reached or used.
+    """
+    parsed = StoreUrl.parse(url)
+    store = _opener(parsed.scheme)(parsed)(capacity_bytes=capacity_bytes)
+    if not isinstance(store, Store):
+        raise StoreError(f"store {url}: the opener of {parsed.scheme} returned {store!r}, which is no Store")
+    return store
+
+
+def check_store_url(url: str) -> StoreUrl:
+    """Pass if a URL can name a store; touches no disk and no network.
+
+    Returns:
+        The URL, taken apart.
+
+    Raises:
+        ConfigError: See ``open_store``.
+    """
+    parsed = StoreUrl.parse(url)
+    _opener(parsed.scheme)(parsed)
+    return parsed
+
+
+def file_url(folder: Path) -> str:
+    """The URL of a folder's file store; a relative folder is one of the current directory."""
+    return f"file://{quote(str(folder.absolute()))}"
+
+
+def _memory(url: StoreUrl) -> Callable[..., Store]:
+    if url.text != "memory":
+        raise ConfigError(f"store is {url.text!r}: the memory store has no address, give memory")
+    return MemoryStore
+
+
+def _file(url: StoreUrl) -> Callable[..., Store]:
+    url.require_options("fsync")
+    if url.host or url.path in ("", "/"):
+        raise ConfigError(f"store is {url.text!r}, must be file:///absolute/folder, with three slashes")
+    # No fsync unless asked for: a torn record is a counted miss, and a save must not wait for the disk.
+    return partial(FileStore, Path(url.path), fsync=url.flag("fsync"))
+
+
+_BUILT_IN: Mapping[str, tuple[StoreOpener, str]] = {
+    "memory": (_memory, "memory"),
+    "file": (_file, "file:///folder"),
+}
+"""Opener of each scheme, and what its URLs look like."""
+
+
+def _forms() -> str:
+    return ", ".join(form for _, form in _BUILT_IN.values())
+
+
+def _opener(scheme: str) -> StoreOpener:
+    if scheme in _BUILT_IN:
+        return _BUILT_IN[scheme][0]
+    found = {each.name: each for each in entry_points(group=ENTRY_POINT_GROUP)}
+    if scheme not in found:
+        others = f", and {', '.join(sorted(found))} of other packages" if found else ""
+        raise ConfigError(f"store: no store is called {scheme!r}; known are {_forms()}{others}")
+    return _load(found[scheme])
+
+
+def _load(entry: EntryPoint) -> StoreOpener:
+    try:
+        opener: StoreOpener = entry.load()
+    except Exception as error:  # somebody else's module
+        raise ConfigError(
+            f"store: {entry.value}, which opens {entry.name} stores, cannot be loaded: {error}"
+        ) from error
+    return opener
+
+
+def _options(parts: SplitResult) -> dict[str, str]:
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    options = dict(pairs)
+    if len(options) != len(pairs):
+        raise ConfigError(f"store: an option repeats after ? in the URL: {', '.join(name for name, _ in pairs)}")
+    if parts.fragment:
+        raise ConfigError("store: the URL has a part after #, which means nothing; write %23 for a # in a name")
+    return options
