@@ -1,6 +1,7 @@
 """Stores by URL: each scheme opens its store, a bad URL is refused with a sentence, other packages add schemes."""
 
 import logging
+import sys
 
 import pytest
 
@@ -10,6 +11,7 @@ from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import StoreUrl, check_store_url, file_url, open_store
 from cacheflow.types import LoadOutcome
+from support.documented_store import documented_source
 from support.store_objects import get, put
 
 CAPACITY = 1 << 20
@@ -80,51 +82,46 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(caplog):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Installs a module with the entry point ``tape``, as pip would."""
+    """Installs a module with an entry point, as pip would."""
 
-    def install(source, value="tape_store:opener"):
-        (tmp_path / "tape_store.py").write_text(source)
-        metadata = tmp_path / "tape_store-1.0.dist-info"
+    def install(source, scheme):
+        name = f"{scheme}_store"
+        (tmp_path / f"{name}.py").write_text(source)
+        metadata = tmp_path / f"{name}-1.0.dist-info"
         metadata.mkdir()
-        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: tape-store\nVersion: 1.0\n")
-        (metadata / "entry_points.txt").write_text(f"[cacheflow.stores]\ntape = {value}\n")
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[cacheflow.stores]\n{scheme} = {name}:opener\n")
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
     return install
 
 
-OPENER = """
-from cacheflow.stores.memory import MemoryStore
-
-def opener(url):
-    url.require_options("reel")
-    return MemoryStore
-"""
-
-
-def test_a_scheme_of_another_package(package, monkeypatch):
-    monkeypatch.delitem(__import__("sys").modules, "tape_store", raising=False)
-    package(OPENER)
-    assert check_store_url("tape://drive/1?reel=7").options == {"reel": "7"}
-    with open_store("tape://drive/1", capacity_bytes=CAPACITY) as store:
+def test_the_documented_store_of_another_package(package, tmp_path):
+    package(documented_source(), "sqlite")
+    url = f"sqlite://{tmp_path}/kv.db"
+    with open_store(url, capacity_bytes=CAPACITY) as store:
         assert put(store, 1) == (PutOutcome.STORED,)
-    with pytest.raises(ConfigError, match="unknown option wheel of a tape store; known: reel"):
-        check_store_url("tape://drive/1?wheel=7")
-    with pytest.raises(ConfigError, match="and tape of other packages"):
+    with open_store(url, capacity_bytes=3 * 5096) as store:
+        assert get(store, 1)[0] is LoadOutcome.OK
+        assert put(store, 2, 3, 4) == (PutOutcome.STORED,) * 3
+        assert store.stats().num_objects == 3
+    with pytest.raises(ConfigError, match="unknown option wheel of a sqlite store; known: none"):
+        check_store_url(url + "?wheel=7")
+    with pytest.raises(ConfigError, match="and sqlite of other packages"):
         check_store_url("drum://1")
 
 
 @pytest.mark.parametrize(
-    ("source", "value", "error", "said"),
+    ("source", "error", "said"),
     [
-        ("raise RuntimeError('no drive')", "tape_store:opener", ConfigError, "cannot be loaded: no drive"),
-        ("", "tape_store:opener", ConfigError, "cannot be loaded"),
-        ("def opener(url):\n    return lambda capacity_bytes: 7", "tape_store:opener", StoreError, "which is no Store"),
+        ("raise RuntimeError('no drive')", ConfigError, "tape_store:opener, .* cannot be loaded: no drive"),
+        ("", ConfigError, "cannot be loaded"),
+        ("def opener(url):\n    return lambda capacity_bytes: 7", StoreError, "which is no Store"),
     ],
 )
-def test_a_broken_package_is_named(package, monkeypatch, source, value, error, said):
-    monkeypatch.delitem(__import__("sys").modules, "tape_store", raising=False)
-    package(source, value)
+def test_a_broken_package_is_named(package, source, error, said):
+    package(source, "tape")
     with pytest.raises(error, match=said):
         open_store("tape://drive/1", capacity_bytes=CAPACITY)
 

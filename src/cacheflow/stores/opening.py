@@ -4,6 +4,10 @@
 
     memory                              this process's memory
     file:///var/cache/kv                a directory; ?fsync=yes flushes each record to the disk
+    shm://name                          memory that all processes of a host share; ?keep=yes leaves it behind
+    redis://host:6379/0                 a Redis or Valkey server; ?timeout_s=2
+    rediss://host:6379/0                the same over TLS; ?ca_certs=FILE&certfile=FILE&keyfile=FILE
+    s3://bucket/prefix                  a bucket; ?endpoint=URL&region=NAME&timeout_s=10
 
 Other packages add schemes as entry points of the group ``cacheflow.stores``: the name is the scheme, the value a
 ``StoreOpener``. See docs/stores.md.
@@ -13,10 +17,13 @@ A URL holds no secret, so that it may be printed and logged; one that does is re
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
@@ -25,8 +32,10 @@ from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import Store
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.shm import SharedMemoryStore
 
 ENTRY_POINT_GROUP = "cacheflow.stores"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,19 +148,22 @@ class StoreOpener(Protocol):
         ...
 
 
-def open_store(url: str, *, capacity_bytes: int) -> Store:
+def open_store(url: str, *, capacity_bytes: int, only_look: bool = False) -> Store:
     """Open the store that a URL names; the caller closes it.
 
     Args:
         url: See the module's docstring.
         capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
+        only_look: Not to serve from it, so that closing it leaves everything as it is.
 
     Raises:
         ConfigError: The URL is wrong, its scheme unknown, or a package is missing.
         StoreError: The store cannot be reached or used.
     """
     parsed = StoreUrl.parse(url)
-    store = _opener(parsed.scheme)(parsed)(capacity_bytes=capacity_bytes)
+    if only_look and parsed.scheme == "shm":
+        parsed = replace(parsed, options={**parsed.options, "keep": "yes"})
+    store = opener_of(parsed.scheme)(parsed)(capacity_bytes=capacity_bytes)
     if not isinstance(store, Store):
         raise StoreError(f"store {url}: the opener of {parsed.scheme} returned {store!r}, which is no Store")
     return store
@@ -167,7 +179,7 @@ def check_store_url(url: str) -> StoreUrl:
         ConfigError: See ``open_store``.
     """
     parsed = StoreUrl.parse(url)
-    _opener(parsed.scheme)(parsed)
+    opener_of(parsed.scheme)(parsed)
     return parsed
 
 
@@ -190,18 +202,92 @@ def _file(url: StoreUrl) -> Callable[..., Store]:
     return partial(FileStore, Path(url.path), fsync=url.flag("fsync"))
 
 
+def _shm(url: StoreUrl) -> Callable[..., Store]:
+    url.require_options("keep")
+    if not _NAME.fullmatch(url.host) or url.path not in ("", "/") or url.port is not None:
+        raise ConfigError(f"store is {url.text!r}, must be shm://name, of small letters, digits, - and _")
+    return partial(SharedMemoryStore, url.host, keep=url.flag("keep"))
+
+
+def _redis(url: StoreUrl) -> Callable[..., Store]:
+    tls = url.scheme == "rediss"
+    files = ("ca_certs", "certfile", "keyfile")
+    url.require_options("timeout_s", *(files if tls else ()))
+    timeout_s = url.seconds("timeout_s", 2.0)
+    database = url.path.strip("/") or "0"
+    if not url.host or not database.isdecimal():
+        raise ConfigError(f"store is {url.text!r}, must be {url.scheme}://host:6379/0, the last a database's number")
+    for name in files:
+        if name in url.options and not Path(url.options[name]).is_file():
+            raise ConfigError(f"store: {name} is {url.options[name]!r}, which is no file")
+    _require_package("redis", extra="redis", url=url)
+    from cacheflow.stores.redis import RedisServer, RedisStore
+
+    server = RedisServer(
+        host=url.host,
+        port=6379 if url.port is None else url.port,
+        database=int(database),
+        username=url.username,
+        password=os.environ.get("CACHEFLOW_REDIS_PASSWORD"),
+        tls=tls,
+        timeout_s=timeout_s,
+        **{name: url.options[name] for name in files if name in url.options},
+    )
+    return partial(RedisStore, server)
+
+
+def _s3(url: StoreUrl) -> Callable[..., Store]:
+    url.require_options("endpoint", "region", "timeout_s")
+    timeout_s = url.seconds("timeout_s", 10.0)
+    if not url.host or url.port is not None or url.username is not None:
+        raise ConfigError(
+            "store: must be s3://bucket/prefix; credentials come from the environment (AWS_ACCESS_KEY_ID)"
+        )
+    endpoint = url.options.get("endpoint")
+    if endpoint is not None and (urlsplit(endpoint).scheme not in ("http", "https") or "@" in endpoint):
+        raise ConfigError("store: endpoint must be http://host:port or https://host:port")
+    _require_package("obstore", extra="s3", url=url)
+    from cacheflow.stores.s3 import Bucket, BucketStore
+
+    bucket = Bucket(
+        name=url.host,
+        prefix=url.path.strip("/"),
+        endpoint=endpoint,
+        region=url.options.get("region"),
+        timeout_s=timeout_s,
+    )
+    return partial(BucketStore, bucket)
+
+
 _BUILT_IN: Mapping[str, tuple[StoreOpener, str]] = {
     "memory": (_memory, "memory"),
     "file": (_file, "file:///folder"),
+    "shm": (_shm, "shm://name"),
+    "redis": (_redis, "redis://host:port/0"),
+    "rediss": (_redis, "rediss://host:port/0"),
+    "s3": (_s3, "s3://bucket/prefix"),
 }
 """Opener of each scheme, and what its URLs look like."""
+
+
+def _require_package(package: str, *, extra: str, url: StoreUrl) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"store {url.scheme}:// needs the package {package}, which is not installed: "
+            f"pip install 'cacheflow-kv[{extra}]'"
+        )
 
 
 def _forms() -> str:
     return ", ".join(form for _, form in _BUILT_IN.values())
 
 
-def _opener(scheme: str) -> StoreOpener:
+def opener_of(scheme: str) -> StoreOpener:
+    """What opens the stores of a scheme.
+
+    Raises:
+        ConfigError: There is no such scheme, or the package that adds it cannot be loaded.
+    """
     if scheme in _BUILT_IN:
         return _BUILT_IN[scheme][0]
     found = {each.name: each for each in entry_points(group=ENTRY_POINT_GROUP)}

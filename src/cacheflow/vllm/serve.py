@@ -186,7 +186,7 @@ def serve(
     installed = found or find_vllm()
     require_plugin(environment)
     # vLLM would need a minute to get there, and show a stack trace.
-    open_store(options.store_url, capacity_bytes=options.cpu_bytes_to_use).close()
+    open_store(options.store_url, capacity_bytes=options.cpu_bytes_to_use, only_look=True).close()
     line = config_line(options, kind)
     sys.stdout.write(line + "\n")
     environment = environment_for_reason(environment)
