@@ -34,7 +34,7 @@ class SomeRecordsFlags(StoreFlags):
     """Which of its records."""
 
     namespace: tuple[str, ...] = option(
-        (), "only these, or those that begin so; `store stat` lists them", metavar="NAME,NAME,...", shown=""
+        (), "only these, or those that begin so; cacheflow store stat lists them", metavar="NAME,NAME,...", shown=""
     )
 
     def __post_init__(self) -> None:

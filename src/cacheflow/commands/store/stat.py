@@ -44,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
     heads = ("namespace", "objects", "bytes", "last used, ago", "oldest, ago", "stands for")
     total = ("all", str(len(records)), size(sum(each.num_bytes for each in records)), "", "", "")
     table = text_table(flags.url, heads, rows, last=total, padding=1)
-    console.print(table, width=max(console.width, WIDTH), crop=False)  # wrapped rather than cut
+    Console(width=max(console.width, WIDTH)).print(table)  # wrapped rather than cut
     return 0
