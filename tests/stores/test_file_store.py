@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import cacheflow
+from cacheflow import cli
 from cacheflow.errors import StoreError
 from cacheflow.stores import record
 from cacheflow.stores.base import PutOutcome
@@ -239,6 +240,7 @@ def test_a_writer_killed_in_mid_put_leaves_nothing_visible(root):
     os.utime(remains, (time.time() - STALE_STAGING_S - 60,) * 2)
     opened(root).close()
     assert not staged(root)
+    assert cli.main(["store", "verify", f"file://{root}"]) == 0
 
 
 def test_two_processes_share_a_directory(root):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import cacheflow
+from cacheflow import cli
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import GetRequest, PutOutcome
 from cacheflow.stores.opening import check_store_url, open_store
@@ -200,6 +201,7 @@ def test_a_writer_killed_in_mid_write_leaves_nothing_visible(redis_server):
         assert get(store, 1)[0] is OK
         assert put(store, 2) == (STORED,)
         assert get(store, 2)[0] is OK
+    assert cli.main(["store", "verify", redis_server.url]) == 0
 
 
 # A server that is full
