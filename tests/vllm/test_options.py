@@ -56,3 +56,15 @@ def test_a_store_that_holds_no_chunk_is_refused():
     ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1000)
     with pytest.raises(ConfigError, match="cpu_bytes_to_use is 1000, but one chunk of 512 tokens takes 1001 bytes"):
         ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1001)
+
+
+def test_a_store_is_given_by_its_url_or_as_ever():
+    assert ConnectorOptions().store_url == "memory"
+    assert ConnectorOptions(store="file", store_path="/k v").store_url == "file:///k%20v"
+    for url in ("file:///kv", "shm://kv"):
+        options = ConnectorOptions.parse({"store": url})
+        assert options.store_url == url
+        options.require_reachable_store("mp")
+    with pytest.raises(ConfigError, match="holds a password") as raised:
+        ConnectorOptions.parse({"store": "redis://me:hunter2@host"})
+    assert "hunter2" not in str(raised.value)
