@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 from support.lacking import lacking
 
 PASSWORD = "hunter2"
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,43 @@ def wait_for(server):
             time.sleep(0.02)
 
 
+@dataclass(frozen=True)
+class RunningS3:
+    """Moto in a process of its own."""
+
+    endpoint: str
+    process: subprocess.Popen
+
+
+@contextmanager
+def running_s3():
+    """Moto on loopback."""
+    require_packages("obstore", "moto", "flask")
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until_it_listens(port, process)
+        yield RunningS3(f"http://127.0.0.1:{port}", process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until_it_listens(port, process):
+    until_s = time.monotonic() + WAIT_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+            return
+        except OSError:
+            assert process.poll() is None, "moto ended"
+            assert time.monotonic() < until_s, "moto does not listen"
+            time.sleep(0.05)
+
+
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory):
     with running_redis(tmp_path_factory.mktemp("redis")) as server:
@@ -129,13 +167,8 @@ def redis_password(monkeypatch):
 
 @pytest.fixture(scope="session")
 def s3_endpoint():
-    require_packages("obstore", "moto", "flask")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
+    with running_s3() as server:
+        yield server.endpoint
 
 
 @pytest.fixture
@@ -151,9 +184,14 @@ def s3_environment(monkeypatch):
 @pytest.fixture
 def bucket_url(s3_endpoint, s3_environment):
     """The URL of a store in an empty bucket."""
+    return new_bucket_url(s3_endpoint)
+
+
+def new_bucket_url(endpoint):
+    """The URL of a store in an empty bucket; the credentials are those of ``s3_environment``."""
     import boto3
 
     name = f"bucket-{time.monotonic_ns()}"
-    with closing(boto3.client("s3", endpoint_url=s3_endpoint)) as client:
+    with closing(boto3.client("s3", endpoint_url=endpoint)) as client:
         client.create_bucket(Bucket=name)
-    return f"s3://{name}/kv?endpoint={s3_endpoint}"
+    return f"s3://{name}/kv?endpoint={endpoint}"
