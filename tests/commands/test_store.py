@@ -142,6 +142,7 @@ def test_bench_of_memory(said):
         (("stat", "memory"), "a memory store is its process's own"),
         (("stat", "file:///no/such/folder"), "there is no store file:///no/such/folder"),
         (("stat", "shm://no-such-store"), "there is no store shm://no-such-store"),
+        (("clear", "--yes", "file:///proc/self"), "/proc/self is no folder of records"),
         (("stat", "tape://1"), "no store is called 'tape'"),
         (("stat", "file:///x", "--namespace", "XYZ"), "--namespace 'XYZ' must be the beginning of a namespace"),
         (("gc", "file:///x"), "what is to go?"),

@@ -47,6 +47,14 @@ def staged(root):
     return list((root / "staging").iterdir())
 
 
+def test_room_set_aside_for_a_write_that_a_bug_ends_is_given_back(root, monkeypatch):
+    with opened(root, capacity_bytes=RECORD) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write_whole", lambda *words, **how: 1 // 0)
+            assert put(store, 1) == (PutOutcome.ERROR,)
+        assert put(store, 1) == (PutOutcome.STORED,)
+
+
 def test_objects_survive_the_process_and_staging_is_empty(root):
     with opened(root) as store:
         put(store, 1, 2)

@@ -56,7 +56,7 @@ def test_a_relative_folder_is_one_of_the_current_directory(tmp_path, monkeypatch
         ("file:///kv#1", "a part after #"),
         ("tape://drive/1", "no store is called 'tape'; known are memory, file:///folder"),
         ("http://[::1/kv", "not a URL"),
-        ("http://host:port/kv", "not a URL"),
+        ("http://host:port/kv", "not a URL (Port could not be cast"),
     ],
 )
 def test_a_bad_url_is_refused_with_what_is_allowed(url, said):

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import GetRequest, PutOutcome
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.types import LoadOutcome
+from support.proxy import Proxy
 from support.servers import PASSWORD, free_port, running_redis
 from support.store_objects import TIMEOUT_S, get, key, payload, put
 
@@ -157,6 +158,19 @@ def test_a_server_that_hangs_costs_time_and_no_buffer_is_touched_after_cancel(tm
             assert not any(buffer.any() for buffer in buffers)
 
 
+def test_a_record_may_take_longer_than_one_wait_for_the_server(redis_server):
+    """Over a slow link, in both directions: ``timeout_s`` is for each wait, ten of them for the whole."""
+    num_bytes = 48 << 20
+    with closing(Proxy(redis_server.port, pause_s=0.01)) as link:
+        url = f"redis://127.0.0.1:{link.address[1]}/0?timeout_s=1"
+        with open_store(url, capacity_bytes=256 << 20) as store:
+            assert put(store, 903, num_bytes=num_bytes) == (STORED,)
+            outcome, buffer = get(store, 903, num_bytes)
+            assert outcome is OK
+            assert np.array_equal(buffer, payload(903, num_bytes))
+            store.delete([key(903)])
+
+
 def test_closing_while_the_server_hangs_returns(tmp_path):
     with own_server(tmp_path) as server:
         store = open_store(f"{server.url}?timeout_s=0.5", capacity_bytes=CAPACITY)
@@ -184,7 +198,7 @@ def test_a_writer_killed_in_mid_write_leaves_nothing_visible(redis_server):
         "from support.store_objects import put\n"
         f"store = open_store({redis_server.url!r}, capacity_bytes={CAPACITY})\n"
         "put(store, 1)\n"
-        "def stall(self, name, parts, *, only_new):\n"
+        "def stall(self, name, parts, **how):\n"
         "    start = b'*3\\r\\n$3\\r\\nSET\\r\\n$%d\\r\\n%s\\r\\n$1004096\\r\\n' % (len(name), name)\n"
         "    self._sock.sendall(start + bytes(parts[0]) + bytes(parts[1])[:500_000])\n"
         "    print('written', flush=True)\n"
@@ -202,6 +216,25 @@ def test_a_writer_killed_in_mid_write_leaves_nothing_visible(redis_server):
         assert put(store, 2) == (STORED,)
         assert get(store, 2)[0] is OK
     assert cli.main(["store", "verify", redis_server.url]) == 0
+
+
+def test_one_server_of_a_cluster_is_refused(tmp_path):
+    with (
+        own_server(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server,
+        pytest.raises(StoreError, match="is one server of a cluster"),
+    ):
+        open_store(server.url, capacity_bytes=CAPACITY)
+
+
+def test_a_replica_refuses_writes_which_is_said_once(tmp_path, caplog):
+    with (
+        own_server(tmp_path, "--replicaof", "127.0.0.1", "1") as server,
+        open_store(server.url, capacity_bytes=CAPACITY) as store,
+    ):
+        assert put(store, 1, 2) == (PutOutcome.ERROR,) * 2
+        assert get(store, 1)[0] is MISS
+        assert caplog.text.count("a write failed") == 1
+        assert "READONLY" in caplog.text
 
 
 # A server that is full
@@ -294,6 +327,13 @@ def test_a_user_who_may_only_read_reads(tmp_path, monkeypatch):
         ("redis://me:hunter2@host", "holds a password"),
         ("redis://:hunter2@host", "holds a password"),
         ("redis://host?password=hunter2", "unknown option password"),
+        ("redis://:hunter2/hunter2@host", "not a URL"),
+        ("redis://:hunter2#1@host", "not a URL"),
+        ("redis://:hunter2?@host", "not a URL"),
+        ("redis://me:1/hunter2@host:6379/0", "must be redis://host:6379/0"),
+        ("redis:me:hunter2@host", "must be a URL"),
+        ("rediss://host?keyfile=/dev/null", "which is no file"),
+        (f"rediss://host?keyfile={__file__}", "give its certfile too"),
     ],
 )
 def test_a_bad_url_is_refused_and_no_secret_repeated(url, said):

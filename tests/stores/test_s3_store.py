@@ -1,9 +1,10 @@
 """S3: a bucket that is not there, may not be used, is changed by others, or hangs."""
 
+import http.server
 import logging
-import socket
 import threading
 import time
+import traceback
 from contextlib import closing
 
 import numpy as np
@@ -13,7 +14,8 @@ from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import GetRequest, PutOutcome
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.types import LoadOutcome
-from support.servers import PASSWORD
+from support.proxy import Proxy
+from support.servers import PASSWORD, free_port, require_packages
 from support.store_objects import TIMEOUT_S, get, key, payload, put
 
 CAPACITY = 64 << 20
@@ -96,50 +98,49 @@ def test_a_bucket_that_is_not_there_is_refused(s3_endpoint, s3_environment):
 
 
 def test_an_endpoint_that_is_not_there_is_refused(s3_environment):
-    from support.servers import free_port, require_packages
-
     require_packages("obstore")
     with pytest.raises(StoreError, match="cannot be used"):
         open_store(f"s3://bucket?endpoint=http://127.0.0.1:{free_port()}&timeout_s=1", capacity_bytes=CAPACITY)
 
 
-class HangingProxy:
-    """Passes bytes on to a server, until it is told to pass on nothing more."""
+def test_the_endpoint_of_the_environment_may_be_without_tls(bucket_url, s3_endpoint, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    with open_store(bucket_url.partition("?")[0], capacity_bytes=CAPACITY) as store:
+        assert put(store, 1) == (PutOutcome.STORED,)
+        assert get(store, 1)[0] is OK
 
-    def __init__(self, port):
-        self.port, self.hangs, self.sockets = port, False, []
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = self.listener.getsockname()
-        threading.Thread(target=self.accept, daemon=True).start()
 
-    def accept(self):
-        while True:
-            try:
-                client, _ = self.listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.port))
-            except OSError:
-                return
-            self.sockets += [client, server]
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self.pass_on, args=(source, sink), daemon=True).start()
+class RefusesTokens(http.server.BaseHTTPRequestHandler):
+    """Answers as S3 does when a session token is no longer good: with the token."""
 
-    def pass_on(self, source, sink):
-        try:
-            while data := source.recv(1 << 16):
-                if not self.hangs:
-                    sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
+    def do_GET(self):
+        text = (
+            "<Error><Code>InvalidToken</Code><Message>The provided token is malformed.</Message>"
+            f"<Token-0>{self.headers['x-amz-security-token']}</Token-0></Error>"
+        ).encode()
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
 
-    def close(self):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        for each in (self.listener, *self.sockets):
-            each.close()
+    def log_message(self, *words):
+        pass
+
+
+def test_a_token_that_s3_refuses_is_not_repeated(s3_environment, monkeypatch):
+    require_packages("obstore")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token-hunter2")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RefusesTokens) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"s3://bucket?endpoint=http://127.0.0.1:{server.server_port}&timeout_s=5"
+        with pytest.raises(StoreError, match="InvalidToken") as raised:
+            open_store(url, capacity_bytes=CAPACITY)
+        server.shutdown()
+    assert "token-hunter2" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_bucket_that_hangs_costs_time_and_no_buffer_is_touched_after_cancel(bucket_url, s3_endpoint):
-    with closing(HangingProxy(int(s3_endpoint.rpartition(":")[2]))) as proxy:
+    with closing(Proxy(int(s3_endpoint.rpartition(":")[2]))) as proxy:
         url = bucket_url.replace(s3_endpoint, "http://{}:{}".format(*proxy.address)) + "&timeout_s=1"
         with open_store(url, capacity_bytes=CAPACITY) as store:
             put(store, *range(4))
@@ -169,6 +170,11 @@ def test_a_bucket_that_hangs_costs_time_and_no_buffer_is_touched_after_cancel(bu
         ("s3://key:hunter2@bucket/x", "holds a password"),
         ("s3://bucket:90/x", "must be s3://bucket/prefix"),
         ("s3://bucket?endpoint=host:90", "endpoint must be http"),
+        ("s3://bucket?endpoint=http://", "endpoint must be http"),
+        ("s3://bucket?endpoint=http://host:port", "endpoint must be http"),
+        ("s3://bucket/a//b", "between two / of a prefix must be a name"),
+        ("s3://bucket/a/../b", "between two / of a prefix must be a name"),
+        ("s3://key:hunter2/hunter2@bucket", "not a URL"),
         ("s3://bucket?endpoint=http://me:hunter2@host", "endpoint must be http"),
         ("s3://bucket?secret_access_key=hunter2", "unknown option secret_access_key of a s3 store"),
         ("s3://bucket?timeout_s=never", "timeout_s is 'never', must be seconds"),

@@ -24,6 +24,13 @@ def test_an_unknown_key_is_answered_with_those_there_are(key: str):
         ConnectorOptions.parse({key: 1})
 
 
+def test_a_password_in_a_url_is_not_repeated():
+    for path in (None, "/kv"):
+        with pytest.raises(ConfigError, match="store") as raised:
+            ConnectorOptions(store="redis://me:hunter2@host/0", store_path=path)
+        assert "hunter2" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["store_path", "profile_dir"])
 def test_an_empty_folder_is_not_the_folder_one_stands_in(name: str):
     with pytest.raises(ConfigError, match=f"{name} is empty"):

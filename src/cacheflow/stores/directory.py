@@ -30,6 +30,11 @@ _MAX_PARTS = 512
 """Buffers per system call; the kernel allows 1,024."""
 
 
+def is_record_directory(folder: Path) -> bool:
+    """Whether a directory of records is there; touches nothing."""
+    return (folder / _MARKER).is_file()
+
+
 class RecordDirectory:
     """One directory of records, shared by any number of processes of one record version."""
 

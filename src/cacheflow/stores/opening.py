@@ -60,6 +60,10 @@ class StoreUrl:
     path: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """The URL, for messages; see ``shown_url``."""
+        return shown_url(self.text)
+
     @classmethod
     def parse(cls, text: str) -> StoreUrl:
         """Take a URL apart; whether its scheme is known is for ``check_store_url``.
@@ -73,14 +77,16 @@ class StoreUrl:
             parts = urlsplit(text)
             port, password = parts.port, parts.password
         except ValueError as error:
-            raise ConfigError(f"store: not a URL, {error}; give {_forms()}") from error
+            # What it says quotes the URL, and may quote a password with a / or # in it.
+            why = "" if "@" in text else f" ({error})"
+            raise ConfigError(f"store is {shown_url(text)!r}, which is not a URL{why}: give {_forms()}") from None
         if password is not None:
             raise ConfigError(
                 "store: the URL holds a password, and URLs are printed and logged: take it out and set the environment "
                 "variable that docs/stores.md names"
             )
         if not parts.scheme or "://" not in text:
-            raise ConfigError(f"store is {text!r}, must be a URL: {_forms()}")
+            raise ConfigError(f"store is {shown_url(text)!r}, must be a URL: {_forms()}")
         return cls(
             text=text,
             scheme=parts.scheme,
@@ -165,7 +171,7 @@ def open_store(url: str, *, capacity_bytes: int, only_look: bool = False) -> Sto
         parsed = replace(parsed, options={**parsed.options, "keep": "yes"})
     store = opener_of(parsed.scheme)(parsed)(capacity_bytes=capacity_bytes)
     if not isinstance(store, Store):
-        raise StoreError(f"store {url}: the opener of {parsed.scheme} returned {store!r}, which is no Store")
+        raise StoreError(f"store {parsed}: the opener of {parsed.scheme} returned {store!r}, which is no Store")
     return store
 
 
@@ -183,6 +189,12 @@ def check_store_url(url: str) -> StoreUrl:
     return parsed
 
 
+def shown_url(text: str) -> str:
+    """A URL for messages, without what stands before an ``@``: that may be a password, in a URL that is refused."""
+    before, at, after = text.rpartition("@")
+    return f"{before.partition(':')[0]}:...@{after}" if at else text
+
+
 def file_url(folder: Path) -> str:
     """The URL of a folder's file store; a relative folder is one of the current directory."""
     return f"file://{quote(str(folder.absolute()))}"
@@ -190,14 +202,14 @@ def file_url(folder: Path) -> str:
 
 def _memory(url: StoreUrl) -> Callable[..., Store]:
     if url.text != "memory":
-        raise ConfigError(f"store is {url.text!r}: the memory store has no address, give memory")
+        raise ConfigError(f"store is '{url}': the memory store has no address, give memory")
     return MemoryStore
 
 
 def _file(url: StoreUrl) -> Callable[..., Store]:
     url.require_options("fsync")
     if url.host or url.path in ("", "/"):
-        raise ConfigError(f"store is {url.text!r}, must be file:///absolute/folder, with three slashes")
+        raise ConfigError(f"store is '{url}', must be file:///absolute/folder, with three slashes")
     # No fsync unless asked for: a torn record is a counted miss, and a save must not wait for the disk.
     return partial(FileStore, Path(url.path), fsync=url.flag("fsync"))
 
@@ -205,7 +217,7 @@ def _file(url: StoreUrl) -> Callable[..., Store]:
 def _shm(url: StoreUrl) -> Callable[..., Store]:
     url.require_options("keep")
     if not _NAME.fullmatch(url.host) or url.path not in ("", "/") or url.port is not None:
-        raise ConfigError(f"store is {url.text!r}, must be shm://name, of small letters, digits, - and _")
+        raise ConfigError(f"store is '{url}', must be shm://name, of small letters, digits, - and _")
     return partial(SharedMemoryStore, url.host, keep=url.flag("keep"))
 
 
@@ -216,10 +228,12 @@ def _redis(url: StoreUrl) -> Callable[..., Store]:
     timeout_s = url.seconds("timeout_s", 2.0)
     database = url.path.strip("/") or "0"
     if not url.host or not database.isdecimal():
-        raise ConfigError(f"store is {url.text!r}, must be {url.scheme}://host:6379/0, the last a database's number")
+        raise ConfigError(f"store is '{url}', must be {url.scheme}://host:6379/0, the last a database's number")
     for name in files:
         if name in url.options and not Path(url.options[name]).is_file():
             raise ConfigError(f"store: {name} is {url.options[name]!r}, which is no file")
+    if "keyfile" in url.options and "certfile" not in url.options:
+        raise ConfigError("store: keyfile is the key of a certificate: give its certfile too")
     _require_package("redis", extra="redis", url=url)
     from cacheflow.stores.redis import RedisServer, RedisStore
 
@@ -243,20 +257,33 @@ def _s3(url: StoreUrl) -> Callable[..., Store]:
         raise ConfigError(
             "store: must be s3://bucket/prefix; credentials come from the environment (AWS_ACCESS_KEY_ID)"
         )
+    prefix = url.path.strip("/")
+    if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
+        raise ConfigError(f"store is '{url}': between two / of a prefix must be a name, and not . or ..")
     endpoint = url.options.get("endpoint")
-    if endpoint is not None and (urlsplit(endpoint).scheme not in ("http", "https") or "@" in endpoint):
+    if endpoint is not None and not _is_endpoint(endpoint):
         raise ConfigError("store: endpoint must be http://host:port or https://host:port")
     _require_package("obstore", extra="s3", url=url)
     from cacheflow.stores.s3 import Bucket, BucketStore
 
     bucket = Bucket(
         name=url.host,
-        prefix=url.path.strip("/"),
+        prefix=prefix,
         endpoint=endpoint,
         region=url.options.get("region"),
         timeout_s=timeout_s,
     )
     return partial(BucketStore, bucket)
+
+
+def _is_endpoint(text: str) -> bool:
+    """Whether it is the URL of a server, without user and password."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in text
 
 
 _BUILT_IN: Mapping[str, tuple[StoreOpener, str]] = {

@@ -123,25 +123,32 @@ class RedisStore(SharedStore):
 
         Raises:
             ConfigError: A count is below 1.
-            StoreError: The server cannot be reached, refuses the user, or refuses a command.
+            StoreError: The server cannot be reached, refuses the user or a command, or is one of a cluster.
         """
         super().__init__(
             capacity_bytes=capacity_bytes, num_threads=num_threads, algorithm=best_algorithm(), clock=clock
         )
         self._server = server
+        self._limit_s = _LIMITS * server.timeout_s
         self._pool = server.pool()
         self._client = redis.Redis(connection_pool=self._pool)
         self._breaker = Breaker(str(server), clock=clock)
         try:
             self._ask(self._client.ping)
             self.learn()
-            memory = self._memory()
+            memory, cluster = self._info("memory"), self._info("cluster")
         except OSError as error:
             self.close()
             raise StoreError(
                 f"store {server} cannot be used: {error.strerror or error}; is it running, and are user, password "
                 "(CACHEFLOW_REDIS_PASSWORD) and certificates right?"
             ) from error
+        if cluster.get("cluster_enabled"):
+            self.close()
+            raise StoreError(
+                f"store {server} cannot be used: it is one server of a cluster and refuses keys that belong to others; "
+                "take one that stands alone"
+            )
         logger.info(
             "%s: capacity %d bytes, %d objects in %d bytes; the server has maxmemory %s, policy %s",
             self, capacity_bytes, len(self._index), self._index.used_bytes,
@@ -168,9 +175,8 @@ class RedisStore(SharedStore):
         Raises:
             OSError: The server refused, is gone, or is too slow.
         """
-        limit_s = _LIMITS * self._server.timeout_s
         name = _key(key.name)
-        found = self._transfer(lambda connection: connection.get_record(name, header, payload, limit_s=limit_s))
+        found = self._transfer(lambda connection: connection.get_record(name, header, payload, limit_s=self._limit_s))
         if found is None:
             self.note_gone(key.name)
         else:
@@ -206,7 +212,11 @@ class RedisStore(SharedStore):
         Raises:
             OSError: The server refused, is gone, or is too slow; unless it refused, the record may be there.
         """
-        written = self._transfer(lambda connection: connection.set_record(_key(name), parts, only_new=not replace))
+
+        def send(connection: RecordTransfers) -> bool:
+            return connection.set_record(_key(name), parts, only_new=not replace, limit_s=self._limit_s)
+
+        written = self._transfer(send)
         return PutOutcome.STORED if written else PutOutcome.EXISTS
 
     def erase(self, name: str) -> bool:
@@ -215,7 +225,7 @@ class RedisStore(SharedStore):
 
     def free_bytes(self) -> int:
         """See ``SharedStore.free_bytes``; what ``maxmemory`` leaves."""
-        memory = self._memory()
+        memory = self._info("memory")
         bound = int(memory.get("maxmemory", 0))
         return max(0, bound - int(memory.get("used_memory", 0))) if bound else _NO_BOUND
 
@@ -224,13 +234,13 @@ class RedisStore(SharedStore):
         super().close()
         self._pool.disconnect()
 
-    def _memory(self) -> dict[str, Any]:
-        """What the server says of its memory; nothing where the user may not ask."""
+    def _info(self, section: str) -> dict[str, Any]:
+        """What the server says of itself; nothing where the user may not ask."""
         try:
-            memory: dict[str, Any] = self._ask(lambda: self._client.info("memory"))
+            info: dict[str, Any] = self._ask(lambda: self._client.info(section))
         except RefusedCommand:
             return {}
-        return memory
+        return info
 
     def _names(self) -> Iterator[str]:
         for key in self._client.scan_iter(match=PREFIX + "*", count=_BATCH):

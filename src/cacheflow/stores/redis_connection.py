@@ -29,8 +29,8 @@ class RecordTransfers:
     """What is mixed into the connections of redis-py: one exchange at a time, on the socket they opened.
 
     A socket's timeout bounds each wait for the server; ``limit_s`` bounds the whole exchange, so that a server that
-    trickles does not hold a buffer for ever. After any other error than ``RefusedCommand`` the connection must be
-    dropped: part of an answer may be left in it.
+    trickles does not hold a buffer for ever, and one behind a slow link has more time than for a single wait. After any
+    other error than ``RefusedCommand`` the connection must be dropped: part of an answer may be left in it.
     """
 
     _sock: socket.socket
@@ -46,11 +46,11 @@ class RecordTransfers:
             OSError: The server refused, is gone, or is too slow.
         """
         until_s = time.monotonic() + limit_s
-        self._sock.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name))
-        line, early = self._reply()
+        self._send(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name), until_s)
+        line, early = self._reply(until_s)
         if line == b"$-1":
             return None
-        if not line.startswith(b"$"):
+        if not (line.startswith(b"$") and line[1:].isdigit()):
             raise OSError(errno.EPROTO, f"the server answered {line[:80]!r} to GET")
         num_bytes = int(line[1:])
         num_rest = num_bytes - header.nbytes
@@ -63,7 +63,7 @@ class RecordTransfers:
             self._skip(num_rest + 2, until_s)
         return num_rest
 
-    def set_record(self, name: bytes, parts: Sequence[memoryview], *, only_new: bool) -> bool:
+    def set_record(self, name: bytes, parts: Sequence[memoryview], *, only_new: bool, limit_s: float) -> bool:
         """Send a value in parts.
 
         Returns:
@@ -73,24 +73,33 @@ class RecordTransfers:
             OSError: The server refused (``ENOSPC``: it is full), is gone, or is too slow. Unless it refused, the value
                 may have been set.
         """
+        until_s = time.monotonic() + limit_s
         words = [b"*%d\r\n$3\r\nSET\r\n$%d\r\n%s\r\n" % (4 if only_new else 3, len(name), name)]
         words.append(b"$%d\r\n" % sum(part.nbytes for part in parts))
-        self._sock.sendall(b"".join((*words, parts[0])))  # the header: one packet less for a copy of 4,096 bytes
+        self._send(b"".join((*words, parts[0])), until_s)  # the header: one packet less for a copy of 4,096 bytes
         for part in parts[1:]:
-            self._sock.sendall(part)
-        self._sock.sendall(b"\r\n$2\r\nNX\r\n" if only_new else b"\r\n")
-        line, _ = self._reply()
+            self._send(part, until_s)
+        self._send(b"\r\n$2\r\nNX\r\n" if only_new else b"\r\n", until_s)
+        line, _ = self._reply(until_s)
         if line not in (b"+OK", b"$-1"):
             raise OSError(errno.EPROTO, f"the server answered {line[:80]!r} to SET")
         return line == b"+OK"
 
-    def _reply(self) -> tuple[bytes, bytes]:
+    def _send(self, data: bytes | memoryview, until_s: float) -> None:
+        """Not ``sendall``, which gives the whole of it no more time than one wait."""
+        left = memoryview(data)
+        while left.nbytes:
+            left = left[self._counted(self._sock.send(left), until_s) :]
+
+    def _reply(self, until_s: float) -> tuple[bytes, bytes]:
         """The first line of an answer, and what was received after it."""
         received = b""
         while (end := received.find(b"\r\n")) < 0:
             if len(received) > _MAX_LINE_BYTES:
                 raise OSError(errno.EPROTO, f"the server answered {received[:80]!r}...")
-            received += self._received(self._sock.recv(_LINE_BYTES))
+            more = self._sock.recv(_LINE_BYTES)
+            self._counted(len(more), until_s)
+            received += more
         line = received[:end]
         if line.startswith(b"-"):
             text = line[1:].decode(errors="replace")
@@ -111,13 +120,8 @@ class RecordTransfers:
             num_bytes -= self._counted(self._sock.recv_into(scratch[:num_bytes]), until_s)
 
     @staticmethod
-    def _received(data: bytes) -> bytes:
-        if not data:
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-        return data
-
-    @staticmethod
     def _counted(num_bytes: int, until_s: float) -> int:
+        """What one call moved, if that was in time and anything."""
         if not num_bytes:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         if time.monotonic() > until_s:

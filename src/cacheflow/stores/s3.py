@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,8 @@ _LISTED = 1000
 _PARALLEL_QUESTIONS = 16
 _CONNECT_TIMEOUT_S = 2.0
 _MAX_ERROR_CHARS = 300
+_SECRET = re.compile(r"<Token[^>]*>[^<]*")
+"""S3 repeats a session token that it does not accept."""
 
 T = TypeVar("T")
 
@@ -60,12 +64,13 @@ class Bucket:
     def open(self) -> S3Store:
         """A client of the bucket; asks nothing yet."""
         where = {"endpoint": self.endpoint, "region": self.region}
+        endpoint = self.endpoint or os.environ.get("AWS_ENDPOINT_URL", "")
         return S3Store(
             self.name,
             client_options={
                 "timeout": timedelta(seconds=self.timeout_s),
                 "connect_timeout": timedelta(seconds=min(self.timeout_s, _CONNECT_TIMEOUT_S)),
-                **({"allow_http": True} if self.endpoint and self.endpoint.startswith("http://") else {}),
+                **({"allow_http": True} if endpoint.startswith("http://") else {}),
             },
             retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=self.timeout_s)},
             **{key: value for key, value in where.items() if value is not None},
@@ -105,9 +110,9 @@ class BucketStore(SharedStore):
         self._root = "/".join(part for part in (bucket.prefix, f"v{RECORD_VERSION}") if part)
         self._questions = ThreadPoolExecutor(_PARALLEL_QUESTIONS, thread_name_prefix="cacheflow-bucket")
         try:
-            self._client = bucket.open()
+            self._client = self._ask(bucket.open)
             self.learn()
-        except (BaseError, OSError) as error:
+        except OSError as error:
             self.close()
             raise StoreError(
                 f"store {bucket} cannot be used: {_short(error)}; is the bucket there, and may the credentials in the "
@@ -225,13 +230,19 @@ class BucketStore(SharedStore):
         try:
             return call()
         except (NotFoundError, FileNotFoundError) as error:
-            raise FileNotFoundError(errno.ENOENT, _short(error)) from error
+            raise FileNotFoundError(errno.ENOENT, _short(error)) from None
         except (BaseError, OSError) as error:
             self._breaker.trip()
-            raise OSError(errno.EIO, _short(error)) from error
+            raise OSError(errno.EIO, _short(error)) from None  # its own message is not cleared of secrets
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            # obstore's bug, which would end the thread that reads; Python has no name for its class
+            raise OSError(errno.EIO, f"obstore panicked: {_short(error)}") from None
 
 
-def _short(error: Exception) -> str:
-    """The start of a message; obstore's go on for screens."""
+def _short(error: BaseException) -> str:
+    """The start of a message, without secrets; obstore's go on for screens."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = _SECRET.sub("", text.partition("Debug source:")[0])
     return " ".join(text.split())[:_MAX_ERROR_CHARS]

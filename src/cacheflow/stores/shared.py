@@ -112,8 +112,8 @@ class SharedStore(BoundedStore):
         """Make a record visible, whole or not at all; ``STORED``, or ``EXISTS`` where another process was faster.
 
         Raises:
-            OSError: It failed, and nothing changed under the name. With an ``errno`` of ``FULL_ERRORS``: for want of
-                room.
+            OSError: It failed; under the name is nothing, what was there, or the whole record, of which the next scan
+                learns. With an ``errno`` of ``FULL_ERRORS``: for want of room, and nothing changed.
         """
 
     @abstractmethod
@@ -153,6 +153,10 @@ class SharedStore(BoundedStore):
                     self._warn_once(error)
                     return PutOutcome.ERROR
                 self._lower_bound(error, num_bytes, num_fits)
+            except BaseException:
+                with self._lock:
+                    self._index.release(num_bytes)
+                raise
             else:
                 with self._lock:
                     self._index.commit(key.name, num_bytes)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cacheflow.errors import ConfigError, StoreError
+from cacheflow.stores.directory import is_record_directory
 from cacheflow.stores.keys import key_of, namespace_of
 from cacheflow.stores.opening import StoreUrl, open_store
 from cacheflow.stores.record import HEADER_BYTES, verify
@@ -32,8 +33,8 @@ def open_existing(url: str, *, only_look: bool) -> SharedStore:
     if parsed.scheme == "memory":
         raise ConfigError("a memory store is its process's own: there is nothing to look after from here")
     folder = {"file": Path(parsed.path), "shm": shm_folder(parsed.host)}.get(parsed.scheme)
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"there is no store {url}: {folder} is no folder")
+    if folder is not None and not is_record_directory(folder):
+        raise ConfigError(f"there is no store {url}: {folder} is no folder of records")
     store = open_store(url, capacity_bytes=UNBOUNDED, only_look=only_look)
     if not isinstance(store, SharedStore):
         store.close()

@@ -16,7 +16,7 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.batch import STARVATION_S
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
-from cacheflow.stores.opening import check_store_url, file_url
+from cacheflow.stores.opening import check_store_url, file_url, shown_url
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "policy": tuple(RESTORE_POLICIES),
@@ -109,8 +109,8 @@ class ConnectorOptions:
             _one_of(key, getattr(self, key), allowed)
         if (self.store == "file") != (self.store_path is not None):
             raise ConfigError(
-                f"store is {self.store!r} and store_path is {self.store_path!r}: the file store needs a store_path, "
-                "the memory store takes none, and a URL says where the store is"
+                f"store is {shown_url(self.store)!r} and store_path is {self.store_path!r}: the file store needs a "
+                "store_path, the memory store takes none, and a URL says where the store is"
             )
         for key in ("store_path", "profile_dir"):
             if getattr(self, key) == "":
