@@ -15,7 +15,7 @@ from cacheflow.stores.shared import FoundRecord
 from cacheflow.stores.shm import shm_folder
 from cacheflow.stores.upkeep import garbage
 from cacheflow.types import LoadOutcome
-from support.store_kinds import SHARED, url_of
+from support.store_kinds import SHARED, left_behind, shm_url, url_of
 from support.store_objects import NAMESPACE, get, key, put
 
 CAPACITY = 1 << 24
@@ -25,7 +25,7 @@ CAPACITY = 1 << 24
 def url(request, tmp_path):
     """A store of ten objects."""
     url = url_of(request.param, request, tmp_path / "store")
-    with open_store(url, capacity_bytes=CAPACITY, only_look=True) as store:
+    with open_store(left_behind(url), capacity_bytes=CAPACITY) as store:
         put(store, *range(10))
     return url
 
@@ -130,6 +130,12 @@ def test_bench_measures_and_leaves_nothing(url, said):
     assert re.search(r"0\.5 MiB .*B/s", shown)
     with open_store(url, capacity_bytes=CAPACITY, only_look=True) as store:
         assert store.stats().num_objects == 10
+
+
+def test_bench_leaves_no_store_where_there_was_none(said, request):
+    url = shm_url(request)
+    assert "MiB" in said("bench", url, "--mib", "0.1", "--objects", 2)
+    assert not shm_folder(url.removeprefix("shm://")).exists()
 
 
 def test_bench_of_memory(said):

@@ -8,7 +8,7 @@ import pytest
 from cacheflow import cli
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.stores.opening import open_store
-from support.store_kinds import SHARED, url_of
+from support.store_kinds import SHARED, left_behind, url_of
 from support.store_objects import put
 
 pytestmark = pytest.mark.torch
@@ -296,7 +296,7 @@ def test_calibrate_measures_the_store_asked_for_and_leaves_it_as_it_was(model_fo
     from cacheflow.profiling.profile import load_profile
 
     path, url = tmp_path / "p.json", url_of(kind, request, tmp_path / "store")
-    with open_store(url, capacity_bytes=1 << 24, only_look=True) as store:
+    with open_store(left_behind(url), capacity_bytes=1 << 24) as store:
         put(store, 1)
     argv = ["calibrate", str(model_folder), *QUICK, "--out", str(path), "--store", url]
     assert cli.main([*argv, "--bandwidth-gbps", "0.08"]) == 0

@@ -80,7 +80,7 @@ def test_a_value_is_one_string_of_header_and_payload_and_others_keys_are_left_al
 def test_a_value_cut_short_or_grown_is_corrupt_and_the_connection_goes_on(redis_server, num_bytes):
     with (
         redis_server.client() as client,
-        open_store(redis_server.url, capacity_bytes=CAPACITY, only_look=True) as store,
+        open_store(redis_server.url, capacity_bytes=CAPACITY) as store,
     ):
         client.flushall()
         put(store, 1, 2)

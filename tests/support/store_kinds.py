@@ -40,6 +40,11 @@ def shm_url(request):
     return f"shm://{name}"
 
 
+def left_behind(url):
+    """The URL by which a store is made that its last user leaves, as one does that is killed."""
+    return url + "?keep=yes" * url.startswith("shm:")
+
+
 def opened(url, *, capacity_bytes, **options):
     """The store, with options of its class that no URL has, such as a clock."""
     parsed = StoreUrl.parse(url)

@@ -30,9 +30,10 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import Store
+from cacheflow.stores.directory import is_record_directory
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.stores.shm import SharedMemoryStore
+from cacheflow.stores.shm import SharedMemoryStore, shm_folder
 
 ENTRY_POINT_GROUP = "cacheflow.stores"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -160,14 +161,14 @@ def open_store(url: str, *, capacity_bytes: int, only_look: bool = False) -> Sto
     Args:
         url: See the module's docstring.
         capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
-        only_look: Not to serve from it, so that closing it leaves everything as it is.
+        only_look: Not to serve from it, so that closing it leaves a store that was there.
 
     Raises:
         ConfigError: The URL is wrong, its scheme unknown, or a package is missing.
         StoreError: The store cannot be reached or used.
     """
     parsed = StoreUrl.parse(url)
-    if only_look and parsed.scheme == "shm":
+    if only_look and parsed.scheme == "shm" and is_record_directory(shm_folder(parsed.host)):
         parsed = replace(parsed, options={**parsed.options, "keep": "yes"})
     store = opener_of(parsed.scheme)(parsed)(capacity_bytes=capacity_bytes)
     if not isinstance(store, Store):

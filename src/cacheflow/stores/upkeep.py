@@ -23,7 +23,7 @@ def open_existing(url: str, *, only_look: bool) -> SharedStore:
 
     Args:
         url: See ``stores.opening``.
-        only_look: Closing it leaves everything as it is; otherwise a shared-memory store goes with its last user.
+        only_look: Closing it leaves the store; otherwise a shared-memory store goes with its last user.
 
     Raises:
         ConfigError: The URL is wrong, or there is no such store: none is made.
