@@ -1,6 +1,7 @@
 """Stores that a vLLM engine is given by their URL: what one engine saved the next restores, and the store may die."""
 
 import shutil
+import signal
 from contextlib import ExitStack
 
 import numpy as np
@@ -28,13 +29,14 @@ def folder(tmp_path_factory, _single_process_vllm):
     return write_model(tmp_path_factory.mktemp("stores"), "llama", num_hidden_layers=LAYERS)
 
 
-@pytest.fixture(params=["redis", "s3", "shm"])
+@pytest.fixture(params=["redis", "redis that hangs", "s3", "shm"])
 def store(request, tmp_path, s3_environment):
     """The URL of an empty store, and what makes an end of the store."""
     with ExitStack() as stack:
-        if request.param == "redis":
+        if request.param.startswith("redis"):
             server = stack.enter_context(running_redis(tmp_path))
-            yield f"{server.url}?timeout_s=1", server.process.kill
+            blow = signal.SIGSTOP if "hangs" in request.param else signal.SIGKILL
+            yield f"{server.url}?timeout_s=1", lambda: server.process.send_signal(blow)
         elif request.param == "s3":
             server = stack.enter_context(running_s3())
             yield f"{new_bucket_url(server.endpoint)}&timeout_s=5", server.process.kill
