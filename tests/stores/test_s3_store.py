@@ -110,6 +110,13 @@ def test_the_endpoint_of_the_environment_may_be_without_tls(bucket_url, s3_endpo
         assert get(store, 1)[0] is OK
 
 
+def test_a_bug_of_obstore_is_an_error_of_the_store(s3_environment):
+    """It panics at this address, with what is no ``Exception``."""
+    require_packages("obstore")
+    with pytest.raises(StoreError, match="cannot be used"):
+        open_store("s3://bucket?endpoint=http://a{b}&timeout_s=1", capacity_bytes=CAPACITY)
+
+
 class RefusesTokens(http.server.BaseHTTPRequestHandler):
     """Answers as S3 does when a session token is no longer good: with the token."""
 

@@ -8,9 +8,9 @@ import time
 class Proxy:
     """Passes bytes on to a server at its own pace, until it is told to pass on nothing more."""
 
-    def __init__(self, port, *, pause_s=0.0):
-        """``pause_s``: before each quarter of a MiB, or less, is passed on."""
-        self.port, self.pause_s, self.hangs, self.sockets = port, pause_s, False, []
+    def __init__(self, port, *, up_bytes_per_s=float("inf")):
+        """``up_bytes_per_s``: what it passes on to the server at most."""
+        self.port, self.up_bytes_per_s, self.hangs, self.sockets = port, up_bytes_per_s, False, []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = self.listener.getsockname()
         threading.Thread(target=self.accept, daemon=True).start()
@@ -23,13 +23,13 @@ class Proxy:
             except OSError:
                 return
             self.sockets += [client, server]
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self.pass_on, args=(source, sink), daemon=True).start()
+            for source, sink, bytes_per_s in (client, server, self.up_bytes_per_s), (server, client, float("inf")):
+                threading.Thread(target=self.pass_on, args=(source, sink, bytes_per_s), daemon=True).start()
 
-    def pass_on(self, source, sink):
+    def pass_on(self, source, sink, bytes_per_s):
         try:
             while data := source.recv(1 << 18):
-                time.sleep(self.pause_s)
+                time.sleep(len(data) / bytes_per_s)
                 if not self.hangs:
                     sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)

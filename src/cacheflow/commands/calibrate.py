@@ -18,7 +18,7 @@ from cacheflow.bench.table import Row, text_table
 from cacheflow.engine.cell_sizes import chunk_tokens_of
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.stores.opening import check_store_url, file_url, open_store
-from cacheflow.stores.upkeep import UNBOUNDED
+from cacheflow.stores.shared import UNBOUNDED
 from cacheflow.types import Clock
 
 if TYPE_CHECKING:

@@ -21,15 +21,13 @@ from cacheflow.stores.breaker import Breaker
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, best_algorithm
 from cacheflow.stores.redis_connection import PlainConnection, RecordTransfers, RefusedCommand, TlsConnection
-from cacheflow.stores.shared import FoundRecord, SharedStore
+from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
 
 PREFIX = f"cacheflow{RECORD_VERSION}:"
 """Of our keys in the server, so that it may hold others, and records of another version."""
-
-_NO_BOUND = 1 << 62
 
 _BATCH = 1000
 """Keys asked about in one round trip."""
@@ -227,7 +225,7 @@ class RedisStore(SharedStore):
         """See ``SharedStore.free_bytes``; what ``maxmemory`` leaves."""
         memory = self._info("memory")
         bound = int(memory.get("maxmemory", 0))
-        return max(0, bound - int(memory.get("used_memory", 0))) if bound else _NO_BOUND
+        return max(0, bound - int(memory.get("used_memory", 0))) if bound else UNBOUNDED
 
     def close(self) -> None:
         """See ``Store.close``."""

@@ -23,12 +23,11 @@ from cacheflow.stores.base import Capabilities, PutOutcome
 from cacheflow.stores.breaker import Breaker
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, best_algorithm
-from cacheflow.stores.shared import FoundRecord, SharedStore
+from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
 
-_NO_BOUND = 1 << 62
 _LISTED = 1000
 _PARALLEL_QUESTIONS = 16
 _CONNECT_TIMEOUT_S = 2.0
@@ -198,7 +197,7 @@ class BucketStore(SharedStore):
 
     def free_bytes(self) -> int:
         """See ``SharedStore.free_bytes``; a bucket is never full."""
-        return _NO_BOUND
+        return UNBOUNDED
 
     def close(self) -> None:
         """See ``Store.close``."""

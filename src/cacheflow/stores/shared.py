@@ -19,6 +19,9 @@ from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
 
+UNBOUNDED = 1 << 62
+"""Bytes: a capacity with which nothing is evicted; the room on a medium that has no bound of its own."""
+
 FULL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT})
 """The ``errno`` of a write that failed because the medium, or a quota on it, is full."""
 

@@ -10,12 +10,9 @@ from cacheflow.stores.directory import is_record_directory
 from cacheflow.stores.keys import key_of, namespace_of
 from cacheflow.stores.opening import StoreUrl, open_store
 from cacheflow.stores.record import HEADER_BYTES, verify
-from cacheflow.stores.shared import FoundRecord, SharedStore
+from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.stores.shm import shm_folder
 from cacheflow.types import LoadOutcome
-
-UNBOUNDED = 1 << 62
-"""Capacity with which a store is opened to look after it, so that nothing is evicted."""
 
 
 def open_existing(url: str, *, only_look: bool) -> SharedStore:

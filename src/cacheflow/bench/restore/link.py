@@ -17,6 +17,7 @@ from cacheflow.restore.ports import TransferPort
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.opening import check_store_url, open_store
+from cacheflow.stores.shared import UNBOUNDED
 from cacheflow.stores.throttled import ThrottledStore
 
 
@@ -78,7 +79,7 @@ class StoreStudyLink:
         grid = geometry.grid
         room = room_bytes(geometry.shape, grid.num_tokens, grid.num_chunks * grid.num_blocks)
         # A store that others see has no bound of the study's own, so that the prefix pushes out nothing of theirs.
-        self._inner = open_store(self._url, capacity_bytes=room if self.store == "memory" else 1 << 62)
+        self._inner = open_store(self._url, capacity_bytes=room if self.store == "memory" else UNBOUNDED)
         self._geometry, self._chain = geometry, chain_hashes(tokens, grid.chunk_ends)
         save_prefix(self._inner, kv, geometry, self._namespace.digest, self._chain)
 

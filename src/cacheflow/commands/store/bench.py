@@ -12,7 +12,7 @@ from cacheflow.bench.table import Row, seconds, size, text_table
 from cacheflow.commands.store.flags import StoreFlags
 from cacheflow.stores.opening import open_store
 from cacheflow.stores.probe import measure_link
-from cacheflow.stores.upkeep import UNBOUNDED
+from cacheflow.stores.shared import UNBOUNDED
 
 
 @dataclass(frozen=True, kw_only=True)
