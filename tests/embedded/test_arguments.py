@@ -242,7 +242,7 @@ def test_options_of_an_engine(options, message):
 
 
 PARTS = {
-    "store": ("kv", "store is of type str, must be of Store: MemoryStore"),
+    "store": (7, "store is of type int, must be of Store: open_store"),
     "costs": (None, "costs is of type NoneType, must be of CostTable: load_profile"),
     "link": (1e9, "link is of type float, must be of LinkCost"),
     "options": ({}, "options is of type dict, must be of EngineOptions"),
@@ -259,6 +259,24 @@ def test_an_engine_of_wrong_parts(engine, part, value, message):
     if part != "options":
         with pytest.raises(ConfigError, match=message):
             Engine.open("smollm2-135m", **parts)
+
+
+BY_URL = {
+    "no url": ({"store": "kv", "capacity_bytes": 1 << 20}, "store is 'kv', must be a URL"),
+    "no bound": ({"store": "memory"}, "capacity_bytes is None: it is the bound on the store that a URL names"),
+    "a bound of nothing": ({"store": "memory", "capacity_bytes": 0}, "capacity_bytes is 0"),
+    "two bounds": ({"capacity_bytes": 1 << 20}, "a store that is open has its own"),
+    "no costs": ({"store": "memory", "capacity_bytes": 1 << 20, "costs": None}, "costs is of type NoneType"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), BY_URL.values(), ids=list(BY_URL))
+def test_an_engine_of_no_url(engine, changed, message):
+    from cacheflow.embedded import Engine
+
+    parts = {key: getattr(engine, key) for key in ("store", "costs", "link")} | changed
+    with pytest.raises(ConfigError, match=message):
+        Engine.open("smollm2-135m", **parts)
 
 
 def test_an_engine_of_no_model(engine):

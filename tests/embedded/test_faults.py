@@ -1,6 +1,7 @@
 """Faults through the whole stack: whatever a store does, the answer is right and the failure is counted."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import ObjectKind
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import open_store
 from cacheflow.stores.record import HEADER_BYTES
 from support.embedded_cases import (
     answer,
@@ -25,6 +27,8 @@ from support.embedded_cases import (
     tiny,
     turns,
 )
+from support.servers import free_port, running_redis
+from support.store_kinds import ALL, url_of
 
 CAPACITY = 64 << 20
 HASTY = ExecutorOptions(deadline=ReadDeadline(floor_s=0.03, factor=0.1))
@@ -67,11 +71,16 @@ def failed(replies):
     return counts
 
 
+@pytest.fixture(params=ALL)
+def url(request, tmp_path):
+    return url_of(request.param, request, tmp_path / "store")
+
+
 @pytest.mark.parametrize("policy", ["load", "layerwise_load", "cacheflow"])
 @pytest.mark.parametrize("fault", [Fault.MISS, Fault.CORRUPT, Fault.ERROR])
-def test_a_read_that_fails_is_recomputed_and_counted(model, fault, policy):
+def test_a_read_that_fails_is_recomputed_and_counted(model, fault, policy, url):
     plan = FaultPlan(rules=(FaultRule(fault=fault, matches=is_cell, every=4),), seed=1)
-    with FaultyStore(MemoryStore(capacity_bytes=CAPACITY), plan) as store:
+    with FaultyStore(open_store(url, capacity_bytes=CAPACITY), plan) as store:
         replies = play(make_engine(model, store, policy=policy))
         injected = store.injected()[fault]
     counts = failed(replies)
@@ -84,9 +93,9 @@ def test_a_read_that_fails_is_recomputed_and_counted(model, fault, policy):
 
 @pytest.mark.parametrize("policy", ["load", "cacheflow"])
 @pytest.mark.parametrize("fault", [Fault.LATE, Fault.HANG])
-def test_a_read_that_never_says_it_is_done_is_late(model, fault, policy):
+def test_a_read_that_never_says_it_is_done_is_late(model, fault, policy, url):
     plan = FaultPlan(rules=(FaultRule(fault=fault, matches=is_cell, every=3, limit=4),))
-    with FaultyStore(MemoryStore(capacity_bytes=CAPACITY), plan) as store:
+    with FaultyStore(open_store(url, capacity_bytes=CAPACITY), plan) as store:
         replies = play(make_engine(model, store, policy=policy, executor=HASTY))
     assert set(failed(replies)) <= {"late"}
     if policy == "load":
@@ -117,9 +126,9 @@ def test_everything_goes_wrong_at_once(model, seed, policy):
     assert any(reply.saved.num_failed for reply in replies)
 
 
-def test_failed_writes_are_counted_and_only_cost_hits(model):
+def test_failed_writes_are_counted_and_only_cost_hits(model, url):
     plan = FaultPlan(rules=(FaultRule(fault=Fault.PUT_ERROR, matches=is_cell, every=5),))
-    with FaultyStore(MemoryStore(capacity_bytes=CAPACITY), plan) as store:
+    with FaultyStore(open_store(url, capacity_bytes=CAPACITY), plan) as store:
         replies = play(make_engine(model, store, policy="load"))
     assert not replies[0].saved.complete
     assert replies[0].saved.num_failed == 2  # the fifth and tenth of twelve cells
@@ -301,3 +310,32 @@ def test_a_store_deleted_between_lookup_and_reads(model, tmp_path):
     assert played.reply.restored_tokens == 118
     assert played.reply.report.loaded_cells == 0
     assert set(played.reply.report.failed_loads) == {"miss"}
+
+
+# A server that goes
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("policy", ["load", "cacheflow"])
+def test_a_server_that_dies_or_hangs_between_lookup_and_reads(model, tmp_path, blow, policy):
+    port = free_port()
+    struck = []
+
+    def strike_at_first_read(key):
+        if is_cell(key) and not struck:
+            server.process.send_signal(blow)
+            struck.append(key)
+        return False
+
+    plan = FaultPlan(rules=(FaultRule(fault=Fault.MISS, matches=strike_at_first_read),))
+    with running_redis(tmp_path, port=port) as server:
+        inner = open_store(f"{server.url}?timeout_s=0.3", capacity_bytes=CAPACITY)
+        with FaultyStore(inner, plan) as store:
+            session = make_engine(model, store, policy=policy, executor=HASTY).session()
+            answer(session, turns()[0])
+            for turn in (1, 2):
+                session.evict()
+                assert_same(answer(session, turns()[turn], sampling=sampling_of(turn)), never_evicted(model)[turn])
+            assert struck
+            server.process.kill()
+    assert_nothing_runs()

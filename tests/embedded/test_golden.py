@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.model import LoadedModel
 from cacheflow.policies.registry import RESTORE_POLICIES
 from cacheflow.stores.base import Store
-from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import open_store
 from cacheflow.stores.throttled import ThrottledStore
 from support.embedded_cases import (
     FAMILIES,
@@ -30,6 +29,7 @@ from support.embedded_cases import (
     tiny,
     turns,
 )
+from support.store_kinds import ALL, url_of
 
 POLICIES = tuple(RESTORE_POLICIES)
 HYBRIDS = ("cake", "cacheflow_v1", "cacheflow_v2", "cacheflow")
@@ -38,11 +38,8 @@ CAPACITY = 64 << 20
 
 
 @contextmanager
-def opened(kind: str, tmp_path: Path, model: LoadedModel) -> Iterator[Store]:
-    if kind == "file":
-        store: Store = FileStore(tmp_path / "store", capacity_bytes=CAPACITY, fsync=False)
-    else:
-        store = MemoryStore(capacity_bytes=CAPACITY)
+def opened(kind: str, url: str, model: LoadedModel) -> Iterator[Store]:
+    store = open_store(url, capacity_bytes=CAPACITY)
     if kind == "throttled":
         store = ThrottledStore(store, balanced_bytes_per_s(model))
     with store:
@@ -84,10 +81,11 @@ def play_evicted(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("kind", ["memory", "file", "throttled"])
-def test_every_policy_over_every_store(kind, policy, dtype, tmp_path):
+@pytest.mark.parametrize("kind", [*ALL, "throttled"])
+def test_every_policy_over_every_store(kind, policy, dtype, tmp_path, request):
     model = tiny("llama", dtype)
-    with opened(kind, tmp_path, model) as store:
+    url = url_of("memory" if kind == "throttled" else kind, request, tmp_path / "store")
+    with opened(kind, url, model) as store:
         split = play_evicted(model, store, policy)
     if policy == "recompute":
         assert split.loaded == 0
@@ -99,26 +97,26 @@ def test_every_policy_over_every_store(kind, policy, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("policy", ["layerwise_load", "cake", "cacheflow"])
 @pytest.mark.parametrize("family", FAMILIES[1:])
-def test_every_family(family, policy, dtype, tmp_path):
+def test_every_family(family, policy, dtype):
     model = tiny(family, dtype)
     assert (model.shape.sliding_window is not None) == (family == "mistral")
-    with opened("throttled", tmp_path, model) as store:
+    with opened("throttled", "memory", model) as store:
         play_evicted(model, store, policy)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_layers_of_two_kinds(policy, tmp_path):
+def test_layers_of_two_kinds(policy):
     model = tiny("qwen2", "bfloat16", windowed=True)
     assert set(model.module.config.layer_types) == {"full_attention", "sliding_attention"}
-    with opened("throttled", tmp_path, model) as store:
+    with opened("throttled", "memory", model) as store:
         play_evicted(model, store, policy)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_blocks_of_two_layers_the_top_one_cut_short(policy, tmp_path):
+def test_blocks_of_two_layers_the_top_one_cut_short(policy):
     model = tiny("qwen3", "bfloat16")
     assert model.shape.num_layers == 3
-    with opened("throttled", tmp_path, model) as store:
+    with opened("throttled", "memory", model) as store:
         play_evicted(model, store, policy, layers_per_block=2)
 
 
@@ -140,11 +138,11 @@ def test_compute_and_link_meet_in_the_middle(policy, tmp_path, monkeypatch):
     assert split.loaded > 0
 
 
-def test_with_as_many_threads_as_torch_likes(tmp_path, torch_threads):
+def test_with_as_many_threads_as_torch_likes(torch_threads):
     """The other cases run on one thread; float32 with few rows is where more threads round differently."""
     torch.set_num_threads(torch_threads)
     model = tiny("qwen3", "float32", seed=1)
-    with opened("memory", tmp_path, model) as store:
+    with opened("memory", "memory", model) as store:
         play_evicted(model, store, "cacheflow")
 
 

@@ -1,6 +1,7 @@
 """What a session promises besides the golden truth: what is found again and what must not be, cancel, bad prompts."""
 
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,15 +11,18 @@ import torch
 from cacheflow.embedded import Engine, EngineOptions, restorer
 from cacheflow.embedded import turn as turn_module
 from cacheflow.engine.compute_port import EngineComputePort
+from cacheflow.engine.model import load_model
 from cacheflow.engine.random_models import tiny_model
 from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.saver import SaveReport
-from cacheflow.errors import ConfigError, CostRangeError, PromptError, RestoreCancelled
+from cacheflow.errors import ConfigError, CostRangeError, ProfileError, PromptError, RestoreCancelled
 from cacheflow.plan.problem import LinkCost
+from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import ObjectKind
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import open_store
 from cacheflow.stores.throttled import ThrottledStore
 from support.embedded_cases import (
     CHUNK,
@@ -35,6 +39,8 @@ from support.embedded_cases import (
     tiny,
     turns,
 )
+from support.store_kinds import SHARED, url_of
+from support.store_objects import put
 
 CAPACITY = 64 << 20
 PROMPT = random_tokens(118)
@@ -75,6 +81,44 @@ def test_a_partial_last_chunk_is_restored_whole(store, model):
     assert played.reply.restored_tokens == 118
     assert played.reply.report.cells_KB == ("lll",) * 4
     assert_same(played, fresh_answer(model, PROMPT, QUESTION))
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_an_engine_opens_its_store_by_url_and_closes_it(model_folder, tmp_path, request, kind):
+    url = url_of(kind, request, tmp_path / "store")
+    model = load_model(model_folder, device="cpu", dtype="float32")
+    parts = {
+        "store": url, "capacity_bytes": CAPACITY, "costs": cost_table(model), "link": LinkCost(bytes_per_s=1e9),
+        "options": EngineOptions(chunk_tokens=CHUNK, policy="load", self_test=False),
+    }  # fmt: skip
+    with open_store(url, capacity_bytes=CAPACITY), Engine.open(model_folder, **parts) as engine:
+        first = engine.session()
+        first.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+        with Engine.open(model_folder, **parts) as other:
+            again = answer(other.session(history=first.tokens), QUESTION)
+    assert again.reply.restored_tokens == 118
+    assert_same(again, fresh_answer(model, PROMPT, QUESTION))
+    assert put(engine.store, 1) == put(other.store, 1) == (PutOutcome.ERROR,)
+    assert not [each for each in threading.enumerate() if each.name.startswith("cacheflow-store")]
+
+
+def test_an_engine_that_cannot_be_opened_leaves_no_store_open(model_folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr("cacheflow.embedded.engine.open_store", lambda *words, **how: opened.append(
+        open_store(*words, **how)) or opened[0])  # fmt: skip
+    costs = cost_table(tiny("llama", "bfloat16"))
+    with pytest.raises(ProfileError, match="fingerprint"):
+        Engine.open(
+            model_folder, store="memory", capacity_bytes=CAPACITY, link=LinkCost(bytes_per_s=1e9),
+            costs=replace(costs, identity=replace(costs.identity, fingerprint="0" * 32)),
+        )  # fmt: skip
+    assert put(opened[0], 1) == (PutOutcome.ERROR,)
+
+
+def test_an_engine_leaves_a_store_open_that_it_did_not_open(store, model):
+    with make_engine(model, store):
+        pass
+    assert put(store, 1) == (PutOutcome.STORED,)
 
 
 def test_a_prompt_shorter_than_a_chunk_is_saved_and_restored(store, model):

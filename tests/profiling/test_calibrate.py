@@ -7,6 +7,9 @@ import pytest
 
 from cacheflow import cli
 from cacheflow.errors import ConfigError, ProfileError
+from cacheflow.stores.opening import open_store
+from support.store_kinds import SHARED, left_behind, url_of
+from support.store_objects import put
 
 pytestmark = pytest.mark.torch
 
@@ -288,14 +291,24 @@ def test_a_time_limit_is_a_number_of_seconds(model_folder, tmp_path, capsys, lim
     assert "--time-limit-s is" in capsys.readouterr().err
 
 
-def test_calibrate_measures_the_store_asked_for_and_leaves_it_empty(model_folder, tmp_path):
+@pytest.mark.parametrize("kind", SHARED)
+def test_calibrate_measures_the_store_asked_for_and_leaves_it_as_it_was(model_folder, tmp_path, request, kind):
     from cacheflow.profiling.profile import load_profile
 
-    path, root = tmp_path / "p.json", tmp_path / "store"
-    argv = ["calibrate", str(model_folder), *QUICK, "--out", str(path), "--store", str(root)]
+    path, url = tmp_path / "p.json", url_of(kind, request, tmp_path / "store")
+    with open_store(left_behind(url), capacity_bytes=1 << 24) as store:
+        put(store, 1)
+    argv = ["calibrate", str(model_folder), *QUICK, "--out", str(path), "--store", url]
     assert cli.main([*argv, "--bandwidth-gbps", "0.08"]) == 0
     assert load_profile(path).link.bytes_per_s <= 1.03 * 1e7
-    assert list(root.rglob("*_kv_*")) == []
+    with open_store(url, capacity_bytes=1 << 24) as store:
+        assert store.stats().num_objects == 1
+
+
+def test_calibrate_takes_no_folder_but_a_url(model_folder, refused):
+    assert "store is '/kv', must be a URL: memory, file:///folder" in refused(
+        "calibrate", model_folder, "--store", "/kv"
+    )
 
 
 def test_calibrate_without_out_writes_to_the_cache(model_folder, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import cacheflow
+from cacheflow import cli
 from cacheflow.errors import StoreError
 from cacheflow.stores import record
 from cacheflow.stores.base import PutOutcome
@@ -44,6 +45,14 @@ def file_of(root, number):
 
 def staged(root):
     return list((root / "staging").iterdir())
+
+
+def test_room_set_aside_for_a_write_that_a_bug_ends_is_given_back(root, monkeypatch):
+    with opened(root, capacity_bytes=RECORD) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write_whole", lambda *words, **how: 1 // 0)
+            assert put(store, 1) == (PutOutcome.ERROR,)
+        assert put(store, 1) == (PutOutcome.STORED,)
 
 
 def test_objects_survive_the_process_and_staging_is_empty(root):
@@ -239,6 +248,7 @@ def test_a_writer_killed_in_mid_put_leaves_nothing_visible(root):
     os.utime(remains, (time.time() - STALE_STAGING_S - 60,) * 2)
     opened(root).close()
     assert not staged(root)
+    assert cli.main(["store", "verify", f"file://{root}"]) == 0
 
 
 def test_two_processes_share_a_directory(root):

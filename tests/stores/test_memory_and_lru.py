@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 import cacheflow
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import GetRequest, PutOutcome, ReadTap
-from cacheflow.stores.file import FileStore
 from cacheflow.stores.lru import LruIndex
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
 from support.manual_clock import ManualClock
+from support.store_kinds import ALL, opened, url_of
 from support.store_objects import TIMEOUT_S, get, key, payload, put, put_request
 
 RECORD = 4096 + 1000
@@ -31,15 +31,11 @@ def clock():
     return ManualClock()
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=ALL)
 def small(request, tmp_path, clock):
     """A store for three objects."""
-    capacity = 3 * RECORD + 100
-    with (
-        MemoryStore(capacity_bytes=capacity, clock=clock)
-        if request.param == "memory"
-        else FileStore(tmp_path / "store", capacity_bytes=capacity, clock=clock)
-    ) as store:
+    url = url_of(request.param, request, tmp_path / "store")
+    with opened(url, capacity_bytes=3 * RECORD + 100, clock=clock) as store:
         yield store
 
 

@@ -4,21 +4,20 @@ import pytest
 
 from cacheflow.errors import StoreError
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
-from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import open_store
 from cacheflow.stores.probe import measure_link
 from cacheflow.stores.throttled import ThrottledStore
+from support.store_kinds import ALL, url_of
 
 OBJECT_BYTES = 20_000
 CAPACITY = 8 << 20
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=ALL)
 def store(request, tmp_path):
-    is_file = request.param == "file"
-    opened = FileStore(tmp_path, capacity_bytes=CAPACITY) if is_file else MemoryStore(capacity_bytes=CAPACITY)
-    with opened as store:
-        yield store
+    with open_store(url_of(request.param, request, tmp_path / "store"), capacity_bytes=CAPACITY) as opened:
+        yield opened
 
 
 def test_a_link_is_measured_and_the_probes_are_gone(store):

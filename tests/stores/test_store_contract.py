@@ -12,31 +12,39 @@ from cacheflow.stores.faults import FaultPlan, FaultyStore, ThrottledStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import StoreUrl, open_store
 from cacheflow.types import LoadOutcome
+from support.documented_store import documented_opener
 from support.examples import examples
+from support.store_kinds import ALL, url_of
 from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put, put_request
 
 CAPACITY = 64 << 20
 OK = LoadOutcome.OK
 
-STORES = {
-    "memory": lambda root: MemoryStore(capacity_bytes=CAPACITY),
-    "file": lambda root: FileStore(root, capacity_bytes=CAPACITY),
+
+def throttled(store, **options):
+    return ThrottledStore(store, 1e10, **options)
+
+
+OTHERS = {
+    "documented_example": lambda root: documented_opener()(StoreUrl.parse(f"sqlite://{root}"))(capacity_bytes=CAPACITY),
     "file_without_fsync": lambda root: FileStore(root, capacity_bytes=CAPACITY, fsync=False),
-    "throttled_memory": lambda root: ThrottledStore(MemoryStore(capacity_bytes=CAPACITY), 1e10, 1e-4, 1e-4),
-    "throttled_file": lambda root: ThrottledStore(
-        FileStore(root, capacity_bytes=CAPACITY, fsync=False), 1e10, throttle_puts=True
-    ),
+    "throttled_memory": lambda root: throttled(MemoryStore(capacity_bytes=CAPACITY), latency_s=1e-4, jitter_s=1e-4),
+    "throttled_file": lambda root: throttled(FileStore(root, capacity_bytes=CAPACITY, fsync=False), throttle_puts=True),
     "faulty_memory": lambda root: FaultyStore(MemoryStore(capacity_bytes=CAPACITY), FaultPlan()),
-    "faulty_throttled": lambda root: FaultyStore(
-        ThrottledStore(MemoryStore(capacity_bytes=CAPACITY), 1e10), FaultPlan()
-    ),
+    "faulty_throttled": lambda root: FaultyStore(throttled(MemoryStore(capacity_bytes=CAPACITY)), FaultPlan()),
 }
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(params=[*ALL, *OTHERS])
 def store(request, tmp_path):
-    with STORES[request.param](tmp_path / "store") as opened:
+    root = tmp_path / "store"
+    if request.param in ALL:
+        opened = open_store(url_of(request.param, request, root), capacity_bytes=CAPACITY)
+    else:
+        opened = OTHERS[request.param](root)
+    with opened:
         yield opened
 
 

@@ -24,6 +24,13 @@ def test_an_unknown_key_is_answered_with_those_there_are(key: str):
         ConnectorOptions.parse({key: 1})
 
 
+def test_a_password_in_a_url_is_not_repeated():
+    for path in (None, "/kv"):
+        with pytest.raises(ConfigError, match="store") as raised:
+            ConnectorOptions(store="redis://me:hunter2@host/0", store_path=path)
+        assert "hunter2" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["store_path", "profile_dir"])
 def test_an_empty_folder_is_not_the_folder_one_stands_in(name: str):
     with pytest.raises(ConfigError, match=f"{name} is empty"):
@@ -56,3 +63,15 @@ def test_a_store_that_holds_no_chunk_is_refused():
     ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1000)
     with pytest.raises(ConfigError, match="cpu_bytes_to_use is 1000, but one chunk of 512 tokens takes 1001 bytes"):
         ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1001)
+
+
+def test_a_store_is_given_by_its_url_or_as_ever():
+    assert ConnectorOptions().store_url == "memory"
+    assert ConnectorOptions(store="file", store_path="/k v").store_url == "file:///k%20v"
+    for url in ("file:///kv", "shm://kv"):
+        options = ConnectorOptions.parse({"store": url})
+        assert options.store_url == url
+        options.require_reachable_store("mp")
+    with pytest.raises(ConfigError, match="holds a password") as raised:
+        ConnectorOptions.parse({"store": "redis://me:hunter2@host"})
+    assert "hunter2" not in str(raised.value)

@@ -97,7 +97,7 @@ def test_the_help_lists_what_the_code_allows(capsys: pytest.CaptureFixture[str])
     shown = " ".join(out.split())
     assert f"One of {', '.join(RESTORE_POLICIES)}. (default: cacheflow)" in shown
     assert f"One of {', '.join(BATCH_POLICY_NAMES)}. (default: mean_ttft)" in shown
-    assert "One of memory, file. (default: memory)" in shown
+    assert "or the URL of a store, see docs/stores.md. (default: memory)" in shown
     assert "One of refuse, load_only. (default: load_only)" in shown
     assert "as many first tokens within --ttft-slo-ms as can be" in shown
     assert "default: 1 in an eager engine, all in a compiled one" in shown
@@ -183,6 +183,10 @@ def test_folders_in_the_printed_line_do_not_depend_on_where_it_is_pasted(monkeyp
     [
         (["m", "--store", "memory", "--store-path", "/kv"], "the memory store takes none"),
         (["m", "--store", "file"], "needs a store_path"),
+        (["m", "--store", "files"], "store is 'files', must be a URL: memory, file:///folder"),
+        (["m", "--store", "file:///kv", "--store-path", "/kv"], "a URL says where the store is"),
+        (["m", "--store", "file:///proc/cacheflow"], "/proc/cacheflow cannot be used"),
+        (["m", "--store", "file://kv"], "with three slashes"),
         (["m", "--store-path", ""], "store_path is empty"),
         (["m", "--profile-dir", ""], "profile_dir is empty"),
         (["m", "--store-path", "/proc/cacheflow"], "/proc/cacheflow cannot be used"),

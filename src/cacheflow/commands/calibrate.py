@@ -17,6 +17,8 @@ from cacheflow.bench.suite import new_progress
 from cacheflow.bench.table import Row, text_table
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.cell_sizes import chunk_tokens_of
+from cacheflow.stores.opening import check_store_url, file_url, open_store
+from cacheflow.stores.shared import UNBOUNDED
 from cacheflow.types import Clock
 
 if TYPE_CHECKING:
@@ -49,13 +51,23 @@ class CalibrateFlags(Flags):
     accept_noise: bool = option(
         False, "write the profile although the machine was busy; it is marked, and said again when it is loaded"
     )
-    store: Path | None = option(
-        None, "folder of the file store whose link is measured (default: a temporary folder)", metavar="DIR"
+    store: str | None = option(
+        None, "store whose link is measured, such as file:///mnt/kv (default: a temporary folder)", metavar="URL"
     )
     bandwidth_gbps: float | None = option(
         None, "throttle the store to this link, in gigabits per second", metavar="G", above=0
     )
     out: Path | None = option(None, "profile to write (default: in the cache folder)", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        """Check the URL.
+
+        Raises:
+            ConfigError: It names no store.
+        """
+        super().__post_init__()
+        if self.store is not None:
+            check_store_url(self.store)
 
     @property
     def chunk_tokens(self) -> int:
@@ -147,15 +159,13 @@ def _left_s(limit_s: float, spent_s: float) -> float:
 
 
 def _measure_store(flags: CalibrateFlags, object_bytes: int) -> LinkCost:
-    from cacheflow.stores.base import Store
-    from cacheflow.stores.file import FileStore
     from cacheflow.stores.probe import measure_link
     from cacheflow.stores.throttled import ThrottledStore
 
     num_objects = 64 if flags.bandwidth_gbps is None else 16
     with tempfile.TemporaryDirectory(prefix="cacheflow-") as scratch:
         # Without a bound of its own, so that the probes push out nothing of the user's.
-        store: Store = FileStore(flags.store or Path(scratch), capacity_bytes=1 << 62)
+        store = open_store(flags.store or file_url(Path(scratch)), capacity_bytes=UNBOUNDED, only_look=True)
         if flags.bandwidth_gbps is not None:
             store = ThrottledStore(store, flags.bandwidth_gbps * 1e9 / 8)
         with store:

@@ -1,7 +1,7 @@
 """The engine, the stores and the policies put together for library users: sessions whose prefixes come back.
 
 >>> from cacheflow.embedded import Engine, EngineOptions           # doctest: +SKIP
->>> engine = Engine.open("smollm2-135m", store=MemoryStore(capacity_bytes=1 << 30), costs=table, link=link)
+>>> engine = Engine.open("smollm2-135m", store="memory", capacity_bytes=1 << 30, costs=table, link=link)
 >>> session = engine.session()
 >>> reply = session.generate(tokens, max_new_tokens=64)
 >>> session.evict()

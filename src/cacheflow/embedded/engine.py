@@ -6,6 +6,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -31,6 +33,7 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
+from cacheflow.stores.opening import open_store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +95,17 @@ class Engine:
         costs: CostTable,
         link: LinkCost,
         options: EngineOptions | None = None,
+        closes_store: bool = False,
     ) -> None:
         """Take a loaded model.
 
         Args:
             model: See ``load_model``.
-            store: Where KV goes and comes from; stays the caller's to close.
+            store: Where KV goes and comes from, such as ``stores.opening.open_store(url, ...)``.
             costs: Measured on this machine for this model (``cacheflow calibrate``).
             link: What the profile says of the store's link.
             options: Policy, chunking, deadlines.
+            closes_store: ``close`` closes the store; otherwise it stays the caller's to close.
 
         Raises:
             ProfileError: ``costs`` was measured for another model, device or dtype.
@@ -114,6 +119,7 @@ class Engine:
         require_instance("model", model, LoadedModel, hint="Engine.open takes a folder or a name")
         _check_parts(store, costs, link)
         self.model, self.store, self.costs, self.link = model, store, costs, link
+        self._closes_store = flag("closes_store", closes_store)
         costs.identity.require(model_identity(model))
         device_type = model.device.type
         chunk_tokens = chunk_tokens_of(device_type, self.options.chunk_tokens)
@@ -162,26 +168,72 @@ class Engine:
         cls,
         model: str | Path,
         *,
-        store: Store,
+        store: Store | str,
         costs: CostTable,
         link: LinkCost,
         options: EngineOptions | None = None,
+        capacity_bytes: int | None = None,
     ) -> Engine:
         """Load a model by folder or name, with the device and dtype its costs were measured on.
 
+        Args:
+            model: Folder or name.
+            store: Where KV goes and comes from: a store, which stays the caller's to close, or the URL of one (see
+                docs/stores.md), which ``close`` closes.
+            costs: See the constructor.
+            link: See the constructor.
+            options: See the constructor.
+            capacity_bytes: Bound on the records of the store that a URL names, headers (4,096 bytes each) included;
+                there is no default, since a low one would throw out what others keep there.
+
         Raises:
-            ConfigError: The model cannot be loaded.
+            ConfigError: The model cannot be loaded, the URL names no store, or ``capacity_bytes`` is missing beside a
+                URL, or given beside a store.
+            StoreError: The store cannot be reached or used.
             ProfileError: The costs' device is not there, or see the constructor.
         """
         if not isinstance(model, str | Path):
             raise ConfigError(f"model is {model!r}, must be a folder or a name")
+        if isinstance(store, str) != (capacity_bytes is not None):
+            raise ConfigError(
+                f"capacity_bytes is {capacity_bytes}: it is the bound on the store that a URL names, and must be given "
+                "with a URL; a store that is open has its own"
+            )
+        if isinstance(store, str):
+            capacity = whole("capacity_bytes", capacity_bytes, least=1)
+            _check_profile(costs, link)
+            opened = open_store(store, capacity_bytes=capacity)
+            try:
+                return cls(cls._load(model, costs), store=opened, costs=costs, link=link, options=options,
+                           closes_store=True)  # fmt: skip
+            except BaseException:
+                opened.close()
+                raise
         _check_parts(store, costs, link)
+        return cls(cls._load(model, costs), store=store, costs=costs, link=link, options=options)
+
+    @staticmethod
+    def _load(model: str | Path, costs: CostTable) -> LoadedModel:
         identity = costs.identity
         if identity.device_type == "cuda" and not torch.cuda.is_available():
             raise ProfileError(f"costs were measured on {identity.device}; this machine has no CUDA device: calibrate")
         flash3 = asks_flash3(identity)
-        loaded = load_model(model, device=identity.device_type, dtype=identity.dtype, flash3=flash3)
-        return cls(loaded, store=store, costs=costs, link=link, options=options)
+        return load_model(model, device=identity.device_type, dtype=identity.dtype, flash3=flash3)
+
+    def close(self) -> None:
+        """End what the engine opened: the store, where ``open`` was given its URL. Closing again does nothing."""
+        if self._closes_store:
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        """Return the engine."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the engine."""
+        self.close()
 
     def session(self, *, salt: str = "", history: Sequence[int] = ()) -> Session:
         """Start a conversation, or go on with one whose tokens are ``history``.
@@ -250,6 +302,10 @@ class Engine:
 
 
 def _check_parts(store: object, costs: object, link: object) -> None:
-    require_instance("store", store, Store, hint="MemoryStore, or FileStore(folder, capacity_bytes=...)")
+    require_instance("store", store, Store, hint="open_store(url, capacity_bytes=...), see docs/stores.md")
+    _check_profile(costs, link)
+
+
+def _check_profile(costs: object, link: object) -> None:
     require_instance("costs", costs, CostTable, hint="load_profile(path).costs")
     require_instance("link", link, LinkCost, hint="load_profile(path).link")

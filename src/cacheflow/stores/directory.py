@@ -9,37 +9,30 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from cacheflow.errors import StoreError
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import RECORD_VERSION, ChecksumAlgorithm, best_algorithm, require
+from cacheflow.stores.shared import FULL_ERRORS, FoundRecord
 
 STALE_STAGING_S = 3600.0
 """Age at which a staging file is taken for the remains of a dead writer; a live one takes seconds."""
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _MARKER = "cacheflow-store.json"
 _MAX_PARTS = 512
 """Buffers per system call; the kernel allows 1,024."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecordFile:
-    """What a scan finds: an ``ObjectKey.name``, the bytes of its record, and when it was written or last read."""
-
-    name: str
-    num_bytes: int
-    modified_s: float
+def is_record_directory(folder: Path) -> bool:
+    """Whether a directory of records is there; touches nothing."""
+    return (folder / _MARKER).is_file()
 
 
 class RecordDirectory:
@@ -92,7 +85,7 @@ class RecordDirectory:
             sync: Flush the record to the disk before it becomes visible.
 
         Raises:
-            OSError: The disk is full (see ``is_full``) or failing; nothing of it remains and nothing changed under
+            OSError: The disk is full (``FULL_ERRORS``) or failing; nothing of it remains and nothing changed under
                 ``name``.
         """
         staged = Path(f"{self._staging}/{os.getpid()}-{uuid.uuid4().hex}")
@@ -143,10 +136,10 @@ class RecordDirectory:
             return False
         return True
 
-    def scan(self) -> list[RecordFile]:
+    def scan(self) -> list[FoundRecord]:
         """Every record, in no particular order; files that are not named like one are left alone."""
         return [
-            RecordFile(entry.name, status.st_size, status.st_mtime)
+            FoundRecord(entry.name, status.st_size, status.st_mtime)
             for outer in _entries(self._objects)
             for inner in _entries(outer.path)
             for entry in _entries(inner.path)
@@ -169,7 +162,7 @@ class RecordDirectory:
         try:
             probe.write_bytes(b"cacheflow")
         except OSError as error:
-            if not is_full(error):  # a full disk can be used: eviction makes room
+            if error.errno not in FULL_ERRORS:  # a full disk can be used: eviction makes room
                 raise
         finally:
             probe.unlink(missing_ok=True)
@@ -206,11 +199,6 @@ class RecordDirectory:
             if status is not None and status.st_mtime < oldest_s:
                 with suppress(OSError):
                     Path(entry.path).unlink()
-
-
-def is_full(error: OSError) -> bool:
-    """Whether a write failed because the disk, or a quota on it, is full."""
-    return error.errno in _FULL
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:

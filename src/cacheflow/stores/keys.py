@@ -30,7 +30,9 @@ CHAIN_HASH_BYTES = 32
 _CHAIN_TAG = b"cacheflow chain 1"
 _ROOT_TAG = b"cacheflow root 1"
 _HEX = re.compile(r"[0-9a-f]+\Z")
-_NAME = re.compile(r"([0-9a-f]{32,})_[0-9a-f]{64}_[a-z]+_\d+-\d+_tp\d+of\d+\.pp\d+of\d+")
+_NAME = re.compile(
+    r"([0-9a-f]{32,})_([0-9a-f]{64})_([a-z]+)_(\d+)-(\d+)_tp(\d+)of(\d+)\.pp(\d+)of(\d+)"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +272,27 @@ def namespace_of(name: str) -> str | None:
     """The namespace in an ``ObjectKey.name``; None for a name that is not of that form."""
     found = _NAME.fullmatch(name)
     return found[1] if found else None
+
+
+def key_of(name: str) -> ObjectKey:
+    """The key whose name this is.
+
+    Raises:
+        ConfigError: It is no ``ObjectKey.name``.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise ConfigError(f"{name!r} is not the name of an object")
+    namespace, chain, kind, *numbers = found.groups()
+    layer_lo, layer_hi, tp_rank, tp_size, pp_rank, pp_size = map(int, numbers)
+    try:
+        known = ObjectKind(kind)
+    except ValueError as error:
+        raise ConfigError(f"{name!r} is of an unknown kind, {kind}") from error
+    shard = Shard(tp_rank=tp_rank, tp_size=tp_size, pp_rank=pp_rank, pp_size=pp_size)
+    return ObjectKey(
+        namespace=namespace, chain_hash=chain, kind=known, layer_lo=layer_lo, layer_hi=layer_hi, shard=shard
+    )  # fmt: skip
 
 
 def chain_root(salt: str = "") -> bytes:

@@ -102,9 +102,9 @@ class MemoryStore(BoundedStore):
             self._records[key.name] = record
         return PutOutcome.STORED
 
-    def holds(self, key: ObjectKey) -> bool:
+    def holds(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
         """See ``ThreadedStore.holds``."""
-        return key.name in self._records
+        return tuple(key.name in self._records for key in keys)
 
     def remove(self, key: ObjectKey) -> bool:
         """See ``ThreadedStore.remove``."""

@@ -136,8 +136,8 @@ class ThreadedStore(Store):
         """Make a record of ``parts`` (the header first) visible under ``key``, whole or not at all."""
 
     @abstractmethod
-    def holds(self, key: ObjectKey) -> bool:
-        """Whether the record is there."""
+    def holds(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
+        """Whether each record is there; asked for many at once, since a question may be a round trip."""
 
     @abstractmethod
     def remove(self, key: ObjectKey) -> bool:
@@ -149,7 +149,9 @@ class ThreadedStore(Store):
 
     def contains(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
         """See ``Store.contains``; an object whose last read was ``CORRUPT`` counts as absent."""
-        return tuple(key not in self._suspects and _guarded(partial(self.holds, key), False) for key in keys)
+        nothing = (False,) * len(keys)
+        found = _guarded(partial(self.holds, keys), nothing) if keys else nothing
+        return tuple(there and key not in self._suspects for key, there in zip(keys, found, strict=True))
 
     def delete(self, keys: Sequence[ObjectKey]) -> int:
         """See ``Store.delete``."""
@@ -290,7 +292,7 @@ class ThreadedStore(Store):
 
     def _put(self, request: PutRequest, parts: Sequence[memoryview], header: memoryview) -> PutOutcome:
         replace = request.replace or request.key in self._suspects
-        if not replace and self.holds(request.key):
+        if not replace and self.holds([request.key])[0]:
             return PutOutcome.EXISTS
         encode_header(
             header, request.key, parts, shape=request.shape, dtype=request.dtype, algorithm=self._algorithm

@@ -16,9 +16,9 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.batch import STARVATION_S
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
+from cacheflow.stores.opening import check_store_url, file_url, shown_url
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "store": ("memory", "file"),
     "policy": tuple(RESTORE_POLICIES),
     "objective": BATCH_POLICY_NAMES,
     "unsupported_models": ("refuse", "load_only"),
@@ -34,8 +34,8 @@ class ConnectorOptions:
     """How CacheFlow behaves inside vLLM.
 
     Attributes:
-        store: Where saved KV lives: ``memory`` (this process's, lost with it) or ``file`` (survives, shared by replicas
-            that see the directory).
+        store: Where saved KV lives: ``memory`` (this process's, lost with it), ``file`` (survives, shared by replicas
+            that see the directory), or the URL of a store, see docs/stores.md.
         store_path: Directory of the file store; required for it, refused otherwise.
         cpu_bytes_to_use: Capacity of the store in bytes, on this node.
         chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size. A model with
@@ -110,12 +110,13 @@ class ConnectorOptions:
             _one_of(key, getattr(self, key), allowed)
         if (self.store == "file") != (self.store_path is not None):
             raise ConfigError(
-                f"store is {self.store!r} and store_path is {self.store_path!r}: the file store needs a store_path, "
-                "the memory store takes none"
+                f"store is {shown_url(self.store)!r} and store_path is {self.store_path!r}: the file store needs a "
+                "store_path, the memory store takes none, and a URL says where the store is"
             )
         for key in ("store_path", "profile_dir"):
             if getattr(self, key) == "":
                 raise ConfigError(f"{key} is empty, must be a folder; leave it out for the default")
+        check_store_url(self.store_url)
         if (self.objective == "slo") != (self.ttft_slo_ms is not None):
             raise ConfigError(
                 f"objective is {self.objective!r} and ttft_slo_ms is {self.ttft_slo_ms}: the objective slo needs a "
@@ -191,6 +192,11 @@ class ConnectorOptions:
                 f"store is 'memory', but vLLM's executor {executor!r} runs workers in other processes, into which "
                 "the scheduler cannot look: set store to 'file' and a store_path (in /dev/shm it stays in memory)"
             )
+
+    @property
+    def store_url(self) -> str:
+        """The URL of the store, whichever way it was given."""
+        return self.store if self.store_path is None else file_url(Path(self.store_path).expanduser())
 
     @property
     def profile_path(self) -> Path:

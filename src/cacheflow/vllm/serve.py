@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from cacheflow.errors import ConfigError
 from cacheflow.shapes.hf_config import CacheKind
-from cacheflow.stores.directory import RecordDirectory
+from cacheflow.stores.opening import open_store
 from cacheflow.vllm.last_line import environment_for_reason
 from cacheflow.vllm.options import CHOICES, ConnectorOptions
 from cacheflow.vllm.plugin import CONNECTOR, CONNECTORS, HYBRID_CONNECTOR
@@ -72,7 +72,8 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **shared)
         else:
-            metavar = "NAME" if field.name in CHOICES else "DIR" if kind is str else kind.__name__.upper()
+            folder = field.name.endswith(("_path", "_dir"))
+            metavar = "DIR" if folder else "NAME" if kind is str else kind.__name__.upper()
             group.add_argument(flag(field.name), type=kind, metavar=metavar, **shared)
 
 
@@ -188,13 +189,13 @@ def serve(
     Raises:
         ConfigError: The options contradict each other or this machine, or vLLM or its plugin is missing; says what to
             do.
-        StoreError: The store's folder cannot be used.
+        StoreError: The store cannot be reached or used.
     """
     found, kind = check(model, options, passed_on, environment=environment)
     installed = found or find_vllm()
     require_plugin(environment)
-    if options.store_path is not None:
-        RecordDirectory(Path(options.store_path))  # vLLM would need a minute to get there, and show a stack trace
+    # vLLM would need a minute to get there, and show a stack trace.
+    open_store(options.store_url, capacity_bytes=options.cpu_bytes_to_use, only_look=True).close()
     line = config_line(options, kind, own_chunks=own_chunks)
     sys.stdout.write(line + "\n")
     environment = environment_for_reason(environment)

@@ -129,9 +129,11 @@ def test_files_serve_as_the_store(bench, tmp_path):
     assert code == 0
     assert all(record.correct for record in records)
     assert len(list((tmp_path / "out" / "store").rglob("*_kv_*"))) == 3 * 3
-    code, again, _ = bench(*TINY, "--ratios", "1", "--repeats", "2", "--store", "file", "--policies", "load,cacheflow")
+    elsewhere = ("--store", f"file://{tmp_path}/elsewhere")
+    code, again, _ = bench(*TINY, "--ratios", "1", "--repeats", "2", *elsewhere, "--policies", "load,cacheflow")
     assert code == 0
     assert len(again) == 2 * len(records)
+    assert len(list((tmp_path / "elsewhere").rglob("*_kv_*"))) == 3 * 3
 
 
 def test_perturbed_runs_are_a_suite_of_their_own(bench):
@@ -228,6 +230,8 @@ BAD = {
     "negative time limit": (("--time-limit-s", "-1"), "--time-limit-s is -1.0, must be above 0"),
     "perturbed links in Gbit/s": (("--perturb", "--gbps", "1"), "--perturb needs the throttled store"),
     "unknown shape": (("--shape", "GPT-9"), "unknown model 'GPT-9'; known: Llama-3.1-8B"),
+    "unknown store": (("--store", "tape"), "store is 'tape', must be a URL: memory, file:///folder"),
+    "store with a password": (("--store", "file://me:hunter2@host/kv"), "the URL holds a password"),
     "no model": (("--model", "/nowhere/at/all"), "model '/nowhere/at/all'"),
     "a file": (("--model", __file__), "is a file; give a folder"),
     "weights that fit no machine": (("--shape", "Llama-3.1-70B"), "the weights of Llama-3.1-70B take 141 GB"),
@@ -248,7 +252,7 @@ def test_bad_options_are_one_line_and_code_2(model_folder, tmp_path, capsys, opt
     assert not (tmp_path / "results.jsonl").exists()
 
 
-@pytest.mark.parametrize("options", [("--tokens", "x"), ("--ratios", "1;2"), ("--store", "tape"), ("--device", "tpu")])
+@pytest.mark.parametrize("options", [("--tokens", "x"), ("--ratios", "1;2"), ("--device", "tpu")])
 def test_options_of_the_wrong_type_are_one_line_and_code_2(tmp_path, capsys, options):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", "restore", "--out", str(tmp_path), *options])

@@ -8,6 +8,7 @@ import pytest
 
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.stores.opening import file_url
 
 pytestmark = pytest.mark.torch
 
@@ -22,12 +23,12 @@ def torch_threads():
         yield usual
 
 
-def new_link(model, directory=None):
+def new_link(model, url="memory"):
     from cacheflow.bench.restore.link import StoreStudyLink
     from cacheflow.stores.keys import Namespace
 
     namespace = Namespace(weights_fingerprint=model.fingerprint, dtype=model.shape.dtype, chunk_tokens=CHUNK)
-    return StoreStudyLink(namespace, directory=directory)
+    return StoreStudyLink(namespace, url=url)
 
 
 def new_study(family="llama", dtype="float32", link=None, **options):
@@ -83,7 +84,11 @@ def test_files_and_pinned_memory_are_exact(tmp_path):
     from support.embedded_cases import tiny
 
     model = tiny("llama", "float32")
-    for link in (new_link(model, str(tmp_path / "store")), new_link(model, str(tmp_path / "store")), PinnedStudyLink()):
+    for link in (
+        new_link(model, file_url(tmp_path / "store")),
+        new_link(model, file_url(tmp_path / "store")),
+        PinnedStudyLink(),
+    ):
         study = new_study(link=link)
         study.prepare()
         for name in ("load", "cacheflow"):
@@ -208,7 +213,7 @@ def test_a_prefix_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
         return write(store, *args, **options)
 
     monkeypatch.setattr(FileStore, "write_record", lose_the_disk)
-    study = new_study(link=new_link(tiny("llama", "float32"), str(tmp_path / "store")))
+    study = new_study(link=new_link(tiny("llama", "float32"), file_url(tmp_path / "store")))
     with pytest.raises(StoreError, match="12 of 12 cells could not be saved"):
         study.prepare()
     study.close()

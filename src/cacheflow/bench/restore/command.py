@@ -20,6 +20,7 @@ from cacheflow.bench.timeline import Timeline, draw_timelines, read_timelines, w
 from cacheflow.errors import ConfigError
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.shapes.hardware import find_model
+from cacheflow.stores.opening import check_store_url, file_url
 
 if TYPE_CHECKING:
     from cacheflow.bench.restore.rounds import Round, RoundRun
@@ -65,8 +66,8 @@ class RestoreFlags(EmbeddedFlags):
     )
     perturb: bool = option(False, "run cacheflow with wrong costs, wrong bandwidth and a falling link instead")
     store: str | None = option(
-        None, "where the prefix is saved (default: memory; with --device cuda pinned, host memory without a store)",
-        choices=("pinned", "memory", "file"),
+        None, "where the prefix is saved: memory, file for a folder in DIR, the URL of a store, or pinned, host memory "
+        "without a store (default: memory; with --device cuda pinned)", metavar="URL",
     )  # fmt: skip
     cost_repeats: int = option(3, "times each chunk is timed", metavar="N", at_least=1)
 
@@ -78,6 +79,8 @@ class RestoreFlags(EmbeddedFlags):
         """
         for name in self.policies:
             make_policy(name)
+        if self.saves_in != "pinned":
+            check_store_url(self.saves_in)
         super().__post_init__()
         if math.inf in (self.ratios or ()):
             raise ConfigError(f"--ratios {self.ratios} must be finite; a link without a limit is --gbps inf")
@@ -100,7 +103,9 @@ class RestoreFlags(EmbeddedFlags):
 
     @property
     def saves_in(self) -> str:
-        """Where the prefix is saved."""
+        """Where the prefix is saved: ``pinned``, or the URL of a store; ``file`` is a folder beside the results."""
+        if self.store == "file":
+            return file_url(self.out / "store")
         return self.store or ("pinned" if self.device == "cuda" else "memory")
 
     @property
@@ -195,9 +200,9 @@ def open_study(flags: RestoreFlags, num_tokens: int) -> Study:
         cost_repeats=flags.cost_repeats,
         executor=ExecutorOptions(max_reads_in_flight=READS_IN_FLIGHT[flags.device]),
     )
-    folder = str(flags.out / "store") if flags.saves_in == "file" else None
     namespace = setup.namespace_of(model, chunk_tokens)
-    link = PinnedStudyLink() if flags.saves_in == "pinned" else StoreStudyLink(namespace, directory=folder)
+    pinned = flags.saves_in == "pinned"
+    link = PinnedStudyLink() if pinned else StoreStudyLink(namespace, url=flags.saves_in)
     return Study(model, setup.prompt_tokens(model, num_tokens + flags.suffix), options=options, link=link)
 
 

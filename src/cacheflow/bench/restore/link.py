@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cacheflow.bench.setup import room_bytes, save_prefix
@@ -16,9 +15,9 @@ from cacheflow.errors import StoreError
 from cacheflow.profiling.ceilings import upload_bytes_per_s
 from cacheflow.restore.ports import TransferPort
 from cacheflow.stores.base import Store
-from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import Namespace, chain_hashes
-from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import check_store_url, open_store
+from cacheflow.stores.shared import UNBOUNDED
 from cacheflow.stores.throttled import ThrottledStore
 
 
@@ -62,10 +61,10 @@ class PinnedStudyLink:
 class StoreStudyLink:
     """A store over a throttled link: bytes are really read, verified and copied, then held to the link's schedule."""
 
-    def __init__(self, namespace: Namespace, *, directory: str | None = None) -> None:
-        """Use memory, or files under ``directory``."""
-        self._namespace, self._directory = namespace, directory
-        self.store = "memory" if directory is None else "file"
+    def __init__(self, namespace: Namespace, *, url: str = "memory") -> None:
+        """Save into the store that ``url`` names (see ``stores.opening``)."""
+        self._namespace, self._url = namespace, url
+        self.store = check_store_url(url).scheme
         self._geometry: CellGeometry | None = None
         self._chain: tuple[bytes, ...] = ()
         self._inner: Store | None = None
@@ -74,15 +73,13 @@ class StoreStudyLink:
         """Keep every cell of the prefix.
 
         Raises:
-            StoreError: Not every cell could be written.
+            StoreError: The store cannot be reached, or not every cell could be written.
         """
         self.close()
         grid = geometry.grid
         room = room_bytes(geometry.shape, grid.num_tokens, grid.num_chunks * grid.num_blocks)
-        if self._directory is None:
-            self._inner = MemoryStore(capacity_bytes=room)
-        else:
-            self._inner = FileStore(Path(self._directory), capacity_bytes=room + (1 << 30))
+        # A store that others see has no bound of the study's own, so that the prefix pushes out nothing of theirs.
+        self._inner = open_store(self._url, capacity_bytes=room if self.store == "memory" else UNBOUNDED)
         self._geometry, self._chain = geometry, chain_hashes(tokens, grid.chunk_ends)
         save_prefix(self._inner, kv, geometry, self._namespace.digest, self._chain)
 

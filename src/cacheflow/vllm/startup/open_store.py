@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
+from cacheflow.stores import opening
 from cacheflow.stores.base import Store
-from cacheflow.stores.file import FileStore
-from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.vllm.options import ConnectorOptions
 
@@ -17,16 +15,10 @@ def open_store(options: ConnectorOptions) -> Store:
     """Open what the options name.
 
     Raises:
-        StoreError: The directory is not writable or belongs to another record version.
+        ConfigError: A package is missing; says which extra brings it.
+        StoreError: The store cannot be reached or used.
     """
-    store: Store
-    if options.store == "file":
-        assert options.store_path is not None, "checked by ConnectorOptions"
-        # No fsync: a torn record is a counted miss, and a save must not wait for the disk.
-        root = Path(options.store_path).expanduser()
-        store = FileStore(root, capacity_bytes=options.cpu_bytes_to_use, fsync=False)
-    else:
-        store = MemoryStore(capacity_bytes=options.cpu_bytes_to_use)
+    store = opening.open_store(options.store_url, capacity_bytes=options.cpu_bytes_to_use)
     if options.throttle_bytes_per_s is not None or options.throttle_latency_s > 0:
         store = ThrottledStore(store, options.throttle_bytes_per_s or float("inf"), options.throttle_latency_s)
     return store
@@ -46,7 +38,7 @@ def acquire_store(engine_id: str, options: ConnectorOptions) -> Store:
     """The store of an engine in this process, opened by the first half that asks; give it back with ``release_store``.
 
     Raises:
-        StoreError: See ``open_store``.
+        ConfigError, StoreError: See ``open_store``.
     """
     with _lock:
         shared = _by_engine.get(engine_id)

@@ -1,0 +1,1 @@
+"""``cacheflow store``: what an operator does to a store."""

@@ -1,0 +1,81 @@
+"""What every command about a store is asked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cacheflow.bench.options import Flags, option
+from cacheflow.errors import ConfigError
+from cacheflow.stores.opening import check_store_url
+
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreFlags(Flags):
+    """Which store."""
+
+    url: str = option(help="such as file:///var/cache/kv; see docs/stores.md", words="positional", metavar="URL")
+
+    def __post_init__(self) -> None:
+        """Check the URL.
+
+        Raises:
+            ConfigError: It names no store.
+        """
+        super().__post_init__()
+        check_store_url(self.url)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SomeRecordsFlags(StoreFlags):
+    """Which of its records."""
+
+    namespace: tuple[str, ...] = option(
+        (), "only these, or those that begin so; cacheflow store stat lists them", metavar="NAME,NAME,...", shown=""
+    )
+
+    def __post_init__(self) -> None:
+        """Check the namespaces.
+
+        Raises:
+            ConfigError: One is no hex.
+        """
+        super().__post_init__()
+        for name in self.namespace:
+            if not re.fullmatch(r"[0-9a-f]+", name):
+                raise ConfigError(f"--namespace {name!r} must be the beginning of a namespace, small hex digits")
+
+
+def bytes_of(text: str) -> int:
+    """``500``, ``10MB``, ``1.5G`` in bytes, by powers of ten.
+
+    Raises:
+        ConfigError: It is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if found is None:
+        raise ConfigError(f"--max-bytes {text!r} is no size, such as 500MB or 10GB")
+    return int(float(found[1]) * _BYTES[found[2]])
+
+
+def seconds_of(text: str) -> float:
+    """``90s``, ``30m``, ``12h``, ``7d`` in seconds.
+
+    Raises:
+        ConfigError: It is no duration.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip().lower())
+    if found is None:
+        raise ConfigError(f"--older-than {text!r} is no duration, such as 12h or 7d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def duration(seconds: float) -> str:
+    """A duration in the largest unit of which it has two."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -1,0 +1,48 @@
+"""``cacheflow store stat``: what a store holds, by namespace."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+
+from rich.console import Console
+
+from cacheflow.bench.table import Row, size, text_table
+from cacheflow.commands.store.flags import SomeRecordsFlags, duration
+from cacheflow.stores.identity_record import read_identities
+from cacheflow.stores.shared import FoundRecord
+from cacheflow.stores.upkeep import open_existing, records_of, space_of
+
+IDENTITY_TIMEOUT_S = 5.0
+WIDTH = 140
+
+add_arguments = SomeRecordsFlags.add_flags
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table: objects, bytes and last use of each namespace, and what it stands for.
+
+    Raises:
+        ConfigError, StoreError: There is no such store, or it does not answer.
+    """
+    flags, console = SomeRecordsFlags.of(args), Console()
+    spaces: defaultdict[str, list[FoundRecord]] = defaultdict(list)
+    with open_existing(flags.url, only_look=True) as store:
+        records = records_of(store, flags.namespace)
+        for each in records:
+            spaces[space_of(each)].append(each)
+        identities = read_identities(store, spaces, timeout_s=IDENTITY_TIMEOUT_S)
+    now_s = time.time()
+    rows: list[Row] = []
+    for space, held in sorted(spaces.items()):
+        used_s = [each.used_s for each in held]
+        ages = (duration(now_s - max(used_s)), duration(now_s - min(used_s)))
+        parts = identities.get(space, {})
+        stands_for = " ".join(f"{name}={parts[name][:16]}" for name in ("dtype", "chunk_tokens") if name in parts)
+        rows.append(((space, str(len(held)), size(sum(each.num_bytes for each in held)), *ages, stands_for), None))
+    heads = ("namespace", "objects", "bytes", "last used, ago", "oldest, ago", "stands for")
+    total = ("all", str(len(records)), size(sum(each.num_bytes for each in records)), "", "", "")
+    table = text_table(flags.url, heads, rows, last=total, padding=1)
+    Console(width=max(console.width, WIDTH)).print(table)  # wrapped rather than cut
+    return 0

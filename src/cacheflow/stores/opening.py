@@ -1,0 +1,345 @@
+"""Opens a store by its URL; the one place that knows which scheme is which store.
+
+::
+
+    memory                              this process's memory
+    file:///var/cache/kv                a directory; ?fsync=yes flushes each record to the disk
+    shm://name                          memory that all processes of a host share; ?keep=yes leaves it behind
+    redis://host:6379/0                 a Redis or Valkey server; ?timeout_s=2
+    rediss://host:6379/0                the same over TLS; ?ca_certs=FILE&certfile=FILE&keyfile=FILE
+    s3://bucket/prefix                  a bucket; ?endpoint=URL&region=NAME&timeout_s=10
+
+Other packages add schemes as entry points of the group ``cacheflow.stores``: the name is the scheme, the value a
+``StoreOpener``. See docs/stores.md.
+
+A URL holds no secret, so that it may be printed and logged; one that does is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
+
+from cacheflow.errors import ConfigError, StoreError
+from cacheflow.stores.base import Store
+from cacheflow.stores.directory import is_record_directory
+from cacheflow.stores.file import FileStore
+from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.shm import SharedMemoryStore, shm_folder
+
+ENTRY_POINT_GROUP = "cacheflow.stores"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreUrl:
+    """A store's URL, taken apart.
+
+    Attributes:
+        text: As it was given.
+        scheme: Which store, such as ``file``.
+        host: Between ``//`` and the path, without user and port; empty where there is none.
+        port: None where there is none.
+        username: None where there is none.
+        path: With its leading ``/``, unquoted; empty where there is none.
+        options: What stands after ``?``, by name.
+    """
+
+    text: str
+    scheme: str
+    host: str = ""
+    port: int | None = None
+    username: str | None = None
+    path: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """The URL, for messages; see ``shown_url``."""
+        return shown_url(self.text)
+
+    @classmethod
+    def parse(cls, text: str) -> StoreUrl:
+        """Take a URL apart; whether its scheme is known is for ``check_store_url``.
+
+        Raises:
+            ConfigError: It is no URL, holds a password, or repeats an option.
+        """
+        if text == "memory":
+            return cls(text=text, scheme=text)
+        try:
+            parts = urlsplit(text)
+            port, password = parts.port, parts.password
+        except ValueError as error:
+            # What it says quotes the URL, and may quote a password with a / or # in it.
+            why = "" if "@" in text else f" ({error})"
+            raise ConfigError(f"store is {shown_url(text)!r}, which is not a URL{why}: give {_forms()}") from None
+        if password is not None:
+            raise ConfigError(
+                "store: the URL holds a password, and URLs are printed and logged: take it out and set the environment "
+                "variable that docs/stores.md names"
+            )
+        if not parts.scheme or "://" not in text:
+            raise ConfigError(f"store is {shown_url(text)!r}, must be a URL: {_forms()}")
+        return cls(
+            text=text,
+            scheme=parts.scheme,
+            host=unquote(parts.hostname or ""),
+            port=port,
+            username=None if parts.username is None else unquote(parts.username),
+            path=unquote(parts.path),
+            options=_options(parts),
+        )
+
+    def require_options(self, *known: str) -> None:
+        """Pass if it has no other options than these.
+
+        Raises:
+            ConfigError: It has; names them, and those that are known.
+        """
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:
+            allowed = ", ".join(known) if known else "none"
+            raise ConfigError(f"store: unknown option {', '.join(unknown)} of a {self.scheme} store; known: {allowed}")
+
+    def flag(self, name: str) -> bool:
+        """An option that is ``yes`` or ``no``, which it is where it is not given.
+
+        Raises:
+            ConfigError: It is something else.
+        """
+        value = self.options.get(name, "no")
+        if value not in ("yes", "no"):
+            raise ConfigError(f"store: {name} is {value!r}, must be yes or no")
+        return value == "yes"
+
+    def seconds(self, name: str, default: float) -> float:
+        """An option in seconds.
+
+        Raises:
+            ConfigError: It is no finite number above 0.
+        """
+        text = self.options.get(name)
+        try:
+            value = default if text is None else float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"store: {name} is {text!r}, must be seconds, above 0 and finite")
+        return value
+
+
+class StoreOpener(Protocol):
+    """Checks the URLs of one scheme, and says how each is opened."""
+
+    def __call__(self, url: StoreUrl) -> Callable[..., Store]:
+        """Check a URL; touches no disk and no network.
+
+        Args:
+            url: Its scheme is this opener's; the rest has not been checked.
+
+        Returns:
+            What opens the store, with ``capacity_bytes`` by keyword; raises ``StoreError`` where it cannot be reached
+            or used.
+
+        Raises:
+            ConfigError: The URL names no such store, or a package is missing: says which extra brings it.
+        """
+        ...
+
+
+def open_store(url: str, *, capacity_bytes: int, only_look: bool = False) -> Store:
+    """Open the store that a URL names; the caller closes it.
+
+    Args:
+        url: See the module's docstring.
+        capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
+        only_look: Not to serve from it, so that closing it leaves a store that was there.
+
+    Raises:
+        ConfigError: The URL is wrong, its scheme unknown, or a package is missing.
+        StoreError: The store cannot be reached or used.
+    """
+    parsed = StoreUrl.parse(url)
+    if only_look and parsed.scheme == "shm" and is_record_directory(shm_folder(parsed.host)):
+        parsed = replace(parsed, options={**parsed.options, "keep": "yes"})
+    store = opener_of(parsed.scheme)(parsed)(capacity_bytes=capacity_bytes)
+    if not isinstance(store, Store):
+        raise StoreError(f"store {parsed}: the opener of {parsed.scheme} returned {store!r}, which is no Store")
+    return store
+
+
+def check_store_url(url: str) -> StoreUrl:
+    """Pass if a URL can name a store; touches no disk and no network.
+
+    Returns:
+        The URL, taken apart.
+
+    Raises:
+        ConfigError: See ``open_store``.
+    """
+    parsed = StoreUrl.parse(url)
+    opener_of(parsed.scheme)(parsed)
+    return parsed
+
+
+def shown_url(text: str) -> str:
+    """A URL for messages, without what stands before an ``@``: that may be a password, in a URL that is refused."""
+    before, at, after = text.rpartition("@")
+    return f"{before.partition(':')[0]}:...@{after}" if at else text
+
+
+def file_url(folder: Path) -> str:
+    """The URL of a folder's file store; a relative folder is one of the current directory."""
+    return f"file://{quote(str(folder.absolute()))}"
+
+
+def _memory(url: StoreUrl) -> Callable[..., Store]:
+    if url.text != "memory":
+        raise ConfigError(f"store is '{url}': the memory store has no address, give memory")
+    return MemoryStore
+
+
+def _file(url: StoreUrl) -> Callable[..., Store]:
+    url.require_options("fsync")
+    if url.host or url.path in ("", "/"):
+        raise ConfigError(f"store is '{url}', must be file:///absolute/folder, with three slashes")
+    # No fsync unless asked for: a torn record is a counted miss, and a save must not wait for the disk.
+    return partial(FileStore, Path(url.path), fsync=url.flag("fsync"))
+
+
+def _shm(url: StoreUrl) -> Callable[..., Store]:
+    url.require_options("keep")
+    if not _NAME.fullmatch(url.host) or url.path not in ("", "/") or url.port is not None:
+        raise ConfigError(f"store is '{url}', must be shm://name, of small letters, digits, - and _")
+    return partial(SharedMemoryStore, url.host, keep=url.flag("keep"))
+
+
+def _redis(url: StoreUrl) -> Callable[..., Store]:
+    tls = url.scheme == "rediss"
+    files = ("ca_certs", "certfile", "keyfile")
+    url.require_options("timeout_s", *(files if tls else ()))
+    timeout_s = url.seconds("timeout_s", 2.0)
+    database = url.path.strip("/") or "0"
+    if not url.host or not database.isdecimal():
+        raise ConfigError(f"store is '{url}', must be {url.scheme}://host:6379/0, the last a database's number")
+    for name in files:
+        if name in url.options and not Path(url.options[name]).is_file():
+            raise ConfigError(f"store: {name} is {url.options[name]!r}, which is no file")
+    if "keyfile" in url.options and "certfile" not in url.options:
+        raise ConfigError("store: keyfile is the key of a certificate: give its certfile too")
+    _require_package("redis", extra="redis", url=url)
+    from cacheflow.stores.redis import RedisServer, RedisStore
+
+    server = RedisServer(
+        host=url.host,
+        port=6379 if url.port is None else url.port,
+        database=int(database),
+        username=url.username,
+        password=os.environ.get("CACHEFLOW_REDIS_PASSWORD"),
+        tls=tls,
+        timeout_s=timeout_s,
+        **{name: url.options[name] for name in files if name in url.options},
+    )
+    return partial(RedisStore, server)
+
+
+def _s3(url: StoreUrl) -> Callable[..., Store]:
+    url.require_options("endpoint", "region", "timeout_s")
+    timeout_s = url.seconds("timeout_s", 10.0)
+    if not url.host or url.port is not None or url.username is not None:
+        raise ConfigError(
+            "store: must be s3://bucket/prefix; credentials come from the environment (AWS_ACCESS_KEY_ID)"
+        )
+    prefix = url.path.strip("/")
+    if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
+        raise ConfigError(f"store is '{url}': between two / of a prefix must be a name, and not . or ..")
+    endpoint = url.options.get("endpoint")
+    if endpoint is not None and not _is_endpoint(endpoint):
+        raise ConfigError("store: endpoint must be http://host:port or https://host:port")
+    _require_package("obstore", extra="s3", url=url)
+    from cacheflow.stores.s3 import Bucket, BucketStore
+
+    bucket = Bucket(
+        name=url.host,
+        prefix=prefix,
+        endpoint=endpoint,
+        region=url.options.get("region"),
+        timeout_s=timeout_s,
+    )
+    return partial(BucketStore, bucket)
+
+
+def _is_endpoint(text: str) -> bool:
+    """Whether it is the URL of a server, without user and password."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in text
+
+
+_BUILT_IN: Mapping[str, tuple[StoreOpener, str]] = {
+    "memory": (_memory, "memory"),
+    "file": (_file, "file:///folder"),
+    "shm": (_shm, "shm://name"),
+    "redis": (_redis, "redis://host:port/0"),
+    "rediss": (_redis, "rediss://host:port/0"),
+    "s3": (_s3, "s3://bucket/prefix"),
+}
+"""Opener of each scheme, and what its URLs look like."""
+
+
+def _require_package(package: str, *, extra: str, url: StoreUrl) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"store {url.scheme}:// needs the package {package}, which is not installed: "
+            f"pip install 'cacheflow-kv[{extra}]'"
+        )
+
+
+def _forms() -> str:
+    return ", ".join(form for _, form in _BUILT_IN.values())
+
+
+def opener_of(scheme: str) -> StoreOpener:
+    """What opens the stores of a scheme.
+
+    Raises:
+        ConfigError: There is no such scheme, or the package that adds it cannot be loaded.
+    """
+    if scheme in _BUILT_IN:
+        return _BUILT_IN[scheme][0]
+    found = {each.name: each for each in entry_points(group=ENTRY_POINT_GROUP)}
+    if scheme not in found:
+        others = f", and {', '.join(sorted(found))} of other packages" if found else ""
+        raise ConfigError(f"store: no store is called {scheme!r}; known are {_forms()}{others}")
+    return _load(found[scheme])
+
+
+def _load(entry: EntryPoint) -> StoreOpener:
+    try:
+        opener: StoreOpener = entry.load()
+    except Exception as error:  # somebody else's module
+        raise ConfigError(
+            f"store: {entry.value}, which opens {entry.name} stores, cannot be loaded: {error}"
+        ) from error
+    return opener
+
+
+def _options(parts: SplitResult) -> dict[str, str]:
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    options = dict(pairs)
+    if len(options) != len(pairs):
+        raise ConfigError(f"store: an option repeats after ? in the URL: {', '.join(name for name, _ in pairs)}")
+    if parts.fragment:
+        raise ConfigError("store: the URL has a part after #, which means nothing; write %23 for a # in a name")
+    return options

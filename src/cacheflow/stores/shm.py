@@ -1,0 +1,128 @@
+"""Files in shared memory: one tier in memory for all processes of a host."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from cacheflow.errors import StoreError
+from cacheflow.stores.base import Capabilities
+from cacheflow.stores.file import FileStore
+from cacheflow.types import Clock
+
+SHARED_MEMORY = Path("/dev/shm")
+_LOCK = "users.lock"
+_REMOVED = ".removed-"
+_MAX_TRIES = 100
+
+
+def shm_folder(name: str) -> Path:
+    """Where the records of a shared-memory store lie."""
+    return SHARED_MEMORY / f"cacheflow-{os.geteuid()}-{name}"
+
+
+class SharedMemoryStore(FileStore):
+    """A file store in ``/dev/shm``, of one user: its folder is closed to others.
+
+    Every process that has it open holds a shared lock, which ends with the process however that ends. The last one to
+    close it removes the folder, and so frees the memory. What killed processes leave is taken up by the next one that
+    opens the store; where none will, ``cacheflow store clear`` removes it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        capacity_bytes: int,
+        keep: bool = False,
+        num_threads: int = 3,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """Open or create the store of that name.
+
+        Args:
+            name: Part of a file name.
+            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
+            keep: Leave what it holds to the next process, though this one is the last.
+            num_threads: Reads and writes carried out at the same time.
+            clock: Monotonic clock, for deadlines, pins and statistics.
+
+        Raises:
+            ConfigError: A count is below 1.
+            StoreError: There is no shared memory, or the folder belongs to another user.
+        """
+        self._folder, self._keep = shm_folder(name), keep
+        self._users = _join(self._folder)
+        try:
+            super().__init__(
+                self._folder, capacity_bytes=capacity_bytes, fsync=False, num_threads=num_threads, clock=clock
+            )
+        except BaseException:
+            self._leave()
+            raise
+
+    def __str__(self) -> str:
+        """See ``ThreadedStore.__str__``."""
+        return f"shared-memory store {self._folder}"
+
+    def capabilities(self) -> Capabilities:
+        """See ``Store.capabilities``."""
+        return replace(super().capabilities(), name="shm", persistent=False)
+
+    def close(self) -> None:
+        """See ``Store.close``; the last process to close it removes what it holds."""
+        super().close()
+        self._leave()
+
+    def _leave(self) -> None:
+        users, self._users = self._users, -1
+        if users < 0:
+            return
+        with suppress(OSError):  # others have it open, and the last of them removes it
+            if not self._keep:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Renamed first, so that nobody opens what is being removed.
+                removed = self._folder.rename(f"{self._folder}{_REMOVED}{uuid.uuid4().hex}")
+                shutil.rmtree(removed, ignore_errors=True)
+        os.close(users)
+
+
+def _join(folder: Path) -> int:
+    """Make the folder ours and hold its lock with the others; returns the descriptor that holds it."""
+    try:
+        for _ in range(_MAX_TRIES):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            status = folder.lstat()
+            if status.st_uid != os.geteuid() or status.st_mode & 0o077 or folder.is_symlink():
+                raise StoreError(
+                    f"store {folder} is not a folder that this user alone may open: remove it or take another name"
+                )
+            with suppress(FileNotFoundError):  # the last user has just removed the folder
+                users = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(users, fcntl.LOCK_SH)
+                if _is_at(users, folder / _LOCK):
+                    for removed in folder.parent.glob(f"{folder.name}{_REMOVED}*"):  # by a process killed over it
+                        shutil.rmtree(removed, ignore_errors=True)
+                    return users
+                os.close(users)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"store {folder} cannot be used: {error}") from error
+    raise StoreError(f"store {folder} was removed {_MAX_TRIES} times while it was opened")
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a file that is open is the one at ``path``."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(descriptor)
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)

@@ -1,0 +1,136 @@
+"""Stores by URL: each scheme opens its store, a bad URL is refused with a sentence, other packages add schemes."""
+
+import logging
+import sys
+
+import pytest
+
+from cacheflow.errors import ConfigError, StoreError
+from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.file import FileStore
+from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import StoreUrl, check_store_url, file_url, open_store
+from cacheflow.types import LoadOutcome
+from support.documented_store import documented_source
+from support.store_objects import get, put
+
+CAPACITY = 1 << 20
+
+
+def test_memory():
+    with open_store("memory", capacity_bytes=CAPACITY) as store:
+        assert isinstance(store, MemoryStore)
+        assert store.capabilities().capacity_bytes == CAPACITY
+
+
+def test_a_file_store_is_where_the_url_says_and_quoted_names_are_unquoted(tmp_path):
+    folder = tmp_path / "kv of #1, 100 %"
+    for url in (file_url(folder), file_url(folder) + "?fsync=yes"):
+        with open_store(url, capacity_bytes=CAPACITY) as store:
+            assert isinstance(store, FileStore)
+            assert put(store, 1)[0] in (PutOutcome.STORED, PutOutcome.EXISTS)
+            assert get(store, 1)[0] is LoadOutcome.OK
+    assert list(folder.glob("objects/*/*/*"))
+
+
+def test_a_relative_folder_is_one_of_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_store_url(file_url(tmp_path.relative_to(tmp_path) / "kv")).path == str(tmp_path / "kv")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("", "must be a URL: memory, file:///folder"),
+        ("disk", "store is 'disk', must be a URL"),
+        ("/var/cache/kv", "store is '/var/cache/kv', must be a URL"),
+        ("memory://", "the memory store has no address"),
+        ("memory://x?y=1", "the memory store has no address"),
+        ("file:/kv", "must be a URL"),
+        ("file://kv", "must be file:///absolute/folder"),
+        ("file://", "must be file:///absolute/folder"),
+        ("file:///", "must be file:///absolute/folder"),
+        ("file:///kv?sync=yes", "unknown option sync of a file store; known: fsync"),
+        ("file:///kv?fsync=1", "fsync is '1', must be yes or no"),
+        ("file:///kv?fsync=yes&fsync=no", "an option repeats"),
+        ("file:///kv#1", "a part after #"),
+        ("tape://drive/1", "no store is called 'tape'; known are memory, file:///folder"),
+        ("http://[::1/kv", "not a URL"),
+        ("http://host:port/kv", "not a URL (Port could not be cast"),
+    ],
+)
+def test_a_bad_url_is_refused_with_what_is_allowed(url, said):
+    for check in (check_store_url, lambda each: open_store(each, capacity_bytes=CAPACITY)):
+        with pytest.raises(ConfigError) as raised:
+            check(url)
+        assert said in str(raised.value)
+
+
+def test_checking_touches_nothing(tmp_path):
+    check_store_url(file_url(tmp_path / "kv"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated(caplog):
+    with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError, match="set the environment variable") as raised:
+        check_store_url("file://user:hunter2@host/kv")
+    assert "hunter2" not in str(raised.value) + caplog.text
+
+
+# Of other packages
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Installs a module with an entry point, as pip would."""
+
+    def install(source, scheme):
+        name = f"{scheme}_store"
+        (tmp_path / f"{name}.py").write_text(source)
+        metadata = tmp_path / f"{name}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[cacheflow.stores]\n{scheme} = {name}:opener\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return install
+
+
+def test_the_documented_store_of_another_package(package, tmp_path):
+    package(documented_source(), "sqlite")
+    url = f"sqlite://{tmp_path}/kv.db"
+    with open_store(url, capacity_bytes=CAPACITY) as store:
+        assert put(store, 1) == (PutOutcome.STORED,)
+    with open_store(url, capacity_bytes=3 * 5096) as store:
+        assert get(store, 1)[0] is LoadOutcome.OK
+        assert put(store, 2, 3, 4) == (PutOutcome.STORED,) * 3
+        assert store.stats().num_objects == 3
+    with pytest.raises(ConfigError, match="unknown option wheel of a sqlite store; known: none"):
+        check_store_url(url + "?wheel=7")
+    with pytest.raises(ConfigError, match="and sqlite of other packages"):
+        check_store_url("drum://1")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "said"),
+    [
+        ("raise RuntimeError('no drive')", ConfigError, "tape_store:opener, .* cannot be loaded: no drive"),
+        ("", ConfigError, "cannot be loaded"),
+        ("def opener(url):\n    return lambda capacity_bytes: 7", StoreError, "which is no Store"),
+    ],
+)
+def test_a_broken_package_is_named(package, source, error, said):
+    package(source, "tape")
+    with pytest.raises(error, match=said):
+        open_store("tape://drive/1", capacity_bytes=CAPACITY)
+
+
+def test_the_parts_of_a_url():
+    url = StoreUrl.parse("Tape://some%20one@Host:99/a%2Fb/c?x=1&y=%20")
+    assert (url.scheme, url.username, url.host, url.port) == ("tape", "some one", "host", 99)
+    assert (url.path, dict(url.options)) == ("/a/b/c", {"x": "1", "y": " "})
+    with pytest.raises(ConfigError, match="x is '-1', must be seconds"):
+        StoreUrl.parse("tape://host?x=-1").seconds("x", 1.0)
+    assert url.seconds("x", 9.0) == 1.0
+    assert url.seconds("z", 9.0) == 9.0
