@@ -58,3 +58,15 @@ def test_objects_that_engines_share_have_8_mib_on_cuda(chunk_tokens, wanted):
 def test_of_layers_that_differ_the_mean_counts():
     mixed = replace(LLAMA, kv_token_bytes=(2048, 6144) * 16)
     assert layers_of_object(mixed, device_type="cuda", chunk_tokens=1024) == 2
+
+
+@pytest.mark.parametrize("name", ["Qwen3.6-27B", "Qwen3.6-35B-A3B", "Qwen3-Next-80B-A3B", "Nemotron-3-Nano-30B-A3B"])
+@pytest.mark.parametrize("gbps", [1, 40, 80, 400, float("inf")])
+def test_cells_of_a_hybrid_are_whole_rows_on_cuda(name, gbps):
+    hybrid = find_model(name)
+    found = layers(gbps, shape=hybrid)
+    assert hybrid.layers_of_block(found) == found, "a block that can be restored by itself"
+    most = max(1, hybrid.num_layers // hybrid.row_layers // 8)
+    kept = max(hybrid.kv_bytes_per_token_L)
+    rows = found // hybrid.row_layers
+    assert rows == most or rows * 1024 * kept / (gbps * 1e9 / 8) >= LEAST_CELL_S

@@ -32,20 +32,22 @@ def layers_of_cell(
 ) -> int:
     """Layers of a block, as asked or as suits the device and a link of ``bytes_per_s``, which may be infinite.
 
-    Powers of two, so that a link that is measured anew does not change them, and with them the keys of what is saved.
+    Whole rows of a hybrid, and powers of two of them, so that a link that is measured anew does not change them, and
+    with them the keys of what is saved.
 
     Raises:
         ConfigError: A block of so many layers cannot be restored by itself.
     """
-    least = shape.layers_of_block(asked)
+    row = shape.layers_of_block(asked)
     if asked is not None or device_type == "cpu":
-        return least
-    most = max(least, shape.num_layers // LEAST_BLOCKS)
+        return row
+    most = max(1, shape.num_layers // row // LEAST_BLOCKS)
+    # A row has one layer of attention, whatever else is in it.
     kept = [token_bytes for token_bytes in shape.kv_bytes_per_token_L if token_bytes]
     wanted = LEAST_CELL_S * bytes_per_s / (chunk_tokens * sum(kept) / len(kept))
     if not wanted < most:
-        return most
-    return min(most, 1 << max(0, math.ceil(math.log2(wanted)))) if wanted > 1 else least
+        return row * most
+    return row * min(most, 1 << max(0, math.ceil(math.log2(wanted)))) if wanted > 1 else row
 
 
 def layers_of_object(shape: ModelShape, *, device_type: str, chunk_tokens: int, asked: int | None = None) -> int:
