@@ -166,9 +166,9 @@ def _recompute_plan(policy: str, problem: RestoreProblem, guard: GuardDecision) 
 def _wide_sequence(problem: RestoreProblem, levels_K: Levels) -> tuple[Tile, ...]:
     """Cells in compute's sequence: the staircase, head chunk first, then what is above it.
 
-    Where the last cell of a row brings the state of recurrent blocks too, rows that are recomputed whole come before the
-    highest one: compute and link meet in that, among cells without states, and a link that is ahead takes a state more
-    at most.
+    Where the last cell of a row brings the state of recurrent blocks too, rows that are recomputed whole come before
+    the highest one: compute and link meet in that, among cells without states, and a link that is ahead takes a state
+    more at most.
     """
     whole = 0 if _even_to_load(problem) else max(0, min(int(levels_K.min()), int(levels_K.max()) - 1))
     whole_K = np.full_like(levels_K, whole)
