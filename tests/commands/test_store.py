@@ -11,6 +11,7 @@ from cacheflow.errors import ConfigError
 from cacheflow.stores.identity_record import write_identity
 from cacheflow.stores.keys import ObjectKey, ObjectKind, Shard, key_of
 from cacheflow.stores.opening import open_store
+from cacheflow.stores.retention import Retention
 from cacheflow.stores.shared import FoundRecord
 from cacheflow.stores.shm import shm_folder
 from cacheflow.stores.upkeep import garbage
@@ -74,6 +75,19 @@ def test_stat_shows_objects_by_namespace_and_what_it_stands_for(url, said):
     assert re.search(r"all +11 ", shown)
     assert held(url) == list(range(10))
     assert re.search(r"all +0 ", said("stat", url, "--namespace", "beef"))
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_stat_says_what_is_kept_and_when_the_first_goes_by_itself(kind, request, tmp_path, said):
+    url, retention = url_of(kind, request, tmp_path / "store"), Retention(ttl_s=3 * 3600.0)
+    with open_store(left_behind(url), capacity_bytes=CAPACITY, retention=retention) as store:
+        put(store, 1, 2, 3)
+        store.pin([key(1), key(2)], ttl_s=7 * 86400.0)
+    kept = "2" if kind in ("file", "shm") else ""
+    goes = "3 h" if kind in ("redis", "rediss") else ""
+    (line,) = [each for each in said("stat", url).splitlines() if each.lstrip().startswith(NAMESPACE.digest)]
+    columns = [each.strip() for each in re.split(r"  +", line.strip())]
+    assert [each for each in columns if each in ("2", "3 h", "7 d")] == [each for each in (kept, goes) if each]
 
 
 def test_verify_finds_every_damaged_record_and_removes_it_when_asked(url, said):

@@ -23,6 +23,7 @@ from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import ObjectKind
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
+from cacheflow.stores.retention import Retention
 from cacheflow.stores.throttled import ThrottledStore
 from support.embedded_cases import (
     CHUNK,
@@ -288,6 +289,54 @@ def test_what_is_not_interchangeable_does_not_hit(store, model, what):
     assert reply.report is None
     same = engine.session(salt="a").generate([*PROMPT, *QUESTION], max_new_tokens=NEW_TOKENS)
     assert same.restored_tokens == 118
+
+
+def room_for(num_conversations, model):
+    """Bytes of the records of so many conversations of 118 tokens."""
+    chunk_bytes = model.shape.num_layers * (4096 + CHUNK * model.shape.kv_bytes_per_token_layer)
+    return num_conversations * 4 * chunk_bytes
+
+
+def test_a_prefix_that_is_kept_outlives_other_conversations(model):
+    room_bytes = room_for(3, model)
+    with MemoryStore(capacity_bytes=room_bytes) as store:
+        engine = make_engine(model, store, policy="load")
+        for kept in (True, False):
+            session = engine.session()
+            session.generate(random_tokens(118, seed=50 + kept), max_new_tokens=NEW_TOKENS)
+            if kept:
+                assert session.keep(600.0) == 118
+            session.evict()
+            for seed in range(20):
+                engine.session().generate(random_tokens(118, seed=100 + 20 * kept + seed), max_new_tokens=NEW_TOKENS)
+            restored = session.generate(QUESTION, max_new_tokens=NEW_TOKENS).restored_tokens
+            assert restored == (118 if kept else 0)
+
+
+def test_a_conversation_of_another_process_can_be_kept(model, store):
+    first = make_engine(model, store).session(salt="a")
+    first.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+    assert make_engine(model, store).session(salt="a", history=first.tokens).keep(60.0) == 118
+    assert make_engine(model, store).session(salt="b", history=first.tokens).keep(60.0) == 0
+    assert make_engine(model, store).session(salt="a").keep(60.0) == 0
+
+
+@pytest.mark.parametrize("keep_s", [0, -1.0, float("nan"), float("inf"), "120", True, None])
+def test_nonsense_to_keep_is_refused(model, store, keep_s):
+    with pytest.raises(ConfigError, match="keep_s is"):
+        make_engine(model, store).session(history=PROMPT).keep(keep_s)
+
+
+def test_a_tenants_sessions_cannot_throw_out_anothers(model):
+    room_bytes = room_for(3, model)
+    with MemoryStore(capacity_bytes=room_bytes, retention=Retention(tenant_quota=0.5)) as store:
+        engine = make_engine(model, store, policy="load")
+        quiet = engine.session(salt="quiet")
+        quiet.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+        quiet.evict()
+        for seed in range(20):
+            engine.session(salt="noisy").generate(random_tokens(118, seed=200 + seed), max_new_tokens=NEW_TOKENS)
+        assert quiet.generate(QUESTION, max_new_tokens=NEW_TOKENS).restored_tokens == 118
 
 
 def test_another_number_of_threads_does_not_hit(store, model, torch_threads):

@@ -17,7 +17,7 @@ import cacheflow
 from cacheflow import cli
 from cacheflow.errors import StoreError
 from cacheflow.stores import record
-from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.base import PinOutcome, PutOutcome
 from cacheflow.stores.directory import STALE_STAGING_S, drop_front
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.record import ChecksumAlgorithm
@@ -280,7 +280,7 @@ def test_what_another_store_wrote_and_removed_is_learned(root):
 def test_what_another_store_wrote_can_be_pinned(root):
     with opened(root, capacity_bytes=2 * RECORD) as mine, opened(root) as theirs:
         put(theirs, 1)
-        assert mine.pin([key(1), key(2)], ttl_s=60.0) == (True, False)
+        assert mine.pin([key(1), key(2)], ttl_s=60.0) == (PinOutcome.PINNED, PinOutcome.MISSING)
         for number in (2, 3, 4):
             put(mine, number)
         assert mine.contains([key(1), key(3), key(4)]) == (True, False, True)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import cacheflow
 from cacheflow.errors import StoreError
-from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.base import PinOutcome, PutOutcome
 from cacheflow.stores.file import FileStore
+from cacheflow.stores.retention import Retention
 from cacheflow.types import LoadOutcome
 from support.examples import examples
 from support.manual_clock import ManualClock
@@ -42,7 +43,8 @@ def small_mount(tmp_path):
 
 
 def opened(directory, **options):
-    return FileStore(directory, **({"capacity_bytes": CAPACITY, "fsync": False, "num_threads": 1} | options))
+    usual = {"capacity_bytes": CAPACITY, "fsync": False, "num_threads": 1, "retention": Retention(pinned_share=1.0)}
+    return FileStore(directory, **(usual | options))
 
 
 def held(store, numbers):
@@ -257,8 +259,9 @@ class Trial:
             assert np.array_equal(buffer, payload(number, self.sizes[number]))
 
     def pin(self, number, ttl_s):
-        if self.store.pin([key(number)], ttl_s=ttl_s) == (True,):
-            self.pinned_until_s[number] = self.clock.now_s + ttl_s
+        if self.store.pin([key(number)], ttl_s=ttl_s) == (PinOutcome.PINNED,):
+            until_s = self.clock.now_s + ttl_s
+            self.pinned_until_s[number] = max(until_s, self.pinned_until_s.get(number, 0.0))
 
     def unpin(self, number, _value):
         self.store.unpin([key(number)])

@@ -117,7 +117,7 @@ def test_the_documented_store_of_another_package(package, tmp_path):
     [
         ("raise RuntimeError('no drive')", ConfigError, "tape_store:opener, .* cannot be loaded: no drive"),
         ("", ConfigError, "cannot be loaded"),
-        ("def opener(url):\n    return lambda capacity_bytes: 7", StoreError, "which is no Store"),
+        ("def opener(url):\n    return lambda capacity_bytes, retention: 7", StoreError, "which is no Store"),
     ],
 )
 def test_a_broken_package_is_named(package, source, error, said):

@@ -14,7 +14,7 @@ import pytest
 import cacheflow
 from cacheflow import cli
 from cacheflow.errors import ConfigError, StoreError
-from cacheflow.stores.base import GetRequest, PutOutcome
+from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.types import LoadOutcome
 from support.proxy import Proxy
@@ -128,7 +128,7 @@ def test_a_server_that_is_killed_costs_reads_and_is_found_again(tmp_path):
         assert put(store, 2) == (PutOutcome.ERROR,)
         assert store.contains([key(1)]) == (False,)
         assert store.delete([key(1)]) == 0
-        assert store.pin([key(9)], ttl_s=1.0) == (False,)
+        assert store.pin([key(9)], ttl_s=1.0) == (PinOutcome.MISSING,)
         store.census()
     with own_server(tmp_path / "second", port=port):
         assert until_ok(store, 1)[0] is MISS

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest
+from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome, PutRequest
 from cacheflow.stores.faults import FaultPlan, FaultyStore, ThrottledStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import StoreUrl, open_store
+from cacheflow.stores.retention import Retention
 from cacheflow.types import LoadOutcome
 from support.documented_store import documented_opener
 from support.examples import examples
@@ -28,7 +29,9 @@ def throttled(store, **options):
 
 
 OTHERS = {
-    "documented_example": lambda root: documented_opener()(StoreUrl.parse(f"sqlite://{root}"))(capacity_bytes=CAPACITY),
+    "documented_example": lambda root: documented_opener()(StoreUrl.parse(f"sqlite://{root}"))(
+        capacity_bytes=CAPACITY, retention=Retention()
+    ),
     "file_without_fsync": lambda root: FileStore(root, capacity_bytes=CAPACITY, fsync=False),
     "throttled_memory": lambda root: throttled(MemoryStore(capacity_bytes=CAPACITY), latency_s=1e-4, jitter_s=1e-4),
     "throttled_file": lambda root: throttled(FileStore(root, capacity_bytes=CAPACITY, fsync=False), throttle_puts=True),
@@ -175,7 +178,7 @@ def test_cancel_leaves_the_buffers_alone(store):
 
 def test_pins_are_for_objects_that_are_there(store):
     put(store, 1)
-    assert store.pin([key(1), key(2)], ttl_s=60.0) == (True, False)
+    assert store.pin([key(1), key(2)], ttl_s=60.0) == (PinOutcome.PINNED, PinOutcome.MISSING)
     store.unpin([key(1), key(2)])
     with pytest.raises(ValueError, match="ttl_s"):
         store.pin([key(1)], ttl_s=0.0)

@@ -267,6 +267,14 @@ class Session:
         """Wait until every rank has written what it saves; each rank's counts."""
         return self.on_ranks(settled)
 
+    def kept(self, num_chunks: int, store: str) -> dict[str, int]:
+        """Wait until it is known of so many chunks whether they are kept; by outcome, and files dated ahead."""
+        self.llm.llm_engine.step()  # in which workers hear what has ended
+        first, *others = self.on_ranks(kept, num_chunks)
+        assert not any(others), "what all ranks do is counted once"
+        later_s = time.time() + 60.0
+        return first | {"files": sum(path.stat().st_mtime > later_s for path in objects(Path(store), "kv"))}
+
     def hold_to_chunks(self) -> None:
         """See ``connector_engine.hold_to_chunks``."""
         from support.connector_engine import hold_to_chunks
@@ -346,6 +354,16 @@ def settled(worker: Any) -> dict:
     side = our_side(worker)
     assert side.saver.wait(20.0)
     return {**side.counts.chunks_saved}
+
+
+def kept(worker: Any, num_chunks: int) -> dict[str, int]:
+    """What rank 0 has counted once it knows of so many chunks; nothing on others."""
+    side, ends_s = our_side(worker), time.monotonic() + 60.0
+    while side.facts.rank == 0 and side.counts.kept.total() < num_chunks:
+        assert time.monotonic() < ends_s, side.counts.kept
+        time.sleep(0.01)
+        side.forget(set())
+    return dict(side.counts.kept)
 
 
 def written_bytes(worker: Any) -> int:

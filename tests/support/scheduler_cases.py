@@ -71,9 +71,9 @@ class Case:
     )
     facts_by_rank: tuple[EngineFacts, ...] = field(default_factory=lambda: (facts(),))
     now_s: float = 0.0
+    store: MemoryStore = field(default_factory=lambda: MemoryStore(capacity_bytes=1 << 28))
 
     def __post_init__(self) -> None:
-        self.store = MemoryStore(capacity_bytes=1 << 28)
         self.side = SchedulerSide(self.options, self.store, self.facts_by_rank, clock=lambda: self.now_s)
         OPEN_CASES.append(self)
 

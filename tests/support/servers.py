@@ -79,7 +79,7 @@ def running_redis(folder, *options, port=None, tls=False):
     if tls:
         certificates(folder)
         users = folder / "users.acl"
-        allowed = "+@connection +get +set +exists +unlink +scan +object|idletime +memory|usage"
+        allowed = "+@connection +get +getex +set +exists +unlink +scan +expire +pttl +object|idletime +memory|usage"
         users.write_text(f"user default on >{PASSWORD} ~* +@all\nuser keeper on >{PASSWORD} ~cacheflow1:* {allowed}\n")
         words += ["--port", "0", "--tls-port", str(port), "--tls-cert-file", str(folder / "server.crt"),
                   "--tls-key-file", str(folder / "server.key"), "--tls-ca-cert-file", str(folder / "ca.crt"),

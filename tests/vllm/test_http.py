@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,32 @@ def test_a_wish_that_is_not_understood_is_answered(smollm):
     with smollm.server.client() as client:
         reply = client.completions.create(model=MODEL, prompt="Hello", max_tokens=1, extra_body=wish)
     assert "must be one of auto, load, recompute, off" in reply.kv_transfer_params["cacheflow_error"]
+
+
+@pytest.mark.model
+def test_a_request_keeps_its_prefix_in_the_store(smollm):
+    """In the store's files that shows as a last use which lies ahead."""
+    from support.vllm_http import MODEL, objects, wait_for
+
+    prompt = [2000 + number for number in range(2 * CHUNK + 5)]
+    with smollm.server.client() as client:
+
+        def ask(prompt, **params):
+            extra = {"kv_transfer_params": params}
+            return client.completions.create(model=MODEL, prompt=prompt, max_tokens=1, extra_body=extra)
+
+        assert ask(prompt, keep="tool").kv_transfer_params is None
+        assert ask(prompt, keep=600).kv_transfer_params is None
+        said = ask(prompt, keep="later").kv_transfer_params["cacheflow_error"]
+        assert "keep is 'later', must be 'tool' or seconds, from 0 to 3600" in said
+
+        def counted():
+            ask("Hello")  # what a worker has done is counted with its next step
+            return smollm.server.metrics().get(("vllm:cacheflow_kept_chunks_total", "pinned"), 0) == 4
+
+        wait_for(counted, "both keeps to be counted")
+    ahead = [path for path in objects(smollm.folder / "store") if path.stat().st_mtime > time.time() + 60]
+    assert len(ahead) == 2 * 30, "an object a layer"
 
 
 @pytest.mark.model

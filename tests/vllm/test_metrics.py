@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from cacheflow.plan.plan import Choice
-from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.base import PinOutcome, PutOutcome
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.metrics import LABELS, described
 from cacheflow.vllm.options import ConnectorOptions
@@ -23,6 +23,7 @@ SOURCE = "".join(path.read_text() for path in sorted((ROOT / "src/cacheflow/vllm
 SERIES = {
     "tokens": "tokens_total", "restorations": "restorations_total", "guard": "guard_decisions_total",
     "chunks_saved": "chunks_saved_total", "boundaries": "boundaries_total",
+    "kept": "kept_chunks_total",
 }  # fmt: skip
 
 
@@ -30,6 +31,7 @@ def counted() -> dict[str, set[str]]:
     """Label values that the code can count: those it spells, and those that it takes from what happened."""
     values = {name: set(re.findall(rf"\b{name}\[\"(\w+)\"\]", SOURCE)) for name in LABELS}
     values["chunks_saved"] |= {_chunk_outcome(pair) for pair in itertools.product([*PutOutcome, None], repeat=2)}
+    values["kept"] |= {outcome.value for outcome in PinOutcome}
     # A guard that settles on the engine's own prefill restores nothing, which is counted as recompute.
     values["guard"] |= {choice.value for choice in Choice} - {Choice.PREFILL.value}
     for outcome, compute_error in ((LoadOutcome.OK, ""), (LoadOutcome.MISS, ""), (LoadOutcome.MISS, "boom")):

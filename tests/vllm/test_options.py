@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from cacheflow.errors import ConfigError
+from cacheflow.stores.retention import Retention
 from cacheflow.vllm.options import ConnectorOptions
 
 FLOATS = [field.name for field in fields(ConnectorOptions) if field.type in ("float", "float | None")]
@@ -20,7 +21,7 @@ def test_a_number_that_is_none_is_refused_by_name(name: str, value: object):
 
 @pytest.mark.parametrize("key", ["chunk_token", "cpu_bytes", "Store", ""])
 def test_an_unknown_key_is_answered_with_those_there_are(key: str):
-    with pytest.raises(ConfigError, match=r"unknown '.*; known are store, store_path, cpu_bytes_to_use, chunk_tokens"):
+    with pytest.raises(ConfigError, match=r"unknown '.*; known are store, store_path, cpu_bytes_to_use, "):
         ConnectorOptions.parse({key: 1})
 
 
@@ -63,6 +64,28 @@ def test_a_store_that_holds_no_chunk_is_refused():
     ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1000)
     with pytest.raises(ConfigError, match="cpu_bytes_to_use is 1000, but one chunk of 512 tokens takes 1001 bytes"):
         ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1001)
+
+
+def test_a_quota_that_holds_no_chunk_is_refused():
+    ConnectorOptions(cpu_bytes_to_use=1000, tenant_quota=0.5).require_room_for_chunk(500)
+    with pytest.raises(
+        ConfigError, match="is 1000, of which a tenant may have 500, but one chunk of 512 tokens takes 501"
+    ):
+        ConnectorOptions(cpu_bytes_to_use=1000, tenant_quota=0.5).require_room_for_chunk(501)
+
+
+def test_what_stays_and_goes_is_for_the_store():
+    options = ConnectorOptions.parse({"ttl_s": 60, "tenant_quota": 0.25, "pinned_share": 0})
+    assert options.retention == Retention(ttl_s=60.0, tenant_quota=0.25, pinned_share=0.0)
+    assert ConnectorOptions().retention == Retention()
+    for given, said in (
+        ({"ttl_s": 0.1}, "ttl_s is 0.1, must be at least 1"),
+        ({"tenant_quota": 1.5}, "tenant_quota is 1.5, must be a share of the capacity"),
+        ({"pinned_share": 1.5}, "pinned_share is 1.5, must be a share of the capacity"),
+        ({"keep_tool_s": 4000}, "keep_tool_s is 4000 and max_keep_s 3600"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            ConnectorOptions.parse(given)
 
 
 def test_a_store_is_given_by_its_url_or_as_ever():

@@ -104,6 +104,8 @@ def two_tensor_ranks(setting, two_stages, soaks):
     script.do("call", function=break_reads, args=((0, 1), "", "kv"))
     if soaks:
         script.do("soak", "soak", requests=list(SOAKED[:1]), num_restorations=NUM_RESTORATIONS // 2)
+    script.do("evict").do("ask", requests=[request(1, LOAD | {"keep": 600}, num_tokens=2)])
+    script.do("kept", "kept", num_chunks=NUM_CHUNKS, store=str(setting.store))
     return setting.run(script, "two-tensor-ranks")
 
 
@@ -240,6 +242,10 @@ def test_two_tensor_ranks_restore_with_both_pointers_at_work(two_tensor_ranks):
     record = record_of(two_tensor_ranks["load"])
     assert (record["outcome"], record["loaded_cells"]) == ("done", NUM_CHUNKS * LAYERS)
     equal(two_tensor_ranks["load"], two_tensor_ranks["own"])
+
+
+def test_every_rank_keeps_the_objects_of_all(two_tensor_ranks):
+    assert two_tensor_ranks["kept"] == {"pinned": NUM_CHUNKS, "files": 2 * NUM_CHUNKS * LAYERS}
 
 
 def test_a_link_that_stalls_on_one_tensor_rank_costs_time_only(two_tensor_ranks):

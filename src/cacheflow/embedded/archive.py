@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cacheflow.embedded.host import SessionHost
@@ -10,7 +11,8 @@ from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, cell_key, state_key
 from cacheflow.plan.grid import Cell, Grid
-from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root
+from cacheflow.stores.base import PinOutcome
+from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root, next_key
 from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_partial_chunk
 
 NOTE_TIMEOUT_S = 1.0
@@ -60,7 +62,31 @@ class PrefixArchive:
             required_keys=self._chunk_keys,
             deadline_s=engine.chunking.lookup_deadline_s,
         )
-        return match if engine.model.shape.row_layers == 1 else self._to_checkpoint(match)
+        found = match if engine.model.shape.row_layers == 1 else self._to_checkpoint(match)
+        self._claim(found.chain_hashes)
+        return found
+
+    def keep(self, tokens: Sequence[int], ends: tuple[int, ...], *, keep_s: float) -> int:
+        """Pin what the store has of these chunks, from the first on; asks the medium.
+
+        Returns:
+            Tokens of the leading chunks that are pinned whole.
+        """
+        kept, geometry, engine = 0, self._one_chunk(), self._engine
+        namespace, parent = engine.namespace.digest, chain_root(self._salt)
+        for end, chain in zip(ends, chain_hashes(tokens, ends, salt=self._salt), strict=True):
+            cells, note, parent = self._chunk_keys(chain), next_key(namespace, parent), chain
+            states = [state_key(namespace, chain.hex(), geometry, block) for block in range(engine.num_blocks)]
+            outcomes = engine.store.pin([*cells, *states, note], ttl_s=keep_s)
+            if set(outcomes[: len(cells)]) != {PinOutcome.PINNED}:
+                break
+            kept = end
+        return kept
+
+    def _claim(self, chunks: Sequence[bytes]) -> None:
+        """Count chunks for the tenant."""
+        if chunks:
+            self._engine.store.claim([each.hex() for each in chunks], tenant=chain_root(self._salt).hex())
 
     def _to_checkpoint(self, match: PrefixMatch) -> PrefixMatch:
         """As much of a match as ends in a checkpoint whose every object is there."""
@@ -103,6 +129,7 @@ class PrefixArchive:
         """
         engine = self._engine
         hashes = chain_hashes(prompt, ends, salt=self._salt)
+        self._claim(hashes)
         geometry = self._geometry(Grid(chunk_ends=ends, num_blocks=engine.num_blocks))
         saver = PrefixSaver(engine.store, geometry=geometry, namespace=engine.namespace.digest, chain_hashes=hashes)
         saver.save_prefix(kv, first_chunk=first_chunk)

@@ -34,6 +34,7 @@ from cacheflow.restore.options import ExecutorOptions
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
 from cacheflow.stores.opening import open_store
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +165,7 @@ class Engine:
         )
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 -- keyword-only but for the model
         cls,
         model: str | Path,
         *,
@@ -173,6 +174,7 @@ class Engine:
         link: LinkCost,
         options: EngineOptions | None = None,
         capacity_bytes: int | None = None,
+        retention: Retention | None = None,
     ) -> Engine:
         """Load a model by folder or name, with the device and dtype its costs were measured on.
 
@@ -185,10 +187,11 @@ class Engine:
             options: See the constructor.
             capacity_bytes: Bound on the records of the store that a URL names, headers (4,096 bytes each) included;
                 there is no default, since a low one would throw out what others keep there.
+            retention: What goes first from such a store, and what goes by itself; None for ``DEFAULT_RETENTION``.
 
         Raises:
-            ConfigError: The model cannot be loaded, the URL names no store, or ``capacity_bytes`` is missing beside a
-                URL, or given beside a store.
+            ConfigError: The model cannot be loaded, the URL names no store, ``capacity_bytes`` is missing beside a URL,
+                or that or ``retention`` is given beside a store.
             StoreError: The store cannot be reached or used.
             ProfileError: The costs' device is not there, or see the constructor.
         """
@@ -199,10 +202,14 @@ class Engine:
                 f"capacity_bytes is {capacity_bytes}: it is the bound on the store that a URL names, and must be given "
                 "with a URL; a store that is open has its own"
             )
+        if retention is not None:
+            require_instance("retention", retention, Retention)
+            if not isinstance(store, str):
+                raise ConfigError("retention is for the store that a URL names; a store that is open has its own")
         if isinstance(store, str):
             capacity = whole("capacity_bytes", capacity_bytes, least=1)
             _check_profile(costs, link)
-            opened = open_store(store, capacity_bytes=capacity)
+            opened = open_store(store, capacity_bytes=capacity, retention=retention or DEFAULT_RETENTION)
             try:
                 return cls(cls._load(model, costs), store=opened, costs=costs, link=link, options=options,
                            closes_store=True)  # fmt: skip

@@ -20,11 +20,11 @@ from cacheflow.embedded.host import SessionHost
 from cacheflow.embedded.reply import Reply
 from cacheflow.embedded.restorer import RestoreRequest
 from cacheflow.embedded.turn import Turn, TurnPrompt
-from cacheflow.engine.arguments import timeout, whole
+from cacheflow.engine.arguments import number, timeout, whole
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.sampling import Sampling
 from cacheflow.engine.saver import SaveReport
-from cacheflow.errors import CostRangeError, PromptError
+from cacheflow.errors import ConfigError, CostRangeError, PromptError
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.report import RestoreReport
 from cacheflow.stores.prefix_index import PrefixMatch
@@ -257,6 +257,26 @@ class Session:
         limit_s = timeout("timeout_s", timeout_s)
         pending = self.start_save(first_chunk=whole("first_chunk", first_chunk, least=0))
         return SaveReport() if pending is None else pending.wait(limit_s)
+
+    def keep(self, keep_s: float) -> int:
+        """Keep what the store has of the conversation from making room for others, for so many seconds from now.
+
+        For a conversation that will go on, such as an agent's that waits for a tool. What is not saved yet is not kept;
+        neither is what exceeds the share of the store that may be kept (``Retention.pinned_share``). Asks the store.
+
+        Returns:
+            Leading tokens that are kept.
+
+        Raises:
+            ConfigError: ``keep_s`` is no finite number above 0.
+        """
+        for_s = number("keep_s", keep_s, above=0)
+        if for_s == float("inf"):
+            raise ConfigError("keep_s is inf, must be finite: what is kept for ever would fill the store")
+        ends = self._chunk_ends or self._evicted_ends
+        if not ends and self.tokens:
+            ends = self._archive.find([*self.tokens, 0]).chunk_ends  # which leaves the last token out
+        return self._archive.keep(self.tokens, ends, keep_s=for_s) if ends else 0
 
     def start_save(self, *, first_chunk: int = 0) -> PendingSave | None:
         """Start writing resident chunks; they are copied out, so the buffer may be used at once. None for nothing."""

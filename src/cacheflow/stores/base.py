@@ -45,6 +45,16 @@ class PutOutcome(Enum):
     CANCELLED = "cancelled"
 
 
+class PinOutcome(Enum):
+    """What came of asking for one pin."""
+
+    PINNED = "pinned"
+    MISSING = "missing"
+    """The object is not held, as far as this process knows."""
+    REFUSED = "refused"
+    """Pins hold as much as they may (``Retention.pinned_share``), of the whole store or of the object's tenant."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadTap:
     """For fault injection only: what a read does to a record before it is verified."""
@@ -225,15 +235,26 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[bool, ...]:
-        """Keep objects from being evicted for ``ttl_s`` seconds; whether each is held and now pinned.
+    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[PinOutcome, ...]:
+        """Keep objects from being evicted, and from expiring, for ``ttl_s`` seconds from now.
 
-        Pinning again moves the end. A pin binds this process's evictions only, and not ``delete``.
+        Pinning again moves the end further away, never nearer. A pin binds this process, and not ``delete``; whether
+        other processes heed it is for each store to say. May ask the medium.
+
+        Raises:
+            ConfigError: ``ttl_s`` is not above 0.
         """
 
     @abstractmethod
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """End pins early; keys without a pin are ignored."""
+
+    @abstractmethod
+    def claim(self, chain_hashes: Sequence[str], *, tenant: str) -> None:
+        """Count the objects of these chunks (hex, as in their keys) for a tenant from their next use on.
+
+        Asks no medium, and tells it nothing: ``tenant`` stays in this process. Without a tenant quota it does nothing.
+        """
 
     @abstractmethod
     def delete(self, keys: Sequence[ObjectKey]) -> int:

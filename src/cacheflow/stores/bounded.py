@@ -1,22 +1,39 @@
-"""Base of the stores that bound their own capacity: an LRU index under one lock, with pins."""
+"""Base of the stores that bound their own capacity: an LRU index under one lock, with pins, expiry and tenants."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import Counter
+from abc import abstractmethod
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from threading import Lock
+from threading import Event, Lock, Thread
 
 from cacheflow.errors import ConfigError
-from cacheflow.stores.keys import ObjectKey, namespace_of
+from cacheflow.stores.base import PinOutcome
+from cacheflow.stores.keys import ObjectKey, chain_hash_of, namespace_of
 from cacheflow.stores.lru import LruIndex
 from cacheflow.stores.record import ChecksumAlgorithm
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.threaded import ThreadedStore, Usage
 from cacheflow.types import Clock
 
+logger = logging.getLogger(__name__)
+
+MAX_CLAIMS = 1 << 17
+"""Chunks whose tenant is remembered until their objects are used; the objects held keep theirs beyond it."""
+
+_SWEEPS_PER_TTL = 10
+"""What expires goes at most this part of the ``ttl_s`` late."""
+
+_JOIN_TIMEOUT_S = 5.0
+
 
 class BoundedStore(ThreadedStore):
-    """A threaded store that evicts its least recently used objects; subclasses hold ``_lock`` to use ``_index``."""
+    """A threaded store that evicts its least recently used objects; subclasses hold ``_lock`` to use ``_index``.
+
+    Where the retention has a ``ttl_s``, a daemon thread, started with the first read or write, calls ``sweep``.
+    """
 
     def __init__(
         self,
@@ -24,6 +41,7 @@ class BoundedStore(ThreadedStore):
         capacity_bytes: int,
         num_threads: int,
         algorithm: ChecksumAlgorithm,
+        retention: Retention = DEFAULT_RETENTION,
         clock: Clock = time.perf_counter,
     ) -> None:
         """Prepare an empty index and the pool.
@@ -32,32 +50,56 @@ class BoundedStore(ThreadedStore):
             capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
             num_threads: Reads and writes carried out at the same time.
             algorithm: Checksum of the records written.
-            clock: Monotonic clock, for deadlines, pins and statistics.
+            retention: What goes first, and what goes by itself.
+            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
 
         Raises:
             ConfigError: A count is below 1.
         """
         super().__init__(num_threads=num_threads, algorithm=algorithm, clock=clock)
-        self._index = LruIndex(capacity_bytes)
+        self._retention = retention
+        self._index = LruIndex(capacity_bytes, retention=retention)
         self._lock = Lock()
+        self._tenants: OrderedDict[str, str] = OrderedDict()  # by chain hash
+        self._sweeper: Thread | None = None
+        self._stopped = Event()
 
-    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[bool, ...]:
+    @abstractmethod
+    def sweep(self) -> int:
+        """Remove what has expired; returns how many objects that were."""
+
+    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[PinOutcome, ...]:
         """See ``Store.pin``.
 
         Raises:
-            ConfigError: ``ttl_s`` is not above 0.
+            ConfigError: ``ttl_s`` is not above 0, or not finite.
         """
-        if not ttl_s > 0:
-            raise ConfigError(f"pin ttl_s is {ttl_s}, must be above 0")
-        until_s = self._clock() + ttl_s
+        if not 0 < ttl_s < float("inf"):
+            raise ConfigError(f"pin ttl_s is {ttl_s}, must be above 0 and finite")
+        now_s = self._clock()
         with self._lock:
-            return tuple(self._index.pin(key.name, until_s=until_s) for key in keys)
+            return tuple(self._index.pin(key.name, until_s=now_s + ttl_s, now_s=now_s) for key in keys)
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """See ``Store.unpin``."""
         with self._lock:
             for key in keys:
                 self._index.unpin(key.name)
+
+    def claim(self, chain_hashes: Sequence[str], *, tenant: str) -> None:
+        """See ``Store.claim``."""
+        if self._retention.tenant_quota is None:
+            return
+        with self._lock:
+            for chain_hash in chain_hashes:
+                self._tenants[chain_hash] = tenant
+                self._tenants.move_to_end(chain_hash)
+            while len(self._tenants) > MAX_CLAIMS:
+                self._tenants.popitem(last=False)
+
+    def tenant_of(self, name: str) -> str | None:
+        """Whom an object is counted for by ``claim``; call with the lock held."""
+        return self._tenants.get(chain_hash_of(name)) if self._tenants else None
 
     def census(self) -> Mapping[str, int]:
         """See ``Store.census``."""
@@ -73,3 +115,24 @@ class BoundedStore(ThreadedStore):
                 used_bytes=self._index.used_bytes,
                 num_evicted=self._index.num_evicted,
             )
+
+    def close(self) -> None:
+        """See ``Store.close``."""
+        self._stopped.set()
+        super().close()
+        if self._sweeper is not None:
+            self._sweeper.join(_JOIN_TIMEOUT_S)
+
+    def _start_threads(self) -> None:
+        super()._start_threads()
+        if self._retention.ttl_s is not None and self._sweeper is None:
+            self._sweeper = Thread(target=self._keep_sweeping, name="cacheflow-expiry", daemon=True)
+            self._sweeper.start()
+
+    def _keep_sweeping(self) -> None:
+        assert self._retention.ttl_s is not None, "without a time to live nothing expires"
+        while not self._stopped.wait(self._retention.ttl_s / _SWEEPS_PER_TTL):
+            try:
+                self.sweep()
+            except Exception:  # a bug in a backend must not end it
+                logger.exception("%s: what has expired could not be removed", self)

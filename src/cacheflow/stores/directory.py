@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cacheflow.errors import StoreError
-from cacheflow.stores.keys import ObjectKey, namespace_of
+from cacheflow.stores.keys import ObjectKey, chain_hash_of, namespace_of
 from cacheflow.stores.record import RECORD_VERSION, ChecksumAlgorithm, best_algorithm, require
 from cacheflow.stores.shared import FULL_ERRORS, FoundRecord
 
@@ -73,7 +73,7 @@ class RecordDirectory:
 
     def path_of_name(self, name: str) -> str:
         """Where the record of a ``ObjectKey.name`` lies."""
-        digits = name.split("_", 2)[1]
+        digits = chain_hash_of(name)
         return f"{self._objects}/{digits[:2]}/{digits[2:4]}/{name}"
 
     def write(self, name: str, parts: Sequence[memoryview], *, sync: bool) -> None:

@@ -16,6 +16,7 @@ from cacheflow.stores.base import Capabilities, PutOutcome
 from cacheflow.stores.directory import RecordDirectory, drop_front
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shared import FoundRecord, SharedStore
 from cacheflow.types import Clock
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _TOUCH_S = 60.0
 """A file's modification time follows its last read at this resolution; a system call on each read would cost more."""
+
+_TOUCHES_PER_TTL = 10
 
 
 class FileStore(SharedStore):
@@ -35,7 +38,7 @@ class FileStore(SharedStore):
     ``CORRUPT``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- keyword-only but for the folder
         self,
         root: Path | str | RecordDirectory,
         *,
@@ -43,6 +46,7 @@ class FileStore(SharedStore):
         fsync: bool = True,
         num_threads: int = 3,
         algorithm: ChecksumAlgorithm | None = None,
+        retention: Retention = DEFAULT_RETENTION,
         clock: Clock = time.perf_counter,
     ) -> None:
         """Open or create a directory of records and scan what it holds.
@@ -53,7 +57,8 @@ class FileStore(SharedStore):
             fsync: Flush each record to the disk before it becomes visible.
             num_threads: Reads and writes carried out at the same time.
             algorithm: Checksum for a new directory; None for the fastest this process has.
-            clock: Monotonic clock, for deadlines, pins and statistics.
+            retention: What goes first, and what goes by itself.
+            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
 
         Raises:
             ConfigError: A count is below 1.
@@ -64,9 +69,15 @@ class FileStore(SharedStore):
             root if isinstance(root, RecordDirectory) else RecordDirectory(Path(root), algorithm=algorithm)
         )
         super().__init__(
-            capacity_bytes=capacity_bytes, num_threads=num_threads, algorithm=self._directory.algorithm, clock=clock
+            capacity_bytes=capacity_bytes,
+            num_threads=num_threads,
+            algorithm=self._directory.algorithm,
+            retention=retention,
+            clock=clock,
         )
         self._fsync = fsync
+        # Others must not take for expired what was read a moment ago.
+        self._touch_s = _TOUCH_S if retention.ttl_s is None else min(_TOUCH_S, retention.ttl_s / _TOUCHES_PER_TTL)
         self.learn()
         logger.info(
             "%s: capacity %d bytes, %d objects in %d bytes, %d bytes free on the disk, %s checksums",
@@ -104,7 +115,7 @@ class FileStore(SharedStore):
             record_bytes = status.st_size
             fits = record_bytes == HEADER_BYTES + payload.nbytes
             num_read = _read_all(descriptor, [header, payload] if fits else [header])
-            if time.time() - status.st_mtime > _TOUCH_S:
+            if time.time() - status.st_mtime > self._touch_s:
                 with suppress(OSError):  # a file of another owner keeps its time
                     os.utime(descriptor)
             if os.fstat(descriptor).st_nlink:  # not deleted or replaced since it was opened
@@ -114,19 +125,27 @@ class FileStore(SharedStore):
         # truncated between fstat and the end of the read: what was read, not what was announced
         return (num_read if fits else record_bytes) - HEADER_BYTES
 
-    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[bool, ...]:
-        """See ``Store.pin``; also for objects that other processes wrote.
-
-        Raises:
-            ConfigError: ``ttl_s`` is not above 0.
-        """
-        for key in keys:
+    def look_up(self, names: Sequence[str]) -> list[FoundRecord]:
+        """See ``SharedStore.look_up``."""
+        found = []
+        for name in names:
             with suppress(OSError):
-                num_bytes = Path(self._directory.path(key)).stat().st_size
-                with self._lock:
-                    if key.name not in self._index:
-                        self._index.add(key.name, num_bytes)
-        return super().pin(keys, ttl_s=ttl_s)
+                status = Path(self._directory.path_of_name(name)).stat()
+                found.append(FoundRecord(name, status.st_size, status.st_mtime))
+        return found
+
+    def mark_kept(self, names: Sequence[str], *, for_s: float) -> None:
+        """See ``SharedStore.mark_kept``: the file's last use is dated ahead, so that whoever scans evicts it last.
+
+        When that time has come it counts as used then; where the pin is ended early, as used when it last was.
+        """
+        now_s = time.time()
+        for name in names:
+            path = Path(self._directory.path_of_name(name))
+            with suppress(OSError, OverflowError):  # it is gone, or another owner's; later than any date
+                dated_s = path.stat().st_mtime
+                if dated_s < now_s + for_s or not for_s:
+                    os.utime(path, (now_s, now_s + for_s if for_s else self.last_used_s(name, now_s)))
 
     def scan(self, known: Mapping[str, int]) -> list[FoundRecord]:
         """See ``SharedStore.scan``; removes what dead writers left."""

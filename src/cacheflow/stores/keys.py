@@ -254,6 +254,32 @@ class RankKeys:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankObjects:
+    """Names the objects of a chunk that one rank stores.
+
+    Attributes:
+        keys: The rank's.
+        rows: Layers ``[lo, hi)`` in each object of keys and values, bottom first.
+        state_rows: Those of them that have running states too, stored at the end of some chunks.
+        boundary: Whether it may store a chunk's boundary states too.
+    """
+
+    keys: RankKeys
+    rows: tuple[tuple[int, int], ...]
+    state_rows: tuple[tuple[int, int], ...] = ()
+    boundary: bool = False
+
+    def kv(self, namespace: str, chain_hash: str) -> list[ObjectKey]:
+        """The objects of keys and values of a chunk, by the chain hash (hex) at its end."""
+        return [self.keys.kv(namespace, chain_hash, rows) for rows in self.rows]
+
+    def beside(self, namespace: str, chain_hash: str) -> list[ObjectKey]:
+        """What may be stored beside them."""
+        found = [self.keys.states(namespace, chain_hash, rows) for rows in self.state_rows]
+        return [*found, self.keys.boundary(namespace, chain_hash)] if self.boundary else found
+
+
 def next_key(namespace: str, parent_hash: bytes) -> ObjectKey:
     """Key of the ``NEXT`` object at a chain hash."""
     return ObjectKey(namespace=namespace, chain_hash=parent_hash.hex(), kind=ObjectKind.NEXT)
@@ -272,6 +298,11 @@ def namespace_of(name: str) -> str | None:
     """The namespace in an ``ObjectKey.name``; None for a name that is not of that form."""
     found = _NAME.fullmatch(name)
     return found[1] if found else None
+
+
+def chain_hash_of(name: str) -> str:
+    """The chain hash in an ``ObjectKey.name``."""
+    return name.split("_", 2)[1]
 
 
 def key_of(name: str) -> ObjectKey:

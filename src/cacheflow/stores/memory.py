@@ -13,6 +13,7 @@ from cacheflow.stores.base import Capabilities, PutOutcome
 from cacheflow.stores.bounded import BoundedStore
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm, best_algorithm
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class MemoryStore(BoundedStore):
         capacity_bytes: int,
         num_threads: int = 2,
         algorithm: ChecksumAlgorithm | None = None,
+        retention: Retention = DEFAULT_RETENTION,
         clock: Clock = time.perf_counter,
     ) -> None:
         """Open an empty store.
@@ -42,7 +44,8 @@ class MemoryStore(BoundedStore):
             capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
             num_threads: Copies carried out at the same time.
             algorithm: Checksum of the records; None for the fastest this process has.
-            clock: Monotonic clock, for deadlines, pins and statistics.
+            retention: What goes first, and what goes by itself.
+            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
 
         Raises:
             ConfigError: A count is below 1.
@@ -51,6 +54,7 @@ class MemoryStore(BoundedStore):
             capacity_bytes=capacity_bytes,
             num_threads=num_threads,
             algorithm=algorithm or best_algorithm(),
+            retention=retention,
             clock=clock,
         )
         self._records: dict[str, npt.NDArray[np.uint8]] = {}
@@ -70,7 +74,7 @@ class MemoryStore(BoundedStore):
         """See ``ThreadedStore.read_record``."""
         with self._lock:
             record = self._records.get(key.name)
-            self._index.touch(key.name)
+            self._index.touch(key.name, now_s=self._clock(), tenant=self.tenant_of(key.name))
         if record is None:
             return None
         np.copyto(np.frombuffer(header, np.uint8), record[:HEADER_BYTES])
@@ -83,12 +87,13 @@ class MemoryStore(BoundedStore):
         """See ``ThreadedStore.write_record``."""
         num_bytes = sum(part.nbytes for part in parts)
         with self._lock:
-            victims = self._index.reserve(num_bytes, now_s=self._clock())
+            tenant = self.tenant_of(key.name)
+            victims = self._index.reserve(num_bytes, now_s=self._clock(), tenant=tenant)
             for name in victims or ():
                 del self._records[name]
         if victims is None:
             return PutOutcome.FULL
-        record = self._new_record(num_bytes)
+        record = self._new_record(num_bytes, tenant)
         if record is None:
             with self._lock:
                 self._index.release(num_bytes)
@@ -98,7 +103,7 @@ class MemoryStore(BoundedStore):
             if key.name in self._index and not replace:  # another thread was faster
                 self._index.release(num_bytes)
                 return PutOutcome.EXISTS
-            self._index.commit(key.name, num_bytes)
+            self._index.commit(key.name, num_bytes, now_s=self._clock(), tenant=tenant)
             self._records[key.name] = record
         return PutOutcome.STORED
 
@@ -112,14 +117,22 @@ class MemoryStore(BoundedStore):
             self._index.discard(key.name)
             return self._records.pop(key.name, None) is not None
 
-    def _new_record(self, num_bytes: int) -> npt.NDArray[np.uint8] | None:
+    def sweep(self) -> int:
+        """See ``BoundedStore.sweep``."""
+        with self._lock:
+            expired = self._index.expire(now_s=self._clock())
+            for name in expired:
+                del self._records[name]
+        return len(expired)
+
+    def _new_record(self, num_bytes: int, tenant: str | None) -> npt.NDArray[np.uint8] | None:
         """Memory for a record, None when too little can be evicted for it."""
         for _ in range(_MAX_TRIES):
             try:
                 return np.empty(num_bytes, np.uint8)
             except MemoryError:
                 with self._lock:
-                    victims = self._index.evict(num_bytes, now_s=self._clock())
+                    victims = self._index.evict(num_bytes, now_s=self._clock(), tenant=tenant)
                     for name in victims or ():
                         del self._records[name]
                 if victims is None:

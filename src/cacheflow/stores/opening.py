@@ -33,6 +33,7 @@ from cacheflow.stores.base import Store
 from cacheflow.stores.directory import is_record_directory
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shm import SharedMemoryStore, shm_folder
 
 ENTRY_POINT_GROUP = "cacheflow.stores"
@@ -146,8 +147,8 @@ class StoreOpener(Protocol):
             url: Its scheme is this opener's; the rest has not been checked.
 
         Returns:
-            What opens the store, with ``capacity_bytes`` by keyword; raises ``StoreError`` where it cannot be reached
-            or used.
+            What opens the store, with ``capacity_bytes`` and ``retention`` (a ``stores.retention.Retention``) by
+            keyword; raises ``StoreError`` where it cannot be reached or used.
 
         Raises:
             ConfigError: The URL names no such store, or a package is missing: says which extra brings it.
@@ -155,12 +156,15 @@ class StoreOpener(Protocol):
         ...
 
 
-def open_store(url: str, *, capacity_bytes: int, only_look: bool = False) -> Store:
+def open_store(
+    url: str, *, capacity_bytes: int, retention: Retention = DEFAULT_RETENTION, only_look: bool = False
+) -> Store:
     """Open the store that a URL names; the caller closes it.
 
     Args:
         url: See the module's docstring.
         capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
+        retention: What goes first, and what goes by itself.
         only_look: Not to serve from it, so that closing it leaves a store that was there.
 
     Raises:
@@ -170,7 +174,7 @@ def open_store(url: str, *, capacity_bytes: int, only_look: bool = False) -> Sto
     parsed = StoreUrl.parse(url)
     if only_look and parsed.scheme == "shm" and is_record_directory(shm_folder(parsed.host)):
         parsed = replace(parsed, options={**parsed.options, "keep": "yes"})
-    store = opener_of(parsed.scheme)(parsed)(capacity_bytes=capacity_bytes)
+    store = opener_of(parsed.scheme)(parsed)(capacity_bytes=capacity_bytes, retention=retention)
     if not isinstance(store, Store):
         raise StoreError(f"store {parsed}: the opener of {parsed.scheme} returned {store!r}, which is no Store")
     return store

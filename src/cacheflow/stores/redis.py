@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from cacheflow.stores.breaker import Breaker
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, best_algorithm
 from cacheflow.stores.redis_connection import PlainConnection, RecordTransfers, RefusedCommand, TlsConnection
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.types import Clock
 
@@ -109,6 +111,7 @@ class RedisStore(SharedStore):
         *,
         capacity_bytes: int,
         num_threads: int = 4,
+        retention: Retention = DEFAULT_RETENTION,
         clock: Clock = time.perf_counter,
     ) -> None:
         """Reach the server and scan what it holds.
@@ -117,14 +120,19 @@ class RedisStore(SharedStore):
             server: Where it is.
             capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
             num_threads: Reads and writes carried out at the same time, each over a connection of its own.
-            clock: Monotonic clock, for deadlines, pins and statistics.
+            retention: What goes first, and what goes by itself.
+            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
 
         Raises:
             ConfigError: A count is below 1.
             StoreError: The server cannot be reached, refuses the user or a command, or is one of a cluster.
         """
         super().__init__(
-            capacity_bytes=capacity_bytes, num_threads=num_threads, algorithm=best_algorithm(), clock=clock
+            capacity_bytes=capacity_bytes,
+            num_threads=num_threads,
+            algorithm=best_algorithm(),
+            retention=retention,
+            clock=clock,
         )
         self._server = server
         self._limit_s = _LIMITS * server.timeout_s
@@ -173,8 +181,10 @@ class RedisStore(SharedStore):
         Raises:
             OSError: The server refused, is gone, or is too slow.
         """
-        name = _key(key.name)
-        found = self._transfer(lambda connection: connection.get_record(name, header, payload, limit_s=self._limit_s))
+        name, expires_s = _key(key.name), self._expires_s(key.name)
+        found = self._transfer(
+            lambda connection: connection.get_record(name, header, payload, limit_s=self._limit_s, expires_s=expires_s)
+        )
         if found is None:
             self.note_gone(key.name)
         else:
@@ -204,6 +214,50 @@ class RedisStore(SharedStore):
 
         return self._ask(ask)
 
+    def look_up(self, names: Sequence[str]) -> list[FoundRecord]:
+        """See ``SharedStore.look_up``."""
+        return self._ask(partial(self._described, names, {}))
+
+    def mark_kept(self, names: Sequence[str], *, for_s: float) -> None:
+        """See ``SharedStore.mark_kept``: only that the server does not let it expire; other processes may evict it."""
+        ttl_s = self._retention.ttl_s
+        if ttl_s is None:
+            return
+
+        def ask() -> None:
+            with self._client.pipeline(transaction=False) as pipeline:
+                for name in names:
+                    pipeline.expire(_key(name), math.ceil(max(for_s, ttl_s)))
+                pipeline.execute()
+
+        self._ask(ask)
+
+    def lives_s(self, names: Sequence[str]) -> list[float | None]:
+        """See ``SharedStore.lives_s``."""
+
+        def ask(batch: Sequence[str]) -> list[int]:
+            with self._client.pipeline(transaction=False) as pipeline:
+                for name in batch:
+                    pipeline.pttl(_key(name))
+                answers: list[int] = pipeline.execute()
+            return answers
+
+        left_ms: list[int] = []
+        try:
+            for start in range(0, len(names), _BATCH):
+                left_ms += self._ask(partial(ask, names[start : start + _BATCH]))
+        except RefusedCommand:  # the user may not ask
+            return [None] * len(names)
+        return [each / 1000 if each >= 0 else None for each in left_ms]
+
+    def _expires_s(self, name: str) -> int | None:
+        """Seconds after which the server removes a record that is used now, unless it is used again; None for never."""
+        if self._retention.ttl_s is None:
+            return None
+        with self._lock:
+            pin_left_s = self._index.pin_left_s(name, now_s=self._clock())
+        return math.ceil(max(self._retention.ttl_s, pin_left_s))
+
     def write_whole(self, name: str, parts: Sequence[memoryview], *, replace: bool) -> PutOutcome:
         """See ``SharedStore.write_whole``; a value is there whole or not at all.
 
@@ -212,7 +266,9 @@ class RedisStore(SharedStore):
         """
 
         def send(connection: RecordTransfers) -> bool:
-            return connection.set_record(_key(name), parts, only_new=not replace, limit_s=self._limit_s)
+            return connection.set_record(
+                _key(name), parts, only_new=not replace, limit_s=self._limit_s, expires_s=self._expires_s(name)
+            )
 
         written = self._transfer(send)
         return PutOutcome.STORED if written else PutOutcome.EXISTS

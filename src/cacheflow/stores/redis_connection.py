@@ -35,8 +35,10 @@ class RecordTransfers:
 
     _sock: socket.socket
 
-    def get_record(self, name: bytes, header: memoryview, payload: memoryview, *, limit_s: float) -> int | None:
-        """Receive a value into two buffers.
+    def get_record(
+        self, name: bytes, header: memoryview, payload: memoryview, *, limit_s: float, expires_s: int | None = None
+    ) -> int | None:
+        """Receive a value into two buffers; with ``expires_s`` the server removes it that long from now.
 
         Returns:
             Bytes of the value after ``header``; None where there is none. A value of another length than the buffers
@@ -46,12 +48,13 @@ class RecordTransfers:
             OSError: The server refused, is gone, or is too slow.
         """
         until_s = time.monotonic() + limit_s
-        self._send(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name), until_s)
+        words = (b"GET", name) if expires_s is None else (b"GETEX", name, b"EX", b"%d" % expires_s)
+        self._send(b"*%d\r\n" % len(words) + b"".join(map(_bulk, words)), until_s)
         line, early = self._reply(until_s)
         if line == b"$-1":
             return None
         if not (line.startswith(b"$") and line[1:].isdigit()):
-            raise OSError(errno.EPROTO, f"the server answered {line[:80]!r} to GET")
+            raise OSError(errno.EPROTO, f"the server answered {line[:80]!r} to {words[0].decode()}")
         num_bytes = int(line[1:])
         num_rest = num_bytes - header.nbytes
         if num_rest < 0:
@@ -63,8 +66,16 @@ class RecordTransfers:
             self._skip(num_rest + 2, until_s)
         return num_rest
 
-    def set_record(self, name: bytes, parts: Sequence[memoryview], *, only_new: bool, limit_s: float) -> bool:
-        """Send a value in parts.
+    def set_record(
+        self,
+        name: bytes,
+        parts: Sequence[memoryview],
+        *,
+        only_new: bool,
+        limit_s: float,
+        expires_s: int | None = None,
+    ) -> bool:
+        """Send a value in parts; with ``expires_s`` the server removes it that long from now.
 
         Returns:
             Whether it was set; with ``only_new`` it is not where there is one already.
@@ -74,12 +85,14 @@ class RecordTransfers:
                 may have been set.
         """
         until_s = time.monotonic() + limit_s
-        words = [b"*%d\r\n$3\r\nSET\r\n$%d\r\n%s\r\n" % (4 if only_new else 3, len(name), name)]
-        words.append(b"$%d\r\n" % sum(part.nbytes for part in parts))
-        self._send(b"".join((*words, parts[0])), until_s)  # the header: one packet less for a copy of 4,096 bytes
+        after = [b"NX"] if only_new else []
+        after += [] if expires_s is None else [b"EX", b"%d" % expires_s]
+        before = [b"*%d\r\n" % (3 + len(after)), _bulk(b"SET"), _bulk(name)]
+        before.append(b"$%d\r\n" % sum(part.nbytes for part in parts))
+        self._send(b"".join((*before, parts[0])), until_s)  # the header: one packet less for a copy of 4,096 bytes
         for part in parts[1:]:
             self._send(part, until_s)
-        self._send(b"\r\n$2\r\nNX\r\n" if only_new else b"\r\n", until_s)
+        self._send(b"\r\n" + b"".join(map(_bulk, after)), until_s)
         line, _ = self._reply(until_s)
         if line not in (b"+OK", b"$-1"):
             raise OSError(errno.EPROTO, f"the server answered {line[:80]!r} to SET")
@@ -127,6 +140,10 @@ class RecordTransfers:
         if time.monotonic() > until_s:
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         return num_bytes
+
+
+def _bulk(word: bytes) -> bytes:
+    return b"$%d\r\n%s\r\n" % (len(word), word)
 
 
 class PlainConnection(RecordTransfers, redis.Connection):

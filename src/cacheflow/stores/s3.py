@@ -23,6 +23,7 @@ from cacheflow.stores.base import Capabilities, PutOutcome
 from cacheflow.stores.breaker import Breaker
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, best_algorithm
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.types import Clock
 
@@ -87,7 +88,13 @@ class BucketStore(SharedStore):
     """
 
     def __init__(
-        self, bucket: Bucket, *, capacity_bytes: int, num_threads: int = 8, clock: Clock = time.perf_counter
+        self,
+        bucket: Bucket,
+        *,
+        capacity_bytes: int,
+        num_threads: int = 8,
+        retention: Retention = DEFAULT_RETENTION,
+        clock: Clock = time.perf_counter,
     ) -> None:
         """Reach the bucket and list what it holds.
 
@@ -95,14 +102,19 @@ class BucketStore(SharedStore):
             bucket: Where it is.
             capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
             num_threads: Reads and writes carried out at the same time.
-            clock: Monotonic clock, for deadlines, pins and statistics.
+            retention: What goes first, and what goes by itself.
+            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
 
         Raises:
             ConfigError: A count is below 1.
             StoreError: The bucket cannot be reached, does not exist, or may not be listed.
         """
         super().__init__(
-            capacity_bytes=capacity_bytes, num_threads=num_threads, algorithm=best_algorithm(), clock=clock
+            capacity_bytes=capacity_bytes,
+            num_threads=num_threads,
+            algorithm=best_algorithm(),
+            retention=retention,
+            clock=clock,
         )
         self._bucket = bucket
         self._breaker = Breaker(str(bucket), clock=clock)
@@ -171,11 +183,16 @@ class BucketStore(SharedStore):
 
     def are_there(self, names: Sequence[str]) -> tuple[bool, ...]:
         """See ``SharedStore.are_there``; one listing for all objects at one chain hash."""
+        found = {each.name for each in self.look_up(names)}
+        return tuple(name in found for name in names)
+
+    def look_up(self, names: Sequence[str]) -> list[FoundRecord]:
+        """See ``SharedStore.look_up``; one listing for all objects at one chain hash."""
         self._require_open()
         chains = sorted({"_".join(name.split("_", 2)[:2]) for name in names})
         listings = self._questions.map(lambda chain: self._listed(self._path(chain)), chains)
-        found = {each.name for listing in listings for each in listing}
-        return tuple(name in found for name in names)
+        wanted = set(names)
+        return [each for listing in listings for each in listing if each.name in wanted]
 
     def write_whole(self, name: str, parts: Sequence[memoryview], *, replace: bool) -> PutOutcome:
         """See ``SharedStore.write_whole``; of two writers the last stays.

@@ -11,10 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 
-from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.base import PinOutcome, PutOutcome
 from cacheflow.stores.bounded import BoundedStore
 from cacheflow.stores.keys import ObjectKey
+from cacheflow.stores.lru import HeldObject
 from cacheflow.stores.record import ChecksumAlgorithm
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class SharedStore(BoundedStore):
         capacity_bytes: int,
         num_threads: int,
         algorithm: ChecksumAlgorithm,
+        retention: Retention = DEFAULT_RETENTION,
         clock: Clock = time.perf_counter,
     ) -> None:
         """Prepare an empty index and the pool; the backend then calls ``learn``.
@@ -76,12 +79,19 @@ class SharedStore(BoundedStore):
             capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
             num_threads: Reads and writes carried out at the same time.
             algorithm: Checksum of the records written.
-            clock: Monotonic clock, for deadlines, pins and statistics.
+            retention: What goes first, and what goes by itself.
+            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
 
         Raises:
             ConfigError: A count is below 1.
         """
-        super().__init__(capacity_bytes=capacity_bytes, num_threads=num_threads, algorithm=algorithm, clock=clock)
+        super().__init__(
+            capacity_bytes=capacity_bytes,
+            num_threads=num_threads,
+            algorithm=algorithm,
+            retention=retention,
+            clock=clock,
+        )
         self._capacity_bytes = capacity_bytes
         self._num_fits = 0  # times that the bound was measured
         self._refit_at_s = 0.0
@@ -142,8 +152,8 @@ class SharedStore(BoundedStore):
         self._refit_if_due()
         for _ in range(_MAX_TRIES):
             with self._lock:
-                num_fits = self._num_fits
-                victims = self._index.reserve(num_bytes, now_s=self._clock())
+                num_fits, tenant = self._num_fits, self.tenant_of(key.name)
+                victims = self._index.reserve(num_bytes, now_s=self._clock(), tenant=tenant)
             if victims is None:
                 return PutOutcome.FULL
             try:
@@ -162,7 +172,7 @@ class SharedStore(BoundedStore):
                 raise
             else:
                 with self._lock:
-                    self._index.commit(key.name, num_bytes)
+                    self._index.commit(key.name, num_bytes, now_s=self._clock(), tenant=tenant)
                     self._used_s[key.name] = time.time()
                 return outcome
         return PutOutcome.FULL
@@ -181,11 +191,87 @@ class SharedStore(BoundedStore):
         self.note_gone(key.name)
         return removed
 
+    def look_up(self, names: Sequence[str]) -> list[FoundRecord]:
+        """What is on the medium of some records; by a scan, where a backend has no shorter way.
+
+        Raises:
+            OSError: The medium does not answer.
+        """
+        wanted = set(names)
+        return [each for each in self.scan({}) if each.name in wanted]
+
+    def mark_kept(self, names: Sequence[str], *, for_s: float) -> None:
+        """Tell other processes by the medium that records are pinned for so long, 0 for no longer.
+
+        Nothing, unless a backend has a way to.
+
+        Raises:
+            OSError: The medium does not answer.
+        """
+
+    def lives_s(self, names: Sequence[str]) -> list[float | None]:
+        """Seconds after which the medium itself removes each record; None where it does not.
+
+        Raises:
+            OSError: The medium does not answer.
+        """
+        return [None] * len(names)
+
+    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[PinOutcome, ...]:
+        """See ``Store.pin``; also for objects that other processes wrote, of which the medium is asked.
+
+        Raises:
+            ConfigError: ``ttl_s`` is not above 0.
+        """
+        with self._lock:
+            unknown = [key.name for key in keys if key.name not in self._index]
+        if unknown:
+            with suppress(OSError):  # what is not found is not pinned
+                found = self.look_up(unknown)
+                with self._lock:
+                    for each in found:
+                        if each.name not in self._index:
+                            tenant = self.tenant_of(each.name)
+                            self._index.add(each.name, each.num_bytes, now_s=self._clock(), tenant=tenant)
+        outcomes = super().pin(keys, ttl_s=ttl_s)
+        pinned = [key.name for key, each in zip(keys, outcomes, strict=True) if each is PinOutcome.PINNED]
+        if pinned:
+            with suppress(OSError):  # this process heeds it all the same
+                self.mark_kept(pinned, for_s=ttl_s)
+        return outcomes
+
+    def unpin(self, keys: Sequence[ObjectKey]) -> None:
+        """See ``Store.unpin``."""
+        with self._lock:
+            unpinned = [key.name for key in keys if self._index.unpin(key.name)]
+        if unpinned:
+            with suppress(OSError):
+                self.mark_kept(unpinned, for_s=0.0)
+
+    def sweep(self) -> int:
+        """See ``BoundedStore.sweep``; looks at the whole medium first, since other processes use it too."""
+        try:
+            self.learn()
+            with self._lock:
+                expired = self._index.expire(now_s=self._clock())
+            lives_s = self.lives_s(expired)
+        except OSError:  # the medium is gone: the next time finds out
+            return 0
+        # What the medium itself removes is left to it, which may know of later uses; the next scan finds it again.
+        ours = [name for name, life_s in zip(expired, lives_s, strict=True) if life_s is None]
+        self._remove_victims(ours)
+        return len(ours)
+
     def note_read(self, name: str, num_bytes: int) -> None:
         """Take a record of ``num_bytes`` that was just read for the most recently used."""
         with self._lock:
-            self._index.add(name, num_bytes)
+            self._index.add(name, num_bytes, now_s=self._clock(), tenant=self.tenant_of(name))
             self._used_s[name] = time.time()
+
+    def last_used_s(self, name: str, default_s: float) -> float:
+        """Wall time at which this process last used a record, or ``default_s`` where it has not."""
+        with self._lock:
+            return self._used_s.get(name, default_s)
 
     def note_gone(self, name: str) -> None:
         """Forget a record that is no longer there."""
@@ -209,8 +295,11 @@ class SharedStore(BoundedStore):
                     records[name] = (self._used_s[name], num_bytes)  # written since the scan
             used_s = {name: max(at_s, self._used_s.get(name, 0.0)) for name, (at_s, _) in records.items()}
             by_use = sorted(records, key=lambda name: (used_s[name], name))
-            self._index.rebuild((name, records[name][1]) for name in by_use)
-            self._used_s = {name: used_s[name] for name in self._used_s if name in records}
+            ahead_s = self._clock() - time.time()  # of this process's clock, on which the index counts
+            self._index.rebuild(
+                (name, HeldObject(records[name][1], ahead_s + used_s[name], self.tenant_of(name))) for name in by_use
+            )
+            self._used_s = {name: at_s for name, at_s in self._used_s.items() if name in records}
 
     def _remove_victims(self, names: Sequence[str]) -> None:
         for name in names:

@@ -14,6 +14,7 @@ from pathlib import Path
 from cacheflow.errors import StoreError
 from cacheflow.stores.base import Capabilities
 from cacheflow.stores.file import FileStore
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.types import Clock
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -42,6 +43,7 @@ class SharedMemoryStore(FileStore):
         capacity_bytes: int,
         keep: bool = False,
         num_threads: int = 3,
+        retention: Retention = DEFAULT_RETENTION,
         clock: Clock = time.perf_counter,
     ) -> None:
         """Open or create the store of that name.
@@ -51,7 +53,8 @@ class SharedMemoryStore(FileStore):
             capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
             keep: Leave what it holds to the next process, though this one is the last.
             num_threads: Reads and writes carried out at the same time.
-            clock: Monotonic clock, for deadlines, pins and statistics.
+            retention: What goes first, and what goes by itself.
+            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
 
         Raises:
             ConfigError: A count is below 1.
@@ -61,7 +64,12 @@ class SharedMemoryStore(FileStore):
         self._users = _join(self._folder)
         try:
             super().__init__(
-                self._folder, capacity_bytes=capacity_bytes, fsync=False, num_threads=num_threads, clock=clock
+                self._folder,
+                capacity_bytes=capacity_bytes,
+                fsync=False,
+                num_threads=num_threads,
+                retention=retention,
+                clock=clock,
             )
         except BaseException:
             self._leave()

@@ -59,6 +59,20 @@ def space_of(record: FoundRecord) -> str:
     return found
 
 
+def lives_of(store: SharedStore, records: Sequence[FoundRecord]) -> dict[str, float]:
+    """Seconds after which the medium itself removes records, by name; those that it leaves are left out.
+
+    Raises:
+        StoreError: The store does not answer.
+    """
+    names = [each.name for each in records]
+    try:
+        lives_s = store.lives_s(names)
+    except OSError as error:
+        raise StoreError(f"{store}: {error.strerror or error}") from error
+    return {name: life_s for name, life_s in zip(names, lives_s, strict=True) if life_s is not None}
+
+
 def check_record(store: SharedStore, record: FoundRecord) -> LoadOutcome:
     """Read a record and verify it, on this thread; ``ERROR`` where the store does not give it out."""
     header = memoryview(bytearray(HEADER_BYTES))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
-from cacheflow.stores.base import Capabilities, Store, StoreStats
+from cacheflow.stores.base import Capabilities, PinOutcome, Store, StoreStats
 from cacheflow.stores.handle import Ledger, O, Verdicts
 from cacheflow.stores.held import HeldHandle
 from cacheflow.stores.keys import ObjectKey
@@ -37,13 +37,17 @@ class WrapperStore(Store):
         """See ``Store.contains``."""
         return self.inner.contains(keys)
 
-    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[bool, ...]:
+    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[PinOutcome, ...]:
         """See ``Store.pin``."""
         return self.inner.pin(keys, ttl_s=ttl_s)
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """See ``Store.unpin``."""
         self.inner.unpin(keys)
+
+    def claim(self, chain_hashes: Sequence[str], *, tenant: str) -> None:
+        """See ``Store.claim``."""
+        self.inner.claim(chain_hashes, tenant=tenant)
 
     def delete(self, keys: Sequence[ObjectKey]) -> int:
         """See ``Store.delete``."""

@@ -9,7 +9,7 @@ from cacheflow.model_shape import ModelShape
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.grid import num_layer_blocks
 from cacheflow.plan.problem import LinkCost
-from cacheflow.stores.keys import RankKeys, Shard
+from cacheflow.stores.keys import RankKeys, RankObjects, Shard
 
 LayerDigest = tuple[int, str]
 """A layer of the model, counted from its bottom, and the digest of its weights."""
@@ -93,6 +93,17 @@ class EngineFacts:
         """Bytes of the running states of each row of the grid at one position; none in a model without any."""
         rows, step = self.row_state_bytes, self.layers_per_block
         return tuple(sum(rows[lo : lo + step]) for lo in range(0, len(rows), step))
+
+    @property
+    def objects(self) -> RankObjects:
+        """Names what it stores of a chunk."""
+        rows, state_bytes_B = self.rows_of_blocks, self.state_bytes_B
+        return RankObjects(
+            keys=self.keys,
+            rows=tuple(rows),
+            state_rows=tuple(each for each, size in zip(rows, state_bytes_B, strict=False) if size),
+            boundary=self.boundary_token_bytes > 0,
+        )
 
     @property
     def num_blocks(self) -> int:

@@ -35,6 +35,11 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "failed": "the store could not take it",
         "skipped": "too much was waiting to be written",
     },
+    "kept": {
+        "pinned": "stays in the store for as long as the request asked",
+        "missing": "the store does not hold all of it",
+        "refused": "what is kept holds as much of the store, or of the tenant's quota, as it may",
+    },
     "boundaries": {
         "captured": "chunks saved with their KV",
         "incomplete": "chunks of which a part came from the prefix cache or was not seen",
@@ -55,11 +60,12 @@ class Counts:
     """Counts since the last ``take``; one thread.
 
     Attributes:
-        tokens: Tokens (a cell counts its share of the layers) by source; the values of this and the next four are
+        tokens: Tokens (a cell counts its share of the layers) by source; the values of this and the next five are
             those of ``LABELS``.
         restorations: Restorations ended, by outcome.
         guard: Decisions of the never-slower guard, by choice.
         chunks_saved: Chunks handed to the store, by outcome.
+        kept: Chunks of prefixes that requests asked to keep, by outcome.
         boundaries: What became of boundary states that a later stage was to keep, by outcome.
         loaded_bytes: Bytes that reads moved into the KV cache.
         restore_s: Seconds of each restoration.
@@ -73,6 +79,7 @@ class Counts:
     restorations: Counter[str] = field(default_factory=Counter)
     guard: Counter[str] = field(default_factory=Counter)
     chunks_saved: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
     boundaries: Counter[str] = field(default_factory=Counter)
     loaded_bytes: int = 0
     restore_s: list[float] = field(default_factory=list)
@@ -84,7 +91,7 @@ class Counts:
     def take(self) -> dict[str, Any]:
         """What was counted since the last call, as plain data; empty when nothing was."""
         data: dict[str, Any] = {}
-        for name in ("tokens", "restorations", "guard", "chunks_saved", "boundaries"):
+        for name in ("tokens", "restorations", "guard", "chunks_saved", "kept", "boundaries"):
             if values := getattr(self, name):
                 data[name] = dict(values)
                 values.clear()

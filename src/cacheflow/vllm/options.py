@@ -17,6 +17,7 @@ from cacheflow.plan.batch import STARVATION_S
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
 from cacheflow.stores.opening import check_store_url, file_url, shown_url
+from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "policy": tuple(RESTORE_POLICIES),
@@ -38,6 +39,12 @@ class ConnectorOptions:
             that see the directory), or the URL of a store, see docs/stores.md.
         store_path: Directory of the file store; required for it, refused otherwise.
         cpu_bytes_to_use: Capacity of the store in bytes, on this node.
+        ttl_s: Seconds after its last use at which a stored object goes by itself; None: only to make room.
+        tenant_quota: Share of the capacity beyond which the objects of a tenant (``cache_salt``) make room before any
+            other's; None: the least recently used goes first, whose ever it is.
+        pinned_share: Share of the capacity, and of a tenant's quota, that prefixes may hold which requests ask to keep.
+        keep_tool_s: How long ``keep: "tool"`` of a request keeps its prefix at most, in seconds.
+        max_keep_s: Longest time for which a request may ask to keep its prefix, in seconds.
         chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size. A model with
             recurrent layers, whose blocks are long, has chunks of one block unless another size is given.
         layers_per_block: Layers in one stored object; None: all in a compiled engine, in an eager one 1 or, on CUDA, as
@@ -76,6 +83,11 @@ class ConnectorOptions:
     store: str = "memory"
     store_path: str | None = None
     cpu_bytes_to_use: int = 4 << 30
+    ttl_s: float | None = None
+    tenant_quota: float | None = None
+    pinned_share: float = DEFAULT_RETENTION.pinned_share
+    keep_tool_s: float = 300.0
+    max_keep_s: float = 3600.0
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     layers_per_block: int | None = None
     policy: str = "cacheflow"
@@ -117,6 +129,7 @@ class ConnectorOptions:
             if getattr(self, key) == "":
                 raise ConfigError(f"{key} is empty, must be a folder; leave it out for the default")
         check_store_url(self.store_url)
+        _ = self.retention  # checks its ranges
         if (self.objective == "slo") != (self.ttft_slo_ms is not None):
             raise ConfigError(
                 f"objective is {self.objective!r} and ttft_slo_ms is {self.ttft_slo_ms}: the objective slo needs a "
@@ -126,6 +139,11 @@ class ConnectorOptions:
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{key} is {value}, must be above 0 and finite")
+        if self.keep_tool_s > self.max_keep_s:
+            raise ConfigError(
+                f"keep_tool_s is {self.keep_tool_s:g} and max_keep_s {self.max_keep_s:g}: no request may ask for so "
+                "long; raise max_keep_s"
+            )
         if not 0 <= self.throttle_latency_s < float("inf"):
             raise ConfigError(f"throttle_latency_s is {self.throttle_latency_s}, must be 0 or more and finite")
 
@@ -170,14 +188,16 @@ class ConnectorOptions:
             )
 
     def require_room_for_chunk(self, chunk_bytes: int) -> None:
-        """Pass if the store can hold a chunk.
+        """Pass if the store can hold a chunk, of each tenant.
 
         Raises:
             ConfigError: It cannot: nothing would ever be restored.
         """
-        if chunk_bytes > self.cpu_bytes_to_use:
+        room_bytes = int(self.cpu_bytes_to_use * (self.tenant_quota or 1.0))
+        if chunk_bytes > room_bytes:
+            of = "" if self.tenant_quota is None else f", of which a tenant may have {room_bytes}"
             raise ConfigError(
-                f"cpu_bytes_to_use is {self.cpu_bytes_to_use}, but one chunk of {self.chunk_tokens} tokens takes "
+                f"cpu_bytes_to_use is {self.cpu_bytes_to_use}{of}, but one chunk of {self.chunk_tokens} tokens takes "
                 f"{chunk_bytes} bytes: allow for many"
             )
 
@@ -199,6 +219,15 @@ class ConnectorOptions:
         return self.store if self.store_path is None else file_url(Path(self.store_path).expanduser())
 
     @property
+    def retention(self) -> Retention:
+        """What goes first from the store, and what goes by itself.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        return Retention(ttl_s=self.ttl_s, pinned_share=self.pinned_share, tenant_quota=self.tenant_quota)
+
+    @property
     def profile_path(self) -> Path:
         """Directory of cost profiles: the option, or ``$XDG_CACHE_HOME/cacheflow/profiles``."""
         if self.profile_dir is not None:
@@ -213,6 +242,8 @@ class ConnectorOptions:
 
 _POSITIVE = (
     "cpu_bytes_to_use",
+    "keep_tool_s",
+    "max_keep_s",
     "chunk_tokens",
     "layers_per_block",
     "checkpoint_every_chunks",

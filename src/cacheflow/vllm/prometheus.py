@@ -27,6 +27,11 @@ COUNTERS = {
         described("chunks_saved", "Chunks of computed KV that were to be saved."),
         "outcome",
     ),
+    "kept": (
+        "vllm:cacheflow_kept_chunks",
+        described("kept", "Chunks of prefixes that requests asked to keep."),
+        "outcome",
+    ),
     "boundaries": (
         "vllm:cacheflow_boundaries",
         described("boundaries", "What became of boundary states that a later pipeline stage was to keep."),

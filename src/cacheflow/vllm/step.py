@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cacheflow.restore.work import RestoreTarget, StageWork
+from cacheflow.stores.keys import RankObjects
 from cacheflow.vllm.adapters import AdapterClaim
 
 
@@ -45,6 +46,25 @@ class SaveWork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeepWork:
+    """Pin a prefix in the store, or end that.
+
+    Every rank does it for the objects of all ranks: each evicts what it knows of.
+
+    Attributes:
+        namespace: ``Namespace.digest``.
+        chain_hashes: Chain hash (hex) at the end of each chunk, the prefix's first chunk first.
+        objects: Names the objects of all ranks.
+        keep_s: Seconds from now; 0 to end it.
+    """
+
+    namespace: str
+    chain_hashes: tuple[str, ...]
+    objects: tuple[RankObjects, ...]
+    keep_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepWork:
     """One engine step's work beside the forward.
 
@@ -60,6 +80,8 @@ class StepWork:
         weights_versions: How often each rank's weights had changed when it was last heard of; left out where never.
         adapters: The adapter of each restoration that starts with this step and has one, by ``restore_id``.
         preempted: Requests that vLLM preempted in this step.
+        keeps: Prefixes of requests that have ended, to be pinned once what was computed of them is written.
+        claims: Chunks (chain hashes, hex) that are saved and read from this step on, by tenant; empty without a quota.
         generation: The engine's (``KvIdentity``): counts its resets and the changes of weights it has heard of.
     """
 
@@ -72,6 +94,8 @@ class StepWork:
     weights_versions: Mapping[int, int] = field(default_factory=dict)
     adapters: Mapping[int, AdapterClaim] = field(default_factory=dict)
     preempted: tuple[str, ...] = ()
+    keeps: tuple[KeepWork, ...] = ()
+    claims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     generation: int = 0
 
     @property

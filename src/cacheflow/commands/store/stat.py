@@ -12,16 +12,16 @@ from cacheflow.bench.table import Row, size, text_table
 from cacheflow.commands.store.flags import SomeRecordsFlags, duration
 from cacheflow.stores.identity_record import read_identities
 from cacheflow.stores.shared import FoundRecord
-from cacheflow.stores.upkeep import open_existing, records_of, space_of
+from cacheflow.stores.upkeep import lives_of, open_existing, records_of, space_of
 
 IDENTITY_TIMEOUT_S = 5.0
-WIDTH = 140
+WIDTH = 160
 
 add_arguments = SomeRecordsFlags.add_flags
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table: objects, bytes and last use of each namespace, and what it stands for.
+    """Print a table: objects, bytes and last use of each namespace, what is kept or goes by itself, what it stands for.
 
     Raises:
         ConfigError, StoreError: There is no such store, or it does not answer.
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         for each in records:
             spaces[space_of(each)].append(each)
         identities = read_identities(store, spaces, timeout_s=IDENTITY_TIMEOUT_S)
+        lives_s = lives_of(store, records)
     now_s = time.time()
     rows: list[Row] = []
     for space, held in sorted(spaces.items()):
@@ -40,9 +41,13 @@ def run(args: argparse.Namespace) -> int:
         ages = (duration(now_s - max(used_s)), duration(now_s - min(used_s)))
         parts = identities.get(space, {})
         stands_for = " ".join(f"{name}={parts[name][:16]}" for name in ("dtype", "chunk_tokens") if name in parts)
-        rows.append(((space, str(len(held)), size(sum(each.num_bytes for each in held)), *ages, stands_for), None))
-    heads = ("namespace", "objects", "bytes", "last used, ago", "oldest, ago", "stands for")
-    total = ("all", str(len(records)), size(sum(each.num_bytes for each in records)), "", "", "")
+        kept = sum(at_s > now_s for at_s in used_s)
+        left_s = [lives_s[each.name] for each in held if each.name in lives_s]
+        goes = duration(min(left_s)) if left_s else ""
+        num_bytes = size(sum(each.num_bytes for each in held))
+        rows.append(((space, str(len(held)), num_bytes, *ages, str(kept or ""), goes, stands_for), None))
+    heads = ("namespace", "objects", "bytes", "last used, ago", "oldest, ago", "kept", "first goes in", "stands for")
+    total = ("all", str(len(records)), size(sum(each.num_bytes for each in records)), "", "", "", "", "")
     table = text_table(flags.url, heads, rows, last=total, padding=1)
     Console(width=max(console.width, WIDTH)).print(table)  # wrapped rather than cut
     return 0

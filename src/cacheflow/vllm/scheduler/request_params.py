@@ -22,6 +22,43 @@ class Mode(Enum):
     """Neither restored nor saved."""
 
 
+TOOL = "tool"
+"""The value of ``keep`` that means: until the prefix's next request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """For how long a prefix stays in the store, from the end of its request on.
+
+    Attributes:
+        keep_s: Seconds; 0 ends what was asked for before.
+        until_next: The next request on the same prefix ends it.
+    """
+
+    keep_s: float
+    until_next: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepLimits:
+    """What the operator allows.
+
+    Attributes:
+        tool_s: Seconds of ``keep: "tool"``.
+        max_s: Most seconds that may be asked for.
+    """
+
+    tool_s: float = 300.0
+    max_s: float = 3600.0
+
+    def read(self, value: Any) -> Keep | None:  # noqa: ANN401 -- JSON from a client
+        """What a request's ``keep`` asks for; None for what is not understood or not allowed."""
+        if value == TOOL:
+            return Keep(keep_s=self.tool_s, until_next=True)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return Keep(keep_s=float(value)) if is_number and 0 <= value <= self.max_s else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestParams:
     """One request's parameters, checked.
@@ -29,17 +66,19 @@ class RequestParams:
     Attributes:
         mode: How its prefix may come back.
         max_load_tokens: Never restore more than this many tokens; None: the engine's limit.
+        keep: For how long its prefix stays in the store; None: no longer than any other.
         explain: Return the explain record in the response's ``kv_transfer_params``.
         complaint: What could not be understood; the rest was taken as if it had not been given. Empty when all was.
     """
 
     mode: Mode = Mode.AUTO
     max_load_tokens: int | None = None
+    keep: Keep | None = None
     explain: bool = False
     complaint: str = ""
 
     @classmethod
-    def of(cls, params: Any) -> RequestParams:  # noqa: ANN401 -- JSON from a client
+    def of(cls, params: Any, limits: KeepLimits) -> RequestParams:  # noqa: ANN401 -- JSON from a client
         """Read ``kv_transfer_params``; keys of other connectors are left alone.
 
         A request cannot be refused from inside the engine, so what is wrong is answered, not raised.
@@ -58,12 +97,23 @@ class RequestParams:
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
             complaints.append(f"max_load_tokens is {shortened(limit)}, must be a whole number of 0 or more")
             limit = None
+        asked = params.get("keep")
+        keep = None if asked is None else limits.read(asked)
+        if asked is not None and keep is None:
+            complaints.append(f"keep is {shortened(asked)}, must be {TOOL!r} or seconds, from 0 to {limits.max_s:g}")
+        elif keep is not None and mode == Mode.OFF.value:
+            complaints.append("keep has nothing to keep of a request that is 'off': none of it is saved")
+            keep = None
         if explain not in (None, True, False):
             complaints.append(f"explain is {shortened(explain)}, must be true or false")
             explain = False
         return cls(
-            mode=Mode(mode), max_load_tokens=limit, explain=bool(explain), complaint="; ".join(complaints)
-        )  # fmt: skip
+            mode=Mode(mode),
+            max_load_tokens=limit,
+            keep=keep,
+            explain=bool(explain),
+            complaint="; ".join(complaints),
+        )
 
 
 NOTHING_ASKED = RequestParams()

@@ -6,6 +6,7 @@ One object per engine, on the scheduler's thread alone; nothing in here waits fo
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from cacheflow.errors import CostRangeError
 from cacheflow.plan.plan import Choice
 from cacheflow.restore.work import StepReport
 from cacheflow.stores.base import Store
+from cacheflow.stores.keys import chain_root
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
@@ -21,10 +23,11 @@ from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.checkpoints import CheckpointDue, RequestCheckpoints, StatesUnderWay
 from cacheflow.vllm.scheduler.decide import Decider, Decision
 from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, UNNAMED, Siblings, answer_of
+from cacheflow.vllm.scheduler.keeps import Keeps
 from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
 from cacheflow.vllm.scheduler.request import TrackedRequest
-from cacheflow.vllm.scheduler.request_params import Mode, RequestParams
+from cacheflow.vllm.scheduler.request_params import KeepLimits, Mode, RequestParams
 from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 from cacheflow.vllm.scheduler.restorations import EndedRestoration, RestorationOutcome, Restorations
 from cacheflow.vllm.scheduler.saves import RequestSaves, SaveLog
@@ -40,7 +43,7 @@ from cacheflow.vllm.scheduler.view import (
     TargetStates,
     no_state_blocks,
 )
-from cacheflow.vllm.step import NOTHING, CaptureWork, ModelNews, SaveWork, StepWork, WeightsChange
+from cacheflow.vllm.step import NOTHING, CaptureWork, KeepWork, ModelNews, SaveWork, StepWork, WeightsChange
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,9 @@ class SchedulerSide:
         self._census = StoreCensus(store)
         self._census.describe(self.identity.namespace(None), self._parts)
         self._save_log = SaveLog()
+        self._keep_limits = KeepLimits(tool_s=options.keep_tool_s, max_s=options.max_keep_s)
+        self._keeps = Keeps((facts.objects for facts in facts_by_rank), clock=clock)
+        self._keep_works: list[KeepWork] = []
         self._lookup = PrefixLookup(store, timeout_s=options.lookup_timeout_s, clock=clock)
         self._questions = StoreQuestions(
             self._lookup, facts_by_rank, num_saves=lambda: self._save_log.num_saves, clock=clock
@@ -95,7 +101,7 @@ class SchedulerSide:
         """Note a request and ask the store for its prefix; a second call for the same request changes nothing."""
         if view.request_id in self.requests:
             return
-        params = RequestParams.of(view.params)
+        params = RequestParams.of(view.params, self._keep_limits)
         if not view.hashable:
             params = replace(params, mode=Mode.OFF)
         elif view.computes_all:
@@ -292,13 +298,32 @@ class SchedulerSide:
         """
         saves, captures = self._saves(scheduled, block_ids_of, state_blocks_of) if self._options.save else ((), ())
         generation, preempted = self.identity.generation, preempted if self.decider.recurrent else ()
-        if not saves and not captures and not preempted and not self.has_work:
+        keeps, self._keep_works = tuple(self._keep_works), []
+        if not saves and not captures and not preempted and not keeps and not self.has_work:
             return StepWork(generation=generation) if generation else NOTHING
         work = self.restorations.step(saves, busy=num_scheduled_tokens > 0)
-        versions = dict(self._weights_versions)
         return replace(
-            work, captures=captures, preempted=tuple(preempted), weights_versions=versions, generation=generation
+            work,
+            captures=captures,
+            preempted=tuple(preempted),
+            keeps=keeps,
+            claims=self._claims(work) if self._options.tenant_quota is not None else {},
+            weights_versions=dict(self._weights_versions),
+            generation=generation,
         )
+
+    def _claims(self, work: StepWork) -> dict[str, tuple[str, ...]]:
+        """The chunks that a step begins to save or restore, by tenant: the root of its chain, which no salt shares."""
+        claims: defaultdict[str, list[str]] = defaultdict(list)
+        for save in work.saves:
+            claims[self._tenant(save.request_id)].append(save.chain_hash)
+        for target in work.targets:
+            if self.knows(target.request_id):
+                claims[self._tenant(target.request_id)] += target.chain_hashes
+        return {tenant: tuple(chain_hashes) for tenant, chain_hashes in claims.items()}
+
+    def _tenant(self, request_id: str) -> str:
+        return chain_root(self.requests[request_id].view.salt).hex()
 
     def _saves(
         self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, state_blocks_of: StateBlocksOf
@@ -433,8 +458,18 @@ class SchedulerSide:
         record = self.restorations.cancel(request_id)
         if record is not None:
             request.records.append(record)
+        self._note_keep(request)
         answer = answer_of(request, explain=self._options.explain)
         return self._siblings.ended(request_id, answer) or None
+
+    def _note_keep(self, request: TrackedRequest) -> None:
+        """Have workers pin the prefix of a request that ended, if it asked for it, and no longer what it ends."""
+        keep = request.params.keep
+        if request.params.mode is Mode.OFF or (keep is None and self._keeps.empty):
+            return
+        num_chunks = request.prefix.extend(request.view.tokens)
+        chain_hashes = request.prefix.chain_hashes(0, num_chunks)
+        self._keep_works += self._keeps.request_ended(request.name.namespace, chain_hashes, keep)
 
     @property
     def has_work(self) -> bool:

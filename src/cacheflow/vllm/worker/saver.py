@@ -304,6 +304,17 @@ class ChunkSaver:
                 self._under_way.discard(copied.name)
                 self._counts.chunks_saved[outcome] += 1
 
+    def writes_under_way(self) -> Callable[[float], None]:
+        """A call for any thread that waits, for so many seconds at most, until what is pending now has been written."""
+        pending = tuple(self._pending)
+
+        def wait(timeout_s: float) -> None:
+            end_s = time.monotonic() + timeout_s
+            for copied in pending:
+                copied.outcome(timeout_s=max(0.0, end_s - time.monotonic()))
+
+        return wait
+
     def wait(self, timeout_s: float) -> bool:
         """Wait until everything is written; whether it was in time."""
         self._settle(timeout_s=timeout_s)

@@ -17,9 +17,10 @@ from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.models.partial_forward import PartialForward
-from cacheflow.vllm.step import ModelNews, StepWork
+from cacheflow.vllm.step import KeepWork, ModelNews, StepWork
 from cacheflow.vllm.worker.boundary import BoundaryCapture
 from cacheflow.vllm.worker.checkpoint import Checkpoint
+from cacheflow.vllm.worker.keeper import PrefixKeeper
 from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.model_state import ModelState
 from cacheflow.vllm.worker.recompute import VllmComputePort
@@ -120,6 +121,7 @@ class WorkerSide:
             more=None if capture is None else capture.put,
             room=room,
         )
+        self._keeper, self._keeps = PrefixKeeper(store), list[KeepWork]()
         self._carrier = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
         self._request_of: dict[int, str] = {}
         self._adapter_of: dict[int, Adapter] = {}
@@ -146,12 +148,24 @@ class WorkerSide:
     def expect(self, work: StepWork) -> None:
         """Get ready for the forward that is about to run, and keep boundary states of it; call before every forward."""
         self._state.begin_step(work)
+        self._keeps += work.keeps
+        for tenant, chain_hashes in work.claims.items():
+            self.store.claim(chain_hashes, tenant=tenant)
         if self._capture is not None:
             self._capture.expect(work.captures)
 
     def forget(self, request_ids: set[str]) -> None:
-        """Drop what was kept of requests that ended, but their last running states, which are written."""
+        """Drop what was kept of requests that ended, but their last running states, which are written.
+
+        Prefixes of such requests that are to be kept are pinned, once all of theirs is written.
+        """
         self.saver.write_kept(request_ids)
+        keeps, self._keeps = self._keeps, []
+        for keep in keeps:
+            self._keeper.carry_out(keep, written=self.saver.writes_under_way())
+        outcomes = self._keeper.take_outcomes()
+        if self.facts.rank == 0:  # each rank pins the objects of all
+            self.counts.kept.update(outcomes)
         if self._capture is not None:
             self._capture.forget(request_ids)
 
@@ -257,5 +271,6 @@ class WorkerSide:
         """End the threads; nothing touches the KV blocks any more."""
         self._carrier.close()
         self.saver.close()
+        self._keeper.close()
         if self._capture is not None:
             self._capture.close()
