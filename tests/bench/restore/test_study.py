@@ -28,7 +28,7 @@ def new_link(model, url="memory"):
     from cacheflow.stores.keys import Namespace
 
     namespace = Namespace(weights_fingerprint=model.fingerprint, dtype=model.shape.dtype, chunk_tokens=CHUNK)
-    return StoreStudyLink(namespace, url=url)
+    return StoreStudyLink(namespace, urls=(url,))
 
 
 def new_study(family="llama", dtype="float32", link=None, **options):
