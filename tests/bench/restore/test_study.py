@@ -23,12 +23,12 @@ def torch_threads():
         yield usual
 
 
-def new_link(model, url="memory"):
+def new_link(model, *urls):
     from cacheflow.bench.restore.link import StoreStudyLink
     from cacheflow.stores.keys import Namespace
 
     namespace = Namespace(weights_fingerprint=model.fingerprint, dtype=model.shape.dtype, chunk_tokens=CHUNK)
-    return StoreStudyLink(namespace, urls=(url,))
+    return StoreStudyLink(namespace, urls=urls or ("memory",))
 
 
 def new_study(family="llama", dtype="float32", link=None, **options):
