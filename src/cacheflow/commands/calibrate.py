@@ -51,9 +51,9 @@ class CalibrateFlags(Flags):
     accept_noise: bool = option(
         False, "write the profile although the machine was busy; it is marked, and said again when it is loaded"
     )
-    store: tuple[str, ...] = option(
-        (), "store whose link is measured, such as file:///mnt/kv; given several times, the fastest store first, the "
-        "tiers of one (default: a temporary folder)", words="repeated", metavar="URL", shown="",
+    store: tuple[str, ...] | None = option(
+        None, "store whose link is measured, such as file:///mnt/kv; given several times, the fastest store first, the "
+        "tiers of one (default: a temporary folder)", words="repeated", metavar="URL",
     )  # fmt: skip
     bandwidth_gbps: float | None = option(
         None, "throttle the store to this link, in gigabits per second", metavar="G", above=0
@@ -67,7 +67,7 @@ class CalibrateFlags(Flags):
             ConfigError: It names no store.
         """
         super().__post_init__()
-        if self.store:
+        if self.store is not None:
             check_store_url(self.store)
 
     @property

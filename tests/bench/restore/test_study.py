@@ -87,6 +87,7 @@ def test_files_and_pinned_memory_are_exact(tmp_path):
     for link in (
         new_link(model, file_url(tmp_path / "store")),
         new_link(model, file_url(tmp_path / "store")),
+        new_link(model, "memory?capacity=100kB", file_url(tmp_path / "tiers")),
         PinnedStudyLink(),
     ):
         study = new_study(link=link)

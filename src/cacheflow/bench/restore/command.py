@@ -65,10 +65,10 @@ class RestoreFlags(EmbeddedFlags):
         OBJECTIVES, metavar=",".join(OBJECTIVES), known=("objective", OBJECTIVES), shown=""
     )
     perturb: bool = option(False, "run cacheflow with wrong costs, wrong bandwidth and a falling link instead")
-    store: tuple[str, ...] = option(
-        (), "where the prefix is saved: memory, file for a folder in DIR, the URL of a store, or pinned, host memory "
+    store: tuple[str, ...] | None = option(
+        None, "where the prefix is saved: memory, file for a folder in DIR, the URL of a store, or pinned, host memory "
         "without a store; given several times, the fastest first, tiers (default: memory; with --device cuda pinned)",
-        words="repeated", metavar="URL", shown="",
+        words="repeated", metavar="URL",
     )  # fmt: skip
     cost_repeats: int = option(3, "times each chunk is timed", metavar="N", at_least=1)
 
