@@ -4,13 +4,15 @@ import pytest
 
 from cacheflow.embedded import Engine
 from cacheflow.errors import ConfigError
+from cacheflow.plan.report import SpanKind
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
-from cacheflow.stores.keys import ObjectKind
+from cacheflow.stores.keys import ObjectKind, RankKeys
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
 from support.embedded_cases import (
@@ -100,6 +102,27 @@ def test_a_plan_knows_what_each_tier_delivers(model, tmp_path):
             assert_same(played, never_evicted(model)[1])
             planned.append(sum(played.reply.report.plan.levels_K))
     assert planned[0] < planned[1]
+
+
+def test_a_slow_tier_that_is_read_first_does_not_hold_up_the_fast_one(model):
+    """The head, which is read first, is in the slow tier alone; meanwhile the rest comes from memory."""
+    slow = ThrottledStore(MemoryStore(capacity_bytes=CAPACITY), 1e12, 1.0)
+    with TieredStore({"memory": MemoryStore(capacity_bytes=CAPACITY), "slow": slow}) as store:
+        engine = make_engine(model, store, policy="load")
+        session = engine.session()
+        answer(session, turns()[0])
+        assert store.drain(TIMEOUT_S)
+        hashes = session.archive.find([*turns()[0], 1]).chain_hashes
+        head, namespace = hashes[0].hex(), engine.namespace.digest
+        keys = [RankKeys().kv(namespace, head, (block, block + 1)) for block in range(engine.num_blocks)]
+        assert store.tiers[0].store.delete(keys) == len(keys)
+        session.evict()
+        played = answer(session, turns()[1], sampling=sampling_of(1), save=False)
+    assert_same(played, never_evicted(model)[1])
+    assert len(keys) >= engine.restorer.options.max_reads_in_flight
+    loads = [span for span in played.reply.report.spans if span.kind is SpanKind.LOAD]
+    by_end = [span.chunk > 0 for span in sorted(loads, key=lambda span: span.end_s)]
+    assert by_end == [True] * (len(loads) - len(keys)) + [False] * len(keys)
 
 
 @pytest.mark.parametrize("policy", ["load", "cacheflow"])
