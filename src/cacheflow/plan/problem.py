@@ -83,7 +83,7 @@ class RestoreProblem:
             recomputing all chunks before it has left. That they are resident is not enough. All false otherwise.
         moved_bytes_KB: Bytes a load of the cell moves; others than ``load_bytes_KB`` where it lies in a store that is
             slower than the link, see ``over_tiers``.
-        tier_KB: Number of the store that the cell lies in; stores are read side by side. Zeros where there is one.
+        tier_KB: Number of the store that the cell lies in; stores are read side by side. Empty where there is one.
         num_tiers: Stores that cells may lie in.
     """
 
@@ -114,8 +114,6 @@ class RestoreProblem:
             object.__setattr__(self, "boundary_bytes_K", np.zeros(self.grid.num_chunks, dtype=np.int64))
         if self.recurrent_B.size == 0:
             object.__setattr__(self, "recurrent_B", np.zeros(self.grid.num_blocks, dtype=np.bool_))
-        if self.tier_KB.size == 0:
-            object.__setattr__(self, "tier_KB", np.zeros(cells, dtype=np.int64))
         object.__setattr__(self, "num_tiers", int(self.tier_KB.max(initial=0)) + 1)
         for name, array, shape in (
             ("compute_KB", self.compute_KB, cells),
@@ -125,7 +123,7 @@ class RestoreProblem:
             ("boundary_bytes_K", self.boundary_bytes_K, (self.grid.num_chunks,)),
             ("recurrent_B", self.recurrent_B, (self.grid.num_blocks,)),
             ("moved_bytes_KB", self.moved_KB, cells),
-            ("tier_KB", self.tier_KB, cells),
+            ("tier_KB", self.tier_KB, cells if self.tier_KB.size else (0, 0)),
         ):
             if array.shape != shape:
                 raise ConfigError(f"{name} has shape {array.shape}, the grid needs {shape}")

@@ -59,7 +59,7 @@ class Board:
         self._compute_KB = problem.compute_KB.tolist()
         self._bytes_KB = problem.load_bytes_KB.tolist()
         self._moved_KB = problem.moved_KB.tolist()
-        self._tier_KB = problem.tier_KB.tolist()
+        self._tier_KB = problem.tier_KB.tolist() or [[0] * self.num_blocks] * self.num_chunks
         self._rows_BK = [bytearray(self.num_chunks) for _ in range(self.num_blocks)]
         self.open_bytes_K = problem.load_bytes_KB.sum(axis=1).astype(np.float64)
         price_KB = problem.compute_KB.copy()
