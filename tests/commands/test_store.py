@@ -90,6 +90,15 @@ def test_stat_says_what_is_kept_and_when_the_first_goes_by_itself(kind, request,
     assert [each for each in columns if each in ("2", "3 h", "7 d")] == [each for each in (kept, goes) if each]
 
 
+def test_stat_shows_each_tier(file_url_of_ten, said, tmp_path):
+    other = f"file://{tmp_path}/other"
+    with open_store(other, capacity_bytes=CAPACITY) as store:
+        put(store, 1, 2)
+    shown = said("stat", file_url_of_ten, other)
+    assert re.search(r"all +10 .*all +2 ", shown, re.S)
+    said("stat", other, other, code=2)
+
+
 def test_verify_finds_every_damaged_record_and_removes_it_when_asked(url, said):
     assert "10 records are whole, 0 damaged" in said("verify", url)
     flip(url, 3)

@@ -305,6 +305,20 @@ def test_calibrate_measures_the_store_asked_for_and_leaves_it_as_it_was(model_fo
         assert store.stats().num_objects == 1
 
 
+def test_calibrate_measures_each_tier(model_folder, tmp_path, request, capsys):
+    from cacheflow.profiling.profile import load_profile
+
+    path, url = tmp_path / "p.json", url_of("file", request, tmp_path / "store")
+    argv = ["calibrate", str(model_folder), *QUICK, "--out", str(path), "--store", "memory", "--store", url]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "tier memory: " in out
+    assert f"tier {url}: " in out.replace("\n", "")
+    assert load_profile(path).link.bytes_per_s > 0
+    with open_store(url, capacity_bytes=1 << 24) as store:
+        assert store.stats().num_objects == 0
+
+
 def test_calibrate_takes_no_folder_but_a_url(model_folder, refused):
     assert "store is '/kv', must be a URL: memory, file:///folder" in refused(
         "calibrate", model_folder, "--store", "/kv"

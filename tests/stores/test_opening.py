@@ -35,7 +35,8 @@ def test_a_file_store_is_where_the_url_says_and_quoted_names_are_unquoted(tmp_pa
 
 def test_a_relative_folder_is_one_of_the_current_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert check_store_url(file_url(tmp_path.relative_to(tmp_path) / "kv")).path == str(tmp_path / "kv")
+    (url,) = check_store_url(file_url(tmp_path.relative_to(tmp_path) / "kv"))
+    assert url.path == str(tmp_path / "kv")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,12 @@ def test_a_relative_folder_is_one_of_the_current_directory(tmp_path, monkeypatch
         ("file:///kv?fsync=1", "fsync is '1', must be yes or no"),
         ("file:///kv?fsync=yes&fsync=no", "an option repeats"),
         ("file:///kv#1", "a part after #"),
+        ("memory?fsync=yes", "unknown option fsync of a memory store; known: capacity"),
+        ("memory?capacity=much", "capacity is 'much', must be a size such as 4GiB"),
+        ("file:///kv?capacity=0", "capacity is '0', must be a size"),
+        ([], "no URL was given"),
+        (["memory", "file:///kv", "file:///kv?fsync=yes"], "two tiers are file:///kv"),
+        (["memory", "disk"], "store is 'disk', must be a URL"),
         ("tape://drive/1", "no store is called 'tape'; known are memory, file:///folder"),
         ("http://[::1/kv", "not a URL"),
         ("http://host:port/kv", "not a URL (Port could not be cast"),
@@ -64,6 +71,29 @@ def test_a_bad_url_is_refused_with_what_is_allowed(url, said):
         with pytest.raises(ConfigError) as raised:
             check(url)
         assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("5000", 5000), ("2MB", 2_000_000), ("1.5GiB", 3 << 29), ("64kib", 64 << 10)]
+)
+def test_a_store_may_have_a_capacity_of_its_own(text, num_bytes, tmp_path):
+    for url in (f"memory?capacity={text}", f"{file_url(tmp_path)}?fsync=no&capacity={text}"):
+        with open_store(url, capacity_bytes=CAPACITY) as store:
+            assert store.capabilities().capacity_bytes == num_bytes
+
+
+def test_several_urls_are_tiers_and_each_says_its_capacity(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    urls = ["memory?capacity=1MiB", file_url(tmp_path / "kv")]
+    with open_store(urls, capacity_bytes=CAPACITY) as store:
+        assert [tier.name for tier in store.tiers] == ["memory", file_url(tmp_path / "kv")]
+    assert f"memory of 1048576 bytes, over file://{tmp_path}/kv of {CAPACITY} bytes" in caplog.text
+
+
+def test_a_tier_that_cannot_be_opened_leaves_none_open(tmp_path):
+    (tmp_path / "kv").write_text("no folder")
+    with pytest.raises(StoreError):
+        open_store(["memory", file_url(tmp_path / "kv")], capacity_bytes=CAPACITY)
 
 
 def test_checking_touches_nothing(tmp_path):
@@ -106,7 +136,7 @@ def test_the_documented_store_of_another_package(package, tmp_path):
         assert get(store, 1)[0] is LoadOutcome.OK
         assert put(store, 2, 3, 4) == (PutOutcome.STORED,) * 3
         assert store.stats().num_objects == 3
-    with pytest.raises(ConfigError, match="unknown option wheel of a sqlite store; known: none"):
+    with pytest.raises(ConfigError, match="unknown option wheel of a sqlite store; known: capacity"):
         check_store_url(url + "?wheel=7")
     with pytest.raises(ConfigError, match="and sqlite of other packages"):
         check_store_url("drum://1")

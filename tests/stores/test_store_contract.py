@@ -40,11 +40,15 @@ OTHERS = {
 }
 
 
-@pytest.fixture(params=[*ALL, *OTHERS])
+TIERS = {" over ".join(tiers): tiers for tiers in [("memory", "file"), ("memory", "shm", "file"), ("file", "redis")]}
+
+
+@pytest.fixture(params=[*ALL, *TIERS, *OTHERS])
 def store(request, tmp_path):
     root = tmp_path / "store"
-    if request.param in ALL:
-        opened = open_store(url_of(request.param, request, root), capacity_bytes=CAPACITY)
+    if request.param in (*ALL, *TIERS):
+        urls = [url_of(kind, request, root) for kind in TIERS.get(request.param, (request.param,))]
+        opened = open_store(urls, capacity_bytes=CAPACITY)
     else:
         opened = OTHERS[request.param](root)
     with opened:

@@ -13,7 +13,7 @@ from cacheflow.plan.costs import CostIdentity, CostTable
 from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.problem import LinkCost
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
-from cacheflow.stores.base import PutRequest
+from cacheflow.stores.base import PutRequest, Store
 from cacheflow.stores.keys import WHOLE, RankKeys
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
@@ -71,7 +71,7 @@ class Case:
     )
     facts_by_rank: tuple[EngineFacts, ...] = field(default_factory=lambda: (facts(),))
     now_s: float = 0.0
-    store: MemoryStore = field(default_factory=lambda: MemoryStore(capacity_bytes=1 << 28))
+    store: Store = field(default_factory=lambda: MemoryStore(capacity_bytes=1 << 28))
 
     def __post_init__(self) -> None:
         self.side = SchedulerSide(self.options, self.store, self.facts_by_rank, clock=lambda: self.now_s)

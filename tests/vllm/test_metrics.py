@@ -10,11 +10,15 @@ pytest.importorskip("torch")
 
 from cacheflow.plan.plan import Choice
 from cacheflow.stores.base import PinOutcome, PutOutcome
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
+from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm.metrics import LABELS, described
+from cacheflow.vllm.metrics import LABELS, Counts, described
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.worker.saver import _chunk_outcome
 from support.scheduler_cases import CHUNK, Case, Worker
+from support.store_objects import get, put
 
 pytestmark = pytest.mark.torch
 
@@ -63,6 +67,21 @@ def test_help_texts_and_docs_name_every_value(name):
     for value, meaning in LABELS[name].items():
         assert f"{value}: {meaning}" in text
         assert f"`{value}`" in rows[SERIES[name]]
+
+
+def test_what_happens_to_a_tier_is_counted_once():
+    failing = FaultyStore(MemoryStore(capacity_bytes=1 << 20), FaultPlan(rules=(FaultRule(fault=Fault.ERROR),)))
+    counts = Counts()
+    with TieredStore({"fast": MemoryStore(capacity_bytes=1 << 20), "slow": failing}, copy_bytes=1500) as store:
+        assert put(store, 1, num_bytes=2000) == (PutOutcome.STORED,)  # more than may wait for the slow tier
+        counts.note_tiers(store.stats().tiers)
+        assert counts.take() == {"tier_dropped": {"slow": 1}}
+        put(failing, 2, 3, 4)
+        for number in (2, 3, 4):
+            get(store, number)
+        for expected in ({"tier_outages": {"slow": 1}}, {}):
+            counts.note_tiers(store.stats().tiers)
+            assert counts.take() == expected
 
 
 @pytest.mark.vllm

@@ -89,12 +89,44 @@ def test_what_stays_and_goes_is_for_the_store():
 
 
 def test_a_store_is_given_by_its_url_or_as_ever():
-    assert ConnectorOptions().store_url == "memory"
-    assert ConnectorOptions(store="file", store_path="/k v").store_url == "file:///k%20v"
+    assert ConnectorOptions().store_urls == ("memory",)
+    assert ConnectorOptions(store="file", store_path="/k v").store_urls == ("file:///k%20v",)
     for url in ("file:///kv", "shm://kv"):
         options = ConnectorOptions.parse({"store": url})
-        assert options.store_url == url
+        assert options.store_urls == (url,)
         options.require_reachable_store("mp")
     with pytest.raises(ConfigError, match="holds a password") as raised:
         ConnectorOptions.parse({"store": "redis://me:hunter2@host"})
+    assert "hunter2" not in str(raised.value)
+
+
+def test_several_stores_are_tiers():
+    urls = ["memory?capacity=64MiB", "file:///kv"]
+    options = ConnectorOptions.parse({"store": urls})
+    assert options.store_urls == tuple(urls)
+    assert options.as_extra_config() == {"store": urls}
+    assert ConnectorOptions.parse(options.as_extra_config()) == options
+    assert ConnectorOptions.parse({"store": ["memory"]}) == ConnectorOptions()
+    options.require_room_for_chunk(64 << 20)
+    with pytest.raises(ConfigError, match="the capacity of a store is 67108864, but one chunk"):
+        options.require_room_for_chunk((64 << 20) + 1)
+    with pytest.raises(ConfigError, match="take shm://name instead of memory"):
+        options.require_reachable_store("mp")
+
+
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        ([], "no URL was given"),
+        (["memory", "file"], "store is 'file', must be a URL"),
+        (["memory", 7], "store is .* must be str or list of str"),
+        (7, "store is 7, must be str or list of str"),
+        (["file:///kv", "file:///kv"], "two tiers are file:///kv"),
+        (["memory", "redis://me:hunter2@host"], "holds a password"),
+        (["memory?capacity=0", "file:///kv"], "capacity is '0'"),
+    ],
+)
+def test_tiers_that_are_none_are_refused(store, said):
+    with pytest.raises(ConfigError, match=said) as raised:
+        ConnectorOptions.parse({"store": store})
     assert "hunter2" not in str(raised.value)

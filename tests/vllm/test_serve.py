@@ -97,7 +97,7 @@ def test_the_help_lists_what_the_code_allows(capsys: pytest.CaptureFixture[str])
     shown = " ".join(out.split())
     assert f"One of {', '.join(RESTORE_POLICIES)}. (default: cacheflow)" in shown
     assert f"One of {', '.join(BATCH_POLICY_NAMES)}. (default: mean_ttft)" in shown
-    assert "or the URL of a store, see docs/stores.md. (default: memory)" in shown
+    assert "or the URL of a store, see docs/stores.md. Several URLs" in shown
     assert "One of refuse, load_only. (default: load_only)" in shown
     assert "as many first tokens within --ttft-slo-ms as can be" in shown
     assert "default: all in a compiled engine, in an eager one 1 or, on CUDA, as many as make 8 MiB" in shown
@@ -169,6 +169,15 @@ def test_the_connector_is_the_one_for_the_model(machine, tmp_path, capsys, chang
     code, out, _ = run(capsys, str(tmp_path), "--print-config", *words)
     assert code == 0
     assert config_of(out)["kv_connector"] == name
+
+
+def test_the_store_flag_given_several_times_makes_tiers(capsys: pytest.CaptureFixture[str]):
+    urls = ["shm://kv?capacity=1GiB", "file:///kv"]
+    code, out, _ = run(capsys, "--print-config", "--store", urls[0], "--store", urls[1])
+    assert code == 0
+    extra = config_of(out)["kv_connector_extra_config"]
+    assert extra == {"store": urls}
+    assert ConnectorOptions.parse(extra).store_urls == tuple(urls)
 
 
 def test_folders_in_the_printed_line_do_not_depend_on_where_it_is_pasted(monkeypatch: pytest.MonkeyPatch):

@@ -35,7 +35,7 @@ class Knob:
         known: Names that are allowed, and what one is called in a message, as in ``("policy", ...)``.
         finite: ``inf`` is refused.
         one_of: Name of a group of flags of which exactly one is given.
-        words: How the flag takes words: ``"one"``, ``"positional"`` or ``"repeated"``.
+        words: How the flag takes words: ``"one"``, ``"positional"``, ``"positionals"`` or ``"repeated"``.
     """
 
     help: str = ""
@@ -111,7 +111,7 @@ class Flags:
             arguments = _arguments(name, knob, hints[name], defaults[name])
             if given_only:
                 arguments["default"] = argparse.SUPPRESS
-            names = (name,) if knob.words == "positional" else (flag_of(name, knob),)
+            names = (name,) if knob.words.startswith("positional") else (flag_of(name, knob),)
             groups[knob.one_of].add_argument(*names, **arguments)
 
     @classmethod
@@ -142,7 +142,9 @@ def _arguments(name: str, knob: Knob, hint: Any, default: Value) -> dict[str, An
     arguments: dict[str, Any] = {"help": _help(knob, default), "metavar": knob.metavar, "choices": knob.choices}
     if knob.words != "repeated":
         arguments["type"] = knob.parse or _parser_of(kind)
-    if knob.words == "positional":
+    if knob.words == "positionals":
+        arguments |= {"nargs": "*", "type": str, "default": ()}
+    if knob.words.startswith("positional"):
         return arguments
     arguments |= {"action": "append"} if knob.words == "repeated" else {}
     required = default is MISSING

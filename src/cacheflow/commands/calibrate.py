@@ -51,9 +51,10 @@ class CalibrateFlags(Flags):
     accept_noise: bool = option(
         False, "write the profile although the machine was busy; it is marked, and said again when it is loaded"
     )
-    store: str | None = option(
-        None, "store whose link is measured, such as file:///mnt/kv (default: a temporary folder)", metavar="URL"
-    )
+    store: tuple[str, ...] | None = option(
+        None, "store whose link is measured, such as file:///mnt/kv; given several times, the fastest store first, the "
+        "tiers of one (default: a temporary folder)", words="repeated", metavar="URL",
+    )  # fmt: skip
     bandwidth_gbps: float | None = option(
         None, "throttle the store to this link, in gigabits per second", metavar="G", above=0
     )
@@ -111,12 +112,14 @@ def run(args: argparse.Namespace, *, clock: Clock = time.perf_counter, cpu_clock
 
         began_s = clock()
         on_step("link", 0, 1)
-        link = _measure_store(flags, flags.chunk_tokens * model.shape.kv_bytes_per_token_layer)
+        link, tiers = _measure_store(flags, flags.chunk_tokens * model.shape.kv_bytes_per_token_layer)
         on_step("link", 1, 1)
         options = replace(options, time_limit_s=_left_s(flags.time_limit_s, clock() - began_s))
         calibration = Calibration(model, options, on_step, clock, cpu_clock)
         profile = calibration.run(link)
     _print(profile, console)
+    for name, bytes_per_s in tiers.items():
+        console.print(f"tier {name}: {bytes_per_s / 1e9:.3g} GB/s", soft_wrap=True)
     for each in calibration.left_out:
         console.print(f"left out, within {flags.time_limit_s:g} s: {each}", soft_wrap=True)
     if flags.rounds == 1:
@@ -158,18 +161,21 @@ def _left_s(limit_s: float, spent_s: float) -> float:
     return limit_s - spent_s
 
 
-def _measure_store(flags: CalibrateFlags, object_bytes: int) -> LinkCost:
+def _measure_store(flags: CalibrateFlags, object_bytes: int) -> tuple[LinkCost, dict[str, float]]:
+    """The link of the store, of several tiers the fastest, and what each tier delivers, by name."""
     from cacheflow.stores.probe import measure_link
     from cacheflow.stores.throttled import ThrottledStore
 
     num_objects = 64 if flags.bandwidth_gbps is None else 16
     with tempfile.TemporaryDirectory(prefix="cacheflow-") as scratch:
         # Without a bound of its own, so that the probes push out nothing of the user's.
-        store = open_store(flags.store or file_url(Path(scratch)), capacity_bytes=UNBOUNDED, only_look=True)
+        store = open_store(flags.store or (file_url(Path(scratch)),), capacity_bytes=UNBOUNDED, only_look=True)
         if flags.bandwidth_gbps is not None:
             store = ThrottledStore(store, flags.bandwidth_gbps * 1e9 / 8)
         with store:
-            return measure_link(store, object_bytes=object_bytes, num_objects=num_objects)
+            link = measure_link(store, object_bytes=object_bytes, num_objects=num_objects)
+            tiers = store.stats().tiers
+            return link, {tier.name: tier.bytes_per_s for tier in tiers if tier.bytes_per_s is not None}
 
 
 def _print(profile: Profile, console: Console) -> None:

@@ -11,6 +11,8 @@ from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.saver import PrefixSaver, SaveReport
 from cacheflow.engine.transfer_port import StoreTransferPort, cell_key, state_key
 from cacheflow.plan.grid import Cell, Grid
+from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.tiers import over_tiers
 from cacheflow.stores.base import PinOutcome
 from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root, next_key
 from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_partial_chunk
@@ -97,6 +99,17 @@ class PrefixArchive:
             if all(engine.store.contains(keys)):
                 return replace(match, chunk_ends=match.chunk_ends[:length], chain_hashes=match.chain_hashes[:length])
         return PrefixMatch(chunk_ends=(), chain_hashes=(), timed_out=match.timed_out)
+
+    def over_tiers(self, problem: RestoreProblem, match: PrefixMatch) -> RestoreProblem:
+        """What restoring a match, or its last chunks, costs, by where its chunks lie in a store of several tiers."""
+        engine = self._engine
+        tiers = engine.store.stats().tiers
+        hashes = match.chain_hashes[len(match.chain_hashes) - problem.grid.num_chunks :]
+        if not tiers or not problem.grid.num_chunks:
+            return problem
+        # The objects of a chunk were written and used together: the bottom one stands for all.
+        keys = [self._chunk_keys(each)[0] for each in hashes]
+        return over_tiers(problem, engine.store.locate(keys), [tier.bytes_per_s for tier in tiers])
 
     def open(self, grid: Grid, match: PrefixMatch, kv: KVBuffer) -> StoreTransferPort:
         """Reads of what ``find`` found, or of its last chunks, into a buffer."""

@@ -169,7 +169,7 @@ class Engine:
         cls,
         model: str | Path,
         *,
-        store: Store | str,
+        store: Store | str | Sequence[str],
         costs: CostTable,
         link: LinkCost,
         options: EngineOptions | None = None,
@@ -181,12 +181,13 @@ class Engine:
         Args:
             model: Folder or name.
             store: Where KV goes and comes from: a store, which stays the caller's to close, or the URL of one (see
-                docs/stores.md), which ``close`` closes.
+                docs/stores.md), which ``close`` closes; several URLs, the fastest store first, are tiers.
             costs: See the constructor.
             link: See the constructor.
             options: See the constructor.
-            capacity_bytes: Bound on the records of the store that a URL names, headers (4,096 bytes each) included;
-                there is no default, since a low one would throw out what others keep there.
+            capacity_bytes: Bound on the records of each store that a URL names, headers (4,096 bytes each) included,
+                where the URL has no ``capacity``; there is no default, since a low one would throw out what others keep
+                there.
             retention: What goes first from such a store, and what goes by itself; None for ``DEFAULT_RETENTION``.
 
         Raises:
@@ -197,19 +198,20 @@ class Engine:
         """
         if not isinstance(model, str | Path):
             raise ConfigError(f"model is {model!r}, must be a folder or a name")
-        if isinstance(store, str) != (capacity_bytes is not None):
+        urls = _urls(store)
+        if (urls is None) != (capacity_bytes is None):
             raise ConfigError(
                 f"capacity_bytes is {capacity_bytes}: it is the bound on the store that a URL names, and must be given "
                 "with a URL; a store that is open has its own"
             )
         if retention is not None:
             require_instance("retention", retention, Retention)
-            if not isinstance(store, str):
+            if urls is None:
                 raise ConfigError("retention is for the store that a URL names; a store that is open has its own")
-        if isinstance(store, str):
+        if urls is not None:
             capacity = whole("capacity_bytes", capacity_bytes, least=1)
             _check_profile(costs, link)
-            opened = open_store(store, capacity_bytes=capacity, retention=retention or DEFAULT_RETENTION)
+            opened = open_store(urls, capacity_bytes=capacity, retention=retention or DEFAULT_RETENTION)
             try:
                 return cls(cls._load(model, costs), store=opened, costs=costs, link=link, options=options,
                            closes_store=True)  # fmt: skip
@@ -217,6 +219,7 @@ class Engine:
                 opened.close()
                 raise
         _check_parts(store, costs, link)
+        assert isinstance(store, Store), "checked"
         return cls(cls._load(model, costs), store=store, costs=costs, link=link, options=options)
 
     @staticmethod
@@ -306,6 +309,15 @@ class Engine:
         return build_problem(
             self.costs, grid, self.model.shape, link=self.link, layers_per_block=self.chunking.layers_per_block
         )
+
+
+def _urls(store: object) -> tuple[str, ...] | None:
+    """The URLs of a store's tiers, where it is given by URLs."""
+    if isinstance(store, str):
+        return (store,)
+    if isinstance(store, Sequence) and all(isinstance(each, str) for each in store):
+        return tuple(store)
+    return None
 
 
 def _check_parts(store: object, costs: object, link: object) -> None:

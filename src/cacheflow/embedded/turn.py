@@ -136,7 +136,7 @@ class Turn:
     def _problem(self) -> RestoreProblem:
         """What ``grid`` costs. New tokens alone are served outside the measured range too, at a guess."""
         try:
-            return self._engine.problem(self.grid)
+            return self.session.archive.over_tiers(self._engine.problem(self.grid), self.asked.match)
         except CostRangeError:
             if self.grid.num_chunks:
                 raise

@@ -70,8 +70,8 @@ class RestoreProblem:
         compute_KB: Seconds to recompute a cell in full (attention and MLP too).
         kv_only_KB: Seconds to recompute a cell's keys and values only (norm and projections), for a cell with
             nothing recomputed above it; never more than ``compute_KB``.
-        load_bytes_KB: Bytes a load of the cell moves. In a recurrent block those of the last chunk bring the checkpoint
-            too: the running states at the end of the prefix.
+        load_bytes_KB: Bytes a load of the cell takes of the link. In a recurrent block those of the last chunk bring
+            the checkpoint too: the running states at the end of the prefix.
         link: The link the bytes come over.
         suffix_B: Seconds to run all suffix tokens through each block, prefix resident; zeros without a suffix.
         head_s: Seconds for the final norm, LM head and sampling of the first token; 0 without a suffix.
@@ -81,6 +81,10 @@ class RestoreProblem:
             of a later pipeline stage that reads them from the store. Zeros otherwise.
         recurrent_B: Blocks with recurrent layers: a chunk can be recomputed there only from the running state that
             recomputing all chunks before it has left. That they are resident is not enough. All false otherwise.
+        moved_bytes_KB: Bytes a load of the cell moves; others than ``load_bytes_KB`` where it lies in a store that is
+            slower than the link, see ``over_tiers``.
+        tier_KB: Number of the store that the cell lies in; stores are read side by side. Empty where there is one.
+        num_tiers: Stores that cells may lie in.
     """
 
     grid: Grid
@@ -93,6 +97,9 @@ class RestoreProblem:
     prefill_s: float | None = None
     boundary_bytes_K: Bytes = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     recurrent_B: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    moved_bytes_KB: Bytes = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    tier_KB: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    num_tiers: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
         """Check shapes and signs.
@@ -107,6 +114,7 @@ class RestoreProblem:
             object.__setattr__(self, "boundary_bytes_K", np.zeros(self.grid.num_chunks, dtype=np.int64))
         if self.recurrent_B.size == 0:
             object.__setattr__(self, "recurrent_B", np.zeros(self.grid.num_blocks, dtype=np.bool_))
+        object.__setattr__(self, "num_tiers", int(self.tier_KB.max(initial=0)) + 1)
         for name, array, shape in (
             ("compute_KB", self.compute_KB, cells),
             ("kv_only_KB", self.kv_only_KB, cells),
@@ -114,6 +122,8 @@ class RestoreProblem:
             ("suffix_B", self.suffix_B, (self.grid.num_blocks,)),
             ("boundary_bytes_K", self.boundary_bytes_K, (self.grid.num_chunks,)),
             ("recurrent_B", self.recurrent_B, (self.grid.num_blocks,)),
+            ("moved_bytes_KB", self.moved_KB, cells),
+            ("tier_KB", self.tier_KB, cells if self.tier_KB.size else (0, 0)),
         ):
             if array.shape != shape:
                 raise ConfigError(f"{name} has shape {array.shape}, the grid needs {shape}")
@@ -123,6 +133,11 @@ class RestoreProblem:
             raise ConfigError(f"head_s is {self.head_s}, must be 0 or more")
         if self.prefill_s is not None and not 0 <= self.prefill_s < float("inf"):
             raise ConfigError(f"prefill_s is {self.prefill_s}, must be 0 or more and finite")
+
+    @property
+    def moved_KB(self) -> Bytes:
+        """Bytes a load of each cell moves."""
+        return self.moved_bytes_KB if self.moved_bytes_KB.size else self.load_bytes_KB
 
     @property
     def suffix_s(self) -> float:

@@ -49,7 +49,7 @@ class LiveRestoration(Generic[T]):
     def begin_place(self, read: Read[T]) -> bool:
         """See ``ReadOwner``."""
         wanted = self.state.begin_place(read.piece)
-        self.state.rates.observe_load(num_bytes=read.num_bytes, busy_s=read.busy_s)
+        self.state.observe_read(read.piece, num_bytes=read.num_bytes, busy_s=read.busy_s)
         self._note(read, SpanKind.LOAD if wanted else SpanKind.WASTED)
         return wanted
 
@@ -311,10 +311,11 @@ class Jobs(Generic[T]):
 
     def next_read(self, num_reads: int, num_bytes: int) -> Read[T] | None:
         """See ``ReadSource``."""
-        if self._link_closed or num_reads >= self._options.max_reads_in_flight:
+        busy = self.scheduler.busy_tiers(self._options.max_reads_in_flight)
+        if self._link_closed or num_reads >= self._options.max_reads_in_flight * self.scheduler.num_tiers:
             return None
         now_s = self.now_s()
-        claimed = self.scheduler.claim_read(now_s)
+        claimed = self.scheduler.claim_read(now_s, busy)
         if claimed is None:
             return None
         restoration = self.restoration_of(self.by_name[claimed.request_id])

@@ -66,9 +66,10 @@ class StageReads:
         while read_ahead_s > 0 and len(self._ledger) < MAX_READS:
             piece: Piece | None = state.claim_boundary(now_s)
             if piece is None:
-                if len(self._ledger) >= MIN_READS and state.expected_load_s() >= read_ahead_s:
+                busy = self._busy_tiers(read_ahead_s)
+                if len(busy) == state.problem.num_tiers:
                     break
-                cell = state.claim_load(now_s)
+                cell = state.claim_load(now_s, busy)
                 if cell is None:
                     break
                 if state.cell(*cell) is not CellState.LOADING or cell.chunk >= self.chunk_limit:
@@ -78,6 +79,18 @@ class StageReads:
             self._ledger.add(piece)
             reads.append(ReadWork(piece, self._deadline.allowed_s(state.in_flight_bytes, state.rates)))
         return tuple(reads)
+
+    def _busy_tiers(self, read_ahead_s: float) -> frozenset[int]:
+        """Tiers that have enough to do."""
+        state, num_tiers = self._state, self._state.problem.num_tiers
+        if num_tiers == 1:  # the link as a whole, with boundary states
+            enough = len(self._ledger) >= MIN_READS and state.expected_load_s() >= read_ahead_s
+            return frozenset([0]) if enough else frozenset()
+        return frozenset(
+            tier
+            for tier in range(num_tiers)
+            if state.reads_of(tier) >= MIN_READS and state.expected_load_s(tier) >= read_ahead_s
+        )
 
     def drop(self, pieces: Iterable[Piece]) -> None:
         """Give these up, such as what compute takes over: the next drops hold those whose reads are under way."""
@@ -98,7 +111,7 @@ class StageReads:
             self._drops.append(piece)
         if all(each.outcome is LoadOutcome.OK for each in ended):
             slowest = max(ended, key=lambda each: each.busy_s)
-            state.rates.observe_load(num_bytes=slowest.num_bytes, busy_s=slowest.busy_s)
+            state.observe_read(piece, num_bytes=slowest.num_bytes, busy_s=slowest.busy_s)
             wanted = state.begin_place(piece)
             if wanted:
                 state.complete_load(piece, now_s)

@@ -7,7 +7,7 @@ across requests: where the first in the order has nothing to do for a resource, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError, PromptError
@@ -157,12 +157,30 @@ class BatchScheduler:
                 return BatchClaim(request_id, claim)
         return None
 
-    def claim_read(self, now_s: float) -> BatchRead | None:
-        """Claim what the link reads next; None when it should wait or nothing is left to load."""
+    @property
+    def num_tiers(self) -> int:
+        """Stores that cells of any request may lie in; each is read by itself."""
+        return max((entry.problem.num_tiers for entry in self._entries.values()), default=1)
+
+    def busy_tiers(self, max_reads: int) -> frozenset[int]:
+        """Of several tiers those from which so many cells are being read, for whichever request."""
+        num_tiers = self.num_tiers
+        if num_tiers == 1:
+            return frozenset()
+        states = [entry.state for entry in self._entries.values() if entry.state is not None]
+        return frozenset(
+            tier for tier in range(num_tiers) if sum(state.reads_of(tier) for state in states) >= max_reads
+        )
+
+    def claim_read(self, now_s: float, busy: Container[int] = ()) -> BatchRead | None:
+        """Claim what the link reads next; None when it should wait or nothing is left to load.
+
+        Cells of tiers that are ``busy`` are passed over.
+        """
         for request_id in self.ranking(now_s).link:
             if self._entries[request_id].finishing:
                 continue
-            piece = self._started(request_id).claim_read(now_s)
+            piece = self._started(request_id).claim_read(now_s, busy)
             if piece is not None:
                 return BatchRead(request_id, piece)
         return None

@@ -58,6 +58,8 @@ class Board:
         self.limit = grid.num_chunks
         self._compute_KB = problem.compute_KB.tolist()
         self._bytes_KB = problem.load_bytes_KB.tolist()
+        self._moved_KB = problem.moved_KB.tolist()
+        self._tier_KB = problem.tier_KB.tolist() or [[0] * self.num_blocks] * self.num_chunks
         self._rows_BK = [bytearray(self.num_chunks) for _ in range(self.num_blocks)]
         self.open_bytes_K = problem.load_bytes_KB.sum(axis=1).astype(np.float64)
         price_KB = problem.compute_KB.copy()
@@ -129,8 +131,16 @@ class Board:
         return float(self._compute_KB[chunk][block])
 
     def load_bytes(self, chunk: int, block: int) -> int:
-        """Bytes a load of one cell moves."""
+        """Bytes a load of one cell takes of the link."""
         return int(self._bytes_KB[chunk][block])
+
+    def moved_bytes(self, chunk: int, block: int) -> int:
+        """Bytes a load of one cell moves."""
+        return int(self._moved_KB[chunk][block])
+
+    def tier(self, chunk: int, block: int) -> int:
+        """Number of the store that a cell lies in."""
+        return int(self._tier_KB[chunk][block])
 
     def row_resident(self, block: int) -> bool:
         """Whether every chunk of a block is resident, so that the suffix may run through it."""

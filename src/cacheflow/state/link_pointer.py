@@ -12,7 +12,7 @@ expected to reach before the link does, because reading a boundary takes the lin
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +97,7 @@ class LinkPointer:
         self._sequence = self._plan.load_sequence
         self._tile_index = 0
         self._queue: deque[Cell] = deque()
+        self._busy: Container[int] = ()
         self._chunk_bytes = float(problem.load_bytes_KB.sum(axis=1).max(initial=0))
         self._cell_bytes = int(problem.load_bytes_KB.max(initial=0))
         # A wider staircase than whole chunks: compute comes to the bottom of the last chunks too. Only with recurrent
@@ -123,17 +124,32 @@ class LinkPointer:
 
     # Cells.
 
-    def claim(self, now_s: float) -> Cell | None:
-        """Claim the next cell as ``LOADING``; None when the link should wait or has nothing left."""
+    def claim(self, now_s: float, busy: Container[int] = ()) -> Cell | None:
+        """Claim the next cell as ``LOADING``; None when the link should wait or has nothing left.
+
+        Cells of tiers that are ``busy`` are passed over: the pointer comes back to them.
+        """
+        self._busy = busy
         if self._link.down:
             self.release()
             return None
-        if self._queue:
-            return self._queue.popleft()
+        if (queued := self._next_queued()) is not None:
+            return queued
         cell = self._behind_suffix(now_s) if self._plan.balance_suffix else self._in_sequence(now_s)
         if cell is not None:
             self._board.set(*cell, CellState.LOADING)
         return cell
+
+    def _next_queued(self) -> Cell | None:
+        """Take the first cell that was claimed with a whole tile and is not of a busy tier."""
+        for index, cell in enumerate(self._queue):
+            if not self._is_busy(cell):
+                del self._queue[index]
+                return cell
+        return None
+
+    def _is_busy(self, cell: Cell) -> bool:
+        return self._board.tier(*cell) in self._busy
 
     def release(self) -> None:
         """Give back cells that were claimed with a whole tile but not started."""
@@ -159,16 +175,21 @@ class LinkPointer:
         return board.is_open(chunk, block) and block >= self._compute.demand_K[chunk] and chunk < board.limit
 
     def _in_sequence(self, now_s: float) -> Cell | None:
-        while self._tile_index < len(self._sequence):
-            tile = self._sequence[self._tile_index]
-            if self._plan.share is Share.LAYERS:
-                cell = self._top_of(tile)
-                if cell is not None:
-                    return cell if self._link_is_first(cell, now_s) else None
-            elif self._claim_whole(tile):
-                return self._queue.popleft()
-            self._tile_index += 1
+        if self._plan.share is Share.LAYERS:
+            return self._from_tail(now_s)
+        for index in range(self._tile_index, len(self._sequence)):
+            tile = self._sequence[index]
+            if self._is_busy(Cell(tile.chunk_lo, tile.block_lo)):
+                continue
+            if self._claim_whole(tile):
+                return self._next_queued()
+            self._pass(index)
         return None
+
+    def _pass(self, index: int) -> None:
+        """Never look at a tile again that has nothing to load, unless one before it is still to be looked at."""
+        if index == self._tile_index:
+            self._tile_index += 1
 
     def _top_of(self, tile: Tile) -> Cell | None:
         block = self._board.top_open_block(tile.chunk_lo, tile.block_lo, tile.block_hi)
@@ -227,11 +248,12 @@ class LinkPointer:
         return cell if self._link_is_first(cell, now_s) else None
 
     def _from_tail(self, now_s: float) -> Cell | None:
-        while self._tile_index < len(self._sequence):
-            cell = self._top_of(self._sequence[self._tile_index])
-            if cell is not None:
+        for index in range(self._tile_index, len(self._sequence)):
+            cell = self._top_of(self._sequence[index])
+            if cell is None:
+                self._pass(index)
+            elif not self._is_busy(cell):
                 return cell if self._link_is_first(cell, now_s) else None
-            self._tile_index += 1
         return None
 
     def _bottom_up(self, meeting: MeetingPoint) -> Cell | None:
@@ -245,7 +267,7 @@ class LinkPointer:
         for block in range(1 if self._bottom_row_pays() else 0, board.num_blocks):
             first = chunk_lo if block >= block_lo else chunk_lo + 1
             chunk = board.last_open_chunk(block, chunk_lo=first)
-            while chunk is not None and block < least_K[chunk]:
+            while chunk is not None and (block < least_K[chunk] or self._is_busy(Cell(chunk, block))):
                 chunk = next((c for c in range(chunk - 1, first - 1, -1) if self._loadable(c, block)), None)
             if chunk is not None:
                 return Cell(chunk, block)
@@ -259,8 +281,7 @@ class LinkPointer:
             return self._from_tail(now_s)
         for chunk in np.flatnonzero(board.open_bytes_K)[::-1].tolist():
             block = board.top_open_block(chunk, self._compute.demand_K[chunk], board.num_blocks)
-            if block is not None:
-                cell = Cell(chunk, block)
+            if block is not None and not self._is_busy(cell := Cell(chunk, block)):
                 return cell if self._link_is_first(cell, now_s) else None
         return None
 
@@ -271,7 +292,7 @@ class LinkPointer:
             return None
         for chunk in range(board.num_chunks - 1, -1, -1):
             block = board.top_open_block(chunk, self._link.failed_K[chunk], compute.demand_K[chunk])
-            if block is None:
+            if block is None or self._is_busy(Cell(chunk, block)):
                 continue
             compute_s = compute.left_s(now_s) + compute.repair_left_s() + compute.suffix_left_s()
             if self._link.load_s(board.load_bytes(chunk, block)) + compute.suffix_from_s(block) > compute_s:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from enum import Enum
 
 from cacheflow.plan.plan import RestorePlan
@@ -32,6 +32,8 @@ class LinkSide:
         in_flight_bytes: Bytes of reads under way.
         num_placing: Verified reads that are being copied to where compute finds them.
         others_s: Seconds of the link that other restorations come first with.
+        reads_by_tier: Reads of cells under way, by the store that they come from.
+        bytes_by_tier: What they take of the link.
     """
 
     def __init__(self, plan: RestorePlan, rates: LiveRates, num_chunks: int) -> None:
@@ -42,6 +44,8 @@ class LinkSide:
         self.in_flight_bytes = 0
         self.num_placing = 0
         self.others_s = 0.0
+        self.reads_by_tier: Counter[int] = Counter()
+        self.bytes_by_tier: Counter[int] = Counter()
         self._reads: deque[int] = deque()
         self._oldest_since_s: float | None = None
         self._oldest_age_s = 0.0
@@ -74,13 +78,19 @@ class LinkSide:
             self._oldest_since_s = now_s
         self._oldest_age_s = now_s - self._oldest_since_s
 
-    def begin_read(self, num_bytes: int) -> None:
-        """Note a read under way."""
+    def begin_read(self, num_bytes: int, *, tier: int | None = None) -> None:
+        """Note a read under way; boundary states come from no tier."""
+        if tier is not None:
+            self.reads_by_tier[tier] += 1
+            self.bytes_by_tier[tier] += num_bytes
         self.in_flight_bytes += num_bytes
         self._reads.append(num_bytes)
 
-    def end_read(self, num_bytes: int) -> None:
+    def end_read(self, num_bytes: int, *, tier: int | None = None) -> None:
         """Note that a read ended, well or not; the link works on the next one from the next ``note_time`` on."""
+        if tier is not None:
+            self.reads_by_tier[tier] -= 1
+            self.bytes_by_tier[tier] -= num_bytes
         self.in_flight_bytes -= num_bytes
         self._reads.remove(num_bytes)
         self._oldest_since_s, self._oldest_age_s = None, 0.0

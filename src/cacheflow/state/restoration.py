@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.plan.plan import RestorePlan
@@ -125,10 +125,17 @@ class RestoreState:
         return self._boundaries.state(chunk)
 
     def num_bytes(self, piece: Piece) -> int:
-        """Bytes that a read of a piece moves."""
+        """Bytes that a read of a piece takes of the link."""
         if isinstance(piece, Boundary):
             return self._boundaries.num_bytes(piece.chunk)
         return self._board.load_bytes(*piece)
+
+    def reads_of(self, tier: int) -> int:
+        """Reads of cells under way from one store."""
+        return self._link.reads_by_tier[tier]
+
+    def _tier(self, piece: Piece) -> int | None:
+        return None if isinstance(piece, Boundary) else self._board.tier(*piece)
 
     @property
     def loads_possible(self) -> bool:
@@ -177,16 +184,17 @@ class RestoreState:
 
     # Reads.
 
-    def claim_load(self, now_s: float) -> Cell | None:
+    def claim_load(self, now_s: float, busy: Container[int] = ()) -> Cell | None:
         """Claim one cell for the link; None when the link should wait or has nothing left.
 
         Args:
             now_s: Seconds on the driver's clock, the same one for every call.
+            busy: Tiers that have enough to do: their cells are passed over.
         """
         self._link.note_time(now_s)
-        cell = self._link_pointer.claim(now_s)
+        cell = self._link_pointer.claim(now_s, busy)
         if cell is not None:
-            self._link.begin_read(self._board.load_bytes(*cell))
+            self._link.begin_read(self._board.load_bytes(*cell), tier=self._tier(cell))
         return cell
 
     def claim_boundary(self, now_s: float) -> Boundary | None:
@@ -203,14 +211,23 @@ class RestoreState:
             self._link.begin_read(self._boundaries.num_bytes(boundary.chunk))
         return boundary
 
-    def claim_read(self, now_s: float) -> Piece | None:
+    def claim_read(self, now_s: float, busy: Container[int] = ()) -> Piece | None:
         """Claim what the link reads next, boundary states first; None when it should wait or has nothing left."""
-        return self.claim_boundary(now_s) or self.claim_load(now_s)
+        return self.claim_boundary(now_s) or self.claim_load(now_s, busy)
+
+    def observe_read(self, piece: Piece, *, num_bytes: int, busy_s: float) -> None:
+        """Take in how long the link worked on a read that moved ``num_bytes``.
+
+        What comes from a slow tier counts for as many bytes as the link would have brought meanwhile.
+        """
+        if not isinstance(piece, Boundary):
+            num_bytes = round(num_bytes * self._board.load_bytes(*piece) / max(1, self._board.moved_bytes(*piece)))
+        self.rates.observe_load(num_bytes=num_bytes, busy_s=busy_s)
 
     def begin_place(self, piece: Piece) -> bool:
         """Take a verified read on to where compute finds it; False when it is not wanted any more: drop the bytes."""
         num_bytes = self.num_bytes(piece)
-        self._link.end_read(num_bytes)
+        self._link.end_read(num_bytes, tier=self._tier(piece))
         if isinstance(piece, Boundary):
             self.boundary_bytes += num_bytes
             wanted = self._boundaries.state(piece.chunk) is BoundaryState.READING
@@ -221,7 +238,7 @@ class RestoreState:
             if wanted:
                 self._board.set(*piece, CellState.PLACING)
             else:
-                self.wasted_bytes += num_bytes
+                self.wasted_bytes += self._board.moved_bytes(*piece)
         if wanted:
             self._link.begin_place()
         return wanted
@@ -254,10 +271,10 @@ class RestoreState:
             self.num_failed_boundaries += 1
             self.drop_load(piece)
             return
-        self._link.end_read(self._board.load_bytes(*piece))
+        self._link.end_read(self._board.load_bytes(*piece), tier=self._tier(piece))
         self.outcomes[outcome] += 1
         if outcome is LoadOutcome.CORRUPT:
-            self.wasted_bytes += self._board.load_bytes(*piece)
+            self.wasted_bytes += self._board.moved_bytes(*piece)
         self._failed_in_row += 1
         # Open: demanded of compute, which has not got there.
         if self._board.state(*piece) in (CellState.LOADING, CellState.OPEN):
@@ -270,7 +287,7 @@ class RestoreState:
 
         A cell that nobody has taken over falls to compute.
         """
-        self._link.end_read(self.num_bytes(piece))
+        self._link.end_read(self.num_bytes(piece), tier=self._tier(piece))
         if isinstance(piece, Boundary):
             if self._boundaries.state(piece.chunk) is BoundaryState.READING:
                 self._lose(piece.chunk)
@@ -401,8 +418,10 @@ class RestoreState:
         """Corrected seconds until compute has done what it works on and what workers were given."""
         return self._compute.left_s(now_s)
 
-    def expected_load_s(self) -> float:
-        """Seconds until everything in flight should have arrived."""
+    def expected_load_s(self, tier: int | None = None) -> float:
+        """Seconds until everything in flight, or all that comes from one store, should have arrived."""
+        if tier is not None:
+            return self._link.bytes_by_tier[tier] / self._link.bytes_per_s
         return self._link.load_s(0) - self._link.others_s
 
     def expected_left_s(self, now_s: float) -> float:
@@ -484,7 +503,7 @@ class RestoreState:
             loaded_cells=len(loaded),
             repaired_cells=self.num_repaired,
             failed_loads={outcome.value: n for outcome, n in self.outcomes.items() if outcome is not LoadOutcome.OK},
-            loaded_bytes=sum(self._board.load_bytes(*cell) for cell in loaded),
+            loaded_bytes=sum(self._board.moved_bytes(*cell) for cell in loaded),
             wasted_bytes=self.wasted_bytes,
             planning_s=planning_s,
             overhead_s=overhead_s,

@@ -126,6 +126,33 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierStats:
+    """One tier of a ``TieredStore``.
+
+    Attributes:
+        name: For people, logs and metrics.
+        delivers: It is in service; a tier that under-delivers is taken out of reads and plans.
+        num_outages: Times it was taken out.
+        bytes_per_s: Bandwidth of recent reads, or what was measured at the start; None when neither is known.
+        num_copied: Objects put into a faster tier that were written to this one too.
+        num_dropped: Those that were not.
+        num_promoted: Objects read from a slower tier that were written to this one too.
+        num_unpromoted: Those that were not.
+        store: Of its store.
+    """
+
+    name: str
+    delivers: bool
+    num_outages: int
+    bytes_per_s: float | None
+    num_copied: int
+    num_dropped: int
+    num_promoted: int
+    num_unpromoted: int
+    store: StoreStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreStats:
     """Counts since the store was opened, and live estimates.
 
@@ -152,6 +179,8 @@ class StoreStats:
     num_evicted: int = 0
     injected: Mapping[str, int] = field(default_factory=dict)
     """Faults injected by a ``FaultyStore``, by kind; empty in production."""
+    tiers: tuple[TierStats, ...] = ()
+    """Of a ``TieredStore``, the fastest first."""
 
 
 O_co = TypeVar("O_co", bound=Enum, covariant=True)
@@ -197,6 +226,13 @@ class Store(ABC):
     @abstractmethod
     def contains(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
         """Whether each object is there: a hint, a read may still miss. A failing store holds nothing."""
+
+    def locate(self, keys: Sequence[ObjectKey]) -> tuple[int, ...]:
+        """In which of its tiers each object is, of those that ``contains`` has just found: a hint, by number.
+
+        The numbers are those of ``StoreStats.tiers``; 0 in a store that has none.
+        """
+        return (0,) * len(keys)
 
     @abstractmethod
     def submit_get(

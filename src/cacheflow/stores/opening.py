@@ -9,6 +9,9 @@
     rediss://host:6379/0                the same over TLS; ?ca_certs=FILE&certfile=FILE&keyfile=FILE
     s3://bucket/prefix                  a bucket; ?endpoint=URL&region=NAME&timeout_s=10
 
+All of them take ``?capacity=4GiB``, a bound of their own instead of the one given for all. Several URLs, the fastest
+store first, are tiers of one store (``stores.tiered``).
+
 Other packages add schemes as entry points of the group ``cacheflow.stores``: the name is the scheme, the value a
 ``StoreOpener``. See docs/stores.md.
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -35,9 +38,18 @@ from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shm import SharedMemoryStore, shm_folder
+from cacheflow.stores.tiered import TieredStore
 
 ENTRY_POINT_GROUP = "cacheflow.stores"
+CAPACITY = "capacity"
+"""The option that every store takes."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_UNITS = {"": 1} | {
+    f"{letter}{binary}B": (1024 if binary else 1000) ** (1 + power)
+    for power, letter in enumerate("KMGT")
+    for binary in ("", "I")
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)((?:[kmgt]i?b)?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +85,8 @@ class StoreUrl:
         Raises:
             ConfigError: It is no URL, holds a password, or repeats an option.
         """
-        if text == "memory":
-            return cls(text=text, scheme=text)
+        if text.partition("?")[0] == "memory":
+            return cls(text=text, scheme="memory", options=_options(urlsplit(text)))
         try:
             parts = urlsplit(text)
             port, password = parts.port, parts.password
@@ -99,15 +111,20 @@ class StoreUrl:
             options=_options(parts),
         )
 
+    @property
+    def address(self) -> str:
+        """The URL without options, for messages: what tells one store from another."""
+        return shown_url(self.text.partition("?")[0])
+
     def require_options(self, *known: str) -> None:
-        """Pass if it has no other options than these.
+        """Pass if it has no other options than these, and ``capacity``.
 
         Raises:
             ConfigError: It has; names them, and those that are known.
         """
-        unknown = sorted(set(self.options) - set(known))
+        unknown = sorted(set(self.options) - {*known, CAPACITY})
         if unknown:
-            allowed = ", ".join(known) if known else "none"
+            allowed = ", ".join((*known, CAPACITY))
             raise ConfigError(f"store: unknown option {', '.join(unknown)} of a {self.scheme} store; known: {allowed}")
 
     def flag(self, name: str) -> bool:
@@ -120,6 +137,21 @@ class StoreUrl:
         if value not in ("yes", "no"):
             raise ConfigError(f"store: {name} is {value!r}, must be yes or no")
         return value == "yes"
+
+    def capacity_bytes(self, default: int) -> int:
+        """The option ``capacity``: a bound on the records of this store, ``4GiB``, ``500MB`` or in bytes.
+
+        Raises:
+            ConfigError: It is no size of at least a byte.
+        """
+        text = self.options.get(CAPACITY)
+        if text is None:
+            return default
+        found = _SIZE.fullmatch(text)
+        num_bytes = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+        if num_bytes < 1:
+            raise ConfigError(f"store: capacity is {text!r}, must be a size such as 4GiB, 500MB or 1000000, above 0")
+        return num_bytes
 
     def seconds(self, name: str, default: float) -> float:
         """An option in seconds.
@@ -157,40 +189,64 @@ class StoreOpener(Protocol):
 
 
 def open_store(
-    url: str, *, capacity_bytes: int, retention: Retention = DEFAULT_RETENTION, only_look: bool = False
+    urls: str | Sequence[str],
+    *,
+    capacity_bytes: int,
+    retention: Retention = DEFAULT_RETENTION,
+    only_look: bool = False,
 ) -> Store:
-    """Open the store that a URL names; the caller closes it.
+    """Open the store that a URL names, or the tiers that several name, the fastest first; the caller closes it.
 
     Args:
-        url: See the module's docstring.
-        capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
-        retention: What goes first, and what goes by itself.
+        urls: See the module's docstring.
+        capacity_bytes: Bound on the records held, headers (4,096 bytes each) included, of each store whose URL has no
+            ``capacity`` of its own.
+        retention: What goes first, and what goes by itself; the same in every tier.
         only_look: Not to serve from it, so that closing it leaves a store that was there.
 
     Raises:
-        ConfigError: The URL is wrong, its scheme unknown, or a package is missing.
-        StoreError: The store cannot be reached or used.
+        ConfigError: A URL is wrong, its scheme unknown, or a package is missing.
+        StoreError: A store cannot be reached or used.
     """
-    parsed = StoreUrl.parse(url)
-    if only_look and parsed.scheme == "shm" and is_record_directory(shm_folder(parsed.host)):
-        parsed = replace(parsed, options={**parsed.options, "keep": "yes"})
-    store = opener_of(parsed.scheme)(parsed)(capacity_bytes=capacity_bytes, retention=retention)
+    parsed = check_store_url(urls)
+    stores: dict[str, Store] = {}
+    try:
+        for url in parsed:
+            capacity = url.capacity_bytes(capacity_bytes)
+            stores[url.address] = _open(url, capacity_bytes=capacity, retention=retention, only_look=only_look)
+    except BaseException:
+        for store in stores.values():
+            store.close()
+        raise
+    return TieredStore(stores) if len(stores) > 1 else next(iter(stores.values()))
+
+
+def _open(url: StoreUrl, *, capacity_bytes: int, retention: Retention, only_look: bool) -> Store:
+    if only_look and url.scheme == "shm" and is_record_directory(shm_folder(url.host)):
+        url = replace(url, options={**url.options, "keep": "yes"})
+    store = opener_of(url.scheme)(url)(capacity_bytes=capacity_bytes, retention=retention)
     if not isinstance(store, Store):
-        raise StoreError(f"store {parsed}: the opener of {parsed.scheme} returned {store!r}, which is no Store")
+        raise StoreError(f"store {url}: the opener of {url.scheme} returned {store!r}, which is no Store")
     return store
 
 
-def check_store_url(url: str) -> StoreUrl:
-    """Pass if a URL can name a store; touches no disk and no network.
+def check_store_url(urls: str | Sequence[str]) -> tuple[StoreUrl, ...]:
+    """Pass if a URL can name a store, or several the tiers of one; touches no disk and no network.
 
     Returns:
-        The URL, taken apart.
+        Each URL, taken apart.
 
     Raises:
-        ConfigError: See ``open_store``.
+        ConfigError: See ``open_store``; there is none, or two are of the same store.
     """
-    parsed = StoreUrl.parse(url)
-    opener_of(parsed.scheme)(parsed)
+    parsed = tuple(map(StoreUrl.parse, [urls] if isinstance(urls, str) else urls))
+    if not parsed:
+        raise ConfigError(f"store: no URL was given, must be at least one: {_forms()}")
+    for number, url in enumerate(parsed):
+        opener_of(url.scheme)(url)
+        url.capacity_bytes(1)
+        if url.address in (other.address for other in parsed[:number]):
+            raise ConfigError(f"store: two tiers are {url.address}; each must be a store of its own")
     return parsed
 
 
@@ -206,8 +262,9 @@ def file_url(folder: Path) -> str:
 
 
 def _memory(url: StoreUrl) -> Callable[..., Store]:
-    if url.text != "memory":
+    if url.address != "memory":
         raise ConfigError(f"store is '{url}': the memory store has no address, give memory")
+    url.require_options()
     return MemoryStore
 
 

@@ -13,6 +13,7 @@ from cacheflow.errors import StoreError
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import GetHandle, GetRequest, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys, chain_hash, chain_root
+from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
 
 _NAMESPACE = "0" * 32
@@ -22,6 +23,8 @@ _DEPTH = 3
 
 def measure_link(store: Store, *, object_bytes: int, num_objects: int = 64, rounds: int = 3) -> LinkCost:
     """Write probe objects, read them back in pipelined rounds, delete them.
+
+    Of a store of several tiers each is measured, and told what it was measured to do; the fastest one's is returned.
 
     Several processes may measure one shared store at once: no two calls use the same names.
 
@@ -34,6 +37,12 @@ def measure_link(store: Store, *, object_bytes: int, num_objects: int = 64, roun
     Raises:
         StoreError: A probe could not be written or read back.
     """
+    if isinstance(store, TieredStore):
+        links = []
+        for tier in store.tiers:
+            links.append(measure_link(tier.store, object_bytes=object_bytes, num_objects=num_objects, rounds=rounds))
+            tier.promise(bytes_per_s=links[-1].bytes_per_s, latency_s=links[-1].latency_s)
+        return links[0]
     salt = uuid.uuid4().hex
     keys = [_probe_key(index, salt) for index in range(num_objects + 1)]
     sizes = [object_bytes] * num_objects + [_SMALL_BYTES]

@@ -6,6 +6,7 @@ import time
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -37,6 +38,10 @@ class WrapperStore(Store):
         """See ``Store.contains``."""
         return self.inner.contains(keys)
 
+    def locate(self, keys: Sequence[ObjectKey]) -> tuple[int, ...]:
+        """See ``Store.locate``."""
+        return self.inner.locate(keys)
+
     def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[PinOutcome, ...]:
         """See ``Store.pin``."""
         return self.inner.pin(keys, ttl_s=ttl_s)
@@ -59,12 +64,13 @@ class WrapperStore(Store):
         An operation counts once its handle was asked (``poll``, ``wait`` or ``cancel``) after its end.
         """
         inner = self.inner.stats()
-        return self._meter.snapshot(
+        seen = self._meter.snapshot(
             num_objects=inner.num_objects,
             used_bytes=inner.used_bytes,
             num_evicted=inner.num_evicted,
             injected=inner.injected,
         )
+        return replace(seen, tiers=inner.tiers)
 
     def census(self) -> Mapping[str, int]:
         """See ``Store.census``."""

@@ -336,6 +336,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def get_kv_connector_stats(self) -> CacheFlowStats | None:
         """Counts of this side since the last call."""
+        if isinstance(self.half, WorkerSide):
+            self.half.note_tiers()
         data = self.half.counts.take()
         return CacheFlowStats(data) if data else None
 

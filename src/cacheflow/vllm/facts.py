@@ -30,7 +30,8 @@ class EngineFacts:
         block_size: Tokens of one KV block.
         costs: Measured costs; None when this engine only loads.
         load_only_reason: Why it only loads; empty when it recomputes too.
-        link: The store as this rank reads it.
+        link: The store as this rank reads it; of one with several tiers the fastest.
+        tier_rates: Bytes per second that each tier was measured to deliver; empty where there is one.
         first_layer: The model's layer that is this stage's first.
         weights: Digests of its weights, by layer.
         boundary_token_bytes: Bytes of one token's boundary states, the input of the stage's first layer; 0 where they
@@ -57,6 +58,7 @@ class EngineFacts:
     replicated: bool = False
     row_state_bytes: tuple[int, ...] = ()
     identity: tuple[tuple[str, str], ...] = ()
+    tier_rates: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that a load-only engine says why.

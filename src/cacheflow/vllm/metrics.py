@@ -7,9 +7,11 @@ Plain numbers in here, so that they cross from the engine to the frontend as vLL
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from cacheflow.stores.base import TierStats
 
 LABELS: Mapping[str, Mapping[str, str]] = {
     "tokens": {
@@ -73,6 +75,8 @@ class Counts:
         overlap: Share of the shorter side's busy time during which both sides worked, of each restoration.
         lookup_timeouts: Prompts computed because the store did not answer in time.
         link_bytes_per_s: Live estimate of the link's bandwidth; 0 before the first.
+        tier_outages: Times that a tier of the store was taken out of service, by tier.
+        tier_dropped: Objects that were to be written to a tier and were not, by tier.
     """
 
     tokens: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -87,11 +91,26 @@ class Counts:
     overlap: list[float] = field(default_factory=list)
     lookup_timeouts: int = 0
     link_bytes_per_s: float = 0.0
+    tier_outages: Counter[str] = field(default_factory=Counter)
+    tier_dropped: Counter[str] = field(default_factory=Counter)
+    _tiers_before: dict[str, TierStats] = field(default_factory=dict)
+
+    def note_tiers(self, tiers: Iterable[TierStats]) -> None:
+        """Count what happened to the tiers of a store since the last call."""
+        for tier in tiers:
+            before = self._tiers_before.get(tier.name)
+            self._tiers_before[tier.name] = tier
+            outages = tier.num_outages - (before.num_outages if before else 0)
+            dropped = tier.num_dropped - (before.num_dropped if before else 0)
+            if outages:
+                self.tier_outages[tier.name] += outages
+            if dropped:
+                self.tier_dropped[tier.name] += dropped
 
     def take(self) -> dict[str, Any]:
         """What was counted since the last call, as plain data; empty when nothing was."""
         data: dict[str, Any] = {}
-        for name in ("tokens", "restorations", "guard", "chunks_saved", "kept", "boundaries"):
+        for name in (*LABELS, "tier_outages", "tier_dropped"):
             if values := getattr(self, name):
                 data[name] = dict(values)
                 values.clear()

@@ -10,13 +10,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.batch import STARVATION_S
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
-from cacheflow.stores.opening import check_store_url, file_url, shown_url
+from cacheflow.stores.opening import StoreUrl, check_store_url, file_url, shown_url
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -36,9 +36,10 @@ class ConnectorOptions:
 
     Attributes:
         store: Where saved KV lives: ``memory`` (this process's, lost with it), ``file`` (survives, shared by replicas
-            that see the directory), or the URL of a store, see docs/stores.md.
+            that see the directory), or the URL of a store, see docs/stores.md. Several URLs, the fastest store first,
+            are tiers: give the flag several times, or a list.
         store_path: Directory of the file store; required for it, refused otherwise.
-        cpu_bytes_to_use: Capacity of the store in bytes, on this node.
+        cpu_bytes_to_use: Capacity of the store in bytes, on this node; of several, of each whose URL has no capacity.
         ttl_s: Seconds after its last use at which a stored object goes by itself; None: only to make room.
         tenant_quota: Share of the capacity beyond which the objects of a tenant (``cache_salt``) make room before any
             other's; None: the least recently used goes first, whose ever it is.
@@ -80,7 +81,7 @@ class ConnectorOptions:
         explain: Attach the explain record to every request's ``kv_transfer_params``; one request can ask for it alone.
     """
 
-    store: str = "memory"
+    store: str | tuple[str, ...] = "memory"
     store_path: str | None = None
     cpu_bytes_to_use: int = 4 << 30
     ttl_s: float | None = None
@@ -120,16 +121,7 @@ class ConnectorOptions:
         """
         for key, allowed in CHOICES.items():
             _one_of(key, getattr(self, key), allowed)
-        if (self.store == "file") != (self.store_path is not None):
-            raise ConfigError(
-                f"store is {shown_url(self.store)!r} and store_path is {self.store_path!r}: the file store needs a "
-                "store_path, the memory store takes none, and a URL says where the store is"
-            )
-        for key in ("store_path", "profile_dir"):
-            if getattr(self, key) == "":
-                raise ConfigError(f"{key} is empty, must be a folder; leave it out for the default")
-        check_store_url(self.store_url)
-        _ = self.retention  # checks its ranges
+        self._check_store()
         if (self.objective == "slo") != (self.ttft_slo_ms is not None):
             raise ConfigError(
                 f"objective is {self.objective!r} and ttft_slo_ms is {self.ttft_slo_ms}: the objective slo needs a "
@@ -146,6 +138,20 @@ class ConnectorOptions:
             )
         if not 0 <= self.throttle_latency_s < float("inf"):
             raise ConfigError(f"throttle_latency_s is {self.throttle_latency_s}, must be 0 or more and finite")
+
+    def _check_store(self) -> None:
+        if isinstance(self.store, tuple) and len(self.store) == 1:
+            object.__setattr__(self, "store", self.store[0])
+        if (self.store == "file") != (self.store_path is not None):
+            raise ConfigError(
+                f"store is {self._shown_store!r} and store_path is {self.store_path!r}: the file store needs a "
+                "store_path, the memory store takes none, and a URL says where the store is"
+            )
+        for key in ("store_path", "profile_dir"):
+            if getattr(self, key) == "":
+                raise ConfigError(f"{key} is empty, must be a folder; leave it out for the default")
+        check_store_url(self.store_urls)
+        _ = self.retention  # checks its ranges
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> ConnectorOptions:
@@ -193,11 +199,14 @@ class ConnectorOptions:
         Raises:
             ConfigError: It cannot: nothing would ever be restored.
         """
-        room_bytes = int(self.cpu_bytes_to_use * (self.tenant_quota or 1.0))
+        tiers = [StoreUrl.parse(url) for url in self.store_urls]
+        capacity = min(tier.capacity_bytes(self.cpu_bytes_to_use) for tier in tiers)
+        room_bytes = int(capacity * (self.tenant_quota or 1.0))
         if chunk_bytes > room_bytes:
-            of = "" if self.tenant_quota is None else f", of which a tenant may have {room_bytes}"
+            which = "cpu_bytes_to_use" if capacity == self.cpu_bytes_to_use else "the capacity of a store"
+            share = "" if self.tenant_quota is None else f", of which a tenant may have {room_bytes}"
             raise ConfigError(
-                f"cpu_bytes_to_use is {self.cpu_bytes_to_use}{of}, but one chunk of {self.chunk_tokens} tokens takes "
+                f"{which} is {capacity}{share}, but one chunk of {self.chunk_tokens} tokens takes "
                 f"{chunk_bytes} bytes: allow for many"
             )
 
@@ -207,16 +216,29 @@ class ConnectorOptions:
         Raises:
             ConfigError: The store is this process's memory, and workers are other processes, as in all but ``uni``.
         """
-        if self.store == "memory" and executor != "uni":
+        if self.uses_memory and executor != "uni":
             raise ConfigError(
-                f"store is 'memory', but vLLM's executor {executor!r} runs workers in other processes, into which "
-                "the scheduler cannot look: set store to 'file' and a store_path (in /dev/shm it stays in memory)"
+                f"store is {self._shown_store!r}, but vLLM's executor {executor!r} runs workers in other processes, "
+                "into whose memory the scheduler cannot look: set store to 'file' and a store_path (in /dev/shm it "
+                "stays in memory), or take shm://name instead of memory"
             )
 
     @property
-    def store_url(self) -> str:
-        """The URL of the store, whichever way it was given."""
-        return self.store if self.store_path is None else file_url(Path(self.store_path).expanduser())
+    def store_urls(self) -> tuple[str, ...]:
+        """The URL of each tier, the fastest first; of the store, whichever way it was given, where it is one."""
+        if self.store_path is not None:
+            return (file_url(Path(self.store_path).expanduser()),)
+        return self.store if isinstance(self.store, tuple) else (self.store,)
+
+    @property
+    def uses_memory(self) -> bool:
+        """Whether the store, or a tier of it, is the memory of one process."""
+        return any(StoreUrl.parse(url).scheme == "memory" for url in self.store_urls)
+
+    @property
+    def _shown_store(self) -> str:
+        """The store for messages."""
+        return ", ".join(map(shown_url, [self.store] if isinstance(self.store, str) else self.store))
 
     @property
     def retention(self) -> Retention:
@@ -237,7 +259,8 @@ class ConnectorOptions:
 
     def as_extra_config(self) -> dict[str, Any]:
         """The options that differ from their defaults, as ``kv_connector_extra_config`` would give them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 _POSITIVE = (
@@ -266,12 +289,15 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _typed(key: str, value: Any, hint: Any) -> Any:  # noqa: ANN401 -- JSON in, a field's type out
     """A JSON value as the type of its field; no value is reinterpreted silently."""
-    kinds = get_args(hint) or (hint,)
+    kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
     if value is None and type(None) in kinds:
         return None
     if isinstance(value, bool) == (bool in kinds) and isinstance(value, kinds):
         return value
+    if tuple in kinds and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return tuple(value)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    words = {type(None): "null", tuple: "list of str"}
+    names = " or ".join(words.get(kind, kind.__name__) for kind in kinds)
     raise ConfigError(f"{key} is {value!r}, must be {names}")

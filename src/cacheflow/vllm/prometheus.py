@@ -37,6 +37,16 @@ COUNTERS = {
         described("boundaries", "What became of boundary states that a later pipeline stage was to keep."),
         "outcome",
     ),
+    "tier_outages": (
+        "vllm:cacheflow_tier_outages",
+        "Times that a tier of the store was taken out of service: its reads failed, hung or were far too slow.",
+        "tier",
+    ),
+    "tier_dropped": (
+        "vllm:cacheflow_tier_dropped",
+        "Objects not written to a slower tier: too much was waiting to be, or the write failed.",
+        "tier",
+    ),
     "loaded_bytes": ("vllm:cacheflow_loaded_bytes", "Bytes loaded into the KV cache.", ""),
     "lookup_timeouts": ("vllm:cacheflow_lookup_timeouts", "Prompts computed because the store answered too late.", ""),
 }

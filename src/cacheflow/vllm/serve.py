@@ -66,7 +66,7 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("connector", "kv_connector_extra_config, see docs/vllm.md")
     helps, hints = option_helps(), get_type_hints(ConnectorOptions)
     for field in fields(ConnectorOptions):
-        (kind,) = [each for each in get_args(hints[field.name]) or (hints[field.name],) if each is not type(None)]
+        kind, *lists = [each for each in get_args(hints[field.name]) or (hints[field.name],) if each is not type(None)]
         text = _help(helps[field.name], field.default, CHOICES.get(field.name, ())).replace("%", "%%")
         shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
@@ -74,7 +74,9 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
         else:
             folder = field.name.endswith(("_path", "_dir"))
             metavar = "DIR" if folder else "NAME" if kind is str else kind.__name__.upper()
-            group.add_argument(flag(field.name), type=kind, metavar=metavar, **shared)
+            if lists:
+                shared |= {"action": "append"}
+            group.add_argument(flag(field.name), type=kind, metavar="URL" if lists else metavar, **shared)
 
 
 def _help(text: str, default: object, allowed: Sequence[str]) -> str:
@@ -195,7 +197,7 @@ def serve(
     installed = found or find_vllm()
     require_plugin(environment)
     # vLLM would need a minute to get there, and show a stack trace.
-    open_store(options.store_url, capacity_bytes=options.cpu_bytes_to_use, only_look=True).close()
+    open_store(options.store_urls, capacity_bytes=options.cpu_bytes_to_use, only_look=True).close()
     line = config_line(options, kind, own_chunks=own_chunks)
     sys.stdout.write(line + "\n")
     environment = environment_for_reason(environment)

@@ -124,6 +124,14 @@ def test_a_time_limit_stops_between_rounds_and_the_rest_comes_later(bench, tmp_p
     assert "stopped" not in shown
 
 
+def test_stores_given_several_times_are_tiers(bench, tmp_path):
+    tiers = ("--store", "memory?capacity=100kB", "--store", f"file://{tmp_path}/tiers")
+    code, records, _ = bench(*SHORT, *tiers, "--policies", "load", "--objectives", "restore")
+    assert code == 0
+    assert [(record.store, record.correct) for record in records] == [("memory over file", True)]
+    assert len(list((tmp_path / "tiers").rglob("*_kv_*"))) == 3 * 3
+
+
 def test_files_serve_as_the_store(bench, tmp_path):
     code, records, _ = bench(*SHORT, "--store", "file", "--policies", "load,cacheflow")
     assert code == 0

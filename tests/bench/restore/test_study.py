@@ -23,12 +23,12 @@ def torch_threads():
         yield usual
 
 
-def new_link(model, url="memory"):
+def new_link(model, *urls):
     from cacheflow.bench.restore.link import StoreStudyLink
     from cacheflow.stores.keys import Namespace
 
     namespace = Namespace(weights_fingerprint=model.fingerprint, dtype=model.shape.dtype, chunk_tokens=CHUNK)
-    return StoreStudyLink(namespace, url=url)
+    return StoreStudyLink(namespace, urls=urls or ("memory",))
 
 
 def new_study(family="llama", dtype="float32", link=None, **options):
@@ -87,6 +87,7 @@ def test_files_and_pinned_memory_are_exact(tmp_path):
     for link in (
         new_link(model, file_url(tmp_path / "store")),
         new_link(model, file_url(tmp_path / "store")),
+        new_link(model, "memory?capacity=100kB", file_url(tmp_path / "tiers")),
         PinnedStudyLink(),
     ):
         study = new_study(link=link)

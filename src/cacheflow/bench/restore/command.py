@@ -65,9 +65,10 @@ class RestoreFlags(EmbeddedFlags):
         OBJECTIVES, metavar=",".join(OBJECTIVES), known=("objective", OBJECTIVES), shown=""
     )
     perturb: bool = option(False, "run cacheflow with wrong costs, wrong bandwidth and a falling link instead")
-    store: str | None = option(
+    store: tuple[str, ...] | None = option(
         None, "where the prefix is saved: memory, file for a folder in DIR, the URL of a store, or pinned, host memory "
-        "without a store (default: memory; with --device cuda pinned)", metavar="URL",
+        "without a store; given several times, the fastest first, tiers (default: memory; with --device cuda pinned)",
+        words="repeated", metavar="URL",
     )  # fmt: skip
     cost_repeats: int = option(3, "times each chunk is timed", metavar="N", at_least=1)
 
@@ -79,12 +80,12 @@ class RestoreFlags(EmbeddedFlags):
         """
         for name in self.policies:
             make_policy(name)
-        if self.saves_in != "pinned":
+        if not self.is_pinned:
             check_store_url(self.saves_in)
         super().__post_init__()
         if math.inf in (self.ratios or ()):
             raise ConfigError(f"--ratios {self.ratios} must be finite; a link without a limit is --gbps inf")
-        if self.perturb and (self.device != "cpu" or self.gbps or self.store == "pinned"):
+        if self.perturb and (self.device != "cpu" or self.gbps or self.store == ("pinned",)):
             raise ConfigError(
                 "--perturb needs the throttled store: --device cpu, no --store pinned, and --ratios instead of --gbps"
             )
@@ -102,11 +103,14 @@ class RestoreFlags(EmbeddedFlags):
         return max((each * 1e9 / 8 for each in self.links_gbps if math.isfinite(each)), default=0.0)
 
     @property
-    def saves_in(self) -> str:
-        """Where the prefix is saved: ``pinned``, or the URL of a store; ``file`` is a folder beside the results."""
-        if self.store == "file":
-            return file_url(self.out / "store")
-        return self.store or ("pinned" if self.device == "cuda" else "memory")
+    def is_pinned(self) -> bool:
+        """Whether the prefix is saved in host memory, without a store."""
+        return self.store == ("pinned",) or (not self.store and self.device == "cuda")
+
+    @property
+    def saves_in(self) -> tuple[str, ...]:
+        """The URLs of the store that the prefix is saved in, by tier; ``file`` is a folder beside the results."""
+        return tuple(file_url(self.out / "store") if each == "file" else each for each in self.store or ("memory",))
 
     @property
     def suite(self) -> str:
@@ -201,8 +205,7 @@ def open_study(flags: RestoreFlags, num_tokens: int) -> Study:
         executor=ExecutorOptions(max_reads_in_flight=READS_IN_FLIGHT[flags.device]),
     )
     namespace = setup.namespace_of(model, chunk_tokens)
-    pinned = flags.saves_in == "pinned"
-    link = PinnedStudyLink() if pinned else StoreStudyLink(namespace, url=flags.saves_in)
+    link = PinnedStudyLink() if flags.is_pinned else StoreStudyLink(namespace, urls=flags.saves_in)
     return Study(model, setup.prompt_tokens(model, num_tokens + flags.suffix), options=options, link=link)
 
 

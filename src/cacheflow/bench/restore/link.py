@@ -19,6 +19,10 @@ from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.stores.shared import UNBOUNDED
 from cacheflow.stores.throttled import ThrottledStore
+from cacheflow.stores.tiered import TieredStore
+
+DRAIN_S = 60.0
+"""Longest wait until a prefix is in every tier."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +65,10 @@ class PinnedStudyLink:
 class StoreStudyLink:
     """A store over a throttled link: bytes are really read, verified and copied, then held to the link's schedule."""
 
-    def __init__(self, namespace: Namespace, *, url: str = "memory") -> None:
-        """Save into the store that ``url`` names (see ``stores.opening``)."""
-        self._namespace, self._url = namespace, url
-        self.store = check_store_url(url).scheme
+    def __init__(self, namespace: Namespace, *, urls: Sequence[str] = ("memory",)) -> None:
+        """Save into the store that ``urls`` name by tier (see ``stores.opening``)."""
+        self._namespace, self._urls = namespace, urls
+        self.store = " over ".join(each.scheme for each in check_store_url(urls))
         self._geometry: CellGeometry | None = None
         self._chain: tuple[bytes, ...] = ()
         self._inner: Store | None = None
@@ -79,9 +83,11 @@ class StoreStudyLink:
         grid = geometry.grid
         room = room_bytes(geometry.shape, grid.num_tokens, grid.num_chunks * grid.num_blocks)
         # A store that others see has no bound of the study's own, so that the prefix pushes out nothing of theirs.
-        self._inner = open_store(self._url, capacity_bytes=room if self.store == "memory" else UNBOUNDED)
+        self._inner = open_store(self._urls, capacity_bytes=room if self.store == "memory" else UNBOUNDED)
         self._geometry, self._chain = geometry, chain_hashes(tokens, grid.chunk_ends)
         save_prefix(self._inner, kv, geometry, self._namespace.digest, self._chain)
+        if isinstance(self._inner, TieredStore) and not self._inner.drain(DRAIN_S):
+            raise StoreError(f"the prefix was not written to all tiers within {DRAIN_S:g} s")
 
     def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
         """A port into ``kv`` over an idle link of ``bytes_per_s`` (``inf``: as fast as it goes)."""

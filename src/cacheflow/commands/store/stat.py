@@ -5,30 +5,58 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 
 from rich.console import Console
 
+from cacheflow.bench.options import option
 from cacheflow.bench.table import Row, size, text_table
 from cacheflow.commands.store.flags import SomeRecordsFlags, duration
 from cacheflow.stores.identity_record import read_identities
+from cacheflow.stores.opening import check_store_url
 from cacheflow.stores.shared import FoundRecord
 from cacheflow.stores.upkeep import lives_of, open_existing, records_of, space_of
 
 IDENTITY_TIMEOUT_S = 5.0
 WIDTH = 160
 
-add_arguments = SomeRecordsFlags.add_flags
+
+@dataclass(frozen=True, kw_only=True)
+class StatFlags(SomeRecordsFlags):
+    """The options of ``store stat``."""
+
+    more: tuple[str, ...] = option((), "of further tiers", words="positionals", metavar="URL", shown="")
+
+    def __post_init__(self) -> None:
+        """Check every URL.
+
+        Raises:
+            ConfigError: One names no store, or two the same.
+        """
+        super().__post_init__()
+        check_store_url((self.url, *self.more))
+
+
+add_arguments = StatFlags.add_flags
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table: objects, bytes and last use of each namespace, what is kept or goes by itself, what it stands for.
+    """Print a table for each store: objects, bytes and last use of each namespace, what is kept or goes by itself.
 
     Raises:
         ConfigError, StoreError: There is no such store, or it does not answer.
     """
-    flags, console = SomeRecordsFlags.of(args), Console()
+    flags = StatFlags.of(args)
+    for url in (flags.url, *flags.more):
+        _print(url, flags)
+    return 0
+
+
+def _print(url: str, flags: StatFlags) -> None:
+    """Print a table: objects, bytes and last use of each namespace, and what it stands for."""
+    console = Console()
     spaces: defaultdict[str, list[FoundRecord]] = defaultdict(list)
-    with open_existing(flags.url, only_look=True) as store:
+    with open_existing(url, only_look=True) as store:
         records = records_of(store, flags.namespace)
         for each in records:
             spaces[space_of(each)].append(each)
@@ -48,6 +76,5 @@ def run(args: argparse.Namespace) -> int:
         rows.append(((space, str(len(held)), num_bytes, *ages, str(kept or ""), goes, stands_for), None))
     heads = ("namespace", "objects", "bytes", "last used, ago", "oldest, ago", "kept", "first goes in", "stands for")
     total = ("all", str(len(records)), size(sum(each.num_bytes for each in records)), "", "", "", "", "")
-    table = text_table(flags.url, heads, rows, last=total, padding=1)
+    table = text_table(url, heads, rows, last=total, padding=1)
     Console(width=max(console.width, WIDTH)).print(table)  # wrapped rather than cut
-    return 0

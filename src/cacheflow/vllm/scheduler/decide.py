@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from cacheflow.plan.problem import BoundarySource
@@ -67,14 +67,27 @@ class Decider:
         policy: Splits the work, unless a request asks for loading alone.
     """
 
-    def __init__(self, facts_by_stage: Sequence[EngineFacts], options: ConnectorOptions, *, clock: Clock) -> None:
-        """Plan for stages, each with the facts of its slowest rank; ``clock`` times the planning.
+    def __init__(
+        self,
+        facts_by_stage: Sequence[EngineFacts],
+        options: ConnectorOptions,
+        *,
+        clock: Clock,
+        tier_rates: Callable[[], tuple[float | None, ...]] = tuple,
+    ) -> None:
+        """Plan for stages, each with the facts of its slowest rank.
+
+        Args:
+            facts_by_stage: Bottom stage first.
+            options: The connector's.
+            clock: Times the planning.
+            tier_rates: Says the bandwidth of each tier of the store now.
 
         Raises:
             UnknownPolicyError: There is no such policy.
         """
         self.stages = [StagePlanner(facts) for facts in facts_by_stage]
-        self._options, self._clock = options, clock
+        self._options, self._clock, self._tier_rates = options, clock, tier_rates
         self.can_compute = all(facts.costs is not None for facts in facts_by_stage)
         self.policy: RestorePolicy = make_policy(options.policy) if self.can_compute else Load()
         self._guarded = options.policy == "cacheflow" and self.can_compute
@@ -164,6 +177,9 @@ class Decider:
         can_compute = self.can_compute and (num_text_tokens is None or end <= num_text_tokens) and has_start_states
         policy = self.policy if can_compute and params.mode is not Mode.LOAD else Load()
         span = self._span(start, end, num_tokens)
+        if stored.tiers:
+            chunks = slice(start // span.chunk_tokens, end // span.chunk_tokens)
+            span = replace(span, tiers=stored.tiers[chunks], tier_rates=self._rates_of_tiers())
         stages = self._plans(policy, span, self._sources(stored.num_boundaries, span))
         if self._guarded and params.mode is Mode.AUTO and (reason := self._why_prefill(stages)):
             # vLLM's own prefill recomputes at least as fast, and batches with what else there is.
@@ -187,6 +203,12 @@ class Decider:
         # Stages prefill one after the other: what that takes is not the sum of what each of them plans for itself.
         alone = num_tokens if len(self.stages) == 1 else None
         return PlanSpan(start=start, end=end, chunk_tokens=self._options.chunk_tokens, num_tokens=alone)
+
+    def _rates_of_tiers(self) -> tuple[float | None, ...]:
+        """As seen lately in this process, which reads nothing where workers are others; then as measured there."""
+        seen = self._tier_rates()
+        measured = self.facts.tier_rates or (None,) * len(seen)
+        return tuple(measured[number] if each is None else each for number, each in enumerate(seen))
 
     def _sources(self, num_boundaries: Sequence[int], span: PlanSpan) -> list[BoundarySource]:
         """Where each stage's activations come from, bottom stage first: the way that is faster, of those there are."""

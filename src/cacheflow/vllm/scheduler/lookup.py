@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
-from threading import Thread
 from typing import Generic, TypeVar
 
+from cacheflow.stores.asker import Asker
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.scheduler.stage_planner import slowest_rank_of_each_stage
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -57,9 +53,7 @@ class PrefixLookup:
     def __init__(self, store: Store, *, timeout_s: float, clock: Clock) -> None:
         """Ask ``store``; a question is given up after ``timeout_s``."""
         self._store, self._timeout_s, self._clock = store, timeout_s, clock
-        self._closed = False
-        self._questions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads: list[Thread] = []
+        self._asker = Asker("cacheflow-lookup", num_threads=NUM_THREADS)
 
     def start(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> Lookup[int]:
         """Ask how many of the leading chunks have all of these objects."""
@@ -69,27 +63,17 @@ class PrefixLookup:
         """Ask which of the chunks have all of these objects."""
         return self._ask(partial(self._found, keys_by_chunk), frozenset())
 
+    def tiers(self, keys: Sequence[ObjectKey]) -> Lookup[tuple[int, ...]] | None:
+        """Ask in which of the store's tiers each of these objects is; None of a store that has none."""
+        return self._ask(partial(self._store.locate, keys), ()) if self._store.stats().tiers else None
+
+    def tier_rates(self) -> tuple[float | None, ...]:
+        """Bandwidth of each of the store's tiers now; asks no medium."""
+        return tuple(tier.bytes_per_s for tier in self._store.stats().tiers)
+
     def _ask(self, question: Callable[[], T], nothing: T) -> Lookup[T]:
-        # Daemons, which a pool's threads are not: a store that hangs must not keep the process from ending.
-        while len(self._threads) < NUM_THREADS:
-            name = f"cacheflow-lookup-{len(self._threads)}"
-            self._threads.append(Thread(target=self._answer, name=name, daemon=True))
-            self._threads[-1].start()
-        future: Future[T] = Future()
-
-        def answer() -> None:
-            try:
-                future.set_result(nothing if self._closed else question())
-            except Exception:  # a bug in a store must cost a hit, not the engine
-                logger.exception("prefix lookup failed; the prompt is computed")
-                future.set_result(nothing)
-
-        self._questions.put(answer)
+        future = self._asker.ask(question, nothing)
         return Lookup(future, nothing, deadline_at_s=self._clock() + self._timeout_s, clock=self._clock)
-
-    def _answer(self) -> None:
-        while (answer := self._questions.get()) is not None:
-            answer()
 
     def _count_leading(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> int:
         missing = (index for index, complete in self._complete(keys_by_chunk) if not complete)
@@ -109,9 +93,7 @@ class PrefixLookup:
 
     def close(self) -> None:
         """End the threads without waiting for a store that hangs."""
-        self._closed = True
-        for _ in self._threads:
-            self._questions.put(None)
+        self._asker.close()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,6 +112,8 @@ class StoreQuestion:
         num_stored: Leading chunks the store holds.
         num_boundaries: Leading chunks of whose boundary states it holds, by ``boundary_lookups``.
         checkpoints: Chunks at whose end it holds the running states; None of a model without recurrent layers.
+        tier_lookup: Of the tier that each chunk's KV is in; None where the store has no tiers.
+        tiers: The number of each chunk's tier; empty where that is not known, or there is but one.
     """
 
     namespace: str
@@ -143,6 +127,8 @@ class StoreQuestion:
     num_stored: int = 0
     num_boundaries: tuple[int, ...] = ()
     checkpoints: frozenset[int] | None = None
+    tier_lookup: Lookup[tuple[int, ...]] | None = None
+    tiers: tuple[int, ...] = ()
 
 
 class StoreQuestions:
@@ -166,6 +152,8 @@ class StoreQuestions:
             asked_after_saves=self._num_saves(),
             asked_at_s=self._clock(),
             lookup=self._lookup.start([self._ends(namespace, each) for each in chain_hashes]),
+            # The objects of a chunk were written and used together: the bottom one stands for all.
+            tier_lookup=self._lookup.tiers([self._ends(namespace, each)[0] for each in chain_hashes]),
             checkpoint_lookup=(
                 self._lookup.which([self._states(namespace, each) for each in chain_hashes])
                 if self._recurrent
@@ -186,15 +174,17 @@ class StoreQuestions:
         if num_stored is not None and self._is_old(question, num_stored):
             again = self.ask(question.namespace, question.chain_hashes)
             question.lookup, question.boundary_lookups = again.lookup, again.boundary_lookups
-            question.checkpoint_lookup = again.checkpoint_lookup
+            question.checkpoint_lookup, question.tier_lookup = again.checkpoint_lookup, again.tier_lookup
             question.asked_after_saves, question.asked_at_s = again.asked_after_saves, again.asked_at_s
             question.repeated = True
             num_stored = question.lookup.poll()
         boundaries = [lookup.poll() for lookup in question.boundary_lookups]
         checkpoints = None if question.checkpoint_lookup is None else question.checkpoint_lookup.poll()
         unknown = question.checkpoint_lookup is not None and checkpoints is None
-        if num_stored is None or None in boundaries or unknown:
+        tiers = () if question.tier_lookup is None else question.tier_lookup.poll()
+        if num_stored is None or None in boundaries or unknown or tiers is None:
             return False
+        question.tiers = tiers
         question.checkpoints = checkpoints
         question.num_stored, question.num_boundaries = num_stored, tuple(num or 0 for num in boundaries)
         return True

@@ -84,7 +84,7 @@ class SchedulerSide:
         self._questions = StoreQuestions(
             self._lookup, facts_by_rank, num_saves=lambda: self._save_log.num_saves, clock=clock
         )
-        self.decider = Decider(by_stage, options, clock=clock)
+        self.decider = Decider(by_stage, options, clock=clock, tier_rates=self._lookup.tier_rates)
         self.restorations = Restorations(
             options,
             self.decider,

@@ -14,6 +14,7 @@ from cacheflow.plan.grid import Grid
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, LinkCost, RestoreProblem
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.tiers import over_tiers
 from cacheflow.vllm.facts import EngineFacts
 
 
@@ -26,12 +27,16 @@ class PlanSpan:
         end: One past the last, the end of a chunk.
         chunk_tokens: Tokens of a chunk.
         num_tokens: Tokens of the prompt, where vLLM may still prefill all of it; None where it may not.
+        tiers: Of each chunk the tier of the store that it lies in; empty where there is one.
+        tier_rates: Bandwidth of each tier, None where it is not known.
     """
 
     start: int
     end: int
     chunk_tokens: int
     num_tokens: int | None = None
+    tiers: tuple[int, ...] = ()
+    tier_rates: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,6 +91,9 @@ class StagePlanner:
         Raises:
             CostRangeError: A chunk lies outside the measured range.
         """
+        return over_tiers(self._over_one_link(span, stored=stored), span.tiers, span.tier_rates)
+
+    def _over_one_link(self, span: PlanSpan, *, stored: bool) -> RestoreProblem:
         facts, start, end, chunk_tokens = self.facts, span.start, span.end, span.chunk_tokens
         first = start // chunk_tokens * chunk_tokens
         ends = tuple(range(first + chunk_tokens, end + 1, chunk_tokens))

@@ -18,7 +18,7 @@ def open_store(options: ConnectorOptions) -> Store:
         ConfigError: A package is missing; says which extra brings it.
         StoreError: The store cannot be reached or used.
     """
-    store = opening.open_store(options.store_url, capacity_bytes=options.cpu_bytes_to_use, retention=options.retention)
+    store = opening.open_store(options.store_urls, capacity_bytes=options.cpu_bytes_to_use, retention=options.retention)
     if options.throttle_bytes_per_s is not None or options.throttle_latency_s > 0:
         store = ThrottledStore(store, options.throttle_bytes_per_s or float("inf"), options.throttle_latency_s)
     return store

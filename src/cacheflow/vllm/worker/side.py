@@ -106,6 +106,7 @@ class WorkerSide:
         facts = engine.facts
         self.store, self._engine, self._state, self._capture = store, engine, state, capture
         self.counts = counts
+        self._has_tiers = bool(store.stats().tiers)
         self._link = link_stages(engine.handle)
         self._pool = staging_pool(
             engine.layout, engine.states, chunk_tokens=chunk_tokens, layers_per_block=facts.layers_per_block
@@ -129,6 +130,11 @@ class WorkerSide:
         self._failed_blocks: set[int] = set()
         self._failing: set[int] = set()
         self._failed_requests: set[str] = set()
+
+    def note_tiers(self) -> None:
+        """Count what happened to the tiers of the store since the last call."""
+        if self._has_tiers:
+            self.counts.note_tiers(self.store.stats().tiers)
 
     @property
     def facts(self) -> EngineFacts:

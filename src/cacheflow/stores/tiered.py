@@ -1,0 +1,347 @@
+"""Several stores as one: fast ones over slow ones, each of which may hold every object.
+
+A read goes to the fastest tier that has the object, and from one that misses it, fails or hangs to the next. What came
+from a slower tier is written to the faster ones afterwards. A write is done when the fastest tier has it; the slower
+ones get it afterwards too. Both wait in buffers of bounded size and are dropped when those are full: every tier is a
+cache, and may lack anything.
+
+Notes that change (``ObjectKind.NEXT``, ``IDENTITY``) are read from and written to the slowest tier first, which the
+most processes share, and not copied.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from threading import Lock
+from typing import Any
+
+from cacheflow.errors import ConfigError
+from cacheflow.stores.base import (
+    Capabilities,
+    GetHandle,
+    GetRequest,
+    PinOutcome,
+    PutHandle,
+    PutOutcome,
+    PutRequest,
+    Store,
+    StoreStats,
+    byte_view,
+)
+from cacheflow.stores.breaker import SILENCE_S
+from cacheflow.stores.handle import READS, WRITES, Ledger
+from cacheflow.stores.keys import ObjectKey, ObjectKind
+from cacheflow.stores.meter import Meter
+from cacheflow.stores.routed import RoutedHandle
+from cacheflow.stores.tier import Tier
+from cacheflow.types import Clock, LoadOutcome
+
+logger = logging.getLogger(__name__)
+
+COPY_BYTES = 256 << 20
+"""What may wait to be written to one tier."""
+DRAIN_S = 5.0
+"""Longest time for which closing waits until everything is written to every tier."""
+CHANGING = (ObjectKind.NEXT, ObjectKind.IDENTITY)
+_BEST_PIN = (PinOutcome.PINNED, PinOutcome.REFUSED, PinOutcome.MISSING)
+"""Of what several tiers say of a pin, the first of these."""
+_WORSE = (None, LoadOutcome.MISS, LoadOutcome.LATE, LoadOutcome.ERROR, LoadOutcome.CORRUPT)
+"""What a read says where no tier had the object: the last of these that a tier said."""
+
+
+class TieredStore(Store):
+    """Stores in the order of their speed, which it owns: closing it closes them."""
+
+    def __init__(
+        self,
+        stores: Mapping[str, Store],
+        *,
+        copy_bytes: int = COPY_BYTES,
+        drain_s: float = DRAIN_S,
+        probe_after_s: float = SILENCE_S,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """Put stores over each other.
+
+        Args:
+            stores: By name, the fastest first; at least two.
+            copy_bytes: What may wait to be written to one tier; more is dropped.
+            drain_s: Longest time for which ``close`` waits until it is written.
+            probe_after_s: Seconds from a tier's going out of service to its first probe.
+            clock: Monotonic clock.
+
+        Raises:
+            ConfigError: There are fewer than two stores.
+        """
+        if len(stores) < 2:
+            raise ConfigError(f"a tiered store has at least two tiers, not {len(stores)}")
+        self.tiers = tuple(
+            Tier(name, store, copy_bytes=copy_bytes, clock=clock, probe_after_s=probe_after_s)
+            for name, store in stores.items()
+        )
+        self._drain_s, self._clock = drain_s, clock
+        self._meter = Meter()
+        self._open: weakref.WeakSet[RoutedHandle[Any]] = weakref.WeakSet()
+        self._lock = Lock()
+        self._closed = False
+        logger.info(
+            "tiers: %s; what is still to be written to one waits in a buffer of %d bytes",
+            ", over ".join(f"{each.name} of {each.store.capabilities().capacity_bytes} bytes" for each in self.tiers),
+            copy_bytes,
+        )
+
+    def capabilities(self) -> Capabilities:
+        """See ``Store.capabilities``; the capacity is that of the largest tier, since the others hold copies."""
+        tiers = [tier.store.capabilities() for tier in self.tiers]
+        sizes = [each.capacity_bytes for each in tiers]
+        return Capabilities(
+            name=f"tiered({', '.join(each.name for each in tiers)})",
+            persistent=any(each.persistent for each in tiers),
+            shared=any(each.shared for each in tiers),
+            capacity_bytes=None if None in sizes else max(size for size in sizes if size is not None),
+            max_parallel_reads=sum(each.max_parallel_reads for each in tiers),
+        )
+
+    def contains(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
+        """See ``Store.contains``; a tier that is out, or does not answer in time, holds nothing."""
+        return tuple(number is not None for number in self._find(keys, self.tiers))
+
+    def locate(self, keys: Sequence[ObjectKey]) -> tuple[int, ...]:
+        """See ``Store.locate``; what no other tier has is taken to be in the slowest, without asking it again."""
+        last = len(self.tiers) - 1
+        return tuple(last if number is None else number for number in self._find(keys, self.tiers[:-1]))
+
+    def _find(self, keys: Sequence[ObjectKey], tiers: Sequence[Tier]) -> list[int | None]:
+        """The first of these tiers that has each object."""
+        found: list[int | None] = [None] * len(keys)
+        for number, tier in enumerate(tiers):
+            left = [index for index, each in enumerate(found) if each is None]
+            if not left:
+                break
+            question = partial(tier.store.contains, [keys[index] for index in left])
+            for index, there in zip(left, tier.ask(question, (False,) * len(left)), strict=True):
+                found[index] = number if there else None
+        return found
+
+    def submit_get(
+        self, requests: Sequence[GetRequest], *, priority: int = 0, deadline_s: float | None = None
+    ) -> GetHandle:
+        """See ``Store.submit_get``; an item goes on to the next tier when its handle is asked."""
+        sizes = [byte_view(request.buffer, writable=True).nbytes for request in requests]
+        start_s = self._clock()
+
+        def count(index: int, outcome: LoadOutcome, end_s: float) -> None:
+            self._meter.record_get(outcome, sizes[index], start_s=start_s, end_s=end_s)
+
+        routes = [
+            _ReadRoute(request, self._tiers_of(request.key), num_bytes=size, priority=priority, clock=self._clock)
+            for request, size in zip(requests, sizes, strict=True)
+        ]
+        ledger = Ledger(len(sizes), READS, deadline_at_s=self._deadline_at_s(deadline_s), on_outcome=count)
+        return self._track(RoutedHandle(routes, ledger=ledger, clock=self._clock))
+
+    def submit_put(
+        self, requests: Sequence[PutRequest], *, priority: int = 0, deadline_s: float | None = None
+    ) -> PutHandle:
+        """See ``Store.submit_put``; ``EXISTS`` says that the fastest tier has it.
+
+        The slower tiers get what was stored once the handle was asked.
+        """
+        sizes = [sum(byte_view(buffer).nbytes for buffer in request.buffers) for request in requests]
+
+        def count(index: int, outcome: PutOutcome, _end_s: float) -> None:
+            self._meter.record_put(outcome, sizes[index])
+
+        routes = [_WriteRoute(request, self._tiers_of(request.key), priority=priority) for request in requests]
+        ledger = Ledger(len(sizes), WRITES, deadline_at_s=self._deadline_at_s(deadline_s), on_outcome=count)
+        return self._track(RoutedHandle(routes, ledger=ledger, clock=self._clock))
+
+    def _tiers_of(self, key: ObjectKey) -> Sequence[Tier]:
+        """Where an object is looked for and put, in this order."""
+        if self._closed:
+            return ()
+        return self.tiers[::-1] if key.kind in CHANGING else self.tiers
+
+    def _deadline_at_s(self, deadline_s: float | None) -> float:
+        return float("inf") if deadline_s is None else self._clock() + deadline_s
+
+    def _track(self, handle: RoutedHandle[Any]) -> RoutedHandle[Any]:
+        """Remember a handle for ``close``."""
+        with self._lock:
+            self._open.add(handle)
+        return handle
+
+    def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[PinOutcome, ...]:
+        """See ``Store.pin``; in every tier that has the object, and ``PINNED`` where one of them keeps it.
+
+        Raises:
+            ConfigError: ``ttl_s`` is not above 0.
+        """
+        if not ttl_s > 0:
+            raise ConfigError(f"pin ttl_s is {ttl_s}, must be above 0")
+        nothing = (PinOutcome.MISSING,) * len(keys)
+        pinned = [tier.ask(partial(tier.store.pin, keys, ttl_s=ttl_s), nothing) for tier in self.tiers]
+        return tuple(min(outcomes, key=_BEST_PIN.index) for outcomes in zip(*pinned, strict=True))
+
+    def claim(self, chain_hashes: Sequence[str], *, tenant: str) -> None:
+        """See ``Store.claim``; in every tier."""
+        for tier in self.tiers:
+            tier.store.claim(chain_hashes, tenant=tenant)
+
+    def unpin(self, keys: Sequence[ObjectKey]) -> None:
+        """See ``Store.unpin``."""
+        for tier in self.tiers:
+            tier.tell(partial(tier.store.unpin, keys), None)
+
+    def delete(self, keys: Sequence[ObjectKey]) -> int:
+        """See ``Store.delete``; from every tier, and from what waits to be written."""
+        for tier in self.tiers:
+            tier.copies.forget(keys)
+        nothing = [0] * len(keys)
+        deleted = [tier.tell(partial(_delete_each, tier.store, keys), nothing) for tier in self.tiers]
+        return sum(map(any, zip(*deleted, strict=True)))
+
+    def stats(self) -> StoreStats:
+        """See ``Store.stats``: outcomes and speeds as seen by callers, content of the tier that holds the most.
+
+        An operation counts once its handle was asked (``poll``, ``wait`` or ``cancel``) after its end.
+        """
+        tiers = tuple(tier.stats() for tier in self.tiers)
+        fullest = max((each.store for each in tiers), key=lambda each: each.num_objects)
+        seen = self._meter.snapshot(
+            num_objects=fullest.num_objects, used_bytes=fullest.used_bytes, num_evicted=fullest.num_evicted
+        )
+        return replace(seen, tiers=tiers)
+
+    def census(self) -> Mapping[str, int]:
+        """See ``Store.census``; of each namespace the number in the tier that holds the most of it."""
+        found: dict[str, int] = {}
+        for tier in self.tiers:
+            for namespace, number in tier.store.census().items():
+                found[namespace] = max(number, found.get(namespace, 0))
+        return found
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until what was put or promoted is written to every tier; whether that is so."""
+        until_s = time.monotonic() + timeout_s
+        return all([tier.copies.drain(max(0.0, until_s - time.monotonic())) for tier in self.tiers])  # noqa: C419
+
+    def close(self) -> None:
+        """See ``Store.close``; waits a bounded time for what is still to be written to the slower tiers."""
+        with self._lock:
+            was_closed, self._closed = self._closed, True
+            still_open = tuple(self._open)
+        for handle in still_open:
+            handle.abandon()
+        self.drain(0.0 if was_closed else self._drain_s)
+        for tier in self.tiers:
+            tier.close()
+
+
+def _delete_each(store: Store, keys: Sequence[ObjectKey]) -> list[int]:
+    return [store.delete([key]) for key in keys]
+
+
+class _ReadRoute:
+    """See ``Route``: through the tiers in service, until one has the object."""
+
+    def __init__(
+        self, request: GetRequest, tiers: Sequence[Tier], *, num_bytes: int, priority: int, clock: Clock
+    ) -> None:
+        self.handle: GetHandle | None = None
+        self._request, self._num_bytes, self._priority, self._clock = request, num_bytes, priority, clock
+        self._left = deque(tiers)
+        self._passed: list[Tier] = []
+        self._worst: LoadOutcome | None = None
+        self._start_s = self._patience_s = 0.0
+
+    @property
+    def failure(self) -> LoadOutcome:
+        return LoadOutcome.ERROR if self._worst is None else self._worst
+
+    def begin(self, left_s: float) -> float:
+        self.handle = None
+        while self._left:
+            tier = self._left.popleft()
+            self._passed.append(tier)
+            if not tier.delivers:
+                self._note(LoadOutcome.ERROR)
+            elif not tier.may_hang and not tier.store.contains([self._request.key])[0]:
+                self._note(LoadOutcome.MISS)  # without a detour through the store's threads
+            else:
+                return self._begin_in(tier, left_s)
+        return float("inf")
+
+    def _begin_in(self, tier: Tier, left_s: float) -> float:
+        self._start_s, self._patience_s = self._clock(), tier.begin_read(self._num_bytes)
+        deadline_s = None if left_s == float("inf") else left_s
+        self.handle = tier.store.submit_get([self._request], priority=self._priority, deadline_s=deadline_s)
+        return min(self._patience_s, left_s / 2) if any(each.delivers for each in self._left) else float("inf")
+
+    def end(self, outcome: LoadOutcome) -> bool:
+        self._end_in(outcome)
+        if outcome is LoadOutcome.OK:
+            self._promote()
+        if outcome in (LoadOutcome.OK, LoadOutcome.LATE, LoadOutcome.CANCELLED):
+            return True
+        self._note(outcome)
+        return False
+
+    def give_up(self) -> None:
+        self._end_in(LoadOutcome.LATE)
+        self._note(LoadOutcome.LATE)
+
+    def _end_in(self, outcome: LoadOutcome) -> None:
+        self._passed[-1].end_read(
+            self._request.key, self._num_bytes, outcome, start_s=self._start_s, patience_s=self._patience_s
+        )
+
+    def _note(self, outcome: LoadOutcome) -> None:
+        self._worst = max(self._worst, outcome, key=_WORSE.index)
+
+    def _promote(self) -> None:
+        if self._request.key.kind in CHANGING or self._request.tap is not None:
+            return
+        # Shape and dtype, which are for people, stand in the record alone.
+        put = PutRequest(self._request.key, [self._request.buffer], (self._num_bytes,), "uint8")
+        for tier in self._passed[:-1]:
+            if tier.delivers:
+                tier.copies.offer(put, promotes=True)
+
+
+class _WriteRoute:
+    """See ``Route``: to the first tier in service that takes the object, and from there to the slower ones."""
+
+    def __init__(self, request: PutRequest, tiers: Sequence[Tier], *, priority: int) -> None:
+        self.handle: PutHandle | None = None
+        self._request, self._priority = request, priority
+        self._left = deque(tiers)
+        self.failure = PutOutcome.ERROR
+
+    def begin(self, left_s: float) -> float:
+        self.handle = None
+        while self._left:
+            tier = self._left.popleft()
+            if tier.delivers:
+                deadline_s = None if left_s == float("inf") else left_s
+                self.handle = tier.store.submit_put([self._request], priority=self._priority, deadline_s=deadline_s)
+                break
+        return float("inf")
+
+    def end(self, outcome: PutOutcome) -> bool:
+        if outcome in (PutOutcome.FULL, PutOutcome.ERROR):
+            self.failure = outcome
+            return False
+        if outcome is PutOutcome.STORED and self._request.key.kind not in CHANGING:
+            for tier in self._left:
+                tier.copies.offer(self._request, promotes=False)
+        return True
+
+    def give_up(self) -> None:
+        """Writes that are late do not tell a tier that hangs from one with much to do."""
