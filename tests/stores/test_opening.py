@@ -23,6 +23,13 @@ def test_memory():
         assert store.capabilities().capacity_bytes == CAPACITY
 
 
+@pytest.mark.parametrize("verify", ["always", "never", "0", "0.5", "1"])
+def test_memory_that_says_what_is_verified(verify):
+    with open_store(f"memory?verify={verify}", capacity_bytes=CAPACITY) as store:
+        assert isinstance(store, MemoryStore)
+    assert check_store_url(f"memory?verify={verify}").scheme == "memory"
+
+
 def test_a_file_store_is_where_the_url_says_and_quoted_names_are_unquoted(tmp_path):
     folder = tmp_path / "kv of #1, 100 %"
     for url in (file_url(folder), file_url(folder) + "?fsync=yes"):
@@ -46,6 +53,9 @@ def test_a_relative_folder_is_one_of_the_current_directory(tmp_path, monkeypatch
         ("/var/cache/kv", "store is '/var/cache/kv', must be a URL"),
         ("memory://", "the memory store has no address"),
         ("memory://x?y=1", "the memory store has no address"),
+        ("memory?fsync=yes", "unknown option fsync of a memory store; known: verify"),
+        ("memory?verify=2", "verify is '2', must be always, never, or a share from 0 to 1"),
+        ("memory?verify=", "verify is '', must be"),
         ("file:/kv", "must be a URL"),
         ("file://kv", "must be file:///absolute/folder"),
         ("file://", "must be file:///absolute/folder"),

@@ -187,7 +187,7 @@ class ConnectorOptions:
         Raises:
             ConfigError: The store is this process's memory, and workers are other processes, as in all but ``uni``.
         """
-        if self.store == "memory" and executor != "uni":
+        if self.keeps_in_process and executor != "uni":
             raise ConfigError(
                 f"store is 'memory', but vLLM's executor {executor!r} runs workers in other processes, into which "
                 "the scheduler cannot look: set store to 'file' and a store_path (in /dev/shm it stays in memory)"
@@ -197,6 +197,11 @@ class ConnectorOptions:
     def store_url(self) -> str:
         """The URL of the store, whichever way it was given."""
         return self.store if self.store_path is None else file_url(Path(self.store_path).expanduser())
+
+    @property
+    def keeps_in_process(self) -> bool:
+        """Whether the store is one process's own, which no other one sees."""
+        return check_store_url(self.store_url).scheme == "memory"
 
     @property
     def profile_path(self) -> Path:

@@ -106,7 +106,7 @@ def _check_store(
     on_cpu = installed is not None and installed.on_cpu
     if on_cpu and executor == "uni" and environment.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "1":
         executor = "mp"  # as vLLM's CPU platform does
-    if options.store == "memory" and executor != "uni" and on_cpu:
+    if options.keeps_in_process and executor != "uni" and on_cpu:
         raise ConfigError(
             "store is 'memory', but vLLM on the CPU runs its worker in a process of its own, which the scheduler "
             "cannot look into: give --store-path DIR (a folder in /dev/shm stays in memory)"
