@@ -21,7 +21,7 @@ from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
 
-_TOUCH_S = 60.0
+TOUCH_S = 60.0
 """A file's modification time follows its last read at this resolution; a system call on each read would cost more."""
 
 
@@ -104,7 +104,7 @@ class FileStore(SharedStore):
             record_bytes = status.st_size
             fits = record_bytes == HEADER_BYTES + payload.nbytes
             num_read = _read_all(descriptor, [header, payload] if fits else [header])
-            if time.time() - status.st_mtime > _TOUCH_S:
+            if time.time() - status.st_mtime > TOUCH_S:
                 with suppress(OSError):  # a file of another owner keeps its time
                     os.utime(descriptor)
             if os.fstat(descriptor).st_nlink:  # not deleted or replaced since it was opened
