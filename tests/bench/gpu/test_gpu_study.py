@@ -47,6 +47,11 @@ def test_the_whole_study_is_rehearsed_and_taken_up(rehearse, tmp_path):
     assert done(records) == [0, 1, 2, 3, 4, 5, 6, 8]
     restored = [record for record in records if isinstance(record, RestoreRecord)]
     assert all(record.correct for record in restored)
+    found = {record.name: record for record in records if isinstance(record, GpuRecord) and record.part == 6}
+    for name in ("memory", "memory, every read verified", "shared memory"):
+        assert found[name].correct
+        assert found[name].values["lent_share"] == 1.0
+        assert found[name].values["of_copy"] > 0
     main = [record for record in restored if (record.num_tokens, record.chunk_tokens) == (512, 64)]
     assert {record.policy for record in main} == set(RESTORE_POLICIES)
     assert {record.store for record in restored} == {"pinned", "memory"}
