@@ -200,7 +200,7 @@ class Store(ABC):
         """Start reading objects into the callers' buffers and return at once.
 
         Items start in order within a priority and may end in any order. An item is ``OK`` only if the payload in its
-        buffer verified against the record written for this key.
+        buffer verified against the record written for this key; of what is lent instead the store says when it is.
 
         Args:
             requests: What to read; no two may share a buffer.
