@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.types import ModelShape
+from cacheflow.model_shape import ModelShape
 
 SHAPE = ModelShape(
     name="m", num_layers=5, hidden_size=64, num_q_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=64,

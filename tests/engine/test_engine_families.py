@@ -9,7 +9,7 @@ from cacheflow.engine.random_models import random_weights, tiny_model
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.selftest import own_forward, relative_error, self_test, tolerance_for
 from cacheflow.errors import ConfigError, PromptError, SelfTestError, UnsupportedModelError
-from cacheflow.types import ModelShape
+from cacheflow.model_shape import ModelShape
 from support.engine_cases import WINDOWED, prefilled
 
 pytestmark = pytest.mark.torch

@@ -17,12 +17,13 @@ from cacheflow.engine.saver import PrefixSaver
 from cacheflow.engine.selftest import own_forward, relative_error, self_test
 from cacheflow.engine.transfer_port import StoreTransferPort, state_key
 from cacheflow.errors import ConfigError, SelfTestError, UnsupportedModelError
+from cacheflow.model_shape import HybridShape
 from cacheflow.plan.grid import Cell, Grid, Tile
 from cacheflow.shapes.hardware import find_model
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.keys import ObjectKind, chain_hashes
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.types import HybridShape, LoadOutcome
+from cacheflow.types import LoadOutcome
 from support.examples import examples
 from support.hybrid_cases import CHUNK_ENDS, FAMILY, NUM_ROWS, HybridCase, hybrid_case, restore_hybrid
 from support.store_objects import NAMESPACE as SAVED

@@ -6,8 +6,8 @@ import torch
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import ChunkCache, KeysAndValuesWritten, KVBuffer
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.grid import Cell, Grid
-from cacheflow.types import ModelShape
 
 pytestmark = pytest.mark.torch
 

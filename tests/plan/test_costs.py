@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError, CostRangeError, ProfileError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable, GoldenPoint, build_problem
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost
-from cacheflow.types import ModelShape
 
 IDENTITY = CostIdentity(
     model="toy", fingerprint="abc", num_layers=4, device_type="cpu", device="Xeon", dtype="float32", num_threads=2,

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.bound import bound
 from cacheflow.plan.planner import plan_levels
 from cacheflow.plan.problem import BoundarySource, LinkCost
 from cacheflow.plan.stage_bounds import stage_bound, staged_bound
 from cacheflow.plan.stages import RankLayout, boundary_bytes_per_token, split_layers, stage_problems, suffix_through_s
 from cacheflow.plan.staircase import staircase_compute_s, staircase_load_bytes
-from cacheflow.types import ModelShape
 from support.problems import transformer_problem
 
 SHAPE = ModelShape(

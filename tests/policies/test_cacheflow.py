@@ -5,9 +5,12 @@ import pytest
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
+from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import Choice, SuffixStart
 from cacheflow.policies.cacheflow import CacheFlow
+from support.hybrids import hybrid_problem
 from support.random_problems import equal_blocks
+from support.virtual_driver import Conditions, run_virtual
 
 
 def test_equal_blocks_keep_the_meeting_point_free():
@@ -34,6 +37,29 @@ def test_a_wide_staircase_is_claimed_first():
     assert [tile.block_hi for tile in plan.compute_sequence[:planned]] == list(plan.levels_K)
     assert plan.load_sequence == plan.compute_sequence[::-1]
     assert not plan.bottom_row_by_compute
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.06, 1.15])
+@pytest.mark.parametrize("bytes_per_s", [2e8, 4e8, 8e8])
+def test_compute_and_the_link_of_a_hybrid_meet_among_cells_without_states(bytes_per_s, slower):
+    problem = hybrid_problem(num_tokens=32 * 1056, bytes_per_s=bytes_per_s)
+    plan = CacheFlow().plan(problem)
+    num_chunks, num_blocks = problem.grid.num_chunks, problem.grid.num_blocks
+    whole = min(min(plan.levels_K), max(plan.levels_K) - 1)
+    assert whole > 0, "rows that are recomputed whole, and one above them in part or whole too"
+    assert plan.compute_sequence[:num_chunks] == tuple(Tile(k, k + 1, 0, whole) for k in range(num_chunks))
+    heights = [0] * num_chunks
+    for tile in plan.compute_sequence:
+        assert tile.block_lo == heights[tile.chunk_lo]
+        heights[tile.chunk_lo] = tile.block_hi
+        assert heights == sorted(heights, reverse=True), "a staircase at any time"
+    assert heights == [num_blocks] * num_chunks
+    assert plan.load_sequence == plan.compute_sequence[::-1]
+
+    truth = replace(problem, compute_KB=problem.compute_KB * slower, kv_only_KB=problem.kv_only_KB * slower)
+    run = run_virtual(problem, plan, Conditions(truth=truth))
+    assert run.state.letters()[-1].count("l") <= num_blocks - whole, "only of the highest row a state more than planned"
+    assert run.restore_s <= 1.03 * bound(truth).restore_s
 
 
 def test_a_slow_link_is_not_used():

@@ -3,8 +3,8 @@
 import pytest
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import ModelShape
 from cacheflow.shapes.hf_config import CacheKind, cache_kind, is_hf_config, shape_of, text_config
-from cacheflow.types import ModelShape
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import HybridShape, ModelShape
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import BoundarySource, LinkCost
@@ -16,7 +17,6 @@ from cacheflow.shapes.hardware import GPUS, find_model
 from cacheflow.shapes.hf_config import shape_of
 from cacheflow.shapes.roofline import Roofline, problem_from_roofline
 from cacheflow.sim.costs import roofline_costs
-from cacheflow.types import HybridShape, ModelShape
 
 ROWS = ["linear_attention"] * 3 + ["full_attention"]
 QWEN3_5_MOE = {

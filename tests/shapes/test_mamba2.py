@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import Mamba2Shape
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost
 from cacheflow.plan.stages import RankLayout, rank_problem, split_rows
@@ -15,7 +16,6 @@ from cacheflow.shapes.hardware import GPUS, find_model
 from cacheflow.shapes.hf_config import shape_of
 from cacheflow.shapes.roofline import Roofline, problem_from_roofline
 from cacheflow.sim.costs import roofline_costs
-from cacheflow.types import Mamba2Shape
 
 NAME = "Nemotron-3-Nano-30B-A3B"
 NEMOTRON_3_NANO = {

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cacheflow.errors import CostRangeError, ProfileError
+from cacheflow.model_shape import ModelShape
 from cacheflow.shapes.published import published_gpus, read_published
-from cacheflow.types import ModelShape
 
 SHAPE = ModelShape(
     name="tiny-2", num_layers=2, hidden_size=64, num_q_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=128,

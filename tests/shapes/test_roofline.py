@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost
 from cacheflow.shapes.roofline import Efficiency, GpuPeaks, Roofline, problem_from_roofline
-from cacheflow.types import ModelShape
 
 LLAMA_8B = ModelShape(
     name="Llama-3.1-8B", num_layers=32, hidden_size=4096, num_q_heads=32, num_kv_heads=8, head_dim=128,

@@ -7,12 +7,12 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 
+from cacheflow.model_shape import ModelShape
 from cacheflow.shapes.roofline import GpuPeaks, Roofline
 from cacheflow.sim.cluster import Cluster, ClusterConfig
 from cacheflow.sim.costs import ChunkCosts, ModelCosts, roofline_costs
 from cacheflow.sim.policies import make_system
 from cacheflow.sim.replica import Served
-from cacheflow.types import ModelShape
 from cacheflow.workloads.request import TraceRequest, num_blocks
 
 TOKENS = 64

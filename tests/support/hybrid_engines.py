@@ -127,8 +127,12 @@ def is_likely(engine: Any, tokens: Sequence[int], reply: Sequence[int]) -> bool:
     bit into a token that is less likely by up to 20, where vLLM computes prompt and reply as one prompt: that was a
     single token in a reply, of 10,000 seven by more than 8. Of a reply from an earlier chunk's state every second is.
     """
-    unlikely = sum(gap > TIE for gap in engine.log_gaps(tokens, reply))
-    return unlikely <= 1 + UNLIKELY_SHARE * len(reply)
+    return num_unlikely(engine, tokens, reply) <= 1 + UNLIKELY_SHARE * len(reply)
+
+
+def num_unlikely(engine: Any, tokens: Sequence[int], reply: Sequence[int]) -> int:
+    """Tokens of a reply that vLLM itself finds less likely than a tie, prompt and reply computed as one prompt."""
+    return sum(gap > TIE for gap in engine.log_gaps(tokens, reply))
 
 
 def assert_same_cache(one: Any, other: Any) -> None:

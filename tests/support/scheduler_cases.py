@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable
 from cacheflow.plan.engine_pass import EnginePass
@@ -15,7 +16,7 @@ from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepRe
 from cacheflow.stores.base import PutRequest
 from cacheflow.stores.keys import WHOLE, RankKeys
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.types import LoadOutcome, ModelShape
+from cacheflow.types import LoadOutcome
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.side import SchedulerSide

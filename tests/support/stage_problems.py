@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.stages import RankLayout, StageProblem, stage_problems
@@ -14,7 +15,6 @@ from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import plan_stages
 from cacheflow.restore.pipeline import PipelineRestoration
 from cacheflow.state.restoration import RestoreState
-from cacheflow.types import ModelShape
 from support.problems import transformer_problem
 from support.virtual_steps import target_for
 

@@ -8,7 +8,7 @@ import pytest
 
 from cacheflow.stores.faults import Fault, FaultRule
 from support.faulty_store import inject
-from support.hybrid_engines import CHUNK, hybrid_engine, is_likely
+from support.hybrid_engines import CHUNK, UNLIKELY_SHARE, hybrid_engine, num_unlikely
 from support.soak import MARKS, NUM_REQUESTS, SEED
 
 pytestmark = MARKS
@@ -121,7 +121,7 @@ class Traffic:
         return True
 
 
-def test_every_answer_is_vllms_own(folder, capsys):
+def test_no_answer_is_from_a_wrong_state(folder, capsys):
     options = {"save_decode_kv": False, "cpu_bytes_to_use": 64 << 20, "restore_timeout_s": 2.0}
     arguments = {"max_num_batched_tokens": STEP_TOKENS, "num_gpu_blocks_override": 72, "max_model_len": 2048}
     with hybrid_engine(folder, options=options, **arguments) as engine:
@@ -138,14 +138,18 @@ def test_every_answer_is_vllms_own(folder, capsys):
         assert engine.worker.idle
         engine.evict()
         assert engine.free_blocks == free_blocks
-        wrong = [
-            (each.prompt, each.request.num_preemptions, engine.answers[each.name].records)
-            for each in traffic.answered
-            if not is_likely(engine, each.prompt, engine.answers[each.name].tokens)
-        ]
+        wrong, unlikely, num_tokens = [], 0, 0
+        for each in traffic.answered:
+            answer = engine.answers[each.name]
+            found = num_unlikely(engine, each.prompt, answer.tokens)
+            unlikely, num_tokens = unlikely + found, num_tokens + len(answer.tokens)
+            if found > 1 + UNLIKELY_SHARE * len(answer.tokens):
+                wrong.append((each.prompt, each.request.num_preemptions, answer.records))
     with capsys.disabled():
         print(f"\nsoak: seed {SEED}, {len(traffic.answered)} answered, {dict(traffic.counts)}")  # noqa: T201
     assert wrong == []
+    # Of all replies together, where one of a single token counts too: vLLM's own had 7 of 10,049.
+    assert unlikely <= 1 + num_tokens / 200
     met = ("done", "aborted", "preemptions", "recomputed cells", "loaded cells", "after vLLM's own", "reads failed")
     assert min(traffic.counts[each] for each in met) > 0, traffic.counts
 

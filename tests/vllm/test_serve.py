@@ -100,7 +100,7 @@ def test_the_help_lists_what_the_code_allows(capsys: pytest.CaptureFixture[str])
     assert "or the URL of a store, see docs/stores.md. (default: memory)" in shown
     assert "One of refuse, load_only. (default: load_only)" in shown
     assert "as many first tokens within --ttft-slo-ms as can be" in shown
-    assert "default: 1 in an eager engine, all in a compiled one" in shown
+    assert "default: all in a compiled engine, in an eager one 1 or, on CUDA, as many as make 8 MiB" in shown
     assert "(default: on)" in shown
 
 

@@ -15,11 +15,11 @@ from cacheflow.engine.model import LoadedModel, load_model
 from cacheflow.engine.random_models import random_weights
 from cacheflow.engine.saver import PrefixSaver
 from cacheflow.errors import ConfigError, StoreError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.shapes.hardware import find_model
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
-from cacheflow.types import ModelShape
 from cacheflow.workloads.coding import byte_tokens, source_text
 
 OBJECT_ROOM_BYTES = 8192

@@ -15,6 +15,7 @@ from cacheflow.bench.timeline import Timeline, draw_timelines
 from cacheflow.commands.plan_report import PlanReport, checkpoint_line, guard_line, prediction_table, split_grid
 from cacheflow.commands.plan_stages import axis_line, predict_stages, stage_timelines, stages_table, ways_table
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
@@ -23,7 +24,6 @@ from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.shapes.hardware import GPUS, MODEL_FILES, MODEL_SHAPES, find_gpu, find_model
 from cacheflow.shapes.roofline import GpuPeaks, Roofline, problem_from_roofline
 from cacheflow.sim.rehearsal import rehearse
-from cacheflow.types import ModelShape
 
 MOST_TOKENS = 10**9
 LEAST_GBPS = 1e-6

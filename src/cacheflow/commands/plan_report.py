@@ -12,10 +12,10 @@ from rich.text import Text
 
 from cacheflow.bench.table import Row, over, seconds, size, text_table
 from cacheflow.bench.timeline import Timeline
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.bound import Bound
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.sim.rehearsal import Rehearsal
-from cacheflow.types import ModelShape
 
 MAX_GRID_ROWS = 16
 MAX_GRID_COLUMNS = 64

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from cacheflow.bench.table import Row, over, seconds, size, text_table
 from cacheflow.bench.timeline import Timeline
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.stage_bounds import StagedBound, staged_bound
@@ -17,7 +18,6 @@ from cacheflow.policies.recompute import Recompute
 from cacheflow.policies.registry import make_policy
 from cacheflow.policies.stages import plan_stages
 from cacheflow.sim.stages import HandOver, PipelineRun, run_stages
-from cacheflow.types import ModelShape
 
 RECOMPUTE, LOAD = "recompute", "load"
 STAGE_BY_STAGE = "stage by stage"

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from cacheflow.bench.options import Flags, flag_of, knobs, option
 from cacheflow.errors import ConfigError
 from cacheflow.json_text import parse_json, read_text
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.stages import RankLayout
 from cacheflow.shapes.hardware import GPUS, MODEL_FILES, MODEL_SHAPES, find_gpu
 from cacheflow.shapes.published import published_gpus, read_published
@@ -20,7 +21,6 @@ from cacheflow.shapes.roofline import Roofline
 from cacheflow.sim.cluster import ClusterConfig
 from cacheflow.sim.costs import ChunkCosts, measured_costs, published_costs, roofline_costs
 from cacheflow.sim.router import make_router
-from cacheflow.types import ModelShape
 
 LEAST = 1e-6
 """Of bandwidths in Gbit/s and seconds that must not be 0: below it nothing would come to an end."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.grid import Cell, Grid, num_layer_blocks
-from cacheflow.types import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from cacheflow.errors import ConfigError, UnsupportedModelError
+from cacheflow.model_shape import DELTA_CHUNK, HybridShape, ModelShape
 from cacheflow.shapes import hf_config
-from cacheflow.types import DELTA_CHUNK, HybridShape, ModelShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 HYBRID_FAMILIES = ("qwen3_5_text",)

@@ -7,10 +7,10 @@ import torch
 from cacheflow.engine.attention import ATTENTION_NAME
 from cacheflow.engine.cuda_attention import AttentionKernel
 from cacheflow.engine.model import LoadedModel
+from cacheflow.model_shape import HybridShape, ModelShape
 from cacheflow.plan.costs import CostIdentity
 from cacheflow.tensors.device import device_name
 from cacheflow.tensors.fingerprint import kernel_identity
-from cacheflow.types import HybridShape, ModelShape
 
 
 def model_identity(model: LoadedModel) -> CostIdentity:

@@ -22,9 +22,9 @@ import torch
 
 from cacheflow.engine.running_states import RunningStates
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import HybridShape, ModelShape
 from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.streams import StreamEvent
-from cacheflow.types import HybridShape, ModelShape
 
 _ALIGN_TOKENS = 64
 _RAW_DTYPE = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}

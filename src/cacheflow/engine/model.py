@@ -19,8 +19,8 @@ from cacheflow.engine.cuda_attention import AttentionKernel, default_kernel, req
 from cacheflow.engine.families import check_supported, parse_dtype, shape_of
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import ModelShape
 from cacheflow.tensors.fingerprint import weights_fingerprint
-from cacheflow.types import ModelShape
 
 _ALIGNMENT = 64
 

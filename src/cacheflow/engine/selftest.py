@@ -22,8 +22,8 @@ from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.running_states import RunningStates
 from cacheflow.errors import SelfTestError
+from cacheflow.model_shape import DELTA_CHUNK
 from cacheflow.plan.grid import Grid, Tile
-from cacheflow.types import DELTA_CHUNK
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest relative error against the model's own forward. bf16: SmolLM2 (30 layers) has 2.0e-2, random models of three

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from cacheflow.types import ModelShape
+from cacheflow.model_shape import ModelShape
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
 READS_IN_FLIGHT = {"cpu": 3, "cuda": 8}

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from cacheflow.errors import ConfigError, ProfileError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.engine_pass import EnginePass
 from cacheflow.plan.grid import Grid, num_layer_blocks, regular_ends
 from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds, cell_bytes_KB, recurrent_B
-from cacheflow.types import ModelShape
 
 FORMAT_VERSION = 1
 GOLDEN_TOLERANCE = 1e-9

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.grid import Grid
-from cacheflow.types import ModelShape
 
 Seconds = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.int64]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
-from cacheflow.types import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
 
 BOUNDARY_TENSORS = 2
 """vLLM hands a later stage the hidden states and the residual."""

@@ -163,6 +163,20 @@ def _recompute_plan(policy: str, problem: RestoreProblem, guard: GuardDecision) 
     )
 
 
+def _wide_sequence(problem: RestoreProblem, levels_K: Levels) -> tuple[Tile, ...]:
+    """Cells in compute's sequence: the staircase, head chunk first, then what is above it.
+
+    Where the last cell of a row brings the state of recurrent blocks too, rows that are recomputed whole come before
+    the highest one: compute and link meet in that, among cells without states, and a link that is ahead takes a state
+    more at most.
+    """
+    whole = 0 if _even_to_load(problem) else max(0, min(int(levels_K.min()), int(levels_K.max()) - 1))
+    whole_K = np.full_like(levels_K, whole)
+    stairs = zip(compute_tiles(levels_K), levels_K.tolist(), strict=False)
+    rest = (replace(tile, block_lo=whole) for tile, level in stairs if level > whole)
+    return (*compute_tiles(whole_K), *rest, *upper_tiles(levels_K, problem.grid.num_blocks))
+
+
 def _shared_plan(policy: str, problem: RestoreProblem, hybrid: _Candidate, guard: GuardDecision) -> RestorePlan:
     """The hybrid, or the load with compute standing by: it may still rescue a slow link."""
     order = _columns(problem)
@@ -172,7 +186,7 @@ def _shared_plan(policy: str, problem: RestoreProblem, hybrid: _Candidate, guard
         upper = tuple(Tile(t.chunk_lo, t.chunk_hi, 1, t.block_hi) for t in load_sequence)
         load_sequence = (*upper, *(Tile(t.chunk_lo, t.chunk_hi, 0, 1) for t in load_sequence))
     if hybrid.wide:
-        order = (*compute_tiles(hybrid.levels_K), *upper_tiles(hybrid.levels_K, problem.grid.num_blocks))
+        order = _wide_sequence(problem, hybrid.levels_K)
         load_sequence = order[::-1]
     has_suffix = bool(problem.grid.suffix_ends)
     return RestorePlan(

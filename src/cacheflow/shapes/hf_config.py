@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from cacheflow.errors import ConfigError
-from cacheflow.types import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
+from cacheflow.model_shape import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
 
 Config = Mapping[str, Any]
 """A parsed ``config.json``, or its ``text_config``."""

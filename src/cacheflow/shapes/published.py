@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from cacheflow.errors import CostRangeError, ProfileError
+from cacheflow.model_shape import DTYPE_BYTES, ModelShape
 from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostIdentity, CostTable
 from cacheflow.plan.problem import Seconds
-from cacheflow.types import DTYPE_BYTES, ModelShape
 
 ATTENTION_FIELDS = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
 DENSE_FIELDS = ("layer", "tokens", "time_us")

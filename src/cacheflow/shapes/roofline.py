@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import DELTA_CHUNK, DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape, RecurrentShape
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds, cell_bytes_KB, recurrent_B
-from cacheflow.types import DELTA_CHUNK, DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape, RecurrentShape
 
 Tokens = npt.NDArray[np.int64]
 SSD_CHUNK = 128

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheflow.errors import ConfigError, CostRangeError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds, cell_bytes_KB, recurrent_B
 from cacheflow.shapes.published import PublishedCosts
 from cacheflow.shapes.roofline import Roofline
-from cacheflow.types import ModelShape
 
 Tokens = npt.NDArray[np.int64]
 

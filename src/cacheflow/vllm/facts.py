@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.grid import num_layer_blocks
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.keys import RankKeys, Shard
-from cacheflow.types import ModelShape
 
 LayerDigest = tuple[int, str]
 """A layer of the model, counted from its bottom, and the digest of its weights."""

@@ -20,7 +20,7 @@ from cacheflow.bench.vllm.server import ServerOptions, server_command, server_en
 from cacheflow.bench.vllm.workload import BenchModel
 from cacheflow.cli import main
 from cacheflow.errors import ConfigError
-from cacheflow.types import ModelShape
+from cacheflow.model_shape import ModelShape
 
 SHAPE = ModelShape(
     name="toy", num_layers=6, hidden_size=8, num_q_heads=2, num_kv_heads=2, head_dim=4, intermediate_size=8,

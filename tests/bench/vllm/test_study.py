@@ -11,7 +11,7 @@ from cacheflow.bench.vllm.costs import PrefixSize, VllmCosts
 from cacheflow.bench.vllm.fleet import Fleet
 from cacheflow.bench.vllm.study import VllmStudy, VllmStudyOptions, longest_sequence, tokens_needed
 from cacheflow.bench.vllm.workload import BenchModel
-from cacheflow.types import ModelShape
+from cacheflow.model_shape import ModelShape
 from support.fake_vllm import FakeVllm, fake_vllm
 
 SHAPE = ModelShape(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.grid import Grid, regular_ends
 from cacheflow.plan.problem import LinkCost, RestoreProblem
 from cacheflow.shapes.hardware import find_gpu, find_model
 from cacheflow.shapes.roofline import Roofline, problem_from_roofline
-from cacheflow.types import ModelShape
 
 COST_SOURCE = "roofline"
 PREFILL_CHUNK_TOKENS = 2048

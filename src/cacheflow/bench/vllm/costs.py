@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheflow.bench.vllm.client import ServerError, VllmClient
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem, cell_bytes_KB, recurrent_B
-from cacheflow.types import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

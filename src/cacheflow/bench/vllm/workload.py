@@ -13,8 +13,8 @@ from typing import Any
 from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, cache_root, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
+from cacheflow.model_shape import DELTA_CHUNK, HybridShape, ModelShape
 from cacheflow.shapes.hf_config import shape_of
-from cacheflow.types import DELTA_CHUNK, HybridShape, ModelShape
 from cacheflow.workloads.coding import byte_tokens, source_text
 
 TINY_NAME = "tiny-qwen3"

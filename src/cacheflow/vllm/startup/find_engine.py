@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from cacheflow.errors import ConfigError, ProfileError, UnsupportedModelError
+from cacheflow.model_shape import DELTA_CHUNK, ModelShape
 from cacheflow.plan.cell_sizes import layers_of_object
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
 from cacheflow.stores.probe import measure_link
 from cacheflow.tensors.copy_lane import lane_of
-from cacheflow.types import DELTA_CHUNK, ModelShape
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.models.kv_groups import MAMBA2
