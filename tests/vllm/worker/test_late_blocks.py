@@ -82,6 +82,7 @@ def saved(request):
         if request.param != "copied":
             lending(store)
         yield store, fill(store, NUM_BLOCKS // 4)
+        assert (store.stats().num_lent > 0) == (request.param != "copied")
 
 
 def chain(number):
