@@ -17,6 +17,14 @@ class Clock(Protocol):
         ...
 
 
+class Passing(Protocol):
+    """Something that has happened or not, such as an event of a stream."""
+
+    def done(self) -> bool:
+        """Whether it has; does not wait."""
+        ...
+
+
 class LoadOutcome(Enum):
     """How one read from a store ended; everything but ``OK`` is recomputed and counted."""
 

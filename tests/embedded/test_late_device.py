@@ -27,6 +27,7 @@ from cacheflow.stores.keys import chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from support.engine_cases import prefilled, same_kv
 from support.fake_device import NONE_GOES_ON, FakeDevice, LateRunner
+from support.lending import lending
 
 PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=30.0), max_reads_in_flight=8)
 CELL_S = 0.002
@@ -58,11 +59,13 @@ def late_device(seed, *, idle=0.8):
     )
 
 
-@pytest.fixture(scope="module")
-def store():
+@pytest.fixture(scope="module", params=["copied", "lent"])
+def store(request):
     """Has the prefix of the case."""
     case = case_of(True)
     with MemoryStore(capacity_bytes=64 << 20, num_threads=2) as store:
+        if request.param == "lent":
+            lending(store)
         saver = PrefixSaver(store, geometry=case.geometry, **names(case))
         saver.save_prefix(case.saved)
         assert saver.wait(30.0).complete

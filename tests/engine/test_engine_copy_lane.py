@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +11,14 @@ from hypothesis import strategies as st
 from cacheflow.engine.compute_port import EngineComputePort
 from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
 from cacheflow.engine.saver import PrefixSaver
-from cacheflow.engine.transfer_port import StoreTransferPort
+from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
 from cacheflow.plan.grid import Cell, Tile
-from cacheflow.stores.keys import chain_hashes
+from cacheflow.stores.base import PutRequest
+from cacheflow.stores.keys import RankKeys, chain_hashes
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.record import HEADER_BYTES
 from cacheflow.tensors.copy_lane import MAX_QUEUED, CopyLane
+from cacheflow.tensors.pinned_memory import PinnedMemory
 from cacheflow.tensors.staging import PinnedSlabs, StagingPool
 from cacheflow.types import LoadOutcome
 from support.engine_cases import prefilled, same_kv
@@ -54,6 +58,8 @@ class Restoration:
             self.transfer = PinnedLinkPort(prefix, kv=self.kv)
         else:
             self.transfer = StoreTransferPort(via_store, geometry=case.geometry, kv=self.kv, **names(case))
+        self.namespace, self.chain = names(case)["namespace"], [each.hex() for each in names(case)["chain_hashes"]]
+        self.lent = []
         blocks = case.grid.num_blocks
         self.tiles = [
             (Tile(chunk, chunk + 1, block, block + 1), block == level - 1)
@@ -91,6 +97,7 @@ class Restoration:
                 self.device.step()
             return
         assert outcome is LoadOutcome.OK
+        self.lent.append(getattr(ticket, "loan", None) is not None and ticket.loan.payload is not None)
         self.transfer.place(ticket)
         self.tickets.pop(0)
         self.missing[cell.block].remove(cell.chunk)
@@ -150,6 +157,43 @@ def test_staging_memory_is_used_again_only_after_its_copy(store, levels, seed, i
     restoration = Restoration(case, random_device(rng, idle), levels, via_store=store)
     assert restoration.run(rng.choice) == 0
     assert restoration.is_exact()
+
+
+@given(levels=staircases(), seed=st.integers(0, 2**32), idle=st.sampled_from([0.5, 0.95, 1.0]), room=st.integers(0, 2))
+@settings(max_examples=examples(25))
+def test_a_lent_record_is_uploaded_from_where_it_lies_and_kept_until_then(levels, seed, idle, room):
+    """While the store is full and others write into it, so that what was read is evicted at once."""
+    rng = random.Random(seed)
+    case = prefilled("llama", "bfloat16")
+    geometry, device = case.geometry, random_device(rng, idle)
+    cells = list(Tile(0, case.grid.num_chunks, 0, case.grid.num_blocks).cells())
+    sizes = {cell: geometry.num_bytes(cell) for cell in cells}
+    full_bytes = sum(size + HEADER_BYTES for size in sizes.values())
+    with MemoryStore(capacity_bytes=full_bytes + room * 2 * HEADER_BYTES, num_threads=1) as store:
+        store.lend_to(PinnedMemory(device))
+        saver = PrefixSaver(store, geometry=geometry, **names(case))
+        saver.save_prefix(case.saved)
+        assert saver.wait(30.0).complete
+        restoration = Restoration(case, device, levels, via_store=store)
+        others, place = iter(range(1000)), restoration.place
+
+        def place_and_push_out():
+            """Others push out all but what is still to be read."""
+            num_bytes = sizes[restoration.tickets[0][0]]
+            place()
+            left = [cell for cell, _ in restoration.tickets] + restoration.reads
+            keys = [cell_key(restoration.namespace, restoration.chain[cell.chunk], geometry, cell) for cell in left]
+            store.pin(keys, ttl_s=60.0)
+            data = np.full(num_bytes, 255, np.uint8)  # not a number
+            for _ in range(3):
+                key = RankKeys().kv("f" * 32, f"{next(others):064x}", (0, 1))
+                store.submit_put([PutRequest(key, [data], data.shape, "uint8")]).wait(20.0)
+            store.unpin(keys)
+
+        restoration.place = place_and_push_out
+        assert restoration.run(rng.choice) == 0, "the host waited for the device before the first token"
+        assert restoration.is_exact()
+        assert all(restoration.lent), "a read went through staging memory"
 
 
 @pytest.mark.parametrize("layers_per_block", [1, 2])

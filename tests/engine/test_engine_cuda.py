@@ -11,9 +11,13 @@ from cacheflow.engine.selftest import self_test
 from cacheflow.engine.transfer_port import StoreTransferPort
 from cacheflow.plan.grid import Cell, Tile
 from cacheflow.stores.keys import Namespace, chain_hashes
-from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import open_store
+from cacheflow.tensors.pinned_memory import PinnedMemory
 from cacheflow.types import LoadOutcome
 from support.engine_cases import prefilled, restore, same_kv
+from support.lending import borrow
+from support.store_kinds import shm_url
+from support.store_objects import put
 
 pytestmark = [
     pytest.mark.torch,
@@ -77,17 +81,39 @@ def test_a_caller_in_inference_mode_restores_all_the_same():
     assert torch.equal(logits, case.logits)
 
 
-def test_store_round_trip_through_pinned_staging():
-    case = prefilled("llama", "bfloat16", device="cuda")
-    names = {
+def names_of(case):
+    return {
         "namespace": Namespace(weights_fingerprint="w", dtype="bfloat16", chunk_tokens=40).digest,
         "chain_hashes": chain_hashes(case.tokens, case.grid.chunk_ends),
     }
-    with MemoryStore(capacity_bytes=64 << 20) as store:
-        saver = PrefixSaver(store, geometry=case.geometry, **names)
+
+
+@pytest.mark.parametrize("kind", ["staged", "memory", "shm"])
+def test_store_round_trip_through_pinned_staging_or_from_where_records_lie(kind, request):
+    case = prefilled("llama", "bfloat16", device="cuda")
+    url = shm_url(request) if kind == "shm" else "memory"
+    with open_store(url, capacity_bytes=64 << 20) as store:
+        if kind != "staged":
+            store.lend_to(PinnedMemory(case.saved.lane.streams))
+        saver = PrefixSaver(store, geometry=case.geometry, **names_of(case))
         saver.save_prefix(case.saved)
         assert saver.wait(10.0).complete
-        kv = case.runner.new_kv(case.saved.capacity)
-        port = StoreTransferPort(store, geometry=case.geometry, kv=kv, **names)
-        assert torch.equal(restore_through(case, kv, port), case.logits)
-        assert same_kv(case, kv)
+        for _ in range(3):  # what is shared is lent from the second time on
+            kv = case.runner.new_kv(case.saved.capacity)
+            port = StoreTransferPort(store, geometry=case.geometry, kv=kv, **names_of(case))
+            assert torch.equal(restore_through(case, kv, port), case.logits)
+            assert same_kv(case, kv)
+
+
+@pytest.mark.parametrize("kind", ["memory", "shm"])
+def test_a_lent_record_is_page_locked(kind, request):
+    case = prefilled("llama", "bfloat16", device="cuda")
+    url = shm_url(request) if kind == "shm" else "memory"
+    with open_store(url, capacity_bytes=64 << 20) as store:
+        store.lend_to(PinnedMemory(case.saved.lane.streams))
+        put(store, 1)
+        borrow(store, 1)[1].end()
+        outcome, loan, _ = borrow(store, 1)
+        assert outcome is LoadOutcome.OK
+        assert torch.from_numpy(loan.payload).is_pinned()
+        loan.end()

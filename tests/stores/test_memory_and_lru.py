@@ -19,6 +19,7 @@ from cacheflow.stores.lru import LruIndex
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.retention import Retention
 from cacheflow.types import LoadOutcome
+from support.lending import lending
 from support.manual_clock import ManualClock
 from support.store_kinds import ALL, opened, url_of
 from support.store_objects import TIMEOUT_S, get, key, payload, put, put_request
@@ -33,9 +34,13 @@ def clock():
     return ManualClock()
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=[*ALL, "memory_in_slabs"])
 def small(request, tmp_path, clock):
     """A store for three objects."""
+    if request.param == "memory_in_slabs":
+        with lending(MemoryStore(capacity_bytes=3 * RECORD + 100, clock=clock)) as store:
+            yield store
+        return
     url = url_of(request.param, request, tmp_path / "store")
     with opened(url, capacity_bytes=3 * RECORD + 100, clock=clock, retention=ALL_MAY_BE_PINNED) as store:
         yield store

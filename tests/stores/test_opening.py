@@ -23,6 +23,13 @@ def test_memory():
         assert store.capabilities().capacity_bytes == CAPACITY
 
 
+@pytest.mark.parametrize("verify", ["always", "never", "0", "0.5", "1"])
+def test_memory_that_says_what_is_verified(verify):
+    with open_store(f"memory?verify={verify}", capacity_bytes=CAPACITY) as store:
+        assert isinstance(store, MemoryStore)
+    assert [url.scheme for url in check_store_url(f"memory?verify={verify}")] == ["memory"]
+
+
 def test_a_file_store_is_where_the_url_says_and_quoted_names_are_unquoted(tmp_path):
     folder = tmp_path / "kv of #1, 100 %"
     for url in (file_url(folder), file_url(folder) + "?fsync=yes"):
@@ -47,6 +54,9 @@ def test_a_relative_folder_is_one_of_the_current_directory(tmp_path, monkeypatch
         ("/var/cache/kv", "store is '/var/cache/kv', must be a URL"),
         ("memory://", "the memory store has no address"),
         ("memory://x?y=1", "the memory store has no address"),
+        ("memory?fsync=yes", "unknown option fsync of a memory store; known: verify"),
+        ("memory?verify=2", "verify is '2', must be always, never, or a share from 0 to 1"),
+        ("memory?verify=", "verify is '', must be"),
         ("file:/kv", "must be a URL"),
         ("file://kv", "must be file:///absolute/folder"),
         ("file://", "must be file:///absolute/folder"),
@@ -55,7 +65,7 @@ def test_a_relative_folder_is_one_of_the_current_directory(tmp_path, monkeypatch
         ("file:///kv?fsync=1", "fsync is '1', must be yes or no"),
         ("file:///kv?fsync=yes&fsync=no", "an option repeats"),
         ("file:///kv#1", "a part after #"),
-        ("memory?fsync=yes", "unknown option fsync of a memory store; known: capacity"),
+        ("memory?fsync=yes", "unknown option fsync of a memory store; known: verify, capacity"),
         ("memory?capacity=much", "capacity is 'much', must be a size such as 4GiB"),
         ("file:///kv?capacity=0", "capacity is '0', must be a size"),
         ([], "no URL was given"),

@@ -17,6 +17,7 @@ from cacheflow.stores.retention import Retention
 from cacheflow.types import LoadOutcome
 from support.documented_store import documented_opener
 from support.examples import examples
+from support.lending import lending
 from support.store_kinds import ALL, url_of
 from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put, put_request
 
@@ -33,6 +34,7 @@ OTHERS = {
         capacity_bytes=CAPACITY, retention=Retention()
     ),
     "file_without_fsync": lambda root: FileStore(root, capacity_bytes=CAPACITY, fsync=False),
+    "memory_in_slabs": lambda root: lending(MemoryStore(capacity_bytes=CAPACITY)),
     "throttled_memory": lambda root: throttled(MemoryStore(capacity_bytes=CAPACITY), latency_s=1e-4, jitter_s=1e-4),
     "throttled_file": lambda root: throttled(FileStore(root, capacity_bytes=CAPACITY, fsync=False), throttle_puts=True),
     "faulty_memory": lambda root: FaultyStore(MemoryStore(capacity_bytes=CAPACITY), FaultPlan()),

@@ -17,6 +17,7 @@ from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
+from support.lending import Reader, borrow
 from support.store_kinds import url_of
 from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put, put_request
 from support.waiting import eventually
@@ -348,3 +349,31 @@ def test_reads_of_a_slow_tier_do_not_stand_in_the_way_of_a_fast_one():
         assert handle.poll()[:3] == (None,) * 3
         handle.cancel()
         assert handle.poll() == (LoadOutcome.CANCELLED,) * 3 + (OK,) * 4
+
+
+def test_the_fastest_tier_lends_and_what_another_has_is_copied():
+    fast, slow = MemoryStore(capacity_bytes=CAPACITY, verified_share=1.0), MemoryStore(capacity_bytes=CAPACITY)
+    reader = Reader()
+    with TieredStore({"fast": fast, "slow": slow}) as store:
+        store.lend_to(reader)
+        put(store, 1)
+        assert store.drain(TIMEOUT_S)
+        outcome, loan, buffer = borrow(store, 1)
+        assert outcome is OK
+        assert np.array_equal(loan.payload, payload(1))
+        assert not buffer.any()
+        loan.end()
+
+        (slab,) = reader.slabs
+        slab[slab.tobytes().find(payload(1).tobytes())] ^= 1
+        outcome, loan, buffer = borrow(store, 1)
+        assert (outcome, loan.payload) == (OK, None), "damaged in the fast tier, and read from the slow one"
+        assert np.array_equal(buffer, payload(1))
+
+        put(slow, 2)
+        outcome, loan, buffer = borrow(store, 2)
+        assert (outcome, loan.payload) == (OK, None)
+        assert np.array_equal(buffer, payload(2))
+        assert store.drain(TIMEOUT_S)
+        assert np.array_equal(get(fast, 2)[1], payload(2)), "what was promoted is what was read"
+        assert store.stats().num_lent == 1

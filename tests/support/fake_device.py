@@ -111,6 +111,7 @@ class FakeDevice:
         host_waits: How often the host waited for the device.
         waits_by_thread: The same, by the thread's name.
         pinned_bytes: Sizes of the pinned allocations.
+        registered: Addresses of memory that was pinned where it was.
         shared: How many tensors were shared with a stream.
         on_ask: Called after each thing that a stream is asked.
     """
@@ -124,6 +125,7 @@ class FakeDevice:
         self.host_waits = 0
         self.waits_by_thread: Counter[str] = Counter()
         self.pinned_bytes: list[int] = []
+        self.registered: set[int] = set()
         self.shared = 0
         self.on_ask: Callable[[], None] = lambda: None
         self.compute = FakeStream(self, "compute")
@@ -141,6 +143,14 @@ class FakeDevice:
     def pinned(self, num_bytes: int) -> torch.Tensor:
         self.pinned_bytes.append(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        assert memory.data_ptr() not in self.registered
+        self.registered.add(memory.data_ptr())
+        return True
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        self.registered.remove(memory.data_ptr())
 
     def share(self, tensor: torch.Tensor, stream: FakeStream) -> None:
         self.shared += 1

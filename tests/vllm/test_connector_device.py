@@ -46,6 +46,7 @@ def test_saved_and_restored_as_computed(setting, policy, layers_per_block):
     engine.balance_link(len(prompt), ratio=0.2 if policy == "load" else 1.0)
     device.waits_by_thread.clear()
     device.asked.clear()
+    lent_before = engine.store.stats().num_lent
     again = engine.ask(prompt)
     record = again.record
     assert record["outcome"] == "done"
@@ -54,6 +55,7 @@ def test_saved_and_restored_as_computed(setting, policy, layers_per_block):
     assert np.array_equal(again.kv, own.kv)
     assert again.tokens == own.tokens
     assert device.asked["up", "launch"] >= record["loaded_cells"] > 0
+    assert engine.store.stats().num_lent - lent_before >= record["loaded_cells"], "from where the store has them"
     # The I/O thread never waits. The main one does for builders' buffers, once a piece: each chunk's, and that of one
     # which stopped below its top and went on after others.
     assert set(device.waits_by_thread) <= {"MainThread", "cacheflow-save"}

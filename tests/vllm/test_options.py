@@ -95,6 +95,8 @@ def test_a_store_is_given_by_its_url_or_as_ever():
         options = ConnectorOptions.parse({"store": url})
         assert options.store_urls == (url,)
         options.require_reachable_store("mp")
+    with pytest.raises(ConfigError, match="workers in other processes"):
+        ConnectorOptions.parse({"store": "memory?verify=always"}).require_reachable_store("mp")
     with pytest.raises(ConfigError, match="holds a password") as raised:
         ConnectorOptions.parse({"store": "redis://me:hunter2@host"})
     assert "hunter2" not in str(raised.value)

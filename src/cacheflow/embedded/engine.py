@@ -35,6 +35,7 @@ from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
 from cacheflow.stores.opening import open_store
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
+from cacheflow.tensors.pinned_memory import PinnedMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +158,7 @@ class Engine:
         if self.runner.lane is not None:
             # Pinned now, not at the first restoration.
             self.runner.lane.staging(chunk_tokens * layers_per_block * model.shape.kv_bytes_per_token_layer)
+            store.lend_to(PinnedMemory(self.runner.lane.streams))
         self.restorer = Restorer(
             runner=self.runner,
             policy=make_policy(self.options.policy, crossover_tokens=self.options.crossover_tokens),

@@ -124,7 +124,8 @@ class TransferPort(Protocol[T]):
     def wait(self, ticket: T, *, timeout_s: float) -> LoadOutcome | None:
         """Wait for a read; None when it is still under way after ``timeout_s``.
 
-        ``OK`` promises bytes that verified, in a staging buffer of the ticket. Never raises for a store's failure.
+        ``OK`` promises bytes that verified, in a staging buffer of the ticket or lent by the store. Never raises for a
+        store's failure.
         """
         ...
 

@@ -6,7 +6,7 @@ whole payload, and a part of it could not be verified.
 Buffers: between submission and an item's outcome the store owns the item's buffer. ``OK``, ``MISS``, ``CORRUPT`` and
 ``ERROR`` give it back at once. ``LATE`` and ``CANCELLED`` tell the caller not to wait any longer, but a transfer may
 still be under way: the buffer may be reused, or freed, only after ``Handle.cancel()`` returned. After anything but
-``OK`` its content is undefined.
+``OK`` its content is undefined. What was lent instead is the reader's until it ends the loan, see ``loan``.
 
 Threads: every method of a store and of its handles may be called from any thread.
 """
@@ -23,6 +23,7 @@ from typing import Any, Protocol, Self, TypeVar, cast
 import numpy.typing as npt
 
 from cacheflow.stores.keys import ObjectKey
+from cacheflow.stores.loan import DeviceReader, Loan
 from cacheflow.types import LoadOutcome
 
 ByteBuffer = bytes | bytearray | memoryview | npt.NDArray[Any]
@@ -79,11 +80,13 @@ class GetRequest:
         key: The object.
         buffer: Receives the payload alone, without the record's header; writable, as long as the payload.
         tap: Fault injection; None in production.
+        loan: Takes the record where the store lends it; the buffer is then left alone. None: always fill the buffer.
     """
 
     key: ObjectKey
     buffer: ByteBuffer
     tap: ReadTap | None = None
+    loan: Loan | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,6 +169,7 @@ class StoreStats:
         num_objects: Objects held, as far as this process knows.
         used_bytes: Bytes of their records.
         num_evicted: Objects evicted by this process.
+        num_lent: Of the reads that were ``OK``, those that were lent the record instead of a copy.
     """
 
     get_outcomes: Mapping[LoadOutcome, int]
@@ -177,6 +181,7 @@ class StoreStats:
     num_objects: int = 0
     used_bytes: int = 0
     num_evicted: int = 0
+    num_lent: int = 0
     injected: Mapping[str, int] = field(default_factory=dict)
     """Faults injected by a ``FaultyStore``, by kind; empty in production."""
     tiers: tuple[TierStats, ...] = ()
@@ -241,7 +246,7 @@ class Store(ABC):
         """Start reading objects into the callers' buffers and return at once.
 
         Items start in order within a priority and may end in any order. An item is ``OK`` only if the payload in its
-        buffer verified against the record written for this key.
+        buffer verified against the record written for this key; of what is lent instead the store says when it is.
 
         Args:
             requests: What to read; no two may share a buffer.
@@ -295,6 +300,13 @@ class Store(ABC):
     @abstractmethod
     def delete(self, keys: Sequence[ObjectKey]) -> int:
         """Remove objects; returns how many were there. Reads under way end as if the object were still there."""
+
+    def lend_to(self, reader: DeviceReader) -> None:
+        """From now on, lay records where a device can copy them, and lend them to reads that bring a ``Loan``.
+
+        Once, before the reader's first read; most stores cannot, and do nothing.
+        """
+        del reader
 
     @abstractmethod
     def stats(self) -> StoreStats:

@@ -27,6 +27,7 @@ class Meter:
         self._puts: Counter[PutOutcome] = Counter(dict.fromkeys(PutOutcome, 0))
         self._read_bytes = 0
         self._written_bytes = 0
+        self._num_lent = 0
         self._last_end_s = float("-inf")
         self._recent_bytes = 0.0
         self._recent_busy_s = 0.0
@@ -52,10 +53,21 @@ class Meter:
             if outcome is PutOutcome.STORED:
                 self._written_bytes += num_bytes
 
+    def record_lent(self) -> None:
+        """Count one read that was lent its record."""
+        with self._lock:
+            self._num_lent += 1
+
     def snapshot(
-        self, *, num_objects: int, used_bytes: int, num_evicted: int, injected: Mapping[str, int] | None = None
+        self,
+        *,
+        num_objects: int,
+        used_bytes: int,
+        num_evicted: int,
+        num_lent: int | None = None,
+        injected: Mapping[str, int] | None = None,
     ) -> StoreStats:
-        """The counts so far, with what the store knows of its content."""
+        """The counts so far, with what the store knows of its content; ``num_lent`` is that of an inner store."""
         with self._lock:
             busy_s = self._recent_busy_s
             return StoreStats(
@@ -68,5 +80,6 @@ class Meter:
                 num_objects=num_objects,
                 used_bytes=used_bytes,
                 num_evicted=num_evicted,
+                num_lent=self._num_lent if num_lent is None else num_lent,
                 injected=injected or {},
             )

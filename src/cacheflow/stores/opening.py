@@ -2,7 +2,7 @@
 
 ::
 
-    memory                              this process's memory
+    memory                              this process's memory; ?verify=always
     file:///var/cache/kv                a directory; ?fsync=yes flushes each record to the disk
     shm://name                          memory that all processes of a host share; ?keep=yes leaves it behind
     redis://host:6379/0                 a Redis or Valkey server; ?timeout_s=2
@@ -35,7 +35,7 @@ from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import Store
 from cacheflow.stores.directory import is_record_directory
 from cacheflow.stores.file import FileStore
-from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.memory import VERIFIED_SHARE, MemoryStore
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shm import SharedMemoryStore, shm_folder
 from cacheflow.stores.tiered import TieredStore
@@ -168,6 +168,22 @@ class StoreUrl:
             raise ConfigError(f"store: {name} is {text!r}, must be seconds, above 0 and finite")
         return value
 
+    def share(self, name: str, default: float) -> float:
+        """An option that is ``always``, ``never`` or a share between them.
+
+        Raises:
+            ConfigError: It is something else.
+        """
+        text = self.options.get(name)
+        try:
+            value = {None: default, "always": 1.0, "never": 0.0}.get(text)
+            value = float(text or "") if value is None else value
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise ConfigError(f"store: {name} is {text!r}, must be always, never, or a share from 0 to 1")
+        return value
+
 
 class StoreOpener(Protocol):
     """Checks the URLs of one scheme, and says how each is opened."""
@@ -264,8 +280,8 @@ def file_url(folder: Path) -> str:
 def _memory(url: StoreUrl) -> Callable[..., Store]:
     if url.address != "memory":
         raise ConfigError(f"store is '{url}': the memory store has no address, give memory")
-    url.require_options()
-    return MemoryStore
+    url.require_options("verify")
+    return partial(MemoryStore, verified_share=url.share("verify", VERIFIED_SHARE))
 
 
 def _file(url: StoreUrl) -> Callable[..., Store]:

@@ -1,4 +1,8 @@
-"""Files in shared memory: one tier in memory for all processes of a host."""
+"""Files in shared memory: one tier in memory for all processes of a host.
+
+A device is lent records that this process reads again: see ``mapped``. Each is verified right before, at every read,
+since other processes of the user can reach it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +19,20 @@ from pathlib import Path
 from cacheflow.errors import StoreError
 from cacheflow.stores.base import Capabilities
 from cacheflow.stores.file import FileStore
+from cacheflow.stores.keys import ObjectKey
+from cacheflow.stores.loan import DeviceReader, LentRecord
+from cacheflow.stores.mapped import MappedRecords
+from cacheflow.stores.record import HEADER_BYTES
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
+from cacheflow.stores.shared import FoundRecord
 from cacheflow.types import Clock
 
 SHARED_MEMORY = Path("/dev/shm")
 _LOCK = "users.lock"
 _REMOVED = ".removed-"
 _MAX_TRIES = 100
+_MAPPED_SHARE = 2
+"""At most one part in so many of the capacity is mapped by each process."""
 
 
 def shm_folder(name: str) -> Path:
@@ -61,6 +73,7 @@ class SharedMemoryStore(FileStore):
             StoreError: There is no shared memory, or the folder belongs to another user.
         """
         self._folder, self._keep = shm_folder(name), keep
+        self._mapped: MappedRecords | None = None
         self._users = _join(self._folder)
         try:
             super().__init__(
@@ -83,9 +96,47 @@ class SharedMemoryStore(FileStore):
         """See ``Store.capabilities``."""
         return replace(super().capabilities(), name="shm", persistent=False)
 
+    def lend_to(self, reader: DeviceReader) -> None:
+        """See ``Store.lend_to``."""
+        if self._mapped is None:
+            self._mapped = MappedRecords(reader, most_bytes=self._index.capacity_bytes // _MAPPED_SHARE)
+
+    def lend_record(self, key: ObjectKey, num_bytes: int) -> LentRecord | None:
+        """See ``ThreadedStore.lend_record``.
+
+        Raises:
+            OSError: The file is there and cannot be mapped.
+        """
+        if self._mapped is None:
+            return None
+        path, record_bytes = self._directory.path(key), HEADER_BYTES + num_bytes
+        lent = self._mapped.lend(key.name, path, record_bytes)
+        if lent is not None:
+            self.note_read(key.name, record_bytes)
+            with suppress(OSError):
+                if time.time() - Path(path).stat().st_mtime > self._touch_s:
+                    os.utime(path)
+        return lent
+
+    def erase(self, name: str) -> bool:
+        """See ``SharedStore.erase``."""
+        removed = super().erase(name)
+        if self._mapped is not None:
+            self._mapped.forget(name)
+        return removed
+
+    def scan(self, known: Mapping[str, int]) -> list[FoundRecord]:
+        """See ``SharedStore.scan``."""
+        found = super().scan(known)
+        if self._mapped is not None:
+            self._mapped.keep({record.name for record in found})
+        return found
+
     def close(self) -> None:
         """See ``Store.close``; the last process to close it removes what it holds."""
         super().close()
+        if self._mapped is not None:
+            self._mapped.close()
         self._leave()
 
     def _leave(self) -> None:

@@ -31,6 +31,7 @@ from cacheflow.stores.base import (
 )
 from cacheflow.stores.handle import READS, WRITES, O, OperationHandle, Verdicts
 from cacheflow.stores.keys import ObjectKey
+from cacheflow.stores.loan import LentRecord, Loan
 from cacheflow.stores.meter import Meter
 from cacheflow.stores.record import (
     HEADER_BYTES,
@@ -147,6 +148,11 @@ class ThreadedStore(Store):
     def usage(self) -> Usage:
         """What the backend holds."""
 
+    def lend_record(self, key: ObjectKey, num_bytes: int) -> LentRecord | None:
+        """A record whose payload has so many bytes, for a device to copy; None: it is read as any other is."""
+        del key, num_bytes
+        return None
+
     def contains(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
         """See ``Store.contains``; an object whose last read was ``CORRUPT`` counts as absent."""
         nothing = (False,) * len(keys)
@@ -256,6 +262,10 @@ class ThreadedStore(Store):
             del transfer  # or the buffers of the last transfer would live until the next one
 
     def _get(self, request: GetRequest, payload: memoryview, header: memoryview) -> LoadOutcome:
+        if request.loan is not None and request.tap is None:
+            lent = self.lend_record(request.key, payload.nbytes)
+            if lent is not None:
+                return self._lend(request.key, lent, request.loan)
         num_found = self.read_record(request.key, header, payload)
         if num_found is None:
             self._suspects.discard(request.key)
@@ -266,10 +276,26 @@ class ThreadedStore(Store):
             outcome = verify(header, payload, request.key)
         else:
             outcome = self._length_outcome(request.key, header, num_found, payload.nbytes)
+        return self._noted(request.key, outcome)
+
+    def _lend(self, key: ObjectKey, lent: LentRecord, loan: Loan) -> LoadOutcome:
+        outcome = LoadOutcome.ERROR
+        try:
+            sound = lent.is_sound and key not in self._suspects
+            outcome = LoadOutcome.OK if sound else verify(byte_view(lent.header), byte_view(lent.payload), key)
+        finally:
+            if outcome is LoadOutcome.OK:
+                loan.take(lent)
+                self._meter.record_lent()
+            else:
+                lent.end(None)
+        return self._noted(key, outcome)
+
+    def _noted(self, key: ObjectKey, outcome: LoadOutcome) -> LoadOutcome:
         if outcome is LoadOutcome.CORRUPT:
-            self._note_damage(request.key)
+            self._note_damage(key)
         elif outcome is LoadOutcome.OK and self._suspects:
-            self._suspects.discard(request.key)
+            self._suspects.discard(key)
         return outcome
 
     def _note_damage(self, key: ObjectKey) -> None:

@@ -37,6 +37,7 @@ from cacheflow.stores.base import (
 from cacheflow.stores.breaker import SILENCE_S
 from cacheflow.stores.handle import READS, WRITES, Ledger
 from cacheflow.stores.keys import ObjectKey, ObjectKind
+from cacheflow.stores.loan import DeviceReader
 from cacheflow.stores.meter import Meter
 from cacheflow.stores.routed import RoutedHandle
 from cacheflow.stores.tier import Tier
@@ -217,7 +218,7 @@ class TieredStore(Store):
         seen = self._meter.snapshot(
             num_objects=fullest.num_objects, used_bytes=fullest.used_bytes, num_evicted=fullest.num_evicted
         )
-        return replace(seen, tiers=tiers)
+        return replace(seen, tiers=tiers, num_lent=tiers[0].store.num_lent)
 
     def census(self) -> Mapping[str, int]:
         """See ``Store.census``; of each namespace the number in the tier that holds the most of it."""
@@ -226,6 +227,10 @@ class TieredStore(Store):
             for namespace, number in tier.store.census().items():
                 found[namespace] = max(number, found.get(namespace, 0))
         return found
+
+    def lend_to(self, reader: DeviceReader) -> None:
+        """See ``Store.lend_to``; the fastest tier lends, the others are copied from."""
+        self.tiers[0].store.lend_to(reader)
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until what was put or promoted is written to every tier; whether that is so."""
@@ -267,6 +272,8 @@ class _ReadRoute:
 
     def begin(self, left_s: float) -> float:
         self.handle = None
+        if self._request.loan is not None:
+            self._request.loan.end()  # what the tier before has lent, and is no good
         while self._left:
             tier = self._left.popleft()
             self._passed.append(tier)
@@ -281,7 +288,9 @@ class _ReadRoute:
     def _begin_in(self, tier: Tier, left_s: float) -> float:
         self._start_s, self._patience_s = self._clock(), tier.begin_read(self._num_bytes)
         deadline_s = None if left_s == float("inf") else left_s
-        self.handle = tier.store.submit_get([self._request], priority=self._priority, deadline_s=deadline_s)
+        # Only the fastest lends: what comes from another is promoted from the buffer.
+        request = self._request if len(self._passed) == 1 else replace(self._request, loan=None)
+        self.handle = tier.store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
         return min(self._patience_s, left_s / 2) if any(each.delivers for each in self._left) else float("inf")
 
     def end(self, outcome: LoadOutcome) -> bool:

@@ -14,6 +14,7 @@ from cacheflow.stores.base import Capabilities, PinOutcome, Store, StoreStats
 from cacheflow.stores.handle import Ledger, O, Verdicts
 from cacheflow.stores.held import HeldHandle
 from cacheflow.stores.keys import ObjectKey
+from cacheflow.stores.loan import DeviceReader
 from cacheflow.stores.meter import Meter
 from cacheflow.types import Clock
 
@@ -58,6 +59,10 @@ class WrapperStore(Store):
         """See ``Store.delete``."""
         return self.inner.delete(keys)
 
+    def lend_to(self, reader: DeviceReader) -> None:
+        """See ``Store.lend_to``."""
+        self.inner.lend_to(reader)
+
     def stats(self) -> StoreStats:
         """See ``Store.stats``: outcomes and speeds as seen through this wrapper, content of the inner store.
 
@@ -68,6 +73,7 @@ class WrapperStore(Store):
             num_objects=inner.num_objects,
             used_bytes=inner.used_bytes,
             num_evicted=inner.num_evicted,
+            num_lent=inner.num_lent,
             injected=inner.injected,
         )
         return replace(seen, tiers=inner.tiers)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from cacheflow.types import Passing
 
 GREATEST_SLAB_BYTES = 1 << 30
 """Larger page-locked allocations are rounded up to a power of two, and take seconds."""
@@ -22,14 +23,6 @@ class StagingBuffer:
 
     tensor: torch.Tensor
     array: npt.NDArray[np.uint8]
-
-
-class Passing(Protocol):
-    """Something that has happened or not, such as an event of a stream."""
-
-    def done(self) -> bool:
-        """Whether it has; does not wait."""
-        ...
 
 
 class PinnedSlabs:

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
+_PORTABLE = 1
+"""``cudaHostRegisterPortable``: page-locked for every device."""
+
 
 class StreamEvent(Protocol):
     """A place in what a stream was asked; it has passed once the device has done all before it."""
@@ -70,6 +73,14 @@ class DeviceStreams(Protocol):
         """Page-locked host memory, uint8; slow to get."""
         ...
 
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Page-lock host memory that is there, such as a mapped file, until ``unpin``; whether it could be. Slow."""
+        ...
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """End that; no copy from it may be under way."""
+        ...
+
     def share(self, tensor: torch.Tensor, stream: DeviceStream) -> None:
         """Give a tensor's memory to nobody else before ``stream`` has done what it was asked by then."""
         ...
@@ -78,16 +89,19 @@ class DeviceStreams(Protocol):
 class CudaEvent:
     """``StreamEvent`` of CUDA."""
 
-    __slots__ = ("_event",)
+    __slots__ = ("_device", "_event")
 
     def __init__(self, stream: torch.cuda.Stream, *, timed: bool) -> None:
         """Record it."""
+        self._device = stream.device
         self._event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
         self._event.record(stream)
 
     def done(self) -> bool:
         """See ``StreamEvent.done``."""
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        # A store's thread asks too, whose current device, the first, might otherwise get a context of this process.
+        with torch.cuda.device(self._device):
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """See ``StreamEvent.wait``; other threads of Python run meanwhile."""
@@ -156,6 +170,18 @@ class CudaStreams:
     def pinned(self, num_bytes: int) -> torch.Tensor:
         """See ``DeviceStreams.pinned``."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        """See ``DeviceStreams.pin``."""
+        with torch.cuda.device(self._device):
+            cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            status = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
+        return int(status) == 0
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """See ``DeviceStreams.unpin``."""
+        with torch.cuda.device(self._device):
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
     def share(self, tensor: torch.Tensor, stream: DeviceStream) -> None:
         """See ``DeviceStreams.share``."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cacheflow.stores.base import Store
+from cacheflow.tensors.pinned_memory import PinnedMemory
 from cacheflow.tensors.snapshot_room import SnapshotRoom
 from cacheflow.vllm.adapters import LoadedAdapters
 from cacheflow.vllm.facts import EngineFacts
@@ -66,7 +67,9 @@ class Starting:
         weights, adapters = watch_weights(runner), LoadedAdapters(runner)
         weights.check()
         engine = find_engine(self.options, self.store, self.vllm_config, self.kv_cache_config, self.kv_caches)
-        facts = engine.facts
+        facts, lane = engine.facts, engine.layout.lane
+        if lane is not None:
+            self.store.lend_to(PinnedMemory(lane.streams))
         return WorkerSide(
             self.store,
             engine,

@@ -59,6 +59,19 @@ def test_the_whole_study_is_rehearsed_and_taken_up(rehearse, tmp_path):
     assert (code, again) == (0, records)
 
 
+def test_stores_in_memory_are_compared_with_a_plain_copy(rehearse):
+    code, records, shown = rehearse("--pace", "1000", "--parts", "6", "--cost-repeats", "1")
+    assert code == 0
+    assert done(records) == [6]
+    found = [record for record in records if isinstance(record, GpuRecord) and record.name != "done"]
+    assert [record.name for record in found] == ["memory", "memory, every read verified", "shared memory"]
+    for record in found:
+        assert record.correct
+        assert record.values["lent_share"] == 1.0
+        assert record.values["of_copy"] == record.values["bytes_per_s"] / record.values["copy_bytes_per_s"]
+    assert "of_copy" in shown
+
+
 def test_a_part_without_its_time_is_left_out_and_said(rehearse):
     code, records, shown = rehearse("--time-limit-s", "41", "--pace", "1", "--parts", "1,8")
     assert code == 0

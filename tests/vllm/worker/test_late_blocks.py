@@ -1,5 +1,6 @@
 """KV blocks on a device that does its work late, in whatever sequence streams and events allow; no vLLM needed."""
 
+import itertools
 import random
 
 import numpy as np
@@ -12,13 +13,15 @@ from cacheflow.plan.grid import Cell
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import PutRequest
 from cacheflow.stores.keys import RankKeys
-from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import open_store
 from cacheflow.tensors.copy_lane import MAX_QUEUED, CopyLane
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.worker.layout import BlockLayout, LayerView, block_layers
 from cacheflow.vllm.worker.transfer import VllmTransferPort, staging_pool
 from support.examples import examples
 from support.fake_device import NONE_GOES_ON, FakeDevice
+from support.lending import lending
+from support.store_kinds import shm_url
 
 pytestmark = pytest.mark.torch
 
@@ -50,20 +53,36 @@ def block_ids_of(number):
     return tuple(range(4 * number, 4 * number + 4))
 
 
-@pytest.fixture(scope="module")
-def saved():
-    """A store with two chunks for each of a few prefixes, and their bytes by prefix and cell."""
+def fill(store, num_prefixes):
+    """Save two chunks for each of a few prefixes; their bytes by prefix and cell."""
     layout, _ = new_layout(FakeDevice(lazy))
     generator, payloads = np.random.default_rng(2), {}
-    with MemoryStore(capacity_bytes=1 << 20) as store:
-        for number in range(NUM_BLOCKS // 4):
-            for cell in CELLS:
-                layers = block_layers(cell.block, PER_BLOCK, LAYERS)
-                size = layout.num_bytes(*layers, CHUNK // SIZE)
-                payloads[number, cell] = generator.integers(0, 256, size, dtype=np.uint8)
-                key = RankKeys().kv(NAMESPACE, chain(number)[cell.chunk], layers)
-                store.submit_put([PutRequest(key, [payloads[number, cell]], (size,), "uint8")]).wait(5)
-        yield store, payloads
+    for number in range(num_prefixes):
+        for cell in CELLS:
+            layers = block_layers(cell.block, PER_BLOCK, LAYERS)
+            size = layout.num_bytes(*layers, CHUNK // SIZE)
+            payloads[number, cell] = generator.integers(0, 256, size, dtype=np.uint8)
+            put(store, key_of(number, cell), payloads[number, cell])
+    return payloads
+
+
+def key_of(number, cell):
+    return RankKeys().kv(NAMESPACE, chain(number)[cell.chunk], block_layers(cell.block, PER_BLOCK, LAYERS))
+
+
+def put(store, key, data):
+    store.submit_put([PutRequest(key, [data], data.shape, "uint8")]).wait(5)
+
+
+@pytest.fixture(scope="module", params=["copied", "lent", "mapped"])
+def saved(request):
+    """A store with a few prefixes, and their bytes by prefix and cell."""
+    url = shm_url(request) if request.param == "mapped" else "memory"
+    with open_store(url, capacity_bytes=1 << 20) as store:
+        if request.param != "copied":
+            lending(store)
+        yield store, fill(store, NUM_BLOCKS // 4)
+        assert (store.stats().num_lent > 0) == (request.param != "copied")
 
 
 def chain(number):
@@ -145,6 +164,38 @@ def test_restored_bytes_are_right_however_late_the_device_works(saved, seed, idl
     assert all(request.is_right(payloads) for request in requests)
 
 
+class Overwritten(Request):
+    """One whose records are gone as soon as they were placed; others of their size take their memory."""
+
+    others = itertools.count()
+
+    def place(self):
+        cell, _ = self.tickets[0]
+        super().place()
+        self.store.delete([key_of(self.number, cell)])
+        size = self.layout.num_bytes(*block_layers(cell.block, PER_BLOCK, LAYERS), CHUNK // SIZE)
+        for _ in range(2):
+            key = RankKeys().kv("b" * 32, f"{next(self.others):064x}", (0, 1))
+            put(self.store, key, np.full(size, 255, np.uint8))
+
+
+@given(seed=st.integers(0, 2**32), idle=st.sampled_from([0.05, 0.5, 0.95, 1.0]), num_requests=st.integers(1, 3))
+@settings(max_examples=examples(20))
+def test_a_lent_record_is_kept_until_its_upload_is_done(seed, idle, num_requests):
+    device, rng = random_device(seed, idle), random.Random(seed)
+    layout, views = new_layout(device)
+    pool = staging_pool(layout, chunk_tokens=CHUNK, layers_per_block=PER_BLOCK)
+    with open_store("memory", capacity_bytes=1 << 20) as store:
+        lending(store)
+        payloads = fill(store, num_requests)
+        requests = [Overwritten(number, store, layout, views, pool, device) for number in range(num_requests)]
+        while under_way := [request for request in requests if request.steps]:
+            rng.choice(under_way).steps.pop(0)()
+        assert device.host_waits == 0
+        device.finish()
+        assert all(request.is_right(payloads) for request in requests)
+
+
 def restored(saved, device, number=0):
     layout, views = new_layout(device)
     pool = staging_pool(layout, chunk_tokens=CHUNK, layers_per_block=PER_BLOCK)
@@ -195,6 +246,7 @@ def test_uploads_that_are_not_done_are_bounded(saved):
         for step in request.steps:
             step()
     assert most == MAX_QUEUED < 3 * len(CELLS)
+    device.finish()
 
 
 def test_a_placement_waits_for_its_own_blocks_and_for_nothing_newer(saved):

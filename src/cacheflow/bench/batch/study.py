@@ -36,6 +36,7 @@ from cacheflow.state.batch import BatchScheduler
 from cacheflow.stores.keys import Namespace, chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.throttled import ThrottledStore
+from cacheflow.tensors.pinned_memory import PinnedMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,8 @@ class BatchStudy:
         self._costs: CostTable | None = None
         num_objects = sum(-(-length // options.chunk_tokens) for length in options.lengths) * model.shape.num_layers
         self._store = MemoryStore(capacity_bytes=room_bytes(model.shape, options.num_tokens, num_objects))
+        if self.runner.lane is not None:
+            self._store.lend_to(PinnedMemory(self.runner.lane.streams))
 
     def prepare(self, on_step: OnStep = lambda what, done, total: None) -> None:
         """Measure costs, prefill every prompt, save every prefix.

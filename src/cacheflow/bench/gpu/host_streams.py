@@ -74,6 +74,15 @@ class HostStreams:
         """See ``DeviceStreams.pinned``."""
         return torch.empty(num_bytes, dtype=torch.uint8)
 
+    def pin(self, memory: torch.Tensor) -> bool:
+        """See ``DeviceStreams.pin``; nothing has to be."""
+        del memory
+        return True
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """See ``DeviceStreams.unpin``."""
+        del memory
+
     def share(self, tensor: torch.Tensor, stream: DeviceStream) -> None:
         """See ``DeviceStreams.share``."""
         del tensor, stream

@@ -20,6 +20,7 @@ from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.stores.shared import UNBOUNDED
 from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.tiered import TieredStore
+from cacheflow.tensors.pinned_memory import PinnedMemory
 
 DRAIN_S = 60.0
 """Longest wait until a prefix is in every tier."""
@@ -84,6 +85,8 @@ class StoreStudyLink:
         room = room_bytes(geometry.shape, grid.num_tokens, grid.num_chunks * grid.num_blocks)
         # A store that others see has no bound of the study's own, so that the prefix pushes out nothing of theirs.
         self._inner = open_store(self._urls, capacity_bytes=room if self.store == "memory" else UNBOUNDED)
+        if kv.lane is not None:
+            self._inner.lend_to(PinnedMemory(kv.lane.streams))
         self._geometry, self._chain = geometry, chain_hashes(tokens, grid.chunk_ends)
         save_prefix(self._inner, kv, geometry, self._namespace.digest, self._chain)
         if isinstance(self._inner, TieredStore) and not self._inner.drain(DRAIN_S):
@@ -104,6 +107,11 @@ class StoreStudyLink:
             chain_hashes=self._chain,
             kv=kv,
         )
+
+    @property
+    def num_lent(self) -> int:
+        """Reads so far that were lent the store's own record."""
+        return 0 if self._inner is None else self._inner.stats().num_lent
 
     def copy_bytes_per_s(self, kv: KVBuffer) -> float | None:
         """None: what a store gives at most is not known but by loading from it."""

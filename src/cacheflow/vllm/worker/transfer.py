@@ -2,7 +2,8 @@
 
 Provides ``restore.ports.TransferPort`` by structure. Two phases, because a read that comes late must not touch blocks
 that compute has taken over. An object holds whole KV blocks: see ``layout``. In a model with recurrent layers the cells
-of the last chunk bring the running states at its end too, as a second object: both come, or neither counts.
+of the last chunk bring the running states at its end too, as a second object: both come, or neither counts. Keys and
+values that the store lends are uploaded from where they lie, and the staging memory is left alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys
+from cacheflow.stores.loan import Loan
 from cacheflow.tensors.copy_lane import MAX_QUEUED
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.tensors.streams import StreamEvent
@@ -37,6 +39,7 @@ class VllmTicket:
         pool: Where ``staging`` came from.
         staging: Receives the object.
         handle: The store's.
+        loan: Takes the keys and values where the store lends them; None where they go into ``staging`` in any case.
     """
 
     piece: Piece
@@ -45,6 +48,7 @@ class VllmTicket:
     staging: StagingBuffer
     handle: GetHandle
     state_bytes: int = 0
+    loan: Loan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +120,9 @@ class VllmTransferPort:
         objects = [(self._keys.kv(*name), kv_bytes)]
         if state_bytes:
             objects.append((self._keys.states(*name), state_bytes))
-        staging, handle = self._submit(objects, self._pool, deadline_s=deadline_s)
-        return VllmTicket(piece, kv_bytes + state_bytes, self._pool, staging, handle, state_bytes)
+        loan = None if self._layout.lane is None else Loan()
+        staging, handle = self._submit(objects, self._pool, deadline_s=deadline_s, loan=loan)
+        return VllmTicket(piece, kv_bytes + state_bytes, self._pool, staging, handle, state_bytes, loan)
 
     def _state_bytes(self, chunk: int, layers: tuple[int, int]) -> int:
         if self._checkpoint is None or chunk < len(self._target.chunk_ends) - 1:
@@ -135,12 +140,20 @@ class VllmTransferPort:
         return VllmTicket(boundary, num_bytes, reads.pool, staging, handle)
 
     def _submit(
-        self, objects: Sequence[tuple[ObjectKey, int]], pool: StagingPool, *, deadline_s: float
+        self,
+        objects: Sequence[tuple[ObjectKey, int]],
+        pool: StagingPool,
+        *,
+        deadline_s: float,
+        loan: Loan | None = None,
     ) -> tuple[StagingBuffer, GetHandle]:
-        """Read objects of so many bytes, which come to lie one after the other; the last is asked for first."""
+        """Read objects of so many bytes, which come to lie one after the other; the last is asked for first.
+
+        ``loan`` may take the first of them instead.
+        """
         staging, requests, at = pool.take(), [], 0
         for key, num_bytes in objects:
-            requests.append(GetRequest(key, staging.array[at : at + num_bytes]))
+            requests.append(GetRequest(key, staging.array[at : at + num_bytes], loan=None if at else loan))
             at += num_bytes
         return staging, self._store.submit_get(requests[::-1], priority=PRIORITY, deadline_s=deadline_s)
 
@@ -158,17 +171,21 @@ class VllmTransferPort:
     def place(self, ticket: VllmTicket) -> None:
         """See ``TransferPort.place``; blocks before the target's start keep what they hold."""
         copied: StreamEvent | None = None
-        payload = ticket.staging.array[: ticket.num_bytes]
+        payload, loan = ticket.staging.array[: ticket.num_bytes], ticket.loan
+        lent = None if loan is None else loan.payload
         if isinstance(ticket.piece, Boundary):
             self._place_boundary(ticket.piece.chunk, payload)
         else:
             blocks, skip_blocks = self._blocks(ticket.piece.chunk)
             layers, kv_bytes = self._layers(ticket.piece), ticket.num_bytes - ticket.state_bytes
-            copied = self._layout.place(*layers, blocks, payload[:kv_bytes], skip_blocks=skip_blocks, after=self._fence)
+            kv = payload[:kv_bytes] if lent is None else lent
+            copied = self._layout.place(*layers, blocks, kv, skip_blocks=skip_blocks, after=self._fence)
+            if loan is not None:
+                loan.end(after=copied)
             if ticket.state_bytes:
                 assert self._checkpoint is not None, "states are read for a checkpoint"
                 self._checkpoint.hold(layers, payload[kv_bytes:])
-        ticket.pool.give(ticket.staging, after=copied)
+        ticket.pool.give(ticket.staging, after=copied if lent is None else None)
 
     def _place_boundary(self, chunk: int, payload: Payload) -> None:
         assert self._boundaries is not None, "boundary states are placed where they are read"
@@ -180,6 +197,8 @@ class VllmTransferPort:
         """See ``TransferPort.cancel``."""
         ticket.handle.cancel()
         ticket.pool.give(ticket.staging)
+        if ticket.loan is not None:
+            ticket.loan.end()
 
     def _layers(self, cell: Cell) -> tuple[int, int]:
         return block_layers(cell.block, self._target.layers_per_block, self._layout.num_layers)
