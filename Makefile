@@ -25,10 +25,10 @@ VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vl
 	$(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-long test-vllm test-servers check bench bench-vllm bench-gpu
+.PHONY: help setup setup-vllm demo test test-fast test-long test-vllm test-servers check bench bench-vllm bench-gpu bench-gpu-vllm
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: $(STAMP) ## create .venv and install CacheFlow, its tools and the demo's model
 
@@ -97,9 +97,15 @@ check: $(STAMP) ## format, lint, types, layers
 bench: $(STAMP) ## every policy over load/compute ratios; results, table and plots in out/bench
 	$(BIN)/cacheflow bench restore --out $(OUT)/bench
 
-# Not in .venv: a machine with a GPU has its own torch, and maybe no network.
+# Not in .venv: a machine with a GPU has its own torch, and maybe no network. What it lacks is found on PYTHONPATH.
+GPU_PYTHON = PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+
 bench-gpu: ## the first study on a GPU, with the Python at hand; results and table in out/bench-gpu
-	PYTHONPATH=src $(PYTHON) -m cacheflow.cli bench gpu --out $(OUT)/bench-gpu
+	$(GPU_PYTHON) -m cacheflow.cli bench gpu --out $(OUT)/bench-gpu
+
+bench-gpu-vllm: ## its part inside vLLM, with the vLLM at hand; results, table and logs in out/bench-gpu-vllm
+	$(GPU_PYTHON) -m cacheflow.cli bench vllm --shape Llama-3.1-8B --gbps 40,10 --in-memory --tokens 32768 --suffix 512 \
+		--chunk 1024 --time-limit-s 560 --out $(OUT)/bench-gpu-vllm
 
 bench-vllm: $(VLLM_STAMP) ## inside vLLM, beside its own prefill; results, table and plot in out/bench-vllm
 	$(VLLM_BIN)/cacheflow bench vllm --quick --out $(OUT)/bench-vllm

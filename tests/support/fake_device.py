@@ -68,6 +68,9 @@ class FakeStream:
         self._ask("send", partial(_move, sent, kept))
         return sent
 
+    def memory(self, num_bytes: int) -> torch.Tensor:
+        return torch.full((num_bytes,), 0x7F, dtype=torch.uint8)
+
     def record(self, *, timed: bool = False) -> FakeEvent:
         event = FakeEvent(self.device)
         self._ask("record", event)

@@ -11,15 +11,22 @@ from cacheflow.bench.vllm.client import VllmClient
 
 
 class FakeVllm(BaseHTTPRequestHandler):
-    """Answers every prompt with its own ids counted on; refuses the first eviction after each completion."""
+    """Answers every prompt with its own ids counted on; refuses the first eviction after each completion.
+
+    Of requests for which the connector is asked to decide it counts a decision of the guard.
+    """
 
     protocol_version = "HTTP/1.1"
     seen: ClassVar[list[str]] = []
     held: ClassVar[bool] = False
     cached_share: ClassVar[float] = 1.0
+    modes: ClassVar[list[str | None]] = []
 
     def do_GET(self) -> None:
-        self._answer(b'# HELP x\nvllm:x_total{engine="0"} 3.0\n' if self.path == "/metrics" else b"")
+        metrics = '# HELP x\nvllm:x_total{engine="0"} 3.0\n'
+        if guarded := self.modes.count("auto"):
+            metrics += f'vllm:cacheflow_guard_decisions_total{{choice="hybrid"}} {guarded}\n'
+        self._answer(metrics.encode() if self.path == "/metrics" else b"")
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -34,6 +41,12 @@ class FakeVllm(BaseHTTPRequestHandler):
             self.send_error(400, "unlucky")
             return
         FakeVllm.held = True
+        params = asked.get("kv_transfer_params") or {}
+        self.modes.append(params.get("cacheflow"))
+        if not asked["stream"]:
+            explained = {"cacheflow": [{"choice": "hybrid", "reason": "both at once is faster"}]}
+            self._answer(json.dumps({"kv_transfer_params": explained if params.get("explain") else None}).encode())
+            return
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
@@ -73,6 +86,7 @@ def _stream(asked: dict[str, Any]) -> Iterator[bytes]:
 def fake_vllm() -> Iterator[VllmClient]:
     """A client of a fresh fake."""
     FakeVllm.seen.clear()
+    FakeVllm.modes.clear()
     FakeVllm.held = False
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeVllm)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))

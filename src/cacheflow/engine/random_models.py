@@ -106,11 +106,27 @@ def random_weights(  # noqa: PLR0913 -- keyword-only
     Raises:
         UnsupportedModelError: Device, dtype or family is not allowed, or the shape is a hybrid with experts.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     family = family or _family_of(shape)
-    config = AutoConfig.for_model(
-        family,
+    config = config_of(shape, family, max_tokens=max_tokens)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        module = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(dtype), attn_implementation=ATTENTION_NAME)
+    _slow_decay(module, torch.Generator().manual_seed(seed))
+    return wrap_module(module, name=shape.name, fingerprint=f"random-{family}-{seed}-{shape}", flash3=flash3)
+
+
+def config_of(shape: ModelShape, family: str | None = None, *, max_tokens: int = 131_072) -> Any:  # noqa: ANN401 -- transformers'
+    """The transformers configuration of a real shape; see ``random_weights``.
+
+    Raises:
+        UnsupportedModelError: The shape is a hybrid with experts.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        family or _family_of(shape),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_layers,
@@ -124,11 +140,6 @@ def random_weights(  # noqa: PLR0913 -- keyword-only
         **_experts(shape),
         **_recurrent(shape),
     )
-    torch.manual_seed(seed)
-    with torch.device(device):
-        module = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(dtype), attn_implementation=ATTENTION_NAME)
-    _slow_decay(module, torch.Generator().manual_seed(seed))
-    return wrap_module(module, name=shape.name, fingerprint=f"random-{family}-{seed}-{shape}", flash3=flash3)
 
 
 def _family_of(shape: ModelShape) -> str:

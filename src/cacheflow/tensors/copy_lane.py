@@ -104,6 +104,16 @@ class CopyLane:
         pairs = zip(runs.unbind(0), payload.view(target.dtype).view(runs.shape).unbind(0), strict=True)
         return self.upload_by(lambda up: up.copy(*pairs))
 
+    def upload_new(self, payload: torch.Tensor) -> tuple[torch.Tensor, StreamEvent]:
+        """Queue the copy of pinned bytes into memory of their own, which compute may read after ``before_compute``.
+
+        Returns:
+            The memory, uint8, which compute must share (``DeviceStreams.share``) before it drops it; the event after
+            which ``payload`` may be written again.
+        """
+        brought = self._up.memory(payload.numel())
+        return brought, self.upload_by(lambda up: up.copy((brought, payload)))
+
     def upload_by(self, ask: Callable[[DeviceStream], None], *, after: StreamEvent | None = None) -> StreamEvent:
         """Queue what ``ask`` asks the stream of uploads for; returns the event after which its source may be written.
 

@@ -49,6 +49,10 @@ class DeviceStream(Protocol):
         """A copy on the device of a tensor of the host's, which may change at once; for this stream alone."""
         ...
 
+    def memory(self, num_bytes: int) -> torch.Tensor:
+        """Memory on the device, uint8, that is this stream's to use again once the tensor is dropped."""
+        ...
+
     def record(self, *, timed: bool = False) -> StreamEvent:
         """An event after all that the stream was asked so far."""
         ...
@@ -141,6 +145,11 @@ class CudaStream:
         """See ``DeviceStream.send``; torch keeps the pinned copy until the device has read it."""
         with torch.inference_mode(), torch.cuda.stream(self.stream):
             return values.pin_memory().to(self.stream.device, non_blocking=True)
+
+    def memory(self, num_bytes: int) -> torch.Tensor:
+        """See ``DeviceStream.memory``."""
+        with torch.inference_mode(False), torch.cuda.stream(self.stream):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.stream.device)
 
     def record(self, *, timed: bool = False) -> CudaEvent:
         """See ``DeviceStream.record``."""

@@ -88,6 +88,16 @@ def test_metrics_are_read_by_name(client: VllmClient):
     assert client.metrics() == {'vllm:x_total{engine="0"}': 3.0}
 
 
+def test_what_every_request_of_a_client_asks_of_the_connector(client: VllmClient):
+    asking = client.asking({"cacheflow": "load"})
+    asking.complete([5], max_tokens=1)
+    asking.complete([5], max_tokens=1, params={"cacheflow": "off"})
+    client.complete([5], max_tokens=1)
+    assert FakeVllm.modes == ["load", "off", None]
+    assert client.asking({"cacheflow": "auto"}).explain([5])["cacheflow"][0]["choice"] == "hybrid"
+    assert FakeVllm.modes[-1] == "auto"
+
+
 def test_latencies_between_tokens_are_those_that_overlap_a_window():
     itls = answer((1, 2, 3, 4)).itls_s(start_s=10.65, end_s=10.75)
     assert itls == pytest.approx([0.1, 0.1])  # 10.6 to 10.7 and 10.7 to 10.8

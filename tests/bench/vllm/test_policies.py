@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from cacheflow.bench.vllm.policies import (
     transfer_config,
     vllm_policies,
 )
+from cacheflow.bench.vllm.random_weights import LOAD_FORMAT
 from cacheflow.bench.vllm.server import ServerOptions, server_command, server_environment
 from cacheflow.errors import ConfigError
 from cacheflow.policies.registry import RESTORE_POLICIES
+from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.plugin import HYBRID_CONNECTOR
 
 SETUP = LinkSetup(bytes_per_s=2e7, chunk_tokens=512, store_dir=Path("/s"), profile_dir=Path("/p"), side_port=5555)
@@ -51,6 +54,32 @@ def test_a_hybrid_gets_its_own_connector_and_blocks_as_long_as_a_chunk():
     command = server_command(dataclasses.replace(SERVER, hybrid=True), port=1, transfer=None)
     assert command[command.index("--block-size") + 1] == "512"
     assert "--block-size" not in server_command(SERVER, port=1, transfer=None)
+
+
+def test_a_store_is_files_or_the_servers_memory_and_as_large_as_asked():
+    files = transfer_config("cacheflow", dataclasses.replace(SETUP, store_bytes=7_000_000_000))
+    memory = transfer_config("cacheflow", dataclasses.replace(SETUP, store_dir=None))
+    assert files is not None
+    assert memory is not None
+    extra = ConnectorOptions.parse(files["kv_connector_extra_config"])
+    assert (extra.store, extra.store_path, extra.cpu_bytes_to_use) == ("file", "/s", 7_000_000_000)
+    extra = ConnectorOptions.parse(memory["kv_connector_extra_config"])
+    assert (extra.store, extra.store_path) == ("memory", None)
+
+
+def test_random_weights_are_a_load_format():
+    command = server_command(dataclasses.replace(SERVER, load_format=LOAD_FORMAT), port=1, transfer=None)
+    assert command[command.index("--load-format") + 1] == LOAD_FORMAT
+    assert "--load-format" not in server_command(SERVER, port=1, transfer=None)
+
+
+def test_a_machine_without_a_network_is_found_at_its_loopback_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.delenv("VLLM_HOST_IP", raising=False)
+    assert server_environment(SERVER)["VLLM_HOST_IP"] == "127.0.0.1"
+    monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.7")
+    assert server_environment(SERVER)["VLLM_HOST_IP"] == "10.0.0.7"
 
 
 def test_stock_vllm_gets_no_connector():
@@ -105,7 +134,12 @@ def test_the_configuration_reaches_the_command_line_as_json():
 
 def test_vllm_can_import_what_the_configuration_names(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", "/theirs")
-    ours, theirs = server_environment(SERVER)["PYTHONPATH"].split(":")
+    ours, entry_points, theirs = server_environment(SERVER)["PYTHONPATH"].split(":")
+    found = [point for each in metadata.distributions(path=[entry_points]) for point in each.entry_points]
+    assert {(point.group, point.name) for point in found} == {
+        ("vllm.general_plugins", "cacheflow"), ("vllm.general_plugins", "cacheflow_random")
+    }  # fmt: skip
+    assert all(callable(point.load()) for point in found)
     assert (Path(ours) / "cacheflow" / "bench" / "vllm" / "rivals" / "offloading_spec.py").is_file()
     assert theirs == "/theirs"
 

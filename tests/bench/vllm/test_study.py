@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from cacheflow.bench.record import GuardRecord
 from cacheflow.bench.vllm.client import VllmClient
 from cacheflow.bench.vllm.costs import PrefixSize, VllmCosts
 from cacheflow.bench.vllm.fleet import Fleet
+from cacheflow.bench.vllm.policies import MODES
 from cacheflow.bench.vllm.study import VllmStudy, VllmStudyOptions, longest_sequence, tokens_needed
 from cacheflow.bench.vllm.workload import BenchModel
 from cacheflow.model_shape import ModelShape
@@ -64,7 +66,7 @@ def _run(study: VllmStudy, client: VllmClient, policies: tuple[str, ...], log: l
     study.references = [client.complete(study.prompt(repeat), max_tokens=32, logprobs=5) for repeat in range(2)]
     study.save(fleet, on_step=lambda _: None)
     log.clear()
-    return list(study.rounds(fleet, ratio=1.0, on_step=log.append))
+    return list(study.rounds(fleet, link=study.link_at(1.0), on_step=log.append))
 
 
 def test_policies_take_turns_and_another_is_first_in_each_repeat(client: VllmClient):
@@ -100,7 +102,7 @@ def test_an_answer_that_differs_is_wrong(client: VllmClient):
     study = _study()
     fleet = _fleet(client, ("vllm", "load"), [])
     study.references = [client.complete([900], max_tokens=32, logprobs=5)] * 2
-    assert not any(record.correct for record in study.rounds(fleet, ratio=1.0, on_step=lambda _: None))
+    assert not any(record.correct for record in study.rounds(fleet, link=study.link_at(1.0), on_step=lambda _: None))
 
 
 def test_the_neighbours_latencies_go_on_record_as_another_setting(client: VllmClient):
@@ -129,6 +131,34 @@ def test_every_server_restores_once_before_it_is_timed(client: VllmClient):
     _study().warm_up(_fleet(client, ("vllm", "cake", "lmcache"), log))
     assert [entry for entry in log if entry.endswith("runs")] == ["cake runs", "lmcache runs"]
     assert FakeVllm.seen.count("complete 1025") == FakeVllm.seen.count("complete 1061") == 2
+
+
+def test_policies_that_one_server_has_are_asked_for_by_request_and_saved_once(client: VllmClient):
+    log: list[str] = []
+    study, fleet = _study(), _fleet(client, ("vllm",), log)
+    server = fleet.servers["vllm"]
+    shared = Fleet(servers=dict.fromkeys(MODES, server), modes=MODES)
+    study.references = [client.complete(study.prompt(repeat), max_tokens=32, logprobs=5) for repeat in range(2)]
+    study.save(shared, repeats=[1], on_step=log.append)
+    assert log == ["cacheflow", "vllm runs"]  # it is the only one: it need not stand still
+    FakeVllm.modes.clear()
+    records = study.round(shared, link=study.link_at(1.0), repeat=0, on_step=lambda policy: None)
+    assert FakeVllm.modes == ["off", "off", "load", "load", "auto", "auto", "auto"]  # nudged, asked; explained
+    assert [record.policy for record in records] == list(MODES)
+    assert all("one server" in str(record.environment["alternation"]) for record in records)
+    guards = [record.guard for record in records]
+    assert guards == [None, None, GuardRecord(choice="hybrid", reason="both at once is faster")]
+    again = study.round(shared, link=study.link_at(1.0), repeat=1, on_step=lambda policy: None)
+    assert again[1].guard == guards[2]  # the reason is asked for once a link
+    assert FakeVllm.modes.count("auto") == 5
+
+
+def test_what_memory_stores_keep_is_lost_with_their_server(client: VllmClient):
+    study = _study(store="memory")
+    saved: list[str] = []
+    for _ in range(2):
+        study.save(_fleet(client, ("vllm", "cacheflow"), []), on_step=saved.append)
+    assert saved.count("cacheflow") == 4
 
 
 def test_the_text_is_long_enough_for_every_prompt():

@@ -1,14 +1,27 @@
 """How the compute port keeps a chunk's activations, over a fake forward; no vLLM needed."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
 
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Boundary, Tile
 from cacheflow.restore.work import RestoreTarget
+from cacheflow.stores.base import PutRequest
+from cacheflow.stores.keys import RankKeys
+from cacheflow.stores.memory import MemoryStore
+from cacheflow.tensors.copy_lane import CopyLane
+from cacheflow.types import LoadOutcome
 from cacheflow.vllm.models.boundary_states import BoundaryPart, BoundaryShape
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView
 from cacheflow.vllm.worker.recompute import VllmComputePort
+from cacheflow.vllm.worker.transfer import BoundaryReads, VllmTransferPort, boundary_pool
+from support.examples import examples
+from support.fake_device import NONE_GOES_ON, PromptDevice
 
 pytestmark = pytest.mark.torch
 
@@ -18,12 +31,13 @@ WIDTH, LAYERS = 4, 6
 class FakeForward:
     """Overwrites what it is given as vLLM's layers do, and remembers what it was asked."""
 
-    def __init__(self, *, first_stage=True, compiled=False, refusal=""):
+    def __init__(self, *, first_stage=True, compiled=False, refusal="", lane=None):
         self.handle = SimpleNamespace(
             num_layers=LAYERS, block_size=4, compiled=compiled, is_first_stage=first_stage, can_recompute=not refusal,
             refusal=refusal, device=torch.device("cpu"),
             boundary=BoundaryShape((BoundaryPart("hidden", (WIDTH,), torch.float32),)),
         )  # fmt: skip
+        self.lane = lane
         self.calls = []
         self.next_tokens = []
 
@@ -105,11 +119,58 @@ def test_stored_states_are_given_without_those_of_tokens_that_are_there():
     forward = FakeForward(first_stage=False)
     port = new_port(forward, start=4)
     stored = torch.arange(8 * WIDTH, dtype=torch.float32).view(8, WIDTH)
-    port.give(0, stored.numpy().view("uint8").reshape(-1), 4)
+    assert port.give(0, stored.view(-1).view(torch.uint8), 4) is None  # copied at once
     given = []
     forward.run = lambda piece, carry, **_: given.append(piece.boundary["hidden"])
     port.recompute(Tile(0, 1, 0, 1), kv_only_top=False)
     assert torch.equal(given[0], stored[4:])
+
+
+def save_states(store, number):
+    stored = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(number))
+    key = RankKeys().boundary("a" * 32, f"{number:064x}")
+    packed = stored.view(-1).view(torch.uint8).numpy()
+    store.submit_put([PutRequest(key, [packed], (packed.size,), "uint8")]).wait(5)
+    return stored
+
+
+@for_all(seed=st.integers(0, 2**32), idle=st.sampled_from([0.5, 0.95, 1.0]))
+@settings(max_examples=examples(20))
+def test_stored_states_are_right_however_late_they_come_to_a_device(seed, idle):
+    """Through pinned memory that is used again for the next chunk's, while others are being recomputed."""
+    rng, num_chunks = random.Random(seed), 6
+    device = PromptDevice(lambda num_ready: NONE_GOES_ON if rng.random() < idle else rng.randrange(num_ready))
+    lane = CopyLane(device)
+    views = [LayerView(f"layers.{index}", torch.zeros(16, 1, 4, 2)) for index in range(LAYERS)]
+    layout = BlockLayout(views, block_size=4, layout_name="LBHNC", lane=lane)
+    target = RestoreTarget(
+        restore_id=0, request_id="r", start=0, object_start=0, chunk_ends=tuple(range(8, 8 * num_chunks + 1, 8)),
+        tokens=tuple(range(8 * num_chunks)), block_ids=tuple(range(2 * num_chunks)), namespace="a" * 32,
+        chain_hashes=tuple(f"{chunk:064x}" for chunk in range(num_chunks)), layers_per_block=2, next_token=99,
+    )  # fmt: skip
+    forward = FakeForward(first_stage=False, lane=lane)
+    compute, given = VllmComputePort(forward, target), {}
+    forward.run = lambda piece, carry, **_: given.update({piece.start // 8: piece.boundary["hidden"].clone()})
+    token_bytes = forward.handle.boundary.token_bytes
+    pool = boundary_pool(layout, token_bytes=token_bytes, chunk_tokens=8)
+    num_pinned = len(device.pinned_bytes)
+    with MemoryStore(capacity_bytes=1 << 20) as store:
+        stored = [save_states(store, number) for number in range(num_chunks)]
+        reads = BoundaryReads(pool=pool, token_bytes=token_bytes, give=compute.give)
+        port = VllmTransferPort(store, layout, target, pool=pool, boundaries=reads)
+        for chunk in range(num_chunks):
+            ticket = port.start(Boundary(chunk), deadline_s=60.0)
+            ticket.handle.wait(20.0)
+            assert port.wait(ticket, timeout_s=1.0) is LoadOutcome.OK
+            port.place(ticket)
+            if rng.random() < 0.5:
+                compute.recompute(Tile(chunk, chunk + 1, 0, 1), kv_only_top=False)
+        assert device.host_waits == 0
+        for chunk in set(range(num_chunks)) - set(given):
+            compute.recompute(Tile(chunk, chunk + 1, 0, 1), kv_only_top=False)
+    assert all(torch.equal(given[chunk], stored[chunk]) for chunk in range(num_chunks))
+    assert num_pinned == 1, "pinned before the first read"
+    assert device.shared >= num_chunks, "memory of the upload's stream, which compute reads"
 
 
 def test_a_compiled_engine_runs_whole_passes():

@@ -56,11 +56,11 @@ def new_port(store, layout, *, start=0, shard=SHARD, first_layer=0, given=None):
     pool = staging_pool(layout, chunk_tokens=CHUNK, layers_per_block=PER_BLOCK)
     reads = None
     if given is not None:
-        states = boundary_pool(token_bytes=STATES, chunk_tokens=CHUNK)
+        states = boundary_pool(layout, token_bytes=STATES, chunk_tokens=CHUNK)
         reads = BoundaryReads(
             pool=states,
             token_bytes=STATES,
-            give=lambda chunk, payload, skip: given.update({chunk: (payload.copy(), skip)}),
+            give=lambda chunk, packed, skip: given.update({chunk: (packed.numpy().copy(), skip)}),
         )
     return VllmTransferPort(store, layout, target, pool=pool, keys=RankKeys(shard, first_layer), boundaries=reads)
 

@@ -49,6 +49,10 @@ class HostStream:
         """See ``DeviceStream.send``."""
         return values.clone()
 
+    def memory(self, num_bytes: int) -> torch.Tensor:
+        """See ``DeviceStream.memory``."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
     def record(self, *, timed: bool = False) -> HostEvent:
         """See ``DeviceStream.record``."""
         del timed

@@ -19,6 +19,7 @@ from cacheflow.errors import CacheFlowError, ConfigError
 MODEL = "bench"
 """Name under which every server serves its model."""
 RETRY_S = 0.05
+JSON_BODY = {"Content-Type": "application/json"}
 
 GoOn = Callable[[int], bool]
 
@@ -63,9 +64,13 @@ class Completion:
 class VllmClient:
     """Talks to one local server; a connection per call, so threads may share it."""
 
-    def __init__(self, port: int, *, timeout_s: float = 300.0) -> None:
-        """Take the port; nothing is sent yet."""
-        self._port, self._timeout_s = port, timeout_s
+    def __init__(self, port: int, *, timeout_s: float = 300.0, params: Mapping[str, Any] | None = None) -> None:
+        """Take the port and what every request asks of the connector; nothing is sent yet."""
+        self._port, self._timeout_s, self._params = port, timeout_s, dict(params or {})
+
+    def asking(self, params: Mapping[str, Any]) -> VllmClient:
+        """A client of the same server whose requests ask ``params`` of its connector."""
+        return VllmClient(self._port, timeout_s=self._timeout_s, params=params)
 
     def complete(
         self,
@@ -82,18 +87,19 @@ class VllmClient:
             prompt: Token ids.
             max_tokens: Tokens to generate.
             logprobs: How many alternatives of the first token to return.
-            params: ``kv_transfer_params``; None for none.
+            params: ``kv_transfer_params``, beside those of the client.
             go_on: Asked after each event with the number of tokens so far; False ends the request there.
 
         Raises:
             ServerError: The server refused the request or closed the stream.
         """
-        body = _request_body(prompt, max_tokens=max_tokens, logprobs=logprobs, params=params)
+        asked = {**self._params, **(params or {})}
+        body = _request_body(prompt, max_tokens=max_tokens, logprobs=logprobs, params=asked)
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=self._timeout_s)
         try:
             connection.connect()
             sent_s = time.perf_counter()
-            connection.request("POST", "/v1/completions", body=body, headers={"Content-Type": "application/json"})
+            connection.request("POST", "/v1/completions", body=body, headers=JSON_BODY)
             response = connection.getresponse()
             if response.status != http.client.OK:
                 raise ServerError(f"vLLM answered {response.status}: {response.read(500).decode(errors='replace')}")
@@ -102,6 +108,18 @@ class VllmClient:
             raise ServerError(f"vLLM's server on port {self._port} failed: {error}") from error
         finally:
             connection.close()
+
+    def explain(self, prompt: Sequence[int]) -> dict[str, Any]:
+        """What CacheFlow says of a request of one more token; of streamed ones vLLM does not pass it on.
+
+        Raises:
+            ServerError: The server failed, or refused the request.
+        """
+        asked = {**self._params, "explain": True}
+        body = _request_body(prompt, max_tokens=1, logprobs=0, params=asked, streamed=False)
+        text = self._call("POST", "/v1/completions", timeout_s=self._timeout_s, body=body)
+        said: dict[str, Any] = json.loads(text).get("kv_transfer_params") or {}
+        return said
 
     def evict(self, *, within_s: float = 20.0) -> None:
         """Drop every block from the local prefix cache; stored prefixes stay.
@@ -142,10 +160,10 @@ class VllmClient:
         values: dict[str, Any] = json.loads(text) if text else {}
         return values
 
-    def _call(self, verb: str, path: str, *, timeout_s: float) -> str:
+    def _call(self, verb: str, path: str, *, timeout_s: float, body: str | None = None) -> str:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=timeout_s)
         try:
-            connection.request(verb, path)
+            connection.request(verb, path, body=body, headers=JSON_BODY if body else {})
             response = connection.getresponse()
             text = response.read().decode(errors="replace")
             if response.status != http.client.OK:
@@ -158,7 +176,7 @@ class VllmClient:
 
 
 def _request_body(
-    prompt: Sequence[int], *, max_tokens: int, logprobs: int, params: Mapping[str, Any] | None = None
+    prompt: Sequence[int], *, max_tokens: int, logprobs: int, params: Mapping[str, Any], streamed: bool = True
 ) -> str:
     if not prompt or max_tokens < 1:
         raise ConfigError(f"a request needs a prompt and max_tokens of 1 or more, got {len(prompt)} and {max_tokens}")
@@ -169,8 +187,8 @@ def _request_body(
             "max_tokens": max_tokens,
             "temperature": 0,
             "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream": streamed,
+            **({"stream_options": {"include_usage": True}} if streamed else {}),
             "return_token_ids": True,
             **({"logprobs": logprobs} if logprobs else {}),
             **({"kv_transfer_params": dict(params)} if params else {}),

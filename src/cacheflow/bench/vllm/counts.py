@@ -11,6 +11,8 @@ LOADED_BYTES = ("vllm:cacheflow_loaded_bytes_total", "vllm:kv_offload_load_bytes
 TOKENS = "vllm:cacheflow_tokens_total"
 BOUND_RATIO = "vllm:cacheflow_bound_ratio_sum"
 RESTORE_S = "vllm:cacheflow_restore_seconds_sum"
+GUARD = "vllm:cacheflow_guard_decisions_total"
+CHOICES = ("hybrid", "load", "recompute")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,7 @@ class EngineCounts:
         recomputed_tokens: Prefix tokens restored by compute; fractions where layers were shared.
         loaded_tokens: ... by I/O.
         wasted_tokens: Read, but recomputed all the same.
+        guard_choice: What the guard chose; empty where it did not decide.
         bound_ratio: Those seconds over the engine's own lower bound; 0 where it has none.
     """
 
@@ -30,6 +33,7 @@ class EngineCounts:
     wasted_tokens: float = 0.0
     restore_s: float = 0.0
     bound_ratio: float = 0.0
+    guard_choice: str = ""
 
 
 def counts_between(before: Samples, after: Samples) -> EngineCounts:
@@ -45,6 +49,7 @@ def counts_between(before: Samples, after: Samples) -> EngineCounts:
         wasted_tokens=grown(TOKENS, 'source="wasted"'),
         restore_s=grown(RESTORE_S),
         bound_ratio=grown(BOUND_RATIO),
+        guard_choice=next((each for each in CHOICES if grown(GUARD, f'choice="{each}"') > 0), ""),
     )
 
 

@@ -26,6 +26,10 @@ RIVALS = "cacheflow.bench.vllm.rivals"
 """Imported by name, so that the product does not need it."""
 CPU_BYTES = 2 * 1024**3
 """Host memory a store may use; the bench keeps a few prefixes of at most some hundred MB."""
+LOOKUP_TIMEOUT_S = 1.0
+"""A busy machine may be late with an answer: by default the request would then be prefilled, and its time be that."""
+MODES = {STOCK: "off", "load": "load", "cacheflow": "auto"}
+"""What asks a server with our connector for a policy, request by request (``kv_transfer_params``)."""
 
 
 class RivalMissingError(CacheFlowError, RuntimeError):
@@ -38,6 +42,8 @@ class LinkSetup:
 
     Attributes:
         bytes_per_s: Bandwidth of the link, payload bytes.
+        store_dir: Folder of our connector's file store; None: the memory of the server's only worker.
+        store_bytes: Most that our connector's store may hold.
         profile_dir: Folder in which our connector keeps the costs it measured, for all its policies alike.
         connector: Of ours, the one that takes the model.
         side_port: Port at which vLLM reaches a rival's own server (through its paced link); None without one.
@@ -45,12 +51,13 @@ class LinkSetup:
 
     bytes_per_s: float
     chunk_tokens: int
-    store_dir: Path
+    store_dir: Path | None
     profile_dir: Path
     side_port: int | None = None
     itl_slo_ms: float | None = None
     boundary_states: bool | None = None
     connector: str = CONNECTOR
+    store_bytes: int = CPU_BYTES
 
 
 class SideServer(Protocol):
@@ -152,10 +159,11 @@ def connector_config(connector: str, module: str | None, extra: Mapping[str, Any
 
 def _own(policy: str, setup: LinkSetup) -> dict[str, Any]:
     asked = {"itl_slo_ms": setup.itl_slo_ms, "boundary_states": setup.boundary_states}
+    store = {"store": "memory"} if setup.store_dir is None else {"store": "file", "store_path": str(setup.store_dir)}
     return {
-        "store": "file",
-        "store_path": str(setup.store_dir),
-        "cpu_bytes_to_use": CPU_BYTES,
+        **store,
+        "cpu_bytes_to_use": setup.store_bytes,
+        "lookup_timeout_s": LOOKUP_TIMEOUT_S,
         "chunk_tokens": setup.chunk_tokens,
         "policy": policy,
         "profile_dir": str(setup.profile_dir),

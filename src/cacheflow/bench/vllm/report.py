@@ -47,7 +47,18 @@ def vllm_tables(records: Sequence[VllmRecord]) -> RenderableType:
     if any(summary.disturbed for summary in summaries):
         parts.append(Text(DISTURBED, style="yellow"))
     notes = sorted({f"{record.policy}: {record.note}" for record in records if record.note})
-    return Group(*parts, *(Text(note, style="dim") for note in notes))
+    guards = dict.fromkeys(_guard(record) for record in records if record.guard is not None)
+    return Group(*parts, *(Text(note, style="dim") for note in (*notes, *guards)))
+
+
+def _guard(record: VllmRecord) -> str:
+    assert record.guard is not None, "asked for those that have one"
+    chosen = f"the guard chose {record.guard.choice} ({record.guard.reason})"
+    return f"{record.policy} at {_link(record.link_bytes_per_s)}: {chosen}"
+
+
+def _link(bytes_per_s: float | None) -> str:
+    return "no link" if bytes_per_s is None else f"{bytes_per_s / 1e6:.1f} MB/s"
 
 
 def _table(summary: SettingSummary, runs: Sequence[VllmRecord]) -> Table:
@@ -57,7 +68,7 @@ def _table(summary: SettingSummary, runs: Sequence[VllmRecord]) -> Table:
     link = next((record.link_bytes_per_s for record in runs if record.link_bytes_per_s), None)
     title = (
         f"{setting.model} in vLLM on {setting.device}: {setting.lengths}, load/compute {setting.load_compute_ratio:g}"
-        f"{'' if link is None else f' ({link / 1e6:.1f} MB/s)'}"
+        f"{'' if link is None else f' ({_link(link)})'}"
         f"{', beside a decoding request' if beside else ''}"
         f"{'' if slo_s is None else f', itl_slo_ms {slo_s * 1e3:g}'}{' ~' if summary.disturbed else ''}"
     )

@@ -25,6 +25,16 @@ TIDY_TIMEOUT_S = 5.0
 """For what is left of a server's group once its first process has ended."""
 POLL_S = 0.1
 LOG_TAIL_LINES = 25
+ENTRY_POINTS = Path(__file__).with_name("entry_points")
+"""Makes vLLM find the plugin and the load format of random weights also in a checkout that is not installed."""
+USUAL = {
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+"""Unless the user says otherwise: a machine without a network has no other address, and greedy requests need no package
+that draws tokens, which vLLM for CUDA would import."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +46,7 @@ class ServerOptions:
         kv_cache_bytes: KV cache on any device, instead; None for the above, and for vLLM's choice elsewhere.
         hybrid: Whether the model has recurrent layers: its KV blocks are as long as a chunk.
         compiled: Let vLLM compile the model; else it runs eagerly, in which restoration by layers is bit-exact.
+        load_format: How vLLM gets the weights; None: from the model's folder.
         omp_bind: Cores of the ranks in vLLM's notation; empty: all cores for the only rank.
     """
 
@@ -48,6 +59,7 @@ class ServerOptions:
     compiled: bool
     log_dir: Path
     kv_cache_bytes: int | None = None
+    load_format: str | None = None
     hybrid: bool = False
     pipeline_parallel_size: int = 1
     tensor_parallel_size: int = 1
@@ -71,6 +83,8 @@ def server_command(options: ServerOptions, *, port: int, transfer: Mapping[str, 
         command.append("--enforce-eager")
     if options.hybrid:
         command += ["--block-size", str(options.chunk_tokens)]
+    if options.load_format is not None:
+        command += ["--load-format", options.load_format]
     if options.kv_cache_bytes is not None:
         command += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
     if transfer is not None:
@@ -80,11 +94,11 @@ def server_command(options: ServerOptions, *, port: int, transfer: Mapping[str, 
 
 def server_environment(options: ServerOptions) -> dict[str, str]:
     """The environment of a server: ours, plus what vLLM reads from it."""
-    ours = str(Path(cacheflow.__file__).parents[1])
-    path = os.environ.get("PYTHONPATH")
+    paths = [str(Path(cacheflow.__file__).parents[1]), str(ENTRY_POINTS), os.environ.get("PYTHONPATH")]
     environment = {
+        **USUAL,
         **os.environ,
-        "PYTHONPATH": f"{ours}{os.pathsep}{path}" if path else ours,  # so that vLLM finds connector and spec
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),  # so that vLLM finds connector, plugin and spec
         "VLLM_SERVER_DEV_MODE": "1",  # offers /reset_prefix_cache
         "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": options.omp_bind or threads_bind(),

@@ -14,6 +14,7 @@ from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, cache_root, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
 from cacheflow.model_shape import DELTA_CHUNK, HybridShape, ModelShape
+from cacheflow.shapes.hardware import find_model
 from cacheflow.shapes.hf_config import shape_of
 from cacheflow.workloads.coding import byte_tokens, source_text
 
@@ -53,6 +54,8 @@ HYBRID_SHAPE = {
 }
 """The proportions of Qwen3.6-27B: three of four layers are recurrent, with three value heads for each key head. A
 running state is as large as the keys and values of 499 tokens (there 783)."""
+MAX_TOKENS = 131_072
+"""Of a model of which only the shape is known."""
 FAMILY = {TINY_NAME: "qwen3", RANKS_NAME: "qwen3", HYBRID_NAME: "qwen3_next"}
 RANDOM_MODELS = {TINY_NAME: TINY_SHAPE, RANKS_NAME: RANKS_SHAPE, HYBRID_NAME: HYBRID_SHAPE}
 PROMPT_STRIDE = 611
@@ -61,11 +64,16 @@ PROMPT_STRIDE = 611
 
 @dataclass(frozen=True, slots=True)
 class BenchModel:
-    """A model folder and what the cost model must know of it."""
+    """A model folder and what the cost model must know of it.
+
+    Attributes:
+        has_weights: Whether they are in the folder; else servers draw random ones.
+    """
 
     folder: Path
     shape: ModelShape
     max_tokens: int
+    has_weights: bool = True
 
     @property
     def is_hybrid(self) -> bool:
@@ -119,6 +127,30 @@ def open_model(name: str) -> BenchModel:
     return read_model(Path(name), Path(name).name)
 
 
+def open_shape(name_or_file: str, folder: Path) -> BenchModel:
+    """A model of a known shape, or of a ``config.json``, of which servers draw random weights.
+
+    Args:
+        name_or_file: See ``cacheflow plan --model``.
+        folder: Gets what a server reads of it: a configuration, and a tokenizer of made-up words.
+
+    Raises:
+        ConfigError: The shape is unknown, or has recurrent layers.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from cacheflow.engine.random_models import config_of
+
+    shape = find_model(name_or_file)
+    if isinstance(shape, HybridShape):
+        raise ConfigError(f"--shape {name_or_file} has recurrent layers: give its folder with weights as --model")
+    config = config_of(shape, max_tokens=MAX_TOKENS)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.save_pretrained(folder)
+    _write_tokenizer(folder, vocab_size=shape.vocab_size)
+    return BenchModel(folder, shape, MAX_TOKENS, has_weights=False)
+
+
 def read_model(folder: Path, name: str) -> BenchModel:
     """Read a model folder's configuration.
 
@@ -160,12 +192,12 @@ def random_folder(name: str) -> Path:
 
 
 def prompt_tokens(model: BenchModel, num_tokens: int) -> list[int]:
-    """Real source text as the model's tokens; for the tiny model, ids made from its bytes.
+    """Real source text as the model's tokens; for random weights, ids made from its bytes.
 
     Raises:
         ConfigError: There is not that much text, or the folder has no ``tokenizer.json``.
     """
-    if model.folder.name in RANDOM_MODELS:
+    if not model.has_weights or model.folder.name in RANDOM_MODELS:
         tokens = byte_tokens(model.shape.vocab_size)
     else:
         tokens = _tokenised(model.folder / "tokenizer.json", num_tokens)

@@ -9,7 +9,7 @@ Shapes: ``n`` tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +77,18 @@ class BoundaryShape:
 
     def unpack(self, packed: torch.Tensor, *, num_tokens: int, device: torch.device) -> States:
         """A chunk's states from their bytes, which are copied."""
+        copies = self._split(packed, num_tokens, lambda own: own.clone())
+        return {name: states.to(device) for name, states in copies.items()}
+
+    def views(self, packed: torch.Tensor, *, num_tokens: int) -> States:
+        """A chunk's states where their bytes are, the first of which is aligned for every dtype."""
+        return self._split(packed, num_tokens, lambda own: own)
+
+    def _split(self, packed: torch.Tensor, num_tokens: int, take: Callable[[torch.Tensor], torch.Tensor]) -> States:
         states, at = States(), 0
         for part in self.parts:
             end = at + num_tokens * part.token_bytes
-            numbers = packed[at:end].clone().view(part.dtype)
-            states[part.name] = numbers.view(num_tokens, *part.shape).to(device)
+            states[part.name] = take(packed[at:end]).view(part.dtype).view(num_tokens, *part.shape)
             at = end
         return states
 

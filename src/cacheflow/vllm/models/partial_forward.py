@@ -70,6 +70,11 @@ class PartialForward:
         self._compiled = [each for each in modules if getattr(each, "do_not_compile", True) is False]
 
     @property
+    def lane(self) -> CopyLane | None:
+        """That of the KV blocks."""
+        return self._lane
+
+    @property
     def queues(self) -> bool:
         """Whether a call returns once its kernels are queued."""
         return self._lane is not None

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cacheflow.plan.grid import Tile
@@ -116,16 +114,21 @@ class VllmComputePort:
         """Forget the activations of a chunk, so that it can be recomputed from block 0."""
         self._chunks.pop(chunk, None)
 
-    def give(self, chunk: int, payload: npt.NDArray[np.uint8], skip_tokens: int) -> None:
+    def give(self, chunk: int, packed: torch.Tensor, skip_tokens: int) -> StreamEvent | None:
         """Copy a chunk's boundary states in, as they are stored; the first ``skip_tokens`` are not the target's.
 
-        On the I/O thread, before the chunk is recomputed.
+        On the I/O thread, before the chunk is recomputed; see ``BoundaryReads.give``.
         """
         start, end = self._target.chunk_range(chunk)
-        handle = self._forward.handle
-        packed, num_tokens = torch.from_numpy(payload), end - start + skip_tokens
-        states = handle.boundary.unpack(packed, num_tokens=num_tokens, device=handle.device)
+        handle, lane, copied = self._forward.handle, self._forward.lane, None
+        num_tokens = end - start + skip_tokens
+        if lane is None:
+            states = handle.boundary.unpack(packed, num_tokens=num_tokens, device=handle.device)
+        else:
+            brought, copied = lane.upload_new(packed)
+            states = handle.boundary.views(brought, num_tokens=num_tokens)
         self.seed(chunk, {name: each[skip_tokens:] for name, each in states.items()})
+        return copied
 
     def seed(self, chunk: int, states: States) -> None:
         """Give a chunk's boundary states, the input of a later pipeline stage's first layer.
@@ -199,6 +202,15 @@ class VllmComputePort:
         state.carry = self._forward.run(state.piece, state.carry, layers=layers, kv_only_top=kv_only_top)
         state.next_block = tile.block_hi
 
+    def _fresh(self, given: States) -> States:
+        """A copy, on CUDA once what was uploaded has arrived there."""
+        lane = self._forward.lane
+        if lane is not None:
+            lane.before_compute()
+            for states in given.values():
+                lane.streams.share(states, lane.streams.current())
+        return {name: states.clone() for name, states in given.items()}
+
     def _piece(self, chunk: int) -> Piece:
         """A chunk, with a fresh copy of its boundary states on a later stage: layers overwrite them."""
         start, end = self._target.chunk_range(chunk)
@@ -207,7 +219,7 @@ class VllmComputePort:
         if not self._forward.handle.is_first_stage:
             if chunk not in self._boundary:
                 raise ValueError(f"chunk {chunk} has no boundary states; a later pipeline stage starts from them")
-            boundary = {name: states.clone() for name, states in self._boundary[chunk].items()}
+            boundary = self._fresh(self._boundary[chunk])
         return self._forward.piece(
             start,
             tokens,

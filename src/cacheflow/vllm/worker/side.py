@@ -111,7 +111,9 @@ class WorkerSide:
         self._pool = staging_pool(
             engine.layout, engine.states, chunk_tokens=chunk_tokens, layers_per_block=facts.layers_per_block
         )
-        self._boundary_pool = boundary_pool(token_bytes=facts.boundary_token_bytes, chunk_tokens=chunk_tokens)
+        self._boundary_pool = boundary_pool(
+            engine.layout, token_bytes=facts.boundary_token_bytes, chunk_tokens=chunk_tokens
+        )
         self.saver = ChunkSaver(
             store,
             engine.layout,

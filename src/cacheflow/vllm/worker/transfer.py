@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Store
@@ -21,9 +23,11 @@ from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.tensors.streams import StreamEvent
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.worker.checkpoint import Checkpoint
-from cacheflow.vllm.worker.layout import BlockLayout, Payload, block_layers, layers_of_blocks
+from cacheflow.vllm.worker.layout import BlockLayout, block_layers, layers_of_blocks
 from cacheflow.vllm.worker.state_blocks import StateBlocks
 
+BOUNDARY_BUFFERS = 4
+"""Of boundary states, of which a few are read ahead."""
 PRIORITY = 1
 """Of reads in the store: before saves."""
 
@@ -59,12 +63,13 @@ class BoundaryReads:
         pool: From ``boundary_pool``.
         token_bytes: Bytes of one token's states.
         give: Takes a chunk's number, its object's bytes, which it must copy, and how many of the object's tokens lie
-            before what is to be restored; called on the I/O thread.
+            before what is to be restored; called on the I/O thread. Returns the event after which the bytes may be
+            written again; None: at once.
     """
 
     pool: StagingPool
     token_bytes: int
-    give: Callable[[int, Payload, int], None]
+    give: Callable[[int, torch.Tensor, int], StreamEvent | None]
 
 
 class VllmTransferPort:
@@ -174,7 +179,7 @@ class VllmTransferPort:
         payload, loan = ticket.staging.array[: ticket.num_bytes], ticket.loan
         lent = None if loan is None else loan.payload
         if isinstance(ticket.piece, Boundary):
-            self._place_boundary(ticket.piece.chunk, payload)
+            copied = self._place_boundary(ticket.piece.chunk, ticket.staging.tensor[: ticket.num_bytes])
         else:
             blocks, skip_blocks = self._blocks(ticket.piece.chunk)
             layers, kv_bytes = self._layers(ticket.piece), ticket.num_bytes - ticket.state_bytes
@@ -187,11 +192,11 @@ class VllmTransferPort:
                 self._checkpoint.hold(layers, payload[kv_bytes:])
         ticket.pool.give(ticket.staging, after=copied if lent is None else None)
 
-    def _place_boundary(self, chunk: int, payload: Payload) -> None:
+    def _place_boundary(self, chunk: int, packed: torch.Tensor) -> StreamEvent | None:
         assert self._boundaries is not None, "boundary states are placed where they are read"
         object_start, _ = self._target.object_range(chunk)
         start, _ = self._target.chunk_range(chunk)
-        self._boundaries.give(chunk, payload, start - object_start)
+        return self._boundaries.give(chunk, packed, start - object_start)
 
     def cancel(self, ticket: VllmTicket) -> None:
         """See ``TransferPort.cancel``."""
@@ -226,6 +231,9 @@ def staging_pool(
     return layout.lane.staging(num_bytes, num_buffers=2 * MAX_QUEUED)
 
 
-def boundary_pool(*, token_bytes: int, chunk_tokens: int) -> StagingPool:
-    """Staging buffers that hold a chunk's boundary states."""
-    return StagingPool(token_bytes * chunk_tokens)
+def boundary_pool(layout: BlockLayout, *, token_bytes: int, chunk_tokens: int) -> StagingPool:
+    """Staging buffers that hold a chunk's boundary states; see ``staging_pool``."""
+    num_bytes = token_bytes * chunk_tokens
+    if layout.lane is None or not num_bytes:
+        return StagingPool(num_bytes)
+    return layout.lane.staging(num_bytes, num_buffers=BOUNDARY_BUFFERS)
