@@ -39,7 +39,11 @@ def options(**changes):
 def seen_by(salt, *, prompt, saved_salt, **changes):
     """All that a tenant sees of a prompt which somebody has saved, and all that the store is asked for it."""
     case = Case(options=options(**changes), store=NotingStore())
-    saved = case.saved_prompt(6 * CHUNK + 1, 6, salt=saved_salt)
+    saved = tokens(6 * CHUNK + 1)
+    case.arrive("earlier", saved, salt=saved_salt)
+    assert case.matched("earlier") == 0, "asked and answered, so that what the store is asked from here on is of 'a'"
+    case.hold("earlier", 6)
+    case.side.finished("earlier")
     case.store.asked.clear()
     case.side.counts.take()
     case.arrive("a", saved if prompt == "saved" else tokens(6 * CHUNK + 1, seed=77), salt=salt)
