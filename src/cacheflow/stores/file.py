@@ -104,7 +104,7 @@ class FileStore(SharedStore):
             record_bytes = status.st_size
             fits = record_bytes == HEADER_BYTES + payload.nbytes
             num_read = _read_all(descriptor, [header, payload] if fits else [header])
-            if time.time() - status.st_mtime > _TOUCH_S:
+            if abs(time.time() - status.st_mtime) > _TOUCH_S:  # ahead: the clock was set back
                 with suppress(OSError):  # a file of another owner keeps its time
                     os.utime(descriptor)
             if os.fstat(descriptor).st_nlink:  # not deleted or replaced since it was opened
