@@ -4,9 +4,12 @@ import json
 from dataclasses import fields
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
 from cacheflow.vllm.options import ConnectorOptions
+from support.examples import examples
 
 FLOATS = [field.name for field in fields(ConnectorOptions) if field.type in ("float", "float | None")]
 
@@ -75,3 +78,44 @@ def test_a_store_is_given_by_its_url_or_as_ever():
     with pytest.raises(ConfigError, match="holds a password") as raised:
         ConnectorOptions.parse({"store": "redis://me:hunter2@host"})
     assert "hunter2" not in str(raised.value)
+
+
+KEYS = [field.name for field in fields(ConnectorOptions)]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(0, 10**400) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+WORDS = [
+    "memory",
+    "file",
+    "shm://kv",
+    "/kv",
+    "~/kv",
+    "~nobody-at-all/kv",
+    "a\0b",
+    "\ud800",
+    "",
+    "load",
+    "slo",
+    "refuse",
+]
+LIKELY = st.sampled_from([*WORDS, 0, 1, 128, 0.5, 10**400, None, True, False])
+
+
+@settings(max_examples=examples(500))
+@given(config=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), LIKELY | JSON, max_size=4))
+@example(config={"store": "file", "store_path": "~nobody-at-all/kv"})
+@example(config={"store": "file", "store_path": "\ud800"})
+@example(config={"store": "file", "store_path": "a\0b"})
+@example(config={"profile_dir": "~nobody-at-all/kv"})
+@example(config={"lookup_timeout_s": 10**400})
+def test_any_configuration_is_one_or_refused(config):
+    try:
+        options = ConnectorOptions.parse(config)
+    except ConfigError:
+        return
+    assert all(getattr(options, name) == value for name, value in config.items())
+    assert ConnectorOptions.parse(json.loads(json.dumps(options.as_extra_config()))) == options
+    assert options.store_url
+    assert options.profile_path

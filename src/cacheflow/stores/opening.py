@@ -37,6 +37,7 @@ from cacheflow.stores.shm import SharedMemoryStore, shm_folder
 
 ENTRY_POINT_GROUP = "cacheflow.stores"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_DATABASE = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ class StoreUrl:
             host=unquote(parts.hostname or ""),
             port=port,
             username=None if parts.username is None else unquote(parts.username),
-            path=unquote(parts.path),
+            path=_path(parts.path),
             options=_options(parts),
         )
 
@@ -197,8 +198,26 @@ def shown_url(text: str) -> str:
 
 
 def file_url(folder: Path) -> str:
-    """The URL of a folder's file store; a relative folder is one of the current directory."""
-    return f"file://{quote(str(folder.absolute()))}"
+    """The URL of a folder's file store; a relative folder is one of the current directory.
+
+    Raises:
+        ConfigError: Its name is not UTF-8.
+    """
+    try:
+        return f"file://{quote(str(folder.absolute()))}"
+    except UnicodeEncodeError:
+        raise ConfigError(f"store is {str(folder)!r}, must be a folder whose name is UTF-8") from None
+
+
+def _path(quoted: str) -> str:
+    try:
+        path = unquote(quoted, errors="strict")
+        path.encode()
+    except UnicodeError:
+        path = "\0"
+    if "\0" in path:
+        raise ConfigError("store: the path of the URL must be UTF-8 without zero bytes; write %25 for a % in a name")
+    return path
 
 
 def _memory(url: StoreUrl) -> Callable[..., Store]:
@@ -228,7 +247,7 @@ def _redis(url: StoreUrl) -> Callable[..., Store]:
     url.require_options("timeout_s", *(files if tls else ()))
     timeout_s = url.seconds("timeout_s", 2.0)
     database = url.path.strip("/") or "0"
-    if not url.host or not database.isdecimal():
+    if not url.host or not _DATABASE.fullmatch(database):
         raise ConfigError(f"store is '{url}', must be {url.scheme}://host:6379/0, the last a database's number")
     for name in files:
         if name in url.options and not Path(url.options[name]).is_file():

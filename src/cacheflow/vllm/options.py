@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -117,6 +118,7 @@ class ConnectorOptions:
             if getattr(self, key) == "":
                 raise ConfigError(f"{key} is empty, must be a folder; leave it out for the default")
         check_store_url(self.store_url)
+        _ = self.profile_path
         if (self.objective == "slo") != (self.ttft_slo_ms is not None):
             raise ConfigError(
                 f"objective is {self.objective!r} and ttft_slo_ms is {self.ttft_slo_ms}: the objective slo needs a "
@@ -196,13 +198,13 @@ class ConnectorOptions:
     @property
     def store_url(self) -> str:
         """The URL of the store, whichever way it was given."""
-        return self.store if self.store_path is None else file_url(Path(self.store_path).expanduser())
+        return self.store if self.store_path is None else file_url(_folder("store_path", self.store_path))
 
     @property
     def profile_path(self) -> Path:
         """Directory of cost profiles: the option, or ``$XDG_CACHE_HOME/cacheflow/profiles``."""
         if self.profile_dir is not None:
-            return Path(self.profile_dir).expanduser()
+            return _folder("profile_dir", self.profile_dir)
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         return Path(cache) / "cacheflow" / "profiles"
 
@@ -228,6 +230,17 @@ _POSITIVE = (
 )
 
 
+def _folder(key: str, text: str) -> Path:
+    try:
+        folder = Path(text).expanduser()
+        os.fsencode(folder)
+    except (RuntimeError, UnicodeEncodeError) as error:  # no such user; half a character
+        raise ConfigError(f"{key} is {text!r}, which names no folder: {error}") from None
+    if "\0" in text:
+        raise ConfigError(f"{key} is {text!r}, which names no folder: it has a zero byte")
+    return folder
+
+
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{key} is {value!r}, must be one of {', '.join(allowed)}")
@@ -241,6 +254,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:  # noqa: ANN401 -- JSON in, 
     if isinstance(value, bool) == (bool in kinds) and isinstance(value, kinds):
         return value
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
     raise ConfigError(f"{key} is {value!r}, must be {names}")
