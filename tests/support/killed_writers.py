@@ -4,7 +4,7 @@
 
     python killed_writers.py SOURCES URL STAGING NUM_KILLS
 
-prints how many of the writers left a half-written record in the folder STAGING.
+ends when so many of them left a half-written record in the folder STAGING; the others were between two writes.
 """
 
 import importlib
@@ -15,9 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-RECORD_BYTES = 1 << 20
-NUM_KEYS = 12
+RECORD_BYTES = 4 << 20
+NUM_KEYS = 6
 CAPACITY = 1 << 26
+MAX_TRIES = 20
+"""Writers for each kill in mid-write, at most."""
 
 
 def write_for_ever(url, seed):
@@ -57,12 +59,14 @@ def kill_one(url, staging, number):
 
 def main(url, staging, num_kills):
     num_left = 0
-    for number in range(num_kills):
+    for number in range(MAX_TRIES * num_kills):
         left = kill_one(url, staging, number)
         num_left += bool(left)
         for path in left:
             os.utime(path, (0, 0))  # long ago: the next writer removes it
-    sys.stdout.write(f"{num_left}\n")
+        if num_left == num_kills:
+            return
+    sys.exit(f"{num_left} of {MAX_TRIES * num_kills} writers were killed in the middle of a write")
 
 
 if __name__ == "__main__":
