@@ -212,6 +212,13 @@ def test_every_nth_and_limit(inner):
     assert struck == [2, 5]
 
 
+def test_a_store_that_fails_and_works_by_turns(inner):
+    store = faulty(inner, FaultRule(fault=Fault.ERROR, every=4, in_a_row=2))
+    outcomes = [get(store, 1)[0] for _ in range(13)]
+    struck = [number for number, outcome in enumerate(outcomes, 1) if outcome is LoadOutcome.ERROR]
+    assert struck == [4, 5, 8, 9, 12, 13]
+
+
 def test_probability_is_seeded(inner):
     def run(seed):
         store = faulty(inner, FaultRule(fault=Fault.ERROR, probability=0.5), seed=seed)
@@ -237,7 +244,9 @@ def test_put_errors_store_nothing(inner):
     assert store.contains([key(30), key(31)]) == (True, False)
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"probability": 1.5}, {"probability": -0.1}])
+@pytest.mark.parametrize(
+    "options", [{"every": 0}, {"probability": 1.5}, {"probability": -0.1}, {"in_a_row": 0}, {"in_a_row": 2}]
+)
 def test_bad_rules_are_refused(options):
     with pytest.raises(ConfigError, match="fault rule"):
         FaultRule(fault=Fault.MISS, **options)

@@ -1,13 +1,18 @@
 """Stores and workers that fail: the answer stays vLLM's own, nothing hangs, nothing is lost of the KV cache."""
 
 import threading
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
 
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.faults import Fault, FaultRule
+from cacheflow.stores.file import FileStore
+from cacheflow.stores.keys import ObjectKind
 from cacheflow.types import LoadOutcome
+from support.damage import DAMAGES
 from support.faulty_store import faulty_store, inject
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -344,6 +349,69 @@ def test_a_hanging_read_does_not_hold_up_an_abort(engine):
     for _ in range(3):
         engine.step()
     assert engine.free_blocks == free_blocks
+
+
+# What the rules above lack: damage to the very bytes, a store that is half out, slow, or comes and goes; in memory and
+# in files, under the same engine.
+
+
+def of_layer_1(key):
+    return key.kind is ObjectKind.KV and key.layer_lo == 1
+
+
+@pytest.fixture(params=["memory", "file"])
+def inner(engine, request, tmp_path, monkeypatch):
+    """The store behind the one that fails, which is the engine's own or, for this test, one in a folder."""
+    with ExitStack() as stack:
+        if request.param == "file":
+            files = stack.enter_context(FileStore(tmp_path / "store", capacity_bytes=1 << 28, fsync=False))
+            monkeypatch.setattr(engine.store.inner, "inner", files)
+        yield engine.store.inner.inner
+        engine.settle()
+
+
+@pytest.mark.parametrize("policy", ["load", "cake", "cacheflow"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_records_damaged_in_the_store(engine, inner, damage, policy):
+    engine.configure(policy=policy)
+    prompt = tokens(seed=40)
+    own = engine.saved(prompt)
+    for chunk in range(1, NUM_CHUNKS, 2):
+        mine, other = (key_of(engine, prompt, chunk=chunk, layer=layer) for layer in (1, 2))
+        DAMAGES[damage](inner, mine, other)
+    engine.balance_link(len(prompt), ratio=0.2 if policy == "load" else 1.0)
+    again = engine.ask(prompt)
+    assert again.tokens == own.tokens
+    assert np.array_equal(again.kv, own.kv)
+    assert again.record["end"] == NUM_CHUNKS * CHUNK
+    if policy == "load":
+        assert again.record["failed_loads"]["corrupt"] == (6 if damage == "swapped record" else 3)
+    assert inner.delete(keys_of(engine, prompt)) > 0
+
+
+def keys_of(engine, prompt):
+    return [key_of(engine, prompt, chunk=chunk, layer=layer) for chunk in range(NUM_CHUNKS) for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("policy", ["load", "cake", "cacheflow"])
+@pytest.mark.parametrize("trouble", ["partial outage", "flapping", "slow"])
+def test_a_store_that_is_half_out_or_flaps_or_crawls(engine, inner, trouble, policy):
+    engine.configure(policy=policy)
+    prompt = tokens(seed=41)
+    own = engine.saved(prompt)
+    engine.balance_link(len(prompt), ratio=0.2 if policy == "load" else 1.0)
+    when = {"matches": of_layer_1} if trouble == "partial outage" else {"every": 5, "in_a_row": 3}
+    if trouble == "slow":
+        engine.throttled.set_bandwidth(engine.throttled.bytes_per_s / 10)  # and nobody was told
+    else:
+        inject(engine, *(FaultRule(fault=fault, **when) for fault in (Fault.ERROR, Fault.PUT_ERROR)))
+    again = engine.ask(prompt)
+    assert again.tokens == own.tokens
+    assert np.array_equal(again.kv, own.kv)
+    assert again.record["end"] == NUM_CHUNKS * CHUNK
+    if policy == "load" and trouble != "slow":
+        assert again.record["failed_loads"]["error"] > 0
+    assert inner.delete(keys_of(engine, prompt)) > 0
 
 
 def test_faults_were_really_counted(engine):

@@ -4,10 +4,13 @@ import json
 from dataclasses import fields
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.retention import Retention
 from cacheflow.vllm.options import ConnectorOptions
+from support.examples import examples
 
 FLOATS = [field.name for field in fields(ConnectorOptions) if field.type in ("float", "float | None")]
 
@@ -78,14 +81,14 @@ def test_what_stays_and_goes_is_for_the_store():
     options = ConnectorOptions.parse({"ttl_s": 60, "tenant_quota": 0.25, "pinned_share": 0})
     assert options.retention == Retention(ttl_s=60.0, tenant_quota=0.25, pinned_share=0.0)
     assert ConnectorOptions().retention == Retention()
-    for given, said in (
+    for values, said in (
         ({"ttl_s": 0.1}, "ttl_s is 0.1, must be at least 1"),
         ({"tenant_quota": 1.5}, "tenant_quota is 1.5, must be a share of the capacity"),
         ({"pinned_share": 1.5}, "pinned_share is 1.5, must be a share of the capacity"),
         ({"keep_tool_s": 4000}, "keep_tool_s is 4000 and max_keep_s 3600"),
     ):
         with pytest.raises(ConfigError, match=said):
-            ConnectorOptions.parse(given)
+            ConnectorOptions.parse(values)
 
 
 def test_a_store_is_given_by_its_url_or_as_ever():
@@ -132,3 +135,46 @@ def test_tiers_that_are_none_are_refused(store, said):
     with pytest.raises(ConfigError, match=said) as raised:
         ConnectorOptions.parse({"store": store})
     assert "hunter2" not in str(raised.value)
+
+
+KEYS = [field.name for field in fields(ConnectorOptions)]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(0, 10**400) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+WORDS = [
+    "memory",
+    "file",
+    "shm://kv",
+    "/kv",
+    "~/kv",
+    "~nobody-at-all/kv",
+    "a\0b",
+    "\ud800",
+    "",
+    "load",
+    "slo",
+    "refuse",
+]
+LIKELY = st.sampled_from([*WORDS, 0, 1, 128, 0.5, 10**400, None, True, False])
+
+
+@settings(max_examples=examples(500))
+@given(config=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), LIKELY | JSON, max_size=4))
+@example(config={"store": "file", "store_path": "~nobody-at-all/kv"})
+@example(config={"store": "file", "store_path": "\ud800"})
+@example(config={"store": "file", "store_path": "a\0b"})
+@example(config={"profile_dir": "~nobody-at-all/kv"})
+@example(config={"lookup_timeout_s": 10**400})
+def test_any_configuration_is_one_or_refused(config):
+    try:
+        options = ConnectorOptions.parse(config)
+    except ConfigError:
+        return
+    for name, value in config.items():
+        several = tuple(value) if name == "store" and isinstance(value, list) else value
+        assert getattr(options, name) in (several, several[0] if isinstance(several, tuple) else value)
+    assert ConnectorOptions.parse(json.loads(json.dumps(options.as_extra_config()))) == options
+    assert options.store_urls
+    assert options.profile_path

@@ -23,7 +23,8 @@ from cacheflow.stores.record import RECORD_VERSION, ChecksumAlgorithm, best_algo
 from cacheflow.stores.shared import FULL_ERRORS, FoundRecord
 
 STALE_STAGING_S = 3600.0
-"""Age at which a staging file is taken for the remains of a dead writer; a live one takes seconds."""
+"""Age at which a staging file is taken for the remains of a dead writer; a live one takes seconds. One from as far in
+the future was left before the clock was set back."""
 
 _MARKER = "cacheflow-store.json"
 _MAX_PARTS = 512
@@ -193,10 +194,10 @@ class RecordDirectory:
 
     def remove_stale_staging(self) -> None:
         """Remove what dead writers left."""
-        oldest_s = time.time() - STALE_STAGING_S
+        now_s = time.time()
         for entry in _entries(self._staging):
             status = _status(entry)
-            if status is not None and status.st_mtime < oldest_s:
+            if status is not None and abs(now_s - status.st_mtime) > STALE_STAGING_S:
                 with suppress(OSError):
                     Path(entry.path).unlink()
 

@@ -59,6 +59,7 @@ class FaultRule:
         fault: What goes wrong.
         matches: Keys it may strike; None for all.
         every: Strikes every n-th operation on such a key, starting with the n-th.
+        in_a_row: Strikes so many operations, the n-th and those after it: a store that fails and works by turns.
         probability: Chance to strike then, drawn from the plan's seed.
         limit: Strikes at most this often; None for no limit.
     """
@@ -66,6 +67,7 @@ class FaultRule:
     fault: Fault
     matches: Callable[[ObjectKey], bool] | None = None
     every: int = 1
+    in_a_row: int = 1
     probability: float = 1.0
     limit: int | None = None
 
@@ -73,13 +75,17 @@ class FaultRule:
         """Check the ranges.
 
         Raises:
-            ConfigError: ``every`` is below 1, or ``probability`` is outside [0, 1].
+            ConfigError: ``every`` is below 1, ``in_a_row`` outside [1, every], or ``probability`` outside [0, 1].
         """
-        if self.every < 1 or not 0 <= self.probability <= 1:
+        if not 1 <= self.in_a_row <= self.every or not 0 <= self.probability <= 1:
             raise ConfigError(
-                f"fault rule {self.fault.value}: every is {self.every} (at least 1), "
-                f"probability {self.probability} (0 to 1)"
+                f"fault rule {self.fault.value}: every is {self.every} (at least 1), in_a_row {self.in_a_row} "
+                f"(1 to every), probability {self.probability} (0 to 1)"
             )
+
+    def is_due(self, num_seen: int) -> bool:
+        """Whether it strikes the operation that is the ``num_seen``-th on such a key, by its count alone."""
+        return num_seen >= self.every and num_seen % self.every < self.in_a_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +199,7 @@ class FaultyStore(WrapperStore):
                     continue
                 self._seen[index] += 1
                 exhausted = rule.limit is not None and self._struck[index] >= rule.limit
-                if self._closed or exhausted or self._seen[index] % rule.every:
+                if self._closed or exhausted or not rule.is_due(self._seen[index]):
                     continue
                 if self._random.random() < rule.probability:
                     self._struck[index] += 1

@@ -26,6 +26,8 @@ _TOUCH_S = 60.0
 """A file's modification time follows its last read at this resolution; a system call on each read would cost more."""
 
 _TOUCHES_PER_TTL = 10
+_AHEAD_S = 7 * 86400.0
+"""A last use further ahead is no keep: the clock was set back since, and a read mends it."""
 
 
 class FileStore(SharedStore):
@@ -115,7 +117,7 @@ class FileStore(SharedStore):
             record_bytes = status.st_size
             fits = record_bytes == HEADER_BYTES + payload.nbytes
             num_read = _read_all(descriptor, [header, payload] if fits else [header])
-            if time.time() - status.st_mtime > self._touch_s:
+            if not -_AHEAD_S < time.time() - status.st_mtime <= self._touch_s:
                 with suppress(OSError):  # a file of another owner keeps its time
                     os.utime(descriptor)
             if os.fstat(descriptor).st_nlink:  # not deleted or replaced since it was opened

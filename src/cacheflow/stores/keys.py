@@ -31,8 +31,8 @@ _CHAIN_TAG = b"cacheflow chain 1"
 _ROOT_TAG = b"cacheflow root 1"
 _HEX = re.compile(r"[0-9a-f]+\Z")
 _NAME = re.compile(
-    r"([0-9a-f]{32,})_([0-9a-f]{64})_([a-z]+)_(\d+)-(\d+)_tp(\d+)of(\d+)\.pp(\d+)of(\d+)"
-)  # fmt: skip
+    r"([0-9a-f]{32,})_([0-9a-f]{64})_([a-z]+)_(N)-(N)_tp(N)of(N)\.pp(N)of(N)".replace("N", "0|[1-9][0-9]{0,8}")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,7 @@ _UNITS = {"": 1} | {
     for binary in ("", "I")
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)((?:[kmgt]i?b)?)", re.IGNORECASE)
+_DATABASE = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,7 @@ class StoreUrl:
             host=unquote(parts.hostname or ""),
             port=port,
             username=None if parts.username is None else unquote(parts.username),
-            path=unquote(parts.path),
+            path=_path(parts.path),
             options=_options(parts),
         )
 
@@ -273,8 +274,26 @@ def shown_url(text: str) -> str:
 
 
 def file_url(folder: Path) -> str:
-    """The URL of a folder's file store; a relative folder is one of the current directory."""
-    return f"file://{quote(str(folder.absolute()))}"
+    """The URL of a folder's file store; a relative folder is one of the current directory.
+
+    Raises:
+        ConfigError: Its name is not UTF-8.
+    """
+    try:
+        return f"file://{quote(str(folder.absolute()))}"
+    except UnicodeEncodeError:
+        raise ConfigError(f"store is {str(folder)!r}, must be a folder whose name is UTF-8") from None
+
+
+def _path(quoted: str) -> str:
+    try:
+        path = unquote(quoted, errors="strict")
+        path.encode()
+    except UnicodeError:
+        path = "\0"
+    if "\0" in path:
+        raise ConfigError("store: the path of the URL must be UTF-8 without zero bytes; write %25 for a % in a name")
+    return path
 
 
 def _memory(url: StoreUrl) -> Callable[..., Store]:
@@ -305,7 +324,7 @@ def _redis(url: StoreUrl) -> Callable[..., Store]:
     url.require_options("timeout_s", *(files if tls else ()))
     timeout_s = url.seconds("timeout_s", 2.0)
     database = url.path.strip("/") or "0"
-    if not url.host or not database.isdecimal():
+    if not url.host or not _DATABASE.fullmatch(database):
         raise ConfigError(f"store is '{url}', must be {url.scheme}://host:6379/0, the last a database's number")
     for name in files:
         if name in url.options and not Path(url.options[name]).is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -151,7 +152,7 @@ class ConnectorOptions:
             if getattr(self, key) == "":
                 raise ConfigError(f"{key} is empty, must be a folder; leave it out for the default")
         check_store_url(self.store_urls)
-        _ = self.retention  # checks its ranges
+        _ = self.retention, self.profile_path  # check their values
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> ConnectorOptions:
@@ -227,7 +228,7 @@ class ConnectorOptions:
     def store_urls(self) -> tuple[str, ...]:
         """The URL of each tier, the fastest first; of the store, whichever way it was given, where it is one."""
         if self.store_path is not None:
-            return (file_url(Path(self.store_path).expanduser()),)
+            return (file_url(_folder("store_path", self.store_path)),)
         return self.store if isinstance(self.store, tuple) else (self.store,)
 
     @property
@@ -253,7 +254,7 @@ class ConnectorOptions:
     def profile_path(self) -> Path:
         """Directory of cost profiles: the option, or ``$XDG_CACHE_HOME/cacheflow/profiles``."""
         if self.profile_dir is not None:
-            return Path(self.profile_dir).expanduser()
+            return _folder("profile_dir", self.profile_dir)
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         return Path(cache) / "cacheflow" / "profiles"
 
@@ -282,6 +283,17 @@ _POSITIVE = (
 )
 
 
+def _folder(key: str, text: str) -> Path:
+    try:
+        folder = Path(text).expanduser()
+        os.fsencode(folder)
+    except (RuntimeError, UnicodeEncodeError) as error:  # no such user; half a character
+        raise ConfigError(f"{key} is {text!r}, which names no folder: {error}") from None
+    if "\0" in text:
+        raise ConfigError(f"{key} is {text!r}, which names no folder: it has a zero byte")
+    return folder
+
+
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{key} is {value!r}, must be one of {', '.join(allowed)}")
@@ -297,7 +309,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:  # noqa: ANN401 -- JSON in, 
     if tuple in kinds and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return tuple(value)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     words = {type(None): "null", tuple: "list of str"}
     names = " or ".join(words.get(kind, kind.__name__) for kind in kinds)
     raise ConfigError(f"{key} is {value!r}, must be {names}")
