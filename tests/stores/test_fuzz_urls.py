@@ -18,7 +18,8 @@ SCHEMES = st.sampled_from(["memory", "file", "shm", "redis", "rediss", "s3", "ta
 ODD = st.sampled_from(["", "localhost", "..", "[::1]", "[", "%", "%00", "%ff", "9" * 5000, "²", "\ud800"])
 WORDS = st.one_of(st.text(max_size=12), ODD)
 OPTIONS = st.sampled_from([
-    "capacity", "verify", "fsync", "keep", "timeout_s", "ca_certs", "certfile", "keyfile", "endpoint", "region", "other",
+    "capacity", "verify", "fsync", "keep", "timeout_s", "ca_certs", "certfile", "keyfile", "endpoint", "region",
+    "other",
 ])  # fmt: skip
 VALUES = st.one_of(
     WORDS,
