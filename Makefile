@@ -19,10 +19,10 @@ OUT ?= out
 PYTEST_OPTIONS ?=
 # Tiny models gain nothing from more threads, which on a busy machine wait for each other, for minutes in all.
 TEST_THREADS ?= 1
-# Files of tests that need vLLM side by side, each with up to 4 GB of memory. 0: one after the other, in this process.
-TEST_JOBS ?= 0
-VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python -m pytest -m vllm -n $(TEST_JOBS) --dist loadfile \
-	$(PYTEST_OPTIONS)
+# Files of tests side by side, each with up to 4 GB of memory where it needs vLLM. 0: one after the other, in this process.
+TEST_JOBS ?= 2
+PYTEST = -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_OPTIONS)
+VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python $(PYTEST) -m vllm
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm demo test test-fast test-long test-vllm test-servers check bench bench-vllm bench-gpu bench-gpu-vllm
@@ -74,7 +74,7 @@ demo: $(STAMP) ## restore a real model's evicted prefix under every policy; tabl
 	$(BIN)/cacheflow demo --out $(OUT)/demo
 
 test: $(STAMP) $(VLLM_STAMP) test-servers ## every test that this machine can run, those inside vLLM included; then the slowest
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python $(PYTEST)
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_STAMP) test-servers ## the tests that need vLLM alone, on both generations of its model runner
