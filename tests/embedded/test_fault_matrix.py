@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from cacheflow.embedded import Reply
 from cacheflow.policies.registry import RESTORE_POLICIES
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.read_deadline import ReadDeadline
@@ -134,10 +135,16 @@ def test_trouble_costs_time_alone(name, policy, backend, request, tmp_path):
         assert_same(after, never_evicted(model)[2])
 
     assert troubled.reply.restored_tokens == 118
+    seen = failed_loads(troubled.reply)
     if policy == "load":  # the others may be through before the trouble
-        assert set(troubled.reply.report.failed_loads) == trouble.seen_as
+        assert seen == trouble.seen_as
         if trouble.executor is PATIENT:
-            assert after.reply.report.failed_loads == {}
+            assert failed_loads(after.reply) == set()
             assert after.reply.report.loaded_cells > 0
     else:
-        assert not troubled.reply.report or set(troubled.reply.report.failed_loads) <= trouble.seen_as
+        assert seen <= trouble.seen_as
+
+
+def failed_loads(reply: Reply) -> set[str]:
+    """How reads failed; one that was cancelled, since compute was faster, did not."""
+    return set(reply.report.failed_loads) - {"cancelled"} if reply.report else set()
