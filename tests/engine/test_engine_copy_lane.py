@@ -17,6 +17,7 @@ from cacheflow.stores.base import PutRequest
 from cacheflow.stores.keys import RankKeys, chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.record import HEADER_BYTES
+from cacheflow.stores.retention import Retention
 from cacheflow.tensors.copy_lane import MAX_QUEUED, CopyLane
 from cacheflow.tensors.pinned_memory import PinnedMemory
 from cacheflow.tensors.staging import PinnedSlabs, StagingPool
@@ -169,7 +170,8 @@ def test_a_lent_record_is_uploaded_from_where_it_lies_and_kept_until_then(levels
     cells = list(Tile(0, case.grid.num_chunks, 0, case.grid.num_blocks).cells())
     sizes = {cell: geometry.num_bytes(cell) for cell in cells}
     full_bytes = sum(size + HEADER_BYTES for size in sizes.values())
-    with MemoryStore(capacity_bytes=full_bytes + room * 2 * HEADER_BYTES, num_threads=1) as store:
+    capacity_bytes = full_bytes + room * 2 * HEADER_BYTES
+    with MemoryStore(capacity_bytes=capacity_bytes, num_threads=1, retention=Retention(pinned_share=1.0)) as store:
         store.lend_to(PinnedMemory(device))
         saver = PrefixSaver(store, geometry=geometry, **names(case))
         saver.save_prefix(case.saved)

@@ -38,7 +38,7 @@ def clock():
 def small(request, tmp_path, clock):
     """A store for three objects."""
     if request.param == "memory_in_slabs":
-        with lending(MemoryStore(capacity_bytes=3 * RECORD + 100, clock=clock)) as store:
+        with lending(MemoryStore(capacity_bytes=3 * RECORD + 100, clock=clock, retention=ALL_MAY_BE_PINNED)) as store:
             yield store
         return
     url = url_of(request.param, request, tmp_path / "store")

@@ -1,6 +1,7 @@
 """Fast stores over slow ones: where a read and a write go, what follows in the background, and a tier that fails."""
 
 import logging
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -163,7 +164,7 @@ def test_closing_waits_for_what_is_still_to_be_written_and_not_for_ever(slow, ca
     put(store, *range(8))
     threading.Timer(0.3, hung.open_gates).start()
     store.close()
-    assert "closed with 4 objects not yet written" in caplog.text  # four more were being written
+    assert re.search("closed with [4-7] objects not yet written", caplog.text)  # one to four more were being written
     assert get(store, 1)[0] is LoadOutcome.ERROR
 
 

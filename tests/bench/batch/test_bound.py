@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,11 +20,7 @@ from support.problems import transformer_problem
 def problems_of(lengths, ratio=1.0):
     link = transformer_problem(num_tokens=4096, ratio=ratio).link
     made = [transformer_problem(num_tokens=length, suffix_tokens=64, num_blocks=6) for length in lengths]
-    return [type(each)(**{**fields_of(each), "link": link}) for each in made]
-
-
-def fields_of(problem):
-    return {name: getattr(problem, name) for name in problem.__dataclass_fields__}
+    return [replace(each, link=link) for each in made]
 
 
 def test_one_request_alone_has_its_own_bound():
@@ -69,7 +67,7 @@ def test_no_simulated_schedule_beats_them(lengths, ratio, gap_s, name):
 def test_slower_compute_than_believed_takes_longer():
     problems = problems_of([1024, 2048], ratio=8.0)
     case = BatchCase(problems=problems, arrivals_s=[0.0, 0.0], deadlines_s=[1.0, 1.0])
-    slow = [type(p)(**{**fields_of(p), "compute_KB": 2 * p.compute_KB, "suffix_B": 2 * p.suffix_B}) for p in problems]
+    slow = [replace(p, compute_KB=2 * p.compute_KB, suffix_B=2 * p.suffix_B) for p in problems]
     contender = find_contender("mean_ttft")
     believed = simulate_batch(contender, case, problems)
     assert simulate_batch(contender, case, slow).makespan_s > 1.2 * believed.makespan_s
