@@ -186,3 +186,39 @@ def test_reading_it_so_is_use(url, reader):
         put(store, 4)
         put(store, 5)
         assert store.contains([key(1), key(2)]) == (True, False)
+
+
+def test_no_more_records_are_mapped_than_files_may_be_open(url, reader, monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda which: (8, 8))
+    with opened(url, reader) as store:
+        put(store, 1, 2, 3)
+        for number in (1, 2, 3, 3):
+            borrow(store, number)[1].end()
+            borrow(store, number)[1].end()
+        outcome, loan, buffer = borrow(store, 3)
+        assert (outcome, loan.payload, len(reader.pinned)) == (OK, None, 2)
+        assert np.array_equal(buffer, payload(3))
+        assert store.delete([key(1)]) == 1
+        lent(store, 3).end()
+
+
+def test_records_that_cannot_be_mapped_are_copied(url, store, reader, monkeypatch):
+    def mapped(descriptor, num_bytes):
+        raise OSError("too many open files")
+
+    put(store, 1)
+    monkeypatch.setattr("mmap.mmap", mapped)
+    for _ in range(3):
+        outcome, loan, buffer = borrow(store, 1)
+        assert (outcome, loan.payload, reader.pinned) == (OK, None, {})
+        assert np.array_equal(buffer, payload(1))
+
+
+def test_a_loan_that_ends_after_the_store_is_closed_is_unmapped(url, reader):
+    store = opened(url, reader)
+    put(store, 1)
+    loan = lent(store, 1)
+    store.close()
+    assert len(reader.pinned) == 1
+    loan.end()
+    assert not reader.pinned

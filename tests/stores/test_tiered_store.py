@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest
+from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome, PutRequest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import next_key
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
+from cacheflow.stores.retention import Retention
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
 from support.lending import Reader, borrow
@@ -180,7 +181,7 @@ def test_what_is_deleted_does_not_come_back_from_what_waits(slow):
 
 def test_what_the_fast_tier_does_not_take_goes_to_the_next(tmp_path):
     with over(MemoryStore(capacity_bytes=6000), FileStore(tmp_path, capacity_bytes=CAPACITY, fsync=False)) as store:
-        assert put(store, 1, num_bytes=9000) == (PutOutcome.STORED,)
+        assert put(store, 1, num_bytes=9000)[0] in (PutOutcome.STORED, PutOutcome.EXISTS)  # it was queued for it too
         assert get(store, 1, 9000)[0] is OK
         assert store.locate([key(1)]) == (1,)
 
@@ -378,3 +379,24 @@ def test_the_fastest_tier_lends_and_what_another_has_is_copied():
         assert store.drain(TIMEOUT_S)
         assert np.array_equal(get(fast, 2)[1], payload(2)), "what was promoted is what was read"
         assert store.stats().num_lent == 1
+
+
+def test_what_nobody_asks_about_any_more_reaches_the_slow_tier_too(slow):
+    with over(memory(), slow) as store:
+        store.submit_put([put_request(1)])  # as a saver whose engine has become idle
+        eventually(lambda: slow.contains([key(1)])[0])
+
+
+def test_a_pin_waits_for_what_is_still_to_be_written():
+    hung = GatedStore(writes=True)
+    with over(MemoryStore(capacity_bytes=3 * 5120, retention=Retention(pinned_share=0.1)), hung) as store:
+        put(store, 1)
+        threading.Timer(0.2, hung.open_gates).start()
+        assert store.pin([key(1)], ttl_s=60.0) == (PinOutcome.PINNED,), "refused by the fast tier, held in the slow one"
+
+
+def test_several_tiers_behind_one_link_are_one():
+    with ThrottledStore(over(memory(), memory()), 1e9) as store:
+        put(store.inner.tiers[1].store, 1)
+        assert store.inner.locate([key(1)]) == (1,)
+        assert store.locate([key(1)]) == (0,)

@@ -122,6 +122,14 @@ class CopyQueue:
             self._changed.wait_for(lambda: self._under_way.isdisjoint(keys), FORGET_S)
             self._doomed.update(self._under_way.intersection(keys))
 
+    def settle(self, keys: Collection[ObjectKey], timeout_s: float) -> bool:
+        """Wait until none of these waits or is being written; whether that is so."""
+        wanted = frozenset(keys)
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: wanted.isdisjoint(self._waiting) and wanted.isdisjoint(self._under_way), timeout_s
+            )
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing waits or is being written; whether that is so."""
         with self._changed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import resource
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Container
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 _MAX_SEEN = 1 << 16
 """Names kept of records that were read once."""
+_MOST_MAPS = 16_384
+"""Of the 65,530 that a process may have of the kernel."""
+_DESCRIPTORS_SHARE = 4
+"""One part in so many of the process's file descriptors may be for maps: each holds one (before Python 3.13)."""
 
 
 class _MappedRecord:
@@ -46,21 +51,23 @@ class MappedRecords:
     """Lends records of a store in shared memory, to one process and each from its second read on.
 
     Page-locking a record takes longer than copying it once, so what is read once is copied. No more than
-    ``most_bytes`` are mapped; what does not fit is copied until something that is mapped leaves the store. What left is
-    noticed when this process removes or scans, and by and by as it reads. Any thread; ``LentRecord.end`` waits for
-    nothing.
+    ``most_bytes`` are mapped, nor more records than the system lets a process map beside all else; what does not fit is
+    copied until something that is mapped leaves the store. What left is noticed when this process removes or scans, and
+    by and by as it reads. Any thread; ``LentRecord.end`` waits for nothing.
     """
 
     def __init__(self, reader: DeviceReader, *, most_bytes: int) -> None:
         """Map nothing yet."""
         self._reader, self._most_bytes = reader, most_bytes
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_maps = min(_MOST_MAPS, descriptors // _DESCRIPTORS_SHARE)
         self._lock = threading.Lock()
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._records: OrderedDict[str, _MappedRecord] = OrderedDict()
         self._gone: list[_MappedRecord] = []
         self._ended: deque[tuple[_MappedRecord, Passing | None]] = deque()
         self._mapped_bytes = 0
-        self._can_pin = True
+        self._can_pin, self._closed = True, False
 
     def lend(self, name: str, path: str, num_bytes: int) -> LentRecord | None:
         """The record in a file of so many bytes; None where it is to be read like any other.
@@ -106,7 +113,7 @@ class MappedRecords:
         with self._lock:
             for name in list(self._records):
                 self._forget(name)
-            self._can_pin = False
+            self._can_pin, self._closed = False, True
             self._note_ended()
             copies = [copy for record in self._gone for copy in record.copies]
         if not wait_until_passed(copies):
@@ -114,8 +121,18 @@ class MappedRecords:
         with self._lock:
             self._unmap_unused()
 
+    def _stop(self, why: str) -> None:
+        self._can_pin = False
+        logger.warning(
+            "shared-memory store: %s after %d bytes; other reads are copied before the device copies them",
+            why, self._mapped_bytes,
+        )  # fmt: skip
+
     def _end(self, record: _MappedRecord, after: Passing | None) -> None:
         self._ended.append((record, after))  # without the lock: a record may be on its way to be page-locked
+        if self._closed:  # nobody else looks any more
+            with self._lock:
+                self._unmap_unused()
 
     def _note_ended(self) -> None:
         for _ in range(len(self._ended)):
@@ -155,30 +172,42 @@ class MappedRecords:
             if len(self._seen) > _MAX_SEEN:
                 self._seen.popitem(last=False)
             return None
-        if not self._can_pin or self._mapped_bytes + num_bytes > self._most_bytes:
+        if (
+            not self._can_pin
+            or self._mapped_bytes + num_bytes > self._most_bytes
+            or len(self._records) + len(self._gone) >= self._most_maps
+        ):
             return None
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+            found = _mapped(path, num_bytes)
+        except OSError as error:
+            self._stop(f"a record cannot be mapped ({error})")
             return None
-        try:
-            inode, size = (status := os.fstat(descriptor)).st_ino, status.st_size
-            if size != num_bytes:
-                return None
-            whole = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)
-        finally:
-            os.close(descriptor)
+        if found is None:
+            return None
+        whole, inode = found
         if not self._reader.pin(whole):
-            self._can_pin = False
-            logger.warning(
-                "shared-memory store: there is no more page-locked memory after %d bytes; other reads are copied "
-                "before the device copies them", self._mapped_bytes,
-            )  # fmt: skip
+            self._stop("there is no more page-locked memory")
             return None
         del self._seen[name]
         self._mapped_bytes += num_bytes
         record = self._records[name] = _MappedRecord(whole, path, inode)
         return record
+
+
+def _mapped(path: str, num_bytes: int) -> tuple[Bytes, int] | None:
+    """A file's memory and number; None where there is no such file of so many bytes."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+        if status.st_size != num_bytes:
+            return None
+        return np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8), status.st_ino
+    finally:
+        os.close(descriptor)
 
 
 def _status(path: str) -> os.stat_result | None:

@@ -21,6 +21,7 @@ from cacheflow.stores.base import (
 )
 from cacheflow.stores.handle import READS, WRITES, Ledger, O
 from cacheflow.stores.held import FixedGate, Gate, Held, HeldHandle
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.link import LinkSchedule
 from cacheflow.stores.wrapper import WrapperStore
 from cacheflow.types import LoadOutcome
@@ -110,6 +111,10 @@ class ThrottledStore(WrapperStore):
         """See ``Store.capabilities``; one transfer at a time makes progress."""
         inner = self.inner.capabilities()
         return replace(inner, name=f"throttled({inner.name})", max_parallel_reads=1)
+
+    def locate(self, keys: Sequence[ObjectKey]) -> tuple[int, ...]:
+        """See ``Store.locate``; all tiers are behind the one link."""
+        return (0,) * len(keys)
 
     def submit_get(
         self, requests: Sequence[GetRequest], *, priority: int = 0, deadline_s: float | None = None

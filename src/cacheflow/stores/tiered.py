@@ -49,6 +49,8 @@ COPY_BYTES = 256 << 20
 """What may wait to be written to one tier."""
 DRAIN_S = 5.0
 """Longest time for which closing waits until everything is written to every tier."""
+PIN_WAIT_S = 5.0
+"""Longest time for which pins wait until what they are for is written to every tier."""
 CHANGING = (ObjectKind.NEXT, ObjectKind.IDENTITY)
 _BEST_PIN = (PinOutcome.PINNED, PinOutcome.REFUSED, PinOutcome.MISSING)
 """Of what several tiers say of a pin, the first of these."""
@@ -181,11 +183,16 @@ class TieredStore(Store):
     def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[PinOutcome, ...]:
         """See ``Store.pin``; in every tier that has the object, and ``PINNED`` where one of them keeps it.
 
+        Waits a moment for what is still to be written to the slower ones.
+
         Raises:
             ConfigError: ``ttl_s`` is not above 0.
         """
         if not ttl_s > 0:
             raise ConfigError(f"pin ttl_s is {ttl_s}, must be above 0")
+        until_s = time.monotonic() + PIN_WAIT_S
+        for tier in self.tiers:
+            tier.copies.settle(keys, max(0.0, until_s - time.monotonic()))
         nothing = (PinOutcome.MISSING,) * len(keys)
         pinned = [tier.ask(partial(tier.store.pin, keys, ttl_s=ttl_s), nothing) for tier in self.tiers]
         return tuple(min(outcomes, key=_BEST_PIN.index) for outcomes in zip(*pinned, strict=True))
@@ -332,12 +339,15 @@ class _WriteRoute:
         self._request, self._priority = request, priority
         self._left = deque(tiers)
         self.failure = PutOutcome.ERROR
+        self._offered = False
 
     def begin(self, left_s: float) -> float:
         self.handle = None
         while self._left:
             tier = self._left.popleft()
             if tier.delivers:
+                if not self._offered:  # now, and not at its end, of which nobody may ask
+                    self._offer()
                 deadline_s = None if left_s == float("inf") else left_s
                 self.handle = tier.store.submit_put([self._request], priority=self._priority, deadline_s=deadline_s)
                 break
@@ -347,10 +357,13 @@ class _WriteRoute:
         if outcome in (PutOutcome.FULL, PutOutcome.ERROR):
             self.failure = outcome
             return False
-        if outcome is PutOutcome.STORED and self._request.key.kind not in CHANGING:
+        return True
+
+    def _offer(self) -> None:
+        self._offered = True
+        if self._request.key.kind not in CHANGING:
             for tier in self._left:
                 tier.copies.offer(self._request, promotes=False)
-        return True
 
     def give_up(self) -> None:
         """Writes that are late do not tell a tier that hangs from one with much to do."""

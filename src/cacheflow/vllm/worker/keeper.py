@@ -66,7 +66,8 @@ class PrefixKeeper:
 
     def _carry_out(self, work: KeepWork, written: WaitForWrites, began_s: float) -> None:
         if not work.keep_s:
-            self._store.unpin([key for each in work.chain_hashes for key in _all_keys(work, each)])
+            for each in work.chain_hashes:
+                self._store.unpin(_all_keys(work, each))
             return
         written(WRITES_S)
         outcomes = self._pin(work, until_s=began_s + work.keep_s)
