@@ -346,10 +346,10 @@ class _WriteRoute:
         while self._left:
             tier = self._left.popleft()
             if tier.delivers:
-                if not self._offered:  # now, and not at its end, of which nobody may ask
-                    self._offer()
                 deadline_s = None if left_s == float("inf") else left_s
                 self.handle = tier.store.submit_put([self._request], priority=self._priority, deadline_s=deadline_s)
+                if not self._offered:  # now, and not at its end, of which nobody may ask
+                    self._offer()
                 break
         return float("inf")
 
