@@ -22,7 +22,7 @@ from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import Bytes, DeviceReader, LentRecord, wait_until_passed
 from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm, best_algorithm, verify
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
-from cacheflow.stores.slabs import OrdinaryMemory, Piece, RecordMemory, SlabMemory
+from cacheflow.stores.slabs import Allocation, OrdinaryMemory, RecordMemory, SlabMemory
 from cacheflow.types import Clock, LoadOutcome, Passing
 
 logger = logging.getLogger(__name__)
@@ -36,17 +36,17 @@ _MAX_TRIES = 4
 class _Record:
     """A record's memory and who reads it, guarded by the store's lock; it goes back when the last one has."""
 
-    __slots__ = ("copies", "is_dropped", "memory", "num_readers", "piece")
+    __slots__ = ("allocation", "copies", "is_dropped", "memory", "num_readers")
 
-    def __init__(self, piece: Piece, memory: RecordMemory) -> None:
-        self.piece, self.memory = piece, memory
+    def __init__(self, allocation: Allocation, memory: RecordMemory) -> None:
+        self.allocation, self.memory = allocation, memory
         self.num_readers = 0
         self.copies: list[Passing] = []
         self.is_dropped = False
 
     @property
     def bytes(self) -> Bytes:
-        return self.piece.bytes
+        return self.allocation.bytes
 
     def drop(self) -> None:
         self.is_dropped = True
@@ -54,7 +54,7 @@ class _Record:
 
     def give_if_unused(self) -> None:
         if self.is_dropped and not self.num_readers:
-            self.memory.give(self.piece, self.copies)
+            self.memory.give(self.allocation, self.copies)
 
 
 class MemoryStore(BoundedStore):

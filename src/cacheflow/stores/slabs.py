@@ -23,7 +23,7 @@ _ALIGNMENT = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class Allocation:
     """Memory of one record; of a slab, ``size`` bytes from ``start`` on are its own."""
 
     bytes: Bytes
@@ -45,7 +45,7 @@ class RecordMemory(Protocol):
         """Those from pieces that were given back, and may not have passed."""
         ...
 
-    def take(self, num_bytes: int) -> Piece:
+    def take(self, num_bytes: int) -> Allocation:
         """Memory that nobody else has.
 
         Raises:
@@ -53,22 +53,22 @@ class RecordMemory(Protocol):
         """
         ...
 
-    def give(self, piece: Piece, copies: Sequence[Passing]) -> None:
-        """Take a piece back, to be used again once all these have passed; waits for nothing."""
+    def give(self, allocation: Allocation, copies: Sequence[Passing]) -> None:
+        """Take an allocation back, to be used again once all these have passed; waits for nothing."""
         ...
 
 
 class OrdinaryMemory:
-    """The process's own, page by page; goes back when nobody looks at a piece any more."""
+    """The process's own, page by page; goes back when nobody looks at an allocation any more."""
 
     is_lendable = False
     copies: tuple[Passing, ...] = ()
 
-    def take(self, num_bytes: int) -> Piece:
+    def take(self, num_bytes: int) -> Allocation:
         """See ``RecordMemory.take``."""
-        return Piece(np.empty(num_bytes, np.uint8))
+        return Allocation(np.empty(num_bytes, np.uint8))
 
-    def give(self, piece: Piece, copies: Sequence[Passing]) -> None:
+    def give(self, allocation: Allocation, copies: Sequence[Passing]) -> None:
         """See ``RecordMemory.give``."""
 
 
@@ -99,12 +99,12 @@ class SlabMemory:
         self._by_size: list[tuple[int, int, int]] = []  # sorted: size, slab, start of each hole
         self._size_at: dict[tuple[int, int], int] = {}  # by slab and start
         self._start_to: dict[tuple[int, int], int] = {}  # by slab and end
-        self._returned: deque[tuple[Piece, Sequence[Passing]]] = deque()
+        self._returned: deque[tuple[Allocation, Sequence[Passing]]] = deque()
         self._largest_size = 0
         self._can_grow = True
         self._grow(self._slab_bytes)
 
-    def take(self, num_bytes: int) -> Piece:
+    def take(self, num_bytes: int) -> Allocation:
         """See ``RecordMemory.take``; gets a slab where that is allowed and needed."""
         size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         with self._lock:
@@ -118,7 +118,7 @@ class SlabMemory:
             self._remove_hole(slab, start, hole_size)
             if hole_size > size:
                 self._add_hole(slab, start + size, hole_size - size)
-            return Piece(self._slabs[slab][start : start + num_bytes], slab, start, size)
+            return Allocation(self._slabs[slab][start : start + num_bytes], slab, start, size)
 
     @property
     def copies(self) -> tuple[Passing, ...]:
@@ -126,17 +126,17 @@ class SlabMemory:
         with self._lock:
             return tuple(copy for _, copies in tuple(self._returned) for copy in copies)
 
-    def give(self, piece: Piece, copies: Sequence[Passing]) -> None:
+    def give(self, allocation: Allocation, copies: Sequence[Passing]) -> None:
         """See ``RecordMemory.give``; what was given back is looked at when memory is taken."""
-        self._returned.append((piece, tuple(copies)))  # without the lock: a slab may be under way
+        self._returned.append((allocation, tuple(copies)))  # without the lock: a slab may be under way
 
     def _collect(self) -> None:
         for _ in range(len(self._returned)):
-            piece, copies = self._returned.popleft()
+            allocation, copies = self._returned.popleft()
             if all(copy.done() for copy in copies):
-                self._free(piece.slab, piece.start, piece.size)
+                self._free(allocation.slab, allocation.start, allocation.size)
             else:
-                self._returned.append((piece, copies))
+                self._returned.append((allocation, copies))
 
     def _free(self, slab: int, start: int, size: int) -> None:
         """Make a hole, one with the holes on both sides."""
