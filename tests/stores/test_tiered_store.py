@@ -400,3 +400,15 @@ def test_several_tiers_behind_one_link_are_one():
         put(store.inner.tiers[1].store, 1)
         assert store.inner.locate([key(1)]) == (1,)
         assert store.locate([key(1)]) == (0,)
+
+
+def test_a_pin_does_not_wait_for_a_slow_tier_that_hangs_a_second_time(slow):
+    slow.writes.clear()
+    with over(memory(), slow, drain_s=0.0) as store:
+        put(store, *range(8))
+        copies = store.tiers[1].copies
+        assert not copies.settle([key(1)], 0.01)
+        assert not copies.settle([key(2)], 3600.0)  # or this test would time out
+        slow.writes.set()
+        assert store.drain(TIMEOUT_S)
+        assert copies.settle([key(1), key(2)], 3600.0)

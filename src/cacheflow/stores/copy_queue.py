@@ -75,6 +75,7 @@ class CopyQueue:
         self._counts = CopyCounts()
         self._thread: Thread | None = None
         self._closed = self._warned = False
+        self._counts_in_vain: CopyCounts | None = None
 
     def counts(self) -> CopyCounts:
         """What became of the copies so far."""
@@ -123,12 +124,18 @@ class CopyQueue:
             self._doomed.update(self._under_way.intersection(keys))
 
     def settle(self, keys: Collection[ObjectKey], timeout_s: float) -> bool:
-        """Wait until none of these waits or is being written; whether that is so."""
+        """Wait until none of these waits or is being written; whether that is so.
+
+        Does not wait again where it did so in vain and no write has ended since: the store hangs.
+        """
         wanted = frozenset(keys)
         with self._changed:
-            return self._changed.wait_for(
-                lambda: wanted.isdisjoint(self._waiting) and wanted.isdisjoint(self._under_way), timeout_s
+            settled = self._changed.wait_for(
+                lambda: wanted.isdisjoint(self._waiting) and wanted.isdisjoint(self._under_way),
+                0.0 if self._counts is self._counts_in_vain else timeout_s,
             )
+            self._counts_in_vain = None if settled else self._counts
+            return settled
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing waits or is being written; whether that is so."""
