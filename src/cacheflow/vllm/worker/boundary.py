@@ -2,7 +2,7 @@
 
 vLLM hands a stage the states of the whole batch, and the stage's layers overwrite them. So they are copied out right
 before the forward, the rows of each request from where the runner's batch has them. On a device those copies are
-looked at when they have arrived, or when a chunk of theirs is saved.
+looked at when they have arrived; what a chunk that is saved still lacks is waited for by the thread that writes it.
 
 Shapes: ``n`` rows of a batch. An object's payload is one part of the states (``models/boundary_states.py``) after the
 other, each of all the chunk's tokens.
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,10 @@ def make_receive_buffer(handle: ModelHandle) -> None:
     )
 
 
+_Wanted = tuple[CaptureWork, int, int]
+"""What is wanted of a request, and its rows ``[first, last)`` of those that a step copied."""
+
+
 @dataclass(slots=True, eq=False)
 class _Chunk:
     """States of one chunk's leading tokens, up to ``filled``, by part."""
@@ -65,14 +70,14 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Rows of one forward on their way to the host: what is wanted of each request, and its rows ``[first, last)``."""
+    """Rows of one forward on their way to the host."""
 
-    wanted: tuple[tuple[CaptureWork, int, int], ...]
+    wanted: tuple[_Wanted, ...]
     rows: RowsUnderWay
 
 
 class BoundaryCapture:
-    """Copies boundary states out before each forward of a later stage. Worker's main thread only.
+    """Copies boundary states out before each forward of a later stage. Worker's main thread only, but for a put's call.
 
     A forward is looked at once after ``expect``: recomputation goes through the same model. One that does not go
     through the model's Python code (a replayed CUDA graph of a whole batch) is not seen.
@@ -91,6 +96,7 @@ class BoundaryCapture:
         self._chunks: OrderedDict[tuple[str, int], _Chunk] = OrderedDict()
         self._copies = row_copies(handle.device)
         self._under_way: deque[_Step] = deque()
+        self._outcomes: deque[str] = deque()
         self._batch_rows = BatchRows(handle.runner, handle.runner_kind)
         self._hook = handle.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
@@ -142,48 +148,52 @@ class BoundaryCapture:
         """Sort what has arrived on the host into chunks; leave at most so many steps under way."""
         while self._under_way and (len(self._under_way) > at_most or self._under_way[0].rows.arrived()):
             self._sort(self._under_way.popleft())
+        while self._outcomes:  # of any thread, counted on this one
+            self._counts.boundaries[self._outcomes.popleft()] += 1
 
     def _sort(self, step: _Step) -> None:
         """Sort a step's rows into chunks; waits for them."""
         try:
-            *parts, positions = step.rows.take()
-            for capture, first, last in step.wanted:
-                self._sort_one(capture, [part[first:last] for part in parts], positions[first:last])
+            for capture, parts in self._rows_of(step):
+                for chunk, at, own in _by_chunk(capture, parts, self._chunk_tokens):
+                    self._keep((capture.request_id, chunk), at, own)
         except Exception:  # as in the hook: on a device it is only found out here
             logger.exception("boundary states could not be copied to the host")
-            self._counts.boundaries["missed"] += len(step.wanted)
+            self._outcomes.extend("missed" for _ in step.wanted)
 
-    def _sort_one(self, capture: CaptureWork, parts: Sequence[Bytes], positions: Bytes) -> None:
-        # The batch says whose rows they are; that they are of the tokens wanted their positions prove.
-        at = positions.view(np.int64)[:, 0]
-        low, high = capture.start - int(at[0]), capture.end - int(at[0])
-        if low < 0 or high > min(len(at), *map(len, parts)) or int(at[high - 1]) != capture.end - 1:
-            self._counts.boundaries["missed"] += 1
-            return
-        self._keep(capture, [part[low:high] for part in parts])
+    def _rows_of(self, step: _Step) -> Iterator[tuple[CaptureWork, list[Bytes]]]:
+        """The rows that a step copied of each capture, part by part; waits for them. Any thread."""
+        *parts, positions = step.rows.take()
+        for capture, first, last in step.wanted:
+            # The batch says whose rows they are; that they are of the tokens wanted their positions prove.
+            at = positions[first:last].view(np.int64)[:, 0]
+            low, high = capture.start - int(at[0]), capture.end - int(at[0])
+            if low < 0 or high > len(at) or int(at[high - 1]) != capture.end - 1:
+                self._outcomes.append("missed")
+            else:
+                yield capture, [part[first:last][low:high] for part in parts]
 
-    def _keep(self, capture: CaptureWork, parts: Sequence[Bytes]) -> None:
-        size = self._chunk_tokens
-        for chunk in range(capture.start // size, -(-capture.end // size)):
-            low, high = max(capture.start, chunk * size), min(capture.end, (chunk + 1) * size)
-            at, end = low - chunk * size, high - chunk * size
-            kept = self._chunk((capture.request_id, chunk), at)
-            if kept is None:
-                continue  # tokens before these were not seen: from the prefix cache, or by a replayed graph
-            rows = slice(low - capture.start, high - capture.start)
-            for own, part in zip(kept.parts, parts, strict=True):
-                own[at:end] = part[rows]
-            kept.filled = end
-
-    def _chunk(self, name: tuple[str, int], at: int) -> _Chunk | None:
-        """A chunk to go on with at token ``at``; None, and nothing kept of it, when it has a hole before that."""
+    def _keep(self, name: tuple[str, int], at: int, parts: Sequence[Bytes]) -> None:
         kept = self._chunks.pop(name, None)
+        if kept is None and at == 0:
+            self._make_room()
+        kept = self._filled(kept, at, parts)
+        if kept is not None:
+            self._chunks[name] = kept
+
+    def _filled(self, kept: _Chunk | None, at: int, parts: Sequence[Bytes]) -> _Chunk | None:
+        """A chunk with these rows from its token ``at`` on; None when it has a hole before them. Any thread.
+
+        Tokens that were not seen came from the prefix cache, or were computed by a replayed graph.
+        """
         if at > (0 if kept is None else kept.filled):
             return None
         if kept is None:
-            self._make_room()
             kept = _Chunk([np.empty((self._chunk_tokens, part.token_bytes), dtype=np.uint8) for part in self._parts])
-        self._chunks[name] = kept
+        end = at + len(parts[0])
+        for own, part in zip(kept.parts, parts, strict=True):
+            own[at:end] = part
+        kept.filled = end
         return kept
 
     def _make_room(self) -> None:
@@ -193,18 +203,56 @@ class BoundaryCapture:
         incomplete = (name for name, each in self._chunks.items() if each.filled < self._chunk_tokens)
         del self._chunks[next(incomplete, next(iter(self._chunks)))]
 
-    def put(self, save: SaveWork) -> Iterator[PutRequest]:
-        """The object of a chunk that is complete, to be saved with its KV; nothing when a token of it was not seen."""
-        self._settle(at_most=0)
-        kept = self._chunks.pop((save.request_id, save.chunk), None)
+    def put(self, save: SaveWork) -> Callable[[], list[PutRequest]]:
+        """A call, for any thread and once, that makes the object of a chunk, to be saved with its KV.
+
+        It waits for those of the chunk's rows that are not on the host yet, and gives nothing when a token of it was
+        not seen.
+        """
+        self._settle(at_most=len(self._under_way))
+        low = save.chunk * self._chunk_tokens
+        late = self._take_rows(save.request_id, low, low + self._chunk_tokens)
+        return partial(self._object, save, self._chunks.pop((save.request_id, save.chunk), None), late)
+
+    def _take_rows(self, request_id: str, low: int, high: int) -> list[_Step]:
+        """What is under way of a request's tokens ``[low, high)``, step by step; it is no longer sorted into chunks."""
+        taken: list[_Step] = []
+        left: deque[_Step] = deque()
+        for step in self._under_way:
+            inside: list[_Wanted] = []
+            others: list[_Wanted] = []
+            for capture, first, last in step.wanted:
+                if capture.request_id != request_id:
+                    others.append((capture, first, last))
+                    continue
+                parts = ((inside, low, high), (others, capture.start, low), (others, high, capture.end))
+                for into, start, end in parts:
+                    cut = replace(capture, start=max(start, capture.start), end=min(end, capture.end))
+                    if cut.start < cut.end:
+                        into.append((cut, first, last))
+            if others:
+                left.append(replace(step, wanted=tuple(others)))
+            if inside:
+                taken.append(replace(step, wanted=tuple(inside)))
+        self._under_way = left
+        return taken
+
+    def _object(self, save: SaveWork, kept: _Chunk | None, late: Sequence[_Step]) -> list[PutRequest]:
+        for step in late:
+            try:
+                for capture, parts in self._rows_of(step):
+                    kept = self._filled(kept, capture.start - save.chunk * self._chunk_tokens, parts)
+            except Exception:  # as where it is sorted: the chunk's KV is written all the same
+                logger.exception("boundary states could not be copied to the host")
+                self._outcomes.extend("missed" for _ in step.wanted)
         if kept is None or kept.filled < self._chunk_tokens:
-            self._counts.boundaries["incomplete"] += 1
-            return
-        self._counts.boundaries["captured"] += 1
+            self._outcomes.append("incomplete")
+            return []
+        self._outcomes.append("captured")
         handle = self._handle
         key = RankKeys(handle.shard, handle.start_layer).boundary(save.namespace, save.chain_hash)
         shape = (self._chunk_tokens, handle.boundary.token_bytes)
-        yield PutRequest(key, [part.reshape(-1) for part in kept.parts], shape=shape, dtype="uint8")
+        return [PutRequest(key, [part.reshape(-1) for part in kept.parts], shape=shape, dtype="uint8")]
 
     def forget(self, request_ids: set[str]) -> None:
         """Drop what is kept of requests that ended."""
@@ -224,3 +272,10 @@ class BoundaryCapture:
 
 def _without(step: _Step, request_ids: set[str]) -> _Step:
     return replace(step, wanted=tuple(each for each in step.wanted if each[0].request_id not in request_ids))
+
+
+def _by_chunk(capture: CaptureWork, parts: Sequence[Bytes], size: int) -> Iterator[tuple[int, int, list[Bytes]]]:
+    """Rows by the chunk that they belong to: its number, the first row's place in it, each part's rows."""
+    for chunk in range(capture.start // size, -(-capture.end // size)):
+        low, high = max(capture.start, chunk * size), min(capture.end, (chunk + 1) * size)
+        yield chunk, low - chunk * size, [part[low - capture.start : high - capture.start] for part in parts]

@@ -32,8 +32,8 @@ MAX_KEPT_BYTES = MAX_PENDING_BYTES // 2
 """Of them running states of requests that go on: the rest is left for chunks."""
 MAX_SNAPSHOT_BYTES = 1 << 30
 """Device memory for snapshots, where the engine's longest pass completes so many chunks at once."""
-MorePuts = Callable[[SaveWork], Iterable[PutRequest]]
-"""What is to be written beside a chunk's KV."""
+MorePuts = Callable[[], Sequence[PutRequest]]
+"""Makes what is to be written beside a chunk's KV; on the background thread, since it may wait for the device."""
 CLOSE_S = 2.0
 """What is pending at the end gets this long."""
 
@@ -62,6 +62,7 @@ class _Copied:
         is_chunk: Counts as a saved chunk.
         snapshot: Where the bytes are on a device; None once they are in ``requests``, or were from the start.
         objects: What the snapshot's bytes are, in their sequence.
+        more: What is written before ``requests``.
     """
 
     name: tuple[str, str]
@@ -70,6 +71,7 @@ class _Copied:
     is_chunk: bool = True
     snapshot: Snapshot | None = None
     objects: Sequence[_Object] = ()
+    more: MorePuts | None = None
     submitted: Future[PutHandle | PutOutcome] = field(default_factory=Future)
 
     def outcome(self, *, timeout_s: float) -> str | None:
@@ -89,12 +91,15 @@ class _Copied:
     def arrive(self) -> None:
         """Take the bytes from the device; on the background thread, which waits for them."""
         snapshot, self.snapshot = self.snapshot, None
-        if snapshot is None:
-            return
-        payload, at = snapshot.take(), 0
-        for each in self.objects:
-            self.requests.append(each.request(payload[at : at + each.num_bytes]))
-            at += each.num_bytes
+        if snapshot is not None:
+            payload, at = snapshot.take(), 0
+            for each in self.objects:
+                self.requests.append(each.request(payload[at : at + each.num_bytes]))
+                at += each.num_bytes
+        more, self.more = self.more, None
+        if more is not None:
+            # Before the KV, so that a chunk whose top layer is there is there with its boundary.
+            self.requests[:0] = more()
 
     def cancel(self) -> None:
         if self.submitted.done() and not isinstance(handle := self.submitted.result(), PutOutcome):
@@ -121,7 +126,7 @@ class ChunkSaver:
         keys: RankKeys,
         counts: Counts,
         states: StateBlocks | None = None,
-        more: MorePuts | None = None,
+        more: Callable[[SaveWork], MorePuts] | None = None,
         room: SnapshotRoom | None = None,
     ) -> None:
         """Save in objects of ``layers_per_block`` layers under this rank's keys.
@@ -208,8 +213,7 @@ class ChunkSaver:
             self._counts.chunks_saved["skipped"] += 1
             return
         if self._more is not None:
-            # Before the KV, so that a chunk whose top layer is there is there with its boundary.
-            copied.requests[:0] = self._more(save)
+            copied.more = self._more(save)
         self._hand_over(copied)
 
     def _copy_states(self, save: SaveWork) -> _Copied | None:
