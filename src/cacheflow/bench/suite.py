@@ -16,7 +16,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cacheflow.bench.options import make_folder
-from cacheflow.bench.record import BenchRecord, append_record, read_records
+from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.suites import append_record, read_records
 from cacheflow.bench.results_file import only_run, take_up
 from cacheflow.errors import ConfigError
 

@@ -19,7 +19,7 @@ from cacheflow.bench.gpu.io_loop import measure_loop
 from cacheflow.bench.gpu.memory_stores import memory_stores
 from cacheflow.bench.gpu.study import GpuStudy
 from cacheflow.bench.gpu.tables import longest, main_table, other_cells, short_and_stored
-from cacheflow.bench.record import BenchRecord
+from cacheflow.bench.records.base import BenchRecord
 from cacheflow.bench.suite import SuiteRun
 from cacheflow.types import Clock
 

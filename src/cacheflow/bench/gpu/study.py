@@ -11,7 +11,9 @@ from cacheflow.bench import setup
 from cacheflow.bench.environment import accelerator_name, environment
 from cacheflow.bench.gpu.flags import GpuFlags
 from cacheflow.bench.gpu.host_streams import HostStreams
-from cacheflow.bench.record import BenchRecord, GpuRecord, RestoreRecord
+from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.gpu import GpuRecord
+from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.restore.link import PinnedStudyLink, StudyLink
 from cacheflow.bench.restore.rounds import Round, is_done, ratio_on_record, run_round
 from cacheflow.bench.restore.study import Study, StudyOptions

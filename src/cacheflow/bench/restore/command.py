@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cacheflow.bench.chart import draw_results
 from cacheflow.bench.environment import accelerator_name, environment
 from cacheflow.bench.options import EmbeddedFlags, option
-from cacheflow.bench.record import RestoreRecord
+from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.suite import OnRun, Suite, SuiteRun, new_progress
 from cacheflow.bench.summary import console_tables, summarise
 from cacheflow.bench.timeline import Timeline, draw_timelines, read_timelines, write_timelines

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from cacheflow.bench.record import VllmRecord
+from cacheflow.bench.records.vllm import VllmRecord
 from cacheflow.bench.suite import SuiteRun
 from cacheflow.bench.vllm.fleet import Fleet
 from cacheflow.bench.vllm.policies import STOCK

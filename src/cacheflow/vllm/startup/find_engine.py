@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from cacheflow.errors import ConfigError, ProfileError, UnsupportedModelError
-from cacheflow.model_shape import DELTA_CHUNK, ModelShape
+from cacheflow.hybrid_shape import DELTA_CHUNK
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.cell_sizes import layers_of_object
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
