@@ -19,7 +19,7 @@ from cacheflow.stores.keys import chain_root
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.checkpoints import CheckpointDue, RequestCheckpoints, StatesUnderWay
 from cacheflow.vllm.scheduler.decide import Decider, Decision
 from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, UNNAMED, Siblings, answer_of
@@ -60,7 +60,7 @@ class SchedulerSide:
     """
 
     def __init__(
-        self, options: ConnectorOptions, store: Store, facts_by_rank: Sequence[EngineFacts], *, clock: Clock
+        self, options: ServingOptions, store: Store, facts_by_rank: Sequence[EngineFacts], *, clock: Clock
     ) -> None:
         """Serve the engine whose workers found out ``facts_by_rank``."""
         by_stage = slowest_rank_of_each_stage(facts_by_rank)
