@@ -54,9 +54,19 @@ class SuiteRun(Generic[R]):
         self._ends_s = float("inf") if time_limit_s is None else time.monotonic() + time_limit_s
 
     @property
+    def left_s(self) -> float:
+        """Seconds of the time limit that are left; below 0 once it has passed, infinite without one."""
+        return self._ends_s - time.monotonic()
+
+    @property
     def is_over(self) -> bool:
         """Whether the time limit has passed."""
-        return time.monotonic() > self._ends_s
+        return self.left_s < 0
+
+    @property
+    def records(self) -> list[R]:
+        """All that is on record by now."""
+        return [*self.done, *self.added]
 
     def say(self, text: str) -> None:
         """Print a line as it is."""

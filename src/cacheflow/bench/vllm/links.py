@@ -109,7 +109,7 @@ class LinkRounds:
 
     def _records(self, bytes_per_s: float) -> list[VllmRecord]:
         """What is on record of this model, prefix and link."""
-        return [each for each in (*self._suite.done, *self._suite.added) if self._study.is_of(each, bytes_per_s)]
+        return [each for each in self._suite.records if self._study.is_of(each, bytes_per_s)]
 
 
 def _gbps(bytes_per_s: float) -> str:
