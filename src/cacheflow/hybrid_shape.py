@@ -173,7 +173,8 @@ class HybridShape(RecurrentShape):
 class Mamba2Shape(RecurrentShape):
     """A model of which each layer does one thing: attention, a Mamba-2 recurrence, or an MLP (Nemotron-H).
 
-    ``num_layers`` counts the attention layers: each is a row, with the layers that are restored together with it.
+    ``num_layers`` counts the attention layers alone: each is a row, with the layers that are restored together with it,
+    and rows are of unequal length. ``len(pattern)`` counts all.
 
     Attributes:
         pattern: What each layer does, bottom first: ``M`` Mamba-2, ``*`` attention, ``-`` an MLP, ``E`` experts.

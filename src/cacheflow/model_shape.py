@@ -19,7 +19,7 @@ class ModelShape:
 
     Attributes:
         name: Name for people and profiles, such as ``"Llama-3.1-8B"``.
-        num_layers: Decoder layers.
+        num_layers: Decoder layers, of which blocks are made; of a ``Mamba2Shape`` its attention layers alone.
         hidden_size: Width of the residual stream.
         num_q_heads: Query heads.
         num_kv_heads: Key/value heads (grouped-query attention).
