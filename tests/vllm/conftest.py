@@ -20,8 +20,8 @@ ENGINES = {
 }
 EAGER = [name for name, (_, _, eager) in ENGINES.items() if eager]
 SECOND_RUNNER = EAGER[:2]
-"""Of both dtypes. Partial forwards are of a model's layers, which the runners share: one family shows that they find what
-the second one's prefill left. ``test_models.py`` has more families on it."""
+"""Of both dtypes. Partial forwards are of a model's layers, which the runners share: one family shows that they equal
+what the second one's prefill leaves. ``test_models.py`` has more families on it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -164,7 +164,6 @@ def test_a_compiled_engine_is_restored_in_whole_passes(tiny):
 
     assert tiny.handle.compiled
     forward = new_forward(tiny)
-    assert not forward.writes_alone
     report = self_test(tiny.layout, forward, chunk_tokens=512)
     assert (report.difference, report.num_cuts) == (None, 0)
     tokens = tiny.tokens(256 + 9)

@@ -83,17 +83,6 @@ class PartialForward:
         """An event after all that was asked so far; None on the CPU."""
         return None if self._lane is None else self._lane.streams.current().record(timed=True)
 
-    @property
-    def writes_alone(self) -> bool:
-        """Whether ``kv_only_top`` saves work: keys and values of every row are written before its attention."""
-        layers = self.handle.layers
-        return (
-            layers is not None
-            and not self.handle.compiled
-            and all(layers.can_write_alone(row) for row in range(layers.num_rows))
-            and (self.handle.drafter is None or self.handle.drafter.writes_before)
-        )
-
     def attention_layers(self) -> list[Any]:
         """VLLM's ``Attention`` of each row of this stage, bottom first."""
         context = self.handle.vllm_config.compilation_config.static_forward_context
