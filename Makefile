@@ -21,7 +21,8 @@ PYTEST_OPTIONS ?=
 TEST_THREADS ?= 1
 # Files of tests side by side, each with up to 4 GB of memory where it needs vLLM. 0: one after the other, in this process.
 TEST_JOBS ?= 2
-PYTEST = -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_OPTIONS)
+# In the sequence in which tests/conftest.py puts the files, not by how many tests they have.
+PYTEST = -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python $(PYTEST) -m vllm
 
 .DEFAULT_GOAL := help

@@ -2,6 +2,7 @@
 
 import importlib.util
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -11,9 +12,22 @@ from support.servers import bucket_url, redis_password, redis_server, s3_endpoin
 
 __all__ = ["bucket_url", "redis_password", "redis_server", "s3_endpoint", "s3_environment", "tls_redis_server"]
 
+TESTS = Path(__file__).parent
+
 # No deadline: this runs beside other work. Derandomised: a failure must come back when the test is run again.
 settings.register_profile("cacheflow", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", settings.get_profile("cacheflow"), derandomize=False, max_examples=500)
+
+
+LONG_FILES_S = {
+    "vllm/test_ranks.py": 240,
+    "vllm/test_http.py": 194,
+    "vllm/test_ray.py": 169,
+    "vllm/test_hybrids.py": 100,
+    "vllm/test_free_running.py": 71,
+}
+"""Seconds of the files that take longest, on one of two cores. Side by side they begin first: one that began last would
+keep one core waiting for the other."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,10 +66,13 @@ def _skip_reason(item: pytest.Item) -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if (reason := _skip_reason(item)) is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+    if hasattr(config, "workerinput"):  # one of several processes that files are dealt out to
+        items.sort(key=lambda item: -LONG_FILES_S.get(item.path.relative_to(TESTS).as_posix(), 0))
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from msgspec.structs import asdict
 
 from cacheflow import cli
 from cacheflow.bench import readme
-from cacheflow.bench.record import RanksRecord, VllmRecord, append_record
+from cacheflow.bench.records.ranks import RanksRecord
+from cacheflow.bench.records.suites import append_record
+from cacheflow.bench.records.vllm import VllmRecord
 from cacheflow.errors import ConfigError
 from support.sample_records import sample_record, sample_sweep
 

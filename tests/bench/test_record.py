@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from cacheflow.bench.environment import environment
-from cacheflow.bench.record import BenchRecord, GuardRecord, RestoreRecord, append_record, read_records
+from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.restore import GuardRecord, RestoreRecord
+from cacheflow.bench.records.suites import append_record, read_records
 from cacheflow.errors import ConfigError
 from support.sample_records import sample_record
 

@@ -3,7 +3,8 @@
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.record import RestoreRecord, read_records
+from cacheflow.bench.records.restore import RestoreRecord
+from cacheflow.bench.records.suites import read_records
 from cacheflow.policies.registry import RESTORE_POLICIES
 
 pytestmark = pytest.mark.torch

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.record import SimulationRecord, read_records
+from cacheflow.bench.records.simulation import SimulationRecord
+from cacheflow.bench.records.suites import read_records
 from cacheflow.commands.simulate_cluster import cluster_config, cluster_values, find_costs
 from cacheflow.commands.simulate_report import comparable
 from cacheflow.commands.simulate_workload import measure, restarted, shaped, trace_workload

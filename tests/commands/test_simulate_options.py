@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.record import SimulationRecord, read_records
+from cacheflow.bench.records.simulation import SimulationRecord
+from cacheflow.bench.records.suites import read_records
 from cacheflow.commands.simulate_report import comparable
 
 ROW = {"timestamp": 0, "input_length": 700, "output_length": 3, "hash_ids": [1, 2]}

@@ -17,7 +17,7 @@ from cacheflow.engine.saver import PrefixSaver
 from cacheflow.engine.selftest import own_forward, relative_error, self_test
 from cacheflow.engine.transfer_port import StoreTransferPort, state_key
 from cacheflow.errors import ConfigError, SelfTestError, UnsupportedModelError
-from cacheflow.model_shape import HybridShape
+from cacheflow.hybrid_shape import HybridShape
 from cacheflow.plan.grid import Cell, Grid, Tile
 from cacheflow.shapes.hardware import find_model
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.model_shape import HybridShape, ModelShape
+from cacheflow.hybrid_shape import HybridShape
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import BoundarySource, LinkCost

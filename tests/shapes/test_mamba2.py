@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.model_shape import Mamba2Shape
+from cacheflow.hybrid_shape import Mamba2Shape
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost
 from cacheflow.plan.stages import RankLayout, rank_problem, split_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from cacheflow.bench.record import BatchRecord, BatchRequestRecord, BatchTimes
+from cacheflow.bench.records.batch import BatchRecord, BatchRequestRecord, BatchTimes
 
 
 def batch_record(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cacheflow.bench.record import RestoreRecord
+from cacheflow.bench.records.restore import RestoreRecord
 
 
 def sample_record(**changes: Any) -> RestoreRecord:

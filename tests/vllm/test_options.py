@@ -47,34 +47,40 @@ def test_what_differs_from_the_defaults_survives_the_way_through_json():
 
 
 def test_chunks_must_end_where_kv_blocks_end():
-    ConnectorOptions(chunk_tokens=384).require_block_size(128)
+    ConnectorOptions(chunk_tokens=384).for_engine().require_block_size(128)
     with pytest.raises(ConfigError, match="such as 384 or 512"):
-        ConnectorOptions(chunk_tokens=400).require_block_size(128)
+        ConnectorOptions(chunk_tokens=400).for_engine().require_block_size(128)
     with pytest.raises(ConfigError, match="such as 128 or 256"):
-        ConnectorOptions(chunk_tokens=100).require_block_size(128)
+        ConnectorOptions(chunk_tokens=100).for_engine().require_block_size(128)
+
+
+def test_chunks_are_as_asked_for_or_as_suits_the_model():
+    assert ConnectorOptions().for_engine().chunk_tokens == 512
+    assert ConnectorOptions().for_engine(1088).chunk_tokens == 1088
+    assert ConnectorOptions(chunk_tokens=512).for_engine(1088).chunk_tokens == 512
 
 
 def test_a_chunk_that_no_prompt_has_is_refused():
-    ConnectorOptions(chunk_tokens=512).require_chunk_in_prompt(513)
+    ConnectorOptions(chunk_tokens=512).for_engine().require_chunk_in_prompt(513)
     for max_tokens in (512, 256):  # the last token of a prompt is always computed
         with pytest.raises(
             ConfigError, match=f"chunk_tokens is 512, must be below vLLM's max_model_len of {max_tokens}"
         ):
-            ConnectorOptions(chunk_tokens=512).require_chunk_in_prompt(max_tokens)
+            ConnectorOptions(chunk_tokens=512).for_engine().require_chunk_in_prompt(max_tokens)
 
 
 def test_a_store_that_holds_no_chunk_is_refused():
-    ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1000)
+    ConnectorOptions(cpu_bytes_to_use=1000).for_engine().require_room_for_chunk(1000)
     with pytest.raises(ConfigError, match="cpu_bytes_to_use is 1000, but one chunk of 512 tokens takes 1001 bytes"):
-        ConnectorOptions(cpu_bytes_to_use=1000).require_room_for_chunk(1001)
+        ConnectorOptions(cpu_bytes_to_use=1000).for_engine().require_room_for_chunk(1001)
 
 
 def test_a_quota_that_holds_no_chunk_is_refused():
-    ConnectorOptions(cpu_bytes_to_use=1000, tenant_quota=0.5).require_room_for_chunk(500)
+    ConnectorOptions(cpu_bytes_to_use=1000, tenant_quota=0.5).for_engine().require_room_for_chunk(500)
     with pytest.raises(
         ConfigError, match="is 1000, of which a tenant may have 500, but one chunk of 512 tokens takes 501"
     ):
-        ConnectorOptions(cpu_bytes_to_use=1000, tenant_quota=0.5).require_room_for_chunk(501)
+        ConnectorOptions(cpu_bytes_to_use=1000, tenant_quota=0.5).for_engine().require_room_for_chunk(501)
 
 
 def test_what_stays_and_goes_is_for_the_store():
@@ -112,9 +118,9 @@ def test_several_stores_are_tiers():
     assert options.as_extra_config() == {"store": urls}
     assert ConnectorOptions.parse(options.as_extra_config()) == options
     assert ConnectorOptions.parse({"store": ["memory"]}) == ConnectorOptions()
-    options.require_room_for_chunk(64 << 20)
+    options.for_engine().require_room_for_chunk(64 << 20)
     with pytest.raises(ConfigError, match="the capacity of a store is 67108864, but one chunk"):
-        options.require_room_for_chunk((64 << 20) + 1)
+        options.for_engine().require_room_for_chunk((64 << 20) + 1)
     with pytest.raises(ConfigError, match="take shm://name instead of memory"):
         options.require_reachable_store("mp")
 

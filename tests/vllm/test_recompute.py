@@ -103,8 +103,8 @@ def test_staircase_interleaved(tiny, setting, heights):
     assert tiny.differing(kv, block_ids) == 0
 
 
-def test_on_a_device_the_host_waits_once_a_piece_and_not_for_its_tiles(tiny, prefilled):
-    """Before a builder's buffers are filled anew: their copies for the piece before, in flight or not."""
+def test_on_a_device_the_host_waits_once_a_segment_and_not_for_its_tiles(tiny, prefilled):
+    """Before a builder's buffers are filled anew: their copies for the segment before, in flight or not."""
     from cacheflow.tensors.copy_lane import CopyLane
     from cacheflow.vllm.models.partial_forward import PartialForward
     from cacheflow.vllm.worker.recompute import VllmComputePort
@@ -121,7 +121,7 @@ def test_on_a_device_the_host_waits_once_a_piece_and_not_for_its_tiles(tiny, pre
         assert device.host_waits == chunk
     port.finish()
     assert device.host_waits == NUM_CHUNKS - 1
-    assert device.asked["compute", "record"] == NUM_CHUNKS, "one event a piece, after its numbers were copied out"
+    assert device.asked["compute", "record"] == NUM_CHUNKS, "one event a segment, after its numbers were copied out"
     assert device.asked["compute", "wait_for"] == 0, "nothing was placed"
     assert port.record() is not None
     assert tiny.differing(kv, block_ids) == 0

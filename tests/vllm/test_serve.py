@@ -136,10 +136,11 @@ def test_the_printed_line_is_what_the_connector_parses(capsys: pytest.CaptureFix
         ("qwen3_next", [], {}),
         ("qwen3_next", ["--chunk-tokens", "512"], {"chunk_tokens": 512}),
         ("qwen3_next", ["--chunk-tokens", "256"], {"chunk_tokens": 256}),
-        ("llama", ["--chunk-tokens", "512"], {}),
+        ("llama", ["--chunk-tokens", "512"], {"chunk_tokens": 512}),
+        ("llama", [], {}),
     ],
 )
-def test_a_hybrids_chunk_that_is_asked_for_is_passed_on_though_it_be_the_default(
+def test_chunks_that_are_asked_for_are_passed_on_though_they_be_the_default(
     machine, tmp_path, capsys, model_type, words, extra
 ):
     machine(vllm="0.32.0")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cacheflow.bench.record import RestoreRecord
+from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.spread import Spread
 from cacheflow.bench.summary import OURS, Metric, SettingSummary, summarise
 from cacheflow.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cacheflow.bench.record import GuardRecord, RestoreRecord
+from cacheflow.bench.records.restore import GuardRecord, RestoreRecord
 from cacheflow.engine.model import LoadedModel
 from cacheflow.plan.bound import Bound
 from cacheflow.plan.grid import Grid

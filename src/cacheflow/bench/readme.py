@@ -10,7 +10,10 @@ from pathlib import Path
 from cacheflow.bench.chart import draw_over_bound, draw_time_bars, studies
 from cacheflow.bench.options import Flags, option
 from cacheflow.bench.ranks.report import draw_one, ranks_markdown
-from cacheflow.bench.record import BenchRecord, RanksRecord, RestoreRecord, read_records
+from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.ranks import RanksRecord
+from cacheflow.bench.records.restore import RestoreRecord
+from cacheflow.bench.records.suites import read_records
 from cacheflow.bench.summary import RunSetting, summarise, sweep_caption, sweep_markdown
 from cacheflow.errors import ConfigError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Generic, TypeVar
 
-from cacheflow.bench.record import RunRecord
+from cacheflow.bench.records.base import RunRecord
 
 S = TypeVar("S", bound=Hashable)
 R = TypeVar("R", bound=RunRecord)

@@ -16,7 +16,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cacheflow.bench.options import make_folder
-from cacheflow.bench.record import BenchRecord, append_record, read_records
+from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.suites import append_record, read_records
 from cacheflow.bench.results_file import only_run, take_up
 from cacheflow.errors import ConfigError
 
@@ -53,9 +54,19 @@ class SuiteRun(Generic[R]):
         self._ends_s = float("inf") if time_limit_s is None else time.monotonic() + time_limit_s
 
     @property
+    def left_s(self) -> float:
+        """Seconds of the time limit that are left; below 0 once it has passed, infinite without one."""
+        return self._ends_s - time.monotonic()
+
+    @property
     def is_over(self) -> bool:
         """Whether the time limit has passed."""
-        return time.monotonic() > self._ends_s
+        return self.left_s < 0
+
+    @property
+    def records(self) -> list[R]:
+        """All that is on record by now."""
+        return [*self.done, *self.added]
 
     def say(self, text: str) -> None:
         """Print a line as it is."""

@@ -15,7 +15,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cacheflow.bench.record import Environment, RestoreRecord
+from cacheflow.bench.records.base import Environment
+from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.spread import (
     Measure,
     PolicySummary,

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from cacheflow.bench.chart import draw_results
 from cacheflow.bench.options import DEFAULT_MODEL, Flags, make_folder, option
-from cacheflow.bench.record import RestoreRecord, append_record, read_records
+from cacheflow.bench.records.restore import RestoreRecord
+from cacheflow.bench.records.suites import append_record, read_records
 from cacheflow.bench.suite import print_pictures
 from cacheflow.bench.summary import console_tables, summarise
 from cacheflow.bench.timeline import draw_timelines

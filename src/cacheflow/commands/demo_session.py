@@ -10,7 +10,7 @@ import torch
 
 from cacheflow.bench.environment import environment
 from cacheflow.bench.make_record import make_record, of_model, recompute_seconds
-from cacheflow.bench.record import RestoreRecord
+from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.setup import slowed
 from cacheflow.bench.suite import rotated
 from cacheflow.bench.timeline import Timeline

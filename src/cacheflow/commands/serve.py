@@ -28,16 +28,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: See ``serve``; or there is no MODEL.
     """
-    options, own_chunks = options_from(args), hasattr(args, "chunk_tokens")
+    options = options_from(args)
     model, passed_on = args.model, list(args.passed_on)
     if model is None and not args.print_config:
         raise ConfigError("which model? cacheflow serve MODEL [options] [-- options of vLLM's server]")
     if args.print_config:
         _, kind = check(model, options, passed_on, environment=os.environ)
-        sys.stdout.write(config_line(options, kind, own_chunks=own_chunks) + "\n")
+        sys.stdout.write(config_line(options, kind) + "\n")
         return 0
     if model == SMOLLM2_NAME:
         model = str(smollm2_folder())
         if not any(word.replace("_", "-").startswith("--served-model-name") for word in passed_on):
             passed_on += ["--served-model-name", SMOLLM2_NAME]
-    return serve(model, options, passed_on, environment=os.environ, own_chunks=own_chunks)
+    return serve(model, options, passed_on, environment=os.environ)

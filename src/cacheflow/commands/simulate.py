@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from cacheflow.bench.options import Flags, make_folder, option
-from cacheflow.bench.record import SimulationRecord, append_record, read_records
+from cacheflow.bench.records.simulation import SimulationRecord
+from cacheflow.bench.records.suites import append_record, read_records
 from cacheflow.bench.results_file import take_up
 from cacheflow.bench.suite import new_progress
 from cacheflow.commands.simulate_cluster import (

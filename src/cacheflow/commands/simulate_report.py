@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from cacheflow.bench.record import SimulationRecord
+from cacheflow.bench.records.simulation import SimulationRecord
 from cacheflow.bench.table import Row, seconds, text_table
 from cacheflow.commands.simulate_workload import WorkloadSize
 from cacheflow.sim.cluster import ClusterConfig

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from cacheflow.errors import ConfigError, UnsupportedModelError
-from cacheflow.model_shape import DELTA_CHUNK, HybridShape, ModelShape
+from cacheflow.hybrid_shape import DELTA_CHUNK, HybridShape
+from cacheflow.model_shape import ModelShape
 from cacheflow.shapes import hf_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")

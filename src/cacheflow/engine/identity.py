@@ -7,7 +7,8 @@ import torch
 from cacheflow.engine.attention import ATTENTION_NAME
 from cacheflow.engine.cuda_attention import AttentionKernel
 from cacheflow.engine.model import LoadedModel
-from cacheflow.model_shape import HybridShape, ModelShape
+from cacheflow.hybrid_shape import HybridShape
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.costs import CostIdentity
 from cacheflow.tensors.device import device_name
 from cacheflow.tensors.fingerprint import kernel_identity

@@ -22,7 +22,8 @@ import torch
 
 from cacheflow.engine.running_states import RunningStates
 from cacheflow.errors import ConfigError
-from cacheflow.model_shape import HybridShape, ModelShape
+from cacheflow.hybrid_shape import HybridShape
+from cacheflow.model_shape import ModelShape
 from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.streams import StreamEvent
 

@@ -10,7 +10,8 @@ from cacheflow.engine.attention import ATTENTION_NAME
 from cacheflow.engine.families import FAMILIES, HYBRID_FAMILIES, parse_dtype
 from cacheflow.engine.model import LoadedModel, wrap_module
 from cacheflow.errors import UnsupportedModelError
-from cacheflow.model_shape import HybridShape, ModelShape
+from cacheflow.hybrid_shape import HybridShape
+from cacheflow.model_shape import ModelShape
 
 _TINY = {
     "hidden_size": 64,

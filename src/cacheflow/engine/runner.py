@@ -18,7 +18,7 @@ from cacheflow.engine.kv_buffer import ChunkCache, KeysAndValuesWritten, KVBuffe
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.running_states import RunningStates
 from cacheflow.errors import ConfigError, PromptError
-from cacheflow.model_shape import HybridShape
+from cacheflow.hybrid_shape import HybridShape
 from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.streams import DeviceStreams, streams_of
 

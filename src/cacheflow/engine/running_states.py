@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cacheflow.model_shape import HybridShape
+from cacheflow.hybrid_shape import HybridShape
 
 Raw = npt.NDArray[np.uint8]
 

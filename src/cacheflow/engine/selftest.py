@@ -22,7 +22,7 @@ from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.engine.running_states import RunningStates
 from cacheflow.errors import SelfTestError
-from cacheflow.model_shape import DELTA_CHUNK
+from cacheflow.hybrid_shape import DELTA_CHUNK
 from cacheflow.plan.grid import Grid, Tile
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}

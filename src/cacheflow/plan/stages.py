@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cacheflow.errors import ConfigError
-from cacheflow.model_shape import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
+from cacheflow.hybrid_shape import HybridShape, Mamba2Shape
+from cacheflow.model_shape import DTYPE_BYTES, ModelShape
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 

@@ -12,7 +12,8 @@ from enum import Enum
 from typing import Any
 
 from cacheflow.errors import ConfigError
-from cacheflow.model_shape import DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape
+from cacheflow.hybrid_shape import HybridShape, Mamba2Shape
+from cacheflow.model_shape import DTYPE_BYTES, ModelShape
 
 Config = Mapping[str, Any]
 """A parsed ``config.json``, or its ``text_config``."""

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheflow.errors import ConfigError
-from cacheflow.model_shape import DELTA_CHUNK, DTYPE_BYTES, HybridShape, Mamba2Shape, ModelShape, RecurrentShape
+from cacheflow.hybrid_shape import DELTA_CHUNK, HybridShape, Mamba2Shape, RecurrentShape
+from cacheflow.model_shape import DTYPE_BYTES, ModelShape
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem, Seconds, cell_bytes_KB, recurrent_B
 

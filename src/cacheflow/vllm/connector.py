@@ -35,7 +35,7 @@ from cacheflow.vllm.last_line import log_beside_vllm, reason_left
 from cacheflow.vllm.models.kv_groups import KvGroups
 from cacheflow.vllm.models.refusals import load_refusals, require_loadable
 from cacheflow.vllm.models.workers import worker_of
-from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.options import DEFAULT_CHUNK_TOKENS, ConnectorOptions
 from cacheflow.vllm.plugin import register
 from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
 from cacheflow.vllm.scheduler.side import SchedulerSide
@@ -95,7 +95,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
     Alone or as a child of vLLM's ``MultiConnector``; also as a base class in a module of the user's.
 
     Attributes:
-        options: What was asked for.
+        options: What was asked for, as it is for this engine.
         half: What it is: starting, then the scheduler's side or a worker's.
     """
 
@@ -116,15 +116,14 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        given = transfer.kv_connector_extra_config
-        self.options = ConnectorOptions.parse(given)
+        options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
         if role is KVConnectorRole.WORKER:  # which vLLM makes first
             _check_transfer(worker_of(vllm_config).vllm_config.kv_transfer_config)
         log_beside_vllm()
         check_version()
         require_loadable(load_refusals(vllm_config, kv_cache_config))
         self._groups = KvGroups.of(kv_cache_config)
-        self.options = self._adapted(self.options, given)
+        self.options = options.for_engine(self._default_chunk_tokens)
         self.options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
         self.options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
         self.options.require_block_size(self._groups.block_size)
@@ -136,9 +135,10 @@ class CacheFlowConnector(KVConnectorBase_V1):
         self._to_carry_out: StepWork | None = None
         self._to_save: StepWork | None = None
 
-    def _adapted(self, options: ConnectorOptions, given: dict[str, Any]) -> ConnectorOptions:
-        """The options as they are for this engine, of those that were ``given``."""
-        return options
+    @property
+    def _default_chunk_tokens(self) -> int:
+        """Tokens of a chunk where none were asked for."""
+        return DEFAULT_CHUNK_TOKENS
 
     # Scheduler side
 

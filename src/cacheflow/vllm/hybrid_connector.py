@@ -12,23 +12,22 @@ own.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults, SupportsHMA
 
 from cacheflow.vllm.connector import CacheFlowConnector, CacheFlowMetadata
 from cacheflow.vllm.local_states import LocalStates
-from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.view import TargetStates
 
 
 class CacheFlowHybridConnector(CacheFlowConnector, SupportsHMA):
     """``CacheFlowConnector`` where vLLM has several KV cache groups: one of attention, the others of running states."""
 
-    def _adapted(self, options: ConnectorOptions, given: dict[str, Any]) -> ConnectorOptions:
-        """A chunk is a KV block where nothing else was asked for: blocks of hybrid models hold 500 tokens and more."""
-        return options if "chunk_tokens" in given else replace(options, chunk_tokens=self._groups.block_size)
+    @property
+    def _default_chunk_tokens(self) -> int:
+        """A chunk is a KV block: blocks of hybrid models hold 500 tokens and more."""
+        return self._groups.block_size
 
     # Scheduler side
 

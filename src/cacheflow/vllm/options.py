@@ -26,9 +26,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "unsupported_models": ("refuse", "load_only"),
 }
 """The values of options that have few."""
-
-
 DEFAULT_CHUNK_TOKENS = 512
+"""Of models whose KV blocks are short."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +46,8 @@ class ConnectorOptions:
         pinned_share: Share of the capacity, and of a tenant's quota, that prefixes may hold which requests ask to keep.
         keep_tool_s: How long ``keep: "tool"`` of a request keeps its prefix at most, in seconds.
         max_keep_s: Longest time for which a request may ask to keep its prefix, in seconds.
-        chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size. A model with
-            recurrent layers, whose blocks are long, has chunks of one block unless another size is given.
+        chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size. None: 512, or
+            one block where the model has recurrent layers, whose blocks are long.
         layers_per_block: Layers in one stored object; None: all in a compiled engine, in an eager one 1 or, on CUDA, as
             many as make 8 MiB, a power of two, an eighth of the layers at most.
         policy: How a prefix is restored; only ``cacheflow`` has the never-slower guard.
@@ -90,7 +89,7 @@ class ConnectorOptions:
     pinned_share: float = DEFAULT_RETENTION.pinned_share
     keep_tool_s: float = 300.0
     max_keep_s: float = 3600.0
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    chunk_tokens: int | None = None
     layers_per_block: int | None = None
     policy: str = "cacheflow"
     objective: str = "mean_ttft"
@@ -169,47 +168,10 @@ class ConnectorOptions:
             )
         return cls(**{key: _typed(key, value, hints[key]) for key, value in extra_config.items()})
 
-    def require_block_size(self, block_size: int) -> None:
-        """Pass if chunks end where KV blocks end.
-
-        Raises:
-            ConfigError: ``chunk_tokens`` is not a multiple: loads and recomputation would write the same block.
-        """
-        if self.chunk_tokens % block_size:
-            lower = self.chunk_tokens // block_size * block_size or block_size
-            raise ConfigError(
-                f"chunk_tokens is {self.chunk_tokens}, must be a multiple of vLLM's KV block size of "
-                f"{block_size} tokens, such as {lower} or {lower + block_size}"
-            )
-
-    def require_chunk_in_prompt(self, max_tokens: int) -> None:
-        """Pass if a prompt of vLLM's ``max_model_len`` can have a whole chunk.
-
-        Raises:
-            ConfigError: It cannot: nothing would ever be saved or restored.
-        """
-        if self.chunk_tokens >= max_tokens:
-            raise ConfigError(
-                f"chunk_tokens is {self.chunk_tokens}, must be below vLLM's max_model_len of {max_tokens}: only whole "
-                "chunks are saved, and no prompt would have one"
-            )
-
-    def require_room_for_chunk(self, chunk_bytes: int) -> None:
-        """Pass if the store can hold a chunk, of each tenant.
-
-        Raises:
-            ConfigError: It cannot: nothing would ever be restored.
-        """
-        tiers = [StoreUrl.parse(url) for url in self.store_urls]
-        capacity = min(tier.capacity_bytes(self.cpu_bytes_to_use) for tier in tiers)
-        room_bytes = int(capacity * (self.tenant_quota or 1.0))
-        if chunk_bytes > room_bytes:
-            which = "cpu_bytes_to_use" if capacity == self.cpu_bytes_to_use else "the capacity of a store"
-            share = "" if self.tenant_quota is None else f", of which a tenant may have {room_bytes}"
-            raise ConfigError(
-                f"{which} is {capacity}{share}, but one chunk of {self.chunk_tokens} tokens takes "
-                f"{chunk_bytes} bytes: allow for many"
-            )
+    def for_engine(self, default_chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> ServingOptions:
+        """The options as they are for an engine whose chunks have so many tokens unless others were asked for."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ServingOptions(**given | {"chunk_tokens": self.chunk_tokens or default_chunk_tokens})
 
     def require_reachable_store(self, executor: str) -> None:
         """Pass if the scheduler can see what workers save, under vLLM's ``distributed_executor_backend``.
@@ -262,6 +224,59 @@ class ConnectorOptions:
         """The options that differ from their defaults, as ``kv_connector_extra_config`` would give them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions(ConnectorOptions):
+    """The options as they are for one engine, whose model is known: see ``ConnectorOptions``.
+
+    Attributes:
+        chunk_tokens: Tokens of one stored and one recomputed chunk.
+    """
+
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+
+    def require_block_size(self, block_size: int) -> None:
+        """Pass if chunks end where KV blocks end.
+
+        Raises:
+            ConfigError: ``chunk_tokens`` is not a multiple: loads and recomputation would write the same block.
+        """
+        if self.chunk_tokens % block_size:
+            lower = self.chunk_tokens // block_size * block_size or block_size
+            raise ConfigError(
+                f"chunk_tokens is {self.chunk_tokens}, must be a multiple of vLLM's KV block size of "
+                f"{block_size} tokens, such as {lower} or {lower + block_size}"
+            )
+
+    def require_chunk_in_prompt(self, max_tokens: int) -> None:
+        """Pass if a prompt of vLLM's ``max_model_len`` can have a whole chunk.
+
+        Raises:
+            ConfigError: It cannot: nothing would ever be saved or restored.
+        """
+        if self.chunk_tokens >= max_tokens:
+            raise ConfigError(
+                f"chunk_tokens is {self.chunk_tokens}, must be below vLLM's max_model_len of {max_tokens}: only whole "
+                "chunks are saved, and no prompt would have one"
+            )
+
+    def require_room_for_chunk(self, chunk_bytes: int) -> None:
+        """Pass if the store can hold a chunk, of each tenant.
+
+        Raises:
+            ConfigError: It cannot: nothing would ever be restored.
+        """
+        tiers = [StoreUrl.parse(url) for url in self.store_urls]
+        capacity = min(tier.capacity_bytes(self.cpu_bytes_to_use) for tier in tiers)
+        room_bytes = int(capacity * (self.tenant_quota or 1.0))
+        if chunk_bytes > room_bytes:
+            which = "cpu_bytes_to_use" if capacity == self.cpu_bytes_to_use else "the capacity of a store"
+            share = "" if self.tenant_quota is None else f", of which a tenant may have {room_bytes}"
+            raise ConfigError(
+                f"{which} is {capacity}{share}, but one chunk of {self.chunk_tokens} tokens takes "
+                f"{chunk_bytes} bytes: allow for many"
+            )
 
 
 _POSITIVE = (

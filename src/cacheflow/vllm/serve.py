@@ -38,27 +38,21 @@ Replace = Callable[[str, list[str], Mapping[str, str]], object]
 """``os.execve``: becomes another program and does not return."""
 
 
-def transfer_config(
-    options: ConnectorOptions, kind: CacheKind = CacheKind.FULL, *, own_chunks: bool = False
-) -> dict[str, Any]:
-    """The value of vLLM's ``--kv-transfer-config`` for a model whose layers keep ``kind``.
-
-    ``own_chunks``: ``chunk_tokens`` was asked for, also where it is the default; else a hybrid's chunk is a KV block.
-    """
+def transfer_config(options: ConnectorOptions, kind: CacheKind = CacheKind.FULL) -> dict[str, Any]:
+    """The value of vLLM's ``--kv-transfer-config`` for a model whose layers keep ``kind``."""
     connector = HYBRID_CONNECTOR if kind.has_states else CONNECTOR
-    chunks = {"chunk_tokens": options.chunk_tokens} if own_chunks and kind.has_states else {}
     return {
         "kv_connector": connector,
         "kv_connector_module_path": CONNECTORS[connector],
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": options.as_extra_config() | chunks,
+        "kv_connector_extra_config": options.as_extra_config(),
     }
 
 
-def config_line(options: ConnectorOptions, kind: CacheKind, *, own_chunks: bool = False) -> str:
+def config_line(options: ConnectorOptions, kind: CacheKind) -> str:
     """``--kv-transfer-config '{...}'`` of ``transfer_config``, quoted for a shell."""
-    return f"--kv-transfer-config {shlex.quote(json.dumps(transfer_config(options, kind, own_chunks=own_chunks)))}"
+    return f"--kv-transfer-config {shlex.quote(json.dumps(transfer_config(options, kind)))}"
 
 
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
@@ -178,12 +172,9 @@ def serve(
     passed_on: Sequence[str] = (),
     *,
     environment: Mapping[str, str],
-    own_chunks: bool = False,
     replace: Replace = os.execve,
 ) -> int:
     """Become vLLM's server for ``model``, a name or folder, by ``replace``; prints the configuration first.
-
-    ``own_chunks`` as in ``transfer_config``.
 
     Returns:
         0, for a ``replace`` that returns.
@@ -198,7 +189,7 @@ def serve(
     require_plugin(environment)
     # vLLM would need a minute to get there, and show a stack trace.
     open_store(options.store_urls, capacity_bytes=options.cpu_bytes_to_use, only_look=True).close()
-    line = config_line(options, kind, own_chunks=own_chunks)
+    line = config_line(options, kind)
     sys.stdout.write(line + "\n")
     environment = environment_for_reason(environment)
     gib = kv_cache_gib(installed, passed_on, environment)

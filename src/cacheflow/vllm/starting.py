@@ -20,7 +20,7 @@ from cacheflow.vllm.adapters import LoadedAdapters
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.models.workers import worker_of
-from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.side import SchedulerSide
 from cacheflow.vllm.startup.find_engine import find_engine
 from cacheflow.vllm.worker.boundary import BoundaryCapture
@@ -43,7 +43,7 @@ class Starting:
         counts: Nothing is counted before the half serves.
     """
 
-    options: ConnectorOptions
+    options: ServingOptions
     store: Store
     vllm_config: Any
     kv_cache_config: Any

@@ -9,7 +9,8 @@ import pytest
 
 from cacheflow import cli
 from cacheflow.bench.batch.policies import CONTENDERS
-from cacheflow.bench.record import BatchRecord, read_records
+from cacheflow.bench.records.batch import BatchRecord
+from cacheflow.bench.records.suites import read_records
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from cacheflow.bench.record import BatchRecord, BatchTimes, append_record, read_records
+from cacheflow.bench.records.batch import BatchRecord, BatchTimes
+from cacheflow.bench.records.suites import append_record, read_records
 from cacheflow.errors import ConfigError
 from support.batch_records import batch_record
 

@@ -8,7 +8,8 @@ import pytest
 
 from cacheflow import cli
 from cacheflow.bench.batch.summary import BatchSetting, summarise_batches
-from cacheflow.bench.record import BatchRecord, read_records
+from cacheflow.bench.records.batch import BatchRecord
+from cacheflow.bench.records.suites import read_records
 from support.batch_records import batch_record
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from cacheflow.bench.figures.command import read_figures, write_figures
 from cacheflow.bench.figures.gains import RIVALS, gains
-from cacheflow.bench.record import PROBABILITIES, FigureRecord
+from cacheflow.bench.records.figure import PROBABILITIES, FigureRecord
 from cacheflow.errors import ConfigError
 
 

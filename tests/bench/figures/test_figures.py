@@ -9,7 +9,7 @@ from cacheflow.bench.figures.command import read_figures
 from cacheflow.bench.figures.drawing import draw_figures
 from cacheflow.bench.figures.registry import FIGURES, find_figures
 from cacheflow.bench.figures.runs import ALONE
-from cacheflow.bench.record import FigureRecord
+from cacheflow.bench.records.figure import FigureRecord
 from cacheflow.cli import main
 from cacheflow.errors import ConfigError
 

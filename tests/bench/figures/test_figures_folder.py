@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from cacheflow.bench.figures import command
 from cacheflow.bench.figures.command import read_figures, write_figures
-from cacheflow.bench.record import FigureRecord
+from cacheflow.bench.records.figure import FigureRecord
 from cacheflow.cli import main
 from support.batch_records import batch_record
 

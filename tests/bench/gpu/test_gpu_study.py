@@ -5,7 +5,10 @@ import json
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.record import BenchRecord, GpuRecord, RestoreRecord, read_records
+from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.gpu import GpuRecord
+from cacheflow.bench.records.restore import RestoreRecord
+from cacheflow.bench.records.suites import read_records
 from cacheflow.policies.registry import RESTORE_POLICIES
 
 pytestmark = pytest.mark.torch

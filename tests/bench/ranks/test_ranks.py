@@ -11,7 +11,8 @@ from rich.console import Console
 from cacheflow.bench.ranks import command as ranks_command
 from cacheflow.bench.ranks.report import draw_ranks, gain, ranks_tables
 from cacheflow.bench.ranks.study import RanksOptions, RankSplit, RanksStudy, cores_of, splits_of
-from cacheflow.bench.record import RanksRecord, append_record, read_records
+from cacheflow.bench.records.ranks import RanksRecord
+from cacheflow.bench.records.suites import append_record, read_records
 from cacheflow.bench.results_file import only_run
 from cacheflow.bench.vllm.client import Completion
 from cacheflow.bench.vllm.costs import PrefixSize

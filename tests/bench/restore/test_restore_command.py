@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.record import RestoreRecord, read_records
+from cacheflow.bench.records.restore import RestoreRecord
+from cacheflow.bench.records.suites import read_records
 from cacheflow.bench.summary import summarise
 from cacheflow.policies.registry import RESTORE_POLICIES
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cacheflow import cli
-from cacheflow.bench.record import RestoreRecord, read_records
+from cacheflow.bench.records.restore import RestoreRecord
+from cacheflow.bench.records.suites import read_records
 from cacheflow.bench.summary import summarise
 from support.sample_records import sample_record
 

@@ -287,7 +287,7 @@ def run_round(study, round_):
 
 @pytest.mark.parametrize("with_suffix", [False, True])
 def test_a_round_puts_every_policy_on_record(study, with_suffix):
-    from cacheflow.bench.record import RestoreRecord
+    from cacheflow.bench.records.restore import RestoreRecord
 
     round_ = new_round(study, with_suffix=with_suffix, perturbation={"cost_error": 2.0})
     runs, names = run_round(study, round_)

@@ -14,7 +14,8 @@ from cacheflow.bench.vllm.costs import (
     sample_lengths,
 )
 from cacheflow.bench.vllm.counts import counts_between
-from cacheflow.model_shape import HybridShape, ModelShape
+from cacheflow.hybrid_shape import HybridShape
+from cacheflow.model_shape import ModelShape
 
 SHAPE = ModelShape(
     name="smol", num_layers=30, hidden_size=576, num_q_heads=9, num_kv_heads=3, head_dim=64, intermediate_size=1536,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cacheflow.bench.record import VllmRecord, read_records
+from cacheflow.bench.records.suites import read_records
+from cacheflow.bench.records.vllm import VllmRecord
 from cacheflow.bench.suite import SuiteRun
 from cacheflow.bench.vllm import fleet
 from cacheflow.bench.vllm.client import VllmClient

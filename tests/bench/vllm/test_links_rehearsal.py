@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cacheflow.bench.record import VllmRecord, read_records
+from cacheflow.bench.records.suites import read_records
+from cacheflow.bench.records.vllm import VllmRecord
 from cacheflow.bench.vllm.policies import MODES
 from cacheflow.cli import main
 

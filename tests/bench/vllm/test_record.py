@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cacheflow.bench.record import NEIGHBOUR, VllmRecord, append_record, read_records
+from cacheflow.bench.records.suites import append_record, read_records
+from cacheflow.bench.records.vllm import NEIGHBOUR, VllmRecord
 from cacheflow.bench.summary import summarise
 from cacheflow.bench.vllm.report import draw_vllm, vllm_tables
 from cacheflow.errors import ConfigError

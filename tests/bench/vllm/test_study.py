@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cacheflow.bench.record import GuardRecord
+from cacheflow.bench.records.restore import GuardRecord
 from cacheflow.bench.vllm.client import VllmClient
 from cacheflow.bench.vllm.costs import PrefixSize, VllmCosts
 from cacheflow.bench.vllm.fleet import Fleet

@@ -79,10 +79,10 @@ def test_keys_that_are_written_too_soon_are_found(tiny):
     forward = new_forward(tiny)
     run = forward.run
 
-    def wrong(piece, carry, *, layers, kv_only_top=False):
-        out = run(piece, carry, layers=layers, kv_only_top=kv_only_top)
+    def wrong(segment, carry, *, layers, kv_only_top=False):
+        out = run(segment, carry, layers=layers, kv_only_top=kv_only_top)
         if kv_only_top and layers == (2, 3):
-            block = int(piece.slots[0]) // tiny.size
+            block = int(segment.slots[0]) // tiny.size
             kv = tiny.gather([block])
             kv[2, 0, 0] ^= 1
             tiny.place(kv, [block], layers=(2, 3), blocks=(0, 1))
@@ -101,8 +101,8 @@ def test_positions_off_by_one_are_found(tiny):
     forward = new_forward(tiny)
     run = forward.run
 
-    def shifted(piece, carry, **arguments):
-        return run(dataclasses.replace(piece, positions=piece.positions + 1), carry, **arguments)
+    def shifted(segment, carry, **arguments):
+        return run(dataclasses.replace(segment, positions=segment.positions + 1), carry, **arguments)
 
     forward.run = shifted
     difference = self_test(tiny.layout, forward, chunk_tokens=512).difference
@@ -164,7 +164,6 @@ def test_a_compiled_engine_is_restored_in_whole_passes(tiny):
 
     assert tiny.handle.compiled
     forward = new_forward(tiny)
-    assert not forward.writes_alone
     report = self_test(tiny.layout, forward, chunk_tokens=512)
     assert (report.difference, report.num_cuts) == (None, 0)
     tokens = tiny.tokens(256 + 9)

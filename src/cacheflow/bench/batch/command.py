@@ -12,7 +12,7 @@ from cacheflow.bench.batch.policies import CONTENDERS
 from cacheflow.bench.batch.report import batch_tables, draw_batches
 from cacheflow.bench.environment import accelerator_name, environment
 from cacheflow.bench.options import EmbeddedFlags, option
-from cacheflow.bench.record import BatchRecord
+from cacheflow.bench.records.batch import BatchRecord
 from cacheflow.bench.suite import Suite, SuiteRun, new_progress
 from cacheflow.errors import ConfigError
 

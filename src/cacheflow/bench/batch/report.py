@@ -33,7 +33,7 @@ from cacheflow.bench.chart import (
     new_figure,
     save_figure,
 )
-from cacheflow.bench.record import BatchRecord
+from cacheflow.bench.records.batch import BatchRecord
 from cacheflow.bench.spread import Spread
 from cacheflow.bench.table import (
     LOSES,

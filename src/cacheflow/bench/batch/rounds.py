@@ -11,7 +11,8 @@ from cacheflow.bench.batch.simulate import BatchCase, simulate_batch
 from cacheflow.bench.batch.study import BatchStudy, RequestRun
 from cacheflow.bench.batch_bound import batch_bound
 from cacheflow.bench.make_record import of_model
-from cacheflow.bench.record import BatchRecord, BatchRequestRecord, BatchTimes, Environment
+from cacheflow.bench.records.base import Environment
+from cacheflow.bench.records.batch import BatchRecord, BatchRequestRecord, BatchTimes
 from cacheflow.bench.suite import rotated
 from cacheflow.plan.bound import bound
 from cacheflow.plan.problem import RestoreProblem

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cacheflow.bench.contender import Contender
-from cacheflow.bench.record import BatchTimes
+from cacheflow.bench.records.batch import BatchTimes
 from cacheflow.bench.simulated import SimulatedRequest, simulate
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates

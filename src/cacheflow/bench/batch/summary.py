@@ -11,7 +11,7 @@ from itertools import combinations
 from statistics import median
 
 from cacheflow.bench.batch.policies import OURS
-from cacheflow.bench.record import BatchRecord
+from cacheflow.bench.records.batch import BatchRecord
 from cacheflow.bench.spread import Measure, PolicySummary, by_setting, summarise_policies
 
 CLEARLY = 1.05

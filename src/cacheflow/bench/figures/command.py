@@ -16,7 +16,9 @@ from cacheflow.bench.figures.drawing import draw_figures
 from cacheflow.bench.figures.gains import gains
 from cacheflow.bench.figures.registry import FIGURES, Figure, find_figures
 from cacheflow.bench.options import Flags, make_folder, option
-from cacheflow.bench.record import BenchRecord, FigureRecord, read_records
+from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.figure import FigureRecord
+from cacheflow.bench.records.suites import read_records
 from cacheflow.bench.results_file import replacing, take_up
 from cacheflow.bench.table import Row, text_table
 from cacheflow.errors import ConfigError

@@ -24,7 +24,7 @@ from cacheflow.bench.chart import (
 )
 from cacheflow.bench.figures.gains import gains
 from cacheflow.bench.figures.registry import FIGURES, Chart, ChartKind, Figure
-from cacheflow.bench.record import PROBABILITIES, FigureRecord
+from cacheflow.bench.records.figure import PROBABILITIES, FigureRecord
 from cacheflow.bench.spread import Spread
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cacheflow.bench.figures.runs import EXISTING, OURS, PURE
-from cacheflow.bench.record import FigureRecord
+from cacheflow.bench.records.figure import FigureRecord
 from cacheflow.bench.summary import PROMISE_FACTOR, PROMISE_S
 
 RIVALS = (*EXISTING, "cacheflow_v1", "cacheflow_v2")

@@ -13,7 +13,7 @@ from cacheflow.bench.contender import Contender
 from cacheflow.bench.figures.crowd_bound import FigureRequest
 from cacheflow.bench.figures.place import Place, with_ratio
 from cacheflow.bench.figures.runs import CROWD, OURS, Crowd, alone, crowded, least_alone
-from cacheflow.bench.record import FigureRecord
+from cacheflow.bench.records.figure import FigureRecord
 from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.workloads.arrivals import Poisson

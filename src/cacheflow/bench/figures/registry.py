@@ -12,7 +12,7 @@ from cacheflow.bench.figures.place import Place
 from cacheflow.bench.figures.points import Alone, Arriving, Crossover, Points, Sessions, Together, Varied
 from cacheflow.bench.figures.runs import CROWD, IN_ORDER, OURS
 from cacheflow.bench.figures.stages import Pipelines
-from cacheflow.bench.record import FigureRecord
+from cacheflow.bench.records.figure import FigureRecord
 from cacheflow.errors import ConfigError
 
 

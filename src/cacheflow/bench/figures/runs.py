@@ -11,7 +11,7 @@ import numpy as np
 from cacheflow.bench.contender import Contender
 from cacheflow.bench.figures.crowd_bound import FigureRequest, least_mean_s, most_in_time
 from cacheflow.bench.figures.place import COST_SOURCE, Place
-from cacheflow.bench.record import PROBABILITIES, FigureRecord
+from cacheflow.bench.records.figure import PROBABILITIES, FigureRecord
 from cacheflow.bench.simulated import SimulatedRequest, SimulatedRun, simulate
 from cacheflow.plan.bound import Bound, bound
 from cacheflow.plan.problem import RestoreProblem

@@ -17,7 +17,7 @@ import numpy as np
 from cacheflow.bench.figures.place import Place
 from cacheflow.bench.figures.points import Varied
 from cacheflow.bench.figures.runs import alone
-from cacheflow.bench.record import FigureRecord
+from cacheflow.bench.records.figure import FigureRecord
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.report import Lane

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 
 from cacheflow.bench.gpu.flags import GpuFlags
-from cacheflow.bench.record import BenchRecord, GpuRecord, RestoreRecord
+from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.gpu import GpuRecord
+from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.suite import Suite
 from cacheflow.bench.summary import console_tables, summarise
 from cacheflow.bench.table import Row, text_table

@@ -19,9 +19,8 @@ from cacheflow.bench.gpu.io_loop import measure_loop
 from cacheflow.bench.gpu.memory_stores import memory_stores
 from cacheflow.bench.gpu.study import GpuStudy
 from cacheflow.bench.gpu.tables import longest, main_table, other_cells, short_and_stored
-from cacheflow.bench.record import BenchRecord
+from cacheflow.bench.records.base import BenchRecord
 from cacheflow.bench.suite import SuiteRun
-from cacheflow.types import Clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +45,32 @@ PARTS = (
 """Least times are of a useful part: rounds watch the clock too."""
 
 
-def run_parts(flags: GpuFlags, suite: SuiteRun[BenchRecord], *, clock: Clock = time.monotonic) -> bool:
+def run_parts(flags: GpuFlags, suite: SuiteRun[BenchRecord]) -> bool:
     """Run what is asked for, is not on record, and has its time; False when something was left out."""
-    ends_s, complete = clock() + flags.time_limit_s, True
+    complete = True
     setup.open_model(flags)  # a missing device or shape is one line, before anything is measured
-    study = GpuStudy(flags, suite, ends_s=ends_s, clock=clock)
+    study = GpuStudy(flags, suite)
     for part in PARTS:
         if part.number not in flags.parts or study.has(part.number, "done"):
             continue
         least_s = part.least_s / flags.pace
-        if least_s > study.left_s:
-            study.say(f"part {part.number} is left out: it needs {least_s:.0f} s, {study.left_s:.0f} s are left")
+        if least_s > suite.left_s:
+            suite.say(f"part {part.number} is left out: it needs {least_s:.0f} s, {suite.left_s:.0f} s are left")
             complete = False
             continue
-        began_s = clock()
+        began_s = time.monotonic()
         try:
             finished = part.run(study)
         except Exception as error:  # noqa: BLE001 -- what was measured is to be shown, and other parts may have their time
             study.put(part.number, "failed", {"error": f"{type(error).__name__}: {error}"[:500]})
-            study.say(f"part {part.number} failed: {type(error).__name__}: {error}")
+            suite.say(f"part {part.number} failed: {type(error).__name__}: {error}")
             study.free()
             complete = False
             continue
         if finished:
-            study.put(part.number, "done", {"seconds": clock() - began_s})
+            study.put(part.number, "done", {"seconds": time.monotonic() - began_s})
         elif part.number == EXACTNESS:
-            study.say("bits differ: no time is worth measuring, the study ends here")
+            suite.say("bits differ: no time is worth measuring, the study ends here")
             return True
         else:
             complete = False

@@ -1,4 +1,4 @@
-"""What the parts share: the model, the clock, the results file, and how a prefix is restored round by round."""
+"""What the parts share: the model, what they put on record, and how a prefix is restored round by round."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from cacheflow.bench import setup
 from cacheflow.bench.environment import accelerator_name, environment
 from cacheflow.bench.gpu.flags import GpuFlags
 from cacheflow.bench.gpu.host_streams import HostStreams
-from cacheflow.bench.record import BenchRecord, GpuRecord, RestoreRecord
+from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.gpu import GpuRecord
+from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.restore.link import PinnedStudyLink, StudyLink
 from cacheflow.bench.restore.rounds import Round, is_done, ratio_on_record, run_round
 from cacheflow.bench.restore.study import Study, StudyOptions
@@ -19,7 +21,6 @@ from cacheflow.bench.suite import SuiteRun
 from cacheflow.engine.runner import LayerRunner
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.tensors.streams import DeviceStreams, streams_of
-from cacheflow.types import Clock
 
 SUITE = "restore"
 READS = 8
@@ -28,25 +29,25 @@ Values = Mapping[str, str | int | float | None]
 
 
 class GpuStudy:
-    """A run of ``cacheflow bench gpu``, which watches the clock."""
+    """A run of ``cacheflow bench gpu``.
 
-    def __init__(self, flags: GpuFlags, suite: SuiteRun[BenchRecord], *, ends_s: float, clock: Clock) -> None:
-        """Watch the clock until ``ends_s``."""
-        self.flags, self._suite, self._ends_s, self._clock = flags, suite, ends_s, clock
+    Attributes:
+        flags: The command line's.
+        suite: Watches the clock, and has what is on record.
+    """
+
+    def __init__(self, flags: GpuFlags, suite: SuiteRun[BenchRecord]) -> None:
+        """Find the device."""
+        self.flags, self.suite = flags, suite
         self.device = torch.device(flags.device)
         self.streams: DeviceStreams = streams_of(self.device) or HostStreams()
         self.on_gpu = flags.device == "cuda"
         self._main: Study | None = None
         self._environment = environment(accelerator=accelerator_name(flags.device))
 
-    @property
-    def left_s(self) -> float:
-        """Seconds of the time limit that are left."""
-        return self._ends_s - self._clock()
-
     def put(self, part: int, name: str, values: Values, *, correct: bool | None = None) -> None:
         """Put a finding on record."""
-        self._suite.add(
+        self.suite.add(
             GpuRecord(
                 suite="gpu",
                 part=part,
@@ -58,18 +59,10 @@ class GpuStudy:
             )
         )
 
-    def say(self, text: str) -> None:
-        """Print a line."""
-        self._suite.say(text)
-
     def has(self, part: int, name: str) -> bool:
         """Whether a finding is on record."""
-        records = [each for each in self._records if isinstance(each, GpuRecord)]
+        records = [each for each in self.suite.records if isinstance(each, GpuRecord)]
         return any((each.part, each.name, each.device) == (part, name, self.flags.device) for each in records)
-
-    @property
-    def _records(self) -> list[BenchRecord]:
-        return [*self._suite.done, *self._suite.added]
 
     def runner(self) -> LayerRunner:
         """The model's layers."""
@@ -123,7 +116,7 @@ class GpuStudy:
         for repeat in range(repeats):
             for each in gbps:
                 bytes_per_s = each * 1e9 / 8
-                records = [record for record in self._records if isinstance(record, RestoreRecord)]
+                records = [record for record in self.suite.records if isinstance(record, RestoreRecord)]
                 load_s = study.prefix_bytes / study.link_bytes_per_s(bytes_per_s)
                 ratio = ratio_on_record(study, records, suite=SUITE, bytes_per_s=bytes_per_s)
                 round_ = Round(
@@ -136,10 +129,11 @@ class GpuStudy:
                 if is_done(round_, study, records, suite=SUITE):
                     continue
                 expected_s = len(policies) * (load_s + study.recompute_s()) / 2
-                if expected_s > self.left_s:
-                    self.say(f"left out from {each:g} Gbit/s on: {expected_s:.0f} s needed, {self.left_s:.0f} s left")
+                left_s = self.suite.left_s
+                if expected_s > left_s:
+                    self.suite.say(f"left out from {each:g} Gbit/s on: {expected_s:.0f} s needed, {left_s:.0f} s left")
                     return False
                 named = {**self._environment, **study.device_notes}
                 for run in run_round(study, round_, suite=SUITE, environment=named, on_run=lambda name: None):
-                    self._suite.add(run.record)
+                    self.suite.add(run.record)
         return True

@@ -15,7 +15,7 @@ from cacheflow.bench.environment import available_memory, environment
 from cacheflow.bench.options import ServedFlags, exit_on_sigterm, option
 from cacheflow.bench.ranks.report import draw_ranks, ranks_tables
 from cacheflow.bench.ranks.study import ANSWER_TOKENS, RanksOptions, RankSplit, RanksStudy, splits_of
-from cacheflow.bench.record import RanksRecord
+from cacheflow.bench.records.ranks import RanksRecord
 from cacheflow.bench.suite import Suite, SuiteRun, new_progress
 from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.bench.vllm.probe import probe

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cacheflow.bench.chart import PALETTE, draw_bound, draw_line, label_ratios, new_figure, save_figure
-from cacheflow.bench.record import RanksRecord
+from cacheflow.bench.records.ranks import RanksRecord
 from cacheflow.bench.spread import Spread
 from cacheflow.bench.table import NOTHING, WRONG, Row, markdown_table, median_of, not_equal, seconds, text_table
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cacheflow.bench.record import Environment, RanksRecord
+from cacheflow.bench.records.base import Environment
+from cacheflow.bench.records.ranks import RanksRecord
 from cacheflow.bench.suite import rotated
 from cacheflow.bench.vllm.ask import compare, nudge
 from cacheflow.bench.vllm.client import Completion

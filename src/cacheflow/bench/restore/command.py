@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cacheflow.bench.chart import draw_results
 from cacheflow.bench.environment import accelerator_name, environment
 from cacheflow.bench.options import EmbeddedFlags, option
-from cacheflow.bench.record import RestoreRecord
+from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.suite import OnRun, Suite, SuiteRun, new_progress
 from cacheflow.bench.summary import console_tables, summarise
 from cacheflow.bench.timeline import Timeline, draw_timelines, read_timelines, write_timelines
@@ -157,7 +157,7 @@ def _run_length(flags: RestoreFlags, num_tokens: int, suite: SuiteRun[RestoreRec
         with new_progress(suite.console) as progress:
             task = progress.add_task(f"measuring costs, {num_tokens} tokens", total=study.num_cost_steps)
             study.prepare(lambda: progress.advance(task))
-            done = [*suite.done, *suite.added]
+            done = suite.records
             rounds = [r for r in _rounds(flags, study, done) if not is_done(r, study, done, suite=flags.suite)]
             named = {**environment(accelerator=accelerator_name(flags.device)), **study.device_notes}
 

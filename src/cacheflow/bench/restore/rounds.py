@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cacheflow.bench.make_record import make_record, of_model, recompute_seconds
-from cacheflow.bench.record import Environment, RestoreRecord
+from cacheflow.bench.records.base import Environment
+from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.restore.drop_bound import bound_with_drop
 from cacheflow.bench.restore.study import CLEAN, Study, StudyRun, Wrong
 from cacheflow.bench.suite import rotated

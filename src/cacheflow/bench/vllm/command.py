@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cacheflow.bench.environment import environment
 from cacheflow.bench.options import DEFAULT_MODEL, ServedFlags, exit_on_sigterm, option
-from cacheflow.bench.record import LoadRecord, VllmRecord
+from cacheflow.bench.records.vllm import LoadRecord, VllmRecord
 from cacheflow.bench.suite import Suite, SuiteRun, new_progress
 from cacheflow.bench.vllm.costs import PrefixSize, measure_costs, prefix_bytes
 from cacheflow.bench.vllm.fleet import Fleet, FleetOptions, open_fleet, open_one_server

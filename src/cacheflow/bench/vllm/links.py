@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from cacheflow.bench.record import VllmRecord
+from cacheflow.bench.records.vllm import VllmRecord
 from cacheflow.bench.suite import SuiteRun
 from cacheflow.bench.vllm.fleet import Fleet
 from cacheflow.bench.vllm.policies import STOCK
@@ -109,7 +109,7 @@ class LinkRounds:
 
     def _records(self, bytes_per_s: float) -> list[VllmRecord]:
         """What is on record of this model, prefix and link."""
-        return [each for each in (*self._suite.done, *self._suite.added) if self._study.is_of(each, bytes_per_s)]
+        return [each for each in self._suite.records if self._study.is_of(each, bytes_per_s)]
 
 
 def _gbps(bytes_per_s: float) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cacheflow.bench.record import LoadRecord
+from cacheflow.bench.records.vllm import LoadRecord
 from cacheflow.bench.vllm.client import MODEL, ServerError
 from cacheflow.bench.vllm.counts import Samples, sample_sum
 from cacheflow.bench.vllm.fleet import FleetOptions, open_fleet

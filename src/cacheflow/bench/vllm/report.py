@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cacheflow.bench.chart import draw_bound, draw_line, in_order, label_ratios, new_figure, save_figure
-from cacheflow.bench.record import ITL_SLO_MS, NEIGHBOUR, LoadRecord, VllmRecord
+from cacheflow.bench.records.vllm import ITL_SLO_MS, NEIGHBOUR, LoadRecord, VllmRecord
 from cacheflow.bench.summary import OURS, RestoreSummary, RunSetting, SettingSummary, flag, summarise
 from cacheflow.bench.table import (
     DISTURBED,

@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from cacheflow.bench.record import ITL_SLO_MS, NEIGHBOUR, Environment, GuardRecord, VllmRecord
+from cacheflow.bench.records.base import Environment
+from cacheflow.bench.records.restore import GuardRecord
+from cacheflow.bench.records.vllm import ITL_SLO_MS, NEIGHBOUR, VllmRecord
 from cacheflow.bench.suite import rotated
 from cacheflow.bench.vllm.ask import NEIGHBOUR_TOKENS, Asked, Neighbour, ask, compare, save_prefix
 from cacheflow.bench.vllm.client import Completion, VllmClient

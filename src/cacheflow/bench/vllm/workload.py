@@ -13,7 +13,8 @@ from typing import Any
 from cacheflow.bench.vllm.costs import PrefixSize
 from cacheflow.engine.smollm2 import SMOLLM2_NAME, cache_root, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
-from cacheflow.model_shape import DELTA_CHUNK, HybridShape, ModelShape
+from cacheflow.hybrid_shape import DELTA_CHUNK, HybridShape
+from cacheflow.model_shape import ModelShape
 from cacheflow.shapes.hardware import find_model
 from cacheflow.shapes.hf_config import shape_of
 from cacheflow.workloads.coding import byte_tokens, source_text

@@ -15,7 +15,7 @@ from cacheflow.policies.stages import plan_stages
 from cacheflow.policies.step_overhead import STEP_OVERHEAD_S, why_prefill
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.lookup import StoreQuestion
 from cacheflow.vllm.scheduler.request_params import Mode, RequestParams
 from cacheflow.vllm.scheduler.sharing import LeaderShare
@@ -70,7 +70,7 @@ class Decider:
     def __init__(
         self,
         facts_by_stage: Sequence[EngineFacts],
-        options: ConnectorOptions,
+        options: ServingOptions,
         *,
         clock: Clock,
         tier_rates: Callable[[], tuple[float | None, ...]] = tuple,

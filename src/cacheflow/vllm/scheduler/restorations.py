@@ -19,7 +19,7 @@ from cacheflow.state.restoration import RestoreState
 from cacheflow.types import Clock, LoadOutcome
 from cacheflow.vllm.adapters import AdapterClaim
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.decide import Decider, Decision
 from cacheflow.vllm.scheduler.explain import overlap, record_of
 from cacheflow.vllm.scheduler.pace import StepBudget, StepPace
@@ -90,7 +90,7 @@ class Restorations:
     """The restoration that the batch policy ranks first takes what it can of a step's budget, the next the rest."""
 
     def __init__(
-        self, options: ConnectorOptions, decider: Decider, *, ranks_per_stage: int, clock: Clock, counts: Counts
+        self, options: ServingOptions, decider: Decider, *, ranks_per_stage: int, clock: Clock, counts: Counts
     ) -> None:
         self._options, self._decider, self._counts, self._clock = options, decider, counts, clock
         self._ranks_per_stage = ranks_per_stage

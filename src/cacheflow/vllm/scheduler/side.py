@@ -19,8 +19,8 @@ from cacheflow.stores.keys import chain_root
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
-from cacheflow.vllm.options import ConnectorOptions
-from cacheflow.vllm.scheduler.checkpoints import CheckpointDue, RequestCheckpoints, StatesUnderWay
+from cacheflow.vllm.options import ServingOptions
+from cacheflow.vllm.scheduler.checkpoints import RequestCheckpoints, StatesUnderWay
 from cacheflow.vllm.scheduler.decide import Decider, Decision
 from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, UNNAMED, Siblings, answer_of
 from cacheflow.vllm.scheduler.keeps import Keeps
@@ -30,9 +30,10 @@ from cacheflow.vllm.scheduler.request import TrackedRequest
 from cacheflow.vllm.scheduler.request_params import KeepLimits, Mode, RequestParams
 from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 from cacheflow.vllm.scheduler.restorations import EndedRestoration, RestorationOutcome, Restorations
-from cacheflow.vllm.scheduler.saves import RequestSaves, SaveLog
+from cacheflow.vllm.scheduler.saves import RequestSaves
 from cacheflow.vllm.scheduler.sharing import Following
 from cacheflow.vllm.scheduler.stage_planner import slowest_rank_of_each_stage
+from cacheflow.vllm.scheduler.step_saves import StepSaves
 from cacheflow.vllm.scheduler.store_census import StoreCensus
 from cacheflow.vllm.scheduler.view import (
     NO_STATES,
@@ -60,14 +61,13 @@ class SchedulerSide:
     """
 
     def __init__(
-        self, options: ConnectorOptions, store: Store, facts_by_rank: Sequence[EngineFacts], *, clock: Clock
+        self, options: ServingOptions, store: Store, facts_by_rank: Sequence[EngineFacts], *, clock: Clock
     ) -> None:
         """Serve the engine whose workers found out ``facts_by_rank``."""
         by_stage = slowest_rank_of_each_stage(facts_by_rank)
         self._options, self._store = options, store
         self._under_way = StatesUnderWay(patience_s=options.lookup_timeout_s, clock=clock)
         self._block_size = by_stage[0].block_size
-        self._captures = any(facts.boundary_token_bytes for facts in facts_by_rank)
         self.requests: dict[str, TrackedRequest] = {}
         self._weights_versions: dict[int, int] = {}
         self._siblings = Siblings()
@@ -76,13 +76,15 @@ class SchedulerSide:
         self._parts = describe(facts_by_rank)
         self._census = StoreCensus(store)
         self._census.describe(self.identity.namespace(None), self._parts)
-        self._save_log = SaveLog()
+        self._saves = StepSaves(
+            self.identity, self._under_way, captures=any(facts.boundary_token_bytes for facts in facts_by_rank)
+        )
         self._keep_limits = KeepLimits(tool_s=options.keep_tool_s, max_s=options.max_keep_s)
         self._keeps = Keeps((facts.objects for facts in facts_by_rank), clock=clock)
         self._keep_works: list[KeepWork] = []
         self._lookup = PrefixLookup(store, timeout_s=options.lookup_timeout_s, clock=clock)
         self._questions = StoreQuestions(
-            self._lookup, facts_by_rank, num_saves=lambda: self._save_log.num_saves, clock=clock
+            self._lookup, facts_by_rank, num_saves=lambda: self._saves.num_saves, clock=clock
         )
         self.decider = Decider(by_stage, options, clock=clock, tier_rates=self._lookup.tier_rates)
         self.restorations = Restorations(
@@ -296,7 +298,10 @@ class SchedulerSide:
                 be saved.
             preempted: Requests that lose their KV blocks in this step.
         """
-        saves, captures = self._saves(scheduled, block_ids_of, state_blocks_of) if self._options.save else ((), ())
+        saves: tuple[SaveWork, ...] = ()
+        captures: tuple[CaptureWork, ...] = ()
+        if self._options.save:
+            saves, captures = self._saves.of_step(self.requests, scheduled, block_ids_of, state_blocks_of)
         generation, preempted = self.identity.generation, preempted if self.decider.recurrent else ()
         keeps, self._keep_works = tuple(self._keep_works), []
         if not saves and not captures and not preempted and not keeps and not self.has_work:
@@ -324,62 +329,6 @@ class SchedulerSide:
 
     def _tenant(self, request_id: str) -> str:
         return chain_root(self.requests[request_id].view.salt).hex()
-
-    def _saves(
-        self, scheduled: Iterable[ScheduledRequest], block_ids_of: BlockIdsOf, state_blocks_of: StateBlocksOf
-    ) -> tuple[tuple[SaveWork, ...], tuple[CaptureWork, ...]]:
-        saves: list[SaveWork] = []
-        captures: list[CaptureWork] = []
-        for each in scheduled:
-            request = self.requests.get(each.request_id)
-            if request is None or request.params.mode is Mode.OFF or not self._is_current(request):
-                continue
-            own, num_computed = request.saves, each.num_computed
-            if each.unproven:
-                own.distrust_loads()
-            if not own.proven:
-                continue
-            if self._captures and (capture := own.capture(num_computed - each.num_scheduled, num_computed)) is not None:
-                captures.append(capture)
-            computed = own.take(request.name, num_computed=num_computed, block_ids_of=block_ids_of)
-            checkpoint = self._checkpoint(request, num_computed, block_ids_of, state_blocks_of)
-            if checkpoint is not None:
-                computed = [*(save for save in computed if save.chunk != checkpoint.chunk), checkpoint]
-            question = request.question
-            new = self._save_log.new(computed, asked_after_saves=question.asked_after_saves if question else 0)
-            for save in new:
-                if save.keep:
-                    self._under_way.keep(save)
-            saves += new
-        return tuple(saves), tuple(captures)
-
-    def _checkpoint(
-        self, request: TrackedRequest, num_computed: int, block_ids_of: BlockIdsOf, state_blocks_of: StateBlocksOf
-    ) -> SaveWork | None:
-        """The chunk that ends with the step, with its running states; None where they are not to be saved.
-
-        Where vLLM schedules ahead of what it has sampled, a chunk's last token is known a step late. Then its states
-        are saved in that step: vLLM still has them.
-        """
-        num_computed = min(num_computed, len(request.view.tokens))
-        due = None if request.checkpoints is None else request.checkpoints.due(num_computed)
-        if due is None:
-            return None
-        return request.saves.checkpoint(
-            request.name,
-            num_computed=num_computed,
-            block_ids_of=block_ids_of,
-            state_blocks_of=state_blocks_of,
-            keep=due is CheckpointDue.AT_END,
-        )
-
-    def _is_current(self, request: TrackedRequest) -> bool:
-        """Whether all of a request's KV is of the weights and the adapter that its name stands for."""
-        if self.identity.stopped or request.name.generation != self.identity.generation:
-            return False
-        return not self.identity.may_be_old(
-            request.view.adapter, num_local=request.num_local, num_loaded=request.num_loaded
-        )
 
     def reset(self) -> None:
         """Restore nothing that was saved so far; what is being restored is given up. The store keeps it for others."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from cacheflow.errors import ConfigError, ProfileError, UnsupportedModelError
-from cacheflow.model_shape import DELTA_CHUNK, ModelShape
+from cacheflow.hybrid_shape import DELTA_CHUNK
+from cacheflow.model_shape import ModelShape
 from cacheflow.plan.cell_sizes import layers_of_object
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
@@ -23,7 +24,7 @@ from cacheflow.vllm.models.layers import is_latent
 from cacheflow.vllm.models.model_access import ModelHandle, open_model
 from cacheflow.vllm.models.partial_forward import PartialForward
 from cacheflow.vllm.models.refusals import layer_specs, require_recomputable
-from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.startup.agreement import of_all_ranks
 from cacheflow.vllm.startup.calibration import Lengths, calibrate
 from cacheflow.vllm.startup.cost_profile import load_costs, profile_path, save_costs
@@ -42,7 +43,7 @@ _COSTLY_CHUNK = 0.2
 
 
 def find_engine(
-    options: ConnectorOptions,
+    options: ServingOptions,
     store: Store,
     vllm_config: Any,  # noqa: ANN401 -- vLLM's types
     kv_cache_config: Any,  # noqa: ANN401
@@ -109,7 +110,7 @@ def find_engine(
     return FoundEngine(handle, layout, states, forward, facts)
 
 
-def _advise_blocks(options: ConnectorOptions, handle: ModelHandle) -> None:
+def _advise_blocks(options: ServingOptions, handle: ModelHandle) -> None:
     """Say when running states depend on where passes end, and passes of a prefill end elsewhere than chunks."""
     size = handle.block_size
     is_mamba2 = handle.groups.state_kind == MAMBA2
@@ -135,7 +136,7 @@ def _advise_blocks(options: ConnectorOptions, handle: ModelHandle) -> None:
 
 
 def _tested(
-    options: ConnectorOptions,
+    options: ServingOptions,
     handle: ModelHandle,
     layout: BlockLayout,
     states: StateBlocks | None,
@@ -177,7 +178,7 @@ def _log_stage(facts: EngineFacts) -> None:
     logger.info("pipeline stage %d of %d %s", shard.pp_rank, shard.pp_size, how)
 
 
-def _layers_per_block(options: ConnectorOptions, handle: ModelHandle, shape: ModelShape) -> int:
+def _layers_per_block(options: ServingOptions, handle: ModelHandle, shape: ModelShape) -> int:
     """Layers of an object: the same on all ranks, whatever part of the model each holds."""
     if not handle.compiled:
         own = layers_of_object(
@@ -196,7 +197,7 @@ def _layers_per_block(options: ConnectorOptions, handle: ModelHandle, shape: Mod
 
 
 def _costs(
-    options: ConnectorOptions,
+    options: ServingOptions,
     handle: ModelHandle,
     layout: BlockLayout,
     states: StateBlocks | None,
@@ -249,7 +250,7 @@ def _advise_chunk(costs: CostTable, *, block_size: int) -> None:
         )  # fmt: skip
 
 
-def _link(options: ConnectorOptions, store: Store, *, object_bytes: int) -> LinkCost:
+def _link(options: ServingOptions, store: Store, *, object_bytes: int) -> LinkCost:
     if options.throttle_bytes_per_s is not None:
         # The throttle is the link; probing it would take long and say the same.
         return LinkCost(bytes_per_s=options.throttle_bytes_per_s, latency_s=options.throttle_latency_s)

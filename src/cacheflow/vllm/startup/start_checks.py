@@ -22,7 +22,7 @@ from cacheflow.vllm.models.refusals import (
     require_recomputable,
     states_elsewhere,
 )
-from cacheflow.vllm.options import DEFAULT_CHUNK_TOKENS, ConnectorOptions
+from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.startup.installed import InstalledVllm
 from cacheflow.vllm.startup.local_config import local_config
 from cacheflow.vllm.startup.server_flags import ServerFlags
@@ -60,16 +60,17 @@ def check_start(
     Raises:
         ConfigError: It would be; with the reason that the connector or a worker would give.
     """
-    written = {} if model is None else _config_of(model, flags, environment)
-    config = {} if flags.given(_OVERRIDES) else written
+    config = {} if model is None else _config_of(model, flags, environment)
+    kind = certain = _cache_kind(flags, config, environment)
+    if flags.given(_OVERRIDES):
+        config, certain = {}, CacheKind.FULL
     _check_store(options, flags, installed, environment)
-    kind, written_kind = (_cache_kind(flags, each, environment) for each in (config, written))
-    _check_chunks(options, flags, max_tokens=_max_tokens(flags, config), recurrent=written_kind.has_states)
+    _check_chunks(options, flags, max_tokens=_max_tokens(flags, config), recurrent=kind.has_states)
     view = _view(flags, config)
-    reasons = [cache_refusal(kind), *engine_refusals(view), *(_state_refusals(flags) if kind.has_states else ())]
+    reasons = [cache_refusal(certain), *engine_refusals(view), *(_state_refusals(flags) if certain.has_states else ())]
     require_loadable([reason for reason in reasons if reason])
     require_recomputable(list(configured_refusals(view)), load_only=options.unsupported_models == "load_only")
-    return written_kind
+    return kind
 
 
 def _state_refusals(flags: ServerFlags) -> Iterator[str]:
@@ -81,13 +82,13 @@ def _state_refusals(flags: ServerFlags) -> Iterator[str]:
 
 
 def _check_chunks(options: ConnectorOptions, flags: ServerFlags, *, max_tokens: int | None, recurrent: bool) -> None:
-    block_size = flags.number("--block-size")
-    if recurrent and options.chunk_tokens == DEFAULT_CHUNK_TOKENS:
+    if recurrent and options.chunk_tokens is None:
         return  # a chunk will be a block, whose size vLLM works out
+    block_size, serving = flags.number("--block-size"), options.for_engine()
     if max_tokens is not None:
-        options.require_chunk_in_prompt(max_tokens)
+        serving.require_chunk_in_prompt(max_tokens)
     if block_size:
-        options.require_block_size(block_size)
+        serving.require_block_size(block_size)
 
 
 def _config_of(model: str, flags: ServerFlags, environment: Mapping[str, str]) -> Mapping[str, Any]:

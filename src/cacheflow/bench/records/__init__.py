@@ -1,0 +1,1 @@
+"""Every record of every suite, one line of a ``.jsonl`` file each; tables and charts read nothing else."""
