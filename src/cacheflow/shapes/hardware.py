@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cacheflow.errors import ConfigError
-from cacheflow.json_text import parse_json, read_text
 from cacheflow.hybrid_shape import HybridShape, Mamba2Shape
+from cacheflow.json_text import parse_json, read_text
 from cacheflow.model_shape import ModelShape
 from cacheflow.shapes.hf_config import HYBRID_KEYS, MAMBA2_KEYS, is_hf_config, shape_of
 from cacheflow.shapes.roofline import GpuPeaks
