@@ -47,23 +47,27 @@ def held(roots: Iterable[object]) -> Counter[str]:
         if id(each) in seen:
             continue
         seen[id(each)] = each
-        if isinstance(each, dict):
-            left += [*each.keys(), *each.values()]
-        elif isinstance(each, (*SIZED, tuple)):
-            left += list(each)
-        elif isinstance(each, partial):
-            left += [each.func, *each.args, *each.keywords.values()]
-        elif isinstance(each, MethodType):
-            left.append(each.__self__)
-        elif type(each).__module__.startswith("cacheflow."):
-            found[type(each).__name__] += 1
-            for name, value in _attributes(each):
-                left.append(value)
-                if isinstance(value, SIZED):
-                    found[f"{type(each).__name__}.{name}"] += len(value)
-                elif isinstance(value, SimpleQueue):
-                    found[f"{type(each).__name__}.{name}"] += value.qsize()
+        if not type(each).__module__.startswith("cacheflow."):
+            left += _inside(each)
+            continue
+        found[type(each).__name__] += 1
+        for name, value in _attributes(each):
+            left.append(value)
+            if isinstance(value, (*SIZED, SimpleQueue)):
+                size = value.qsize() if isinstance(value, SimpleQueue) else len(value)
+                found[f"{type(each).__name__}.{name}"] += size
     return found
+
+
+def _inside(each: object) -> list[object]:
+    """What something that is not ours leads to."""
+    if isinstance(each, dict):
+        return [*each.keys(), *each.values()]
+    if isinstance(each, (*SIZED, tuple)):
+        return list(each)
+    if isinstance(each, partial):
+        return [each.func, *each.args, *each.keywords.values()]
+    return [each.__self__] if isinstance(each, MethodType) else []
 
 
 def _attributes(owner: object) -> Iterator[tuple[str, Any]]:

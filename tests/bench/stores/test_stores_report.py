@@ -100,4 +100,4 @@ def test_a_page_gets_a_row_a_store_and_size():
 @pytest.mark.parametrize("changes", [{"read_s": 0.0}, {"object_bytes": 0}, {"way": ""}, {"link_bytes_per_s": -1.0}])
 def test_impossible_numbers_are_refused(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
-        turn(OURS, 1.0, **changes)
+        turn(**{"way": OURS, "gb_per_s": 1.0, **changes})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,7 @@ from cacheflow.bench.records.base import Environment
 from cacheflow.bench.records.stores import StoreReadRecord
 from cacheflow.bench.stores.report import stores_tables
 from cacheflow.bench.stores.study import StoreRound, StoreStudy, open_store_study
-from cacheflow.bench.suite import Suite, SuiteRun, new_progress
+from cacheflow.bench.suite import OnRun, Suite, SuiteRun, new_progress
 from cacheflow.errors import ConfigError
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.stores.shared import UNBOUNDED
@@ -106,17 +106,22 @@ def _measure(flags: StoresFlags, url: str, suite: SuiteRun[StoreReadRecord], nam
                 num_reads=flags.reads,
                 link_bytes_per_s=flags.link_bytes_per_s,
             ) as study:
-                rounds = [
-                    each for each in map(study.round, range(flags.repeats)) if not is_done(study, each, suite.done)
-                ]
-                measure = partial(study.run, seconds=flags.seconds, environment=named)
-                with new_progress(suite.console) as progress:
-                    if not suite.run_rounds(
-                        progress, rounds, lambda each, on_run: measure(each, on_run=on_run),
-                        lambda each: f"{parsed.scheme}, {mib:g} MiB",
-                    ):  # fmt: skip
-                        return False
+                if not _alternate(flags, study, suite, named):
+                    return False
     return True
+
+
+def _alternate(flags: StoresFlags, study: StoreStudy, suite: SuiteRun[StoreReadRecord], named: Environment) -> bool:
+    """Let the ways of one study take turns; False when the time limit ended it."""
+    every = map(study.round, range(flags.repeats))
+    rounds = [each for each in every if not is_done(study, each, suite.done)]
+    what = f"{study.url.scheme}, {study.objects.num_bytes / MIB:g} MiB"
+
+    def measure(round_: StoreRound, on_run: OnRun) -> Iterator[StoreReadRecord]:
+        return study.run(round_, seconds=flags.seconds, environment=named, on_run=on_run)
+
+    with new_progress(suite.console) as progress:
+        return suite.run_rounds(progress, rounds, measure, lambda round_: what)
 
 
 def is_done(study: StoreStudy, round_: StoreRound, records: Sequence[StoreReadRecord]) -> bool:

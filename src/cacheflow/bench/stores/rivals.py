@@ -115,8 +115,9 @@ class RespWay(ThreadsWay):
             OSError: The server refuses that.
         """
         password = os.environ.get("CACHEFLOW_REDIS_PASSWORD")
-        orders = [] if password is None else [(b"AUTH", (url.username or "default").encode(), password.encode())]
-        orders += [(b"SELECT", (url.path.strip("/") or "0").encode())]
+        orders: list[tuple[bytes, ...]] = [(b"SELECT", (url.path.strip("/") or "0").encode())]
+        if password is not None:
+            orders.insert(0, (b"AUTH", (url.username or "default").encode(), password.encode()))
         for order in orders:
             connection.sendall(_command(*order))
             line, _ = _answer(connection)
