@@ -95,6 +95,11 @@ COMMANDS = (
         "cacheflow.bench.ranks.command",
     ),
     Command(
+        ("bench", "stores"),
+        "read stores as fast as they go, beside other clients",
+        "cacheflow.bench.stores.command",
+    ),
+    Command(
         ("bench", "gpu"),
         "the first study on a GPU, in parts that watch the clock",
         "cacheflow.bench.gpu.command",

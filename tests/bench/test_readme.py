@@ -9,6 +9,7 @@ from msgspec.structs import asdict
 from cacheflow import cli
 from cacheflow.bench import readme
 from cacheflow.bench.records.ranks import RanksRecord
+from cacheflow.bench.records.stores import StoreReadRecord
 from cacheflow.bench.records.suites import append_record
 from cacheflow.bench.records.vllm import VllmRecord
 from cacheflow.errors import ConfigError
@@ -110,6 +111,50 @@ def test_two_studies_in_one_file_are_refused(files: tuple[Path, Path]):
     append_record(files[0], sample_record(dtype="bfloat16"))
     with pytest.raises(ConfigError, match="several studies"):
         run(*files)
+
+
+def test_stores_have_a_table_of_their_own(files: tuple[Path, Path]):
+    values = {
+        "way": "cacheflow", "object_bytes": 1 << 22, "num_objects": 32, "reads_in_flight": 3, "link_bytes_per_s": None,
+        "repeat": 0, "read_bytes": 1 << 30, "read_s": 0.5, "correct": True, "environment": {"cpu": "test processor"},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="no run of suite 'stores'"):
+        block(files[0], suite="stores")
+    for store in ("memory", "file"):
+        append_record(files[0], StoreReadRecord(store=store, **values))
+    begin, end = readme.markers_of("stores")
+    files[1].write_text(f"{TEXT}{begin}\n{end}\n")
+    assert run(*files, "--suite", "stores") == 0
+    text = files[1].read_text()
+    assert text.startswith(TEXT), "the other table is left alone"
+    assert "| memory | 4 MiB | 2.15 GB/s |" in text
+    assert "| file | 4 MiB | 2.15 GB/s |" in text
+    assert run(*files, "--suite", "stores", "--check") == 0
+    with pytest.raises(ConfigError, match="stores have a table alone"):
+        run(*files, "--suite", "stores", "--figure", str(files[0].parent / "figure.png"))
+
+
+def test_restorations_over_several_stores_are_a_row_each(files: tuple[Path, Path]):
+    results, text = files[0].parent / "stores.jsonl", files[1]
+    for store, ratio, restore_s in (("s3", 0.2, 2.0), ("memory", 0.05, 1.0)):
+        for policy, factor in (("load", 1.1), ("cacheflow", 1.0)):
+            ttft_s = restore_s * factor
+            append_record(
+                results, sample_record(store=store, load_compute_ratio=ratio, policy=policy, ttft_s=ttft_s)
+            )  # fmt: skip
+    shown = block(results, by="store")
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert rows[0] == "| store | load time / compute time | load | cacheflow | *lower bound* |"
+    assert rows[2].startswith("| memory | 0.05 | 1.10 s (0.96×) | **1.00 s (0.87×)")
+    assert rows[3].startswith("| s3 | 0.2 |")
+    assert "bench readme --by store --results" in shown
+    begin, end = readme.markers_of("restore", "restore-stores")
+    text.write_text(f"{begin}\n{end}\n")
+    assert run(results, text, "--by", "store", "--table", "restore-stores") == 0
+    assert run(results, text, "--by", "store", "--table", "restore-stores", "--check") == 0
+    append_record(results, sample_record(store="s3", load_compute_ratio=4.0))
+    with pytest.raises(ConfigError, match="several links to one store, s3"):
+        block(results, by="store")
 
 
 def test_missing_runs_and_markers_are_named(files: tuple[Path, Path]):

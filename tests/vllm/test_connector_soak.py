@@ -1,16 +1,15 @@
 """Hours in minutes: chats that come, go, are aborted, preempted and served from a failing store, all answered right."""
 
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule
 from support.faulty_store import faulty_store
+from support.growth import resident_bytes
 from support.soak import MARKS, NUM_REQUESTS, SEED
 
 pytestmark = MARKS
@@ -106,10 +105,6 @@ def folder(tmp_path_factory, _single_process_vllm):
     from support.vllm_models import write_model
 
     return write_model(tmp_path_factory.mktemp("soak"), "llama")
-
-
-def resident_bytes():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_every_answer_is_vllms_own(folder, monkeypatch, capsys):

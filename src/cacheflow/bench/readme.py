@@ -13,15 +13,17 @@ from cacheflow.bench.ranks.report import draw_one, ranks_markdown
 from cacheflow.bench.records.base import BenchRecord
 from cacheflow.bench.records.ranks import RanksRecord
 from cacheflow.bench.records.restore import RestoreRecord
+from cacheflow.bench.records.stores import StoreReadRecord
 from cacheflow.bench.records.suites import read_records
-from cacheflow.bench.summary import RunSetting, summarise, sweep_caption, sweep_markdown
+from cacheflow.bench.stores.report import stores_markdown
+from cacheflow.bench.summary import RunSetting, by_store_markdown, summarise, sweep_caption, sweep_markdown
 from cacheflow.errors import ConfigError
 
 README = Path("README.md")
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
-RESTORE, VLLM, RANKS = "restore", "vllm", "ranks"
-MARKED_SUITES = (VLLM, RANKS)
+RESTORE, VLLM, RANKS, STORES = "restore", "vllm", "ranks", "stores"
+MARKED_SUITES = (VLLM, RANKS, STORES)
 """Suites whose tables have markers of their own; every other suite's goes between ``BEGIN`` and ``END``."""
 
 
@@ -34,6 +36,7 @@ class ReadmeFlags(Flags):
     suite: str = option(RESTORE, "suite to show")
     policies: tuple[str, ...] | None = option(None, "rows of the table (default: all)", metavar="P,P,...")
     num_tokens: int | None = option(None, "prefix length to show (default: the longest)", metavar="N")
+    by: str = option("ratio", "what differs between the runs that are shown", choices=("ratio", "store"))
     table: str | None = option(None, "where it goes: between <!-- NAME-results:begin --> and :end (default: by suite)")
     figure: Path | None = option(None, "also draw the study's time over the bound here", metavar="FILE")
     check: bool = option(False, "change nothing; fail if the table is out of date")
@@ -45,6 +48,7 @@ class ReadmeFlags(Flags):
         words += [f"--suite {self.suite}"] if self.suite != RESTORE else []
         words += [f"--policies {','.join(self.policies)}"] if self.policies else []
         words += [f"--num-tokens {self.num_tokens}"] if self.num_tokens is not None else []
+        words += [f"--by {self.by}"] if self.by != "ratio" else []
         words += [f"--table {self.table}"] if self.table is not None else []
         words += [f"--results {self.results.as_posix()}"]
         words += [f"--readme {self.readme.as_posix()}"] if self.readme != README else []
@@ -77,7 +81,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw(flags: ReadmeFlags, figure: Path) -> None:
-    """Draw every policy of the study, those that the table leaves out included."""
+    """Draw every policy of the study, those that the table leaves out included.
+
+    Raises:
+        ConfigError: There is no picture of it.
+    """
+    if flags.suite == STORES or flags.by == "store":
+        raise ConfigError("--figure: stores have a table alone")
     records = _clean_runs(flags)
     if flags.suite == RANKS:
         draw_one([each for each in records if isinstance(each, RanksRecord)], figure)
@@ -98,22 +108,27 @@ def markers_of(suite: str, table: str | None = None) -> tuple[str, str]:
 
 
 def results_block(flags: ReadmeFlags) -> str:
-    """Markdown of one sweep over load/compute ratios, with its caption and the command that made it.
+    """Markdown of one sweep over load/compute ratios or stores, with its caption and the command that made it.
 
-    Takes the unperturbed runs of a suite at one prefix length, with the most new tokens.
+    Takes the unperturbed runs of a suite at one prefix length, with the most new tokens. Of suite ``stores`` all runs.
 
     Raises:
         ConfigError: The file is malformed, no run fits, or the runs that fit are of several settings.
     """
     target = Path(os.path.relpath(flags.results, flags.readme.parent)).as_posix()
     source = f"From [`{flags.results.as_posix()}`]({target}) by `{flags.command}`."
+    if flags.suite == STORES:
+        if not (reads := read_records(flags.results, StoreReadRecord)):
+            raise ConfigError(f"{flags.results} holds no run of suite {STORES!r}")
+        return f"{stores_markdown(reads)}\n{source}"
     records = _clean_runs(flags)
     if flags.suite == RANKS:
         return f"{ranks_markdown([each for each in records if isinstance(each, RanksRecord)])}\n{source}"
     suffix_tokens = max(record.suffix_tokens for record in records)
     records = [record for record in records if record.suffix_tokens == suffix_tokens]
     summaries = summarise(records)
-    table = sweep_markdown(summaries, policies=flags.policies)
+    in_markdown = sweep_markdown if flags.by == "ratio" else by_store_markdown
+    table = in_markdown(summaries, policies=flags.policies)
     return f"{table}\n\n{sweep_caption(summaries, records[-1].environment)}\n{source}"
 
 

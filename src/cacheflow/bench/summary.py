@@ -43,6 +43,7 @@ from cacheflow.bench.table import (
     size,
     text_table,
 )
+from cacheflow.errors import ConfigError
 
 OURS = "cacheflow"
 """The policy whose losses are flagged."""
@@ -261,6 +262,28 @@ def sweep_markdown(summaries: Sequence[SettingSummary], *, policies: Sequence[st
     bounds = [NOTHING if each.bound_s is None else f"*{seconds(each.bound_s)}*" for each in summaries]
     heads = ["load time / compute time", *(f"{ratio:g}" for ratio in ratios)]
     return markdown_table(heads, [*rows, ["*lower bound*", *bounds]])
+
+
+def by_store_markdown(summaries: Sequence[SettingSummary], *, policies: Sequence[str] | None = None) -> str:
+    """One Markdown table: a row a store, a column a policy, the bound at the right.
+
+    Args:
+        summaries: Settings that differ in the store, and in the load/compute ratio that it gives.
+        policies: The columns; None: every policy that ran.
+
+    Raises:
+        ConfigError: Two settings have the same store.
+    """
+    stores = [summary.setting.store for summary in summaries]
+    if twice := sorted({each for each in stores if stores.count(each) > 1}):
+        raise ConfigError(f"runs of several links to one store, {', '.join(twice)}: keep them in files apart")
+    names = policies or list(dict.fromkeys(policy.policy for summary in summaries for policy in summary.policies))
+    rows = []
+    for each in sorted(summaries, key=lambda summary: summary.setting.load_compute_ratio):
+        cells = [_markdown_row(name, [(each.of(name), each.metric)])[1] for name in names]
+        bound = NOTHING if each.bound_s is None else f"*{seconds(each.bound_s)}*"
+        rows.append([each.setting.store, f"{each.setting.load_compute_ratio:g}", *cells, bound])
+    return markdown_table(["store", "load time / compute time", *names, "*lower bound*"], rows)
 
 
 def _markdown_row(name: str, cells: Sequence[tuple[RestoreSummary | None, Metric]]) -> list[str]:

@@ -10,6 +10,7 @@ from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.records.suites import read_records
 from cacheflow.bench.summary import summarise
 from cacheflow.policies.registry import RESTORE_POLICIES
+from support.store_kinds import ALL, url_of
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
 
@@ -131,6 +132,31 @@ def test_stores_given_several_times_are_tiers(bench, tmp_path):
     assert code == 0
     assert [(record.store, record.correct) for record in records] == [("memory over file", True)]
     assert len(list((tmp_path / "tiers").rglob("*_kv_*"))) == 3 * 3
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_store_is_restored_from_as_fast_as_it_goes(bench, kind, request, tmp_path):
+    url = url_of(kind, request, tmp_path / "store")
+    policies = ("--policies", "recompute,load,cacheflow", "--objectives", "restore")
+    code, records, shown = bench(*TINY, "--repeats", "1", "--gbps", "inf", "--store", url, *policies)
+    assert code == 0
+    assert [(r.policy, r.store, r.correct, r.link_bytes_per_s) for r in records] == [
+        (policy, kind, True, None) for policy in ("recompute", "load", "cacheflow")
+    ]
+    assert all(record.bound_restore_s > 0 and record.load_compute_ratio > 0 for record in records)
+    assert kind == "memory" or f"{kind} store" in " ".join(shown.split())
+
+
+def test_how_fast_a_store_goes_is_found_by_loading_three_times(bench, monkeypatch):
+    from cacheflow.bench.restore.study import Study
+
+    ran, run = [], Study.run
+    monkeypatch.setattr(Study, "run", lambda *args, **options: ran.append(args[1].name) or run(*args, **options))
+    _, records, _ = bench(
+        *TINY, "--repeats", "1", "--gbps", "inf", "--policies", "recompute", "--objectives", "restore"
+    )
+    assert ran == ["load", "load", "load", "recompute"]
+    assert len(records) == 1
 
 
 def test_files_serve_as_the_store(bench, tmp_path):

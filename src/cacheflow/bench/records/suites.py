@@ -19,6 +19,7 @@ from cacheflow.bench.records.gpu import GpuRecord
 from cacheflow.bench.records.ranks import RanksRecord
 from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.records.simulation import SimulationRecord
+from cacheflow.bench.records.stores import StoreReadRecord
 from cacheflow.bench.records.vllm import LoadRecord, VllmRecord
 from cacheflow.bench.results_file import append_line, read_lines
 from cacheflow.errors import ConfigError
@@ -31,6 +32,7 @@ SUITES: Mapping[str, type[BenchRecord]] = {
     "batch": BatchRecord,
     "gpu": GpuRecord,
     "simulate": SimulationRecord,
+    "stores": StoreReadRecord,
     **dict.fromkeys((f"figure-{number}" for number in range(3, 16)), FigureRecord),
 }
 """The record of each suite."""

@@ -54,7 +54,7 @@ def run_round(
     """Run every policy of a round once and put the runs on record.
 
     The bound uses the costs measured when the study was prepared, corrected by how long the round's own ``recompute``
-    run took; without one it uses them as they are. A link without a limit counts as fast as one load of the whole
+    run took; without one it uses them as they are. A link without a limit counts as fast as loads of the whole
     prefix found it.
     """
     runs: dict[str, StudyRun] = {}

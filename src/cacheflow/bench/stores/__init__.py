@@ -1,0 +1,1 @@
+"""Stores read as fast as they go, beside other ways to the same bytes."""
