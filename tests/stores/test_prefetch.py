@@ -413,6 +413,8 @@ def test_a_slow_tier_that_fails_costs_prefetches_and_is_not_judged_by_them(slow,
         assert held(fast, range(8)) == []
         assert store.stats().tiers[1].delivers
         assert store.stats().tiers[1].num_outages == 0
+        gives_up = fault in (Fault.ERROR, Fault.HANG, Fault.LATE)
+        assert faulty.injected()[fault] == (WINDOW if gives_up else 8), "one that does not work is not tried again"
         faulty.set_plan(FaultPlan())
         put(slow, *range(8))  # what was found damaged counts as absent until it is written again
         prefetch(store, *range(8))

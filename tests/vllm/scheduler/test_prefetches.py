@@ -68,6 +68,12 @@ def answered(case, *names):
         eventually(lambda lookups=lookups: all(each is None or each.is_over for each in lookups))
 
 
+def announced_is_answered(case):
+    """Wait until the store has said what it holds of the only prefix that was announced."""
+    (announced,) = case.side._prefetches._announced  # noqa: SLF001 -- nothing else says what it waits for
+    eventually(lambda: announced.question.lookup.is_over and announced.question.tier_lookup.is_over)
+
+
 def due(case, *, num_steps=5000):
     """Steps until workers are told something to bring or to keep; what they are told."""
     for _ in range(num_steps):
@@ -190,9 +196,11 @@ def test_after_a_reset_nothing_of_before_is_brought():
     case.arrive("a", prompt)
     case.arrive("b", tokens(CHUNK + 1, seed=9), params={"prefetch": [prompt]})
     answered(case, "a")
+    announced_is_answered(case)
     case.side.reset()
-    assert not case.step().prefetches
-    assert not case.step().keeps
+    work = case.step()
+    assert not work.prefetches
+    assert not work.keeps
 
 
 def test_it_is_planned_for_the_tier_in_which_it_is_by_then():
@@ -275,7 +283,7 @@ def test_several_are_brought_in_the_order_announced_and_what_nobody_has_is_left_
 )  # fmt: skip
 def test_what_is_announced_wrongly_is_answered_and_nothing_is_brought(asked):
     case, _ = tiered_case()
-    case.arrive("a", tokens(2 * CHUNK), params={"prefetch": asked, "explain": True})
+    case.arrive("a", tokens(2 * CHUNK, seed=9), params={"prefetch": asked, "explain": True})
     for _ in range(5):
         work = case.step()
         assert not work.prefetches
@@ -293,8 +301,7 @@ def seen_by(salt, *, announced):
     asked, contains = [], case.store.contains
     case.store.contains = lambda keys: asked.append((len(keys), sum(contains(keys)))) or contains(keys)
     case.arrive("a", tokens(CHUNK + 1, seed=9), salt=salt, params={"prefetch": [prompt]})
-    announced = case.side._prefetches._announced[0].question  # noqa: SLF001 -- what it waits for
-    eventually(lambda: announced.lookup.is_over and announced.tier_lookup.is_over)
+    announced_is_answered(case)
     work = case.step()
     answer = case.side.finished("a")
     return {
