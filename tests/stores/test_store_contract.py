@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome, PutRequest
+from cacheflow.stores.base import GetRequest, PinOutcome, PrefetchRequest, PutOutcome, PutRequest
 from cacheflow.stores.faults import FaultPlan, FaultyStore, ThrottledStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind
@@ -188,6 +188,20 @@ def test_pins_are_for_objects_that_are_there(store):
     store.unpin([key(1), key(2)])
     with pytest.raises(ValueError, match="ttl_s"):
         store.pin([key(1)], ttl_s=0.0)
+
+
+def test_what_is_prefetched_is_as_it_was(store):
+    put(store, 1, 2)
+    requests = [PrefetchRequest(key(number), 1000) for number in (1, 2, 3)]
+    num_taken = store.prefetch(requests, within_s=60.0, keep_s=60.0)
+    assert num_taken == (3 if store.stats().tiers else 0)
+    for number in (1, 2):
+        outcome, buffer = get(store, number)
+        assert outcome is OK
+        assert np.array_equal(buffer, payload(number))
+    assert store.contains([key(3)]) == (False,)
+    store.delete([key(1), key(2)])
+    assert store.contains([key(1), key(2)]) == (False, False)
 
 
 def test_stats_count_every_item_once(store):

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from cacheflow.plan.plan import Choice
-from cacheflow.stores.base import PinOutcome, PutOutcome
+from cacheflow.stores.base import PinOutcome, PrefetchOutcome, PrefetchRequest, PutOutcome
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.tiered import TieredStore
@@ -18,7 +18,8 @@ from cacheflow.vllm.metrics import LABELS, Counts, described
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.worker.saver import _chunk_outcome
 from support.scheduler_cases import CHUNK, Case, Worker
-from support.store_objects import get, put
+from support.store_objects import get, key, put
+from support.waiting import eventually
 
 pytestmark = pytest.mark.torch
 
@@ -27,7 +28,7 @@ SOURCE = "".join(path.read_text() for path in sorted((ROOT / "src/cacheflow/vllm
 SERIES = {
     "tokens": "tokens_total", "restorations": "restorations_total", "guard": "guard_decisions_total",
     "chunks_saved": "chunks_saved_total", "boundaries": "boundaries_total",
-    "kept": "kept_chunks_total",
+    "kept": "kept_chunks_total", "prefetched": "prefetched_objects_total",
 }  # fmt: skip
 
 
@@ -36,6 +37,7 @@ def counted() -> dict[str, set[str]]:
     values = {name: set(re.findall(rf"\b{name}\[\"(\w+)\"\]", SOURCE)) for name in LABELS}
     values["chunks_saved"] |= {_chunk_outcome(pair) for pair in itertools.product([*PutOutcome, None], repeat=2)}
     values["kept"] |= {outcome.value for outcome in PinOutcome}
+    values["prefetched"] |= {outcome.value for outcome in PrefetchOutcome}
     # A guard that settles on the engine's own prefill restores nothing, which is counted as recompute.
     values["guard"] |= {choice.value for choice in Choice} - {Choice.PREFILL.value}
     for outcome, compute_error in ((LoadOutcome.OK, ""), (LoadOutcome.MISS, ""), (LoadOutcome.MISS, "boom")):
@@ -67,6 +69,20 @@ def test_help_texts_and_docs_name_every_value(name):
     for value, meaning in LABELS[name].items():
         assert f"{value}: {meaning}" in text
         assert f"`{value}`" in rows[SERIES[name]]
+
+
+def test_what_becomes_of_a_prefetch_is_counted_once():
+    fast, slow, counts = MemoryStore(capacity_bytes=1 << 20), MemoryStore(capacity_bytes=1 << 20), Counts()
+    with TieredStore({"fast": fast, "slow": slow}) as store:
+        put(slow, 1, 2)
+        store.prefetch([PrefetchRequest(key(number), 1000) for number in (1, 2)], within_s=60.0)
+        eventually(lambda: store.stats().prefetches[PrefetchOutcome.FETCHED] == 2)
+        for expected in ({"prefetched": {"fetched": 2}}, {}):
+            counts.note_prefetches(store.stats().prefetches)
+            assert counts.take() == expected
+        get(store, 1)
+        counts.note_prefetches(store.stats().prefetches)
+        assert counts.take() == {"prefetched": {"used": 1}}
 
 
 def test_what_happens_to_a_tier_is_counted_once():

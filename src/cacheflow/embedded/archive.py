@@ -13,12 +13,14 @@ from cacheflow.engine.transfer_port import StoreTransferPort, cell_key, state_ke
 from cacheflow.plan.grid import Cell, Grid
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.tiers import over_tiers
-from cacheflow.stores.base import PinOutcome
+from cacheflow.stores.base import PinOutcome, PrefetchRequest
 from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root, next_key
 from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_partial_chunk
 
 NOTE_TIMEOUT_S = 1.0
 """For reading and for writing the note of a partial chunk, each."""
+PREFETCH_S = 300.0
+"""What is to be prefetched without being kept is brought within so many seconds, or not at all."""
 
 
 class PendingSave:
@@ -84,6 +86,24 @@ class PrefixArchive:
                 break
             kept = end
         return kept
+
+    def prefetch(self, match: PrefixMatch, *, keep_s: float) -> None:
+        """Have a match brought into the fastest tier of the store, its last chunk first: compute takes the first ones.
+
+        Pins it there for ``keep_s`` seconds, unless that is 0.
+        """
+        if not match.chunk_ends:
+            return
+        grid = Grid(chunk_ends=match.chunk_ends, num_blocks=self._engine.num_blocks)
+        geometry, namespace = self._geometry(grid), self._engine.namespace.digest
+        requests = []
+        for chunk in reversed(range(grid.num_chunks)):
+            name = match.chain_hashes[chunk].hex()
+            for cell in (Cell(chunk, block) for block in range(grid.num_blocks)):
+                requests.append(PrefetchRequest(cell_key(namespace, name, geometry, cell), geometry.kv_bytes(cell)))
+                if num_bytes := geometry.state_bytes(cell):
+                    requests.append(PrefetchRequest(state_key(namespace, name, geometry, cell.block), num_bytes))
+        self._engine.store.prefetch(requests, within_s=keep_s or PREFETCH_S, keep_s=keep_s)
 
     def _claim(self, chunks: Sequence[bytes]) -> None:
         """Count chunks for the tenant."""

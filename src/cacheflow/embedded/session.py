@@ -278,6 +278,30 @@ class Session:
             ends = self._archive.find([*self.tokens, 0]).chunk_ends  # which leaves the last token out
         return self._archive.keep(self.tokens, ends, keep_s=for_s) if ends else 0
 
+    def prefetch(self, *, keep_s: float = 0.0) -> int:
+        """Have the store bring what it has of the conversation into its fastest tier, while others are answered.
+
+        For a conversation that goes on soon; of one that is to come make a session with its first tokens as
+        ``history``. Asks the store, and does not wait for what it does then: see ``Store.prefetch``.
+
+        Args:
+            keep_s: Keep it for so many seconds too, as ``keep`` does; 0 for not.
+
+        Returns:
+            Leading tokens that the store has.
+
+        Raises:
+            ConfigError: ``keep_s`` is no finite number of 0 or more.
+        """
+        for_s = number("keep_s", keep_s, least=0)
+        if for_s == float("inf"):
+            raise ConfigError("keep_s is inf, must be finite: what is kept for ever would fill the store")
+        match = self._archive.find([*self.tokens, 0])  # which leaves the last token out
+        if for_s:
+            self._archive.keep(self.tokens, match.chunk_ends, keep_s=for_s)
+        self._archive.prefetch(match, keep_s=for_s)
+        return match.num_tokens
+
     def start_save(self, *, first_chunk: int = 0) -> PendingSave | None:
         """Start writing resident chunks; they are copied out, so the buffer may be used at once. None for nothing."""
         if self._kv is None or first_chunk >= len(self._chunk_ends):

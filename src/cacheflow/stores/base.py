@@ -56,6 +56,19 @@ class PinOutcome(Enum):
     """Pins hold as much as they may (``Retention.pinned_share``), of the whole store or of the object's tenant."""
 
 
+class PrefetchOutcome(Enum):
+    """What became of one object that was to be in the fastest tier before it is read."""
+
+    FETCHED = "fetched"
+    """It was brought there; later it counts as one of the next two as well."""
+    USED = "used"
+    """It was there when it was read."""
+    WASTED = "wasted"
+    """It had gone from there before anybody read it."""
+    DROPPED = "dropped"
+    """It was not brought: there was no room, a tier failed or was busy for too long, or too many waited."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadTap:
     """For fault injection only: what a read does to a record before it is verified."""
@@ -106,6 +119,14 @@ class PutRequest:
     shape: tuple[int, ...]
     dtype: str
     replace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchRequest:
+    """One object to be brought into the fastest tier, and the bytes of its payload."""
+
+    key: ObjectKey
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +191,7 @@ class StoreStats:
         used_bytes: Bytes of their records.
         num_evicted: Objects evicted by this process.
         num_lent: Of the reads that were ``OK``, those that were lent the record instead of a copy.
+        pinned_bytes: Bytes of objects that this process has pinned.
     """
 
     get_outcomes: Mapping[LoadOutcome, int]
@@ -182,10 +204,13 @@ class StoreStats:
     used_bytes: int = 0
     num_evicted: int = 0
     num_lent: int = 0
+    pinned_bytes: int = 0
     injected: Mapping[str, int] = field(default_factory=dict)
     """Faults injected by a ``FaultyStore``, by kind; empty in production."""
     tiers: tuple[TierStats, ...] = ()
     """Of a ``TieredStore``, the fastest first."""
+    prefetches: Mapping[PrefetchOutcome, int] = field(default_factory=dict)
+    """Objects of a ``TieredStore`` by what became of their prefetch; empty of others."""
 
 
 O_co = TypeVar("O_co", bound=Enum, covariant=True)
@@ -256,6 +281,26 @@ class Store(ABC):
         Raises:
             ValueError: A buffer is read-only, empty or not contiguous.
         """
+
+    def prefetch(self, requests: Sequence[PrefetchRequest], *, within_s: float, keep_s: float = 0.0) -> int:
+        """Bring objects into the fastest of the store's tiers before they are read, in the background.
+
+        Returns at once, and yields to everything else; a store without tiers does nothing. What cannot be brought is
+        dropped, as is what somebody reads meanwhile.
+
+        Args:
+            requests: Which, in the order in which they are brought.
+            within_s: Seconds after which one whose turn has not come is dropped.
+            keep_s: Seconds from now for which they are pinned in the fastest tier once they are there; 0 for not.
+
+        Returns:
+            How many it has taken on; those that are there already are among them.
+
+        Raises:
+            ConfigError: ``within_s`` is not above 0, or ``keep_s`` below 0.
+        """
+        del requests, within_s, keep_s
+        return 0
 
     @abstractmethod
     def submit_put(

@@ -114,6 +114,7 @@ class BoundedStore(ThreadedStore):
                 num_objects=len(self._index),
                 used_bytes=self._index.used_bytes,
                 num_evicted=self._index.num_evicted,
+                pinned_bytes=self._index.pinned_bytes,
             )
 
     def close(self) -> None:

@@ -65,6 +65,7 @@ class Meter:
         used_bytes: int,
         num_evicted: int,
         num_lent: int | None = None,
+        pinned_bytes: int = 0,
         injected: Mapping[str, int] | None = None,
     ) -> StoreStats:
         """The counts so far, with what the store knows of its content; ``num_lent`` is that of an inner store."""
@@ -81,5 +82,6 @@ class Meter:
                 used_bytes=used_bytes,
                 num_evicted=num_evicted,
                 num_lent=self._num_lent if num_lent is None else num_lent,
+                pinned_bytes=pinned_bytes,
                 injected=injected or {},
             )

@@ -54,11 +54,12 @@ _Queued = tuple[int, int, "_Transfer[Any]"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a backend holds: objects, bytes of their records, and how many objects it evicted."""
+    """What a backend holds: objects, bytes of their records and of those pinned, and how many objects it evicted."""
 
     num_objects: int = 0
     used_bytes: int = 0
     num_evicted: int = 0
+    pinned_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,7 +169,10 @@ class ThreadedStore(Store):
         """See ``Store.stats``."""
         usage = self.usage()
         return self._meter.snapshot(
-            num_objects=usage.num_objects, used_bytes=usage.used_bytes, num_evicted=usage.num_evicted
+            num_objects=usage.num_objects,
+            used_bytes=usage.used_bytes,
+            num_evicted=usage.num_evicted,
+            pinned_bytes=usage.pinned_bytes,
         )
 
     def submit_get(

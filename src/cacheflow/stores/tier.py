@@ -82,6 +82,7 @@ class Tier:
         self._breaker = Breaker(name, clock=clock, silence_s=probe_after_s, longest_s=LONGEST_SILENCE_S)
         self._asker = Asker("cacheflow-tier", num_threads=2) if store.capabilities().shared else None
         self._lock = threading.Lock()
+        self._unread = threading.Condition(self._lock)
         self._closed = threading.Event()
         self._meter = Meter()
         self._num_reads = self._strikes = self._in_flight_bytes = 0
@@ -152,6 +153,11 @@ class Tier:
         """Seconds for all that is under way."""
         return self._promised_latency_s + self._in_flight_bytes / (self._bytes_per_s() or UNKNOWN_BYTES_PER_S)
 
+    def wait_until_unread(self, timeout_s: float) -> bool:
+        """Wait until no read is under way that somebody waits for; whether that is so."""
+        with self._lock:
+            return self._unread.wait_for(lambda: not self._in_flight_bytes, timeout_s)
+
     def end_read(
         self, key: ObjectKey, num_bytes: int, outcome: LoadOutcome, *, start_s: float, patience_s: float
     ) -> None:
@@ -168,6 +174,8 @@ class Tier:
         with self._lock:
             expected_s = self._expected_s()
             self._in_flight_bytes -= num_bytes
+            if not self._in_flight_bytes:
+                self._unread.notify_all()
             if outcome in ANSWERS:
                 self._strikes = 0
                 if outcome is LoadOutcome.OK and key.kind not in (ObjectKind.NEXT, ObjectKind.IDENTITY):

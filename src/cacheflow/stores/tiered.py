@@ -27,6 +27,7 @@ from cacheflow.stores.base import (
     GetHandle,
     GetRequest,
     PinOutcome,
+    PrefetchRequest,
     PutHandle,
     PutOutcome,
     PutRequest,
@@ -39,6 +40,7 @@ from cacheflow.stores.handle import READS, WRITES, Ledger
 from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.loan import DeviceReader
 from cacheflow.stores.meter import Meter
+from cacheflow.stores.prefetcher import Prefetcher
 from cacheflow.stores.routed import RoutedHandle
 from cacheflow.stores.tier import Tier
 from cacheflow.types import Clock, LoadOutcome
@@ -88,6 +90,7 @@ class TieredStore(Store):
             Tier(name, store, copy_bytes=copy_bytes, clock=clock, probe_after_s=probe_after_s)
             for name, store in stores.items()
         )
+        self._prefetcher = Prefetcher(self.tiers, clock=clock)
         self._drain_s, self._clock = drain_s, clock
         self._meter = Meter()
         self._open: weakref.WeakSet[RoutedHandle[Any]] = weakref.WeakSet()
@@ -137,6 +140,7 @@ class TieredStore(Store):
     ) -> GetHandle:
         """See ``Store.submit_get``; an item goes on to the next tier when its handle is asked."""
         sizes = [byte_view(request.buffer, writable=True).nbytes for request in requests]
+        self._prefetcher.note_read(request.key for request in requests)
         start_s = self._clock()
 
         def count(index: int, outcome: LoadOutcome, end_s: float) -> None:
@@ -197,6 +201,19 @@ class TieredStore(Store):
         pinned = [tier.ask(partial(tier.store.pin, keys, ttl_s=ttl_s), nothing) for tier in self.tiers]
         return tuple(min(outcomes, key=_BEST_PIN.index) for outcomes in zip(*pinned, strict=True))
 
+    def prefetch(self, requests: Sequence[PrefetchRequest], *, within_s: float, keep_s: float = 0.0) -> int:
+        """See ``Store.prefetch``; notes that change are left where they are.
+
+        Raises:
+            ConfigError: ``within_s`` is not above 0, or ``keep_s`` below 0.
+        """
+        if not within_s > 0 or not keep_s >= 0:
+            raise ConfigError(
+                f"prefetch within_s is {within_s}, must be above 0, and keep_s {keep_s}, must be 0 or more"
+            )
+        cells = [each for each in requests if each.key.kind not in CHANGING]
+        return self._prefetcher.take(cells, within_s=within_s, keep_s=keep_s)
+
     def claim(self, chain_hashes: Sequence[str], *, tenant: str) -> None:
         """See ``Store.claim``; in every tier."""
         for tier in self.tiers:
@@ -204,11 +221,13 @@ class TieredStore(Store):
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """See ``Store.unpin``."""
+        self._prefetcher.unpin(keys)
         for tier in self.tiers:
             tier.tell(partial(tier.store.unpin, keys), None)
 
     def delete(self, keys: Sequence[ObjectKey]) -> int:
-        """See ``Store.delete``; from every tier, and from what waits to be written."""
+        """See ``Store.delete``; from every tier, and from what waits to be written or brought."""
+        self._prefetcher.forget(keys)
         for tier in self.tiers:
             tier.copies.forget(keys)
         nothing = [0] * len(keys)
@@ -225,7 +244,13 @@ class TieredStore(Store):
         seen = self._meter.snapshot(
             num_objects=fullest.num_objects, used_bytes=fullest.used_bytes, num_evicted=fullest.num_evicted
         )
-        return replace(seen, tiers=tiers, num_lent=tiers[0].store.num_lent)
+        return replace(
+            seen,
+            tiers=tiers,
+            num_lent=tiers[0].store.num_lent,
+            pinned_bytes=fullest.pinned_bytes,
+            prefetches=self._prefetcher.counts(),
+        )
 
     def census(self) -> Mapping[str, int]:
         """See ``Store.census``; of each namespace the number in the tier that holds the most of it."""
@@ -251,9 +276,11 @@ class TieredStore(Store):
             still_open = tuple(self._open)
         for handle in still_open:
             handle.abandon()
+        self._prefetcher.close()
         self.drain(0.0 if was_closed else self._drain_s)
         for tier in self.tiers:
             tier.close()
+        self._prefetcher.join()
 
 
 def _delete_each(store: Store, keys: Sequence[ObjectKey]) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any
 
-from cacheflow.stores.base import Capabilities, PinOutcome, Store, StoreStats
+from cacheflow.stores.base import Capabilities, PinOutcome, PrefetchRequest, Store, StoreStats
 from cacheflow.stores.handle import Ledger, O, Verdicts
 from cacheflow.stores.held import HeldHandle
 from cacheflow.stores.keys import ObjectKey
@@ -43,6 +43,10 @@ class WrapperStore(Store):
         """See ``Store.locate``."""
         return self.inner.locate(keys)
 
+    def prefetch(self, requests: Sequence[PrefetchRequest], *, within_s: float, keep_s: float = 0.0) -> int:
+        """See ``Store.prefetch``; what it moves does not pass through this wrapper."""
+        return self.inner.prefetch(requests, within_s=within_s, keep_s=keep_s)
+
     def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[PinOutcome, ...]:
         """See ``Store.pin``."""
         return self.inner.pin(keys, ttl_s=ttl_s)
@@ -74,9 +78,10 @@ class WrapperStore(Store):
             used_bytes=inner.used_bytes,
             num_evicted=inner.num_evicted,
             num_lent=inner.num_lent,
+            pinned_bytes=inner.pinned_bytes,
             injected=inner.injected,
         )
-        return replace(seen, tiers=inner.tiers)
+        return replace(seen, tiers=inner.tiers, prefetches=inner.prefetches)
 
     def census(self) -> Mapping[str, int]:
         """See ``Store.census``."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cacheflow.stores.base import TierStats
+from cacheflow.stores.base import PrefetchOutcome, TierStats
 
 LABELS: Mapping[str, Mapping[str, str]] = {
     "tokens": {
@@ -42,6 +42,12 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "missing": "the store does not hold all of it",
         "refused": "what is kept holds as much of the store, or of the tenant's quota, as it may",
     },
+    "prefetched": {
+        "fetched": "brought there; later it counts as used or wasted too",
+        "used": "there when it was read",
+        "wasted": "gone from there before anybody read it",
+        "dropped": "not brought: there was no room, a tier failed or was busy for too long, or too many waited",
+    },
     "boundaries": {
         "captured": "chunks saved with their KV",
         "incomplete": "chunks of which a part came from the prefix cache or was not seen",
@@ -62,12 +68,13 @@ class Counts:
     """Counts since the last ``take``; one thread.
 
     Attributes:
-        tokens: Tokens (a cell counts its share of the layers) by source; the values of this and the next five are
+        tokens: Tokens (a cell counts its share of the layers) by source; the values of this and the next six are
             those of ``LABELS``.
         restorations: Restorations ended, by outcome.
         guard: Decisions of the never-slower guard, by choice.
         chunks_saved: Chunks handed to the store, by outcome.
         kept: Chunks of prefixes that requests asked to keep, by outcome.
+        prefetched: Objects that were to be in the fastest tier of the store before they are read, by outcome.
         boundaries: What became of boundary states that a later stage was to keep, by outcome.
         loaded_bytes: Bytes that reads moved into the KV cache.
         restore_s: Seconds of each restoration.
@@ -84,6 +91,7 @@ class Counts:
     guard: Counter[str] = field(default_factory=Counter)
     chunks_saved: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
+    prefetched: Counter[str] = field(default_factory=Counter)
     boundaries: Counter[str] = field(default_factory=Counter)
     loaded_bytes: int = 0
     restore_s: list[float] = field(default_factory=list)
@@ -94,6 +102,7 @@ class Counts:
     tier_outages: Counter[str] = field(default_factory=Counter)
     tier_dropped: Counter[str] = field(default_factory=Counter)
     _tiers_before: dict[str, TierStats] = field(default_factory=dict)
+    _prefetches_before: Mapping[PrefetchOutcome, int] = field(default_factory=dict)
 
     def note_tiers(self, tiers: Iterable[TierStats]) -> None:
         """Count what happened to the tiers of a store since the last call."""
@@ -106,6 +115,13 @@ class Counts:
                 self.tier_outages[tier.name] += outages
             if dropped:
                 self.tier_dropped[tier.name] += dropped
+
+    def note_prefetches(self, prefetches: Mapping[PrefetchOutcome, int]) -> None:
+        """Count what became of a store's prefetches since the last call."""
+        before, self._prefetches_before = self._prefetches_before, prefetches
+        for outcome, total in prefetches.items():
+            if new := total - before.get(outcome, 0):
+                self.prefetched[outcome.value] += new
 
     def take(self) -> dict[str, Any]:
         """What was counted since the last call, as plain data; empty when nothing was."""

@@ -46,6 +46,8 @@ class ConnectorOptions:
         pinned_share: Share of the capacity, and of a tenant's quota, that prefixes may hold which requests ask to keep.
         keep_tool_s: How long ``keep: "tool"`` of a request keeps its prefix at most, in seconds.
         max_keep_s: Longest time for which a request may ask to keep its prefix, in seconds.
+        prefetch_queued: Of a store with several tiers, so many requests at the head of vLLM's queue have their prefixes
+            brought into the fastest one while others run; 0: none.
         chunk_tokens: Tokens of one stored and one recomputed chunk; a multiple of vLLM's KV block size. None: 512, or
             one block where the model has recurrent layers, whose blocks are long.
         layers_per_block: Layers in one stored object; None: all in a compiled engine, in an eager one 1 or, on CUDA, as
@@ -89,6 +91,7 @@ class ConnectorOptions:
     pinned_share: float = DEFAULT_RETENTION.pinned_share
     keep_tool_s: float = 300.0
     max_keep_s: float = 3600.0
+    prefetch_queued: int = 4
     chunk_tokens: int | None = None
     layers_per_block: int | None = None
     policy: str = "cacheflow"
@@ -131,6 +134,8 @@ class ConnectorOptions:
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{key} is {value}, must be above 0 and finite")
+        if self.prefetch_queued < 0:
+            raise ConfigError(f"prefetch_queued is {self.prefetch_queued}, must be 0 or more")
         if self.keep_tool_s > self.max_keep_s:
             raise ConfigError(
                 f"keep_tool_s is {self.keep_tool_s:g} and max_keep_s {self.max_keep_s:g}: no request may ask for so "

@@ -32,6 +32,11 @@ COUNTERS = {
         described("kept", "Chunks of prefixes that requests asked to keep."),
         "outcome",
     ),
+    "prefetched": (
+        "vllm:cacheflow_prefetched_objects",
+        described("prefetched", "Objects that were to be in the fastest tier of the store before they are read."),
+        "outcome",
+    ),
     "boundaries": (
         "vllm:cacheflow_boundaries",
         described("boundaries", "What became of boundary states that a later pipeline stage was to keep."),

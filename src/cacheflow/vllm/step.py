@@ -65,6 +65,25 @@ class KeepWork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchWork:
+    """Bring a prefix into the fastest tier of the store; every rank its own objects.
+
+    Attributes:
+        namespace: ``Namespace.digest``.
+        chain_hashes: Chain hash (hex) at the end of each chunk, at least one, the prefix's first chunk first.
+        tenant: Whose it is: the root of its chain (hex).
+        within_s: What was not begun by then is dropped.
+        keep_s: Seconds for which it stays pinned there; 0 for not.
+    """
+
+    namespace: str
+    chain_hashes: tuple[str, ...]
+    tenant: str
+    within_s: float
+    keep_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepWork:
     """One engine step's work beside the forward.
 
@@ -80,7 +99,9 @@ class StepWork:
         weights_versions: How often each rank's weights had changed when it was last heard of; left out where never.
         adapters: The adapter of each restoration that starts with this step and has one, by ``restore_id``.
         preempted: Requests that vLLM preempted in this step.
-        keeps: Prefixes of requests that have ended, to be pinned once what was computed of them is written.
+        keeps: Prefixes of requests that have ended, to be pinned once what was computed of them is written, and
+            announced ones.
+        prefetches: Prefixes that come next, to be brought into the fastest tier of the store.
         claims: Chunks (chain hashes, hex) that are saved and read from this step on, by tenant; empty without a quota.
         generation: The engine's (``KvIdentity``): counts its resets and the changes of weights it has heard of.
     """
@@ -95,6 +116,7 @@ class StepWork:
     adapters: Mapping[int, AdapterClaim] = field(default_factory=dict)
     preempted: tuple[str, ...] = ()
     keeps: tuple[KeepWork, ...] = ()
+    prefetches: tuple[PrefetchWork, ...] = ()
     claims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     generation: int = 0
 

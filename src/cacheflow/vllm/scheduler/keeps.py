@@ -1,4 +1,4 @@
-"""Prefixes that requests have asked to keep in the store, and which later requests end.
+"""Prefixes that requests have asked to keep in the store, their own or announced ones, and which later requests end.
 
 An agent that waits for a tool comes back with a longer prompt; until then its prefix should not make room for others.
 Several requests may keep the same chunks, such as a common system prompt: those stay until the last of them is over.
@@ -70,6 +70,14 @@ class Keeps:
         if free:
             works.append(self._work(namespace, free, 0.0))
         return works
+
+    def announced(self, namespace: str, chain_hashes: Sequence[str], asked: Keep) -> list[KeepWork]:
+        """Requests with these chunks come next; returns what workers are to pin meanwhile."""
+        self._forget_what_is_over()
+        if not chain_hashes or not asked.keep_s:
+            return []
+        self._begin(_Tip(namespace, chain_hashes[-1], asked.until_next), tuple(chain_hashes), asked.keep_s)
+        return [self._work(namespace, tuple(chain_hashes), asked.keep_s)]
 
     def _work(self, namespace: str, chain_hashes: tuple[str, ...], keep_s: float) -> KeepWork:
         return KeepWork(namespace=namespace, chain_hashes=chain_hashes, objects=self._objects, keep_s=keep_s)

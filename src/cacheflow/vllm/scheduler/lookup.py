@@ -35,6 +35,11 @@ class Lookup(Generic[T]):
         self._wait_s = INLINE_WAIT_S
         self.timed_out = False
 
+    @property
+    def is_over(self) -> bool:
+        """Whether ``poll`` has an answer without waiting for one, or gives up."""
+        return self.timed_out or self._future.done() or self._clock() >= self._deadline_at_s
+
     def poll(self) -> T | None:
         """The answer; that it holds nothing after the deadline, None while it is not known."""
         if self.timed_out:
@@ -48,12 +53,12 @@ class Lookup(Generic[T]):
 
 
 class PrefixLookup:
-    """Two threads that ask ``Store.contains``: a store that hangs costs a request its deadline, nobody else."""
+    """Threads that ask ``Store.contains``: a store that hangs costs a request its deadline, nobody else."""
 
-    def __init__(self, store: Store, *, timeout_s: float, clock: Clock) -> None:
-        """Ask ``store``; a question is given up after ``timeout_s``."""
+    def __init__(self, store: Store, *, timeout_s: float, clock: Clock, num_threads: int = NUM_THREADS) -> None:
+        """Ask ``store`` on so many threads; a question is given up after ``timeout_s``."""
         self._store, self._timeout_s, self._clock = store, timeout_s, clock
-        self._asker = Asker("cacheflow-lookup", num_threads=NUM_THREADS)
+        self._asker = Asker("cacheflow-lookup", num_threads=num_threads)
 
     def start(self, keys_by_chunk: Sequence[Sequence[ObjectKey]]) -> Lookup[int]:
         """Ask how many of the leading chunks have all of these objects."""
@@ -152,8 +157,7 @@ class StoreQuestions:
             asked_after_saves=self._num_saves(),
             asked_at_s=self._clock(),
             lookup=self._lookup.start([self._ends(namespace, each) for each in chain_hashes]),
-            # The objects of a chunk were written and used together: the bottom one stands for all.
-            tier_lookup=self._lookup.tiers([self._ends(namespace, each)[0] for each in chain_hashes]),
+            tier_lookup=self._locate(namespace, chain_hashes),
             checkpoint_lookup=(
                 self._lookup.which([self._states(namespace, each) for each in chain_hashes])
                 if self._recurrent
@@ -164,6 +168,20 @@ class StoreQuestions:
                 for facts in self._boundary_stages
             ),
         )
+
+    def locate_anew(self, question: StoreQuestion) -> None:
+        """Ask once more in which tiers the chunks are: they may have been brought to another one."""
+        question.tier_lookup = self._locate(question.namespace, question.chain_hashes)
+
+    def _locate(self, namespace: str, chain_hashes: Sequence[str]) -> Lookup[tuple[int, ...]] | None:
+        # The objects of a chunk were written and used together: the bottom one stands for all.
+        return self._lookup.tiers([self._ends(namespace, each)[0] for each in chain_hashes])
+
+    def is_answered(self, question: StoreQuestion) -> bool:
+        """Whether ``poll`` would not have to wait; for those who ask in every step about requests that are not due."""
+        others = (question.checkpoint_lookup, question.tier_lookup)
+        lookups = (question.lookup, *question.boundary_lookups, *(each for each in others if each is not None))
+        return all(each.is_over for each in lookups)
 
     def poll(self, question: StoreQuestion) -> bool:
         """Note in the question what the store holds; False while that is not known.

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from reprlib import repr as shortened
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cacheflow.errors import PromptError
+from cacheflow.stores.keys import as_token_array
 
 
 class Mode(Enum):
@@ -21,6 +27,11 @@ class Mode(Enum):
     OFF = "off"
     """Neither restored nor saved."""
 
+
+MAX_PREFIXES = 16
+"""That one request may announce."""
+MAX_ANNOUNCED_TOKENS = 1 << 18
+"""Of all of them together: they are hashed on the scheduler's thread, which takes 10 ms for so many."""
 
 TOOL = "tool"
 """The value of ``keep`` that means: until the prefix's next request."""
@@ -67,6 +78,7 @@ class RequestParams:
         mode: How its prefix may come back.
         max_load_tokens: Never restore more than this many tokens; None: the engine's limit.
         keep: For how long its prefix stays in the store; None: no longer than any other.
+        prefetch: Token ids of prefixes of prompts that come next.
         explain: Return the explain record in the response's ``kv_transfer_params``.
         complaint: What could not be understood; the rest was taken as if it had not been given. Empty when all was.
     """
@@ -74,6 +86,7 @@ class RequestParams:
     mode: Mode = Mode.AUTO
     max_load_tokens: int | None = None
     keep: Keep | None = None
+    prefetch: tuple[npt.NDArray[np.int64], ...] = field(default=(), compare=False)
     explain: bool = False
     complaint: str = ""
 
@@ -97,11 +110,18 @@ class RequestParams:
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
             complaints.append(f"max_load_tokens is {shortened(limit)}, must be a whole number of 0 or more")
             limit = None
+        announced = params.get("prefetch")
+        prefetch = () if announced is None else _prefixes(announced)
+        if prefetch is None:
+            complaints.append(
+                f"prefetch is {shortened(announced)}, must be a list of lists of token ids, {MAX_PREFIXES} at most "
+                f"with {MAX_ANNOUNCED_TOKENS} tokens together"
+            )
         asked = params.get("keep")
         keep = None if asked is None else limits.read(asked)
         if asked is not None and keep is None:
             complaints.append(f"keep is {shortened(asked)}, must be {TOOL!r} or seconds, from 0 to {limits.max_s:g}")
-        elif keep is not None and mode == Mode.OFF.value:
+        elif keep is not None and mode == Mode.OFF.value and not prefetch:
             complaints.append("keep has nothing to keep of a request that is 'off': none of it is saved")
             keep = None
         if explain not in (None, True, False):
@@ -111,9 +131,22 @@ class RequestParams:
             mode=Mode(mode),
             max_load_tokens=limit,
             keep=keep,
+            prefetch=prefetch or (),
             explain=bool(explain),
             complaint="; ".join(complaints),
         )
+
+
+def _prefixes(value: Any) -> tuple[npt.NDArray[np.int64], ...] | None:  # noqa: ANN401 -- JSON from a client
+    """Token ids of each prefix; None for what is not understood, or too much."""
+    if not isinstance(value, list | tuple) or not all(isinstance(each, list | tuple) for each in value):
+        return None
+    if len(value) > MAX_PREFIXES or sum(map(len, value)) > MAX_ANNOUNCED_TOKENS:
+        return None
+    try:
+        return tuple(as_token_array(each) for each in value)
+    except (PromptError, ValueError, TypeError, OverflowError):  # the others are numpy's
+        return None
 
 
 NOTHING_ASKED = RequestParams()

@@ -26,8 +26,9 @@ from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, UNNAMED, Sibling
 from cacheflow.vllm.scheduler.keeps import Keeps
 from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
+from cacheflow.vllm.scheduler.prefetches import Prefetches
 from cacheflow.vllm.scheduler.request import TrackedRequest
-from cacheflow.vllm.scheduler.request_params import KeepLimits, Mode, RequestParams
+from cacheflow.vllm.scheduler.request_params import Keep, KeepLimits, Mode, RequestParams
 from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 from cacheflow.vllm.scheduler.restorations import EndedRestoration, RestorationOutcome, Restorations
 from cacheflow.vllm.scheduler.saves import RequestSaves
@@ -86,6 +87,9 @@ class SchedulerSide:
         self._questions = StoreQuestions(
             self._lookup, facts_by_rank, num_saves=lambda: self._saves.num_saves, clock=clock
         )
+        self._prefetches = Prefetches(
+            store, facts_by_rank, options, questions=self._questions, keeps=self._keeps, clock=clock
+        )
         self.decider = Decider(by_stage, options, clock=clock, tier_rates=self._lookup.tier_rates)
         self.restorations = Restorations(
             options,
@@ -124,6 +128,10 @@ class SchedulerSide:
         if params.mode is Mode.OFF:
             request.reason = "the request asked for 'off'" if view.hashable else UNNAMED
         self._begin_name(request)
+        self._prefetches.arrived(request)
+        if params.prefetch and not self.identity.stopped and request.name.generation == self.identity.generation:
+            keep = params.keep or Keep(keep_s=self._keep_limits.tool_s, until_next=True)
+            self._prefetches.announce(request.name, params.prefetch, salt=view.salt, keep=keep)
 
     def _checkpoints(self, view: RequestView) -> RequestCheckpoints | None:
         if not self.decider.recurrent:
@@ -177,6 +185,16 @@ class SchedulerSide:
 
         ``has_start_states``: in a model with recurrent layers their states at ``num_computed`` are there.
         """
+        self._prefetches.look_anew(request_id)
+        matched = self._num_matched(
+            request_id, num_computed, num_preemptions=num_preemptions, has_start_states=has_start_states
+        )
+        self._prefetches.asked(request_id, answered=matched is not None)
+        return matched
+
+    def _num_matched(
+        self, request_id: str, num_computed: int, *, num_preemptions: int, has_start_states: bool
+    ) -> int | None:
         request = self.requests.get(request_id)
         if request is None:
             return 0
@@ -264,6 +282,7 @@ class SchedulerSide:
         offered = request.offered
         if offered is None or offered.num_tokens != num_external:
             raise AssertionError(f"vLLM allocated {num_external} tokens for {request_id}, offered was {offered}")
+        self._prefetches.left(request_id)
         self.restorations.start(request, offered, block_ids, states)
         request.decision = request.offered = None
 
@@ -272,6 +291,7 @@ class SchedulerSide:
 
         Some connector loads ``num_loaded`` tokens; None where that is not known.
         """
+        self._prefetches.left(request_id)
         request = self.requests.get(request_id)
         if request is None or request.records or self.restorations.restoring(request_id):
             return  # vLLM calls again when our own restoration has ended
@@ -303,8 +323,9 @@ class SchedulerSide:
         if self._options.save:
             saves, captures = self._saves.of_step(self.requests, scheduled, block_ids_of, state_blocks_of)
         generation, preempted = self.identity.generation, preempted if self.decider.recurrent else ()
-        keeps, self._keep_works = tuple(self._keep_works), []
-        if not saves and not captures and not preempted and not keeps and not self.has_work:
+        prefetches, announced = self._prefetches.due(generation)
+        keeps, self._keep_works = (*self._keep_works, *announced), []
+        if not any((saves, captures, preempted, keeps, prefetches, self.has_work)):
             return StepWork(generation=generation) if generation else NOTHING
         work = self.restorations.step(saves, busy=num_scheduled_tokens > 0)
         return replace(
@@ -312,6 +333,7 @@ class SchedulerSide:
             captures=captures,
             preempted=tuple(preempted),
             keeps=keeps,
+            prefetches=tuple(prefetches),
             claims=self._claims(work) if self._options.tenant_quota is not None else {},
             weights_versions=dict(self._weights_versions),
             generation=generation,
@@ -404,6 +426,7 @@ class SchedulerSide:
         if request is None:
             return None
         self._under_way.release(request_id)
+        self._prefetches.left(request_id)
         record = self.restorations.cancel(request_id)
         if record is not None:
             request.records.append(record)
@@ -428,4 +451,5 @@ class SchedulerSide:
     def close(self) -> None:
         """End the lookups and the census."""
         self._lookup.close()
+        self._prefetches.close()
         self._census.close()

@@ -23,6 +23,7 @@ from cacheflow.vllm.worker.checkpoint import Checkpoint
 from cacheflow.vllm.worker.keeper import PrefixKeeper
 from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.model_state import ModelState
+from cacheflow.vllm.worker.prefetch import PrefixPrefetch
 from cacheflow.vllm.worker.recompute import VllmComputePort
 from cacheflow.vllm.worker.saver import ChunkSaver
 from cacheflow.vllm.worker.stage_link import StageAnswers, link_stages
@@ -124,6 +125,7 @@ class WorkerSide:
             more=None if capture is None else capture.put,
             room=room,
         )
+        self._prefetch = PrefixPrefetch(store, facts, engine.layout, engine.states, chunk_tokens=chunk_tokens)
         self._keeper, self._keeps = PrefixKeeper(store), list[KeepWork]()
         self._carrier = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
         self._request_of: dict[int, str] = {}
@@ -136,7 +138,9 @@ class WorkerSide:
     def note_tiers(self) -> None:
         """Count what happened to the tiers of the store since the last call."""
         if self._has_tiers:
-            self.counts.note_tiers(self.store.stats().tiers)
+            stats = self.store.stats()
+            self.counts.note_tiers(stats.tiers)
+            self.counts.note_prefetches(stats.prefetches)
 
     @property
     def facts(self) -> EngineFacts:
@@ -159,6 +163,8 @@ class WorkerSide:
         self._keeps += work.keeps
         for tenant, chain_hashes in work.claims.items():
             self.store.claim(chain_hashes, tenant=tenant)
+        for prefetch in work.prefetches:
+            self._prefetch.carry_out(prefetch)
         if self._capture is not None:
             self._capture.expect(work.captures)
 
@@ -280,5 +286,6 @@ class WorkerSide:
         self._carrier.close()
         self.saver.close()
         self._keeper.close()
+        self._prefetch.close()
         if self._capture is not None:
             self._capture.close()
