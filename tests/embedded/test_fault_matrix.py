@@ -29,6 +29,7 @@ from support.embedded_cases import (
     tiny,
     turns,
 )
+from support.kv_like import codec_of
 from support.store_kinds import ALL, url_of
 
 CAPACITY = 64 << 20
@@ -91,7 +92,10 @@ def cells_of_the_matrix() -> Iterator[object]:
         for column, policy in enumerate(RESTORE_POLICIES):
             for number, backend in enumerate(ALL):
                 is_chosen = (row + column) % len(ALL) == number
-                yield pytest.param(trouble, policy, backend, marks=() if is_chosen else pytest.mark.long)
+                yield pytest.param(trouble, policy, backend, "", marks=() if is_chosen else pytest.mark.long)
+    for trouble in ("miss", "late", "error", *DAMAGES):
+        for policy in ("load", "cacheflow"):
+            yield trouble, policy, "file", "zstd"
 
 
 def strike(trouble: Trouble, store: FaultyStore, cells: list[ObjectKey]) -> None:
@@ -103,8 +107,8 @@ def strike(trouble: Trouble, store: FaultyStore, cells: list[ObjectKey]) -> None
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("name", "policy", "backend"), list(cells_of_the_matrix()))
-def test_trouble_costs_time_alone(name, policy, backend, request, tmp_path):
+@pytest.mark.parametrize(("name", "policy", "backend", "codec"), list(cells_of_the_matrix()))
+def test_trouble_costs_time_alone(name, policy, backend, codec, request, tmp_path):
     model, trouble = tiny("llama", "bfloat16"), TROUBLES[name]
     cells: list[ObjectKey] = []
 
@@ -113,7 +117,8 @@ def test_trouble_costs_time_alone(name, policy, backend, request, tmp_path):
             cells.append(key)
         return False
 
-    inner = open_store(url_of(backend, request, tmp_path / "store"), capacity_bytes=CAPACITY)
+    url = url_of(backend, request, tmp_path / "store")
+    inner = open_store(f"{url}?codec={codec_of(codec).name}" if codec else url, capacity_bytes=CAPACITY)
     faulty = FaultyStore(inner, FaultPlan(rules=(FaultRule(fault=Fault.PUT_ERROR, matches=noted),)))
     with ThrottledStore(faulty, 1e12, trouble.latency_s) as store:
         engine = make_engine(model, store, policy=policy, executor=trouble.executor)

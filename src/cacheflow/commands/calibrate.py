@@ -173,7 +173,7 @@ def _measure_store(flags: CalibrateFlags, object_bytes: int) -> tuple[LinkCost, 
         if flags.bandwidth_gbps is not None:
             store = ThrottledStore(store, flags.bandwidth_gbps * 1e9 / 8)
         with store:
-            link = measure_link(store, object_bytes=object_bytes, num_objects=num_objects)
+            link = measure_link(store, object_bytes=object_bytes, num_objects=num_objects, dtype=flags.dtype)
             tiers = store.stats().tiers
             return link, {tier.name: tier.bytes_per_s for tier in tiers if tier.bytes_per_s is not None}
 

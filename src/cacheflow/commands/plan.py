@@ -15,7 +15,7 @@ from cacheflow.bench.timeline import Timeline, draw_timelines
 from cacheflow.commands.plan_report import PlanReport, checkpoint_line, guard_line, prediction_table, split_grid
 from cacheflow.commands.plan_stages import axis_line, predict_stages, stage_timelines, stages_table, ways_table
 from cacheflow.errors import ConfigError
-from cacheflow.model_shape import ModelShape
+from cacheflow.model_shape import DTYPE_BYTES, ModelShape
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Grid
 from cacheflow.plan.problem import LinkCost, RestoreProblem
@@ -40,6 +40,10 @@ class PlanFlags(Flags):
     model: str = option(help=f"{', '.join(MODEL_SHAPES)}, or {MODEL_FILES}", metavar="SHAPE")
     gpu: str = option(help=f"{', '.join(GPUS)}, or a .json file of peaks", metavar="NAME")
     bandwidth_gbps: float = option(help="link, in Gbit/s", metavar="G", above=0, finite=True)
+    stored_bits: float | None = option(
+        None, "bits in which each number of the KV is stored, 8 by the codecs int8 and fp8; the link carries those "
+        "(default: as many as it has)", metavar="B", above=0,
+    )  # fmt: skip
     tokens: int = option(help="tokens of the cached prefix", metavar="N", at_least=1)
     suffix: int = option(512, "new tokens after it", metavar="N", at_least=0)
     chunk: int = option(512, "tokens of a chunk", metavar="N", at_least=1)
@@ -86,9 +90,10 @@ def run(args: argparse.Namespace) -> int:
     )
     shape, gpu = find_model(flags.model), find_gpu(flags.gpu)
     tokens = (flags.tokens, flags.suffix, flags.chunk)
+    bandwidth_gbps, stored = _delivered(flags, shape)
     console = Console(highlight=False, markup=False)
     if layout.pipeline_parallel_size > 1:
-        problem = whole_problem(shape, gpu, bandwidth_gbps=flags.bandwidth_gbps, grid_tokens=tokens, layout=layout)
+        problem = whole_problem(shape, gpu, bandwidth_gbps=bandwidth_gbps, grid_tokens=tokens, layout=layout)
         stages = predict_stages(problem, shape, layout, policy=flags.policy, title=_title(shape, gpu, problem, layout))
         title, timelines = stages.title, stage_timelines(stages)
         console.print(ways_table(stages))
@@ -96,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(stages_table(stages))
     else:
         report = predict(
-            shape, gpu, bandwidth_gbps=flags.bandwidth_gbps, grid_tokens=tokens, chosen=flags.policy, layout=layout
+            shape, gpu, bandwidth_gbps=bandwidth_gbps, grid_tokens=tokens, chosen=flags.policy, layout=layout
         )
         title, timelines = report.title, report.timelines()
         console.print(prediction_table(report))
@@ -104,10 +109,35 @@ def run(args: argparse.Namespace) -> int:
         console.print(split_grid(report))
     if shape.checkpoint_bytes:
         console.print(checkpoint_line(shape), soft_wrap=True)
+    if stored:
+        console.print(stored, soft_wrap=True)
     console.print(NOT_MEASURED, style="dim")
     if flags.out is not None:
         console.print(_picture(timelines, flags.out, title=title), soft_wrap=True)
     return 0
+
+
+def _delivered(flags: PlanFlags, shape: ModelShape) -> tuple[float, str]:
+    """Gbit/s of KV that the link delivers, and the line that says why it is not what it carries.
+
+    Raises:
+        ConfigError: Something else than keys and values is loaded too, which no lossy codec touches.
+    """
+    if flags.stored_bits is None:
+        return flags.bandwidth_gbps, ""
+    bits = 8 * DTYPE_BYTES[shape.dtype]
+    if flags.pipeline_parallel_size > 1 or shape.checkpoint_bytes:
+        raise ConfigError(
+            "--stored-bits is for models on one stage, without recurrent layers: boundary and running states stay as "
+            "they are"
+        )
+    if flags.stored_bits > bits:
+        raise ConfigError(f"--stored-bits is {flags.stored_bits:g}, must be at most the {bits} of {shape.dtype}")
+    delivered_gbps = flags.bandwidth_gbps * bits / flags.stored_bits
+    return delivered_gbps, (
+        f"KV in {flags.stored_bits:g} of {bits} bits: a link of {flags.bandwidth_gbps:.4g} Gbit/s delivers "
+        f"{delivered_gbps:.4g}. Decoding takes no time here, and what is restored is not exact"
+    )
 
 
 def predict(

@@ -146,6 +146,7 @@ class Engine:
                 *bits_identity(model),
                 ("layers_per_block", str(layers_per_block)),
                 *state_identity(model.shape),
+                *store.codec_identity(),
             ),
         )
         self._in_batch = threading.Lock()

@@ -29,6 +29,8 @@ from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.staging import StagingBuffer
 from cacheflow.tensors.streams import StreamEvent
 
+_TOKEN_AXES = (2,)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
@@ -134,4 +136,4 @@ class PrefixSaver:
     def _request(self, key: ObjectKey, values: torch.Tensor) -> PutRequest:
         shape = tuple(values.shape)
         payload: npt.NDArray[np.uint8] = values.view(-1).view(torch.uint8).numpy()
-        return PutRequest(key, [payload], shape=shape, dtype=self._geometry.shape.dtype)
+        return PutRequest(key, [payload], shape=shape, dtype=self._geometry.shape.dtype, token_axes=_TOKEN_AXES)

@@ -14,7 +14,7 @@ Threads: every method of a store and of its handles may be called from any threa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import DeviceReader, Loan
+from cacheflow.stores.record import RecordHeader
 from cacheflow.types import LoadOutcome
 
 ByteBuffer = bytes | bytearray | memoryview | npt.NDArray[Any]
@@ -94,12 +95,14 @@ class GetRequest:
         buffer: Receives the payload alone, without the record's header; writable, as long as the payload.
         tap: Fault injection; None in production.
         loan: Takes the record where the store lends it; the buffer is then left alone. None: always fill the buffer.
+        tell: Is given the record's header before a read ends ``OK``, on a thread of the store; not of what is lent.
     """
 
     key: ObjectKey
     buffer: ByteBuffer
     tap: ReadTap | None = None
     loan: Loan | None = None
+    tell: Callable[[RecordHeader], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,9 +112,11 @@ class PutRequest:
     Attributes:
         key: The object.
         buffers: Its payload in parts, stored one after the other.
-        shape: Shape of the tensor, for people and tools; at most 8 dimensions.
+        shape: Shape of the tensor, for people, tools and codecs; at most 8 dimensions.
         dtype: Name of its dtype, at most 16 ASCII characters.
         replace: Overwrite an existing object; for ``ObjectKind.NEXT`` and ``IDENTITY``, since the others never change.
+        token_axes: Axes of the shape along which the tokens of keys and values lie. Empty: not known, or no keys and
+            values; then no lossy codec touches it.
     """
 
     key: ObjectKey
@@ -119,6 +124,7 @@ class PutRequest:
     shape: tuple[int, ...]
     dtype: str
     replace: bool = False
+    token_axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +358,20 @@ class Store(ABC):
         Once, before the reader's first read; most stores cannot, and do nothing.
         """
         del reader
+
+    def codec_identity(self) -> tuple[tuple[str, str], ...]:
+        """What a namespace has to say of a lossy codec that KV goes through here; nothing without one."""
+        return ()
+
+    def stored_bytes(self, payloads: Sequence[tuple[ObjectKey, int]]) -> tuple[int, ...]:
+        """Bytes of payloads as they lie in the store, encoded or not: what its medium and its link carry.
+
+        As far as this process knows; asks no medium.
+
+        Args:
+            payloads: Each object, and the bytes that its payload has for whoever reads it; what is not known is that.
+        """
+        return tuple(num_bytes for _, num_bytes in payloads)
 
     @abstractmethod
     def stats(self) -> StoreStats:

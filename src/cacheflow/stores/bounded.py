@@ -13,7 +13,7 @@ from cacheflow.errors import ConfigError
 from cacheflow.stores.base import PinOutcome
 from cacheflow.stores.keys import ObjectKey, chain_hash_of, namespace_of
 from cacheflow.stores.lru import LruIndex
-from cacheflow.stores.record import ChecksumAlgorithm
+from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.threaded import ThreadedStore, Usage
 from cacheflow.types import Clock
@@ -100,6 +100,15 @@ class BoundedStore(ThreadedStore):
     def tenant_of(self, name: str) -> str | None:
         """Whom an object is counted for by ``claim``; call with the lock held."""
         return self._tenants.get(chain_hash_of(name)) if self._tenants else None
+
+    def stored_bytes(self, payloads: Sequence[tuple[ObjectKey, int]]) -> tuple[int, ...]:
+        """See ``Store.stored_bytes``; what a scan found may count with a little more than its bytes."""
+        with self._lock:
+            found = [self._index.size_of(key.name) for key, _ in payloads]
+        return tuple(
+            num_bytes if size is None else min(num_bytes, max(1, size - HEADER_BYTES))
+            for (_, num_bytes), size in zip(payloads, found, strict=True)
+        )
 
     def census(self) -> Mapping[str, int]:
         """See ``Store.census``."""

@@ -115,8 +115,9 @@ class FileStore(SharedStore):
         try:
             status = os.fstat(descriptor)
             record_bytes = status.st_size
-            fits = record_bytes == HEADER_BYTES + payload.nbytes
-            num_read = _read_all(descriptor, [header, payload] if fits else [header])
+            fits = HEADER_BYTES < record_bytes <= HEADER_BYTES + payload.nbytes
+            front = payload[: max(record_bytes - HEADER_BYTES, 0)]
+            num_read = _read_all(descriptor, [header, front] if fits else [header])
             if not -_AHEAD_S < time.time() - status.st_mtime <= self._touch_s:
                 with suppress(OSError):  # a file of another owner keeps its time
                     os.utime(descriptor)

@@ -74,6 +74,11 @@ class LruIndex:
         """Number of objects held."""
         return len(self._held)
 
+    def size_of(self, name: str) -> int | None:
+        """Bytes of an object's record; None where it is not held."""
+        found = self._held.get(name)
+        return None if found is None else found.num_bytes
+
     def touch(self, name: str, *, now_s: float, tenant: str | None = None) -> None:
         """Make a held object the most recently used; counts it for the tenant, if one is given."""
         if name in self._held:

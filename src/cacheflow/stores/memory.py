@@ -152,8 +152,8 @@ class MemoryStore(BoundedStore):
         try:
             np.copyto(np.frombuffer(header, np.uint8), record.bytes[:HEADER_BYTES])
             num_found = record.bytes.nbytes - HEADER_BYTES
-            if num_found == payload.nbytes:
-                np.copyto(np.frombuffer(payload, np.uint8), record.bytes[HEADER_BYTES:])
+            if 0 < num_found <= payload.nbytes:
+                np.copyto(np.frombuffer(payload, np.uint8)[:num_found], record.bytes[HEADER_BYTES:])
             return num_found
         finally:
             self._end_reading(record, None)

@@ -9,8 +9,9 @@
     rediss://host:6379/0                the same over TLS; ?ca_certs=FILE&certfile=FILE&keyfile=FILE
     s3://bucket/prefix                  a bucket; ?endpoint=URL&region=NAME&timeout_s=10
 
-All of them take ``?capacity=4GiB``, a bound of their own instead of the one given for all. Several URLs, the fastest
-store first, are tiers of one store (``stores.tiered``).
+All of them take ``?capacity=4GiB``, a bound of their own instead of the one given for all, and ``?codec=zstd`` (or
+``fp8``, ``int8``), by which what is written gets shorter. Several URLs, the fastest store first, are tiers of one store
+(``stores.tiered``).
 
 Other packages add schemes as entry points of the group ``cacheflow.stores``: the name is the scheme, the value a
 ``StoreOpener``. See docs/stores.md.
@@ -20,6 +21,7 @@ A URL holds no secret, so that it may be printed and logged; one that does is re
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,16 +35,21 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import Store
+from cacheflow.stores.codec import Codec
+from cacheflow.stores.codecs import codec_named
 from cacheflow.stores.directory import is_record_directory
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import VERIFIED_SHARE, MemoryStore
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shm import SharedMemoryStore, shm_folder
+from cacheflow.stores.threaded import ThreadedStore
 from cacheflow.stores.tiered import TieredStore
 
+logger = logging.getLogger(__name__)
+
 ENTRY_POINT_GROUP = "cacheflow.stores"
-CAPACITY = "capacity"
-"""The option that every store takes."""
+CAPACITY, CODEC = "capacity", "codec"
+"""The options that every store takes."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _UNITS = {"": 1} | {
     f"{letter}{binary}B": (1024 if binary else 1000) ** (1 + power)
@@ -118,14 +125,14 @@ class StoreUrl:
         return shown_url(self.text.partition("?")[0])
 
     def require_options(self, *known: str) -> None:
-        """Pass if it has no other options than these, and ``capacity``.
+        """Pass if it has no other options than these, ``capacity`` and ``codec``.
 
         Raises:
             ConfigError: It has; names them, and those that are known.
         """
-        unknown = sorted(set(self.options) - {*known, CAPACITY})
+        unknown = sorted(set(self.options) - {*known, CAPACITY, CODEC})
         if unknown:
-            allowed = ", ".join((*known, CAPACITY))
+            allowed = ", ".join((*known, CAPACITY, CODEC))
             raise ConfigError(f"store: unknown option {', '.join(unknown)} of a {self.scheme} store; known: {allowed}")
 
     def flag(self, name: str) -> bool:
@@ -153,6 +160,16 @@ class StoreUrl:
         if num_bytes < 1:
             raise ConfigError(f"store: capacity is {text!r}, must be a size such as 4GiB, 500MB or 1000000, above 0")
         return num_bytes
+
+    @property
+    def codec(self) -> Codec | None:
+        """The option ``codec``; None without one.
+
+        Raises:
+            ConfigError: There is no such codec, or its package is not installed.
+        """
+        name = self.options.get(CODEC)
+        return None if name is None else codec_named(name)
 
     def seconds(self, name: str, default: float) -> float:
         """An option in seconds.
@@ -244,7 +261,27 @@ def _open(url: StoreUrl, *, capacity_bytes: int, retention: Retention, only_look
     store = opener_of(url.scheme)(url)(capacity_bytes=capacity_bytes, retention=retention)
     if not isinstance(store, Store):
         raise StoreError(f"store {url}: the opener of {url.scheme} returned {store!r}, which is no Store")
+    if (codec := url.codec) is not None:
+        try:
+            _encode(store, codec, url)
+        except BaseException:
+            store.close()
+            raise
     return store
+
+
+def _encode(store: Store, codec: Codec, url: StoreUrl) -> None:
+    """Have a store encode what is written to it, and say what that means."""
+    if not isinstance(store, ThreadedStore):
+        raise StoreError(f"store {url}: a {url.scheme} store has no codecs (it is no ThreadedStore)")
+    store.encode_with(codec)
+    if codec.lossy:
+        logger.info(
+            "%s: keys and values are stored in 8 bits each (codec %s): what is restored is near what was computed, not "
+            "equal to it, and tokens may differ. It is kept apart from exact KV", store, codec.name,
+        )  # fmt: skip
+    else:
+        logger.info("%s: records are stored shorter (codec %s), and read back bit for bit", store, codec.name)
 
 
 def check_store_url(urls: str | Sequence[str]) -> tuple[StoreUrl, ...]:
@@ -254,7 +291,8 @@ def check_store_url(urls: str | Sequence[str]) -> tuple[StoreUrl, ...]:
         Each URL, taken apart.
 
     Raises:
-        ConfigError: See ``open_store``; there is none, or two are of the same store.
+        ConfigError: See ``open_store``; there is none, two are of the same store, or one has a lossy codec that not all
+            have.
     """
     parsed = tuple(map(StoreUrl.parse, [urls] if isinstance(urls, str) else urls))
     if not parsed:
@@ -262,8 +300,15 @@ def check_store_url(urls: str | Sequence[str]) -> tuple[StoreUrl, ...]:
     for number, url in enumerate(parsed):
         opener_of(url.scheme)(url)
         url.capacity_bytes(1)
+        _ = url.codec  # check it
         if url.address in (other.address for other in parsed[:number]):
             raise ConfigError(f"store: two tiers are {url.address}; each must be a store of its own")
+    lossy = [codec.name if (codec := url.codec) is not None and codec.lossy else "" for url in parsed]
+    if len(set(lossy)) > 1:
+        named = ", ".join(f"{url.address} {name or 'none'}" for url, name in zip(parsed, lossy, strict=True))
+        raise ConfigError(
+            f"store: tiers must have the same lossy codec or none, these have {named}: give all of them it"
+        )
     return parsed
 
 

@@ -1,17 +1,24 @@
-"""Measures a store's link: latency of one small read, bandwidth of pipelined reads of cell-sized objects."""
+"""Measures a store's link: latency of one small read, bandwidth of pipelined reads of cell-sized objects.
+
+What is read goes through the store's codec, and looks like keys and values to it.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import uuid
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
 from cacheflow.errors import StoreError
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import GetHandle, GetRequest, PutOutcome, PutRequest, Store
+from cacheflow.stores.codec import Bytes, TensorForm
+from cacheflow.stores.floats import ITEM_BYTES, numbers_of, round_into
 from cacheflow.stores.keys import ObjectKey, RankKeys, chain_hash, chain_root
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
@@ -19,9 +26,59 @@ from cacheflow.types import LoadOutcome
 _NAMESPACE = "0" * 32
 _SMALL_BYTES = 4096
 _DEPTH = 3
+_CHANNELS = 128
+_SPREAD, _OFFSET = 0.7, 0.5
 
 
-def measure_link(store: Store, *, object_bytes: int, num_objects: int = 64, rounds: int = 3) -> LinkCost:
+@dataclass(frozen=True, slots=True)
+class KvLike:
+    """Random numbers as keys and values have them: each channel normal, around a mean and with a spread of its own.
+
+    Attributes:
+        buffer: Their bytes.
+        form: One axis of tokens, one of channels.
+    """
+
+    buffer: Bytes
+    form: TensorForm
+
+    @classmethod
+    def draw(cls, num_bytes: int, *, dtype: str) -> KvLike:
+        """Always the same ones; bytes, where codecs do not know the dtype or they are no whole numbers of it."""
+        generator, item_bytes = np.random.default_rng(7), ITEM_BYTES.get(dtype, 1)
+        if item_bytes == 1 or num_bytes % item_bytes:
+            return cls(generator.integers(256, size=num_bytes, dtype=np.uint8), TensorForm((num_bytes,), "uint8"))
+        num_items = num_bytes // item_bytes
+        channels = math.gcd(num_items, _CHANNELS)
+        values = generator.standard_normal((num_items // channels, channels), np.float32)
+        values *= generator.lognormal(0.0, _SPREAD, channels).astype(np.float32)
+        values += generator.normal(0.0, _OFFSET, channels).astype(np.float32)
+        buffer = np.empty(num_bytes, np.uint8)
+        round_into(numbers_of(buffer, dtype).reshape(values.shape), values, dtype)
+        return cls(buffer, TensorForm(values.shape, dtype, (0,)))
+
+    def request(self, key: ObjectKey) -> PutRequest:
+        """What puts them into a store."""
+        return PutRequest(key, [self.buffer], self.form.shape, self.form.dtype, token_axes=self.form.token_axes)
+
+
+def stored_share(store: Store, *, object_bytes: int, dtype: str) -> float:
+    """Bytes of an object as it is stored, over its own: 1, and less with a codec. Writes one, and deletes it.
+
+    Raises:
+        StoreError: It could not be written.
+    """
+    key = _probe_key(0, uuid.uuid4().hex)
+    try:
+        _write(store, [KvLike.draw(object_bytes, dtype=dtype).request(key)], f"an object of {object_bytes} bytes")
+        return store.stored_bytes([(key, object_bytes)])[0] / object_bytes
+    finally:
+        store.delete([key])
+
+
+def measure_link(
+    store: Store, *, object_bytes: int, num_objects: int = 64, rounds: int = 3, dtype: str = "bfloat16"
+) -> LinkCost:
     """Write probe objects, read them back in pipelined rounds, delete them.
 
     Of a store of several tiers each is measured, and told what it was measured to do; the fastest one's is returned.
@@ -33,6 +90,7 @@ def measure_link(store: Store, *, object_bytes: int, num_objects: int = 64, roun
         object_bytes: Size of a probe, that of a cell.
         num_objects: Probes of a round.
         rounds: The best round counts, since neighbours only slow a link down; the latency is a median.
+        dtype: Of keys and values, on which depends what a codec makes of them.
 
     Raises:
         StoreError: A probe could not be written or read back.
@@ -40,25 +98,27 @@ def measure_link(store: Store, *, object_bytes: int, num_objects: int = 64, roun
     if isinstance(store, TieredStore):
         links = []
         for tier in store.tiers:
-            links.append(measure_link(tier.store, object_bytes=object_bytes, num_objects=num_objects, rounds=rounds))
+            links.append(
+                measure_link(tier.store, object_bytes=object_bytes, num_objects=num_objects, rounds=rounds, dtype=dtype)
+            )
             tier.promise(bytes_per_s=links[-1].bytes_per_s, latency_s=links[-1].latency_s)
         return links[0]
     salt = uuid.uuid4().hex
     keys = [_probe_key(index, salt) for index in range(num_objects + 1)]
-    sizes = [object_bytes] * num_objects + [_SMALL_BYTES]
-    payload = np.arange(max(sizes), dtype=np.uint64).astype(np.uint8)
+    probe, small = (KvLike.draw(num_bytes, dtype=dtype) for num_bytes in (object_bytes, _SMALL_BYTES))
     try:
-        handle = store.submit_put(
-            [PutRequest(k, [payload[:n]], (n,), "uint8") for k, n in zip(keys, sizes, strict=True)]
-        )
-        outcomes = handle.wait(120.0)
-        if not set(outcomes) <= {PutOutcome.STORED, PutOutcome.EXISTS}:
-            raise StoreError(f"link probe: {num_objects} objects of {object_bytes} bytes could not be written")
+        requests = [*(probe.request(key) for key in keys[:-1]), small.request(keys[-1])]
+        _write(store, requests, f"{num_objects} objects of {object_bytes} bytes")
         latency_s = statistics.median(_read_one_s(store, keys[-1], _SMALL_BYTES) for _ in range(4 * rounds))
         busy_s = min(_read_all_s(store, keys[:-1], object_bytes) for _ in range(rounds))
     finally:
         store.delete(keys)
     return LinkCost(bytes_per_s=num_objects * object_bytes / busy_s, latency_s=latency_s)
+
+
+def _write(store: Store, requests: list[PutRequest], what: str) -> None:
+    if not set(store.submit_put(requests).wait(120.0)) <= {PutOutcome.STORED, PutOutcome.EXISTS}:
+        raise StoreError(f"link probe: {what} could not be written")
 
 
 def _probe_key(index: int, salt: str) -> ObjectKey:

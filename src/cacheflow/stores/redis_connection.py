@@ -41,8 +41,8 @@ class RecordTransfers:
         """Receive a value into two buffers; with ``expires_s`` the server removes it that long from now.
 
         Returns:
-            Bytes of the value after ``header``; None where there is none. A value of another length than the buffers
-            fills ``header`` alone, one shorter than ``header`` nothing.
+            Bytes of the value after ``header``; None where there is none. A value longer than the buffers fills
+            ``header`` alone, one shorter than ``header`` nothing.
 
         Raises:
             OSError: The server refused, is gone, or is too slow.
@@ -59,8 +59,8 @@ class RecordTransfers:
         num_rest = num_bytes - header.nbytes
         if num_rest < 0:
             self._skip(num_bytes + 2 - len(early), until_s)
-        elif num_rest == payload.nbytes:
-            self._fill((header, payload, memoryview(bytearray(2))), early, until_s)
+        elif num_rest <= payload.nbytes:
+            self._fill((header, payload[:num_rest], memoryview(bytearray(2))), early, until_s)
         else:
             self._fill((header,), early, until_s)
             self._skip(num_rest + 2, until_s)

@@ -163,8 +163,8 @@ class BucketStore(SharedStore):
         num_found = data.nbytes - HEADER_BYTES
         if num_found >= 0:
             np.copyto(np.frombuffer(header, np.uint8), data[:HEADER_BYTES])
-        if num_found == payload.nbytes:
-            np.copyto(np.frombuffer(payload, np.uint8), data[HEADER_BYTES:])  # without the GIL
+        if 0 < num_found <= payload.nbytes:
+            np.copyto(np.frombuffer(payload, np.uint8)[:num_found], data[HEADER_BYTES:])  # without the GIL
         self.note_read(key.name, data.nbytes)
         return num_found
 

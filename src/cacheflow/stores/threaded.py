@@ -1,6 +1,6 @@
 """Base of stores whose backend reads and writes one record at a time: a small pool of threads does the rest.
 
-A backend implements five methods on whole records; queueing, priorities, deadlines, cancellation, checksums,
+A backend implements five methods on whole records; queueing, priorities, deadlines, cancellation, checksums, codecs,
 statistics and the repair of damaged objects live here. Calls that release the GIL (file and socket I/O,
 ``numpy.copyto``, xxHash) leave the compute thread alone; ``memoryview`` assignment does not and is for headers only.
 """
@@ -29,6 +29,8 @@ from cacheflow.stores.base import (
     StoreStats,
     byte_view,
 )
+from cacheflow.stores.codec import Codec, TensorForm
+from cacheflow.stores.codecs import Coding
 from cacheflow.stores.handle import READS, WRITES, O, OperationHandle, Verdicts
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import LentRecord, Loan
@@ -39,6 +41,8 @@ from cacheflow.stores.record import (
     check_description,
     decode_header,
     encode_header,
+    is_encoded,
+    matches,
     verify,
 )
 from cacheflow.types import Clock, LoadOutcome
@@ -112,6 +116,7 @@ class ThreadedStore(Store):
         self._algorithm = algorithm
         self._clock = clock
         self._meter = Meter()
+        self._coding = Coding()
         self._queue: list[_Queued] = []
         self._queue_changed = Condition()
         self._sequence = itertools.count()
@@ -125,11 +130,21 @@ class ThreadedStore(Store):
         """What log lines call the store."""
         return f"{self.capabilities().name} store"
 
+    def encode_with(self, codec: Codec) -> None:
+        """Encode what is written from now on; before the first write, with a codec whose package is installed."""
+        self._coding = Coding(codec)
+
+    def codec_identity(self) -> tuple[tuple[str, str], ...]:
+        """See ``Store.codec_identity``."""
+        codec = self._coding.codec
+        return (("codec", codec.name),) if codec is not None and codec.lossy else ()
+
     @abstractmethod
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
         """Fill the two buffers from a record and return how many payload bytes it has; None when it is not there.
 
-        ``header`` has ``HEADER_BYTES`` bytes. A record of another length than asked for need not be copied beyond its
+        ``header`` has ``HEADER_BYTES`` bytes. A record that has fewer payload bytes than asked for (it is encoded)
+        fills the front of ``payload``, and what is beyond it is left alone. One with more need not be copied beyond its
         header, one shorter than a header not at all (return a negative count).
         """
 
@@ -198,7 +213,7 @@ class ThreadedStore(Store):
         """See ``Store.submit_put``."""
         payloads = [[byte_view(buffer) for buffer in request.buffers] for request in requests]
         for request, parts in zip(requests, payloads, strict=True):
-            check_description(request.shape, request.dtype)
+            check_description(request.shape, request.dtype, request.token_axes)
             if not parts:
                 raise ValueError(f"put of {request.key.name} has no buffer; an object has at least one byte")
 
@@ -268,19 +283,34 @@ class ThreadedStore(Store):
     def _get(self, request: GetRequest, payload: memoryview, header: memoryview) -> LoadOutcome:
         if request.loan is not None and request.tap is None:
             lent = self.lend_record(request.key, payload.nbytes)
-            if lent is not None:
+            if lent is not None and is_encoded(byte_view(lent.header)):
+                lent.end(None)  # its length is by chance that of the buffer
+            elif lent is not None:
                 return self._lend(request.key, lent, request.loan)
         num_found = self.read_record(request.key, header, payload)
         if num_found is None:
             self._suspects.discard(request.key)
             return LoadOutcome.MISS
         if request.tap is not None:
-            request.tap.apply(header, payload)
-        if num_found == payload.nbytes:
-            outcome = verify(header, payload, request.key)
-        else:
-            outcome = self._length_outcome(request.key, header, num_found, payload.nbytes)
-        return self._noted(request.key, outcome)
+            request.tap.apply(header, payload[: max(num_found, 0)])
+        return self._noted(request.key, self._take(request, payload, header, num_found))
+
+    def _take(self, request: GetRequest, payload: memoryview, header: memoryview, num_found: int) -> LoadOutcome:
+        """Verify and decode a record that was read."""
+        key, found = request.key, decode_header(header) if num_found >= 0 else None
+        if found is None or found.key_digest != key.digest or found.payload_bytes != num_found:
+            return LoadOutcome.CORRUPT
+        if found.raw_bytes != payload.nbytes:
+            logger.warning("%s holds %d bytes, a buffer of %d was passed", key.name, found.raw_bytes, payload.nbytes)
+            return LoadOutcome.ERROR
+        if not matches(found, payload[:num_found]):
+            return LoadOutcome.CORRUPT
+        outcome = self._coding.decode(found, payload, name=str(self)) if found.codec else LoadOutcome.OK
+        if outcome is LoadOutcome.MISS:
+            self._suspects.add(key)  # it counts as absent, and what is recomputed instead of it is written over it
+        elif outcome is LoadOutcome.OK and request.tell is not None:
+            request.tell(found)
+        return outcome
 
     def _lend(self, key: ObjectKey, lent: LentRecord, loan: Loan) -> LoadOutcome:
         outcome = LoadOutcome.ERROR
@@ -313,21 +343,17 @@ class ThreadedStore(Store):
                 "Further damage is only counted", self, key.name,
             )  # fmt: skip
 
-    def _length_outcome(self, key: ObjectKey, header: memoryview, num_found: int, num_asked: int) -> LoadOutcome:
-        found = decode_header(header) if num_found >= 0 else None
-        if found is None or found.key_digest != key.digest or found.payload_bytes != num_found:
-            return LoadOutcome.CORRUPT
-        logger.warning("%s holds %d bytes, a buffer of %d was passed", key.name, num_found, num_asked)
-        return LoadOutcome.ERROR
-
     def _put(self, request: PutRequest, parts: Sequence[memoryview], header: memoryview) -> PutOutcome:
         replace = request.replace or request.key in self._suspects
         if not replace and self.holds([request.key])[0]:
             return PutOutcome.EXISTS
+        form = TensorForm(request.shape, request.dtype, request.token_axes)
+        stored, encoding = self._coding.encode(request.key.kind, parts, form)
         encode_header(
-            header, request.key, parts, shape=request.shape, dtype=request.dtype, algorithm=self._algorithm
+            header, request.key, stored, shape=request.shape, dtype=request.dtype, algorithm=self._algorithm,
+            token_axes=request.token_axes, encoding=encoding,
         )  # fmt: skip
-        outcome = self.write_record(request.key, (header, *parts), replace=replace)
+        outcome = self.write_record(request.key, (header, *stored), replace=replace)
         if outcome is PutOutcome.STORED:
             self._suspects.discard(request.key)
         return outcome

@@ -48,10 +48,11 @@ class ThrottledStore(WrapperStore):
     """A link of a given bandwidth, shared by all reads of a store.
 
     The inner store reads and copies at its own speed; an outcome becomes known when the link would have delivered
-    its payload: transfers pass one at a time, by priority and then in the order of submission, each after the end
-    of the last, plus a latency that overlaps with other transfers. Ends are points of an absolute schedule, so with
-    two reads or more in flight the link is busy all the time and late wake-ups do not add up. Misses and failures
-    cost the latency alone. ``contains``, ``pin`` and ``delete`` are not slowed down.
+    its payload as it lies in the store (a codec makes it shorter): transfers pass one at a time, by priority and then
+    in the order of submission, each after the end of the last, plus a latency that overlaps with other transfers. Ends
+    are points of an absolute schedule, so with two reads or more in flight the link is busy all the time and late
+    wake-ups do not add up. Misses and failures cost the latency alone. ``contains``, ``pin`` and ``delete`` are not
+    slowed down.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class ThrottledStore(WrapperStore):
 
         Args:
             inner: The store; closed with this one.
-            bytes_per_s: Bandwidth, payload bytes.
+            bytes_per_s: Bandwidth, payload bytes; of reads as they are stored, of writes before they are encoded.
             latency_s: Added to every operation.
             jitter_s: Upper end of a uniform random addition to the latency, drawn per item.
             seed: Of the jitter.
@@ -127,8 +128,9 @@ class ThrottledStore(WrapperStore):
             self._meter.record_get(outcome, sizes[index], start_s=start_s, end_s=end_s)
 
         ledger = self._ledger(len(sizes), READS, deadline_s, count)
+        on_link = self.inner.stored_bytes([(each.key, size) for each, size in zip(requests, sizes, strict=True)])
         inner = self.inner.submit_get(requests, priority=priority, deadline_s=deadline_s)
-        return self._over_link(inner, ledger, sizes, priority)
+        return self._over_link(inner, ledger, on_link, priority)
 
     def submit_put(
         self, requests: Sequence[PutRequest], *, priority: int = 0, deadline_s: float | None = None

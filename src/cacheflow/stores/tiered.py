@@ -41,6 +41,7 @@ from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.loan import DeviceReader
 from cacheflow.stores.meter import Meter
 from cacheflow.stores.prefetcher import Prefetcher
+from cacheflow.stores.record import RecordHeader
 from cacheflow.stores.routed import RoutedHandle
 from cacheflow.stores.tier import Tier
 from cacheflow.types import Clock, LoadOutcome
@@ -234,6 +235,14 @@ class TieredStore(Store):
         deleted = [tier.tell(partial(_delete_each, tier.store, keys), nothing) for tier in self.tiers]
         return sum(map(any, zip(*deleted, strict=True)))
 
+    def codec_identity(self) -> tuple[tuple[str, str], ...]:
+        """See ``Store.codec_identity``; of several tiers with one each, all of them count."""
+        return tuple(sorted({each for tier in self.tiers for each in tier.store.codec_identity()}))
+
+    def stored_bytes(self, payloads: Sequence[tuple[ObjectKey, int]]) -> tuple[int, ...]:
+        """See ``Store.stored_bytes``; the least of what the tiers say."""
+        return tuple(map(min, zip(*(tier.store.stored_bytes(payloads) for tier in self.tiers), strict=True)))
+
     def stats(self) -> StoreStats:
         """See ``Store.stats``: outcomes and speeds as seen by callers, content of the tier that holds the most.
 
@@ -298,6 +307,7 @@ class _ReadRoute:
         self._left = deque(tiers)
         self._passed: list[Tier] = []
         self._worst: LoadOutcome | None = None
+        self._found: RecordHeader | None = None
         self._start_s = self._patience_s = 0.0
 
     @property
@@ -322,8 +332,9 @@ class _ReadRoute:
     def _begin_in(self, tier: Tier, left_s: float) -> float:
         self._start_s, self._patience_s = self._clock(), tier.begin_read(self._num_bytes)
         deadline_s = None if left_s == float("inf") else left_s
-        # Only the fastest lends: what comes from another is promoted from the buffer.
-        request = self._request if len(self._passed) == 1 else replace(self._request, loan=None)
+        # Only the fastest lends: what comes from another is promoted from the buffer, as its record describes it.
+        is_fastest = len(self._passed) == 1
+        request = self._request if is_fastest else replace(self._request, loan=None, tell=self._take_header)
         self.handle = tier.store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
         return min(self._patience_s, left_s / 2) if any(each.delivers for each in self._left) else float("inf")
 
@@ -345,14 +356,22 @@ class _ReadRoute:
             self._request.key, self._num_bytes, outcome, start_s=self._start_s, patience_s=self._patience_s
         )
 
+    def _take_header(self, found: RecordHeader) -> None:
+        self._found = found
+        if self._request.tell is not None:
+            self._request.tell(found)
+
     def _note(self, outcome: LoadOutcome) -> None:
         self._worst = max(self._worst, outcome, key=_WORSE.index)
 
     def _promote(self) -> None:
         if self._request.key.kind in CHANGING or self._request.tap is not None:
             return
-        # Shape and dtype, which are for people, stand in the record alone.
-        put = PutRequest(self._request.key, [self._request.buffer], (self._num_bytes,), "uint8")
+        found = self._found
+        shape, dtype, axes = ((self._num_bytes,), "uint8", ()) if found is None else (
+            found.shape, found.dtype, found.token_axes
+        )  # fmt: skip
+        put = PutRequest(self._request.key, [self._request.buffer], shape, dtype, token_axes=axes)
         for tier in self._passed[:-1]:
             if tier.delivers:
                 tier.copies.offer(put, promotes=True)

@@ -67,6 +67,14 @@ class WrapperStore(Store):
         """See ``Store.lend_to``."""
         self.inner.lend_to(reader)
 
+    def codec_identity(self) -> tuple[tuple[str, str], ...]:
+        """See ``Store.codec_identity``."""
+        return self.inner.codec_identity()
+
+    def stored_bytes(self, payloads: Sequence[tuple[ObjectKey, int]]) -> tuple[int, ...]:
+        """See ``Store.stored_bytes``."""
+        return self.inner.stored_bytes(payloads)
+
     def stats(self) -> StoreStats:
         """See ``Store.stats``: outcomes and speeds as seen through this wrapper, content of the inner store.
 

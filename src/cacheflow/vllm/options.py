@@ -204,6 +204,11 @@ class ConnectorOptions:
         return any(StoreUrl.parse(url).scheme == "memory" for url in self.store_urls)
 
     @property
+    def has_codec(self) -> bool:
+        """Whether the store, or a tier of it, encodes what it is given."""
+        return any(StoreUrl.parse(url).codec is not None for url in self.store_urls)
+
+    @property
     def _shown_store(self) -> str:
         """The store for messages."""
         return ", ".join(map(shown_url, [self.store] if isinstance(self.store, str) else self.store))

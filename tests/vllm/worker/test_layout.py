@@ -223,3 +223,26 @@ def test_calls_that_do_not_fit_are_bugs(arguments):
 def test_layers_sort_by_number():
     names = [f"model.layers.{index}.attn" for index in (10, 9, 0)]
     assert sorted(names, key=layer_number) == names[::-1]
+
+
+@pytest.mark.parametrize("physical", ["BHNC", "BNHC"])
+def test_a_record_says_where_tokens_lie(physical):
+    layout = BlockLayout.from_kv_caches(caches(lambda: stored(physical)), config())
+    shape, dtype, token_axes = layout.form(0, 2, 5)
+    assert (shape, dtype, token_axes) == ((2, 5, HEADS, BLOCK_SIZE, WIDTH), "bfloat16", (1, 3))
+    assert np.prod(shape) * 2 == layout.num_bytes(0, 2, 5)
+
+
+def test_a_record_says_where_tokens_lie_in_kernel_blocks():
+    split = {name: each.reshape(2 * NUM_BLOCKS, HEADS, BLOCK_SIZE // 2, WIDTH) for name, each in caches().items()}
+    layout = BlockLayout.from_kv_caches(split, config())
+    assert layout.form(1, 2, 3) == ((1, 3, 2, HEADS, BLOCK_SIZE // 2, WIDTH), "bfloat16", (1, 2, 4))
+
+
+def test_where_it_is_not_known_how_tokens_lie_a_record_says_nothing():
+    unnamed = BlockLayout.from_kv_caches(caches(), config(layout=""))
+    assert unnamed.form(0, 1, 3) == ((1, 3, HEADS, BLOCK_SIZE, WIDTH), "bfloat16", ())
+    views = [LayerView(f"layer {heads}", torch.zeros(NUM_BLOCKS, heads, BLOCK_SIZE, WIDTH)) for heads in (1, 2)]
+    mixed = BlockLayout(views, block_size=BLOCK_SIZE, layout_name="LBHNC")
+    assert mixed.form(0, 2, 3) == ((mixed.num_bytes(0, 2, 3),), "uint8", ())
+    assert mixed.form(1, 2, 3) == ((1, 3, 2, BLOCK_SIZE, WIDTH), "float32", (1, 3))

@@ -81,7 +81,7 @@ class RestoreFlags(EmbeddedFlags):
         for name in self.policies:
             make_policy(name)
         if not self.is_pinned:
-            check_store_url(self.saves_in)
+            self._check_store()
         super().__post_init__()
         if math.inf in (self.ratios or ()):
             raise ConfigError(f"--ratios {self.ratios} must be finite; a link without a limit is --gbps inf")
@@ -91,6 +91,16 @@ class RestoreFlags(EmbeddedFlags):
             )
         if self.gbps and self.ratios is not None:
             raise ConfigError("--ratios and --gbps both say how fast the link is: drop one of them")
+
+    def _check_store(self) -> None:
+        codecs = [url.codec for url in check_store_url(self.saves_in) if url.codec is not None]
+        if any(codec.lossy for codec in codecs):
+            raise ConfigError(
+                f"--store: with codec {codecs[0].name} restored KV is not the computed one, and only times of exact "
+                "restorations stand on record: take zstd, or cacheflow store bench"
+            )
+        if codecs and self.perturb:
+            raise ConfigError("--perturb counts in bytes of KV: give a --store without a codec")
 
     @property
     def links_gbps(self) -> tuple[float, ...]:

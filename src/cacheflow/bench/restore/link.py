@@ -10,8 +10,9 @@ from cacheflow.bench.setup import room_bytes, save_prefix
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.pinned_link import PinnedLinkPort, PinnedPrefix
-from cacheflow.engine.transfer_port import StoreTransferPort
+from cacheflow.engine.transfer_port import StoreTransferPort, cell_key
 from cacheflow.errors import StoreError
+from cacheflow.plan.grid import Cell
 from cacheflow.profiling.ceilings import upload_bytes_per_s
 from cacheflow.restore.ports import TransferPort
 from cacheflow.stores.base import Store
@@ -35,9 +36,13 @@ class LinkDrop:
 
 
 class PinnedStudyLink:
-    """A prefix in host memory (pinned for CUDA), copied at a paced rate; needs no store."""
+    """A prefix in host memory (pinned for CUDA), copied at a paced rate; needs no store.
+
+    ``store`` and ``stored_share`` are as in ``StoreStudyLink``.
+    """
 
     store = "pinned"
+    stored_share = 1.0
 
     def __init__(self) -> None:
         """Keep nothing yet."""
@@ -64,15 +69,23 @@ class PinnedStudyLink:
 
 
 class StoreStudyLink:
-    """A store over a throttled link: bytes are really read, verified and copied, then held to the link's schedule."""
+    """A store over a throttled link: bytes are really read, verified and copied, then held to the link's schedule.
+
+    Attributes:
+        store: For records: its schemes, fastest tier first, and their codecs.
+        stored_share: Bytes of the saved prefix as they are stored, over its own; below 1 with a codec.
+    """
 
     def __init__(self, namespace: Namespace, *, urls: Sequence[str] = ("memory",)) -> None:
         """Save into the store that ``urls`` name by tier (see ``stores.opening``)."""
         self._namespace, self._urls = namespace, urls
-        self.store = " over ".join(each.scheme for each in check_store_url(urls))
+        parsed = check_store_url(urls)
+        self.store = " over ".join(f"{each.scheme}+{each.codec.name}" if each.codec else each.scheme for each in parsed)
+        self._is_memory = [each.scheme for each in parsed] == ["memory"]
         self._geometry: CellGeometry | None = None
         self._chain: tuple[bytes, ...] = ()
         self._inner: Store | None = None
+        self.stored_share = 1.0
 
     def save(self, kv: KVBuffer, geometry: CellGeometry, tokens: Sequence[int]) -> None:
         """Keep every cell of the prefix.
@@ -84,13 +97,18 @@ class StoreStudyLink:
         grid = geometry.grid
         room = room_bytes(geometry.shape, grid.num_tokens, grid.num_chunks * grid.num_blocks)
         # A store that others see has no bound of the study's own, so that the prefix pushes out nothing of theirs.
-        self._inner = open_store(self._urls, capacity_bytes=room if self.store == "memory" else UNBOUNDED)
+        self._inner = open_store(self._urls, capacity_bytes=room if self._is_memory else UNBOUNDED)
         if kv.lane is not None:
             self._inner.lend_to(PinnedMemory(kv.lane.streams))
         self._geometry, self._chain = geometry, chain_hashes(tokens, grid.chunk_ends)
         save_prefix(self._inner, kv, geometry, self._namespace.digest, self._chain)
         if isinstance(self._inner, TieredStore) and not self._inner.drain(DRAIN_S):
             raise StoreError(f"the prefix was not written to all tiers within {DRAIN_S:g} s")
+        cells = [
+            (cell_key(self._namespace.digest, self._chain[cell.chunk].hex(), geometry, cell), geometry.kv_bytes(cell))
+            for cell in (Cell(chunk, block) for chunk in range(grid.num_chunks) for block in range(grid.num_blocks))
+        ]
+        self.stored_share = sum(self._inner.stored_bytes(cells)) / sum(num_bytes for _, num_bytes in cells)
 
     def open(self, kv: KVBuffer, *, bytes_per_s: float, drop: LinkDrop | None) -> TransferPort[Any]:
         """A port into ``kv`` over an idle link of ``bytes_per_s`` (``inf``: as fast as it goes)."""

@@ -235,11 +235,12 @@ class Study:
     def link_bytes_per_s(self, asked_bytes_per_s: float) -> float:
         """What a link of ``asked_bytes_per_s`` delivers: itself, or for ``inf`` what it carries at most.
 
-        That is known of pinned memory from one large copy, else from loading the prefix: the fastest of three times,
-        since what comes first opens connections, and neighbours only slow a store down.
+        With a codec it delivers more than it carries. The most is known of pinned memory from one large copy, else from
+        loading the prefix: the fastest of three times, since what comes first opens connections, and neighbours only
+        slow a store down.
         """
         if math.isfinite(asked_bytes_per_s):
-            return asked_bytes_per_s
+            return asked_bytes_per_s / self._link.stored_share
         if self._unlimited_bytes_per_s is None:
             self._unlimited_bytes_per_s = self._link.copy_bytes_per_s(self._kv)
         if self._unlimited_bytes_per_s is None:

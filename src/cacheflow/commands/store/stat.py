@@ -68,7 +68,9 @@ def _print(url: str, flags: StatFlags) -> None:
         used_s = [each.used_s for each in held]
         ages = (duration(now_s - max(used_s)), duration(now_s - min(used_s)))
         parts = identities.get(space, {})
-        stands_for = " ".join(f"{name}={parts[name][:16]}" for name in ("dtype", "chunk_tokens") if name in parts)
+        stands_for = " ".join(
+            f"{name}={parts[name][:16]}" for name in ("dtype", "chunk_tokens", "codec") if name in parts
+        )
         kept = sum(at_s > now_s for at_s in used_s)
         left_s = [lives_s[each.name] for each in held if each.name in lives_s]
         goes = duration(min(left_s)) if left_s else ""

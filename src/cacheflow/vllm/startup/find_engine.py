@@ -15,7 +15,7 @@ from cacheflow.plan.cell_sizes import layers_of_object
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.base import Store
-from cacheflow.stores.probe import measure_link
+from cacheflow.stores.probe import measure_link, stored_share
 from cacheflow.tensors.copy_lane import lane_of
 from cacheflow.vllm.compat import vllm_version
 from cacheflow.vllm.facts import EngineFacts
@@ -81,11 +81,13 @@ def find_engine(
             "left to vLLM's prefill", handle.refusal,
         )  # fmt: skip
     forward = PartialForward(handle, lane) if handle.can_recompute else None
-    namespace = worker_namespace(handle, layout, states, chunk_tokens=options.chunk_tokens)
+    namespace = worker_namespace(
+        handle, layout, states, chunk_tokens=options.chunk_tokens, codec=store.codec_identity()
+    )
     weights = stage_weights(handle, layout, states)
     costs = None if forward is None else _costs(options, handle, layout, states, forward, digest_of(weights))
     object_bytes = layout.largest_object_bytes(chunk_tokens=options.chunk_tokens, layers_per_block=layers_per_block)
-    link = _link(options, store, object_bytes=object_bytes)
+    link = _link(options, store, object_bytes=object_bytes, dtype=str(layout.dtype).removeprefix("torch."))
     facts = EngineFacts(
         shard=handle.shard,
         namespace=namespace.digest,
@@ -250,11 +252,12 @@ def _advise_chunk(costs: CostTable, *, block_size: int) -> None:
         )  # fmt: skip
 
 
-def _link(options: ServingOptions, store: Store, *, object_bytes: int) -> LinkCost:
+def _link(options: ServingOptions, store: Store, *, object_bytes: int, dtype: str) -> LinkCost:
     if options.throttle_bytes_per_s is not None:
-        # The throttle is the link; probing it would take long and say the same.
-        return LinkCost(bytes_per_s=options.throttle_bytes_per_s, latency_s=options.throttle_latency_s)
-    link = measure_link(store, object_bytes=object_bytes)
+        # The throttle is the link; probing it would take long and say the same. It carries what a codec leaves.
+        share = stored_share(store, object_bytes=object_bytes, dtype=dtype) if options.has_codec else 1.0
+        return LinkCost(bytes_per_s=options.throttle_bytes_per_s / share, latency_s=options.throttle_latency_s)
+    link = measure_link(store, object_bytes=object_bytes, dtype=dtype)
     return replace(link, latency_s=max(link.latency_s, options.throttle_latency_s))
 
 

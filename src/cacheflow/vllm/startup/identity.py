@@ -34,11 +34,16 @@ _BY_LAYER = "by layer"
 
 
 def worker_namespace(
-    handle: ModelHandle, layout: BlockLayout, states: StateBlocks | None = None, *, chunk_tokens: int
+    handle: ModelHandle,
+    layout: BlockLayout,
+    states: StateBlocks | None = None,
+    *,
+    chunk_tokens: int,
+    codec: tuple[tuple[str, str], ...] = (),
 ) -> Namespace:
     """What this rank's saves depend on besides weights and adapters: equal on all pipeline stages, however many.
 
-    Tensor-parallel ranks differ: each has heads of its own.
+    Tensor-parallel ranks differ: each has heads of its own. ``codec`` is what the store says (``codec_identity``).
     """
     config, shard = handle.vllm_config, handle.shard
     return Namespace(
@@ -58,6 +63,7 @@ def worker_namespace(
             ("num_threads", str(_num_threads(handle.device))),
             ("shard", f"tp{shard.tp_rank}of{shard.tp_size}"),
             *_states(handle, states),
+            *codec,
         ),
     )
 

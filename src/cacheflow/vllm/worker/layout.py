@@ -13,6 +13,7 @@ the ids; inside a block the bytes stand in the logical order of the registered t
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -83,7 +84,8 @@ class BlockLayout:
         self.device = first.device
         self.dtype = first.dtype
         self.layout_name = layout_name
-        self.shapes: BlockShapes = frozenset(tuple(each.blocks_NI.shape[1:]) for each in layers)
+        self._inside_L = tuple(tuple(map(int, each.blocks_NI.shape[1:])) for each in layers)
+        self.shapes: BlockShapes = frozenset(self._inside_L)
         views = [layer.blocks_NI for layer in layers]
         self.lane = lane
         self._copies = HostCopies(views) if lane is None else DeviceCopies(views, lane)
@@ -131,6 +133,25 @@ class BlockLayout:
         inside = every[0] if len(every) == 1 else every
         text = f"{self.layout_name}|{inside}|{self.dtype}|{self.block_size}"
         return f"{self.layout_name or 'unnamed'}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def form(self, layer_lo: int, layer_hi: int, num_blocks: int) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+        """What a record says of a payload: shape, dtype, and the axes of the shape along which tokens lie.
+
+        No axes where it is not known how tokens lie in a block, and one dimension of bytes where layers differ.
+        """
+        dtype = str(self.dtype).removeprefix("torch.")
+        inside, *others = dict.fromkeys(self._inside_L[layer_lo:layer_hi])
+        if others:
+            return (self.num_bytes(layer_lo, layer_hi, num_blocks),), "uint8", ()
+        token_axes = tuple(2 + axis for axis in self._token_axes(inside))
+        return (layer_hi - layer_lo, num_blocks, *inside), dtype, (1, *token_axes) if token_axes else ()
+
+    def _token_axes(self, inside: tuple[int, ...]) -> tuple[int, ...]:
+        """Where tokens lie in a block ``[H, N, C]`` of one of vLLM's named layouts, of ``[split, H, N, C]`` too."""
+        if not _is_named(self.layout_name) or len(inside) not in (3, 4):
+            return ()
+        axes = (*range(len(inside) - 3), len(inside) - 2)
+        return axes if math.prod(inside[axis] for axis in axes) == self.block_size else ()
 
     def num_bytes(self, layer_lo: int, layer_hi: int, num_blocks: int) -> int:
         """Bytes of the payload of so many blocks in layers ``[layer_lo, layer_hi)``."""
@@ -296,8 +317,11 @@ def blocks_first(kv_cache: torch.Tensor, num_blocks: int, *, name: str, layout_n
 
 def _by_layout(candidates: list[int], layout_name: str) -> list[int]:
     """VLLM's named layouts all register the logical shape ``[B, H, N, C]``: the first dimension is the block's."""
-    named = len(layout_name) == 5 and set(layout_name) == set("LBHNC")
-    return [0] if named and 0 in candidates else candidates
+    return [0] if _is_named(layout_name) and 0 in candidates else candidates
+
+
+def _is_named(layout_name: str) -> bool:
+    return len(layout_name) == 5 and set(layout_name) == set("LBHNC")
 
 
 def _checked(payload: Payload) -> int:

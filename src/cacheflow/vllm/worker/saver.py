@@ -46,9 +46,10 @@ class _Object:
     num_bytes: int
     shape: tuple[int, ...]
     dtype: str
+    token_axes: tuple[int, ...] = ()
 
     def request(self, payload: Payload) -> PutRequest:
-        return PutRequest(self.key, [payload], shape=self.shape, dtype=self.dtype)
+        return PutRequest(self.key, [payload], shape=self.shape, dtype=self.dtype, token_axes=self.token_axes)
 
 
 @dataclass(slots=True, eq=False)
@@ -135,7 +136,7 @@ class ChunkSaver:
         snapshots on the device, None on the CPU.
         """
         self._store, self._layout, self._keys, self._counts = store, layout, keys, counts
-        self._dtype, self._more = str(layout.dtype).removeprefix("torch."), more
+        self._more = more
         self._layers_of = layers_of_blocks(layers_per_block, layout.num_layers)
         self._states, self._room = states, room
         self._kept: dict[str, _Copied] = {}
@@ -249,7 +250,7 @@ class ChunkSaver:
         objects = []
         for layers in self._layers_of:
             key, size = self._keys.kv(save.namespace, save.chain_hash, layers), layout.num_bytes(*layers, num_blocks)
-            objects.append(_Object(key, size, self._shape(*layers, num_blocks), self._dtype))
+            objects.append(_Object(key, size, *layout.form(*layers, num_blocks)))
         copied = _Copied((save.namespace, save.chain_hash), [], num_bytes, objects=objects)
         if self._room is None:
             for each, layers in zip(objects, self._layers_of, strict=True):
@@ -260,13 +261,6 @@ class ChunkSaver:
         snapshot = partial(layout.snapshot, 0, layout.num_layers, save.block_ids)
         copied.snapshot = self._room.take_snapshot(num_bytes, snapshot)
         return None if copied.snapshot is None else copied
-
-    def _shape(self, layer_lo: int, layer_hi: int, num_blocks: int) -> tuple[int, ...]:
-        """What a record says of an object, for people; of layers that differ how many bytes they are."""
-        first, *others = dict.fromkeys(self._layout.block_bytes_L[layer_lo:layer_hi])
-        if others:
-            return (self._layout.num_bytes(layer_lo, layer_hi, num_blocks),)
-        return (layer_hi - layer_lo, num_blocks, first)
 
     def _work(self) -> None:
         """The background thread: asking may take as long as a file system hangs."""
