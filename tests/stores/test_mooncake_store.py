@@ -16,7 +16,7 @@ from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.types import LoadOutcome
-from support.servers import free_port, require_packages, running_mooncake
+from support.servers import free_port, require_mooncake, running_mooncake
 from support.store_kinds import url_of
 from support.store_objects import TIMEOUT_S, get, key, payload, put
 
@@ -174,7 +174,7 @@ def test_records_of_a_process_that_gave_memory_go_with_it():
 
 
 def test_a_master_that_is_not_there_is_refused_at_open():
-    require_packages("mooncake")
+    require_mooncake()
     port = free_port()
     with pytest.raises(StoreError, match=rf"mooncake://127.0.0.1:{port} cannot be used: .*is mooncake_master running"):
         open_store(f"mooncake://127.0.0.1:{port}", capacity_bytes=CAPACITY)

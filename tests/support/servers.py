@@ -1,5 +1,6 @@
 """Servers that stores speak to, on this machine and for this test run: Redis, with and without TLS, S3, Mooncake."""
 
+import importlib
 import importlib.util
 import shutil
 import socket
@@ -166,7 +167,7 @@ class RunningMooncake:
 @contextmanager
 def running_mooncake(*options, pool_bytes=256 << 20):
     """A pool on loopback: Mooncake's own programs."""
-    require_packages("mooncake")
+    require_mooncake()
     programs = {name: mooncake_program(name) for name in ("mooncake_master", "mooncake_client")}
     port, metrics_port, client_port = free_port(), free_port(), free_port()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -189,6 +190,14 @@ def running_mooncake(*options, pool_bytes=256 << 20):
         for process in filter(None, (giver, master)):
             process.kill()
             process.wait()
+
+
+def require_mooncake():
+    require_packages("mooncake")
+    try:
+        importlib.import_module("cacheflow.stores.mooncake")
+    except ImportError as error:
+        lacking(f"needs Mooncake, which cannot be loaded here ({error}; make test-servers)")
 
 
 def mooncake_program(name):

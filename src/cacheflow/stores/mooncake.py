@@ -26,6 +26,9 @@ from cacheflow.stores.staging import Staging, StagingBuffers, copy_record, gathe
 from cacheflow.stores.timed_calls import TimedCalls
 from cacheflow.types import Clock
 
+os.environ.setdefault("GLOG_minloglevel", "1")  # or Mooncake writes a page to stderr for each client
+from mooncake.store import MooncakeDistributedStore  # reads that when it is loaded
+
 logger = logging.getLogger(__name__)
 
 PREFIX = f"cacheflow{RECORD_VERSION}:"
@@ -86,9 +89,6 @@ class MooncakePool:
         Raises:
             OSError: The master does not answer or refuses.
         """
-        os.environ.setdefault("GLOG_minloglevel", "1")  # or Mooncake writes a page to stderr for each client
-        from mooncake.store import MooncakeDistributedStore
-
         with socket.create_connection((self.host, self.port), timeout=self.timeout_s) as probe:
             address = self.local_host or probe.getsockname()[0]
         client = MooncakeDistributedStore()

@@ -416,7 +416,13 @@ def _mooncake(url: StoreUrl) -> Callable[..., Store]:
     metrics_port = url.port_number("metrics", 9003)
     timeout_s = url.seconds("timeout_s", 10.0)
     _require_package("mooncake", extra="mooncake", url=url)
-    from cacheflow.stores.mooncake import MooncakePool, MooncakeStore
+    try:
+        from cacheflow.stores.mooncake import MooncakePool, MooncakeStore
+    except ImportError as error:  # of a library of the system
+        raise ConfigError(
+            f"store {url.scheme}:// needs the package mooncake, which cannot be loaded: {error}; "
+            "on Debian libibverbs.so.1 comes with apt-get install libibverbs1"
+        ) from None
 
     pool = MooncakePool(
         host=url.host,
