@@ -1,6 +1,7 @@
 """Mooncake: a master or a node that dies or hangs, a pool that is full; what lies in it and who may see it."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -33,6 +34,12 @@ def url(request, tmp_path):
 
 def object_name(number):
     return f"cacheflow1:{key(number).name}"
+
+
+def stop(process):
+    """Stop a process, and go on when all its threads have."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def until_not_error(store, number, num_bytes=1000):
@@ -133,7 +140,7 @@ def test_a_pool_that_hangs_costs_time_and_no_buffer_is_touched_after_cancel(part
     with running_mooncake() as server, open_store(f"{server.url}&timeout_s=1", capacity_bytes=CAPACITY) as store:
         put(store, *range(6), num_bytes=num_bytes)
         process = getattr(server, part)
-        process.send_signal(signal.SIGSTOP)
+        stop(process)
         buffers = [np.zeros(num_bytes, np.uint8) for _ in range(6)]
         requests = [GetRequest(key(number), buffer) for number, buffer in enumerate(buffers)]
         handle = store.submit_get(requests, deadline_s=0.1)
@@ -152,7 +159,7 @@ def test_closing_while_the_master_hangs_returns(caplog):
     with running_mooncake() as server:
         store = open_store(f"{server.url}&timeout_s=1", capacity_bytes=CAPACITY)
         put(store, 1)
-        server.master.send_signal(signal.SIGSTOP)
+        stop(server.master)
         handle = store.submit_get([GetRequest(key(1), np.zeros(1000, np.uint8))])
         assert handle.wait(TIMEOUT_S)[0] is ERROR
         store.close()
