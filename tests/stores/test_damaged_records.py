@@ -10,13 +10,13 @@ from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.opening import open_store
 from cacheflow.types import LoadOutcome
-from support.store_kinds import ALL, url_of
+from support.store_kinds import ALL, LMCACHE, url_of
 from support.store_objects import TIMEOUT_S, get, key, put
 
 CORRUPT = LoadOutcome.CORRUPT
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=[*ALL, *LMCACHE])
 def store(request, tmp_path):
     with open_store(url_of(request.param, request, tmp_path / "store"), capacity_bytes=1 << 20) as opened:
         yield opened

@@ -14,12 +14,12 @@ from cacheflow.types import LoadOutcome
 from support.examples import examples
 from support.store_objects import get, put
 
-SCHEMES = st.sampled_from(["memory", "file", "shm", "redis", "rediss", "s3", "tape", ""])
+SCHEMES = st.sampled_from(["memory", "file", "shm", "redis", "rediss", "s3", "mooncake", "lmcache", "tape", ""])
 ODD = st.sampled_from(["", "localhost", "..", "[::1]", "[", "%", "%00", "%ff", "9" * 5000, "²", "\ud800"])
 WORDS = st.one_of(st.text(max_size=12), ODD)
 OPTIONS = st.sampled_from([
     "capacity", "verify", "fsync", "keep", "timeout_s", "ca_certs", "certfile", "keyfile", "endpoint", "region",
-    "other",
+    "segment", "protocol", "metrics", "host", "other",
 ])  # fmt: skip
 VALUES = st.one_of(
     WORDS,

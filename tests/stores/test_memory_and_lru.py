@@ -21,7 +21,7 @@ from cacheflow.stores.retention import Retention
 from cacheflow.types import LoadOutcome
 from support.lending import lending
 from support.manual_clock import ManualClock
-from support.store_kinds import ALL, opened, url_of
+from support.store_kinds import ALL, LMCACHE, opened, url_of
 from support.store_objects import TIMEOUT_S, get, key, payload, put, put_request
 
 RECORD = 4096 + 1000
@@ -34,7 +34,7 @@ def clock():
     return ManualClock()
 
 
-@pytest.fixture(params=[*ALL, "memory_in_slabs"])
+@pytest.fixture(params=[*ALL, *LMCACHE, "memory_in_slabs"])
 def small(request, tmp_path, clock):
     """A store for three objects."""
     if request.param == "memory_in_slabs":

@@ -8,13 +8,13 @@ from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
 from cacheflow.stores.probe import measure_link
 from cacheflow.stores.throttled import ThrottledStore
-from support.store_kinds import ALL, url_of
+from support.store_kinds import ALL, LMCACHE, url_of
 
 OBJECT_BYTES = 20_000
 CAPACITY = 8 << 20
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=[*ALL, *LMCACHE])
 def store(request, tmp_path):
     with open_store(url_of(request.param, request, tmp_path / "store"), capacity_bytes=CAPACITY) as opened:
         yield opened

@@ -15,7 +15,7 @@ from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.retention import Retention
 from cacheflow.types import LoadOutcome
 from support.manual_clock import ManualClock
-from support.store_kinds import ALL, SHARED, opened, url_of
+from support.store_kinds import ALL, LMCACHE, SHARED, opened, url_of
 from support.store_objects import get, key, put
 
 RECORD = 4096 + 1000
@@ -209,7 +209,7 @@ def clock():
     return ManualClock()
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=[*ALL, *LMCACHE])
 def url(request, tmp_path):
     return url_of(request.param, request, tmp_path / "store")
 

@@ -12,7 +12,7 @@ from support.servers import PASSWORD
 from support.store_kinds import SHARED, url_of
 from support.store_objects import get, key, put
 
-SCHEMES = ("memory", "file", "shm", "redis", "rediss", "s3", "tape")
+SCHEMES = ("memory", "file", "shm", "redis", "rediss", "s3", "mooncake", "lmcache", "tape")
 
 
 @pytest.mark.parametrize("kind", SHARED)

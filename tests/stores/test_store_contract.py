@@ -18,7 +18,7 @@ from cacheflow.types import LoadOutcome
 from support.documented_store import documented_opener
 from support.examples import examples
 from support.lending import lending
-from support.store_kinds import ALL, url_of
+from support.store_kinds import ALL, LMCACHE, url_of
 from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put, put_request
 
 CAPACITY = 64 << 20
@@ -45,10 +45,10 @@ OTHERS = {
 TIERS = {" over ".join(tiers): tiers for tiers in [("memory", "file"), ("memory", "shm", "file"), ("file", "redis")]}
 
 
-@pytest.fixture(params=[*ALL, *TIERS, *OTHERS])
+@pytest.fixture(params=[*ALL, *LMCACHE, *TIERS, *OTHERS])
 def store(request, tmp_path):
     root = tmp_path / "store"
-    if request.param in (*ALL, *TIERS):
+    if request.param not in OTHERS:
         urls = [url_of(kind, request, root) for kind in TIERS.get(request.param, (request.param,))]
         opened = open_store(urls, capacity_bytes=CAPACITY)
     else:

@@ -1,5 +1,6 @@
-"""Servers that stores speak to, on this machine and for this test run: Redis, with and without TLS, and S3 by moto."""
+"""Servers that stores speak to, on this machine and for this test run: Redis, with and without TLS, S3, Mooncake."""
 
+import importlib
 import importlib.util
 import shutil
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -129,23 +131,98 @@ def running_s3():
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        wait_until_it_listens(port, process)
+        wait_until_it_listens(port, process, "moto")
         yield RunningS3(f"http://127.0.0.1:{port}", process)
     finally:
         process.kill()
         process.wait()
 
 
-def wait_until_it_listens(port, process):
+def wait_until_it_listens(port, process, name):
     until_s = time.monotonic() + WAIT_S
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
             return
         except OSError:
-            assert process.poll() is None, "moto ended"
-            assert time.monotonic() < until_s, "moto does not listen"
+            assert process.poll() is None, f"{name} ended"
+            assert time.monotonic() < until_s, f"{name} does not listen"
             time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class RunningMooncake:
+    """A master, and a process that gives the pool its memory."""
+
+    port: int
+    metrics_port: int
+    master: subprocess.Popen
+    giver: subprocess.Popen
+
+    @property
+    def url(self):
+        return f"mooncake://127.0.0.1:{self.port}?metrics={self.metrics_port}"
+
+
+@contextmanager
+def running_mooncake(*options, pool_bytes=256 << 20):
+    """A pool on loopback: Mooncake's own programs."""
+    require_mooncake()
+    programs = {name: mooncake_program(name) for name in ("mooncake_master", "mooncake_client")}
+    port, metrics_port, client_port = free_port(), free_port(), free_port()
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    master = subprocess.Popen(
+        [programs["mooncake_master"], "--rpc_address=127.0.0.1", f"--rpc_port={port}",
+         f"--metrics_port={metrics_port}", "--logtostderr=1", *options], **quiet,
+    )  # fmt: skip
+    giver = None
+    try:
+        wait_until_it_listens(port, master, "mooncake_master")
+        wait_until_it_listens(metrics_port, master, "mooncake_master")
+        giver = subprocess.Popen(
+            [programs["mooncake_client"], "--host=127.0.0.1", f"--port={client_port}",
+             f"--master_server_address=127.0.0.1:{port}", "--metadata_server=P2PHANDSHAKE",
+             f"--global_segment_size={pool_bytes}", "--logtostderr=1"], **quiet,
+        )  # fmt: skip
+        wait_until_it_listens(client_port, giver, "mooncake_client")
+        yield RunningMooncake(port, metrics_port, master, giver)
+    finally:
+        for process in filter(None, (giver, master)):
+            process.kill()
+            process.wait()
+
+
+def require_mooncake():
+    require_packages("mooncake")
+    try:
+        importlib.import_module("cacheflow.stores.mooncake")
+    except ImportError as error:
+        lacking(f"needs Mooncake, which cannot be loaded here ({error}; make test-servers)")
+
+
+def mooncake_program(name):
+    """One of the programs that the package brings."""
+    beside = Path(sys.executable).with_name(name)
+    return (
+        str(beside) if beside.exists() else shutil.which(name) or lacking(f"needs {name}, which is not installed here")
+    )
+
+
+@pytest.fixture(scope="session")
+def mooncake_server():
+    with running_mooncake() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mooncake_client(mooncake_server):
+    """Mooncake's own, to look behind a store; one, since closing it takes a second."""
+    from mooncake.store import MooncakeDistributedStore
+
+    with closing(MooncakeDistributedStore()) as client:
+        where = f"127.0.0.1:{mooncake_server.port}"
+        assert client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", where) == 0
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,22 @@
 """Every store there is, by name, empty and opened by its URL: for tests of what all of them promise."""
 
+import json
 import shutil
 import uuid
+
+import pytest
 
 from cacheflow.stores.opening import StoreUrl, file_url, opener_of
 from cacheflow.stores.shm import SHARED_MEMORY, shm_folder
 from support.lacking import lacking
 
 BASIC = ("memory", "file")
-SHARED = ("file", "shm", "redis", "rediss", "s3")
+SHARED = ("file", "shm", "redis", "rediss", "s3", "mooncake")
 ALL = ("memory", *SHARED)
+LMCACHE = tuple(
+    pytest.param(f"lmcache {adapter}", marks=pytest.mark.lmcache) for adapter in ("fs_native", "fs", "resp")
+)
+"""Adapters of LMCache, which has an environment of its own: for lists of parameters."""
 
 
 def url_of(kind, request, folder):
@@ -23,12 +30,22 @@ def url_of(kind, request, folder):
         return shm_url(request)
     if kind == "s3":
         return fixture("bucket_url")
+    if kind in ("lmcache fs_native", "lmcache fs"):
+        return lmcache_url(kind.split()[1], base_path=str(folder))
+    if kind == "mooncake":
+        fixture("mooncake_client").remove_all(True)
+        return fixture("mooncake_server").url
     if kind == "rediss":
         fixture("redis_password")
-    server = fixture("redis_server" if kind == "redis" else "tls_redis_server")
+    server = fixture("tls_redis_server" if kind == "rediss" else "redis_server")
     with server.client() as client:
         client.flushall()
-    return server.url
+    return lmcache_url("resp", host="127.0.0.1", port=server.port) if kind == "lmcache resp" else server.url
+
+
+def lmcache_url(adapter, **settings):
+    """Of one of LMCache's adapters."""
+    return "lmcache:" + json.dumps({"type": adapter, **settings})
 
 
 def shm_url(request):

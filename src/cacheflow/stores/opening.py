@@ -8,6 +8,8 @@
     redis://host:6379/0                 a Redis or Valkey server; ?timeout_s=2
     rediss://host:6379/0                the same over TLS; ?ca_certs=FILE&certfile=FILE&keyfile=FILE
     s3://bucket/prefix                  a bucket; ?endpoint=URL&region=NAME&timeout_s=10
+    mooncake://master:50051             a Mooncake pool; ?segment=4GiB&protocol=tcp&metrics=9003&timeout_s=10
+    lmcache:{"type": "fs_native", ...}  an L2 adapter of LMCache, by LMCache's own configuration; ?timeout_s=10
 
 All of them take ``?capacity=4GiB``, a bound of their own instead of the one given for all, and ``?codec=zstd`` (or
 ``fp8``, ``int8``), by which what is written gets shorter. Several URLs, the fastest store first, are tiers of one store
@@ -21,6 +23,7 @@ A URL holds no secret, so that it may be printed and logged; one that does is re
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -30,10 +33,11 @@ from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from cacheflow.errors import ConfigError, StoreError
+from cacheflow.stores import lmcache_url
 from cacheflow.stores.base import Store
 from cacheflow.stores.codec import Codec
 from cacheflow.stores.codecs import codec_named
@@ -58,6 +62,7 @@ _UNITS = {"": 1} | {
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)((?:[kmgt]i?b)?)", re.IGNORECASE)
 _DATABASE = re.compile(r"[0-9]{1,9}")
+_PORT = re.compile(r"[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +77,7 @@ class StoreUrl:
         username: None where there is none.
         path: With its leading ``/``, unquoted; empty where there is none.
         options: What stands after ``?``, by name.
+        settings: LMCache's configuration of an adapter; empty for all other stores.
     """
 
     text: str
@@ -81,6 +87,7 @@ class StoreUrl:
     username: str | None = None
     path: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """The URL, for messages; see ``shown_url``."""
@@ -95,6 +102,10 @@ class StoreUrl:
         """
         if text.partition("?")[0] == "memory":
             return cls(text=text, scheme="memory", options=_options(urlsplit(text)))
+        if text.startswith(f"{lmcache_url.SCHEME}:"):
+            settings, query = lmcache_url.split_url(text)
+            options = _options(SplitResult("", "", "", query, ""))
+            return cls(text=text, scheme=lmcache_url.SCHEME, options=options, settings=settings)
         try:
             parts = urlsplit(text)
             port, password = parts.port, parts.password
@@ -122,6 +133,8 @@ class StoreUrl:
     @property
     def address(self) -> str:
         """The URL without options, for messages: what tells one store from another."""
+        if self.settings:
+            return shown_url(f"{self.scheme}:{json.dumps(self.settings, sort_keys=True)}")
         return shown_url(self.text.partition("?")[0])
 
     def require_options(self, *known: str) -> None:
@@ -152,13 +165,21 @@ class StoreUrl:
         Raises:
             ConfigError: It is no size of at least a byte.
         """
-        text = self.options.get(CAPACITY)
+        return self.size(CAPACITY, default)
+
+    def size(self, name: str, default: int) -> int:
+        """An option in bytes, ``4GiB``, ``500MB`` or a number.
+
+        Raises:
+            ConfigError: It is no size of at least a byte.
+        """
+        text = self.options.get(name)
         if text is None:
             return default
         found = _SIZE.fullmatch(text)
         num_bytes = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
         if num_bytes < 1:
-            raise ConfigError(f"store: capacity is {text!r}, must be a size such as 4GiB, 500MB or 1000000, above 0")
+            raise ConfigError(f"store: {name} is {text!r}, must be a size such as 4GiB, 500MB or 1000000, above 0")
         return num_bytes
 
     @property
@@ -170,6 +191,17 @@ class StoreUrl:
         """
         name = self.options.get(CODEC)
         return None if name is None else codec_named(name)
+
+    def port_number(self, name: str, default: int) -> int:
+        """An option that is a TCP port.
+
+        Raises:
+            ConfigError: It is none.
+        """
+        text = self.options.get(name, str(default))
+        if not _PORT.fullmatch(text) or not 0 < int(text) < 1 << 16:
+            raise ConfigError(f"store: {name} is {text!r}, must be a port, from 1 to 65535")
+        return int(text)
 
     def seconds(self, name: str, default: float) -> float:
         """An option in seconds.
@@ -418,6 +450,54 @@ def _s3(url: StoreUrl) -> Callable[..., Store]:
     return partial(BucketStore, bucket)
 
 
+def _mooncake(url: StoreUrl) -> Callable[..., Store]:
+    url.require_options("segment", "protocol", "device", "host", "metrics", "timeout_s")
+    if not url.host or url.username is not None or url.path not in ("", "/"):
+        raise ConfigError(f"store is '{url}', must be mooncake://host:50051, where mooncake_master listens")
+    protocol = url.options.get("protocol", "tcp")
+    if protocol not in ("tcp", "rdma"):
+        raise ConfigError(f"store: protocol is {protocol!r}, must be tcp or rdma")
+    segment_bytes = url.size("segment", 0)
+    metrics_port = url.port_number("metrics", 9003)
+    timeout_s = url.seconds("timeout_s", 10.0)
+    _require_package("mooncake", extra="mooncake", url=url)
+    try:
+        from cacheflow.stores.mooncake import MooncakePool, MooncakeStore
+    except ImportError as error:  # of a library of the system
+        raise ConfigError(
+            f"store {url.scheme}:// needs the package mooncake, which cannot be loaded: {error}; "
+            "on Debian libibverbs.so.1 comes with apt-get install libibverbs1"
+        ) from None
+
+    pool = MooncakePool(
+        host=url.host,
+        port=50051 if url.port is None else url.port,
+        metrics_port=metrics_port,
+        segment_bytes=segment_bytes,
+        protocol=protocol,
+        device=url.options.get("device", ""),
+        local_host=url.options.get("host"),
+        timeout_s=timeout_s,
+    )
+    return partial(MooncakeStore, pool)
+
+
+def _lmcache(url: StoreUrl) -> Callable[..., Store]:
+    url.require_options("timeout_s")
+    timeout_s = url.seconds("timeout_s", 10.0)
+    settings = lmcache_url.with_secrets(url.settings)
+    _require_package("lmcache", extra="lmcache", url=url)
+    from cacheflow.stores.lmcache import LmcacheStore
+    from cacheflow.stores.lmcache_adapter import AdapterSource
+
+    try:
+        source = AdapterSource.of(settings, timeout_s=timeout_s)
+    except Exception as error:  # noqa: BLE001 - somebody else's module
+        said = lmcache_url.cleared(str(error), settings, url.settings)
+        raise ConfigError(f"store: LMCache refuses its configuration {url.settings['type']!r}: {said}") from None
+    return partial(LmcacheStore, source)
+
+
 def _is_endpoint(text: str) -> bool:
     """Whether it is the URL of a server, without user and password."""
     try:
@@ -435,6 +515,8 @@ _BUILT_IN: Mapping[str, tuple[StoreOpener, str]] = {
     "redis": (_redis, "redis://host:port/0"),
     "rediss": (_redis, "rediss://host:port/0"),
     "s3": (_s3, "s3://bucket/prefix"),
+    "mooncake": (_mooncake, "mooncake://host:50051"),
+    "lmcache": (_lmcache, "lmcache:{...}"),
 }
 """Opener of each scheme, and what its URLs look like."""
 

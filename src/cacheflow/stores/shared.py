@@ -64,6 +64,9 @@ class SharedStore(BoundedStore):
     the medium. Where a quota that is not shown ends the room, one write a minute finds that out again.
     """
 
+    can_list = True
+    """Whether a scan finds what other processes wrote; where it does not, an operator cannot look after the store."""
+
     def __init__(
         self,
         *,

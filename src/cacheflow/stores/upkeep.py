@@ -33,9 +33,9 @@ def open_existing(url: str, *, only_look: bool) -> SharedStore:
     if folder is not None and not is_record_directory(folder):
         raise ConfigError(f"there is no store {url}: {folder} is no folder of records")
     store = open_store(url, capacity_bytes=UNBOUNDED, only_look=only_look)
-    if not isinstance(store, SharedStore):
+    if not isinstance(store, SharedStore) or not store.can_list:
         store.close()
-        raise StoreError(f"store {url}: its records cannot be listed, a {parsed.scheme} store has no way to")
+        raise StoreError(f"store {url}: its records cannot be listed, {store} has no way to")
     return store
 
 

@@ -1,0 +1,269 @@
+"""One of LMCache's L2 adapters, asked one object at a time and never waited for longer than its time.
+
+An adapter is given tasks, and says by three file descriptors when some have ended. See LMCache's own
+``lmcache.v1.distributed.l2_adapters``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import inspect
+import json
+import logging
+import os
+import select
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from threading import Condition, Thread
+from typing import Any
+
+import torch
+from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+from lmcache.v1.distributed.l2_adapters import create_l2_adapter
+from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
+from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
+
+from cacheflow.stores.staging import Staging
+from cacheflow.stores.timed_calls import GivenUpError, TimedCalls
+from cacheflow.types import Clock
+
+logger = logging.getLogger(__name__)
+
+_JOIN_TIMEOUT_S = 5.0
+_PAGE = 500
+"""Keys of a listing asked for at once."""
+
+_LAYOUT = {0: MemoryLayoutDesc(shapes=[torch.Size([1])], dtypes=[torch.uint8])}
+"""What lookups of some versions want to know of the objects, and no adapter of ours uses."""
+
+
+def key_of_part(name: str, part: int) -> ObjectKey:
+    """LMCache's key of one part of a record; the name can be read off it."""
+    digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    return ObjectKey(chunk_hash=digest, model_name=name, kv_rank=part)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """Where an adapter comes from.
+
+    Attributes:
+        name: What messages call it.
+        create: Returns LMCache's ``L2AdapterInterface``; raises ``OSError``.
+        timeout_s: Longest time for one task of the adapter.
+    """
+
+    name: str
+    create: Callable[[], Any]
+    timeout_s: float = 10.0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], *, timeout_s: float) -> AdapterSource:
+        """By LMCache's own configuration, which it checks.
+
+        Raises:
+            ValueError: LMCache refuses it.
+        """
+        parsed = _parsed(settings)
+        return cls(str(settings["type"]), partial(_created, parsed), timeout_s)
+
+
+class LmcacheAdapter:
+    """Tasks of one adapter, waited for; thread-safe.
+
+    A task that does not end in time is given up: its buffer is not used again before it ends, and for a second further
+    ones fail at once. What has been given up and never ends is kept in memory.
+    """
+
+    def __init__(self, source: AdapterSource, *, num_threads: int, clock: Clock) -> None:
+        """Create the adapter.
+
+        Args:
+            source: Of the adapter.
+            num_threads: Calls that may block at the same time.
+            clock: Monotonic clock, for the second of silence.
+
+        Raises:
+            OSError: The adapter cannot be created.
+        """
+        self._name, self._timeout_s = source.name, source.timeout_s
+        self._calls = TimedCalls(str(self), num_threads=num_threads, timeout_s=source.timeout_s, clock=clock)
+        self._changed = Condition()
+        self._running: dict[
+            tuple[str, int], Callable[[], None]
+        ] = {}  # and what a task that was given up calls at its end
+        self._ended: dict[tuple[str, int], Any] = {}
+        self._given_up: set[tuple[str, int]] = set()
+        self._closed = False
+        self._adapter = self._calls.call(source.create)
+        words = inspect.signature(self._adapter.submit_lookup_and_lock_task).parameters
+        self._lookup_words: tuple[Any, ...] = (_LAYOUT,) if len(words) > 1 else ()
+        self._wake_fd = os.eventfd(0)
+        self._collector = Thread(target=self._collect, name="cacheflow-lmcache", daemon=True)
+        self._collector.start()
+
+    def __str__(self) -> str:
+        """What messages call it."""
+        return f"LMCache's adapter {self._name}"
+
+    def lookup(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
+        """Whether each object is there; nothing stays locked.
+
+        Raises:
+            OSError: It failed or took too long.
+        """
+        bits = self._run("lookup", lambda: self._adapter.submit_lookup_and_lock_task(list(keys), *self._lookup_words))
+        found = tuple(bits.test(number) for number in range(len(keys)))
+        there = [key for key, is_there in zip(keys, found, strict=True) if is_there]
+        if there:
+            self._adapter.submit_unlock(there)
+        return found
+
+    def store(self, key: ObjectKey, staging: Staging, give_back: Callable[[], None]) -> None:
+        """Store an object; what was under its key may stay.
+
+        Raises:
+            GivenUpError: It took too long; ``give_back`` is called when it ends.
+            OSError: It failed.
+        """
+        stored = self._run("store", lambda: self._adapter.submit_store_task([key], [_memory(staging)]), give_back)
+        if not (stored.is_successful() if hasattr(stored, "is_successful") else stored):
+            raise OSError(errno.EIO, f"{self} could not store an object of {staging.nbytes} bytes")
+
+    def load(self, key: ObjectKey, staging: Staging, give_back: Callable[[], None]) -> bool:
+        """Fill a buffer from an object of its length; whether that worked.
+
+        Only what is there may be loaded: some adapters never end otherwise.
+
+        Raises:
+            GivenUpError: It took too long; ``give_back`` is called when it ends.
+            OSError: The adapter is closed, or was silent a moment ago.
+        """
+        bits = self._run("load", lambda: self._adapter.submit_load_task([key], [_memory(staging)]), give_back)
+        return bool(bits.test(0))
+
+    def delete(self, keys: Sequence[ObjectKey]) -> None:
+        """Remove objects, where the adapter can.
+
+        Raises:
+            OSError: It took too long.
+        """
+        self._calls.call(partial(self._adapter.delete, list(keys)))
+
+    def listing(self) -> Iterator[tuple[ObjectKey, int]] | None:
+        """Keys and bytes of all objects, in pages; None where the adapter has no way to list them.
+
+        Raises:
+            OSError: It took too long.
+        """
+        list_keys = getattr(self._adapter, "list_l2_keys", None)
+        if list_keys is None:
+            return None
+        try:
+            first = self._calls.call(partial(list_keys, page_size=_PAGE))
+        except NotImplementedError:
+            return None
+        return self._pages(list_keys, first)
+
+    def _pages(self, list_keys: Callable[..., Any], page: Any) -> Iterator[tuple[ObjectKey, int]]:  # noqa: ANN401
+        while True:
+            for entry in page.entries:
+                yield entry.key.to_object_key(), entry.size_bytes
+            if page.next_page_token is None:
+                return
+            page = self._calls.call(partial(list_keys, page_size=_PAGE, cursor=page.next_page_token))
+
+    def close(self) -> None:
+        """Give up what runs and close the adapter; one that hangs is left behind with a warning."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        os.eventfd_write(self._wake_fd, 1)
+        self._collector.join()
+        self._calls.close()
+        closing = Thread(target=self._adapter.close, name="cacheflow-close", daemon=True)
+        closing.start()
+        closing.join(_JOIN_TIMEOUT_S)
+        if closing.is_alive():
+            logger.warning("%s hangs and was left behind", self)
+        else:
+            os.close(self._wake_fd)
+
+    def _run(self, kind: str, submit: Callable[[], int], give_back: Callable[[], None] = lambda: None) -> Any:  # noqa: ANN401
+        """Submit a task and return its result."""
+        self._calls.check()
+        if self._closed:
+            raise ConnectionError(errno.ESHUTDOWN, f"{self} is closed")
+        task = (kind, submit())
+        until_s = time.monotonic() + self._timeout_s
+        with self._changed:
+            self._running[task] = give_back
+            self._take_ended()  # it may have ended before it was noted
+            while task not in self._ended:
+                left_s = until_s - time.monotonic()
+                if left_s <= 0 or self._closed:
+                    self._given_up.add(task)
+                    self._calls.trip()
+                    raise GivenUpError(errno.ETIMEDOUT, f"{self} did not end a {kind} in {self._timeout_s:g} s")
+                self._changed.wait(left_s)
+            del self._running[task]
+            return self._ended.pop(task)
+
+    def _collect(self) -> None:
+        poller = select.poll()
+        for fd in (
+            self._wake_fd, self._adapter.get_store_event_fd(), self._adapter.get_lookup_and_lock_event_fd(),
+            self._adapter.get_load_event_fd(),
+        ):  # fmt: skip
+            poller.register(fd, select.POLLIN)
+        while not self._closed:
+            for fd, _ in poller.poll():
+                os.read(fd, 8)
+            with self._changed:
+                self._take_ended()
+                self._changed.notify_all()
+
+    def _take_ended(self) -> None:
+        """Note the results of tasks that have ended; with ``_changed`` held."""
+        for number, result in self._adapter.pop_completed_store_tasks().items():
+            self._ended["store", number] = result
+        queries = {"lookup": self._adapter.query_lookup_and_lock_result, "load": self._adapter.query_load_result}
+        for task in [each for each in self._running if each[0] in queries and each not in self._ended]:
+            result = queries[task[0]](task[1])
+            if result is not None:
+                self._ended[task] = result
+        for task in [each for each in self._given_up if each in self._ended]:
+            self._given_up.discard(task)
+            del self._ended[task]
+            self._running.pop(task)()
+
+
+def _parsed(settings: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an untyped package
+    try:
+        return parse_args_to_l2_adapters_config(argparse.Namespace(l2_adapter=[json.dumps(settings)])).adapters[0]
+    except (KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _created(parsed: Any) -> Any:  # noqa: ANN401 - an untyped package
+    try:
+        return create_l2_adapter(parsed)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - somebody else's module
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from None
+
+
+def _memory(staging: Staging) -> TensorMemoryObj:
+    """A buffer as LMCache takes it."""
+    metadata = MemoryObjMetadata(
+        shape=torch.Size([staging.nbytes]), dtype=torch.uint8, address=0, phy_size=staging.nbytes, ref_count=1,
+        fmt=MemoryFormat.BINARY,
+    )  # fmt: skip
+    return TensorMemoryObj(torch.from_numpy(staging), metadata, None)
