@@ -11,7 +11,10 @@ LEAST = 3
 
 
 class VirtualStore:
-    """A link that moves one object at a time, in front of ``slots`` that take ``latency_s`` for each."""
+    """A link that moves one object at a time, in front of ``slots`` that take ``latency_s`` for each.
+
+    Without a ``service_s`` there is no link that they share: objects may overtake each other.
+    """
 
     def __init__(self, *, service_s, latency_s, slots=10_000, scatter=0.0, seed=0):
         self.service_s, self.latency_s, self.scatter = service_s, latency_s, scatter
@@ -23,6 +26,8 @@ class VirtualStore:
         latency_s = self.latency_s * (1 + self.scatter * (2 * self._random.random() - 0.5))
         answered_s = max(now_s, heapq.heappop(self._slots_s)) + latency_s
         heapq.heappush(self._slots_s, answered_s)
+        if not self.service_s:
+            return answered_s
         self._free_s = max(answered_s, self._free_s) + self.service_s
         return self._free_s
 
@@ -65,7 +70,7 @@ def test_a_store_nearby_is_read_as_before(service_s):
         assert rate == pytest.approx(1 / service_s)
 
 
-@pytest.mark.parametrize("latency_s, service_s", [(0.001, 0.0005), (0.04, 0.004), (0.04, 0.001), (0.2, 0.01)])
+@pytest.mark.parametrize(("latency_s", "service_s"), [(0.001, 0.0005), (0.04, 0.004), (0.04, 0.001), (0.2, 0.01)])
 def test_the_window_holds_what_bandwidth_and_latency_call_for_and_no_more(latency_s, service_s):
     needed = latency_s / service_s + 1
     reader = Reader(VirtualStore(service_s=service_s, latency_s=latency_s))
@@ -91,21 +96,20 @@ def test_the_window_is_there_within_the_first_restoration():
 @pytest.mark.parametrize("slots", [4, 16])
 def test_a_store_of_so_many_connections_is_not_asked_for_many_more(slots):
     """Without a bandwidth that they share: S3 through a pool of threads."""
-    reader = Reader(VirtualStore(service_s=1e-6, latency_s=0.04, slots=slots))
+    reader = Reader(VirtualStore(service_s=0.0, latency_s=0.04, slots=slots))
     for _ in range(4):
         widths, rate = reader.restore(300)
     assert rate >= 0.9 * slots / 0.04
-    assert max(widths) <= 1.5 * slots + SPARE + 1
+    assert max(widths) <= 2.25 * slots + SPARE  # they end together, so some samples say a little more
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_latencies_that_scatter_do_not_hold_it_back(seed):
-    """From half to two and a half times the usual."""
-    store = VirtualStore(service_s=0.002, latency_s=0.04, scatter=1.0, seed=seed)
-    reader = Reader(store)
-    for _ in range(4):
+    """From half to two and a half times the usual, once the first few restorations were not lucky alone."""
+    reader = Reader(VirtualStore(service_s=0.0, latency_s=0.04, slots=20, scatter=1.0, seed=seed))
+    for _ in range(6):
         widths, rate = reader.restore(400)
-    assert rate >= 0.9 / store.service_s
+    assert rate >= 0.9 * 20 / 0.06
     assert max(widths) <= MAX_READS
 
 

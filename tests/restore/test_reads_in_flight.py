@@ -114,7 +114,7 @@ def test_what_is_under_way_is_bounded_by_its_bytes():
     assert options.reads_in_flight(window, MAX_BYTES) == LEAST
 
 
-@pytest.mark.parametrize("latency_s, least, most", [(0.04, 8, 40), (0.0, 3, 4)])
+@pytest.mark.parametrize(("latency_s", "least", "most"), [(0.04, 8, 40), (0.0, 3, 4)])
 def test_a_link_is_measured_with_as_many_reads_as_are_used(latency_s, least, most):
     with CountingStore(service_s=0.004, latency_s=latency_s) as store:
         measure_link(store, object_bytes=NUM_BYTES, num_objects=40, rounds=2)

@@ -17,9 +17,9 @@ from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.read_window import ReadSample
 from cacheflow.plan.report import Lane, SpanKind
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.restore import stage_reads
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.stage import StageRestoration
-from cacheflow.restore import stage_reads
 from cacheflow.restore.stage_reads import MAX_READS, MIN_READS, StageReads
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.state.board import RESIDENT, Board, CellState

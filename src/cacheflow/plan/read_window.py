@@ -105,14 +105,14 @@ class ReadWindow:
 
     @property
     def ahead_s(self) -> float:
-        """Seconds for which the store has to have work so that its latency is not waited for; 0 before that is known."""
+        """Seconds of work that the store must have so that nobody waits for its latency; 0 before that is known."""
         return GAIN * self._latency_s
 
     def learn(self, sample: ReadSample) -> None:
         """Take in what a read told."""
         if sample.latency_s is not None:
             self._latencies.append(sample.latency_s)
-            self._latency_s = statistics.median_low(self._latencies)
+            self._latency_s = statistics.median_high(self._latencies)
         part = RISE if sample.reads_per_s > self._reads_per_s else FALL
         self._reads_per_s += part * (sample.reads_per_s - self._reads_per_s)
 

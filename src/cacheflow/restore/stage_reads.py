@@ -122,9 +122,7 @@ class StageReads:
             self._drops.append(piece)
         if all(each.outcome is LoadOutcome.OK for each in ended):
             slowest = max(ended, key=lambda each: each.busy_s)
-            state.observe_read(
-                piece, num_bytes=slowest.num_bytes, busy_s=slowest.busy_s, sample=slowest.sample
-            )
+            state.observe_read(piece, num_bytes=slowest.num_bytes, busy_s=slowest.busy_s, sample=slowest.sample)
             wanted = state.begin_place(piece)
             if wanted:
                 state.complete_load(piece, now_s)

@@ -217,9 +217,7 @@ class RestoreState:
         """Claim what the link reads next, boundary states first; None when it should wait or has nothing left."""
         return self.claim_boundary(now_s) or self.claim_load(now_s, busy)
 
-    def observe_read(
-        self, piece: Piece, *, num_bytes: int, busy_s: float, sample: ReadSample | None = None
-    ) -> None:
+    def observe_read(self, piece: Piece, *, num_bytes: int, busy_s: float, sample: ReadSample | None = None) -> None:
         """Take in how long the link worked on a read that moved ``num_bytes``, and what that told of the store.
 
         What comes from a slow tier counts for as many bytes as the link would have brought meanwhile.

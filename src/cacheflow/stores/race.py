@@ -1,12 +1,13 @@
 """Two tiers asked for one object: where a read takes much longer than its tier's reads do, the faster answer counts.
 
-The first read fills the caller's buffer, which nobody else may write to before its store has let go of it. So the second
-one, the rival, fills a buffer of its own, and is copied once the first has ended or was cancelled. A store that hangs inside
-the system does not let go; therefore, for a while after one of its reads was slow, a tier is read apart: into a buffer of
-ours, from where each read is copied, so that its rival need not wait for it. A tier that is never slow costs no copy.
+The first read fills the caller's buffer, which nobody else may write to before its store has let go of it. So the
+second one, the rival, fills a buffer of its own, and is copied once the first has ended or was cancelled. A store that
+hangs inside the system does not let go; therefore, for a while after one of its reads was slow, a tier is read apart:
+into a buffer of ours, from where each read is copied, so that its rival need not wait for it. A tier that is never slow
+costs no copy.
 
-As in ``held`` and ``routed`` no thread is needed to wait for either: the one that waits for the outcome looks at both. Only
-the loser is cancelled on a thread of its own, since that may take as long as its store likes.
+As in ``held`` and ``routed`` no thread is needed to wait for either: the one that waits for the outcome looks at both.
+Only the loser is cancelled on a thread of its own, since that may take as long as its store likes.
 """
 
 from __future__ import annotations
@@ -187,32 +188,37 @@ class RacedRead:
     def _look(self) -> float:
         """Take in what both have to say; returns the time."""
         now_s = self._clock()
-        if self._outcome is not None:
-            return now_s
-        first = self.first.poll()
-        if self._leaving:  # whatever it says now
-            first = None
-        elif first is LoadOutcome.OK:
-            self._settle(self.first)
-            return now_s
-        elif first is not None:
-            self._first_outcome = first
-        rival = None if self._rival is None else self._rival.poll()
-        if self._rival is not None and rival is LoadOutcome.OK:
-            if self._is_free():
-                self._settle(self._rival)
-            elif not self._leaving:
-                self._leave()
-        elif self._rival is not None and rival is not None:
-            self._rival.end(rival)
-            self._rival, self.rival_failure = None, rival
-        if self._rival is None and self._outcome is None and self._first_outcome is not None:
+        if self._outcome is None:
+            self._look_at_first()
+        if self._outcome is None and self._rival is not None:
+            self._look_at_rival(self._rival)
+        if self._outcome is None and self._rival is None and self._first_outcome is not None:
             self._outcome = self._first_outcome
             self.first.end(self._first_outcome)
         if self._outcome is None and now_s >= self._race_at_s:
             self._race_at_s = float("inf")
             self._rival = self._new_rival()
         return now_s
+
+    def _look_at_first(self) -> None:
+        if self._leaving:  # it has lost, whatever it says now
+            return
+        outcome = self.first.poll()
+        if outcome is LoadOutcome.OK:
+            self._settle(self.first)
+        elif outcome is not None:
+            self._first_outcome = outcome
+
+    def _look_at_rival(self, rival: TierRead) -> None:
+        outcome = rival.poll()
+        if outcome is LoadOutcome.OK:
+            if self._is_free():
+                self._settle(rival)
+            elif not self._leaving:
+                self._leave()
+        elif outcome is not None:
+            rival.end(outcome)
+            self._rival, self.rival_failure = None, outcome
 
     def _is_free(self) -> bool:
         """Whether nobody writes into the caller's buffer."""

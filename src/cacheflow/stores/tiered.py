@@ -1,9 +1,9 @@
 """Several stores as one: fast ones over slow ones, each of which may hold every object.
 
-A read goes to the fastest tier that has the object, and from one that misses it, fails or hangs to the next; of one that
-is merely slow the next is asked meanwhile (``race``). What came from a slower tier is written to the faster ones afterwards. A write is done when the fastest tier has it; the slower
-ones get it afterwards too. Both wait in buffers of bounded size and are dropped when those are full: every tier is a
-cache, and may lack anything.
+A read goes to the fastest tier that has the object, and from one that misses it, fails or hangs to the next; where one
+is slow the next is asked meanwhile (``race``). What came from a slower tier is written to the faster ones afterwards. A
+write is done when the fastest tier has it; the slower ones get it afterwards too. Both wait in buffers of bounded size
+and are dropped when those are full: every tier is a cache, and may lack anything.
 
 Notes that change (``ObjectKind.NEXT``, ``IDENTITY``) are read from and written to the slowest tier first, which the
 most processes share, and not copied.

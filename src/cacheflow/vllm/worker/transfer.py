@@ -139,9 +139,7 @@ class VllmTransferPort:
         start, end = self._target.object_range(chunk)
         num_bytes = (end - start) * reads.token_bytes
         key = self._keys.boundary(self._target.namespace, self._target.chain_hashes[chunk])
-        staging, handle = self._submit(
-            [(key, num_bytes)], reads.pool, priority=Priority.AWAITED, deadline_s=deadline_s
-        )
+        staging, handle = self._submit([(key, num_bytes)], reads.pool, priority=Priority.AWAITED, deadline_s=deadline_s)
         return VllmTicket(boundary, num_bytes, reads.pool, staging, handle)
 
     def _submit(
