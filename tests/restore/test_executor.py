@@ -96,7 +96,7 @@ def test_a_read_whose_cell_compute_has_taken_back_is_given_up_at_once():
     hung, seen = [], []
 
     def outcome_of(piece):
-        if len(setup.transfer.tickets) >= 4 and not hung:
+        if setup.transfer.tickets and not hung:
             hung.append(piece)
             return None
         return LoadOutcome.OK

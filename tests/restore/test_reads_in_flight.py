@@ -114,8 +114,10 @@ def test_what_is_under_way_is_bounded_by_its_bytes():
     assert options.reads_in_flight(window, MAX_BYTES) == LEAST
 
 
-@pytest.mark.parametrize(("latency_s", "least", "most"), [(0.04, 8, 40), (0.0, 3, 4)])
-def test_a_link_is_measured_with_as_many_reads_as_are_used(latency_s, least, most):
-    with CountingStore(service_s=0.004, latency_s=latency_s) as store:
-        measure_link(store, object_bytes=NUM_BYTES, num_objects=40, rounds=2)
+@pytest.mark.parametrize(
+    ("service_s", "latency_s", "num_objects", "least", "most"), [(0.004, 0.04, 40, 8, 40), (0.02, 0.0, 10, 3, 4)]
+)
+def test_a_link_is_measured_with_as_many_reads_as_are_used(service_s, latency_s, num_objects, least, most):
+    with CountingStore(service_s=service_s, latency_s=latency_s) as store:
+        measure_link(store, object_bytes=NUM_BYTES, num_objects=num_objects, rounds=2)
     assert least <= store.most <= most
