@@ -73,7 +73,7 @@ class LiveRestoration(Generic[T]):
         """
         if read.busy_s * self.state.rates.bytes_per_s > self.state.num_bytes(read.piece):
             self.state.observe_read(read.piece, num_bytes=read.num_bytes, busy_s=read.busy_s)
-        self.state.drop_load(read.piece)
+        self.state.waste_load(read.piece)
 
     def _note(self, read: Read[T], kind: SpanKind) -> None:
         end_s = read.end_s - self._origin_s

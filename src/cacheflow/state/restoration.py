@@ -301,6 +301,14 @@ class RestoreState:
         if self._board.state(*piece) is CellState.LOADING:
             self._leave_to_compute(piece)
 
+    def waste_load(self, piece: Piece) -> None:
+        """Note that the read of what compute restores instead was given up: its bytes moved for nothing, if at all."""
+        if isinstance(piece, Boundary):
+            self.drop_load(piece)
+            return
+        self._link.end_read(self._board.load_bytes(*piece), tier=self.tier(piece))
+        self.wasted_bytes += self._board.moved_bytes(*piece)
+
     def fail_place(self, piece: Piece) -> None:
         """Note that a verified read could not be placed; what that means is as in ``fail_load``."""
         self._link.end_place()
