@@ -119,7 +119,7 @@ def test_a_slow_tier_that_is_read_first_does_not_hold_up_the_fast_one(model):
         session.evict()
         played = answer(session, turns()[1], sampling=sampling_of(1), save=False)
     assert_same(played, never_evicted(model)[1])
-    assert len(keys) >= engine.restorer.options.max_reads_in_flight
+    assert len(keys) >= engine.restorer.options.least_reads_in_flight
     loads = [span for span in played.reply.report.spans if span.kind is SpanKind.LOAD]
     by_end = [span.chunk > 0 for span in sorted(loads, key=lambda span: span.end_s)]
     assert by_end == [True] * (len(loads) - len(keys)) + [False] * len(keys)

@@ -16,6 +16,7 @@ from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTransfer
 from support.problems import shared_plan, transformer_problem, whole_chunk_plan
+from support.waiting import eventually
 
 
 class Setup:
@@ -87,6 +88,30 @@ def test_a_read_that_hangs_is_late_and_recomputed():
     report = setup.run(options=ExecutorOptions(deadline=ReadDeadline(floor_s=0.02, factor=0.1)))
     assert report.failed_loads["late"] >= 1
     assert report.cells_KB[3].count("l") == 0
+
+
+def test_a_read_whose_cell_compute_has_taken_back_is_given_up_at_once():
+    """Long before its deadline: it would keep its place in the store, and in what may be under way."""
+    setup = Setup(ratio=1.0)
+    hung, seen = [], []
+
+    def outcome_of(piece):
+        if setup.transfer.tickets and not hung:
+            hung.append(piece)
+            return None
+        return LoadOutcome.OK
+
+    def on_recompute(tile):
+        if hung and hung[0] in list(tile.cells()):
+            (ticket,) = [each for each in setup.transfer.tickets if each.piece == hung[0]]
+            eventually(lambda: ticket.freed)
+            seen.append(tile)
+
+    setup.transfer.outcome_of, setup.compute.on_recompute = outcome_of, on_recompute
+    report = setup.run(options=ExecutorOptions(deadline=ReadDeadline(floor_s=60.0)))
+    assert seen
+    assert report.failed_loads == {}
+    assert report.wasted_bytes == setup.problem.load_bytes_KB[hung[0]]
 
 
 def test_a_dead_link_leaves_everything_to_compute():

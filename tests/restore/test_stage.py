@@ -14,14 +14,17 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.bound import bound
 from cacheflow.plan.grid import Cell, Tile
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.read_window import ReadSample
 from cacheflow.plan.report import Lane, SpanKind
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
+from cacheflow.restore import stage_reads
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.stage import StageRestoration
-from cacheflow.restore.stage_reads import MAX_READS, MIN_READS
+from cacheflow.restore.stage_reads import MAX_READS, MIN_READS, StageReads
 from cacheflow.restore.work import ComputeReport, LoadReport, RankReport, StepReport
 from cacheflow.state.board import RESIDENT, Board, CellState
 from cacheflow.state.compute_side import ComputeSide
+from cacheflow.state.restoration import RestoreState
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.scheduler.pace import IDLE_COMPUTE_BUDGET_S, READ_AHEAD_S
 from support.examples import examples
@@ -135,6 +138,34 @@ def test_reads_are_kept_ahead_by_time_and_by_number():
     assert scheduler.stepped.loads_under_way
     many = scheduler.next_work(compute_budget_s=0.0, read_ahead_s=math.inf).reads
     assert len(many) == MAX_READS - 5
+
+
+def test_a_store_that_takes_long_to_answer_has_so_much_more_under_way():
+    """What steps call for, and what the latency does, from the first reports on and in later restorations too."""
+    problem = small_problem(num_blocks=30, num_tokens=8192)
+    cell_s = float(problem.load_bytes_KB[0, 0]) / problem.link.bytes_per_s
+    scheduler = Scheduler(problem=problem)
+    first, _ = cells_of(scheduler.next_work(compute_budget_s=0.0, read_ahead_s=1e-9).reads)
+    report = replace(scheduler.load(*first, busy_s=cell_s), num_bytes=int(problem.load_bytes_KB[0, 0]))
+    sample = ReadSample(latency_s=5 * cell_s, reads_per_s=1.0 / cell_s)
+    scheduler.tell(loads=(replace(report, sample=sample),))
+    work = scheduler.next_work(compute_budget_s=0.0, read_ahead_s=4.0 * cell_s)
+    assert len(work.reads) == math.ceil(4.0 + 1.5 * 5) - 1
+    assert {read.tier for read in work.reads} == {0}
+    again = RestoreState(problem, shared_plan(problem), scheduler.rates)
+    reads = StageReads(again, num_ranks=1, can_compute=True)
+    assert len(reads.next_reads(1.0, 1e-9)) == math.ceil(1.5 * 5)
+    assert reads.next_reads(1.1, 0.0) == ()
+
+
+def test_a_far_store_has_no_more_under_way_than_memory_is_set_aside_for(monkeypatch):
+    problem = small_problem(num_blocks=30, num_tokens=8192)
+    cell_bytes = int(problem.load_bytes_KB[0, 0])
+    cell_s = cell_bytes / problem.link.bytes_per_s
+    scheduler = Scheduler(problem=problem)
+    scheduler.rates.windows[0].learn(ReadSample(latency_s=40 * cell_s, reads_per_s=1.0 / cell_s))
+    monkeypatch.setattr(stage_reads, "MAX_BYTES", 10 * cell_bytes)
+    assert len(scheduler.next_work(compute_budget_s=0.0, read_ahead_s=4.0 * cell_s).reads) == 10
 
 
 def test_a_read_may_take_longer_the_more_is_under_way():

@@ -136,6 +136,23 @@ def test_the_sum_of_busy_times_is_no_more_than_what_went_by():
     worker.carrier.close()
 
 
+def test_a_lone_read_tells_how_long_its_tier_takes_to_answer():
+    worker = Worker(1, cell_s=0.004)
+    worker.begin()
+    pieces = [(3, 0), (3, 1), (2, 0), (2, 1)]
+    work = [ReadWork(Cell(*cell), PATIENCE_S, tier=3 - cell[0]) for cell in pieces]
+    worker.transfers[1].outcome_of = lambda piece: LoadOutcome.MISS if piece == (2, 0) else LoadOutcome.OK
+    worker.step(StageWork(restore_id=1, reads=tuple(work)))
+    worker.step_until(lambda: len(worker.loads) == 4)
+    samples = {each.piece: each.sample for each in worker.loads}
+    assert samples[2, 0] is None
+    assert samples[3, 0].latency_s >= 0.004
+    assert samples[3, 1].latency_s is None
+    assert samples[2, 1].latency_s is None, "its tier was asked for another one already"
+    assert all(sample.reads_per_s <= 250 for sample in samples.values() if sample is not None)
+    worker.carrier.close()
+
+
 @pytest.mark.parametrize("outcome", [LoadOutcome.MISS, LoadOutcome.CORRUPT, LoadOutcome.ERROR])
 def test_a_read_that_fails_is_reported_and_freed(worker, outcome):
     worker.transfers[1].outcome_of = lambda cell: outcome if cell.block == 1 else LoadOutcome.OK

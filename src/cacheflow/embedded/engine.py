@@ -164,7 +164,7 @@ class Engine:
             runner=self.runner,
             policy=make_policy(self.options.policy, crossover_tokens=self.options.crossover_tokens),
             rates=LiveRates(bytes_per_s=link.bytes_per_s),
-            options=self.options.executor or ExecutorOptions(max_reads_in_flight=READS_IN_FLIGHT[device_type]),
+            options=self.options.executor or ExecutorOptions(least_reads_in_flight=READS_IN_FLIGHT[device_type]),
         )
 
     @classmethod

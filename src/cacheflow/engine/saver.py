@@ -23,7 +23,7 @@ from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.engine.transfer_port import cell_key, state_key
 from cacheflow.plan.grid import Cell
-from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
+from cacheflow.stores.base import Priority, PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.staging import StagingBuffer
@@ -69,7 +69,7 @@ class PrefixSaver:
             for block, payload in enumerate(payloads):
                 key = cell_key(self._namespace, self._chain[chunk], self._geometry, Cell(chunk, block))
                 requests.append(self._request(key, payload))
-            self._handles.append(self._store.submit_put(requests))
+            self._handles.append(self._store.submit_put(requests, priority=Priority.SAVE))
 
     def _host_copies(self, kv: KVBuffer, chunks: Sequence[int]) -> Iterator[list[torch.Tensor]]:
         """Each chunk's cells, block after block, in memory of their own."""
@@ -121,7 +121,7 @@ class PrefixSaver:
         ends_s = None if timeout_s is None else time.monotonic() + timeout_s
         outcomes = self._outcomes(ends_s)
         if self._states and all(each in (PutOutcome.STORED, PutOutcome.EXISTS) for each in outcomes):
-            self._handles.append(self._store.submit_put(self._states))
+            self._handles.append(self._store.submit_put(self._states, priority=Priority.SAVE))
             self._states = []
             outcomes = self._outcomes(ends_s)
         written, existing = outcomes.count(PutOutcome.STORED), outcomes.count(PutOutcome.EXISTS)

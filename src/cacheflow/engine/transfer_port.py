@@ -14,7 +14,7 @@ import torch
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.kv_buffer import KVBuffer
 from cacheflow.plan.grid import Boundary, Cell, Piece
-from cacheflow.stores.base import GetHandle, GetRequest, Store
+from cacheflow.stores.base import GetHandle, GetRequest, Priority, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys
 from cacheflow.stores.loan import Loan
 from cacheflow.tensors.staging import StagingBuffer, StagingPool
@@ -79,7 +79,7 @@ class StoreTransferPort:
             # First: without its states a cell of the last chunk is of no use.
             states = state_key(self._namespace, chain_hash, self._geometry, piece.block)
             requests.insert(0, GetRequest(states, staging.array[kv_bytes:num_bytes]))
-        handle = self._store.submit_get(requests, deadline_s=deadline_s)
+        handle = self._store.submit_get(requests, priority=Priority.READ, deadline_s=deadline_s)
         return StoreTicket(geometry=self._geometry, cell=piece, staging=staging, loan=loan, handle=handle)
 
     def wait(self, ticket: StoreTicket, *, timeout_s: float) -> LoadOutcome | None:

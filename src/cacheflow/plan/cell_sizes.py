@@ -1,4 +1,4 @@
-"""How large chunks and cells are and how many reads are under way, unless somebody says otherwise.
+"""How large chunks and cells are and how many reads are under way at least, unless somebody says otherwise.
 
 On the CPU a cell's copy costs little beside its read. On CUDA every cell costs the host about 0.3 ms (Python's threads,
 a state machine, a few calls into the driver), during which launching may stand still: a cell has to keep the link busy

@@ -8,6 +8,7 @@ request learned, the next one starts with. Not thread-safe: the owner of the res
 from __future__ import annotations
 
 from cacheflow.errors import ConfigError
+from cacheflow.plan.read_window import ReadWindows
 
 DECAY = 0.85
 """Weight an observation keeps when the next one arrives; about seven observations count."""
@@ -26,7 +27,11 @@ TRUST_OBSERVATIONS = 3
 
 
 class LiveRates:
-    """Observed over predicted compute time, and observed bandwidth, as exponentially weighted means."""
+    """Observed over predicted compute time, and observed bandwidth, as exponentially weighted means.
+
+    Attributes:
+        windows: How many reads of each tier deliver its bandwidth.
+    """
 
     def __init__(self, *, bytes_per_s: float, compute_factor: float = 1.0) -> None:
         """Start from a prediction.
@@ -46,6 +51,7 @@ class LiveRates:
         self._bytes = self._busy_s = 0.0
         self._num_computes = self._num_loads = 0
         self._last_was_slow = False
+        self.windows = ReadWindows()
 
     @property
     def trusted(self) -> bool:

@@ -141,6 +141,9 @@ class ComputeLoop(Generic[T]):
         record = recorder_of(port)
         with jobs.changed:
             restoration = jobs.restoration_of(job)
+        if claim.tile is not None:
+            # Taken back from the link: the store, and what is read next, need not wait for them.
+            self._reads.drop(restoration, frozenset(claim.tile.cells()))
         for tile, work, predicted_s in _pieces(claim, job.ready.problem, whole=not jobs.decoding):
             if jobs.decoding:
                 factor = jobs.scheduler.rates.compute_factor

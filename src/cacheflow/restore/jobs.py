@@ -49,7 +49,7 @@ class LiveRestoration(Generic[T]):
     def begin_place(self, read: Read[T]) -> bool:
         """See ``ReadOwner``."""
         wanted = self.state.begin_place(read.piece)
-        self.state.observe_read(read.piece, num_bytes=read.num_bytes, busy_s=read.busy_s)
+        self.state.observe_read(read.piece, num_bytes=read.num_bytes, busy_s=read.busy_s, sample=read.sample)
         self._note(read, SpanKind.LOAD if wanted else SpanKind.WASTED)
         return wanted
 
@@ -67,7 +67,13 @@ class LiveRestoration(Generic[T]):
         self._note(read, SpanKind.FAILED)
 
     def drop_read(self, read: Read[T]) -> None:
-        """See ``ReadOwner``: reads are dropped when the restoration is over."""
+        """See ``ReadOwner``: compute restores the cell, or the restoration is over.
+
+        A read that is overdue has told how slow the link is, and must not be forgotten with it.
+        """
+        if read.busy_s * self.state.rates.bytes_per_s > self.state.num_bytes(read.piece):
+            self.state.observe_read(read.piece, num_bytes=read.num_bytes, busy_s=read.busy_s)
+        self.state.waste_load(read.piece)
 
     def _note(self, read: Read[T], kind: SpanKind) -> None:
         end_s = read.end_s - self._origin_s
@@ -311,8 +317,13 @@ class Jobs(Generic[T]):
 
     def next_read(self, num_reads: int, num_bytes: int) -> Read[T] | None:
         """See ``ReadSource``."""
-        busy = self.scheduler.busy_tiers(self._options.max_reads_in_flight)
-        if self._link_closed or num_reads >= self._options.max_reads_in_flight * self.scheduler.num_tiers:
+        scheduler = self.scheduler
+        wanted = [
+            self._options.reads_in_flight(scheduler.rates.windows[tier], num_bytes)
+            for tier in range(scheduler.num_tiers)
+        ]
+        busy = scheduler.busy_tiers(wanted)
+        if self._link_closed or num_reads >= sum(wanted):
             return None
         now_s = self.now_s()
         claimed = self.scheduler.claim_read(now_s, busy)
@@ -321,7 +332,13 @@ class Jobs(Generic[T]):
         restoration = self.restoration_of(self.by_name[claimed.request_id])
         num_bytes += restoration.state.num_bytes(claimed.piece)
         allowed_s = self._options.deadline.allowed_s(num_bytes, self.scheduler.rates)
-        return Read(restoration, claimed.piece, claimed_at_s=self._origin_s + now_s, allowed_s=allowed_s)
+        return Read(
+            restoration,
+            claimed.piece,
+            claimed_at_s=self._origin_s + now_s,
+            allowed_s=allowed_s,
+            tier=restoration.state.tier(claimed.piece),
+        )
 
     def close_link(self) -> None:
         """See ``ReadSource``: for those that come later too."""

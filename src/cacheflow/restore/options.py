@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from cacheflow.errors import ConfigError
+from cacheflow.plan.read_window import MAX_BYTES, ReadWindow
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.types import Clock
 
@@ -15,13 +16,16 @@ class ExecutorOptions:
     """How the executor drives its ports.
 
     Attributes:
-        max_reads_in_flight: Reads kept under way, so that the link never waits for a verification or a copy.
+        least_reads_in_flight: Reads of a tier kept under way at least, so that the link never waits for a verification
+            or a copy; more where its latency calls for them, see ``ReadWindow``.
+        max_reads_in_flight: So many at any time instead; None: as its latency calls for.
         deadline: When a read is late.
         poll_s: Longest sleep of either thread while it waits for the other.
         clock: Monotonic seconds.
     """
 
-    max_reads_in_flight: int = 3
+    least_reads_in_flight: int = 3
+    max_reads_in_flight: int | None = None
     deadline: ReadDeadline = field(default_factory=ReadDeadline)
     poll_s: float = 0.02
     clock: Clock = time.perf_counter
@@ -32,7 +36,16 @@ class ExecutorOptions:
         Raises:
             ConfigError: A value is out of range.
         """
-        if self.max_reads_in_flight < 1:
+        if self.max_reads_in_flight is not None and self.max_reads_in_flight < 1:
             raise ConfigError(f"max_reads_in_flight is {self.max_reads_in_flight}, must be at least 1")
+        if self.least_reads_in_flight < 1:
+            raise ConfigError(f"least_reads_in_flight is {self.least_reads_in_flight}, must be at least 1")
         if not self.poll_s > 0:
             raise ConfigError(f"poll_s is {self.poll_s}, must be above 0")
+
+    def reads_in_flight(self, window: ReadWindow, num_bytes: int) -> int:
+        """Reads of a tier to keep under way, while all that is under way brings so many bytes."""
+        if self.max_reads_in_flight is not None:
+            return self.max_reads_in_flight
+        least = self.least_reads_in_flight
+        return window.reads(least=least) if num_bytes < MAX_BYTES else least

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Container
 from typing import Generic, Protocol, TypeVar
 
 from cacheflow.plan.grid import Piece
+from cacheflow.plan.read_window import Flight, ReadMeter, ReadSample
 from cacheflow.restore.ports import Ticket, TransferPort
 from cacheflow.restore.reaper import TicketReaper
 from cacheflow.types import Clock, LoadOutcome
@@ -48,7 +50,7 @@ class ReadOwner(Protocol[T]):
         ...
 
     def drop_read(self, read: Read[T]) -> None:
-        """Note that a read was given up by ``Reads.drop``, on the thread that called it."""
+        """Note that a read was given up by ``Reads.drop``, on the thread that called it; see ``Read.busy_s``."""
         ...
 
 
@@ -90,18 +92,24 @@ class Read(Generic[T]):
         num_bytes: Bytes it moves; 0 before it was started.
         busy_s: Seconds the link worked on it, waiting in line excluded; 0 before it ended.
         end_s: When it ended.
+        tier: Number of the store it comes from; None of boundary states.
+        sample: What it told of that store; None where it told nothing, and before it ended.
     """
 
     __slots__ = (
-        "allowed_s", "busy_s", "claimed_at_s", "dropped", "end_s", "num_bytes", "owner", "piece", "placing", "suspect",
-        "ticket",
+        "allowed_s", "busy_s", "claimed_at_s", "dropped", "end_s", "flight", "num_bytes", "owner", "piece", "placing",
+        "sample", "suspect", "ticket", "tier",
     )  # fmt: skip
 
-    def __init__(self, owner: ReadOwner[T], piece: Piece, *, claimed_at_s: float, allowed_s: float) -> None:
+    def __init__(
+        self, owner: ReadOwner[T], piece: Piece, *, claimed_at_s: float, allowed_s: float, tier: int | None = 0
+    ) -> None:
         """Claimed, not started yet."""
         self.owner, self.piece = owner, piece
         self.claimed_at_s, self.allowed_s = claimed_at_s, allowed_s
-        self.num_bytes = 0
+        self.num_bytes, self.tier = 0, tier
+        self.flight: Flight | None = None
+        self.sample: ReadSample | None = None
         self.busy_s, self.end_s = 0.0, claimed_at_s
         self.ticket: T | None = None
         self.placing = False
@@ -128,6 +136,7 @@ class Reads(Generic[T]):
         self._changed = source.changed
         self._reads: list[Read[T]] = []
         self._link_free_s = float("-inf")
+        self._meters: defaultdict[int | None, ReadMeter] = defaultdict(ReadMeter)
         self._reaper = TicketReaper()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -152,6 +161,8 @@ class Reads(Generic[T]):
         """
         with self._changed:
             concerned = [r for r in self._reads if r.owner is owner and (pieces is None or r.piece in pieces)]
+            if not concerned:
+                return
             # First stop all that can be stopped: while this waits for a copy the I/O thread must not begin another.
             for read in concerned:
                 if not (read.placing or read.dropped):
@@ -205,6 +216,7 @@ class Reads(Generic[T]):
                 if read is None:
                     return False
                 self._reads.append(read)
+                read.flight = self._meters[read.tier].begin(self._clock())
             self._start(read)
 
     def _start(self, read: Read[T]) -> None:
@@ -251,7 +263,7 @@ class Reads(Generic[T]):
         assert read.ticket is not None, "a read is placed after it was started"
         with self._changed:
             if not read.dropped:
-                self._end(read)
+                self._end(read, brought=True)
                 read.placing = read.owner.begin_place(read)
                 self._changed.notify_all()
         if not read.placing:
@@ -280,9 +292,11 @@ class Reads(Generic[T]):
                 self._changed.notify_all()
         self._free(read, outcome)
 
-    def _end(self, read: Read[T]) -> None:
+    def _end(self, read: Read[T], *, brought: bool = False) -> None:
         """Note when a read ended; its own time on the link began when it started and the one before it had ended."""
         read.end_s = self._clock()
+        if read.flight is not None:
+            read.sample = self._meters[read.tier].end(read.flight, read.end_s, brought=brought)
         if read.ticket is not None or not read.dropped:
             read.busy_s = max(0.0, read.end_s - max(read.claimed_at_s, self._link_free_s))
             self._link_free_s = max(self._link_free_s, read.end_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cacheflow.plan.grid import Boundary, Cell, Piece
+from cacheflow.plan.read_window import MAX_BYTES
 from cacheflow.plan.report import Span, SpanKind
 from cacheflow.restore.ledgers import ReadLedger
 from cacheflow.restore.read_deadline import ReadDeadline
@@ -77,20 +78,30 @@ class StageReads:
                     continue
                 piece = cell
             self._ledger.add(piece)
-            reads.append(ReadWork(piece, self._deadline.allowed_s(state.in_flight_bytes, state.rates)))
+            allowed_s = self._deadline.allowed_s(state.in_flight_bytes, state.rates)
+            reads.append(ReadWork(piece, allowed_s, tier=state.tier(piece)))
         return tuple(reads)
 
     def _busy_tiers(self, read_ahead_s: float) -> frozenset[int]:
         """Tiers that have enough to do."""
         state, num_tiers = self._state, self._state.problem.num_tiers
         if num_tiers == 1:  # the link as a whole, with boundary states
-            enough = len(self._ledger) >= MIN_READS and state.expected_load_s() >= read_ahead_s
+            enough = len(self._ledger) >= MIN_READS and state.expected_load_s() >= self._ahead_s(0, read_ahead_s)
             return frozenset([0]) if enough else frozenset()
         return frozenset(
             tier
             for tier in range(num_tiers)
-            if state.reads_of(tier) >= MIN_READS and state.expected_load_s(tier) >= read_ahead_s
+            if state.reads_of(tier) >= MIN_READS and state.expected_load_s(tier) >= self._ahead_s(tier, read_ahead_s)
         )
+
+    def _ahead_s(self, tier: int, read_ahead_s: float) -> float:
+        """Seconds of a tier to keep under way: what steps call for, and what its latency does, as ``ReadWindow`` says.
+
+        Here reads are asked for a step at a time, so more of them are under way than the tier's latency calls for.
+        """
+        if self._state.in_flight_bytes >= MAX_BYTES:
+            return read_ahead_s
+        return read_ahead_s + self._state.rates.windows[tier].ahead_s
 
     def drop(self, pieces: Iterable[Piece]) -> None:
         """Give these up, such as what compute takes over: the next drops hold those whose reads are under way."""
@@ -111,7 +122,7 @@ class StageReads:
             self._drops.append(piece)
         if all(each.outcome is LoadOutcome.OK for each in ended):
             slowest = max(ended, key=lambda each: each.busy_s)
-            state.observe_read(piece, num_bytes=slowest.num_bytes, busy_s=slowest.busy_s)
+            state.observe_read(piece, num_bytes=slowest.num_bytes, busy_s=slowest.busy_s, sample=slowest.sample)
             wanted = state.begin_place(piece)
             if wanted:
                 state.complete_load(piece, now_s)

@@ -88,6 +88,7 @@ class _Restoration:
                 num_bytes=read.num_bytes,
                 busy_s=busy_s,
                 end_s=read.end_s - self.origin_s,
+                sample=read.sample,
             )
         )
 
@@ -111,7 +112,7 @@ class _GivenReads:
         """Their deadlines begin now."""
         with self.changed:
             for each in work:
-                read = Read(owner, each.piece, claimed_at_s=now_s, allowed_s=each.deadline_s)
+                read = Read(owner, each.piece, claimed_at_s=now_s, allowed_s=each.deadline_s, tier=each.tier)
                 if self._closed:
                     owner.fail_read(read, LoadOutcome.ERROR)
                 else:

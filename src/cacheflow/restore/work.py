@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Piece, Tile
 from cacheflow.plan.problem import RestoreProblem
+from cacheflow.plan.read_window import ReadSample
 from cacheflow.state.compute_side import ComputeClaim
 from cacheflow.types import LoadOutcome
 
@@ -110,10 +111,17 @@ class ComputeWork:
 
 @dataclass(frozen=True, slots=True)
 class ReadWork:
-    """Start reading one cell, or a chunk's boundary states; ``LATE`` on a rank where it takes over ``deadline_s``."""
+    """Start reading one cell, or a chunk's boundary states; ``LATE`` on a rank where it takes over ``deadline_s``.
+
+    Attributes:
+        piece: What to read.
+        deadline_s: Seconds that it may take.
+        tier: Number of the store it comes from; None of boundary states.
+    """
 
     piece: Piece
     deadline_s: float
+    tier: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +169,7 @@ class LoadReport:
         num_bytes: Bytes the read moved, or was to move.
         busy_s: Seconds the link worked on it, waiting in line excluded.
         end_s: When it ended, in seconds on the worker's clock since the restoration's target arrived.
+        sample: What it told of the worker's store; None where it told nothing.
     """
 
     restore_id: int
@@ -169,6 +178,7 @@ class LoadReport:
     num_bytes: int
     busy_s: float
     end_s: float = 0.0
+    sample: ReadSample | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

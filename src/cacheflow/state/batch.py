@@ -162,14 +162,14 @@ class BatchScheduler:
         """Stores that cells of any request may lie in; each is read by itself."""
         return max((entry.problem.num_tiers for entry in self._entries.values()), default=1)
 
-    def busy_tiers(self, max_reads: int) -> frozenset[int]:
-        """Of several tiers those from which so many cells are being read, for whichever request."""
+    def busy_tiers(self, wanted: Sequence[int]) -> frozenset[int]:
+        """Of several tiers those from which as many cells are being read as ``wanted`` says, for whichever request."""
         num_tiers = self.num_tiers
         if num_tiers == 1:
             return frozenset()
         states = [entry.state for entry in self._entries.values() if entry.state is not None]
         return frozenset(
-            tier for tier in range(num_tiers) if sum(state.reads_of(tier) for state in states) >= max_reads
+            tier for tier in range(num_tiers) if sum(state.reads_of(tier) for state in states) >= wanted[tier]
         )
 
     def claim_read(self, now_s: float, busy: Container[int] = ()) -> BatchRead | None:

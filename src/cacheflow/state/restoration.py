@@ -16,6 +16,7 @@ from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.rates import LiveRates
+from cacheflow.plan.read_window import ReadSample
 from cacheflow.plan.remaining import NO_LINK_S, Remaining
 from cacheflow.plan.report import RestoreReport, Span
 from cacheflow.state.board import RESIDENT, Board, Boundaries, BoundaryState, CellState
@@ -134,7 +135,8 @@ class RestoreState:
         """Reads of cells under way from one store."""
         return self._link.reads_by_tier[tier]
 
-    def _tier(self, piece: Piece) -> int | None:
+    def tier(self, piece: Piece) -> int | None:
+        """Number of the store that a piece comes from; boundary states come from no tier."""
         return None if isinstance(piece, Boundary) else self._board.tier(*piece)
 
     @property
@@ -194,7 +196,7 @@ class RestoreState:
         self._link.note_time(now_s)
         cell = self._link_pointer.claim(now_s, busy)
         if cell is not None:
-            self._link.begin_read(self._board.load_bytes(*cell), tier=self._tier(cell))
+            self._link.begin_read(self._board.load_bytes(*cell), tier=self.tier(cell))
         return cell
 
     def claim_boundary(self, now_s: float) -> Boundary | None:
@@ -215,11 +217,14 @@ class RestoreState:
         """Claim what the link reads next, boundary states first; None when it should wait or has nothing left."""
         return self.claim_boundary(now_s) or self.claim_load(now_s, busy)
 
-    def observe_read(self, piece: Piece, *, num_bytes: int, busy_s: float) -> None:
-        """Take in how long the link worked on a read that moved ``num_bytes``.
+    def observe_read(self, piece: Piece, *, num_bytes: int, busy_s: float, sample: ReadSample | None = None) -> None:
+        """Take in how long the link worked on a read that moved ``num_bytes``, and what that told of the store.
 
         What comes from a slow tier counts for as many bytes as the link would have brought meanwhile.
         """
+        tier = self.tier(piece)
+        if sample is not None and tier is not None:
+            self.rates.windows[tier].learn(sample)
         if not isinstance(piece, Boundary):
             num_bytes = round(num_bytes * self._board.load_bytes(*piece) / max(1, self._board.moved_bytes(*piece)))
         self.rates.observe_load(num_bytes=num_bytes, busy_s=busy_s)
@@ -227,7 +232,7 @@ class RestoreState:
     def begin_place(self, piece: Piece) -> bool:
         """Take a verified read on to where compute finds it; False when it is not wanted any more: drop the bytes."""
         num_bytes = self.num_bytes(piece)
-        self._link.end_read(num_bytes, tier=self._tier(piece))
+        self._link.end_read(num_bytes, tier=self.tier(piece))
         if isinstance(piece, Boundary):
             self.boundary_bytes += num_bytes
             wanted = self._boundaries.state(piece.chunk) is BoundaryState.READING
@@ -271,7 +276,7 @@ class RestoreState:
             self.num_failed_boundaries += 1
             self.drop_load(piece)
             return
-        self._link.end_read(self._board.load_bytes(*piece), tier=self._tier(piece))
+        self._link.end_read(self._board.load_bytes(*piece), tier=self.tier(piece))
         self.outcomes[outcome] += 1
         if outcome is LoadOutcome.CORRUPT:
             self.wasted_bytes += self._board.moved_bytes(*piece)
@@ -287,7 +292,7 @@ class RestoreState:
 
         A cell that nobody has taken over falls to compute.
         """
-        self._link.end_read(self.num_bytes(piece), tier=self._tier(piece))
+        self._link.end_read(self.num_bytes(piece), tier=self.tier(piece))
         if isinstance(piece, Boundary):
             if self._boundaries.state(piece.chunk) is BoundaryState.READING:
                 self._lose(piece.chunk)
@@ -295,6 +300,14 @@ class RestoreState:
         self.outcomes[LoadOutcome.CANCELLED] += 1
         if self._board.state(*piece) is CellState.LOADING:
             self._leave_to_compute(piece)
+
+    def waste_load(self, piece: Piece) -> None:
+        """Note that the read of what compute restores instead was given up: its bytes moved for nothing, if at all."""
+        if isinstance(piece, Boundary):
+            self.drop_load(piece)
+            return
+        self._link.end_read(self._board.load_bytes(*piece), tier=self.tier(piece))
+        self.wasted_bytes += self._board.moved_bytes(*piece)
 
     def fail_place(self, piece: Piece) -> None:
         """Note that a verified read could not be placed; what that means is as in ``fail_load``."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, cast
 
@@ -45,6 +45,19 @@ class PutOutcome(Enum):
     """The disk failed, the connection broke, the store is closed. Nothing is visible under the key."""
     LATE = "late"
     CANCELLED = "cancelled"
+
+
+class Priority(IntEnum):
+    """What goes first in a store's queue; what has begun is never interrupted."""
+
+    SAVE = -1
+    """Writes: nobody waits for them."""
+    AHEAD = 0
+    """Reads for requests that are not restored yet."""
+    READ = 1
+    """Reads of a restoration, which come in the sequence in which they are needed."""
+    AWAITED = 2
+    """Reads without which compute cannot begin."""
 
 
 class PinOutcome(Enum):
@@ -168,6 +181,8 @@ class TierStats:
         num_dropped: Those that were not.
         num_promoted: Objects read from a slower tier that were written to this one too.
         num_unpromoted: Those that were not.
+        num_raced: Of its reads, those that were asked of a slower tier too, because they took much longer than others.
+        num_overtaken: ... of which the slower tier brought the object sooner.
         store: Of its store.
     """
 
@@ -179,6 +194,8 @@ class TierStats:
     num_dropped: int
     num_promoted: int
     num_unpromoted: int
+    num_raced: int
+    num_overtaken: int
     store: StoreStats
 
 

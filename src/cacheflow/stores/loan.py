@@ -76,6 +76,12 @@ class Loan:
         """Called by the store, at most once and before the outcome."""
         self._record = record
 
+    def move_to(self, other: Loan) -> None:
+        """Leave what was lent to another reader's loan, which ends it."""
+        if self._record is not None:
+            other.take(self._record)
+            self._record = None
+
     def end(self, *, after: Passing | None = None) -> None:
         """Give back what was lent, if anything; again, nothing.
 

@@ -33,6 +33,11 @@ class Meter:
         self._recent_busy_s = 0.0
         self._latency_s: float | None = None
 
+    @property
+    def read_latency_s(self) -> float | None:
+        """See ``StoreStats``."""
+        return self._latency_s
+
     def record_get(self, outcome: LoadOutcome, num_bytes: int, *, start_s: float, end_s: float) -> None:
         """Count one read of ``num_bytes`` that was submitted at ``start_s`` and ended at ``end_s``."""
         with self._lock:

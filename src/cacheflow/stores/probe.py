@@ -1,6 +1,7 @@
 """Measures a store's link: latency of one small read, bandwidth of pipelined reads of cell-sized objects.
 
-What is read goes through the store's codec, and looks like keys and values to it.
+What is read goes through the store's codec, and looks like keys and values to it. As many reads are under way as a
+restoration would have, so that a store far away is measured as it will be used.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import statistics
 import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from cacheflow.errors import StoreError
 from cacheflow.plan.problem import LinkCost
+from cacheflow.plan.read_window import MAX_BYTES, Flight, ReadMeter, ReadWindow
 from cacheflow.stores.base import GetHandle, GetRequest, PutOutcome, PutRequest, Store
 from cacheflow.stores.codec import Bytes, TensorForm
 from cacheflow.stores.floats import ITEM_BYTES, numbers_of, round_into
@@ -25,7 +29,7 @@ from cacheflow.types import LoadOutcome
 
 _NAMESPACE = "0" * 32
 _SMALL_BYTES = 4096
-_DEPTH = 3
+_LEAST_READS = 3
 _CHANNELS = 128
 _SPREAD, _OFFSET = 0.7, 0.5
 
@@ -110,7 +114,8 @@ def measure_link(
         requests = [*(probe.request(key) for key in keys[:-1]), small.request(keys[-1])]
         _write(store, requests, f"{num_objects} objects of {object_bytes} bytes")
         latency_s = statistics.median(_read_one_s(store, keys[-1], _SMALL_BYTES) for _ in range(4 * rounds))
-        busy_s = min(_read_all_s(store, keys[:-1], object_bytes) for _ in range(rounds))
+        reads = _Reads(store, object_bytes)
+        busy_s = min(reads.all_s(keys[:-1]) for _ in range(rounds))
     finally:
         store.delete(keys)
     return LinkCost(bytes_per_s=num_objects * object_bytes / busy_s, latency_s=latency_s)
@@ -132,21 +137,44 @@ def _read_one_s(store: Store, key: ObjectKey, num_bytes: int) -> float:
     return time.perf_counter() - started_s
 
 
-def _read_all_s(store: Store, keys: list[ObjectKey], num_bytes: int) -> float:
-    buffers = [np.empty(num_bytes, np.uint8) for _ in range(_DEPTH)]
-    under_way: deque[GetHandle] = deque()
-    started_s = time.perf_counter()
-    try:
-        for index, key in enumerate(keys):
-            if len(under_way) == _DEPTH:
-                _finish(under_way.popleft())
-            under_way.append(store.submit_get([GetRequest(key, buffers[index % _DEPTH])]))
-        while under_way:
-            _finish(under_way.popleft())
-    finally:
-        for handle in under_way:
-            handle.cancel()
-    return time.perf_counter() - started_s
+class _Reads:
+    """Pipelined reads of one store; what they tell is kept from one round to the next."""
+
+    def __init__(self, store: Store, num_bytes: int) -> None:
+        self._store, self._num_bytes = store, num_bytes
+        self._meter, self._window = ReadMeter(), ReadWindow()
+        self._buffers: list[npt.NDArray[np.uint8]] = []
+
+    def all_s(self, keys: Sequence[ObjectKey]) -> float:
+        """Seconds that it takes to read all of these."""
+        under_way: deque[tuple[GetHandle, Flight, npt.NDArray[np.uint8]]] = deque()
+        started_s = time.perf_counter()
+        try:
+            for key in keys:
+                while len(under_way) >= self._wanted:
+                    self._end(under_way)
+                buffer = self._buffers.pop() if self._buffers else np.empty(self._num_bytes, np.uint8)
+                flight = self._meter.begin(time.perf_counter())
+                under_way.append((self._store.submit_get([GetRequest(key, buffer)]), flight, buffer))
+            while under_way:
+                self._end(under_way)
+        finally:
+            for handle, _, _ in under_way:
+                handle.cancel()
+        return time.perf_counter() - started_s
+
+    @property
+    def _wanted(self) -> int:
+        return min(self._window.reads(least=_LEAST_READS), max(_LEAST_READS, MAX_BYTES // self._num_bytes))
+
+    def _end(self, under_way: deque[tuple[GetHandle, Flight, npt.NDArray[np.uint8]]]) -> None:
+        """Wait for the oldest read."""
+        handle, flight, buffer = under_way.popleft()
+        _finish(handle)
+        self._buffers.append(buffer)
+        sample = self._meter.end(flight, time.perf_counter())
+        if sample is not None:
+            self._window.learn(sample)
 
 
 def _finish(handle: GetHandle) -> None:

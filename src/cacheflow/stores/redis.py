@@ -110,7 +110,7 @@ class RedisStore(SharedStore):
         server: RedisServer,
         *,
         capacity_bytes: int,
-        num_threads: int = 4,
+        num_threads: int = 8,
         retention: Retention = DEFAULT_RETENTION,
         clock: Clock = time.perf_counter,
     ) -> None:

@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 
 class Route(Protocol[R]):
-    """The way of one item. Every method is called with its handle's lock held; none of them waits."""
+    """The way of one item. Every method but ``let_go`` is called with its handle's lock held; none of those waits."""
 
     @property
     def handle(self) -> Handle[R] | None:  # type: ignore[type-var]
@@ -49,6 +49,10 @@ class Route(Protocol[R]):
 
     def give_up(self) -> None:
         """Take note that nobody waits for the store any more."""
+        ...
+
+    def let_go(self) -> None:
+        """After ``give_up``, without the lock: wait until the store has let go of the item's buffer."""
         ...
 
 
@@ -145,7 +149,7 @@ class RoutedHandle(Generic[O]):
                 else:
                     self._begin(index)
             elif now_s >= item.go_on_at_s:
-                self._leave(index, item.route.handle)
+                self._leave(index)
         if now_s >= self._ledger.deadline_at_s:
             for index in self._pending():
                 self._settle(index, self._ledger.verdicts.late, now_s)
@@ -164,15 +168,15 @@ class RoutedHandle(Generic[O]):
             item.route.give_up()
         self._ledger.settle(index, outcome, now_s)
 
-    def _leave(self, index: int, handle: Handle[O]) -> None:
+    def _leave(self, index: int) -> None:
         """Have a thread wait until a store that hangs has let go of the buffer; then the item goes on."""
         item = self._items[index]
         item.route.give_up()
         item.leaving, item.go_on_at_s = True, float("inf")
-        Thread(target=partial(self._go_on, index, handle), name="cacheflow-tier-leave", daemon=True).start()
+        Thread(target=partial(self._go_on, index), name="cacheflow-tier-leave", daemon=True).start()
 
-    def _go_on(self, index: int, handle: Handle[O]) -> None:
-        handle.cancel()
+    def _go_on(self, index: int) -> None:
+        self._items[index].route.let_go()
         with self._changed:
             self._items[index].leaving = False
             if self._ledger.outcomes[index] is None:

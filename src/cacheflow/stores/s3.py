@@ -92,7 +92,7 @@ class BucketStore(SharedStore):
         bucket: Bucket,
         *,
         capacity_bytes: int,
-        num_threads: int = 8,
+        num_threads: int = 16,
         retention: Retention = DEFAULT_RETENTION,
         clock: Clock = time.perf_counter,
     ) -> None:

@@ -93,7 +93,7 @@ def _guarded(call: Callable[[], T], failed: T) -> T:
 
 
 class ThreadedStore(Store):
-    """A store on a pool of daemon threads, started with the first operation.
+    """A store on a pool of daemon threads, each started when an operation finds all others busy.
 
     The five backend methods are called from several threads at once and may raise ``OSError``, which becomes
     ``ERROR``.
@@ -121,6 +121,7 @@ class ThreadedStore(Store):
         self._queue_changed = Condition()
         self._sequence = itertools.count()
         self._threads: list[Thread] = []
+        self._num_idle = 0
         self._closed = False
         self._suspects: set[ObjectKey] = set()
         self._num_damaged = 0
@@ -254,16 +255,17 @@ class ThreadedStore(Store):
         with self._queue_changed:
             closed = self._closed
             if not closed:
-                self._start_threads()
                 for index in range(num_items):
                     transfer = _Transfer(handle, index, carry_out, verdicts)
                     heapq.heappush(self._queue, (-priority, next(self._sequence), transfer))
+                self._start_threads()
                 self._queue_changed.notify(num_items)
         if closed:
             handle.abandon(verdicts.error)
 
     def _start_threads(self) -> None:
-        while len(self._threads) < self._num_threads:
+        num_wanted = min(self._num_threads, len(self._threads) + len(self._queue) - self._num_idle)
+        while len(self._threads) < num_wanted:
             thread = Thread(target=self._work, name=f"cacheflow-store-{len(self._threads)}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -273,7 +275,9 @@ class ThreadedStore(Store):
         while True:
             with self._queue_changed:
                 while not self._queue and not self._closed:
+                    self._num_idle += 1
                     self._queue_changed.wait()
+                    self._num_idle -= 1
                 if self._closed:
                     return
                 _, _, transfer = heapq.heappop(self._queue)

@@ -54,6 +54,21 @@ UNKNOWN_BYTES_PER_S = 100e6
 UNKNOWN_LATENCY_S = 0.002
 """The same of its latency."""
 
+RACE_TIMES = 4.0
+"""A read is asked of the next tier too after so many times what the tier's recent reads took, or what all that is
+under way should take, whichever is longer ..."""
+LEAST_RACE_S = 0.02
+"""... and not before this."""
+RACE_READS = 16
+"""Reads before that can be judged."""
+RACE_SHARE = 0.05
+"""Of a tier's reads so many are asked of the next one too, at most (and one more): a tier that has become slow must not
+double the load of the one after it ..."""
+RACE_BURST = 4.0
+"""... and no more than these at once, however many were not used."""
+APART_READS = 64
+"""Reads into buffers of their own after one that was slow."""
+
 
 class Tier:
     """A store among others, owned by a ``TieredStore``. Thread-safe.
@@ -90,6 +105,8 @@ class Tier:
         self._promised_latency_s = UNKNOWN_LATENCY_S
         self._out_since_s: float | None = None
         self._num_outages = 0
+        self._races_left, self._num_apart = 1.0, 0
+        self._num_raced = self._num_overtaken = 0
         self._suspect = ObjectKey(namespace="0" * 32, chain_hash=uuid.uuid4().hex * 2, kind=ObjectKind.NEXT), 64
 
     @property
@@ -147,7 +164,39 @@ class Tier:
         """Note a read under way; returns the seconds after which the tier counts as hung."""
         with self._lock:
             self._in_flight_bytes += num_bytes
+            self._races_left = min(RACE_BURST, self._races_left + RACE_SHARE)
+            self._num_apart = max(0, self._num_apart - 1)
             return PATIENCE_S + SLOWNESS * self._expected_s()
+
+    # Races, see ``race``.
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether a read that begins now is likely enough to be slow that it should not hold its caller's buffer."""
+        return self._num_apart > 0
+
+    def race_after_s(self) -> float:
+        """Seconds after which a read that begins now is slow; ``inf`` while too little is known."""
+        with self._lock:
+            took_s = self._meter.read_latency_s
+            if self._num_reads < RACE_READS or took_s is None:
+                return float("inf")
+            return max(LEAST_RACE_S, RACE_TIMES * max(took_s, self._expected_s()))
+
+    def begin_race(self) -> bool:
+        """Note a slow read; whether it may be asked of the next tier too."""
+        with self._lock:
+            self._num_apart = APART_READS
+            if self._races_left < 1:
+                return False
+            self._races_left -= 1
+            self._num_raced += 1
+            return True
+
+    def note_overtaken(self) -> None:
+        """Note that the next tier was faster."""
+        with self._lock:
+            self._num_overtaken += 1
 
     def _expected_s(self) -> float:
         """Seconds for all that is under way."""
@@ -256,6 +305,8 @@ class Tier:
             num_dropped=copies.num_dropped,
             num_promoted=copies.num_promoted,
             num_unpromoted=copies.num_unpromoted,
+            num_raced=self._num_raced,
+            num_overtaken=self._num_overtaken,
             store=self.store.stats(),
         )
 

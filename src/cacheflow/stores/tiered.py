@@ -1,9 +1,9 @@
 """Several stores as one: fast ones over slow ones, each of which may hold every object.
 
-A read goes to the fastest tier that has the object, and from one that misses it, fails or hangs to the next. What came
-from a slower tier is written to the faster ones afterwards. A write is done when the fastest tier has it; the slower
-ones get it afterwards too. Both wait in buffers of bounded size and are dropped when those are full: every tier is a
-cache, and may lack anything.
+A read goes to the fastest tier that has the object, and from one that misses it, fails or hangs to the next; where one
+is slow the next is asked meanwhile (``race``). What came from a slower tier is written to the faster ones afterwards. A
+write is done when the fastest tier has it; the slower ones get it afterwards too. Both wait in buffers of bounded size
+and are dropped when those are full: every tier is a cache, and may lack anything.
 
 Notes that change (``ObjectKind.NEXT``, ``IDENTITY``) are read from and written to the slowest tier first, which the
 most processes share, and not copied.
@@ -41,6 +41,7 @@ from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.loan import DeviceReader
 from cacheflow.stores.meter import Meter
 from cacheflow.stores.prefetcher import Prefetcher
+from cacheflow.stores.race import RacedRead, TierRead
 from cacheflow.stores.record import RecordHeader
 from cacheflow.stores.routed import RoutedHandle
 from cacheflow.stores.tier import Tier
@@ -297,50 +298,80 @@ def _delete_each(store: Store, keys: Sequence[ObjectKey]) -> list[int]:
 
 
 class _ReadRoute:
-    """See ``Route``: through the tiers in service, until one has the object."""
+    """See ``Route``: through the tiers in service, until one has the object; two of them at once where one is slow."""
 
     def __init__(
         self, request: GetRequest, tiers: Sequence[Tier], *, num_bytes: int, priority: int, clock: Clock
     ) -> None:
-        self.handle: GetHandle | None = None
+        self.handle: RacedRead | None = None
         self._request, self._num_bytes, self._priority, self._clock = request, num_bytes, priority, clock
+        self._may_race = request.tap is None and request.key.kind not in CHANGING
         self._left = deque(tiers)
         self._passed: list[Tier] = []
         self._worst: LoadOutcome | None = None
         self._found: RecordHeader | None = None
-        self._start_s = self._patience_s = 0.0
+        self._late_at_s = float("inf")
 
     @property
     def failure(self) -> LoadOutcome:
         return LoadOutcome.ERROR if self._worst is None else self._worst
 
     def begin(self, left_s: float) -> float:
-        self.handle = None
+        rival = None if self.handle is None else self.handle.take_rival()
+        self.handle, self._late_at_s = None, self._clock() + left_s
         if self._request.loan is not None:
             self._request.loan.end()  # what the tier before has lent, and is no good
+        if rival is not None:
+            return self._wait_for(rival, left_s)
         while self._left:
             tier = self._left.popleft()
-            self._passed.append(tier)
             if not tier.delivers:
+                self._passed.append(tier)
                 self._note(LoadOutcome.ERROR)
-            elif not tier.may_hang and not tier.store.contains([self._request.key])[0]:
-                self._note(LoadOutcome.MISS)  # without a detour through the store's threads
+            elif not self._may_have_it(tier):
+                self._passed.append(tier)
+                self._note(LoadOutcome.MISS)
             else:
-                return self._begin_in(tier, left_s)
+                apart = tier.reads_apart and self._may_race and self._next_tier() is not None
+                return self._wait_for(self._read_in(tier, apart=apart), left_s)
         return float("inf")
 
-    def _begin_in(self, tier: Tier, left_s: float) -> float:
-        self._start_s, self._patience_s = self._clock(), tier.begin_read(self._num_bytes)
-        deadline_s = None if left_s == float("inf") else left_s
+    def _may_have_it(self, tier: Tier) -> bool:
+        """Without a detour through the store's threads where it is certain."""
+        return tier.may_hang or tier.store.contains([self._request.key])[0]
+
+    def _next_tier(self) -> Tier | None:
+        return next((each for each in self._left if each.delivers), None)
+
+    def _read_in(self, tier: Tier, *, apart: bool) -> TierRead:
         # Only the fastest lends: what comes from another is promoted from the buffer, as its record describes it.
-        is_fastest = len(self._passed) == 1
-        request = self._request if is_fastest else replace(self._request, loan=None, tell=self._take_header)
-        self.handle = tier.store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
-        return min(self._patience_s, left_s / 2) if any(each.delivers for each in self._left) else float("inf")
+        request = replace(self._request, loan=None, tell=self._take_header) if self._passed else self._request
+        left_s = max(0.0, self._late_at_s - self._clock())
+        return TierRead(tier, request, apart=apart, priority=self._priority, left_s=left_s, clock=self._clock)
+
+    def _wait_for(self, read: TierRead, left_s: float) -> float:
+        """Await a read; see ``begin`` for what is returned."""
+        self._passed.append(read.tier)
+        goes_on = self._next_tier() is not None
+        race_after_s = read.tier.race_after_s() if goes_on and self._may_race else float("inf")
+        self.handle = RacedRead(read, self._new_rival, race_after_s=race_after_s, clock=self._clock)
+        return min(read.patience_s, left_s / 2) if goes_on else float("inf")
+
+    def _new_rival(self) -> TierRead | None:
+        tier = self._next_tier()
+        if tier is None or not self._may_have_it(tier) or not self._passed[-1].begin_race():
+            return None
+        self._left.remove(tier)
+        return self._read_in(tier, apart=True)
 
     def end(self, outcome: LoadOutcome) -> bool:
-        self._end_in(outcome)
-        if outcome is LoadOutcome.OK:
+        read = self.handle
+        assert read is not None, "only what is in a tier ends there"
+        if read.rival_failure is not None:
+            self._note(read.rival_failure)
+        if outcome is LoadOutcome.OK and not read.overtaken:
+            if read.winner is not read.first:
+                self._passed.append(read.winner.tier)
             self._promote()
         if outcome in (LoadOutcome.OK, LoadOutcome.LATE, LoadOutcome.CANCELLED):
             return True
@@ -348,13 +379,13 @@ class _ReadRoute:
         return False
 
     def give_up(self) -> None:
-        self._end_in(LoadOutcome.LATE)
+        if self.handle is not None:
+            self.handle.give_up()
         self._note(LoadOutcome.LATE)
 
-    def _end_in(self, outcome: LoadOutcome) -> None:
-        self._passed[-1].end_read(
-            self._request.key, self._num_bytes, outcome, start_s=self._start_s, patience_s=self._patience_s
-        )
+    def let_go(self) -> None:
+        if self.handle is not None:
+            self.handle.let_go()
 
     def _take_header(self, found: RecordHeader) -> None:
         self._found = found
@@ -365,7 +396,7 @@ class _ReadRoute:
         self._worst = max(self._worst, outcome, key=_WORSE.index)
 
     def _promote(self) -> None:
-        if self._request.key.kind in CHANGING or self._request.tap is not None:
+        if not self._may_race:
             return
         found = self._found
         shape, dtype, axes = ((self._num_bytes,), "uint8", ()) if found is None else (
@@ -413,3 +444,6 @@ class _WriteRoute:
 
     def give_up(self) -> None:
         """Writes that are late do not tell a tier that hangs from one with much to do."""
+
+    def let_go(self) -> None:
+        """Nobody asks: a write never goes on from a store that hangs."""

@@ -57,6 +57,14 @@ LABELS: Mapping[str, Mapping[str, str]] = {
 }
 """What the values of each counter's label mean."""
 
+TIER_COUNTERS: Mapping[str, str] = {
+    "tier_outages": "num_outages",
+    "tier_dropped": "num_dropped",
+    "tier_raced": "num_raced",
+    "tier_overtaken": "num_overtaken",
+}
+"""Counters by tier, and where ``TierStats`` has them."""
+
 
 def described(name: str, text: str) -> str:
     """A counter's HELP text: ``text``, then every value of its label with what it means."""
@@ -84,6 +92,8 @@ class Counts:
         link_bytes_per_s: Live estimate of the link's bandwidth; 0 before the first.
         tier_outages: Times that a tier of the store was taken out of service, by tier.
         tier_dropped: Objects that were to be written to a tier and were not, by tier.
+        tier_raced: Reads of a tier that were slow and asked of the next one too, by tier.
+        tier_overtaken: ... of which the next one was faster.
     """
 
     tokens: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -101,6 +111,8 @@ class Counts:
     link_bytes_per_s: float = 0.0
     tier_outages: Counter[str] = field(default_factory=Counter)
     tier_dropped: Counter[str] = field(default_factory=Counter)
+    tier_raced: Counter[str] = field(default_factory=Counter)
+    tier_overtaken: Counter[str] = field(default_factory=Counter)
     _tiers_before: dict[str, TierStats] = field(default_factory=dict)
     _prefetches_before: Mapping[PrefetchOutcome, int] = field(default_factory=dict)
 
@@ -109,12 +121,10 @@ class Counts:
         for tier in tiers:
             before = self._tiers_before.get(tier.name)
             self._tiers_before[tier.name] = tier
-            outages = tier.num_outages - (before.num_outages if before else 0)
-            dropped = tier.num_dropped - (before.num_dropped if before else 0)
-            if outages:
-                self.tier_outages[tier.name] += outages
-            if dropped:
-                self.tier_dropped[tier.name] += dropped
+            for counter, name in TIER_COUNTERS.items():
+                more = getattr(tier, name) - (getattr(before, name) if before else 0)
+                if more:
+                    getattr(self, counter)[tier.name] += more
 
     def note_prefetches(self, prefetches: Mapping[PrefetchOutcome, int]) -> None:
         """Count what became of a store's prefetches since the last call."""
@@ -126,7 +136,7 @@ class Counts:
     def take(self) -> dict[str, Any]:
         """What was counted since the last call, as plain data; empty when nothing was."""
         data: dict[str, Any] = {}
-        for name in (*LABELS, "tier_outages", "tier_dropped"):
+        for name in (*LABELS, *TIER_COUNTERS):
             if values := getattr(self, name):
                 data[name] = dict(values)
                 values.clear()

@@ -52,6 +52,16 @@ COUNTERS = {
         "Objects not written to a slower tier: too much was waiting to be, or the write failed.",
         "tier",
     ),
+    "tier_raced": (
+        "vllm:cacheflow_tier_raced",
+        "Reads of a tier that took much longer than its others and were asked of the next tier too.",
+        "tier",
+    ),
+    "tier_overtaken": (
+        "vllm:cacheflow_tier_overtaken",
+        "Of the reads that were asked of the next tier too, those that it served sooner.",
+        "tier",
+    ),
     "loaded_bytes": ("vllm:cacheflow_loaded_bytes", "Bytes loaded into the KV cache.", ""),
     "lookup_timeouts": ("vllm:cacheflow_lookup_timeouts", "Prompts computed because the store answered too late.", ""),
 }

@@ -6,7 +6,7 @@ import torch
 
 from cacheflow.plan.grid import Boundary, Cell
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.stores.base import PutRequest
+from cacheflow.stores.base import Priority, PutRequest
 from cacheflow.stores.keys import RankKeys, Shard
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
@@ -125,6 +125,21 @@ def test_staging_is_used_again(layout, saved):
     assert second.staging is first.staging
     port.wait(second, timeout_s=5)
     port.place(second)
+
+
+def test_boundary_states_go_before_cells_in_the_stores_queue(layout, saved, monkeypatch):
+    store, _ = saved
+    priorities, submit = [], store.submit_get
+
+    def noting(requests, *, priority, deadline_s):
+        priorities.append(priority)
+        return submit(requests, priority=priority, deadline_s=deadline_s)
+
+    monkeypatch.setattr(store, "submit_get", noting)
+    port = new_port(store, layout, given={})
+    for piece in (Cell(0, 0), Boundary(1)):
+        port.cancel(port.start(piece, deadline_s=5))
+    assert priorities == [Priority.READ, Priority.AWAITED]
 
 
 def test_positions_inside_a_block_are_a_bug(layout, saved):

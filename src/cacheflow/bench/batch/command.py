@@ -118,7 +118,7 @@ def _open_study(flags: BatchFlags) -> BatchStudy:
     from cacheflow.plan.cell_sizes import READS_IN_FLIGHT
     from cacheflow.restore.options import ExecutorOptions
 
-    executor = ExecutorOptions(max_reads_in_flight=READS_IN_FLIGHT[flags.device])
+    executor = ExecutorOptions(least_reads_in_flight=READS_IN_FLIGHT[flags.device])
     options = BatchStudyOptions(
         lengths=flags.lengths, suffix_tokens=flags.suffix, chunk_tokens=flags.chunk_tokens, executor=executor
     )

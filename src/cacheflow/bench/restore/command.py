@@ -212,7 +212,7 @@ def open_study(flags: RestoreFlags, num_tokens: int) -> Study:
             asked=flags.layers_per_block,
         ),
         cost_repeats=flags.cost_repeats,
-        executor=ExecutorOptions(max_reads_in_flight=READS_IN_FLIGHT[flags.device]),
+        executor=ExecutorOptions(least_reads_in_flight=READS_IN_FLIGHT[flags.device]),
     )
     namespace = setup.namespace_of(model, chunk_tokens)
     link = PinnedStudyLink() if flags.is_pinned else StoreStudyLink(namespace, urls=flags.saves_in)

@@ -29,7 +29,7 @@ add_arguments = BenchFlags.add_flags
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write probes, read them back with three reads in flight, remove them; print a table.
+    """Write probes, read them back with as many reads under way as a restoration has, remove them; print a table.
 
     Raises:
         ConfigError, StoreError: There is no such store, or it does not answer.

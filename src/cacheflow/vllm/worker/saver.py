@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cacheflow.errors import ConfigError
-from cacheflow.stores.base import PutHandle, PutOutcome, PutRequest, Store
+from cacheflow.stores.base import Priority, PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys
 from cacheflow.tensors.snapshot_room import Snapshot, SnapshotRoom
 from cacheflow.vllm.metrics import Counts
@@ -283,7 +283,7 @@ class ChunkSaver:
                 return PutOutcome.CANCELLED
             # Of a chunk that lost some of its objects only those are written.
             missing = [request for request, found in zip(requests, there, strict=True) if not found]
-            return self._store.submit_put(missing, priority=-1) if missing else PutOutcome.EXISTS
+            return self._store.submit_put(missing, priority=Priority.SAVE) if missing else PutOutcome.EXISTS
         except Exception:  # a bug in a store must cost a save, not all that follow
             logger.exception("a chunk could not be saved")
             return PutOutcome.ERROR

@@ -15,7 +15,7 @@ import torch
 
 from cacheflow.plan.grid import Boundary, Cell, Piece
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.stores.base import GetHandle, GetRequest, Store
+from cacheflow.stores.base import GetHandle, GetRequest, Priority, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys
 from cacheflow.stores.loan import Loan
 from cacheflow.tensors.copy_lane import MAX_QUEUED
@@ -28,8 +28,6 @@ from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 BOUNDARY_BUFFERS = 4
 """Of boundary states, of which a few are read ahead."""
-PRIORITY = 1
-"""Of reads in the store: before saves."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +139,7 @@ class VllmTransferPort:
         start, end = self._target.object_range(chunk)
         num_bytes = (end - start) * reads.token_bytes
         key = self._keys.boundary(self._target.namespace, self._target.chain_hashes[chunk])
-        staging, handle = self._submit([(key, num_bytes)], reads.pool, deadline_s=deadline_s)
+        staging, handle = self._submit([(key, num_bytes)], reads.pool, priority=Priority.AWAITED, deadline_s=deadline_s)
         return VllmTicket(boundary, num_bytes, reads.pool, staging, handle)
 
     def _submit(
@@ -149,6 +147,7 @@ class VllmTransferPort:
         objects: Sequence[tuple[ObjectKey, int]],
         pool: StagingPool,
         *,
+        priority: Priority = Priority.READ,
         deadline_s: float,
         loan: Loan | None = None,
     ) -> tuple[StagingBuffer, GetHandle]:
@@ -160,7 +159,7 @@ class VllmTransferPort:
         for key, num_bytes in objects:
             requests.append(GetRequest(key, staging.array[at : at + num_bytes], loan=None if at else loan))
             at += num_bytes
-        return staging, self._store.submit_get(requests[::-1], priority=PRIORITY, deadline_s=deadline_s)
+        return staging, self._store.submit_get(requests[::-1], priority=priority, deadline_s=deadline_s)
 
     def wait(self, ticket: VllmTicket, *, timeout_s: float) -> LoadOutcome | None:
         """See ``TransferPort.wait``; what would have to queue for the device has not arrived yet."""
