@@ -15,7 +15,7 @@ from cacheflow.stores.base import Store
 from cacheflow.stores.keys import TokenIds, chain_hashes, chain_root
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
-from cacheflow.vllm.options import ConnectorOptions
+from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.keeps import Keeps
 from cacheflow.vllm.scheduler.kv_identity import KvName
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
@@ -57,7 +57,7 @@ class Prefetches:
         self,
         store: Store,
         facts_by_rank: Sequence[EngineFacts],
-        options: ConnectorOptions,
+        options: ServingOptions,
         *,
         questions: StoreQuestions,
         keeps: Keeps,
