@@ -44,7 +44,7 @@ def test_engines_with_and_without_codecs_on_one_folder(folder, tmp_path):
             again = engine.ask(prompt)
             assert again.record["outcome"] == "done"
             assert again.record["loaded_cells"] > 0
-            found[name], namespaces[name] = again, engine.worker.facts.namespace
+            found[name], namespaces[name] = again, engine.side.identity.namespace(None)
             sizes[name] = engine.worker.facts.link.bytes_per_s / 1e9
             stats = engine.store.stats()
             assert stats.num_objects > 0
