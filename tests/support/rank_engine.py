@@ -385,6 +385,38 @@ def break_reads(worker: Any, rank: tuple[int, int], fault: str, kind: str) -> No
         side.store = FaultyStore(side.store, plan)
 
 
+def drained(worker: Any) -> None:
+    """Wait until all that this rank has written is in every tier of its store."""
+    assert our_side(worker).store.drain(20.0)
+
+
+def leave_fast_tier(worker: Any) -> int:
+    """Everything leaves the fastest tier, as if others had thrown it out; how many objects this rank removed."""
+    from cacheflow.stores.keys import key_of
+
+    fast = our_side(worker).store.tiers[0].store
+    fast.learn()
+    return fast.delete([key_of(name) for name in fast._index.sizes()])  # noqa: SLF001 -- there is no list of objects
+
+
+def prefetched(worker: Any, num_objects: dict[int, int]) -> int:
+    """Wait until a rank has brought so many objects, by its number; how many it has."""
+    from cacheflow.stores.base import PrefetchOutcome
+
+    side, ends_s = our_side(worker), time.monotonic() + 30.0
+    while (found := side.store.stats().prefetches)[PrefetchOutcome.FETCHED] < num_objects[side.facts.rank]:
+        assert time.monotonic() < ends_s, found
+        time.sleep(0.01)
+    return found[PrefetchOutcome.FETCHED]
+
+
+def read_by_tier(worker: Any) -> list[int]:
+    """Reads that each tier has served this rank."""
+    from cacheflow.types import LoadOutcome
+
+    return [tier.store.get_outcomes[LoadOutcome.OK] for tier in our_side(worker).store.stats().tiers]
+
+
 def set_bandwidth(worker: Any, bytes_per_s: float) -> None:
     """Throttle each rank's link anew."""
     our_side(worker).store.set_bandwidth(bytes_per_s)
