@@ -18,7 +18,9 @@ def test_a_file_that_is_named_is_there(name):
 
 
 def test_classes_that_are_named_are_there():
-    defined = {name for path in SOURCES.values() for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)}
+    defined = {
+        name for path in SOURCES.values() for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)
+    }
     assert {*CLASSES} <= defined
 
 

@@ -19,6 +19,9 @@ ENGINES = {
     "llama-bf16-compiled": ("llama", "bfloat16", False),
 }
 EAGER = [name for name, (_, _, eager) in ENGINES.items() if eager]
+SECOND_RUNNER = EAGER[:2]
+"""Of both dtypes. Partial forwards are of a model's layers, which the runners share: one family shows that they equal
+what the second one's prefill leaves. ``test_models.py`` has more families on it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +52,7 @@ def _single_process_vllm():
         os.environ.setdefault(key, value)
 
 
-@pytest.fixture(scope="session", params=EAGER)
+@pytest.fixture(scope="session", params=SECOND_RUNNER if v2_runner.WANTED else EAGER)
 def tiny(request, tmp_path_factory, _single_process_vllm):
     """One engine; pytest runs all tests of one before it starts the next. Ask for a certain one indirectly."""
     from support.vllm_models import tiny_engine, write_model

@@ -81,7 +81,9 @@ def test_hits_that_end_within_a_block(folder):
 def test_vllm_schedules_ahead_of_what_it_has_sampled(folder):
     """A reply's states are saved although the last token of their chunk is known a step later."""
     first, end = prompt(5, 7 * CHUNK + 90), 8 * CHUNK
-    with asynchronous(), hybrid_engine(folder) as started, nothing_lost(started) as engine:
+    unset = {"chunk_tokens": None}  # a chunk is then a block
+    with asynchronous(), hybrid_engine(folder, options=unset) as started, nothing_lost(started) as engine:
+        assert engine.connector.options.chunk_tokens == CHUNK
         tokens = prompt(1)
         own = engine.saved(tokens, **WISHES)
         restored_by_plan(engine, tokens, own, 2, 2, 2, 1, 1, 0, 0, 0)

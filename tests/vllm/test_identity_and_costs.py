@@ -165,7 +165,7 @@ def test_a_spent_budget_extends_the_far_end(tiny, forward):
 
 @ONE
 def test_on_a_device_layers_are_timed_in_one_call_and_by_its_clock(tiny, monkeypatch):
-    """A wait for each point's ends and for each piece's numbers, none for a layer."""
+    """A wait for each point's ends and for each segment's numbers, none for a layer."""
     from cacheflow.tensors.copy_lane import CopyLane
     from cacheflow.vllm.models.partial_forward import PartialForward
     from cacheflow.vllm.startup.calibration import Lengths, calibrate
@@ -174,20 +174,20 @@ def test_on_a_device_layers_are_timed_in_one_call_and_by_its_clock(tiny, monkeyp
 
     device = FakeDevice(lambda num_ready: 0)  # everything at once; what a model runs takes it no time
     forward = PartialForward(tiny.handle, CopyLane(device))
-    run, piece, calls, num_pieces = forward.run, forward.piece, [], 0
+    run, segment, calls, num_segments = forward.run, forward.segment, [], 0
 
-    def noted_run(piece, carry, *, layers, kv_only_top=False):
+    def noted_run(segment, carry, *, layers, kv_only_top=False):
         calls.append((layers, kv_only_top))
         device.compute.launch(lambda: None)  # but so a second a call
-        return run(piece, carry, layers=layers, kv_only_top=kv_only_top)
+        return run(segment, carry, layers=layers, kv_only_top=kv_only_top)
 
-    def noted_piece(*args, **kwargs):
-        nonlocal num_pieces
-        num_pieces += 1
-        return piece(*args, **kwargs)
+    def noted_segment(*args, **kwargs):
+        nonlocal num_segments
+        num_segments += 1
+        return segment(*args, **kwargs)
 
     monkeypatch.setattr(forward, "run", noted_run)
-    monkeypatch.setattr(forward, "piece", noted_piece)
+    monkeypatch.setattr(forward, "segment", noted_segment)
     costs = calibrate(
         forward,
         tiny.layout,
@@ -204,8 +204,8 @@ def test_on_a_device_layers_are_timed_in_one_call_and_by_its_clock(tiny, monkeyp
     assert grid.kv_only_s(128, 0) == grid.full_s(128, 0), "never more than the whole"
     measured = sum((layers, kv_only) == ((0, num_layers), False) for layers, kv_only in calls)
     measured += sum(layers == (num_layers - 1, num_layers) for layers, kv_only in calls if kv_only)
-    head = 4  # its repeats, without a piece
-    assert device.host_waits == 2 * (measured + head) + num_pieces - 1
+    head = 4  # its repeats, without a segment
+    assert device.host_waits == 2 * (measured + head) + num_segments - 1
 
 
 @ONE

@@ -5,6 +5,8 @@ import pytest
 
 from cacheflow.plan.grid import Tile
 from cacheflow.restore.work import RestoreTarget
+from support import kv_bytes
+from support.v2_runner import first_runner
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -103,8 +105,8 @@ def test_staircase_interleaved(tiny, setting, heights):
     assert tiny.differing(kv, block_ids) == 0
 
 
-def test_on_a_device_the_host_waits_once_a_piece_and_not_for_its_tiles(tiny, prefilled):
-    """Before a builder's buffers are filled anew: their copies for the piece before, in flight or not."""
+def test_on_a_device_the_host_waits_once_a_segment_and_not_for_its_tiles(tiny, prefilled):
+    """Before a builder's buffers are filled anew: their copies for the segment before, in flight or not."""
     from cacheflow.tensors.copy_lane import CopyLane
     from cacheflow.vllm.models.partial_forward import PartialForward
     from cacheflow.vllm.worker.recompute import VllmComputePort
@@ -121,7 +123,7 @@ def test_on_a_device_the_host_waits_once_a_piece_and_not_for_its_tiles(tiny, pre
         assert device.host_waits == chunk
     port.finish()
     assert device.host_waits == NUM_CHUNKS - 1
-    assert device.asked["compute", "record"] == NUM_CHUNKS, "one event a piece, after its numbers were copied out"
+    assert device.asked["compute", "record"] == NUM_CHUNKS, "one event a segment, after its numbers were copied out"
     assert device.asked["compute", "wait_for"] == 0, "nothing was placed"
     assert port.record() is not None
     assert tiny.differing(kv, block_ids) == 0
@@ -207,3 +209,17 @@ def test_serving_goes_on_after_a_restoration(tiny, setting, prefilled):
     tokens, kv = prefilled(256)
     again = tiny.prefill(tokens, chunk_tokens=256)
     assert np.array_equal(again[:, : kv.shape[1]], kv)
+
+
+@first_runner
+def test_the_self_test_passes_and_leaves_zeros(tiny, forward):
+    """Here because of the engines: each takes far longer to start than all that is asked of it."""
+    from cacheflow.vllm.startup.selftest import self_test
+
+    kv_bytes.fill(tiny.layout, list(range(tiny.layout.num_blocks)), 0)
+    report = self_test(tiny.layout, forward, chunk_tokens=512)
+    assert report.difference is None
+    assert (report.num_chunks, report.num_cuts) == (3, tiny.layout.num_layers - 1)
+    assert "cut at 3 layers, keys and values alone in each" in str(report)
+    last_blocks = range(tiny.layout.num_blocks - 3 * report.num_tokens // tiny.size, tiny.layout.num_blocks)
+    assert not tiny.gather(list(last_blocks)).any()

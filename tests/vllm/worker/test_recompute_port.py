@@ -41,18 +41,18 @@ class FakeForward:
         self.calls = []
         self.next_tokens = []
 
-    def piece(self, start, tokens, block_ids, boundary=None, *, state_blocks=(), next_token=None, adapter=None):
+    def segment(self, start, tokens, block_ids, boundary=None, *, state_blocks=(), next_token=None, adapter=None):
         self.next_tokens.append(next_token)
         return SimpleNamespace(start=start, end=start + len(tokens), tokens=tuple(tokens), boundary=boundary)
 
-    def run(self, piece, carry, *, layers, kv_only_top):
-        self.calls.append((piece.tokens, carry, layers, kv_only_top))
-        if piece.boundary is not None:
-            piece.boundary["hidden"].add_(1)
+    def run(self, segment, carry, *, layers, kv_only_top):
+        self.calls.append((segment.tokens, carry, layers, kv_only_top))
+        if segment.boundary is not None:
+            segment.boundary["hidden"].add_(1)
         return None if kv_only_top else f"carry of {layers[1]}"
 
-    def run_whole(self, piece):
-        self.calls.append((piece.tokens, piece.boundary is not None))
+    def run_whole(self, segment):
+        self.calls.append((segment.tokens, segment.boundary is not None))
 
 
 def new_port(forward, *, start=0, layers_per_block=2):
@@ -121,7 +121,7 @@ def test_stored_states_are_given_without_those_of_tokens_that_are_there():
     stored = torch.arange(8 * WIDTH, dtype=torch.float32).view(8, WIDTH)
     assert port.give(0, stored.view(-1).view(torch.uint8), 4) is None  # copied at once
     given = []
-    forward.run = lambda piece, carry, **_: given.append(piece.boundary["hidden"])
+    forward.run = lambda segment, carry, **_: given.append(segment.boundary["hidden"])
     port.recompute(Tile(0, 1, 0, 1), kv_only_top=False)
     assert torch.equal(given[0], stored[4:])
 
@@ -150,7 +150,7 @@ def test_stored_states_are_right_however_late_they_come_to_a_device(seed, idle):
     )  # fmt: skip
     forward = FakeForward(first_stage=False, lane=lane)
     compute, given = VllmComputePort(forward, target), {}
-    forward.run = lambda piece, carry, **_: given.update({piece.start // 8: piece.boundary["hidden"].clone()})
+    forward.run = lambda segment, carry, **_: given.update({segment.start // 8: segment.boundary["hidden"].clone()})
     token_bytes = forward.handle.boundary.token_bytes
     pool = boundary_pool(layout, token_bytes=token_bytes, chunk_tokens=8)
     num_pinned = len(device.pinned_bytes)

@@ -1,6 +1,6 @@
 """Partial forwards through vLLM's own model: some tokens of one sequence, some layers, into given KV blocks.
 
-Shapes: ``n`` tokens of a piece, ``N`` KV blocks of the sequence.
+Shapes: ``n`` tokens of a segment, ``N`` KV blocks of the sequence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cacheflow.vllm.models.model_access import ModelHandle
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class Segment:
     """Tokens ``[start, end)`` of one sequence, ready to run through any of the layers.
 
     Attributes:
@@ -49,11 +49,11 @@ class Piece:
 
 
 class PartialForward:
-    """Runs pieces of sequences through this worker's layers; one per process, on the worker's main thread only.
+    """Runs segments of sequences through this worker's layers; one per process, on the worker's main thread only.
 
     It has attention metadata builders of its own: vLLM's keep state between the steps of its batch. On CUDA a call
     returns once its kernels are queued, and they wait for the cells that were placed before it. The host waits in one
-    case, before the builders' buffers are filled anew: until what they held for the piece before has been copied out.
+    case, before the builders' buffers are filled anew: until what they held for the segment before has been copied out.
     """
 
     def __init__(self, handle: ModelHandle, lane: CopyLane | None = None) -> None:
@@ -64,7 +64,7 @@ class PartialForward:
         self._slotted = [
             name for group in self._groups if group.kv_cache_group_id == attention for name in group.layer_names
         ]
-        self._prepared: tuple[Piece, dict[str, Any]] | None = None
+        self._prepared: tuple[Segment, dict[str, Any]] | None = None
         self._copied_out: StreamEvent | None = None
         modules = handle.model.modules() if handle.compiled else ()
         self._compiled = [each for each in modules if getattr(each, "do_not_compile", True) is False]
@@ -83,23 +83,12 @@ class PartialForward:
         """An event after all that was asked so far; None on the CPU."""
         return None if self._lane is None else self._lane.streams.current().record(timed=True)
 
-    @property
-    def writes_alone(self) -> bool:
-        """Whether ``kv_only_top`` saves work: keys and values of every row are written before its attention."""
-        layers = self.handle.layers
-        return (
-            layers is not None
-            and not self.handle.compiled
-            and all(layers.can_write_alone(row) for row in range(layers.num_rows))
-            and (self.handle.drafter is None or self.handle.drafter.writes_before)
-        )
-
     def attention_layers(self) -> list[Any]:
         """VLLM's ``Attention`` of each row of this stage, bottom first."""
         context = self.handle.vllm_config.compilation_config.static_forward_context
         return [context[name] for name in self.handle.layer_names]
 
-    def piece(  # noqa: PLR0913 -- a sequence's, keyword-only but for the first four
+    def segment(  # noqa: PLR0913 -- a sequence's, keyword-only but for the first four
         self,
         start: int,
         tokens: Sequence[int],
@@ -109,7 +98,7 @@ class PartialForward:
         state_blocks: Sequence[int] = (),
         next_token: int | None = None,
         adapter: Adapter | None = None,
-    ) -> Piece:
+    ) -> Segment:
         """Prepare the tokens from ``start`` on of a sequence whose KV blocks are ``block_ids``, in order from token 0.
 
         ``boundary`` is what a later pipeline stage is handed for them; layers overwrite it. ``state_blocks``, one of
@@ -143,7 +132,7 @@ class PartialForward:
         )
         after = tokens[-1] if next_token is None else next_token
         followed = self._send(torch.tensor([*tokens, after], dtype=torch.int32))
-        return Piece(
+        return Segment(
             start, end, followed[:-1], followed[1:], on_device, slots_on_device,
             self._by_group(common, table.numel(), state_blocks), boundary, adapter,
         )  # fmt: skip
@@ -158,16 +147,16 @@ class PartialForward:
         return tuple(commons)
 
     def _send(self, values: torch.Tensor) -> torch.Tensor:
-        """Numbers of a piece where the model reads them."""
+        """Numbers of a segment where the model reads them."""
         return values if self._lane is None else self._lane.streams.current().send(values)
 
     def run(
-        self, piece: Piece, carry: Carry | None, *, layers: tuple[int, int], kv_only_top: bool = False
+        self, segment: Segment, carry: Carry | None, *, layers: tuple[int, int], kv_only_top: bool = False
     ) -> Carry | None:
-        """Run a piece through rows ``[lo, hi)`` of this stage, writing their keys and values; in an eager engine.
+        """Run a segment through rows ``[lo, hi)`` of this stage, writing their keys and values; in an eager engine.
 
         Args:
-            piece: What.
+            segment: What.
             carry: What row ``lo - 1`` returned for it, which is overwritten; not looked at where ``lo`` is 0.
             layers: Which rows, counted from this stage's first.
             kv_only_top: Row ``hi - 1`` computes keys and values only.
@@ -177,63 +166,63 @@ class PartialForward:
         """
         row_lo, row_hi = layers
         own = min(row_hi, self._layers.num_rows)
-        with self._context(piece), self._eager():
+        with self._context(segment), self._eager():
             if row_lo < own:
                 alone = kv_only_top and own == row_hi
-                carry = self._layers.run(lambda: self._call(piece), carry, (row_lo, own), kv_only_top=alone)
+                carry = self._layers.run(lambda: self._call(segment), carry, (row_lo, own), kv_only_top=alone)
             if own == row_hi:
                 return carry
             assert carry is not None, "all layers have run"
-            self._draft(piece, self._layers.pass_through(lambda: self._call(piece), carry))
+            self._draft(segment, self._layers.pass_through(lambda: self._call(segment), carry))
         return None
 
-    def run_whole(self, piece: Piece) -> States | None:
-        """Run a piece through the whole stage as the engine itself would, compiled or not.
+    def run_whole(self, segment: Segment) -> States | None:
+        """Run a segment through the whole stage as the engine itself would, compiled or not.
 
         Returns:
             What this stage hands to the next; None on the last stage.
         """
-        with self._context(piece, whole=True):
-            out = self._call(piece)
+        with self._context(segment, whole=True):
+            out = self._call(segment)
             if self.handle.drafter is not None:
-                self._draft(piece, out)
+                self._draft(segment, out)
             return _handed_over(out)
 
-    def _draft(self, piece: Piece, target_out: object) -> None:
+    def _draft(self, segment: Segment, target_out: object) -> None:
         assert self.handle.drafter is not None, "rows beyond the layers are a drafter's"
-        self.handle.drafter.write(target_out, piece.next_token_ids, self._positions(piece))
+        self.handle.drafter.write(target_out, segment.next_token_ids, self._positions(segment))
 
-    def hand_over(self, piece: Piece, carry: Carry) -> States:
-        """What this stage hands to the next for a piece whose top row returned ``carry``; not on the last stage."""
-        with self._context(piece), self._eager():
-            states = _handed_over(self._layers.pass_through(lambda: self._call(piece), carry))
+    def hand_over(self, segment: Segment, carry: Carry) -> States:
+        """What this stage hands to the next for a segment whose top row returned ``carry``; not on the last stage."""
+        with self._context(segment), self._eager():
+            states = _handed_over(self._layers.pass_through(lambda: self._call(segment), carry))
         assert states is not None, "the last stage hands nothing over"
         return states
 
-    def prelude(self, piece: Piece) -> tuple[list[torch.nn.Module], list[torch.Tensor]]:
+    def prelude(self, segment: Segment) -> tuple[list[torch.nn.Module], list[torch.Tensor]]:
         """See ``ModelLayers.prelude``."""
-        with self._context(piece), self._eager():
-            return self._layers.prelude(lambda: self._call(piece))
+        with self._context(segment), self._eager():
+            return self._layers.prelude(lambda: self._call(segment))
 
     @property
     def _layers(self) -> ModelLayers:
         assert self.handle.layers is not None, "partial forwards are asked for only where recomputation is supported"
         return self.handle.layers
 
-    def _call(self, piece: Piece) -> object:
+    def _call(self, segment: Segment) -> object:
         from vllm.sequence import IntermediateTensors
 
-        received = None if piece.boundary is None else IntermediateTensors(piece.boundary)
+        received = None if segment.boundary is None else IntermediateTensors(segment.boundary)
         return self.handle.runner.model(
-            **self.handle.inputs.arguments(piece.token_ids),
-            positions=self._positions(piece),
+            **self.handle.inputs.arguments(segment.token_ids),
+            positions=self._positions(segment),
             intermediate_tensors=received,
         )
 
-    def _positions(self, piece: Piece) -> torch.Tensor:
+    def _positions(self, segment: Segment) -> torch.Tensor:
         if getattr(self.handle.vllm_config.model_config, "uses_mrope", False):
-            return piece.positions.repeat(3, 1)  # height and width of text are its time
-        return piece.positions
+            return segment.positions.repeat(3, 1)  # height and width of text are its time
+        return segment.positions
 
     @contextmanager
     def _eager(self) -> Iterator[None]:
@@ -247,18 +236,18 @@ class PartialForward:
                 module.do_not_compile = False
 
     @contextmanager
-    def _context(self, piece: Piece, *, whole: bool = False) -> Iterator[None]:
-        """VLLM's forward context for one piece, nested in whatever context is active."""
+    def _context(self, segment: Segment, *, whole: bool = False) -> Iterator[None]:
+        """VLLM's forward context for one segment, nested in whatever context is active."""
         from vllm.forward_context import get_forward_context, set_forward_context
 
         if self._lane is not None:
             self._lane.before_compute()
-        metadata = self._metadata(piece)
-        slots = dict.fromkeys(self._slotted, piece.slots)
-        arguments = {"num_tokens": piece.end - piece.start, "slot_mapping": slots}
+        metadata = self._metadata(segment)
+        slots = dict.fromkeys(self._slotted, segment.slots)
+        arguments = {"num_tokens": segment.end - segment.start, "slot_mapping": slots}
         with (
             torch.inference_mode(),
-            _adapter_set(self.handle.runner, piece.adapter, piece.end - piece.start),
+            _adapter_set(self.handle.runner, segment.adapter, segment.end - segment.start),
             set_forward_context(metadata, self.handle.vllm_config, **arguments),
         ):
             if not whole:
@@ -266,17 +255,17 @@ class PartialForward:
                 get_forward_context().all_moe_layers = None
             yield
 
-    def _metadata(self, piece: Piece) -> dict[str, Any]:
-        """Attention metadata by layer; kept for one piece, because a builder may reuse its buffers for the next."""
-        if self._prepared is None or self._prepared[0] is not piece:
+    def _metadata(self, segment: Segment) -> dict[str, Any]:
+        """Attention metadata by layer; kept for one segment, because a builder may reuse its buffers for the next."""
+        if self._prepared is None or self._prepared[0] is not segment:
             if self._copied_out is not None:
                 self._copied_out.wait()
             built = {}
             for group in self._groups:
                 built.update(
-                    dict.fromkeys(group.layer_names, group.build_metadata(piece.commons[group.kv_cache_group_id]))
+                    dict.fromkeys(group.layer_names, group.build_metadata(segment.commons[group.kv_cache_group_id]))
                 )
-            self._prepared = piece, built
+            self._prepared = segment, built
             self._copied_out = self.record()
         return self._prepared[1]
 

@@ -255,11 +255,11 @@ class _Meter:
         if not handle.is_first_stage:
             boundary = handle.boundary.random(length, self._generator, device=handle.device)
         blocks = [*past, *self._target] if offset else self._every
-        piece = self._forward.piece(offset, [1] * length, blocks, boundary, state_blocks=self._states)
+        segment = self._forward.segment(offset, [1] * length, blocks, boundary, state_blocks=self._states)
         if handle.compiled:
-            return self._median_s(lambda: self._forward.run_whole(piece)) / handle.num_layers
+            return self._median_s(lambda: self._forward.run_whole(segment)) / handle.num_layers
         # What a layer returns for so many tokens is what the next one is given; which numbers does not matter.
-        given = self._forward.run(piece, None, layers=(0, 1))
+        given = self._forward.run(segment, None, layers=(0, 1))
         # Of several layers in one call only the top one can be left after its keys and values.
         joined = self._forward.queues and not kv_only
         calls = _stretches(layers) if joined else [(layer, layer + 1) for layer in layers]
@@ -267,7 +267,7 @@ class _Meter:
 
         def one_pass() -> None:
             for rows, carry in zip(calls, states, strict=True):
-                self._forward.run(piece, carry, layers=rows, kv_only_top=kv_only)
+                self._forward.run(segment, carry, layers=rows, kv_only_top=kv_only)
 
         return self._median_s(one_pass) / len(layers)
 

@@ -157,8 +157,8 @@ def _of_prelude(forward: PartialForward, layout: BlockLayout, states: StateBlock
     config: Any = forward.handle.vllm_config.model_config.hf_config
     probe = make_probe(forward.handle, num_chunks=1)
     with scratch_blocks(layout, len(probe.tokens), states) as scratch:
-        piece = forward.piece(0, probe.tokens, scratch.kv, state_blocks=scratch.states[0])
-        modules, given = forward.prelude(piece)
+        segment = forward.segment(0, probe.tokens, scratch.kv, state_blocks=scratch.states[0])
+        modules, given = forward.prelude(segment)
     handle = forward.handle
     if handle.inputs.embedded and handle.layers is not None:
         modules = list(_without_layers(handle.model, frozenset(handle.layers.modules)))
@@ -207,9 +207,9 @@ def _with_probe(
             generator, boundary = torch.Generator().manual_seed(13), None
             if not handle.is_first_stage:
                 boundary = handle.boundary.random(len(tokens), generator, device=handle.device)
-            piece = forward.piece(0, tokens, scratch.kv, boundary, state_blocks=scratch.states[0])
+            segment = forward.segment(0, tokens, scratch.kv, boundary, state_blocks=scratch.states[0])
             given: Carry | None = None if carry is None else random_like(carry, torch.Generator().manual_seed(13))
-            carry = forward.run(piece, given, layers=(row, row + 1))
+            carry = forward.run(segment, given, layers=(row, row + 1))
             kv = np.empty(layout.num_bytes(row, row + 1, len(scratch.kv)), dtype=np.uint8)
             layout.gather(row, row + 1, scratch.kv, kv)
             own = hashlib.sha256(digest.encode() + kv.tobytes()).hexdigest()

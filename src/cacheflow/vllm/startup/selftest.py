@@ -254,10 +254,10 @@ class _RecomputeTest:
             for blocks, kv_only in (([*before, *spare], True), (past, False)):
                 if self._states is not None and start:
                     self._states.copy(states[0], states[-1])
-                piece = forward.piece(
+                segment = forward.segment(
                     start, tokens, blocks, _copied(handed), state_blocks=states[-1], next_token=next_token
                 )
-                out = forward.run(piece, _copied(carry), layers=(layer, layer + 1), kv_only_top=kv_only)
+                out = forward.run(segment, _copied(carry), layers=(layer, layer + 1), kv_only_top=kv_only)
             carry = out
         return gathered(self._layout, spare)
 
@@ -271,8 +271,8 @@ class _RecomputeTest:
         [handed] = _handed([step_by_engine(handle, prompt, blocks, start=start, next_token=next_token)])
         own = gathered(self._layout, spare)
         wipe(self._layout, spare, value=_POISON)
-        piece = self._forward.piece(start, tokens, blocks, handed, next_token=next_token)
-        self._forward.run(piece, None, layers=(0, handle.num_layers))
+        segment = self._forward.segment(start, tokens, blocks, handed, next_token=next_token)
+        self._forward.run(segment, None, layers=(0, handle.num_layers))
         restored = gathered(self._layout, spare)
         return self._compare(own, restored, f"behind its window of {window} tokens")
 

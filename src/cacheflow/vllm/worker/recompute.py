@@ -15,7 +15,7 @@ from cacheflow.tensors.streams import StreamEvent
 from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import Carry
-from cacheflow.vllm.models.partial_forward import PartialForward, Piece
+from cacheflow.vllm.models.partial_forward import PartialForward, Segment
 from cacheflow.vllm.worker.checkpoint import Checkpoint
 from cacheflow.vllm.worker.layout import block_layers
 from cacheflow.vllm.worker.stage_link import StageLink
@@ -26,13 +26,13 @@ class _ClimbingChunk:
     """A chunk on its way up.
 
     Attributes:
-        piece: Its tokens.
+        segment: Its tokens.
         next_block: The block that it is at.
         carry: What the block below ``next_block`` returned; None at the bottom, and where it is gone.
         handed_over: What a whole pass of a compiled stage returned for the next stage.
     """
 
-    piece: Piece
+    segment: Segment
     next_block: int = 0
     carry: Carry | None = None
     handed_over: States | None = None
@@ -103,7 +103,7 @@ class VllmComputePort:
             self._run_whole(tile.chunk_lo)
             return
         if state is None:
-            state = self._chunks[tile.chunk_lo] = _ClimbingChunk(self._piece(tile.chunk_lo))
+            state = self._chunks[tile.chunk_lo] = _ClimbingChunk(self._segment(tile.chunk_lo))
         if state.spent:
             raise ValueError(f"activations of chunk {tile.chunk_lo} below block {tile.block_lo} are spent; restart it")
         # At the top of the last stage, and where nothing is handed over, nobody needs what comes out above.
@@ -168,7 +168,7 @@ class VllmComputePort:
         if state.handed_over is not None:
             return state.handed_over
         assert state.carry is not None, "of a chunk that is not spent"
-        return self._forward.hand_over(state.piece, state.carry)
+        return self._forward.hand_over(state.segment, state.carry)
 
     def record(self) -> StreamEvent | None:
         """See ``QueueingPort.record``; None on the CPU."""
@@ -190,16 +190,16 @@ class VllmComputePort:
             self._checkpoint.write()
 
     def _run_whole(self, chunk: int) -> None:
-        piece = self._piece(chunk)
-        out = self._forward.run_whole(piece)
-        self._chunks[chunk] = _ClimbingChunk(piece, self._num_blocks, handed_over=None if self._link is None else out)
+        segment = self._segment(chunk)
+        out = self._forward.run_whole(segment)
+        self._chunks[chunk] = _ClimbingChunk(segment, self._num_blocks, handed_over=None if self._link is None else out)
 
     def _climb(self, state: _ClimbingChunk, tile: Tile, *, kv_only_top: bool) -> None:
         layers = (
             block_layers(tile.block_lo, self._target.layers_per_block, self._num_layers)[0],
             block_layers(tile.block_hi - 1, self._target.layers_per_block, self._num_layers)[1],
         )
-        state.carry = self._forward.run(state.piece, state.carry, layers=layers, kv_only_top=kv_only_top)
+        state.carry = self._forward.run(state.segment, state.carry, layers=layers, kv_only_top=kv_only_top)
         state.next_block = tile.block_hi
 
     def _fresh(self, given: States) -> States:
@@ -211,7 +211,7 @@ class VllmComputePort:
                 lane.streams.share(states, lane.streams.current())
         return {name: states.clone() for name, states in given.items()}
 
-    def _piece(self, chunk: int) -> Piece:
+    def _segment(self, chunk: int) -> Segment:
         """A chunk, with a fresh copy of its boundary states on a later stage: layers overwrite them."""
         start, end = self._target.chunk_range(chunk)
         tokens = self._target.tokens[start - self._target.start : end - self._target.start]
@@ -220,7 +220,7 @@ class VllmComputePort:
             if chunk not in self._boundary:
                 raise ValueError(f"chunk {chunk} has no boundary states; a later pipeline stage starts from them")
             boundary = self._fresh(self._boundary[chunk])
-        return self._forward.piece(
+        return self._forward.segment(
             start,
             tokens,
             self._target.block_ids,
