@@ -8,7 +8,7 @@ takes so long for each store, a minute in ``make test-long``, seconds in ``make 
 may grow for ever, and every answer is compared with that of a chat that was never evicted: tokens, logits, keys and
 values, boundaries of chunks, bit for bit.
 
-The model is tiny but for its keys and values, as wide as those of a real one: so there are tens of thousands of turns
+The model is tiny but for its keys and values, as wide as those of a real one: so there are thousands of turns
 in which something may be left behind, and what is left behind is large.
 """
 
