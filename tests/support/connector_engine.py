@@ -16,7 +16,7 @@ import torch
 
 from cacheflow.vllm.plugin import CONNECTORS
 from support import kv_bytes
-from support.vllm_models import TINY
+from support.vllm_models import TINY, attention_of
 
 NUM_KV_BLOCKS = 64
 POISON = 0x42
@@ -428,7 +428,7 @@ def new_llm(folder: Path, *, dtype: str, chunk_tokens: int, transfer: dict | Non
     arguments = {
         "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 8, "enable_prefix_caching": True, "seed": 0,
         "num_gpu_blocks_override": NUM_KV_BLOCKS, "max_num_batched_tokens": chunk_tokens, "skip_tokenizer_init": True,
-        **overrides,
+        **attention_of(folder), **overrides,
     }  # fmt: skip
     return LLM(model=str(folder), dtype=dtype, kv_transfer_config=transfer, **arguments)
 

@@ -23,6 +23,7 @@ import numpy as np
 from cacheflow.plan.problem import BoundarySource
 from support import kv_bytes, v2_runner
 from support.ray_cluster import announce, ray_cluster
+from support.vllm_models import attention_of
 
 BLOCK = 128
 """Tokens of a KV block on the CPU, but for latent attention; vLLM keeps one block for itself."""
@@ -138,6 +139,7 @@ class Session:
             max_model_len=script.max_tokens,
             num_gpu_blocks_override=script.num_kv_blocks or script.max_tokens // BLOCK + 2,
             max_num_batched_tokens=script.chunk_tokens, kv_transfer_config=transfer,
+            **attention_of(script.model),
         )  # fmt: skip
         assert set(self.on_ranks(runner_generation)) == {"v2" if v2_runner.WANTED else "v1"}
 

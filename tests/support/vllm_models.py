@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,15 @@ def write_model(folder: Path, family: str, *, seed: int = 0, **overrides) -> Pat
 
     extra = TINY_MOE if family == "qwen3_moe" else {}
     return write_weights(folder, AutoConfig.for_model(family, **{**TINY, **extra, **overrides}), seed=seed)
+
+
+def attention_of(folder: Path | str) -> dict:
+    """The attention that an engine on these weights is given: of latents the one that all CPUs have.
+
+    On CPUs with AMX vLLM takes another, for bfloat16 and blocks of 32 tokens alone.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text())
+    return {"attention_backend": "CPU_MLA"} if "kv_lora_rank" in config.get("text_config", config) else {}
 
 
 def write_weights(folder: Path, config: object, *, seed: int = 0) -> Path:
@@ -132,7 +142,8 @@ def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overr
 
     llm = LLM(
         model=str(folder), dtype=dtype, skip_tokenizer_init=True, enforce_eager=enforce_eager, max_model_len=2048,
-        max_num_batched_tokens=512, max_num_seqs=4, enable_prefix_caching=False, seed=0, **overrides,
+        max_num_batched_tokens=512, max_num_seqs=4, enable_prefix_caching=False, seed=0,
+        **attention_of(folder), **overrides,
     )  # fmt: skip
     core = llm.llm_engine.engine_core.engine_core
     worker = core.model_executor.driver_worker.worker
