@@ -35,11 +35,13 @@ LONG_FILES_S = {
     "vllm/test_ranks.py": 240,
     "vllm/test_http.py": 194,
     "vllm/test_ray.py": 169,
+    "vllm/test_models.py": 110,
     "vllm/test_hybrids.py": 100,
+    "vllm/test_hybrid_servers.py": 100,
     "vllm/test_free_running.py": 71,
 }
-"""Seconds of the files that take longest, on one of two cores. Side by side they begin first: one that began last would
-keep one core waiting for the other."""
+"""Roughly the seconds of the files that take longest, on one of two cores. Side by side they begin first: one that
+began last would keep one core waiting for the other."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
