@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from support import kv_bytes
 from support.v2_runner import WANTED
@@ -63,7 +64,17 @@ def others():
         yield pytest.param(compiled, id=f"{name}-compiled", marks=[pytest.mark.long, pytest.mark.timeout(900)])
 
 
+def amx():
+    """Of latents the attention that vLLM takes on a CPU with AMX, its default there."""
+    has_amx = torch.cpu._is_amx_tile_supported()  # noqa: SLF001 -- as vLLM asks
+    without = pytest.mark.skipif(not has_amx, reason="this CPU has no AMX")
+    yield pytest.param(
+        Case("deepseek_v3", "bfloat16", engine={"attention_backend": "AMX_MLA"}), id="amx", marks=without
+    )
+
+
 CASES = [
+    *([] if WANTED else amx()),
     *(pytest.param(case, id=name) for name, case in DOCUMENTED.items() if not WANTED or name in SECOND_RUNNER),
     *([] if WANTED else others()),
 ]
