@@ -10,6 +10,7 @@ from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.records.suites import read_records
 from cacheflow.bench.summary import summarise
 from cacheflow.policies.registry import RESTORE_POLICIES
+from support.kv_like import codec_of
 from support.store_kinds import ALL, url_of
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
@@ -159,6 +160,14 @@ def test_how_fast_a_store_goes_is_found_by_loading_three_times(bench, monkeypatc
     assert len(records) == 1
 
 
+def test_a_lossless_codec_is_on_record(bench):
+    codec_of("zstd")
+    options = ("--store", "memory?codec=zstd", "--policies", "load,cacheflow", "--objectives", "restore")
+    code, records, _ = bench(*SHORT, *options)
+    assert code == 0
+    assert {(record.store, record.correct) for record in records} == {("memory+zstd", True)}
+
+
 def test_files_serve_as_the_store(bench, tmp_path):
     code, records, _ = bench(*SHORT, "--store", "file", "--policies", "load,cacheflow")
     assert code == 0
@@ -265,6 +274,7 @@ BAD = {
     "negative time limit": (("--time-limit-s", "-1"), "--time-limit-s is -1.0, must be above 0"),
     "perturbed links in Gbit/s": (("--perturb", "--gbps", "1"), "--perturb needs the throttled store"),
     "unknown shape": (("--shape", "GPT-9"), "unknown model 'GPT-9'; known: Llama-3.1-8B"),
+    "lossy store": (("--store", "memory?codec=int8"), "--store: with codec int8 restored KV is not the computed one"),
     "unknown store": (("--store", "tape"), "store is 'tape', must be a URL: memory, file:///folder"),
     "store with a password": (("--store", "file://me:hunter2@host/kv"), "the URL holds a password"),
     "no model": (("--model", "/nowhere/at/all"), "model '/nowhere/at/all'"),

@@ -48,6 +48,16 @@ def new_study(family="llama", dtype="float32", link=None, **options):
     return Study(model, tokens, options=StudyOptions(**values), link=link or new_link(model))
 
 
+def test_a_link_delivers_more_than_it_carries_with_a_codec():
+    from support.embedded_cases import tiny
+
+    study = new_study(link=new_link(tiny("llama", "float32"), "memory?codec=int8"))
+    study.prepare()
+    assert 2.5e6 < study.link_bytes_per_s(1e6) < 4e6  # float32 in eight bits, and scales of short chunks
+    assert study.store == "memory+int8"
+    study.close()
+
+
 @pytest.fixture
 def study():
     study = new_study()
