@@ -108,9 +108,10 @@ def test_a_number_that_the_user_has_fixed_stays():
 
 def test_what_is_under_way_is_bounded_by_its_bytes():
     window, options = ReadWindow(), ExecutorOptions()
-    window.learn(ReadSample(latency_s=1.0, reads_per_s=40.0))
-    assert options.reads_in_flight(window, 0) == 32
-    assert options.reads_in_flight(window, MAX_BYTES - 1) == 32
+    window.learn(ReadSample(took_s=1.0, width=1, reads_per_s=80.0))
+    while (width := options.reads_in_flight(window, 0)) < 12:
+        window.learn(ReadSample(took_s=1.0, width=width, reads_per_s=80.0 * width))
+    assert options.reads_in_flight(window, MAX_BYTES - 1) == 12
     assert options.reads_in_flight(window, MAX_BYTES) == LEAST
 
 

@@ -147,7 +147,7 @@ def test_a_store_that_takes_long_to_answer_has_so_much_more_under_way():
     scheduler = Scheduler(problem=problem)
     first, _ = cells_of(scheduler.next_work(compute_budget_s=0.0, read_ahead_s=1e-9).reads)
     report = replace(scheduler.load(*first, busy_s=cell_s), num_bytes=int(problem.load_bytes_KB[0, 0]))
-    sample = ReadSample(latency_s=5 * cell_s, reads_per_s=1.0 / cell_s)
+    sample = ReadSample(took_s=5 * cell_s, width=1, reads_per_s=1.0 / cell_s)
     scheduler.tell(loads=(replace(report, sample=sample),))
     work = scheduler.next_work(compute_budget_s=0.0, read_ahead_s=4.0 * cell_s)
     assert len(work.reads) == math.ceil(4.0 + 1.5 * 5) - 1
@@ -163,7 +163,7 @@ def test_a_far_store_has_no_more_under_way_than_memory_is_set_aside_for(monkeypa
     cell_bytes = int(problem.load_bytes_KB[0, 0])
     cell_s = cell_bytes / problem.link.bytes_per_s
     scheduler = Scheduler(problem=problem)
-    scheduler.rates.windows[0].learn(ReadSample(latency_s=40 * cell_s, reads_per_s=1.0 / cell_s))
+    scheduler.rates.windows[0].learn(ReadSample(took_s=40 * cell_s, width=1, reads_per_s=1.0 / cell_s))
     monkeypatch.setattr(stage_reads, "MAX_BYTES", 10 * cell_bytes)
     assert len(scheduler.next_work(compute_budget_s=0.0, read_ahead_s=4.0 * cell_s).reads) == 10
 

@@ -14,7 +14,7 @@ from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm.metrics import LABELS, Counts, described
+from cacheflow.vllm.metrics import LABELS, TIER_COUNTERS, Counts, described
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.worker.saver import _chunk_outcome
 from support.scheduler_cases import CHUNK, Case, Worker
@@ -98,6 +98,28 @@ def test_what_happens_to_a_tier_is_counted_once():
         for expected in ({"tier_outages": {"slow": 1}}, {}):
             counts.note_tiers(store.stats().tiers)
             assert counts.take() == expected
+
+
+def test_races_between_tiers_are_counted_by_the_tier_that_was_slow():
+    counts = Counts()
+    with TieredStore({name: MemoryStore(capacity_bytes=1 << 20) for name in ("fast", "slow")}) as store:
+        for _ in range(2):
+            assert store.tiers[0].begin_race()
+            store.tiers[0].note_overtaken()
+            for _ in range(40):
+                store.tiers[0].begin_read(1)
+            counts.note_tiers(store.stats().tiers)
+            assert counts.take() == {"tier_raced": {"fast": 1}, "tier_overtaken": {"fast": 1}}
+
+
+@pytest.mark.vllm
+def test_every_counter_of_a_tier_is_a_metric():
+    from cacheflow.vllm.prometheus import COUNTERS
+
+    rows = (ROOT / "docs/vllm.md").read_text()
+    for name in TIER_COUNTERS:
+        assert COUNTERS[name][2] == "tier"
+        assert f"`{COUNTERS[name][0]}_total{{tier}}`" in rows
 
 
 @pytest.mark.vllm
