@@ -17,7 +17,7 @@ from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.types import LoadOutcome
-from support.servers import free_port, require_mooncake, running_mooncake
+from support.servers import free_port, mooncake_master, new_mooncake_client, require_mooncake, running_mooncake
 from support.store_kinds import url_of
 from support.store_objects import TIMEOUT_S, get, key, payload, put
 
@@ -25,6 +25,8 @@ CAPACITY = 64 << 20
 RECORD = 4096 + 1000
 OK, MISS, ERROR, CORRUPT = LoadOutcome.OK, LoadOutcome.MISS, LoadOutcome.ERROR, LoadOutcome.CORRUPT
 STORED = PutOutcome.STORED
+BEGUN = -703
+"""Mooncake's code for an object that is still being written."""
 
 
 @pytest.fixture
@@ -134,6 +136,59 @@ def test_a_master_that_is_killed_costs_reads_and_nothing_raises():
         store.census()
 
 
+def test_a_master_that_starts_anew_is_found_again_and_what_it_knew_is_gone():
+    with running_mooncake() as server, open_store(server.url, capacity_bytes=CAPACITY) as store:
+        put(store, 1)
+        server.master.send_signal(signal.SIGKILL)
+        server.master.wait()
+        assert get(store, 1)[0] is ERROR
+        master = mooncake_master(server.port, server.metrics_port)
+        try:
+            assert until_not_error(store, 1)[0] is MISS
+            ends_s = time.monotonic() + 60.0
+            while put(store, 1) != (STORED,):  # until those that give memory have found it
+                assert time.monotonic() < ends_s
+                time.sleep(0.05)
+            assert get(store, 1)[0] is OK
+        finally:
+            master.kill()
+            master.wait()
+
+
+def test_what_a_dead_writer_has_begun_is_not_taken_for_written():
+    """Mooncake says that the next write of it succeeded, for half a minute."""
+    program = (
+        "import sys\n"
+        "from mooncake.store import MooncakeDistributedStore\n"
+        "client = MooncakeDistributedStore()\n"
+        "assert client.setup('127.0.0.1', 'P2PHANDSHAKE', 0, 16 << 20, 'tcp', '', sys.argv[1]) == 0\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "client.put(sys.argv[2], bytes(1_000_000))\n"
+    )
+    with (
+        running_mooncake() as server,
+        new_mooncake_client(server) as client,
+        open_store(server.url, capacity_bytes=CAPACITY) as store,
+    ):
+        words = [sys.executable, "-c", program, f"127.0.0.1:{server.port}", object_name(1)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout.readline() == "ready\n"
+            stop(server.giver)  # so that the write does not end
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+            ends_s = time.monotonic() + TIMEOUT_S
+            while client.get_size(object_name(1)) != BEGUN:
+                assert time.monotonic() < ends_s
+                time.sleep(0.01)
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+        server.giver.send_signal(signal.SIGCONT)
+        assert put(store, 1, 2) == (PutOutcome.ERROR, STORED)
+        assert store.contains([key(1), key(2)]) == (False, True)
+        assert get(store, 1)[0] is MISS
+
+
 @pytest.mark.parametrize("part", ["master", "giver"])
 def test_a_pool_that_hangs_costs_time_and_no_buffer_is_touched_after_cancel(part):
     num_bytes = 300_000
@@ -165,6 +220,16 @@ def test_closing_while_the_master_hangs_returns(caplog):
         store.close()
         assert "was left behind" in caplog.text
         server.master.send_signal(signal.SIGCONT)
+
+
+def test_a_pool_without_memory_is_said_and_is_no_full_one(caplog):
+    with running_mooncake(pool_bytes=None) as server, open_store(server.url, capacity_bytes=CAPACITY) as store:
+        assert put(store, 1, 2) == (PutOutcome.ERROR,) * 2
+        assert "nobody gives memory to the pool" in caplog.text
+        assert store.capabilities().capacity_bytes == CAPACITY
+        with open_store(f"{server.url}&segment=32MiB", capacity_bytes=CAPACITY):
+            assert put(store, 1) == (STORED,)
+            assert get(store, 1)[0] is OK
 
 
 def test_records_of_a_process_that_gave_memory_go_with_it():

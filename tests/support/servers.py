@@ -166,30 +166,44 @@ class RunningMooncake:
 
 @contextmanager
 def running_mooncake(*options, pool_bytes=256 << 20):
-    """A pool on loopback: Mooncake's own programs."""
+    """A pool on loopback: Mooncake's own programs; with None nobody gives it memory."""
     require_mooncake()
-    programs = {name: mooncake_program(name) for name in ("mooncake_master", "mooncake_client")}
     port, metrics_port, client_port = free_port(), free_port(), free_port()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    master = subprocess.Popen(
-        [programs["mooncake_master"], "--rpc_address=127.0.0.1", f"--rpc_port={port}",
-         f"--metrics_port={metrics_port}", "--logtostderr=1", *options], **quiet,
-    )  # fmt: skip
+    master = mooncake_master(port, metrics_port, *options)
     giver = None
     try:
         wait_until_it_listens(port, master, "mooncake_master")
         wait_until_it_listens(metrics_port, master, "mooncake_master")
-        giver = subprocess.Popen(
-            [programs["mooncake_client"], "--host=127.0.0.1", f"--port={client_port}",
-             f"--master_server_address=127.0.0.1:{port}", "--metadata_server=P2PHANDSHAKE",
-             f"--global_segment_size={pool_bytes}", "--logtostderr=1"], **quiet,
-        )  # fmt: skip
-        wait_until_it_listens(client_port, giver, "mooncake_client")
+        if pool_bytes:
+            giver = subprocess.Popen(
+                [mooncake_program("mooncake_client"), "--host=127.0.0.1", f"--port={client_port}",
+                 f"--master_server_address=127.0.0.1:{port}", "--metadata_server=P2PHANDSHAKE",
+                 f"--global_segment_size={pool_bytes}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            wait_until_it_listens(client_port, giver, "mooncake_client")
         yield RunningMooncake(port, metrics_port, master, giver)
     finally:
         for process in filter(None, (giver, master)):
             process.kill()
             process.wait()
+
+
+@contextmanager
+def new_mooncake_client(server):
+    """Mooncake's own client."""
+    from mooncake.store import MooncakeDistributedStore
+
+    with closing(MooncakeDistributedStore()) as client:
+        assert client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", f"127.0.0.1:{server.port}") == 0
+        yield client
+
+
+def mooncake_master(port, metrics_port, *options):
+    """A master's process; the caller ends it."""
+    return subprocess.Popen(
+        [mooncake_program("mooncake_master"), "--rpc_address=127.0.0.1", f"--rpc_port={port}",
+         f"--metrics_port={metrics_port}", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def require_mooncake():
@@ -216,12 +230,8 @@ def mooncake_server():
 
 @pytest.fixture(scope="session")
 def mooncake_client(mooncake_server):
-    """Mooncake's own, to look behind a store; one, since closing it takes a second."""
-    from mooncake.store import MooncakeDistributedStore
-
-    with closing(MooncakeDistributedStore()) as client:
-        where = f"127.0.0.1:{mooncake_server.port}"
-        assert client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", where) == 0
+    """To look behind a store; one, since closing it takes a second."""
+    with new_mooncake_client(mooncake_server) as client:
         yield client
 
 

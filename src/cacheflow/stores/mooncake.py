@@ -251,7 +251,13 @@ class MooncakeStore(SharedStore):
             written = self._calls.call(
                 partial(self._client.put_from, PREFIX + name, staging.ctypes.data, num_bytes), given_up=give_back
             )
+        if written == _NO_ROOM and not self._room()[1]:  # not full: where a master starts anew, for a moment
+            raise OSError(
+                errno.EIO, f"nobody gives memory to the pool {self._pool}: start mooncake_client, or give a segment"
+            )
         self._checked(written, "write")
+        if not self.are_there([name])[0]:  # Mooncake says nothing of a writer that began this object and died
+            raise OSError(errno.EBUSY, f"{self._pool}: an object is not there after it was written")
         return PutOutcome.STORED
 
     def erase(self, name: str) -> bool:
