@@ -63,6 +63,8 @@ def _inside(each: object) -> list[object]:
     """What something that is not ours leads to."""
     if isinstance(each, dict):
         return [*each.keys(), *each.values()]
+    if isinstance(each, WeakSet):
+        return [reference() for reference in list(each.data)]  # going through it itself fails where one is added
     if isinstance(each, (*SIZED, tuple)):
         return list(each)
     if isinstance(each, partial):
