@@ -94,10 +94,13 @@ def is_cell(key: ObjectKey) -> bool:
 
 
 def a_few_of_everything(seed: int) -> FaultPlan:
-    """Some of each kind, and now and then a store that is out for a while."""
+    """Some of each kind, and now and then a store that is out: long enough for a tier to be taken out of service.
+
+    Probes alone end that there, each of which waits twice as long as the one before: a longer outage would be minutes.
+    """
     return FaultPlan(
         rules=(
-            FaultRule(fault=Fault.ERROR, matches=is_cell, every=1000, in_a_row=20),
+            FaultRule(fault=Fault.ERROR, matches=is_cell, every=1000, in_a_row=5),
             *(FaultRule(fault=each, probability=0.02) for each in Fault if each not in (Fault.LATE, Fault.HANG)),
             *(FaultRule(fault=each, matches=is_cell, probability=0.01) for each in (Fault.LATE, Fault.HANG)),
         ),
