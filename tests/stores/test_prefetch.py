@@ -7,13 +7,13 @@ import pytest
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores import prefetcher
-from cacheflow.stores.base import GetRequest, PrefetchOutcome, PrefetchRequest, PutRequest
+from cacheflow.stores.base import GetRequest, PrefetchOutcome, PrefetchRequest, Priority, PutRequest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import next_key
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
-from cacheflow.stores.prefetcher import PRIORITY, WINDOW
+from cacheflow.stores.prefetcher import WINDOW
 from cacheflow.stores.retention import Retention
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
@@ -161,7 +161,7 @@ def test_it_goes_in_the_order_asked_for_a_few_at_a_time_and_after_all_others(slo
         put(slow, *range(7))
         prefetch(store, 6, 5, 4, 3, 2, 1, 0)
         assert settled(store, 7) == {FETCHED: 7}
-        assert set(slow.batches) <= {(PRIORITY, count) for count in range(1, WINDOW + 1)}
+        assert set(slow.batches) <= {(Priority.AHEAD, count) for count in range(1, WINDOW + 1)}
         for first in range(0, 7, WINDOW):  # what is read at once may begin in any order
             assert set(slow.begun[first : first + WINDOW]) == set(range(7)[::-1][first : first + WINDOW])
 
@@ -314,7 +314,7 @@ def test_it_does_not_read_from_a_tier_from_which_somebody_reads(slow, asked_in_v
         slow.reads.set()
         assert running.wait(TIMEOUT_S) == (OK,)
         assert settled(store, 3) == {FETCHED: 3}
-        assert [priority for priority, _ in slow.batches] == [0, PRIORITY, PRIORITY]
+        assert [priority for priority, _ in slow.batches] == [Priority.READ, Priority.AHEAD, Priority.AHEAD]
 
 
 def test_a_read_that_comes_meanwhile_goes_first():

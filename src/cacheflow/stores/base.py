@@ -50,13 +50,13 @@ class PutOutcome(Enum):
 class Priority(IntEnum):
     """What goes first in a store's queue; what has begun is never interrupted."""
 
-    SAVE = -1
+    SAVE = -2
     """Writes: nobody waits for them."""
-    AHEAD = 0
+    AHEAD = -1
     """Reads for requests that are not restored yet."""
-    READ = 1
-    """Reads of a restoration, which come in the sequence in which they are needed."""
-    AWAITED = 2
+    READ = 0
+    """Reads of a restoration, which come in the sequence in which they are needed; and what says nothing."""
+    AWAITED = 1
     """Reads without which compute cannot begin."""
 
 

@@ -11,7 +11,7 @@ from threading import Condition, Thread
 import numpy as np
 import numpy.typing as npt
 
-from cacheflow.stores.base import PutOutcome, PutRequest, Store
+from cacheflow.stores.base import Priority, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,6 @@ BATCH = 4
 """Copies written at once."""
 FORGET_S = 1.0
 """Longest wait for a write of an object that is being deleted; after that it is deleted when it has ended."""
-PRIORITY = -1
-"""In the store: after whatever anybody waits for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +157,7 @@ class CopyQueue:
         while batch := self._next_batch():
             if self._delivers():
                 handle = self._store.submit_put(
-                    [copy.request for copy in batch], priority=PRIORITY, deadline_s=WRITE_S
+                    [copy.request for copy in batch], priority=Priority.SAVE, deadline_s=WRITE_S
                 )  # fmt: skip
                 outcomes = handle.wait()
                 handle.cancel()  # a write that is late has its buffer still

@@ -19,7 +19,7 @@ from threading import Condition, Thread
 import numpy as np
 import numpy.typing as npt
 
-from cacheflow.stores.base import GetRequest, PinOutcome, PrefetchOutcome, PrefetchRequest, PutRequest
+from cacheflow.stores.base import GetRequest, PinOutcome, PrefetchOutcome, PrefetchRequest, Priority, PutRequest
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.record import HEADER_BYTES
 from cacheflow.stores.tier import Tier
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 2
 """Objects read at once: so many at most are in the way of a read that comes now."""
-PRIORITY = -2
-"""In the store: after reads that somebody waits for, and after copies to slower tiers."""
 SHARE = 0.5
 """Of the fastest tier without its pins, for what was brought there and not read yet. So what is used again and again
 stays: at least half of the tier is left to it, and it goes last."""
@@ -234,7 +232,7 @@ class Prefetcher:
             return False
         buffers = [self._buffer(number, each.num_bytes) for number, (_, each) in enumerate(wanted)]
         requests = [GetRequest(key, buffer) for (key, _), buffer in zip(wanted, buffers, strict=True)]
-        handle = tier.store.submit_get(requests, priority=PRIORITY, deadline_s=READ_S)
+        handle = tier.store.submit_get(requests, priority=Priority.AHEAD, deadline_s=READ_S)
         outcomes = handle.wait()
         handle.cancel()  # a read that is late has its buffer still
         read = [

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheflow.errors import ConfigError
-from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest, Store
+from cacheflow.stores.base import GetRequest, Priority, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import Namespace, ObjectKey, TokenIds, as_token_array, chain_hashes, chain_root, next_key
 from cacheflow.types import Clock, LoadOutcome
 
@@ -199,7 +199,7 @@ class _Search:
 def _read_noted(store: Store, key: ObjectKey, *, timeout_s: float | None) -> list[int]:
     """Lengths in a ``NEXT`` object, most recent first; none when it cannot be read in time."""
     lengths = np.zeros(MAX_NOTED, dtype="<i8")
-    handle = store.submit_get([GetRequest(key, lengths)], priority=1, deadline_s=timeout_s)
+    handle = store.submit_get([GetRequest(key, lengths)], priority=Priority.AWAITED, deadline_s=timeout_s)
     (outcome,) = handle.wait(timeout_s)
     if outcome is not LoadOutcome.OK:
         return []

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from cacheflow.stores.asker import Asker
-from cacheflow.stores.base import GetRequest, Store, TierStats
+from cacheflow.stores.base import GetRequest, Priority, Store, TierStats
 from cacheflow.stores.breaker import SILENCE_S, Breaker
 from cacheflow.stores.copy_queue import CopyQueue
 from cacheflow.stores.keys import ObjectKey, ObjectKind
@@ -281,7 +281,7 @@ class Tier:
         self.store.contains([key])
         buffer = np.empty(num_bytes, np.uint8)
         patience_s, start_s = self.begin_read(num_bytes), self._clock()
-        handle = self.store.submit_get([GetRequest(key, buffer)], priority=1, deadline_s=patience_s)
+        handle = self.store.submit_get([GetRequest(key, buffer)], priority=Priority.AWAITED, deadline_s=patience_s)
         (outcome,) = handle.wait()
         took_s = self._clock() - start_s
         handle.cancel()
