@@ -130,13 +130,11 @@ def test_the_second_of_two_conversions_keeps_the_first(monkeypatch, tmp_path):
 def test_smollm2_passes_the_self_test_and_knows_the_capital(dtype):
     model = load_model("smollm2-135m", dtype=dtype)
     assert self_test(model).passed
-    text = model.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
-    )
-    tokens = model.tokenizer(text)["input_ids"]
+    # Clear on every CPU: after a chat's question "The" and "L'" are a quarter of a nat apart, which bfloat16 may turn.
+    tokens = model.tokenizer("The capital of France is")["input_ids"]
     runner = LayerRunner(model)
     kv = runner.new_kv(len(tokens) + 16)
-    logits = runner.prefill(tokens, (16, len(tokens)), kv)
+    logits = runner.prefill(tokens, (3, len(tokens)), kv)
     from cacheflow.engine.sampling import TokenSampler, generate
 
     new = generate(

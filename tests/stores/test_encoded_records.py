@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores import codecs
-from cacheflow.stores.base import GetRequest, PutOutcome, PutRequest
+from cacheflow.stores.base import GetRequest, PrefetchOutcome, PrefetchRequest, PutOutcome, PutRequest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.identity_record import read_identities, write_identity
 from cacheflow.stores.keys import ObjectKey, ObjectKind, RankKeys
@@ -29,6 +29,7 @@ from support.kv_like import SHAPE, TOKEN_AXES, codec_of, get_kv, kv_payload, put
 from support.lending import lending
 from support.store_kinds import ALL, url_of
 from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put
+from support.waiting import eventually
 
 CAPACITY = 16 << 20
 OK, MISS, CORRUPT = LoadOutcome.OK, LoadOutcome.MISS, LoadOutcome.CORRUPT
@@ -289,6 +290,17 @@ def test_what_is_promoted_is_encoded_as_it_was_and_does_not_drift(name, tmp_path
             assert np.array_equal(buffer, expected)
             assert store.drain(TIMEOUT_S)
         assert [tier.store.get_outcomes[OK] for tier in store.stats().tiers] == [1, 1]
+        assert record_of(store.tiers[0].store, key(1)) == slow_record
+
+
+def test_what_is_prefetched_is_encoded_as_it_was(tmp_path):
+    urls = [with_codec(url, "int8") for url in ("memory", f"file://{tmp_path}/kv")]
+    with open_store(urls[1], capacity_bytes=CAPACITY) as slow:
+        put_kv(slow, 1)
+        slow_record = record_of(slow, key(1))
+    with open_store(urls, capacity_bytes=CAPACITY) as store:
+        store.prefetch([PrefetchRequest(key(1), kv_payload(1).nbytes)], within_s=TIMEOUT_S)
+        eventually(lambda: store.stats().prefetches[PrefetchOutcome.FETCHED] == 1)
         assert record_of(store.tiers[0].store, key(1)) == slow_record
 
 

@@ -35,7 +35,9 @@ def url(request, tmp_path):
 
 
 def object_name(number):
-    return f"cacheflow1:{key(number).name}"
+    from cacheflow.stores import mooncake
+
+    return mooncake.PREFIX + key(number).name
 
 
 def stop(process):

@@ -36,6 +36,7 @@ def counted() -> dict[str, set[str]]:
     """Label values that the code can count: those it spells, and those that it takes from what happened."""
     values = {name: set(re.findall(rf"\b{name}\[\"(\w+)\"\]", SOURCE)) for name in LABELS}
     values["chunks_saved"] |= {_chunk_outcome(pair) for pair in itertools.product([*PutOutcome, None], repeat=2)}
+    values["boundaries"] |= set(re.findall(r"_outcomes\.(?:append|extend)\(\"(\w+)\"", SOURCE))  # of any thread
     values["kept"] |= {outcome.value for outcome in PinOutcome}
     values["prefetched"] |= {outcome.value for outcome in PrefetchOutcome}
     # A guard that settles on the engine's own prefill restores nothing, which is counted as recompute.

@@ -11,8 +11,9 @@ from threading import Condition, Thread
 import numpy as np
 import numpy.typing as npt
 
-from cacheflow.stores.base import Priority, PutOutcome, PutRequest, Store
+from cacheflow.stores.base import ByteBuffer, Priority, PutOutcome, PutRequest, Store, byte_view
 from cacheflow.stores.keys import ObjectKey
+from cacheflow.stores.record import RecordHeader
 
 logger = logging.getLogger(__name__)
 
@@ -219,3 +220,13 @@ class CopyQueue:
             logger.warning(
                 "tier %s: an object was not written to it, further ones are only counted: %s", self._name, why
             )
+
+
+def copy_of(key: ObjectKey, buffer: ByteBuffer, record: RecordHeader | None) -> PutRequest:
+    """What writes an object that was read to another store: described, and so encoded, as its record was.
+
+    Without the record, as bytes.
+    """
+    if record is None:
+        return PutRequest(key, [buffer], (byte_view(buffer).nbytes,), "uint8")
+    return PutRequest(key, [buffer], record.shape, record.dtype, token_axes=record.token_axes)

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheflow.stores.base import GetRequest, PinOutcome, PrefetchOutcome, PrefetchRequest, Priority, PutRequest
+from cacheflow.stores.copy_queue import copy_of
 from cacheflow.stores.keys import ObjectKey
-from cacheflow.stores.record import HEADER_BYTES
+from cacheflow.stores.record import HEADER_BYTES, RecordHeader
 from cacheflow.stores.tier import Tier
 from cacheflow.types import Clock, LoadOutcome
 
@@ -231,14 +232,18 @@ class Prefetcher:
             self._drop_all()
             return False
         buffers = [self._buffer(number, each.num_bytes) for number, (_, each) in enumerate(wanted)]
-        requests = [GetRequest(key, buffer) for (key, _), buffer in zip(wanted, buffers, strict=True)]
+        records: dict[ObjectKey, RecordHeader] = {}
+        requests = [
+            GetRequest(key, buffer, tell=partial(records.__setitem__, key))
+            for (key, _), buffer in zip(wanted, buffers, strict=True)
+        ]
         handle = tier.store.submit_get(requests, priority=Priority.AHEAD, deadline_s=READ_S)
         outcomes = handle.wait()
         handle.cancel()  # a read that is late has its buffer still
         read = [
             item
             for item, buffer, outcome in zip(wanted, buffers, outcomes, strict=True)
-            if outcome is LoadOutcome.OK and self._offer(item, buffer)
+            if outcome is LoadOutcome.OK and self._offer(item, copy_of(item[0], buffer, records.get(item[0])))
         ]
         self._fast.copies.settle([key for key, _ in read], WRITE_S)
         arrived, _ = self._split(self._fast, read)
@@ -247,14 +252,13 @@ class Prefetcher:
         self._end(wanted, PrefetchOutcome.DROPPED)
         return not {LoadOutcome.ERROR, LoadOutcome.LATE, LoadOutcome.CANCELLED}.intersection(outcomes)
 
-    def _offer(self, item: _Item, buffer: npt.NDArray[np.uint8]) -> bool:
+    def _offer(self, item: _Item, copy: PutRequest) -> bool:
         """Have an object written that is still wanted; with the lock, so that none appears that is being deleted."""
         key, wanted = item
         with self._changed:
             if self._wanted.get(key) is not wanted:
                 return False
-            # Shape and dtype, which are for people, stand in the record alone.
-            self._fast.copies.offer(PutRequest(key, [buffer], (buffer.nbytes,), "uint8"), promotes=True)
+            self._fast.copies.offer(copy, promotes=True)
             return True
 
     def _when_unread(self, tier: Tier, items: Sequence[_Item]) -> list[_Item]:

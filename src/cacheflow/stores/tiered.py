@@ -36,6 +36,7 @@ from cacheflow.stores.base import (
     byte_view,
 )
 from cacheflow.stores.breaker import SILENCE_S
+from cacheflow.stores.copy_queue import copy_of
 from cacheflow.stores.handle import READS, WRITES, Ledger
 from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.loan import DeviceReader
@@ -398,11 +399,7 @@ class _ReadRoute:
     def _promote(self) -> None:
         if not self._may_race:
             return
-        found = self._found
-        shape, dtype, axes = ((self._num_bytes,), "uint8", ()) if found is None else (
-            found.shape, found.dtype, found.token_axes
-        )  # fmt: skip
-        put = PutRequest(self._request.key, [self._request.buffer], shape, dtype, token_axes=axes)
+        put = copy_of(self._request.key, self._request.buffer, self._found)
         for tier in self._passed[:-1]:
             if tier.delivers:
                 tier.copies.offer(put, promotes=True)
