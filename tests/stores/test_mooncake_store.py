@@ -35,9 +35,7 @@ def url(request, tmp_path):
 
 
 def object_name(number):
-    from cacheflow.stores import mooncake
-
-    return mooncake.PREFIX + key(number).name
+    return f"cacheflow1:{key(number).name}"
 
 
 def stop(process):
@@ -259,7 +257,14 @@ def test_a_wrong_metrics_port_is_refused_at_open(mooncake_server):
         open_store(f"mooncake://127.0.0.1:{mooncake_server.port}?metrics={free_port()}", capacity_bytes=CAPACITY)
 
 
-def test_a_writer_killed_in_mid_write_leaves_nothing_visible(url):
+def test_a_writer_killed_in_mid_write_leaves_nothing_visible():
+    """In a pool of its own: what a dead writer has begun blocks its name for half a minute."""
+    with running_mooncake() as server:
+        kill_writers(server.url)
+        assert cli.main(["store", "verify", server.url]) == 0
+
+
+def kill_writers(url):
     program = (
         "import sys, time\n"
         f"sys.path[:0] = [{str(Path(cacheflow.__file__).parents[1])!r}, {str(Path(__file__).parents[1])!r}]\n"
@@ -284,7 +289,6 @@ def test_a_writer_killed_in_mid_write_leaves_nothing_visible(url):
         with open_store(url, capacity_bytes=1 << 30) as store:
             assert get(store, 1)[0] is OK
             assert get(store, 2, 16 << 20)[0] in (OK, MISS), "whole or not at all"
-    assert cli.main(["store", "verify", url]) == 0
 
 
 # A pool that is full

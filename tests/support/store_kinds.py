@@ -34,7 +34,6 @@ def url_of(kind, request, folder):
         return lmcache_url(kind.split()[1], base_path=str(folder))
     if kind == "mooncake":
         fixture("mooncake_client").remove_all(True)
-        own_names(request)
         return fixture("mooncake_server").url
     if kind == "rediss":
         fixture("redis_password")
@@ -47,14 +46,6 @@ def url_of(kind, request, folder):
 def lmcache_url(adapter, **settings):
     """Of one of LMCache's adapters."""
     return "lmcache:" + json.dumps({"type": adapter, **settings})
-
-
-def own_names(request):
-    """Names of the test's own in Mooncake: a write that one before it left unfinished blocks its name for half a minute."""
-    from cacheflow.stores import mooncake
-
-    before, mooncake.PREFIX = mooncake.PREFIX, f"{uuid.uuid4().hex}:"
-    request.addfinalizer(lambda: setattr(mooncake, "PREFIX", before))
 
 
 def shm_url(request):
