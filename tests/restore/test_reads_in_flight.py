@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
+from cacheflow.plan.grid import Cell
 from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.read_window import MAX_BYTES, ReadSample, ReadWindow
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.executor import execute
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.read_deadline import ReadDeadline
+from cacheflow.restore.reads import Read, Reads
 from cacheflow.state.restoration import RestoreState
 from cacheflow.stores.base import GetRequest, Priority
 from cacheflow.stores.memory import MemoryStore
@@ -20,6 +25,7 @@ from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTicket, expected_value
 from support.problems import transformer_problem
 from support.store_objects import key, payload, put
+from support.waiting import eventually
 
 NUM_BYTES = 1000
 PATIENT = ReadDeadline(floor_s=30.0)
@@ -122,3 +128,64 @@ def test_a_link_is_measured_with_as_many_reads_as_are_used(service_s, latency_s,
     with CountingStore(service_s=service_s, latency_s=latency_s) as store:
         measure_link(store, object_bytes=NUM_BYTES, num_objects=num_objects, rounds=2)
     assert least <= store.most <= most
+
+
+class NotingOwner:
+    """Counts what its one read comes to; ``wants`` says whether it is still to be placed."""
+
+    def __init__(self, transfer, *, wants):
+        self.transfer, self.wants, self.ends = transfer, wants, []
+
+    def begin_place(self, read):
+        if not self.wants:
+            self.ends.append("unwanted")
+        return self.wants
+
+    def end_place(self, read, *, now_s, failed):
+        self.ends.append("placed")
+
+    def fail_read(self, read, outcome):
+        self.ends.append(outcome)
+
+    def drop_read(self, read):
+        self.ends.append("dropped")
+
+
+class OneRead:
+    """A source of one read."""
+
+    idle_s = None
+
+    def __init__(self):
+        self.changed, self.read = threading.Condition(threading.RLock()), None
+
+    def next_read(self, num_reads, num_bytes):
+        read, self.read = self.read, None
+        return read
+
+    def close_link(self):
+        raise AssertionError("the I/O thread failed")
+
+
+@pytest.mark.parametrize(
+    ("wants", "there", "end"), [(False, True, "unwanted"), (True, False, LoadOutcome.MISS), (True, True, "placed")]
+)
+def test_a_read_that_has_ended_is_not_dropped_while_its_ticket_is_handed_back(wants, there, end, monkeypatch):
+    """Compute drops reads of the cells it takes back, at any time: also of one whose end was told a moment ago."""
+    with MemoryStore(capacity_bytes=1 << 20) as store:
+        if there:
+            put(store, number_of(Cell(0, 0)))
+        owner, source = NotingOwner(StoreTransfer(store, FakeBuffer(PROBLEM.grid)), wants=wants), OneRead()
+        reads = Reads(source, clock=time.perf_counter, poll_s=0.01)
+        forget = Reads._forget  # noqa: SLF001 -- the moment between a read's end and its last trace
+
+        def drop_first(self, read):
+            self.drop(owner)
+            forget(self, read)
+
+        monkeypatch.setattr(Reads, "_forget", drop_first)
+        source.read = Read(owner, Cell(0, 0), claimed_at_s=time.perf_counter(), allowed_s=30.0)
+        reads.wake()
+        eventually(lambda: owner.ends and not reads.under_way)
+        reads.close(wait=True)
+        assert owner.ends == [end]

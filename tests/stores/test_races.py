@@ -227,6 +227,51 @@ def test_a_tier_that_hangs_is_left_for_the_rival_that_is_under_way(opened):
     assert sum(both.slow.stats().get_outcomes.values()) == 2, "of which one made the fast tier be read apart"
 
 
+def test_a_rival_that_was_let_in_while_a_hanging_tier_was_left_still_counts(opened):
+    """Two threads wait until the hanging tier lets go: for the rival, and to go on with the next tier."""
+    both = opened()
+    handle, buffer = both.begin(1)
+    raced = handle._items[0].route.handle  # noqa: SLF001 -- to be the second thread, after the first
+    both.clock.sleep(SLOW_S)
+    handle.poll()
+    eventually(lambda: num_ok(both.slow) == 1)
+    handle.poll()
+    both.fast.open_gates()
+    eventually(lambda: raced.poll() == (OK,))
+    rival = raced.take_rival()
+    assert rival is not None
+    assert rival.poll() is OK
+    buffer[:] = UNTOUCHED
+    rival.deliver()
+    assert np.array_equal(buffer, payload(1))
+
+
+def test_what_overtook_one_tier_is_promoted_to_those_before_it():
+    clock, first, slow = ManualClock(100.0), MemoryStore(capacity_bytes=CAPACITY), GatedStore()
+    last = MemoryStore(capacity_bytes=CAPACITY)
+    tiers_ = {"first": first, "slow": slow, "last": last}
+    with TieredStore(tiers_, clock=clock, drain_s=0.0, probe_after_s=1e9) as store:
+        put(store, *range(RACE_READS))
+        assert store.drain(TIMEOUT_S)
+        first.delete([key(number) for number in range(RACE_READS)])
+        for number in range(RACE_READS):
+            assert get(store, number)[0] is OK
+        assert store.drain(TIMEOUT_S)
+        first.delete([key(1)])
+        slow.reads.clear()
+        handle = store.submit_get([GetRequest(key(1), np.full(1000, UNTOUCHED, np.uint8))])
+        assert handle.poll() == (None,)
+        clock.sleep(SLOW_S)
+        handle.poll()
+        eventually(lambda: num_ok(last) == 1)
+        handle.poll()
+        slow.open_gates()
+        eventually(lambda: handle.poll() == (OK,))
+        assert store.stats().tiers[1].num_overtaken == 1
+        assert store.drain(TIMEOUT_S)
+        assert first.contains([key(1)]) == (True,)
+
+
 def test_a_slow_lender_is_overtaken_and_has_back_what_it_lends_too_late(opened):
     class Lender(GatedStore):
         num_lent = num_ended = 0

@@ -97,8 +97,8 @@ class Read(Generic[T]):
     """
 
     __slots__ = (
-        "allowed_s", "busy_s", "claimed_at_s", "dropped", "end_s", "flight", "num_bytes", "owner", "piece", "placing",
-        "sample", "suspect", "ticket", "tier",
+        "allowed_s", "busy_s", "claimed_at_s", "dropped", "end_s", "ended", "flight", "num_bytes", "owner", "piece",
+        "placing", "sample", "suspect", "ticket", "tier",
     )  # fmt: skip
 
     def __init__(
@@ -114,6 +114,8 @@ class Read(Generic[T]):
         self.ticket: T | None = None
         self.placing = False
         self.dropped = False
+        self.ended = False
+        """Its owner was told; it is still under way until its ticket was handed back."""
         self.suspect = False
         """Its port raised, so nobody knows whether the store has let go of its buffer."""
 
@@ -165,7 +167,7 @@ class Reads(Generic[T]):
                 return
             # First stop all that can be stopped: while this waits for a copy the I/O thread must not begin another.
             for read in concerned:
-                if not (read.placing or read.dropped):
+                if not (read.placing or read.ended):
                     read.dropped = True
                     self._end(read)
                     owner.drop_read(read)
@@ -194,7 +196,7 @@ class Reads(Generic[T]):
             with self._changed:
                 self._closed = True
                 for read in self._reads:
-                    if not read.dropped:
+                    if read.placing or not read.ended:
                         read.owner.fail_read(read, LoadOutcome.ERROR)
                 self._source.close_link()
                 self._changed.notify_all()
@@ -294,7 +296,7 @@ class Reads(Generic[T]):
 
     def _end(self, read: Read[T], *, brought: bool = False) -> None:
         """Note when a read ended; its own time on the link began when it started and the one before it had ended."""
-        read.end_s = self._clock()
+        read.ended, read.end_s = True, self._clock()
         if read.flight is not None:
             read.sample = self._meters[read.tier].end(read.flight, read.end_s, brought=brought)
         if read.ticket is not None or not read.dropped:

@@ -1,9 +1,9 @@
 """Objects that are brought from slower tiers into the fastest one before anybody reads them.
 
-A prefetch is a promotion that nobody waits for, so it yields to everything else. It reads from a tier only while no one
-else does, after all that is queued there and ``WINDOW`` objects at a time; it waits until nothing is to be written to
-the fastest tier; and what it has brought there unread takes at most ``SHARE`` of what pins leave. What finds no room,
-is nowhere or waits too long is dropped.
+A prefetch is a promotion that nobody waits for, so it yields to whoever waits. It reads from a tier only while no one
+else does, after all other reads that are queued there and ``WINDOW`` objects at a time; it waits until nothing is to be
+written to the fastest tier; and what it has brought there unread takes at most ``SHARE`` of what pins leave. What finds
+no room, is nowhere or waits too long is dropped.
 """
 
 from __future__ import annotations

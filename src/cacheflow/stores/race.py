@@ -183,6 +183,8 @@ class RacedRead:
         with self._changed:
             self._race_at_s = float("inf")
             rival, self._rival = self._rival, None
+            if rival is None and self._outcome is LoadOutcome.OK and self.winner is not self.first:
+                return self.winner  # it was let in while somebody gave the first one up
             return rival
 
     def _look(self) -> float:

@@ -370,10 +370,10 @@ class _ReadRoute:
         assert read is not None, "only what is in a tier ends there"
         if read.rival_failure is not None:
             self._note(read.rival_failure)
-        if outcome is LoadOutcome.OK and not read.overtaken:
-            if read.winner is not read.first:
+        if outcome is LoadOutcome.OK:
+            if read.winner is not read.first and not read.overtaken:
                 self._passed.append(read.winner.tier)
-            self._promote()
+            self._promote()  # not to a tier that was overtaken: it may have the object
         if outcome in (LoadOutcome.OK, LoadOutcome.LATE, LoadOutcome.CANCELLED):
             return True
         self._note(outcome)

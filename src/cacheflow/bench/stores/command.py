@@ -51,10 +51,13 @@ class StoresFlags(Flags):
         """Check each value, and each URL.
 
         Raises:
-            ConfigError: Names the option; or two stores would be one on record.
+            ConfigError: Names the option; a store has a codec; or two stores would be one on record.
         """
         super().__post_init__()
-        schemes = [url.scheme for each in self.store for url in check_store_url(each)]
+        urls = [url for each in self.store for url in check_store_url(each)]
+        if any(url.codec is not None for url in urls):
+            raise ConfigError("--store: leave codec out: objects are random bytes here, which no codec makes shorter")
+        schemes = [url.scheme for url in urls]
         for scheme in schemes:
             if schemes.count(scheme) > 1:
                 raise ConfigError(f"--store: two are of {scheme}, which is all that a record says: give each its --out")
