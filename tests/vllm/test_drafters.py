@@ -52,6 +52,7 @@ CASES = {
 def engine(request, tmp_path_factory, _single_process_vllm):
     from support.connector_engine import serving_engine
     from support.random_weights import model_folder, random_weights
+    from support.vllm_models import attention_of
 
     case, folder = CASES[request.param], tmp_path_factory.mktemp("drafters")
     speculative = {
@@ -59,6 +60,7 @@ def engine(request, tmp_path_factory, _single_process_vllm):
     }  # fmt: skip
     if case.target:
         target = model_folder(folder / "target", case.target, vocab_size=VOCABULARY)
+        speculative |= attention_of(target)
     else:
         target = write(folder / "target", LLAMA)
     if case.drafter is not None:
