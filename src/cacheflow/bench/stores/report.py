@@ -21,7 +21,7 @@ LEGEND = (
     "equal: every object that was read is what had been written"
 )
 
-Way = tuple[str, float | None, int]
+WayName = tuple[str, float | None, int]
 """Its name, the link before it, and its reads in flight."""
 Runs = Mapping[int, StoreReadRecord]
 """The turns of one way, by repeat."""
@@ -33,7 +33,7 @@ class StoreSummary:
 
     store: str
     object_bytes: int
-    ways: Mapping[Way, Runs]
+    ways: Mapping[WayName, Runs]
 
     @property
     def num_repeats(self) -> int:
@@ -51,7 +51,7 @@ class StoreSummary:
         return next(found, {})
 
     @property
-    def rival(self) -> Way | None:
+    def rival(self) -> WayName | None:
         """Who else read fastest, by the median; None where nobody else did."""
         rates = {way: rate(own) for way, own in self.ways.items() if way[0] not in OWN and rate(own) is not None}
         return max(rates, key=lambda way: _median(rates[way])) if rates else None
@@ -98,7 +98,7 @@ def rate(own: Runs) -> Spread | None:
 
 def summarise_stores(records: Sequence[StoreReadRecord]) -> list[StoreSummary]:
     """A summary of each store and size, in the order in which they first ran; a turn that ran again counts once."""
-    found: dict[tuple[str, int], dict[Way, dict[int, StoreReadRecord]]] = {}
+    found: dict[tuple[str, int], dict[WayName, dict[int, StoreReadRecord]]] = {}
     for each in records:
         way = each.way, each.link_bytes_per_s, each.reads_in_flight
         found.setdefault((each.store, each.object_bytes), {}).setdefault(way, {})[each.repeat] = each

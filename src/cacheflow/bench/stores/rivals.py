@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheflow.bench.stores.objects import Objects
-from cacheflow.bench.stores.ways import ThreadsWay, Way
+from cacheflow.bench.stores.ways import ReadWay, ThreadsWay
 from cacheflow.stores.base import ByteBuffer, byte_view
 from cacheflow.stores.directory import RecordDirectory, drop_front
 from cacheflow.stores.opening import StoreUrl
@@ -26,7 +26,7 @@ _LINE_BYTES = 64
 """Received at once until the line before a value has ended."""
 
 
-def rivals_of(url: StoreUrl, objects: Objects, *, num_reads: int) -> Iterator[tuple[str, Way]]:
+def rivals_of(url: StoreUrl, objects: Objects, *, num_reads: int) -> Iterator[tuple[str, ReadWay]]:
     """What is compared with a store, with its name, each opened when it is asked for; none where nothing else is.
 
     Args:
@@ -142,7 +142,7 @@ class RespWay(ThreadsWay):
         return payload
 
     def close(self) -> None:
-        """See ``Way.close``."""
+        """See ``ReadWay.close``."""
         super().close()
         for each in self._sockets:
             each.close()
@@ -208,6 +208,6 @@ class RedisPyWay(ThreadsWay):
         return memoryview(record)[HEADER_BYTES:]
 
     def close(self) -> None:
-        """See ``Way.close``."""
+        """See ``ReadWay.close``."""
         super().close()
         self._client.close()

@@ -11,7 +11,7 @@ from cacheflow.bench.records.stores import StoreReadRecord
 from cacheflow.bench.stores.objects import Objects, check, read_for
 from cacheflow.bench.stores.rivals import rivals_of
 from cacheflow.bench.stores.unverified import UnverifiedStore
-from cacheflow.bench.stores.ways import ChecksumWay, StoreWay, Way
+from cacheflow.bench.stores.ways import ChecksumWay, ReadWay, StoreWay
 from cacheflow.bench.suite import OnRun, rotated
 from cacheflow.errors import StoreError
 from cacheflow.stores.base import Store
@@ -27,12 +27,12 @@ OWN = (OURS, UNVERIFIED, CHECKSUM)
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class TimedWay:
     """A way to read, and the link before it; None: none."""
 
     name: str
     link_bytes_per_s: float | None
-    way: Way
+    way: ReadWay
 
     def __str__(self) -> str:
         """For people."""
@@ -51,7 +51,7 @@ class StoreRound:
 class StoreStudy:
     """Objects in a store and who reads them."""
 
-    def __init__(self, url: StoreUrl, objects: Objects, contenders: tuple[Contender, ...]) -> None:
+    def __init__(self, url: StoreUrl, objects: Objects, contenders: tuple[TimedWay, ...]) -> None:
         """Made by ``open_store_study``."""
         self.url, self.objects, self.contenders = url, objects, contenders
 
@@ -104,7 +104,7 @@ def open_store_study(
         StoreError: The objects cannot be written, or somebody cannot connect.
     """
     objects = Objects(num_objects=num_objects, num_bytes=object_bytes)
-    contenders: list[Contender] = []
+    contenders: list[TimedWay] = []
     unverified = UnverifiedStore(store) if isinstance(store, ThreadedStore) else None
     own: dict[str, Store] = {OURS: store}
     if unverified is not None:
@@ -112,17 +112,17 @@ def open_store_study(
     try:
         objects.write(store)
         for name, each in own.items():
-            contenders.append(Contender(name, None, StoreWay(each, objects, num_reads=num_reads)))
+            contenders.append(TimedWay(name, None, StoreWay(each, objects, num_reads=num_reads)))
         try:
             for name, rival in rivals_of(url, objects, num_reads=num_reads):
-                contenders.append(Contender(name, None, rival))
+                contenders.append(TimedWay(name, None, rival))
         except OSError as error:
             raise StoreError(f"store {url}: another client cannot read from it: {error}") from error
-        contenders.append(Contender(CHECKSUM, None, ChecksumWay(objects)))
+        contenders.append(TimedWay(CHECKSUM, None, ChecksumWay(objects)))
         for name, each in own.items():
             linked = ThrottledStore(each, link_bytes_per_s)  # closing it would close the store; it has no threads
             way = StoreWay(linked, objects, num_reads=num_reads)
-            contenders.append(Contender(name, link_bytes_per_s, way))
+            contenders.append(TimedWay(name, link_bytes_per_s, way))
         yield StoreStudy(url, objects, tuple(contenders))
     finally:
         for contender in contenders:

@@ -20,7 +20,7 @@ from cacheflow.types import LoadOutcome
 _READ_S = 60.0
 
 
-class Way(ABC):
+class ReadWay(ABC):
     """One way to read all objects.
 
     Attributes:
@@ -45,7 +45,7 @@ class Way(ABC):
         """End threads and connections of its own."""
 
 
-class StoreWay(Way):
+class StoreWay(ReadWay):
     """A store's own reads; the store stays the caller's to close."""
 
     def __init__(self, store: Store, objects: Objects, *, num_reads: int) -> None:
@@ -54,7 +54,7 @@ class StoreWay(Way):
         self._store = store
 
     def read_all(self, on_read: OnRead) -> None:
-        """See ``Way.read_all``."""
+        """See ``ReadWay.read_all``."""
         under_way: deque[tuple[int, GetHandle]] = deque()
         try:
             for index, key in enumerate(self._objects.keys):
@@ -77,7 +77,7 @@ class StoreWay(Way):
         on_read(index, self._buffers[index % self.num_reads])
 
 
-class ThreadsWay(Way):
+class ThreadsWay(ReadWay):
     """So many threads, each of which reads every n-th object, one after the other, and does nothing else."""
 
     def __init__(self, objects: Objects, *, num_reads: int) -> None:
@@ -94,7 +94,7 @@ class ThreadsWay(Way):
         """
 
     def read_all(self, on_read: OnRead) -> None:
-        """See ``Way.read_all``."""
+        """See ``ReadWay.read_all``."""
 
         def read_share(thread: int) -> None:
             for index in range(thread, len(self._objects), self.num_reads):
@@ -106,7 +106,7 @@ class ThreadsWay(Way):
             raise StoreError(f"{type(self).__name__} of {self._objects.num_bytes} bytes: {error}") from error
 
     def close(self) -> None:
-        """See ``Way.close``."""
+        """See ``ReadWay.close``."""
         self._pool.shutdown()
 
 
