@@ -113,20 +113,17 @@ class FileStore(SharedStore):
             self.note_gone(key.name)
             return None
         try:
+            num_read = _read_all(descriptor, [header, payload])
             status = os.fstat(descriptor)
-            record_bytes = status.st_size
-            fits = HEADER_BYTES < record_bytes <= HEADER_BYTES + payload.nbytes
-            front = payload[: max(record_bytes - HEADER_BYTES, 0)]
-            num_read = _read_all(descriptor, [header, front] if fits else [header])
             if not -_AHEAD_S < time.time() - status.st_mtime <= self._touch_s:
                 with suppress(OSError):  # a file of another owner keeps its time
                     os.utime(descriptor)
-            if os.fstat(descriptor).st_nlink:  # not deleted or replaced since it was opened
-                self.note_read(key.name, record_bytes)
+            if status.st_nlink:  # not deleted or replaced since it was opened
+                self.note_read(key.name, status.st_size)
         finally:
             os.close(descriptor)
-        # truncated between fstat and the end of the read: what was read, not what was announced
-        return (num_read if fits else record_bytes) - HEADER_BYTES
+        # It may be longer than the buffers, or was truncated since its end was read.
+        return max(num_read, status.st_size) - HEADER_BYTES
 
     def look_up(self, names: Sequence[str]) -> list[FoundRecord]:
         """See ``SharedStore.look_up``."""
