@@ -151,6 +151,7 @@ def test_a_cancelled_read_apart_does_not_wait_for_a_tier_that_hangs(opened):
     assert both.seen[0] == 2
     handle.cancel()  # neither has answered
     assert handle.poll() == (LoadOutcome.CANCELLED,)
+    assert all(tier.wait_until_unread(0.0) for tier in both.store.tiers)
     both.slow.open_gates()
     both.fast.open_gates()
     both.read_quickly(3)
