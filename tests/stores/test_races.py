@@ -42,11 +42,11 @@ class Tiers:
         for number in range(num_reads):
             assert get(self.store, number % RACE_READS)[0] is OK
 
-    def begin(self, number, **options):
+    def begin(self, number, *, deadline_s=None, **options):
         """A read that the fast tier has begun and does not end."""
         self.fast.reads.clear()
         buffer = np.full(1000, UNTOUCHED, np.uint8)
-        handle = self.store.submit_get([GetRequest(key(number), buffer, **options)])
+        handle = self.store.submit_get([GetRequest(key(number), buffer, **options)], deadline_s=deadline_s)
         assert handle.poll() == (None,)
         return handle, buffer
 
@@ -151,6 +151,7 @@ def test_a_cancelled_read_apart_does_not_wait_for_a_tier_that_hangs(opened):
     assert both.seen[0] == 2
     handle.cancel()  # neither has answered
     assert handle.poll() == (LoadOutcome.CANCELLED,)
+    assert all(tier.wait_until_unread(0.0) for tier in both.store.tiers)
     both.slow.open_gates()
     both.fast.open_gates()
     both.read_quickly(3)
@@ -227,23 +228,55 @@ def test_a_tier_that_hangs_is_left_for_the_rival_that_is_under_way(opened):
     assert sum(both.slow.stats().get_outcomes.values()) == 2, "of which one made the fast tier be read apart"
 
 
-def test_a_rival_that_was_let_in_while_a_hanging_tier_was_left_still_counts(opened):
-    """Two threads wait until the hanging tier lets go: for the rival, and to go on with the next tier."""
-    both = opened()
+def test_a_tier_that_hangs_and_was_overtaken_is_not_left_a_second_time(opened):
+    """Nor is anybody else asked: the rival has what is wanted, and waits for the buffer alone."""
+    both = opened(GatedStore())
     handle, buffer = both.begin(1)
-    raced = handle._items[0].route.handle  # noqa: SLF001 -- to be the second thread, after the first
     both.clock.sleep(SLOW_S)
     handle.poll()
     eventually(lambda: num_ok(both.slow) == 1)
-    handle.poll()
+    assert handle.poll() == (None,)
+    both.clock.sleep(30.0)
+    assert handle.poll() == (None,)
+    assert sum(each.name == "cacheflow-tier-leave" for each in threading.enumerate()) == 1
     both.fast.open_gates()
-    eventually(lambda: raced.poll() == (OK,))
-    rival = raced.take_rival()
-    assert rival is not None
-    assert rival.poll() is OK
-    buffer[:] = UNTOUCHED
-    rival.deliver()
+    eventually(lambda: handle.poll() == (OK,))
     assert np.array_equal(buffer, payload(1))
+    assert both.seen == (1, 1)
+    assert sum(both.slow.stats().get_outcomes.values()) == 1
+
+
+def test_who_waits_hears_of_it_when_a_slow_tier_lets_go(opened):
+    both = opened()
+    handle, buffer = both.begin(1)
+    both.clock.sleep(SLOW_S)
+    handle.poll()
+    eventually(lambda: num_ok(both.slow) == 1)
+    assert handle.poll() == (None,)
+    found = []
+    waiter = threading.Thread(target=lambda: found.append(handle.wait()), daemon=True)
+    waiter.start()
+    both.fast.open_gates()
+    waiter.join(TIMEOUT_S)
+    assert found == [(OK,)]
+    assert np.array_equal(buffer, payload(1))
+
+
+def test_an_item_that_is_late_leaves_no_read_under_way_in_any_tier(opened):
+    """Though nobody has cancelled it: the rival's store is told, and nothing of it counts in its tier."""
+    both = opened(GatedStore())
+    both.slow.reads.clear()
+    handle, _ = both.begin(1, deadline_s=0.5)
+    both.clock.sleep(SLOW_S)
+    assert handle.poll() == (None,)
+    assert both.seen == (1, 0)
+    both.clock.sleep(0.5)
+    assert handle.poll() == (LoadOutcome.LATE,)
+    assert all(tier.wait_until_unread(0.0) for tier in both.store.tiers)
+    eventually(lambda: sum(both.slow.stats().get_outcomes.values()) == 1)
+    both.slow.open_gates()
+    both.fast.open_gates()
+    handle.cancel()
 
 
 def test_what_overtook_one_tier_is_promoted_to_those_before_it():

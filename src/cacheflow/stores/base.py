@@ -108,7 +108,7 @@ class GetRequest:
         buffer: Receives the payload alone, without the record's header; writable, as long as the payload.
         tap: Fault injection; None in production.
         loan: Takes the record where the store lends it; the buffer is then left alone. None: always fill the buffer.
-        tell: Is given the record's header before a read ends ``OK``, on a thread of the store; not of what is lent.
+        tell: Is given the record's header before a read ends ``OK``, on any thread; not of what is lent.
     """
 
     key: ObjectKey

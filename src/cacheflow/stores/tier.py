@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+CHANGING = (ObjectKind.NEXT, ObjectKind.IDENTITY)
+"""Notes: read from and written to the slowest tier first, and not copied to others."""
 ANSWERS = (LoadOutcome.OK, LoadOutcome.MISS, LoadOutcome.CORRUPT)
 """What a store says that works, whatever it holds."""
 MAX_STRIKES = 3
@@ -168,7 +170,7 @@ class Tier:
             self._num_apart = max(0, self._num_apart - 1)
             return PATIENCE_S + SLOWNESS * self._expected_s()
 
-    # Races, see ``race``.
+    # Races, see ``routed``.
 
     @property
     def reads_apart(self) -> bool:
@@ -227,7 +229,7 @@ class Tier:
                 self._unread.notify_all()
             if outcome in ANSWERS:
                 self._strikes = 0
-                if outcome is LoadOutcome.OK and key.kind not in (ObjectKind.NEXT, ObjectKind.IDENTITY):
+                if outcome is LoadOutcome.OK and key.kind not in CHANGING:
                     failure = self._note_speed(num_bytes, start_s=start_s, end_s=end_s)
             elif outcome is LoadOutcome.ERROR:
                 self._strikes += 1

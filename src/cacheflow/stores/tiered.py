@@ -1,9 +1,9 @@
 """Several stores as one: fast ones over slow ones, each of which may hold every object.
 
 A read goes to the fastest tier that has the object, and from one that misses it, fails or hangs to the next; where one
-is slow the next is asked meanwhile (``race``). What came from a slower tier is written to the faster ones afterwards. A
-write is done when the fastest tier has it; the slower ones get it afterwards too. Both wait in buffers of bounded size
-and are dropped when those are full: every tier is a cache, and may lack anything.
+is slow the next is asked meanwhile (``routed``). What came from a slower tier is written to the faster ones afterwards.
+A write is done when the fastest tier has it; the slower ones get it afterwards too. Both wait in buffers of bounded
+size and are dropped when those are full: every tier is a cache, and may lack anything.
 
 Notes that change (``ObjectKind.NEXT``, ``IDENTITY``) are read from and written to the slowest tier first, which the
 most processes share, and not copied.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,16 +35,14 @@ from cacheflow.stores.base import (
     byte_view,
 )
 from cacheflow.stores.breaker import SILENCE_S
-from cacheflow.stores.copy_queue import copy_of
 from cacheflow.stores.handle import READS, WRITES, Ledger
-from cacheflow.stores.keys import ObjectKey, ObjectKind
+from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import DeviceReader
 from cacheflow.stores.meter import Meter
 from cacheflow.stores.prefetcher import Prefetcher
-from cacheflow.stores.race import RacedRead, TierRead
-from cacheflow.stores.record import RecordHeader
 from cacheflow.stores.routed import RoutedHandle
-from cacheflow.stores.tier import Tier
+from cacheflow.stores.routes import ReadRoute, WriteRoute
+from cacheflow.stores.tier import CHANGING, Tier
 from cacheflow.types import Clock, LoadOutcome
 
 logger = logging.getLogger(__name__)
@@ -56,11 +53,8 @@ DRAIN_S = 5.0
 """Longest time for which closing waits until everything is written to every tier."""
 PIN_WAIT_S = 5.0
 """Longest time for which pins wait until what they are for is written to every tier."""
-CHANGING = (ObjectKind.NEXT, ObjectKind.IDENTITY)
 _BEST_PIN = (PinOutcome.PINNED, PinOutcome.REFUSED, PinOutcome.MISSING)
 """Of what several tiers say of a pin, the first of these."""
-_WORSE = (None, LoadOutcome.MISS, LoadOutcome.LATE, LoadOutcome.ERROR, LoadOutcome.CORRUPT)
-"""What a read says where no tier had the object: the last of these that a tier said."""
 
 
 class TieredStore(Store):
@@ -150,8 +144,8 @@ class TieredStore(Store):
             self._meter.record_get(outcome, sizes[index], start_s=start_s, end_s=end_s)
 
         routes = [
-            _ReadRoute(request, self._tiers_of(request.key), num_bytes=size, priority=priority, clock=self._clock)
-            for request, size in zip(requests, sizes, strict=True)
+            ReadRoute(request, self._tiers_of(request.key), priority=priority, clock=self._clock)
+            for request in requests
         ]
         ledger = Ledger(len(sizes), READS, deadline_at_s=self._deadline_at_s(deadline_s), on_outcome=count)
         return self._track(RoutedHandle(routes, ledger=ledger, clock=self._clock))
@@ -168,7 +162,7 @@ class TieredStore(Store):
         def count(index: int, outcome: PutOutcome, _end_s: float) -> None:
             self._meter.record_put(outcome, sizes[index])
 
-        routes = [_WriteRoute(request, self._tiers_of(request.key), priority=priority) for request in requests]
+        routes = [WriteRoute(request, self._tiers_of(request.key), priority=priority) for request in requests]
         ledger = Ledger(len(sizes), WRITES, deadline_at_s=self._deadline_at_s(deadline_s), on_outcome=count)
         return self._track(RoutedHandle(routes, ledger=ledger, clock=self._clock))
 
@@ -296,151 +290,3 @@ class TieredStore(Store):
 
 def _delete_each(store: Store, keys: Sequence[ObjectKey]) -> list[int]:
     return [store.delete([key]) for key in keys]
-
-
-class _ReadRoute:
-    """See ``Route``: through the tiers in service, until one has the object; two of them at once where one is slow."""
-
-    def __init__(
-        self, request: GetRequest, tiers: Sequence[Tier], *, num_bytes: int, priority: int, clock: Clock
-    ) -> None:
-        self.handle: RacedRead | None = None
-        self._request, self._num_bytes, self._priority, self._clock = request, num_bytes, priority, clock
-        self._may_race = request.tap is None and request.key.kind not in CHANGING
-        self._left = deque(tiers)
-        self._passed: list[Tier] = []
-        self._worst: LoadOutcome | None = None
-        self._found: RecordHeader | None = None
-        self._late_at_s = float("inf")
-
-    @property
-    def failure(self) -> LoadOutcome:
-        return LoadOutcome.ERROR if self._worst is None else self._worst
-
-    def begin(self, left_s: float) -> float:
-        rival = None if self.handle is None else self.handle.take_rival()
-        self.handle, self._late_at_s = None, self._clock() + left_s
-        if self._request.loan is not None:
-            self._request.loan.end()  # what the tier before has lent, and is no good
-        if rival is not None:
-            return self._wait_for(rival, left_s)
-        while self._left:
-            tier = self._left.popleft()
-            if not tier.delivers:
-                self._passed.append(tier)
-                self._note(LoadOutcome.ERROR)
-            elif not self._may_have_it(tier):
-                self._passed.append(tier)
-                self._note(LoadOutcome.MISS)
-            else:
-                apart = tier.reads_apart and self._may_race and self._next_tier() is not None
-                return self._wait_for(self._read_in(tier, apart=apart), left_s)
-        return float("inf")
-
-    def _may_have_it(self, tier: Tier) -> bool:
-        """Without a detour through the store's threads where it is certain."""
-        return tier.may_hang or tier.store.contains([self._request.key])[0]
-
-    def _next_tier(self) -> Tier | None:
-        return next((each for each in self._left if each.delivers), None)
-
-    def _read_in(self, tier: Tier, *, apart: bool) -> TierRead:
-        # Only the fastest lends: what comes from another is promoted from the buffer, as its record describes it.
-        request = replace(self._request, loan=None, tell=self._take_header) if self._passed else self._request
-        left_s = max(0.0, self._late_at_s - self._clock())
-        return TierRead(tier, request, apart=apart, priority=self._priority, left_s=left_s, clock=self._clock)
-
-    def _wait_for(self, read: TierRead, left_s: float) -> float:
-        """Await a read; see ``begin`` for what is returned."""
-        self._passed.append(read.tier)
-        goes_on = self._next_tier() is not None
-        race_after_s = read.tier.race_after_s() if goes_on and self._may_race else float("inf")
-        self.handle = RacedRead(read, self._new_rival, race_after_s=race_after_s, clock=self._clock)
-        return min(read.patience_s, left_s / 2) if goes_on else float("inf")
-
-    def _new_rival(self) -> TierRead | None:
-        tier = self._next_tier()
-        if tier is None or not self._may_have_it(tier) or not self._passed[-1].begin_race():
-            return None
-        self._left.remove(tier)
-        return self._read_in(tier, apart=True)
-
-    def end(self, outcome: LoadOutcome) -> bool:
-        read = self.handle
-        assert read is not None, "only what is in a tier ends there"
-        if read.rival_failure is not None:
-            self._note(read.rival_failure)
-        if outcome is LoadOutcome.OK:
-            if read.winner is not read.first and not read.overtaken:
-                self._passed.append(read.winner.tier)
-            self._promote()  # not to a tier that was overtaken: it may have the object
-        if outcome in (LoadOutcome.OK, LoadOutcome.LATE, LoadOutcome.CANCELLED):
-            return True
-        self._note(outcome)
-        return False
-
-    def give_up(self) -> None:
-        if self.handle is not None:
-            self.handle.give_up()
-        self._note(LoadOutcome.LATE)
-
-    def let_go(self) -> None:
-        if self.handle is not None:
-            self.handle.let_go()
-
-    def _take_header(self, found: RecordHeader) -> None:
-        self._found = found
-        if self._request.tell is not None:
-            self._request.tell(found)
-
-    def _note(self, outcome: LoadOutcome) -> None:
-        self._worst = max(self._worst, outcome, key=_WORSE.index)
-
-    def _promote(self) -> None:
-        if not self._may_race:
-            return
-        put = copy_of(self._request.key, self._request.buffer, self._found)
-        for tier in self._passed[:-1]:
-            if tier.delivers:
-                tier.copies.offer(put, promotes=True)
-
-
-class _WriteRoute:
-    """See ``Route``: to the first tier in service that takes the object, and from there to the slower ones."""
-
-    def __init__(self, request: PutRequest, tiers: Sequence[Tier], *, priority: int) -> None:
-        self.handle: PutHandle | None = None
-        self._request, self._priority = request, priority
-        self._left = deque(tiers)
-        self.failure = PutOutcome.ERROR
-        self._offered = False
-
-    def begin(self, left_s: float) -> float:
-        self.handle = None
-        while self._left:
-            tier = self._left.popleft()
-            if tier.delivers:
-                deadline_s = None if left_s == float("inf") else left_s
-                self.handle = tier.store.submit_put([self._request], priority=self._priority, deadline_s=deadline_s)
-                if not self._offered:  # now, and not at its end, of which nobody may ask
-                    self._offer()
-                break
-        return float("inf")
-
-    def end(self, outcome: PutOutcome) -> bool:
-        if outcome in (PutOutcome.FULL, PutOutcome.ERROR):
-            self.failure = outcome
-            return False
-        return True
-
-    def _offer(self) -> None:
-        self._offered = True
-        if self._request.key.kind not in CHANGING:
-            for tier in self._left:
-                tier.copies.offer(self._request, promotes=False)
-
-    def give_up(self) -> None:
-        """Writes that are late do not tell a tier that hangs from one with much to do."""
-
-    def let_go(self) -> None:
-        """Nobody asks: a write never goes on from a store that hangs."""
