@@ -100,6 +100,11 @@ COMMANDS = (
         "cacheflow.bench.stores.command",
     ),
     Command(
+        ("bench", "codecs"),
+        "what codecs of stores do to a model's KV and to the tokens after it",
+        "cacheflow.bench.codecs.command",
+    ),
+    Command(
         ("bench", "gpu"),
         "the first study on a GPU, in parts that watch the clock",
         "cacheflow.bench.gpu.command",

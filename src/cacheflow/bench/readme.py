@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheflow.bench.chart import draw_over_bound, draw_time_bars, studies
+from cacheflow.bench.codecs.report import codecs_markdown
 from cacheflow.bench.options import Flags, option
 from cacheflow.bench.ranks.report import draw_one, ranks_markdown
 from cacheflow.bench.records.base import BenchRecord
+from cacheflow.bench.records.codecs import CodecRecord
 from cacheflow.bench.records.ranks import RanksRecord
 from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.records.stores import StoreReadRecord
@@ -22,8 +24,8 @@ from cacheflow.errors import ConfigError
 README = Path("README.md")
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
-RESTORE, VLLM, RANKS, STORES = "restore", "vllm", "ranks", "stores"
-MARKED_SUITES = (VLLM, RANKS, STORES)
+RESTORE, VLLM, RANKS, STORES, CODECS = "restore", "vllm", "ranks", "stores", "codecs"
+MARKED_SUITES = (VLLM, RANKS, STORES, CODECS)
 """Suites whose tables have markers of their own; every other suite's goes between ``BEGIN`` and ``END``."""
 
 
@@ -86,8 +88,8 @@ def _draw(flags: ReadmeFlags, figure: Path) -> None:
     Raises:
         ConfigError: There is no picture of it.
     """
-    if flags.suite == STORES or flags.by == "store":
-        raise ConfigError("--figure: stores have a table alone")
+    if flags.suite in (STORES, CODECS) or flags.by == "store":
+        raise ConfigError("--figure: stores and codecs have a table alone")
     records = _clean_runs(flags)
     if flags.suite == RANKS:
         draw_one([each for each in records if isinstance(each, RanksRecord)], figure)
@@ -110,17 +112,16 @@ def markers_of(suite: str, table: str | None = None) -> tuple[str, str]:
 def results_block(flags: ReadmeFlags) -> str:
     """Markdown of one sweep over load/compute ratios or stores, with its caption and the command that made it.
 
-    Takes the unperturbed runs of a suite at one prefix length, with the most new tokens. Of suite ``stores`` all runs.
+    Takes the unperturbed runs of a suite at one prefix length, with the most new tokens; of suites that have
+    a table alone all.
 
     Raises:
         ConfigError: The file is malformed, no run fits, or the runs that fit are of several settings.
     """
     target = Path(os.path.relpath(flags.results, flags.readme.parent)).as_posix()
     source = f"From [`{flags.results.as_posix()}`]({target}) by `{flags.command}`."
-    if flags.suite == STORES:
-        if not (reads := read_records(flags.results, StoreReadRecord)):
-            raise ConfigError(f"{flags.results} holds no run of suite {STORES!r}")
-        return f"{stores_markdown(reads)}\n{source}"
+    if flags.suite in (STORES, CODECS):
+        return f"{_table_alone(flags)}\n{source}"
     records = _clean_runs(flags)
     if flags.suite == RANKS:
         return f"{ranks_markdown([each for each in records if isinstance(each, RanksRecord)])}\n{source}"
@@ -130,6 +131,15 @@ def results_block(flags: ReadmeFlags) -> str:
     in_markdown = sweep_markdown if flags.by == "ratio" else by_store_markdown
     table = in_markdown(summaries, policies=flags.policies)
     return f"{table}\n\n{sweep_caption(summaries, records[-1].environment)}\n{source}"
+
+
+def _table_alone(flags: ReadmeFlags) -> str:
+    try:
+        if flags.suite == STORES:
+            return stores_markdown(read_records(flags.results, StoreReadRecord))
+        return codecs_markdown(read_records(flags.results, CodecRecord))
+    except ValueError as error:
+        raise ConfigError(f"{flags.results} holds no table of suite {flags.suite!r}: {error}") from None
 
 
 def fill(text: str, block: str, *, markers: tuple[str, str] = (BEGIN, END)) -> str:

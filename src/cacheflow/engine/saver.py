@@ -29,7 +29,8 @@ from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.staging import StagingBuffer
 from cacheflow.tensors.streams import StreamEvent
 
-_TOKEN_AXES = (2,)
+TOKEN_AXES = (2,)
+"""Axes of an object's shape along which its tokens lie."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,4 +137,4 @@ class PrefixSaver:
     def _request(self, key: ObjectKey, values: torch.Tensor) -> PutRequest:
         shape = tuple(values.shape)
         payload: npt.NDArray[np.uint8] = values.view(-1).view(torch.uint8).numpy()
-        return PutRequest(key, [payload], shape=shape, dtype=self._geometry.shape.dtype, token_axes=_TOKEN_AXES)
+        return PutRequest(key, [payload], shape=shape, dtype=self._geometry.shape.dtype, token_axes=TOKEN_AXES)

@@ -20,7 +20,8 @@ Environment = Mapping[str, str | int | float | None]
 Name = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(ge=0)]
+NotBelow0 = Annotated[float, Meta(ge=0)]
+Seconds = NotBelow0
 Above0 = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 

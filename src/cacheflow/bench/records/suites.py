@@ -14,6 +14,7 @@ import msgspec
 
 from cacheflow.bench.records.base import BenchRecord, decode
 from cacheflow.bench.records.batch import BatchRecord
+from cacheflow.bench.records.codecs import CodecRecord
 from cacheflow.bench.records.figure import FigureRecord
 from cacheflow.bench.records.gpu import GpuRecord
 from cacheflow.bench.records.ranks import RanksRecord
@@ -33,6 +34,7 @@ SUITES: Mapping[str, type[BenchRecord]] = {
     "gpu": GpuRecord,
     "simulate": SimulationRecord,
     "stores": StoreReadRecord,
+    "codecs": CodecRecord,
     **dict.fromkeys((f"figure-{number}" for number in range(3, 16)), FigureRecord),
 }
 """The record of each suite."""
