@@ -9,9 +9,11 @@ from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.stores.opening import StoreUrl, check_store_url, file_url, open_store
+from cacheflow.stores.opening import check_store_url, open_store, opener_of
+from cacheflow.stores.url import FORMS, StoreUrl, file_url
 from cacheflow.types import LoadOutcome
 from support.documented_store import documented_source
+from support.store_kinds import ALL
 from support.store_objects import get, put
 
 CAPACITY = 1 << 20
@@ -115,6 +117,12 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(caplog):
     with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError, match="set the environment variable") as raised:
         check_store_url("file://user:hunter2@host/kv")
     assert "hunter2" not in str(raised.value) + caplog.text
+
+
+def test_every_url_that_messages_show_opens_a_store():
+    schemes = {form.partition(":")[0] for form in FORMS.split(", ")}
+    assert schemes == {*ALL, "lmcache"}
+    assert all(opener_of(scheme) for scheme in schemes)
 
 
 # Of other packages

@@ -8,13 +8,14 @@ import pytest
 from cacheflow.errors import ConfigError
 from cacheflow.stores import prefetcher
 from cacheflow.stores.base import GetRequest, PrefetchOutcome, PrefetchRequest, Priority, PutRequest
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import next_key
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
 from cacheflow.stores.prefetcher import WINDOW
 from cacheflow.stores.retention import Retention
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
 from support.manual_clock import ManualClock

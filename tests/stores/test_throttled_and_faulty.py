@@ -7,8 +7,10 @@ import pytest
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import GetRequest, PutOutcome
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import open_store
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.types import LoadOutcome
 from support.store_objects import TIMEOUT_S, get, key, payload, put, put_request
 from support.waiting import eventually

@@ -9,12 +9,13 @@ import pytest
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome, PutRequest
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import next_key
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
 from cacheflow.stores.retention import Retention
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
 from support.gated_store import CAPACITY, LONG_S, GatedStore
