@@ -116,9 +116,9 @@ class ThrottledStore(WrapperStore):
         inner = self.inner.capabilities()
         return replace(inner, name=f"throttled({inner.name})", max_parallel_reads=1)
 
-    def locate(self, keys: Sequence[ObjectKey]) -> tuple[int, ...]:
-        """See ``Store.locate``; all tiers are behind the one link."""
-        return (0,) * len(keys)
+    def tier_rates(self) -> tuple[float | None, ...]:
+        """See ``Store.tier_rates``; all tiers are behind the one link."""
+        return ()
 
     def submit_get(
         self, requests: Sequence[GetRequest], *, priority: int = 0, deadline_s: float | None = None
