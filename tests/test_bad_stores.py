@@ -6,7 +6,7 @@ from cacheflow.errors import (
     StoreError,
 )
 from cacheflow.stores.file import FileStore
-from cacheflow.stores.opening import file_url
+from cacheflow.stores.url import file_url
 from support.bad_input import CAPACITY, bench, torch_test
 
 

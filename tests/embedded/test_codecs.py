@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cacheflow.stores.keys import ObjectKind, key_of
-from cacheflow.stores.opening import file_url, open_store
+from cacheflow.stores.opening import open_store
 from cacheflow.stores.record import decode_header
+from cacheflow.stores.url import file_url
 from support.damage import record_of
 from support.embedded_cases import (
     answer,

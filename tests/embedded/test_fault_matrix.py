@@ -14,9 +14,10 @@ from cacheflow.embedded import Reply
 from cacheflow.policies.registry import RESTORE_POLICIES
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.read_deadline import ReadDeadline
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.opening import open_store
+from cacheflow.stores.throttled import ThrottledStore
 from support.damage import DAMAGES, Damage
 from support.embedded_cases import (
     PATIENT,

@@ -4,6 +4,7 @@ import pytest
 
 from cacheflow.embedded import Engine
 from cacheflow.errors import ConfigError
+from cacheflow.plan.grid import Grid
 from cacheflow.plan.report import SpanKind
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.read_deadline import ReadDeadline
@@ -102,6 +103,22 @@ def test_a_plan_knows_what_each_tier_delivers(model, tmp_path):
             assert_same(played, never_evicted(model)[1])
             planned.append(sum(played.reply.report.plan.levels_K))
     assert planned[0] < planned[1]
+
+
+def test_tiers_behind_one_link_are_planned_as_one(model, tmp_path):
+    file = FileStore(tmp_path, capacity_bytes=CAPACITY, fsync=False)
+    tiers = TieredStore({"memory": MemoryStore(capacity_bytes=half_of_a_prefix(model)), "file": file})
+    with ThrottledStore(tiers, 1e12) as store:
+        for tier, bytes_per_s in zip(tiers.tiers, (1e9, 1e7), strict=True):
+            tier.promise(bytes_per_s=bytes_per_s, latency_s=1e-4)
+        engine = make_engine(model, store)
+        session = engine.session()
+        answer(session, turns()[0])
+        assert tiers.drain(TIMEOUT_S)
+        match = session.archive.find([*turns()[0], 1])
+        problem = engine.problem(Grid(chunk_ends=match.chunk_ends, num_blocks=engine.num_blocks))
+        assert make_engine(model, tiers).session().archive.over_tiers(problem, match).num_tiers == 2
+        assert session.archive.over_tiers(problem, match) is problem
 
 
 def test_a_slow_tier_that_is_read_first_does_not_hold_up_the_fast_one(model):

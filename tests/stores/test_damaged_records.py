@@ -5,9 +5,11 @@ import logging
 import numpy as np
 import pytest
 
+from cacheflow.stores import suspects
 from cacheflow.stores.base import GetRequest, PutOutcome, ReadTap
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
+from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
 from cacheflow.types import LoadOutcome
 from support.store_kinds import ALL, LMCACHE, url_of
@@ -75,3 +77,18 @@ def test_damage_on_the_way_through_wrappers_is_said_by_the_store_within(store, c
     with FaultyStore(store, FaultPlan(rules=(FaultRule(fault=Fault.CORRUPT),))) as faulty:
         assert get(faulty, 1)[0] is CORRUPT
         assert len(warnings(caplog)) == 1
+
+
+def test_damage_that_nobody_asks_about_again_is_forgotten_and_found_anew(monkeypatch):
+    monkeypatch.setattr(suspects, "MAX_SUSPECTS", 3)
+    with MemoryStore(capacity_bytes=1 << 20) as store:
+        put(store, *range(5))
+        get_damaged(store, *range(5))
+        keys = [key(number) for number in range(5)]
+        assert store.contains(keys) == (True, True, False, False, False)
+        get_damaged(store, 0, 3)
+        assert store.contains(keys) == (False, True, True, False, False)
+        assert put(store, 3) == (PutOutcome.STORED,)
+        assert store.delete(keys[:1]) == 1
+        assert put(store, 0) == (PutOutcome.STORED,)
+        assert store.contains(keys) == (True, True, True, True, False)

@@ -27,7 +27,7 @@ from support.damage import DAMAGES, put_back, record_of
 from support.examples import examples
 from support.kv_like import SHAPE, TOKEN_AXES, codec_of, get_kv, kv_payload, put_kv, values_of
 from support.lending import lending
-from support.store_kinds import ALL, url_of
+from support.store_kinds import ALL, SHARED, url_of
 from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put
 from support.waiting import eventually
 
@@ -49,6 +49,12 @@ def memory(name=None):
 @pytest.fixture(params=ALL)
 def urls(request, tmp_path):
     """Opens the same store with this codec or that; of memory another one."""
+    return url_of(request.param, request, tmp_path / "store")
+
+
+@pytest.fixture(params=SHARED)
+def shared_url(request, tmp_path):
+    """Opened by several, each with its own codec or none."""
     return url_of(request.param, request, tmp_path / "store")
 
 
@@ -74,12 +80,10 @@ def test_what_was_put_is_read_back_and_takes_less_room(urls, name):
         )
 
 
-def test_of_records_of_any_codec_and_none_the_lossless_ones_are_read_by_all(urls, caplog):
-    """Both directions: with and without a codec; memory is one process's, so its reader opens none of them."""
-    if urls == "memory":
-        pytest.skip("nobody else opens it")
-    openings = {name: with_codec(urls, name) if name else urls for name in ("", "zstd", "int8", "fp8")}
-    keep = [open_store(urls, capacity_bytes=CAPACITY)]  # the last user of shared memory takes it along
+def test_of_records_of_any_codec_and_none_the_lossless_ones_are_read_by_all(shared_url, caplog):
+    """Both directions: with and without a codec."""
+    openings = {name: with_codec(shared_url, name) if name else shared_url for name in ("", "zstd", "int8", "fp8")}
+    keep = [open_store(shared_url, capacity_bytes=CAPACITY)]  # the last user of shared memory takes it along
     for number, url in enumerate(openings.values()):
         with open_store(url, capacity_bytes=CAPACITY) as store:
             assert put_kv(store, number) is PutOutcome.STORED
@@ -98,12 +102,10 @@ def test_of_records_of_any_codec_and_none_the_lossless_ones_are_read_by_all(urls
         store.close()
 
 
-def test_what_is_not_read_counts_as_absent_and_is_written_anew(urls, tmp_path):
-    if urls == "memory":
-        pytest.skip("nobody else opens it")
+def test_what_is_not_read_counts_as_absent_and_is_written_anew(shared_url):
     with (
-        open_store(with_codec(urls, "int8"), capacity_bytes=CAPACITY) as lossy,
-        open_store(urls, capacity_bytes=CAPACITY) as exact,
+        open_store(with_codec(shared_url, "int8"), capacity_bytes=CAPACITY) as lossy,
+        open_store(shared_url, capacity_bytes=CAPACITY) as exact,
     ):
         put_kv(lossy, 1)
         assert exact.contains([key(1)]) == (True,)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import PutOutcome
-from cacheflow.stores.opening import StoreUrl, check_store_url, file_url, open_store
+from cacheflow.stores.opening import check_store_url, open_store
+from cacheflow.stores.url import StoreUrl, file_url
 from cacheflow.types import LoadOutcome
 from support.examples import examples
 from support.store_objects import get, put

@@ -165,9 +165,8 @@ def test_key_names_are_unique_stable_and_safe_as_file_names():
     for key in keys:
         assert re.fullmatch(r"[A-Za-z0-9._-]+", key.name)
         assert len(key.name) < 200
-        assert key.path.split("/") == key.name.split("_")
         assert namespace_of(key.name) == key.namespace
-    assert keys[0].path == f"{BASE.digest}/{HASH}/kv/0-4/tp0of1.pp0of1"
+    assert keys[0].name == f"{BASE.digest}_{HASH}_kv_0-4_tp0of1.pp0of1"
 
 
 def test_ranks_that_keep_the_same_share_one_object_that_the_first_of_them_writes():

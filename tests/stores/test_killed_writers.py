@@ -9,8 +9,9 @@ import pytest
 
 import cacheflow
 from cacheflow import cli
-from cacheflow.stores.opening import StoreUrl, open_store
+from cacheflow.stores.opening import open_store
 from cacheflow.stores.shm import shm_folder
+from cacheflow.stores.url import StoreUrl
 from cacheflow.types import LoadOutcome
 from support import killed_writers
 from support.store_kinds import left_behind, url_of

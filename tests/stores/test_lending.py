@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import GetRequest, PutOutcome
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.loan import Loan
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.types import LoadOutcome
 from support.examples import examples
 from support.lending import Copy, Reader, borrow, lending

@@ -55,6 +55,19 @@ def test_a_change_after_bytes_comes_at_that_byte():
     assert link.bytes_per_s == 100.0
 
 
+def test_what_proves_shorter_ends_sooner_and_so_does_what_waits():
+    link = LinkSchedule(1.0)
+    through, running, queued = (link.submit(10, now_s=0.0) for _ in range(3))
+    for ticket in (through, running, queued):
+        link.shorten(ticket, 4, now_s=15.0)
+    assert link.done_at_s(through) == pytest.approx(10.0)
+    assert link.done_at_s(running) == pytest.approx(16.0)
+    assert link.done_at_s(queued) == pytest.approx(22.0)
+    link.shorten(queued, 100, now_s=18.0)
+    assert link.done_at_s(queued) == pytest.approx(18.0), "what was moved in vain is not given back"
+    assert link.done_at_s(link.submit(1, now_s=18.0)) == pytest.approx(19.0)
+
+
 def test_forgetting_leaves_the_rest_of_the_link_to_the_others():
     link = LinkSchedule(1.0)
     running, queued, last = (link.submit(10, now_s=0.0) for _ in range(3))

@@ -11,11 +11,15 @@ import pytest
 from cacheflow import cli
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome
-from cacheflow.stores.opening import StoreUrl, check_store_url, open_store
+from cacheflow.stores.opening import check_store_url, open_store
+from cacheflow.stores.timed_calls import GivenUpError
+from cacheflow.stores.url import StoreUrl
 from cacheflow.types import LoadOutcome
+from support.manual_clock import ManualClock
 from support.servers import PASSWORD, running_redis
 from support.store_kinds import lmcache_url
 from support.store_objects import TIMEOUT_S, get, key, payload, put
+from support.waiting import eventually
 
 CAPACITY = 64 << 20
 RECORD = 4096 + 1000
@@ -177,6 +181,42 @@ def test_closing_while_the_server_hangs_returns(tmp_path):
         store.close()
         assert handle.wait(TIMEOUT_S)[0] in (ERROR, LoadOutcome.CANCELLED)
         server.process.send_signal(signal.SIGCONT)
+
+
+class KeepsQuiet:
+    """An adapter that does not say how lookups have ended until a test lets it."""
+
+    def __init__(self, adapter):
+        self.adapter, self.says = adapter, True
+
+    def __getattr__(self, name):
+        return getattr(self.adapter, name)
+
+    def query_lookup_and_lock_result(self, task):
+        return self.adapter.query_lookup_and_lock_result(task) if self.says else None
+
+    def num_locks(self):
+        return len(self.adapter._locked_keys)  # noqa: SLF001 -- it says so nowhere else
+
+
+@needs_lmcache
+def test_a_lookup_that_was_given_up_leaves_nothing_locked_once_it_has_ended(files):
+    from cacheflow.stores.lmcache_adapter import AdapterSource, LmcacheAdapter, key_of_part
+
+    clock = ManualClock()
+    quiet = KeepsQuiet(AdapterSource.of(StoreUrl.parse(files).settings, timeout_s=TIMEOUT_S).create())
+    adapter = LmcacheAdapter(AdapterSource("fs_native", lambda: quiet, timeout_s=1.0), num_threads=1, clock=clock)
+    name = key_of_part("a record", 0)
+    adapter.store(name, payload(1), lambda: None)
+    quiet.says = False
+    with pytest.raises(GivenUpError):
+        adapter.lookup([name])
+    assert quiet.num_locks() == 1
+    quiet.says = True
+    clock.sleep(2.0)  # it is asked again
+    assert adapter.lookup([name]) == (True,)
+    eventually(lambda: quiet.num_locks() == 0)
+    adapter.close()
 
 
 # What lies where

@@ -6,12 +6,14 @@ import sys
 import pytest
 
 from cacheflow.errors import ConfigError, StoreError
-from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.base import Capabilities, PutOutcome
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.stores.opening import StoreUrl, check_store_url, file_url, open_store
+from cacheflow.stores.opening import check_store_url, open_store, opener_of
+from cacheflow.stores.url import FORMS, StoreUrl, file_url
 from cacheflow.types import LoadOutcome
 from support.documented_store import documented_source
+from support.store_kinds import ALL
 from support.store_objects import get, put
 
 CAPACITY = 1 << 20
@@ -117,6 +119,12 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(caplog):
     assert "hunter2" not in str(raised.value) + caplog.text
 
 
+def test_every_url_that_messages_show_opens_a_store():
+    schemes = {form.partition(":")[0] for form in FORMS.split(", ")}
+    assert schemes == {*ALL, "lmcache"}
+    assert all(opener_of(scheme) for scheme in schemes)
+
+
 # Of other packages
 
 
@@ -142,10 +150,17 @@ def test_the_documented_store_of_another_package(package, tmp_path):
     url = f"sqlite://{tmp_path}/kv.db"
     with open_store(url, capacity_bytes=CAPACITY) as store:
         assert put(store, 1) == (PutOutcome.STORED,)
+        assert str(store) == f"sqlite store {tmp_path}/kv.db"
+        assert store.capabilities() == Capabilities(
+            name="sqlite", persistent=True, shared=True, capacity_bytes=CAPACITY, max_parallel_reads=1
+        )
     with open_store(url, capacity_bytes=3 * 5096) as store:
         assert get(store, 1)[0] is LoadOutcome.OK
         assert put(store, 2, 3, 4) == (PutOutcome.STORED,) * 3
         assert store.stats().num_objects == 3
+    (tmp_path / "kv.txt").write_text("no database, but long enough to be taken for one" * 100)
+    with pytest.raises(StoreError, match=r"sqlite store .*kv.txt cannot be used: .*; is it a database of SQLite that"):
+        open_store(f"sqlite://{tmp_path}/kv.txt", capacity_bytes=CAPACITY)
     with pytest.raises(ConfigError, match="unknown option wheel of a sqlite store; known: capacity"):
         check_store_url(url + "?wheel=7")
     with pytest.raises(ConfigError, match="and sqlite of other packages"):

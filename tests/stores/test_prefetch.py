@@ -8,15 +8,17 @@ import pytest
 from cacheflow.errors import ConfigError
 from cacheflow.stores import prefetcher
 from cacheflow.stores.base import GetRequest, PrefetchOutcome, PrefetchRequest, Priority, PutRequest
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import next_key
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
 from cacheflow.stores.prefetcher import WINDOW
 from cacheflow.stores.retention import Retention
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
+from support.kv_like import kv_payload, put_kv
 from support.manual_clock import ManualClock
 from support.store_kinds import url_of
 from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, payload, put, put_request
@@ -207,6 +209,19 @@ def test_at_least_half_of_the_fast_tier_is_left_to_what_was_used(slow):
         assert WINDOW <= ended[FETCHED] <= 5
         assert held(store.tiers[0].store, range(5, 10)) == [*range(5, 10)], "the last used"
         assert len(slow.begun) == ended[FETCHED], "what finds no room is not read either"
+
+
+def test_what_a_codec_makes_shorter_takes_less_of_that_share():
+    """Room for five of them as they are, and for six as they are stored."""
+    raw_bytes = kv_payload(0).nbytes
+    capacity_bytes = 2 * (5 * (4096 + raw_bytes) + 2000)
+    fast = open_store("memory?codec=int8", capacity_bytes=capacity_bytes)
+    with over(fast, open_store("memory?codec=int8", capacity_bytes=CAPACITY)) as store:
+        for number in range(6):
+            put_kv(store.tiers[1].store, number)
+        prefetch(store, *range(6), num_bytes=raw_bytes)
+        assert settled(store, 6) == {FETCHED: 6}
+        assert fast.stats().used_bytes < 6 * (4096 + 0.6 * raw_bytes)
 
 
 def test_room_is_found_again_once_it_was_read_or_has_gone(slow, monkeypatch):

@@ -14,6 +14,7 @@ from cacheflow.stores.lru import HeldObject, LruIndex
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.retention import Retention
 from cacheflow.types import LoadOutcome
+from support import growth
 from support.manual_clock import ManualClock
 from support.store_kinds import ALL, LMCACHE, SHARED, opened, url_of
 from support.store_objects import get, key, put
@@ -95,6 +96,20 @@ def test_pinning_again_moves_the_end_further_away_never_nearer():
     assert index.pin_left_s("a", now_s=12.0) == 8.0
     assert index.evict(50, now_s=12.0) is None
     assert index.evict(50, now_s=20.0) == ("a",)
+
+
+def test_pins_that_are_renewed_or_ended_again_and_again_leave_nothing_behind():
+    index = index_of(("a", 10, None), ("b", 10, None), ("c", 10, None), pinned_share=1.0)
+    index.pin("c", until_s=1500.0, now_s=0.0)
+    for second in range(1000):
+        assert index.pin("a", until_s=1000.0 + second, now_s=0.0) is PINNED
+        assert index.pin("b", until_s=1000.0 + second, now_s=0.0) is PINNED
+        assert index.unpin("b")
+    assert growth.held([index])["LruIndex._pin_ends"] < 100
+    assert index.pin("b", until_s=2000.0, now_s=1998.0) is PINNED
+    assert index.pinned_bytes == 20, "c has ended"
+    index.pin("b", until_s=3000.0, now_s=1999.0)
+    assert index.pinned_bytes == 10, "the last end of a counts"
 
 
 def test_what_was_not_used_for_its_time_expires_unless_it_is_pinned():

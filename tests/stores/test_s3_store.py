@@ -32,12 +32,16 @@ def bucket(bucket_url, s3_endpoint):
         yield resource.Bucket(bucket_url.removeprefix("s3://").partition("/")[0])
 
 
+def path_of(number):
+    return key(number).name.replace("_", "/")
+
+
 def test_objects_survive_the_process_under_hierarchical_names(bucket_url, bucket):
     bucket.put_object(Key="kv/other", Body=b"somebody else's")
     with open_store(bucket_url, capacity_bytes=CAPACITY) as store:
         put(store, 1, 2)
     names = {each.key for each in bucket.objects.all()}
-    assert names == {"kv/other", f"kv/v1/{key(1).path}", f"kv/v1/{key(2).path}"}
+    assert names == {"kv/other", *(f"kv/v1/{path_of(number)}" for number in (1, 2))}
     with open_store(bucket_url, capacity_bytes=CAPACITY) as store:
         assert store.stats().num_objects == 2
         assert store.stats().used_bytes == 2 * 5096
@@ -47,7 +51,7 @@ def test_objects_survive_the_process_under_hierarchical_names(bucket_url, bucket
 def test_a_bucket_without_a_prefix(bucket_url, bucket):
     with open_store(bucket_url.replace("/kv?", "?"), capacity_bytes=CAPACITY) as store:
         put(store, 1)
-        assert [each.key for each in bucket.objects.all()] == [f"v1/{key(1).path}"]
+        assert [each.key for each in bucket.objects.all()] == [f"v1/{path_of(1)}"]
         assert get(store, 1)[0] is OK
 
 

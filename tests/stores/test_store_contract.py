@@ -8,12 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cacheflow.stores.base import GetRequest, PinOutcome, PrefetchRequest, PutOutcome, PutRequest
-from cacheflow.stores.faults import FaultPlan, FaultyStore, ThrottledStore
+from cacheflow.stores.faults import FaultPlan, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import Namespace, ObjectKey, ObjectKind
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.stores.opening import StoreUrl, open_store
+from cacheflow.stores.opening import open_store
 from cacheflow.stores.retention import Retention
+from cacheflow.stores.throttled import ThrottledStore
+from cacheflow.stores.url import StoreUrl
 from cacheflow.types import LoadOutcome
 from support.documented_store import documented_opener
 from support.examples import examples

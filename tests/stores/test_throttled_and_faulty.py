@@ -7,9 +7,12 @@ import pytest
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import GetRequest, PutOutcome
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.opening import open_store
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.types import LoadOutcome
+from support.kv_like import kv_payload, put_kv
 from support.store_objects import TIMEOUT_S, get, key, payload, put, put_request
 from support.waiting import eventually
 
@@ -111,6 +114,16 @@ def test_writes_are_throttled_only_on_request(inner):
     throttled = ThrottledStore(inner, FOREVER, throttle_puts=True)
     handle = throttled.submit_put([put_request(21)], deadline_s=0.02)
     assert handle.wait() == (PutOutcome.LATE,)
+
+
+def test_a_throttled_write_costs_what_is_stored_of_it():
+    raw_bytes = kv_payload(1).nbytes
+    with ThrottledStore(open_store("memory?codec=int8", capacity_bytes=1 << 20), 1e9, throttle_puts=True) as store:
+        store.set_bandwidth(FOREVER, after_bytes=int(0.6 * raw_bytes))
+        assert put_kv(store, 1) is PutOutcome.STORED
+        assert store.stats().written_bytes == raw_bytes
+        handle = store.submit_put([put_request(21, payload(21, raw_bytes))])
+        assert handle.wait(0.05) == (None,), "no codec makes this one shorter"
 
 
 def test_the_measured_bandwidth_is_that_of_the_schedule(inner):

@@ -9,12 +9,13 @@ import pytest
 
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome, PutRequest
-from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore, ThrottledStore
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import next_key
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
 from cacheflow.stores.retention import Retention
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.types import LoadOutcome
 from support.gated_store import CAPACITY, LONG_S, GatedStore
@@ -364,11 +365,16 @@ def test_a_pin_waits_for_what_is_still_to_be_written():
         assert store.pin([key(1)], ttl_s=60.0) == (PinOutcome.PINNED,), "refused by the fast tier, held in the slow one"
 
 
-def test_several_tiers_behind_one_link_are_one():
-    with ThrottledStore(over(memory(), memory()), 1e9) as store:
-        put(store.inner.tiers[1].store, 1)
-        assert store.inner.locate([key(1)]) == (1,)
-        assert store.locate([key(1)]) == (0,)
+def test_tiers_behind_one_link_are_told_apart_and_counted_as_one():
+    tiers = over(memory(), memory())
+    with FaultyStore(ThrottledStore(tiers, 1e9), FaultPlan()) as store:
+        put(tiers.tiers[1].store, 1)
+        assert store.locate([key(1)]) == (1,)
+        for tier in tiers.tiers:
+            tier.promise(bytes_per_s=1e8, latency_s=0.0)
+        assert tiers.tier_rates() == FaultyStore(tiers, FaultPlan()).tier_rates() == (1e8, 1e8)
+        assert store.tier_rates() == ()
+        assert len(store.stats().tiers) == 2
 
 
 def test_a_pin_does_not_wait_for_a_slow_tier_that_hangs_a_second_time(slow):

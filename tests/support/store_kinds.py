@@ -6,8 +6,9 @@ import uuid
 
 import pytest
 
-from cacheflow.stores.opening import StoreUrl, file_url, opener_of
+from cacheflow.stores.opening import opener_of
 from cacheflow.stores.shm import SHARED_MEMORY, shm_folder
+from cacheflow.stores.url import StoreUrl, file_url
 from support.lacking import lacking
 
 BASIC = ("memory", "file")

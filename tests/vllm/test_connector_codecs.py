@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cacheflow.stores.opening import file_url
 from cacheflow.stores.record import HEADER_BYTES
+from cacheflow.stores.url import file_url
 from support.kv_like import codec_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from cacheflow.stores.opening import StoreUrl
 from cacheflow.stores.shm import shm_folder
+from cacheflow.stores.url import StoreUrl
 from cacheflow.types import LoadOutcome
 from support.servers import new_bucket_url, running_redis, running_s3
 from support.store_kinds import shm_url

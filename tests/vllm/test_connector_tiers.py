@@ -6,9 +6,9 @@ import pytest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.stores.opening import file_url
 from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.tiered import TieredStore
+from cacheflow.stores.url import file_url
 from cacheflow.types import LoadOutcome
 from support.waiting import eventually
 

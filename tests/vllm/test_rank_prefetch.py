@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cacheflow.stores.opening import file_url
+from cacheflow.stores.url import file_url
 from support.rank_cases import CHUNK, LAYERS, LOAD, MAX_TOKENS, NUM_CHUNKS, OFF, asked, equal, prompt, request, saved
 from support.store_kinds import shm_url
 

@@ -17,8 +17,9 @@ from cacheflow.bench.suite import new_progress
 from cacheflow.bench.table import Row, text_table
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.plan.cell_sizes import chunk_tokens_of
-from cacheflow.stores.opening import check_store_url, file_url, open_store
+from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.stores.shared import UNBOUNDED
+from cacheflow.stores.url import file_url
 from cacheflow.types import Clock
 
 if TYPE_CHECKING:

@@ -123,13 +123,13 @@ class PrefixArchive:
     def over_tiers(self, problem: RestoreProblem, match: PrefixMatch) -> RestoreProblem:
         """What restoring a match, or its last chunks, costs, by where its chunks lie in a store of several tiers."""
         engine = self._engine
-        tiers = engine.store.stats().tiers
+        rates = engine.store.tier_rates()
         hashes = match.chain_hashes[len(match.chain_hashes) - problem.grid.num_chunks :]
-        if not tiers or not problem.grid.num_chunks:
+        if not rates or not problem.grid.num_chunks:
             return problem
         # The objects of a chunk were written and used together: the bottom one stands for all.
         keys = [self._chunk_keys(each)[0] for each in hashes]
-        return over_tiers(problem, engine.store.locate(keys), [tier.bytes_per_s for tier in tiers])
+        return over_tiers(problem, engine.store.locate(keys), rates)
 
     def open(self, grid: Grid, match: PrefixMatch, kv: KVBuffer) -> StoreTransferPort:
         """Reads of what ``find`` found, or of its last chunks, into a buffer."""

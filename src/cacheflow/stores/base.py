@@ -287,6 +287,14 @@ class Store(ABC):
         """
         return (0,) * len(keys)
 
+    def tier_rates(self) -> tuple[float | None, ...]:
+        """Bandwidth of each of its tiers now, the fastest first, None where that is not known; asks no medium.
+
+        Empty where reading from several of them at once brings no more: of a store without tiers, and of one whose
+        tiers all lie behind one link.
+        """
+        return tuple(tier.bytes_per_s for tier in self.stats().tiers)
+
     @abstractmethod
     def submit_get(
         self, requests: Sequence[GetRequest], *, priority: int = 0, deadline_s: float | None = None

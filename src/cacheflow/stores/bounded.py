@@ -8,12 +8,13 @@ from abc import abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from threading import Event, Lock, Thread
+from typing import ClassVar, Required, TypedDict
 
 from cacheflow.errors import ConfigError
-from cacheflow.stores.base import PinOutcome
+from cacheflow.stores.base import Capabilities, PinOutcome
 from cacheflow.stores.keys import ObjectKey, chain_hash_of, namespace_of
 from cacheflow.stores.lru import LruIndex
-from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm
+from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm, best_algorithm
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.threaded import ThreadedStore, Usage
 from cacheflow.types import Clock
@@ -29,40 +30,76 @@ _SWEEPS_PER_TTL = 10
 _JOIN_TIMEOUT_S = 5.0
 
 
+class Bounds(TypedDict, total=False):
+    """What every bounded store is opened with, by keyword; all but the capacity may be left out.
+
+    Attributes:
+        capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
+        num_threads: Reads and writes carried out at the same time; ``BoundedStore.default_threads`` unless given.
+        retention: What goes first, and what goes by itself.
+        clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+    """
+
+    capacity_bytes: Required[int]
+    num_threads: int
+    retention: Retention
+    clock: Clock
+
+
 class BoundedStore(ThreadedStore):
     """A threaded store that evicts its least recently used objects; subclasses hold ``_lock`` to use ``_index``.
 
     Where the retention has a ``ttl_s``, a daemon thread, started with the first read or write, calls ``sweep``.
+
+    Attributes:
+        name: See ``Capabilities``, as of the next two.
+        persistent: Objects survive the process.
+        shared: Other processes may see and change the same objects.
+        default_threads: ``num_threads`` where it is not given.
     """
+
+    name: ClassVar[str]
+    persistent: ClassVar[bool]
+    shared: ClassVar[bool]
+    default_threads: ClassVar[int] = 1
 
     def __init__(
         self,
         *,
         capacity_bytes: int,
-        num_threads: int,
-        algorithm: ChecksumAlgorithm,
+        num_threads: int | None = None,
+        algorithm: ChecksumAlgorithm | None = None,
         retention: Retention = DEFAULT_RETENTION,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """Prepare an empty index and the pool.
+        """Prepare an empty index and the pool; see ``Bounds``.
 
-        Args:
-            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
-            num_threads: Reads and writes carried out at the same time.
-            algorithm: Checksum of the records written.
-            retention: What goes first, and what goes by itself.
-            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+        ``algorithm`` is the checksum of the records written, None for the fastest this process has.
 
         Raises:
             ConfigError: A count is below 1.
         """
-        super().__init__(num_threads=num_threads, algorithm=algorithm, clock=clock)
+        super().__init__(
+            num_threads=self.default_threads if num_threads is None else num_threads,
+            algorithm=algorithm or best_algorithm(),
+            clock=clock,
+        )
         self._retention = retention
         self._index = LruIndex(capacity_bytes, retention=retention)
         self._lock = Lock()
         self._tenants: OrderedDict[str, str] = OrderedDict()  # by chain hash
         self._sweeper: Thread | None = None
         self._stopped = Event()
+
+    def capabilities(self) -> Capabilities:
+        """See ``Store.capabilities``; the capacity is the bound that the medium allows at the moment."""
+        return Capabilities(
+            name=self.name,
+            persistent=self.persistent,
+            shared=self.shared,
+            capacity_bytes=self._index.capacity_bytes,
+            max_parallel_reads=self._num_threads,
+        )
 
     @abstractmethod
     def sweep(self) -> int:

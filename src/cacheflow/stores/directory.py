@@ -69,8 +69,7 @@ class RecordDirectory:
 
     def path(self, key: ObjectKey) -> str:
         """Where a key's record lies."""
-        digits = key.chain_hash
-        return f"{self._objects}/{digits[:2]}/{digits[2:4]}/{key.name}"
+        return self.path_of_name(key.name)
 
     def path_of_name(self, name: str) -> str:
         """Where the record of a ``ObjectKey.name`` lies."""

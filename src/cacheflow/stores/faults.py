@@ -1,4 +1,4 @@
-"""A store that fails on purpose, for tests and benchmarks; and, from here too, the one that is slow on purpose."""
+"""A store that fails on purpose, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,8 @@ from cacheflow.stores.base import (
 from cacheflow.stores.handle import READS, WRITES
 from cacheflow.stores.held import FixedGate, Held, HeldHandle
 from cacheflow.stores.keys import ObjectKey
-from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.wrapper import WrapperStore
 from cacheflow.types import LoadOutcome
-
-__all__ = ["Fault", "FaultPlan", "FaultRule", "FaultyStore", "ThrottledStore"]
 
 _NOW_S, _NEVER_S = float("-inf"), float("inf")
 

@@ -5,22 +5,19 @@ The page cache does the caching; nothing here reads ahead or keeps file descript
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Unpack
 
-from cacheflow.stores.base import Capabilities, PutOutcome
+from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.directory import RecordDirectory, drop_front
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm
-from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shared import FoundRecord, SharedStore
-from cacheflow.types import Clock
-
-logger = logging.getLogger(__name__)
 
 _TOUCH_S = 60.0
 """A file's modification time follows its last read at this resolution; a system call on each read would cost more."""
@@ -40,27 +37,23 @@ class FileStore(SharedStore):
     ``CORRUPT``.
     """
 
-    def __init__(  # noqa: PLR0913 -- keyword-only but for the folder
+    name, default_threads = "file", 3
+
+    def __init__(
         self,
         root: Path | str | RecordDirectory,
         *,
-        capacity_bytes: int,
         fsync: bool = True,
-        num_threads: int = 3,
         algorithm: ChecksumAlgorithm | None = None,
-        retention: Retention = DEFAULT_RETENTION,
-        clock: Clock = time.perf_counter,
+        **bounds: Unpack[Bounds],
     ) -> None:
         """Open or create a directory of records and scan what it holds.
 
         Args:
             root: The directory, or one that is open; then ``algorithm`` is its own.
-            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
             fsync: Flush each record to the disk before it becomes visible.
-            num_threads: Reads and writes carried out at the same time.
             algorithm: Checksum for a new directory; None for the fastest this process has.
-            retention: What goes first, and what goes by itself.
-            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+            **bounds: See ``Bounds``.
 
         Raises:
             ConfigError: A count is below 1.
@@ -70,36 +63,14 @@ class FileStore(SharedStore):
         self._directory = (
             root if isinstance(root, RecordDirectory) else RecordDirectory(Path(root), algorithm=algorithm)
         )
-        super().__init__(
-            capacity_bytes=capacity_bytes,
-            num_threads=num_threads,
-            algorithm=self._directory.algorithm,
-            retention=retention,
-            clock=clock,
-        )
+        super().__init__(str(self._directory.root), algorithm=self._directory.algorithm, **bounds)
         self._fsync = fsync
         # Others must not take for expired what was read a moment ago.
-        self._touch_s = _TOUCH_S if retention.ttl_s is None else min(_TOUCH_S, retention.ttl_s / _TOUCHES_PER_TTL)
-        self.learn()
-        logger.info(
-            "%s: capacity %d bytes, %d objects in %d bytes, %d bytes free on the disk, %s checksums",
-            self, capacity_bytes, len(self._index), self._index.used_bytes, self._directory.free_bytes(),
-            self._algorithm.name,
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        """See ``ThreadedStore.__str__``."""
-        return f"file store {self._directory.root}"
-
-    def capabilities(self) -> Capabilities:
-        """See ``Store.capabilities``; the capacity is the bound that the disk allows at the moment."""
-        return Capabilities(
-            name="file",
-            persistent=True,
-            shared=True,
-            capacity_bytes=self._index.capacity_bytes,
-            max_parallel_reads=self._num_threads,
-        )
+        ttl_s = self._retention.ttl_s
+        self._touch_s = _TOUCH_S if ttl_s is None else min(_TOUCH_S, ttl_s / _TOUCHES_PER_TTL)
+        with self.opening():
+            self.learn()
+            self.log_opened(f"{self._directory.free_bytes()} bytes free on the disk, {self._algorithm.name} checksums")
 
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
         """See ``ThreadedStore.read_record``.

@@ -18,8 +18,11 @@ from cacheflow.types import Clock
 class Gate(Protocol):
     """Decides when the items of one batch pass; called with the handle's condition held."""
 
-    def release_at_s(self, index: int, *, failed: bool) -> float:
-        """When an item may pass; ``inf`` for never. May change until it has passed."""
+    def release_at_s(self, index: int, *, done: bool | None) -> float:
+        """When an item may pass; ``inf`` for never. May change until it has passed.
+
+        ``done`` says whether the inner store has done it, None while it works on it.
+        """
         ...
 
     def forget(self, index: int, now_s: float) -> None:
@@ -41,9 +44,9 @@ class FixedGate:
 
     release_times_s: tuple[float, ...]
 
-    def release_at_s(self, index: int, *, failed: bool) -> float:
+    def release_at_s(self, index: int, *, done: bool | None) -> float:
         """See ``Gate``; failures are held like successes."""
-        del failed
+        del done
         return self.release_times_s[index]
 
     def forget(self, index: int, now_s: float) -> None:
@@ -117,8 +120,8 @@ class HeldHandle(Generic[O]):
         for index in self._pending():
             item = self._items[index]
             outcome = item.outcome if item.inner_index is None else inner[item.inner_index]
-            failed = outcome is not None and outcome is not self._ledger.verdicts.done
-            release_s = self._gate.release_at_s(index, failed=failed)
+            done = None if outcome is None else outcome is self._ledger.verdicts.done
+            release_s = self._gate.release_at_s(index, done=done)
             if outcome is None and item.inner_index is not None:
                 self._pending_until_s[index] = now_s
                 inner_pending = True

@@ -175,12 +175,8 @@ class ObjectKey:
             or (of_no_layer and self.layer_hi)
         ):
             raise ConfigError(f"layers [{self.layer_lo}, {self.layer_hi}) do not fit a {self.kind.value} object")
-        object.__setattr__(self, "name", self.path.replace("/", "_"))
-
-    @property
-    def path(self) -> str:
-        """``namespace/chain_hash/kind/layer_lo-layer_hi/shard``, for stores with hierarchical names."""
-        return f"{self.namespace}/{self.chain_hash}/{self.kind.value}/{self.layer_lo}-{self.layer_hi}/{self.shard}"
+        name = f"{self.namespace}_{self.chain_hash}_{self.kind.value}_{self.layer_lo}-{self.layer_hi}_{self.shard}"
+        object.__setattr__(self, "name", name)
 
     @property
     def digest(self) -> bytes:

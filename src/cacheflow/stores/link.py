@@ -122,6 +122,14 @@ class LinkSchedule:
         elif self._forecast is not None:
             self._forecast.pop(ticket, None)
 
+    def shorten(self, ticket: int, by_bytes: int, *, now_s: float) -> None:
+        """A transfer has so many bytes less than was said; one that is through by now stays as it was."""
+        self._line.advance(now_s)
+        left_bytes = self._line.left_bytes.get(ticket)
+        if left_bytes is not None and by_bytes > 0:
+            self._line.left_bytes[ticket] = max(0.0, left_bytes - by_bytes)
+            self._forecast = None
+
     def set_bandwidth(self, bytes_per_s: float, *, now_s: float, after_bytes: float = 0.0) -> None:
         """Change the bandwidth, for what is under way too, once ``after_bytes`` more bytes were delivered.
 

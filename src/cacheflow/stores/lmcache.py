@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import errno
-import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import Unpack
 
 from lmcache.v1.distributed.api import ObjectKey as LmcacheKey
 
-from cacheflow.errors import StoreError
-from cacheflow.stores.base import Capabilities, PutOutcome
+from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.lmcache_adapter import AdapterSource, LmcacheAdapter, key_of_part
-from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, best_algorithm, decode_header
-from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
+from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, decode_header
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.stores.staging import StagingBuffers, copy_out, gather
-from cacheflow.types import Clock
-
-logger = logging.getLogger(__name__)
 
 PREFIX = f"cacheflow{RECORD_VERSION}."
 """Of the ``model_name`` in LMCache's keys, which is free but for it."""
@@ -44,65 +40,25 @@ class LmcacheStore(SharedStore):
     itself (``can_list``).
     """
 
-    def __init__(
-        self,
-        source: AdapterSource,
-        *,
-        capacity_bytes: int,
-        num_threads: int = 4,
-        retention: Retention = DEFAULT_RETENTION,
-        clock: Clock = time.perf_counter,
-    ) -> None:
-        """Create the adapter, and list what it holds where it can.
+    name, default_threads = "lmcache", 4
 
-        Args:
-            source: Of the adapter.
-            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
-            num_threads: Reads and writes carried out at the same time.
-            retention: What goes first, and what goes by itself.
-            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+    def __init__(self, source: AdapterSource, **bounds: Unpack[Bounds]) -> None:
+        """Create the adapter, and list what it holds where it can.
 
         Raises:
             ConfigError: A count is below 1.
             StoreError: The adapter cannot be created, or does not answer.
         """
-        super().__init__(
-            capacity_bytes=capacity_bytes,
-            num_threads=num_threads,
-            algorithm=best_algorithm(),
-            retention=retention,
-            clock=clock,
-        )
-        self._name = source.name
+        super().__init__(source.name, **bounds)
         self._staging = StagingBuffers()
-        self._first_seen_s: dict[str, float] = {}
         self._adapter: LmcacheAdapter | None = None
-        try:
-            self._adapter = LmcacheAdapter(source, num_threads=num_threads, clock=clock)
+        with self.opening():
+            self._adapter = LmcacheAdapter(source, num_threads=self._num_threads, clock=self._clock)
             self._adapter.lookup([key_of_part(PREFIX, _HEADER)])
             self.can_list = self._adapter.listing() is not None
             self.learn()
-        except OSError as error:
-            self.close()
-            raise StoreError(f"{self} cannot be used: {error.strerror or error}") from error
-        logger.info(
-            "%s: capacity %d bytes, %d objects in %d bytes%s",
-            self, capacity_bytes, len(self._index), self._index.used_bytes,
-            "" if self.can_list else "; the adapter cannot list what it holds, so that this is of this process alone",
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        """See ``ThreadedStore.__str__``."""
-        return f"lmcache store {self._name}"
-
-    def capabilities(self) -> Capabilities:
-        """See ``Store.capabilities``."""
-        return Capabilities(
-            name="lmcache",
-            persistent=True,
-            shared=True,
-            capacity_bytes=self._index.capacity_bytes,
-            max_parallel_reads=self._num_threads,
+        self.log_opened(
+            "" if self.can_list else "the adapter cannot list what it holds, so that this is of this process alone"
         )
 
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
@@ -141,11 +97,7 @@ class LmcacheStore(SharedStore):
             sizes = {
                 name: sum(parts.values()) for name, parts in found.items() if len(parts) == len((_HEADER, _PAYLOAD))
             }
-        now_s = time.time()
-        with self._lock:
-            self._first_seen_s = {name: self._first_seen_s.get(name, now_s) for name in sizes}
-            first_seen_s = self._first_seen_s
-        return [FoundRecord(name, num_bytes, first_seen_s[name]) for name, num_bytes in sizes.items()]
+        return self.first_seen(sizes)
 
     def are_there(self, names: Sequence[str]) -> tuple[bool, ...]:
         """See ``SharedStore.are_there``."""
@@ -207,8 +159,8 @@ class LmcacheStore(SharedStore):
             self._adapter.close()
 
     def _open(self) -> LmcacheAdapter:
-        if self._closed or self._adapter is None:
-            raise ConnectionError(errno.ESHUTDOWN, f"{self} is closed")
+        self.require_open()
+        assert self._adapter is not None, "it is made before anybody asks"
         return self._adapter
 
     def _load(self, key: LmcacheKey, buffer: memoryview) -> bool:

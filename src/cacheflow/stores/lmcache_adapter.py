@@ -75,8 +75,9 @@ class AdapterSource:
 class LmcacheAdapter:
     """Tasks of one adapter, waited for; thread-safe.
 
-    A task that does not end in time is given up: its buffer is not used again before it ends, and for a second further
-    ones fail at once. What has been given up and never ends is kept in memory.
+    A task that does not end in time is given up: its buffer is not used again before it ends, what it locks is unlocked
+    when it has ended, and for a second further ones fail at once. What has been given up and never ends is kept in
+    memory.
     """
 
     def __init__(self, source: AdapterSource, *, num_threads: int, clock: Clock) -> None:
@@ -93,9 +94,7 @@ class LmcacheAdapter:
         self._name, self._timeout_s = source.name, source.timeout_s
         self._calls = TimedCalls(str(self), num_threads=num_threads, timeout_s=source.timeout_s, clock=clock)
         self._changed = Condition()
-        self._running: dict[
-            tuple[str, int], Callable[[], None]
-        ] = {}  # and what a task that was given up calls at its end
+        self._running: dict[tuple[str, int], Callable[[Any], object]] = {}  # and what takes the result of a late one
         self._ended: dict[tuple[str, int], Any] = {}
         self._given_up: set[tuple[str, int]] = set()
         self._closed = False
@@ -116,7 +115,12 @@ class LmcacheAdapter:
         Raises:
             OSError: It failed or took too long.
         """
-        bits = self._run("lookup", lambda: self._adapter.submit_lookup_and_lock_task(list(keys), *self._lookup_words))
+        submit = partial(self._adapter.submit_lookup_and_lock_task, list(keys), *self._lookup_words)
+        unlock = partial(self._unlock, keys)
+        return unlock(self._run("lookup", submit, unlock))
+
+    def _unlock(self, keys: Sequence[ObjectKey], bits: Any) -> tuple[bool, ...]:  # noqa: ANN401 - LMCache's bitmap
+        """End the locks of a lookup; returns which of the objects it has found."""
         found = tuple(bits.test(number) for number in range(len(keys)))
         there = [key for key, is_there in zip(keys, found, strict=True) if is_there]
         if there:
@@ -130,7 +134,8 @@ class LmcacheAdapter:
             GivenUpError: It took too long; ``give_back`` is called when it ends.
             OSError: It failed.
         """
-        stored = self._run("store", lambda: self._adapter.submit_store_task([key], [_memory(staging)]), give_back)
+        submit = partial(self._adapter.submit_store_task, [key], [_memory(staging)])
+        stored = self._run("store", submit, lambda _: give_back())
         if not (stored.is_successful() if hasattr(stored, "is_successful") else stored):
             raise OSError(errno.EIO, f"{self} could not store an object of {staging.nbytes} bytes")
 
@@ -143,7 +148,8 @@ class LmcacheAdapter:
             GivenUpError: It took too long; ``give_back`` is called when it ends.
             OSError: The adapter is closed, or was silent a moment ago.
         """
-        bits = self._run("load", lambda: self._adapter.submit_load_task([key], [_memory(staging)]), give_back)
+        submit = partial(self._adapter.submit_load_task, [key], [_memory(staging)])
+        bits = self._run("load", submit, lambda _: give_back())
         return bool(bits.test(0))
 
     def delete(self, keys: Sequence[ObjectKey]) -> None:
@@ -195,15 +201,15 @@ class LmcacheAdapter:
         else:
             os.close(self._wake_fd)
 
-    def _run(self, kind: str, submit: Callable[[], int], give_back: Callable[[], None] = lambda: None) -> Any:  # noqa: ANN401
-        """Submit a task and return its result."""
+    def _run(self, kind: str, submit: Callable[[], int], late: Callable[[Any], object]) -> Any:  # noqa: ANN401
+        """Submit a task and return its result; one that is given up calls ``late`` with it at its end."""
         self._calls.check()
         if self._closed:
             raise ConnectionError(errno.ESHUTDOWN, f"{self} is closed")
         task = (kind, submit())
         until_s = time.monotonic() + self._timeout_s
         with self._changed:
-            self._running[task] = give_back
+            self._running[task] = late
             self._take_ended()  # it may have ended before it was noted
             while task not in self._ended:
                 left_s = until_s - time.monotonic()
@@ -227,7 +233,15 @@ class LmcacheAdapter:
                 os.read(fd, 8)
             with self._changed:
                 self._take_ended()
+                given_up = [each for each in self._given_up if each in self._ended]
+                self._given_up.difference_update(given_up)
+                late = [(self._running.pop(each), self._ended.pop(each)) for each in given_up]
                 self._changed.notify_all()
+            for take, result in late:  # without the lock: it is somebody else's code
+                try:
+                    take(result)
+                except Exception:
+                    logger.exception("%s: a task that was given up has ended, and its result could not be taken", self)
 
     def _take_ended(self) -> None:
         """Note the results of tasks that have ended; with ``_changed`` held."""
@@ -238,10 +252,6 @@ class LmcacheAdapter:
             result = queries[task[0]](task[1])
             if result is not None:
                 self._ended[task] = result
-        for task in [each for each in self._given_up if each in self._ended]:
-            self._given_up.discard(task)
-            del self._ended[task]
-            self._running.pop(task)()
 
 
 def _parsed(settings: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an untyped package

@@ -11,6 +11,9 @@ from cacheflow.errors import ConfigError
 from cacheflow.stores.base import PinOutcome
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 
+_SPARE_ENDS = 64
+"""Of pins as many ends as are worth no clearing up."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldObject:
@@ -243,6 +246,9 @@ class LruIndex:
         else:
             return PinOutcome.REFUSED
         heapq.heappush(self._pin_ends, (until_s, name))
+        if len(self._pin_ends) > 2 * len(self._pins) + _SPARE_ENDS:  # of pins that were renewed or ended early
+            self._pin_ends = [(each.until_s, other) for other, each in self._pins.items()]
+            heapq.heapify(self._pin_ends)
         return PinOutcome.PINNED
 
     def _may_pin(self, held: HeldObject) -> bool:

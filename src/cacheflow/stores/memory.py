@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-
-import numpy as np
+from typing import Unpack
 
 from cacheflow.errors import ConfigError
-from cacheflow.stores.base import Capabilities, PutOutcome, byte_view
-from cacheflow.stores.bounded import BoundedStore
+from cacheflow.stores.base import PutOutcome, byte_view
+from cacheflow.stores.bounded import BoundedStore, Bounds
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import Bytes, DeviceReader, LentRecord, wait_until_passed
-from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm, best_algorithm, verify
-from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
+from cacheflow.stores.record import HEADER_BYTES, verify
 from cacheflow.stores.slabs import Allocation, OrdinaryMemory, RecordMemory, SlabMemory
-from cacheflow.types import Clock, LoadOutcome, Passing
+from cacheflow.stores.staging import copy_record, gather
+from cacheflow.types import LoadOutcome, Passing
 
 logger = logging.getLogger(__name__)
 
@@ -64,53 +62,27 @@ class MemoryStore(BoundedStore):
     process gets no memory for a record though the capacity would allow it, objects are evicted until it does.
     """
 
-    def __init__(
-        self,
-        *,
-        capacity_bytes: int,
-        num_threads: int = 2,
-        algorithm: ChecksumAlgorithm | None = None,
-        retention: Retention = DEFAULT_RETENTION,
-        verified_share: float = VERIFIED_SHARE,
-        clock: Clock = time.perf_counter,
-    ) -> None:
+    name, persistent, shared = "memory", False, False
+    default_threads = 2
+
+    def __init__(self, *, verified_share: float = VERIFIED_SHARE, **bounds: Unpack[Bounds]) -> None:
         """Open an empty store.
 
         Args:
-            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
-            num_threads: Copies carried out at the same time.
-            algorithm: Checksum of the records; None for the fastest this process has.
-            retention: What goes first, and what goes by itself.
             verified_share: Of the reads that are lent a record, those that verify it, drawn at random; with less than
                 all of them each record is verified when it was written too. A read that is copied is always verified.
-            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+            **bounds: See ``Bounds``.
 
         Raises:
             ConfigError: A count is below 1, or the share is outside [0, 1].
         """
         if not 0 <= verified_share <= 1:
             raise ConfigError(f"memory store: verified_share is {verified_share}, must be from 0 to 1")
-        super().__init__(
-            capacity_bytes=capacity_bytes,
-            num_threads=num_threads,
-            algorithm=algorithm or best_algorithm(),
-            retention=retention,
-            clock=clock,
-        )
+        super().__init__(**bounds)
         self._records: dict[str, _Record] = {}
         self._memory: RecordMemory = OrdinaryMemory()
         self._verified_share, self._random = verified_share, random.Random()
-        logger.info("memory store: capacity %d bytes", capacity_bytes)
-
-    def capabilities(self) -> Capabilities:
-        """See ``Store.capabilities``."""
-        return Capabilities(
-            name="memory",
-            persistent=False,
-            shared=False,
-            capacity_bytes=self._index.capacity_bytes,
-            max_parallel_reads=self._num_threads,
-        )
+        logger.info("memory store: capacity %d bytes", self._index.capacity_bytes)
 
     def lend_to(self, reader: DeviceReader) -> None:
         """See ``Store.lend_to``; what is held already is copied as before.
@@ -150,11 +122,7 @@ class MemoryStore(BoundedStore):
         if record is None:
             return None
         try:
-            np.copyto(np.frombuffer(header, np.uint8), record.bytes[:HEADER_BYTES])
-            num_found = record.bytes.nbytes - HEADER_BYTES
-            if 0 < num_found <= payload.nbytes:
-                np.copyto(np.frombuffer(payload, np.uint8)[:num_found], record.bytes[HEADER_BYTES:])
-            return num_found
+            return copy_record(record.bytes, header, payload)
         finally:
             self._end_reading(record, None)
 
@@ -199,7 +167,7 @@ class MemoryStore(BoundedStore):
             with self._lock:
                 self._index.release(num_bytes)
             return PutOutcome.FULL
-        _fill(record.bytes, parts)
+        gather(parts, record.bytes)
         damaged = self._is_damaged(record, key)
         with self._lock:
             exists = key.name in self._index and not replace  # another thread was faster
@@ -267,10 +235,3 @@ class MemoryStore(BoundedStore):
                 if victims is None:
                     break
         return None
-
-
-def _fill(record: Bytes, parts: Sequence[memoryview]) -> None:
-    start = 0
-    for part in parts:
-        np.copyto(record[start : start + part.nbytes], np.frombuffer(part, np.uint8))
-        start += part.nbytes

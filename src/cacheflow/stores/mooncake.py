@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from threading import Thread
-from typing import Any
+from typing import Any, Unpack
 
-from cacheflow.errors import StoreError
-from cacheflow.stores.base import Capabilities, PutOutcome
+from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.keys import ObjectKey, namespace_of
-from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, best_algorithm
-from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
+from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.stores.staging import Staging, StagingBuffers, copy_record, gather
 from cacheflow.stores.timed_calls import TimedCalls
-from cacheflow.types import Clock
 
 os.environ.setdefault("GLOG_minloglevel", "1")  # or Mooncake writes a page to stderr for each client
 from mooncake.store import MooncakeDistributedStore  # reads that when it is loaded
@@ -130,69 +128,31 @@ class MooncakeStore(SharedStore):
     caller's buffer is ever Mooncake's. A call that does not return costs its thread and its buffer until it does.
     """
 
-    def __init__(
-        self,
-        pool: MooncakePool,
-        *,
-        capacity_bytes: int,
-        num_threads: int = 4,
-        retention: Retention = DEFAULT_RETENTION,
-        clock: Clock = time.perf_counter,
-    ) -> None:
-        """Join the pool and list what it holds.
+    name, default_threads = "mooncake", 4
 
-        Args:
-            pool: Which one.
-            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
-            num_threads: Reads and writes carried out at the same time.
-            retention: What goes first, and what goes by itself.
-            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+    def __init__(self, pool: MooncakePool, **bounds: Unpack[Bounds]) -> None:
+        """Join the pool and list what it holds.
 
         Raises:
             ConfigError: A count is below 1.
             StoreError: The master cannot be reached, or refuses this process.
         """
-        super().__init__(
-            capacity_bytes=capacity_bytes,
-            num_threads=num_threads,
-            algorithm=best_algorithm(),
-            retention=retention,
-            clock=clock,
-        )
+        super().__init__(str(pool), **bounds)
         self._pool = pool
-        self._first_seen_s: dict[str, float] = {}
         self._client: Any = None
         self._staging = StagingBuffers(
             register=self._register, unregister=lambda each: self._client.unregister_buffer(each.ctypes.data)
         )
-        self._calls = TimedCalls(str(pool), num_threads=2 * num_threads, timeout_s=pool.timeout_s, clock=clock)
-        try:
+        self._calls = TimedCalls(
+            str(pool), num_threads=2 * self._num_threads, timeout_s=pool.timeout_s, clock=self._clock
+        )
+        with self.opening(
+            f"is mooncake_master running, and are its rpc_port ({pool.port}) and metrics_port ({pool.metrics_port}) "
+            "those of the URL?"
+        ):
             self._client = self._calls.call(pool.open)
             self.learn()
-        except OSError as error:
-            self.close()
-            raise StoreError(
-                f"store {pool} cannot be used: {error.strerror or error}; is mooncake_master running, and are its "
-                f"rpc_port ({pool.port}) and metrics_port ({pool.metrics_port}) those of the URL?"
-            ) from error
-        logger.info(
-            "%s: capacity %d bytes, %d objects in %d bytes; this process gives %d bytes to the pool, whose size is %s",
-            self, capacity_bytes, len(self._index), self._index.used_bytes, pool.segment_bytes, self._room()[1],
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        """See ``ThreadedStore.__str__``."""
-        return f"mooncake store {self._pool}"
-
-    def capabilities(self) -> Capabilities:
-        """See ``Store.capabilities``."""
-        return Capabilities(
-            name="mooncake",
-            persistent=True,
-            shared=True,
-            capacity_bytes=self._index.capacity_bytes,
-            max_parallel_reads=self._num_threads,
-        )
+        self.log_opened(f"this process gives {pool.segment_bytes} bytes to the pool, whose size is {self._room()[1]}")
 
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
         """See ``ThreadedStore.read_record``.
@@ -219,11 +179,7 @@ class MooncakeStore(SharedStore):
         names = [each for each in names if namespace_of(each) is not None]
         sizes = {each: known[each] for each in names if each in known}
         sizes |= self._sizes([each for each in names if each not in known])
-        now_s = time.time()
-        with self._lock:
-            self._first_seen_s = {each: self._first_seen_s.get(each, now_s) for each in sizes}
-            first_seen_s = self._first_seen_s
-        return [FoundRecord(name, num_bytes, first_seen_s[name]) for name, num_bytes in sizes.items()]
+        return self.first_seen(sizes)
 
     def are_there(self, names: Sequence[str]) -> tuple[bool, ...]:
         """See ``SharedStore.are_there``; for some seconds the master does not evict what it was asked for."""

@@ -61,7 +61,10 @@ class _Wanted:
 
 @dataclass(slots=True, eq=False)
 class _Unread:
-    """One that was brought; counted until it is read, gone, or ``until_s``. What is ``pinned`` counts among pins."""
+    """One that was brought, and the bytes of its record; counted until it is read, gone, or ``until_s``.
+
+    What is ``pinned`` counts among pins.
+    """
 
     num_bytes: int
     until_s: float
@@ -320,14 +323,15 @@ class Prefetcher:
 
     def _note_arrived(self, items: Sequence[_Item]) -> None:
         until_s = self._clock() + UNUSED_S
+        stored = self._fast.store.stored_bytes([(key, each.num_bytes) for key, each in items])
         with self._changed:
             self._counts[PrefetchOutcome.FETCHED] += len(items)
-            for key, each in items:
+            for (key, each), num_bytes in zip(items, stored, strict=True):
                 self._forget_unread(key)
                 # What somebody has begun to read meanwhile is of use already.
                 if self._wanted.get(key) is each:
-                    self._unread[key] = _Unread(each.num_bytes + HEADER_BYTES, until_s)
-                    self._unread_bytes += each.num_bytes + HEADER_BYTES
+                    self._unread[key] = _Unread(num_bytes + HEADER_BYTES, until_s)
+                    self._unread_bytes += num_bytes + HEADER_BYTES
                 else:
                     self._counts[PrefetchOutcome.USED] += 1
             self._changed.notify_all()

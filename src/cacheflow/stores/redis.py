@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import errno
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from cacheflow.errors import StoreError
-from cacheflow.stores.base import Capabilities, PutOutcome
+from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.breaker import Breaker
 from cacheflow.stores.keys import ObjectKey, namespace_of
-from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, best_algorithm
+from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION
 from cacheflow.stores.redis_connection import PlainConnection, RecordTransfers, RefusedCommand, TlsConnection
-from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
-from cacheflow.types import Clock
-
-logger = logging.getLogger(__name__)
 
 PREFIX = f"cacheflow{RECORD_VERSION}:"
 """Of our keys in the server, so that it may hold others, and records of another version."""
@@ -105,74 +101,34 @@ class RedisStore(SharedStore):
     after a failure the next ones fail at once. Connections are opened anew as they are needed.
     """
 
-    def __init__(
-        self,
-        server: RedisServer,
-        *,
-        capacity_bytes: int,
-        num_threads: int = 8,
-        retention: Retention = DEFAULT_RETENTION,
-        clock: Clock = time.perf_counter,
-    ) -> None:
-        """Reach the server and scan what it holds.
+    name, default_threads = "redis", 8
 
-        Args:
-            server: Where it is.
-            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
-            num_threads: Reads and writes carried out at the same time, each over a connection of its own.
-            retention: What goes first, and what goes by itself.
-            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+    def __init__(self, server: RedisServer, **bounds: Unpack[Bounds]) -> None:
+        """Reach the server and scan what it holds; each of the ``num_threads`` has a connection of its own.
 
         Raises:
             ConfigError: A count is below 1.
             StoreError: The server cannot be reached, refuses the user or a command, or is one of a cluster.
         """
-        super().__init__(
-            capacity_bytes=capacity_bytes,
-            num_threads=num_threads,
-            algorithm=best_algorithm(),
-            retention=retention,
-            clock=clock,
-        )
+        super().__init__(str(server), **bounds)
         self._server = server
         self._limit_s = _LIMITS * server.timeout_s
         self._pool = server.pool()
         self._client = redis.Redis(connection_pool=self._pool)
-        self._breaker = Breaker(str(server), clock=clock)
-        try:
+        self._breaker = Breaker(str(server), clock=self._clock)
+        with self.opening("is it running, and are user, password (CACHEFLOW_REDIS_PASSWORD) and certificates right?"):
             self._ask(self._client.ping)
             self.learn()
             memory, cluster = self._info("memory"), self._info("cluster")
-        except OSError as error:
-            self.close()
-            raise StoreError(
-                f"store {server} cannot be used: {error.strerror or error}; is it running, and are user, password "
-                "(CACHEFLOW_REDIS_PASSWORD) and certificates right?"
-            ) from error
         if cluster.get("cluster_enabled"):
             self.close()
             raise StoreError(
-                f"store {server} cannot be used: it is one server of a cluster and refuses keys that belong to others; "
+                f"{self} cannot be used: it is one server of a cluster and refuses keys that belong to others; "
                 "take one that stands alone"
             )
-        logger.info(
-            "%s: capacity %d bytes, %d objects in %d bytes; the server has maxmemory %s, policy %s",
-            self, capacity_bytes, len(self._index), self._index.used_bytes,
-            memory.get("maxmemory", "unknown") or "unlimited", memory.get("maxmemory_policy", "unknown"),
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        """See ``ThreadedStore.__str__``."""
-        return f"redis store {self._server}"
-
-    def capabilities(self) -> Capabilities:
-        """See ``Store.capabilities``; the capacity is the bound that the server allows at the moment."""
-        return Capabilities(
-            name="redis",
-            persistent=True,
-            shared=True,
-            capacity_bytes=self._index.capacity_bytes,
-            max_parallel_reads=self._num_threads,
+        self.log_opened(
+            f"the server has maxmemory {memory.get('maxmemory', 'unknown') or 'unlimited'}, "
+            f"policy {memory.get('maxmemory_policy', 'unknown')}"
         )
 
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
@@ -335,8 +291,7 @@ class RedisStore(SharedStore):
 
     def _ask(self, call: Callable[[], T]) -> T:
         """Speak with the server; what went wrong is an ``OSError``, ``RefusedCommand`` where the server answered."""
-        if self._closed:
-            raise ConnectionError(errno.ESHUTDOWN, f"{self} is closed")
+        self.require_open()
         self._breaker.check()
         try:
             return call()

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 import obstore
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import S3Store
 
-from cacheflow.errors import StoreError
-from cacheflow.stores.base import Capabilities, PutOutcome
+from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.breaker import Breaker
 from cacheflow.stores.keys import ObjectKey, namespace_of
-from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, best_algorithm
-from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
+from cacheflow.stores.record import RECORD_VERSION
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
-from cacheflow.types import Clock
-
-logger = logging.getLogger(__name__)
+from cacheflow.stores.staging import copy_record
 
 _LISTED = 1000
 _PARALLEL_QUESTIONS = 16
@@ -87,66 +82,26 @@ class BucketStore(SharedStore):
     that another process removed meanwhile is found out by reading it.
     """
 
-    def __init__(
-        self,
-        bucket: Bucket,
-        *,
-        capacity_bytes: int,
-        num_threads: int = 16,
-        retention: Retention = DEFAULT_RETENTION,
-        clock: Clock = time.perf_counter,
-    ) -> None:
-        """Reach the bucket and list what it holds.
+    name, default_threads = "s3", 16
 
-        Args:
-            bucket: Where it is.
-            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
-            num_threads: Reads and writes carried out at the same time.
-            retention: What goes first, and what goes by itself.
-            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+    def __init__(self, bucket: Bucket, **bounds: Unpack[Bounds]) -> None:
+        """Reach the bucket and list what it holds.
 
         Raises:
             ConfigError: A count is below 1.
             StoreError: The bucket cannot be reached, does not exist, or may not be listed.
         """
-        super().__init__(
-            capacity_bytes=capacity_bytes,
-            num_threads=num_threads,
-            algorithm=best_algorithm(),
-            retention=retention,
-            clock=clock,
-        )
-        self._bucket = bucket
-        self._breaker = Breaker(str(bucket), clock=clock)
+        super().__init__(str(bucket), **bounds)
+        self._breaker = Breaker(str(bucket), clock=self._clock)
         self._root = "/".join(part for part in (bucket.prefix, f"v{RECORD_VERSION}") if part)
         self._questions = ThreadPoolExecutor(_PARALLEL_QUESTIONS, thread_name_prefix="cacheflow-bucket")
-        try:
+        with self.opening(
+            "is the bucket there, and may the credentials in the environment (AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY) list, read, write and delete in it?"
+        ):
             self._client = self._ask(bucket.open)
             self.learn()
-        except OSError as error:
-            self.close()
-            raise StoreError(
-                f"store {bucket} cannot be used: {_short(error)}; is the bucket there, and may the credentials in the "
-                "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) list, read, write and delete in it?"
-            ) from error
-        logger.info(
-            "%s: capacity %d bytes, %d objects in %d bytes",
-            self, capacity_bytes, len(self._index), self._index.used_bytes,
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        """See ``ThreadedStore.__str__``."""
-        return f"s3 store {self._bucket}"
-
-    def capabilities(self) -> Capabilities:
-        """See ``Store.capabilities``."""
-        return Capabilities(
-            name="s3",
-            persistent=True,
-            shared=True,
-            capacity_bytes=self._index.capacity_bytes,
-            max_parallel_reads=self._num_threads,
-        )
+        self.log_opened()
 
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
         """See ``ThreadedStore.read_record``.
@@ -160,11 +115,7 @@ class BucketStore(SharedStore):
             self.note_gone(key.name)
             return None
         data = np.frombuffer(record, np.uint8)
-        num_found = data.nbytes - HEADER_BYTES
-        if num_found >= 0:
-            np.copyto(np.frombuffer(header, np.uint8), data[:HEADER_BYTES])
-        if 0 < num_found <= payload.nbytes:
-            np.copyto(np.frombuffer(payload, np.uint8)[:num_found], data[HEADER_BYTES:])  # without the GIL
+        num_found = copy_record(data, header, payload)
         self.note_read(key.name, data.nbytes)
         return num_found
 
@@ -188,7 +139,7 @@ class BucketStore(SharedStore):
 
     def look_up(self, names: Sequence[str]) -> list[FoundRecord]:
         """See ``SharedStore.look_up``; one listing for all objects at one chain hash."""
-        self._require_open()
+        self.require_open()
         chains = sorted({"_".join(name.split("_", 2)[:2]) for name in names})
         listings = self._questions.map(lambda chain: self._listed(self._path(chain)), chains)
         wanted = set(names)
@@ -221,10 +172,6 @@ class BucketStore(SharedStore):
         super().close()
         self._questions.shutdown(wait=False, cancel_futures=True)
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise ConnectionError(errno.ESHUTDOWN, f"{self} is closed")
-
     def _path(self, name: str) -> str:
         return f"{self._root}/{name.replace('_', '/')}"
 
@@ -241,7 +188,7 @@ class BucketStore(SharedStore):
 
     def _ask(self, call: Callable[[], T]) -> T:
         """Speak with the bucket; what went wrong is an ``OSError``, ``FileNotFoundError`` for what is not there."""
-        self._require_open()
+        self.require_open()
         self._breaker.check()
         try:
             return call()

@@ -6,18 +6,18 @@ import errno
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
+from typing import Unpack
 
+from cacheflow.errors import StoreError
 from cacheflow.stores.base import PinOutcome, PutOutcome
-from cacheflow.stores.bounded import BoundedStore
+from cacheflow.stores.bounded import BoundedStore, Bounds
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.lru import HeldObject
 from cacheflow.stores.record import ChecksumAlgorithm
-from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
-from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -64,44 +64,67 @@ class SharedStore(BoundedStore):
     the medium. Where a quota that is not shown ends the room, one write a minute finds that out again.
     """
 
+    persistent, shared = True, True
     can_list = True
     """Whether a scan finds what other processes wrote; where it does not, an operator cannot look after the store."""
 
-    def __init__(
-        self,
-        *,
-        capacity_bytes: int,
-        num_threads: int,
-        algorithm: ChecksumAlgorithm,
-        retention: Retention = DEFAULT_RETENTION,
-        clock: Clock = time.perf_counter,
-    ) -> None:
-        """Prepare an empty index and the pool; the backend then calls ``learn``.
+    def __init__(self, address: str, *, algorithm: ChecksumAlgorithm | None = None, **bounds: Unpack[Bounds]) -> None:
+        """Prepare an empty index and the pool; the backend then calls ``learn``, inside ``opening``.
 
         Args:
-            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
-            num_threads: Reads and writes carried out at the same time.
-            algorithm: Checksum of the records written.
-            retention: What goes first, and what goes by itself.
-            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+            address: What messages call the medium, such as its URL.
+            algorithm: Checksum of the records written; None for the fastest this process has.
+            **bounds: See ``Bounds``.
 
         Raises:
             ConfigError: A count is below 1.
         """
-        super().__init__(
-            capacity_bytes=capacity_bytes,
-            num_threads=num_threads,
-            algorithm=algorithm,
-            retention=retention,
-            clock=clock,
-        )
-        self._capacity_bytes = capacity_bytes
+        super().__init__(algorithm=algorithm, **bounds)
+        self._address = address
+        self._capacity_bytes = bounds["capacity_bytes"]
         self._num_fits = 0  # times that the bound was measured
         self._refit_at_s = 0.0
         self._room_lock = Lock()  # held by the one writer who makes room; never while holding _lock
         self._unscanned_bytes = 0
         self._warned = self._warned_full = False
         self._used_s: dict[str, float] = {}  # wall time at which this process last used an object
+        self._first_seen_s: dict[str, float] = {}  # of ``first_seen``
+
+    def __str__(self) -> str:
+        """See ``ThreadedStore.__str__``."""
+        return f"{self.name} store {self._address}"
+
+    @contextmanager
+    def opening(self, hint: str = "") -> Iterator[None]:
+        """Around a backend's first exchange with its medium, ``learn`` included: closes the store where that fails.
+
+        Args:
+            hint: What the user should look at then.
+
+        Raises:
+            StoreError: The medium cannot be used.
+        """
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            raise StoreError(f"{self} cannot be used: {error.strerror or error}{hint and '; '}{hint}") from error
+
+    def log_opened(self, more: str = "") -> None:
+        """Say in the log what the store may hold, what it holds, and ``more`` of its medium."""
+        logger.info(
+            "%s: capacity %d bytes, %d objects in %d bytes%s",
+            self, self._capacity_bytes, len(self._index), self._index.used_bytes, more and f"; {more}",
+        )  # fmt: skip
+
+    def require_open(self) -> None:
+        """Pass unless the store is closed.
+
+        Raises:
+            ConnectionError: It is.
+        """
+        if self._closed:
+            raise ConnectionError(errno.ESHUTDOWN, f"{self} is closed")
 
     @abstractmethod
     def scan(self, known: Mapping[str, int]) -> list[FoundRecord]:
@@ -264,6 +287,17 @@ class SharedStore(BoundedStore):
         ours = [name for name, life_s in zip(expired, lives_s, strict=True) if life_s is None]
         self._remove_victims(ours)
         return len(ours)
+
+    def first_seen(self, sizes: Mapping[str, int]) -> list[FoundRecord]:
+        """What a scan found, by name its bytes, on a medium that does not say when a record was used.
+
+        What others wrote counts as used when this process first saw it.
+        """
+        now_s = time.time()
+        with self._lock:
+            self._first_seen_s = {name: self._first_seen_s.get(name, now_s) for name in sizes}
+            first_seen_s = self._first_seen_s
+        return [FoundRecord(name, num_bytes, first_seen_s[name]) for name, num_bytes in sizes.items()]
 
     def note_read(self, name: str, num_bytes: int) -> None:
         """Take a record of ``num_bytes`` that was just read for the most recently used."""

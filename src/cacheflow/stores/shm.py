@@ -13,19 +13,17 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 from cacheflow.errors import StoreError
-from cacheflow.stores.base import Capabilities
+from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import DeviceReader, LentRecord
 from cacheflow.stores.mapped import MappedRecords
 from cacheflow.stores.record import HEADER_BYTES
-from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.shared import FoundRecord
-from cacheflow.types import Clock
 
 SHARED_MEMORY = Path("/dev/shm")
 _LOCK = "users.lock"
@@ -48,25 +46,15 @@ class SharedMemoryStore(FileStore):
     opens the store; where none will, ``cacheflow store clear`` removes it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        capacity_bytes: int,
-        keep: bool = False,
-        num_threads: int = 3,
-        retention: Retention = DEFAULT_RETENTION,
-        clock: Clock = time.perf_counter,
-    ) -> None:
+    name, persistent = "shm", False
+
+    def __init__(self, name: str, *, keep: bool = False, **bounds: Unpack[Bounds]) -> None:
         """Open or create the store of that name.
 
         Args:
             name: Part of a file name.
-            capacity_bytes: Bound on the records held, headers (4,096 bytes each) included.
             keep: Leave what it holds to the next process, though this one is the last.
-            num_threads: Reads and writes carried out at the same time.
-            retention: What goes first, and what goes by itself.
-            clock: Monotonic clock, for deadlines, pins, expiry and statistics.
+            **bounds: See ``Bounds``.
 
         Raises:
             ConfigError: A count is below 1.
@@ -76,25 +64,10 @@ class SharedMemoryStore(FileStore):
         self._mapped: MappedRecords | None = None
         self._users = _join(self._folder)
         try:
-            super().__init__(
-                self._folder,
-                capacity_bytes=capacity_bytes,
-                fsync=False,
-                num_threads=num_threads,
-                retention=retention,
-                clock=clock,
-            )
+            super().__init__(self._folder, fsync=False, **bounds)
         except BaseException:
             self._leave()
             raise
-
-    def __str__(self) -> str:
-        """See ``ThreadedStore.__str__``."""
-        return f"shared-memory store {self._folder}"
-
-    def capabilities(self) -> Capabilities:
-        """See ``Store.capabilities``."""
-        return replace(super().capabilities(), name="shm", persistent=False)
 
     def lend_to(self, reader: DeviceReader) -> None:
         """See ``Store.lend_to``."""

@@ -45,6 +45,7 @@ from cacheflow.stores.record import (
     matches,
     verify,
 )
+from cacheflow.stores.suspects import Suspects
 from cacheflow.types import Clock, LoadOutcome
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class ThreadedStore(Store):
         self._threads: list[Thread] = []
         self._num_idle = 0
         self._closed = False
-        self._suspects: set[ObjectKey] = set()
+        self._suspects = Suspects()
         self._num_damaged = 0
         self._damage_lock = Lock()
 
@@ -178,7 +179,8 @@ class ThreadedStore(Store):
 
     def delete(self, keys: Sequence[ObjectKey]) -> int:
         """See ``Store.delete``."""
-        self._suspects.difference_update(keys)
+        for key in keys:
+            self._suspects.discard(key)
         return sum(_guarded(partial(self.remove, key), False) for key in keys)
 
     def stats(self) -> StoreStats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Condition
 
@@ -35,9 +35,12 @@ class _LinkGate:
     tickets: tuple[int, ...]
     submitted_at_s: float
     latencies_s: tuple[float, ...]
+    note_done: Callable[[int], None]
 
-    def release_at_s(self, index: int, *, failed: bool) -> float:
-        sent_s = self.submitted_at_s if failed else self.link.done_at_s(self.tickets[index])
+    def release_at_s(self, index: int, *, done: bool | None) -> float:
+        if done:
+            self.note_done(index)
+        sent_s = self.submitted_at_s if done is False else self.link.done_at_s(self.tickets[index])
         return sent_s + self.latencies_s[index]
 
     def forget(self, index: int, now_s: float) -> None:
@@ -69,7 +72,7 @@ class ThrottledStore(WrapperStore):
 
         Args:
             inner: The store; closed with this one.
-            bytes_per_s: Bandwidth, payload bytes; of reads as they are stored, of writes before they are encoded.
+            bytes_per_s: Bandwidth, payload bytes as they are stored.
             latency_s: Added to every operation.
             jitter_s: Upper end of a uniform random addition to the latency, drawn per item.
             seed: Of the jitter.
@@ -113,9 +116,9 @@ class ThrottledStore(WrapperStore):
         inner = self.inner.capabilities()
         return replace(inner, name=f"throttled({inner.name})", max_parallel_reads=1)
 
-    def locate(self, keys: Sequence[ObjectKey]) -> tuple[int, ...]:
-        """See ``Store.locate``; all tiers are behind the one link."""
-        return (0,) * len(keys)
+    def tier_rates(self) -> tuple[float | None, ...]:
+        """See ``Store.tier_rates``; all tiers are behind the one link."""
+        return ()
 
     def submit_get(
         self, requests: Sequence[GetRequest], *, priority: int = 0, deadline_s: float | None = None
@@ -144,17 +147,35 @@ class ThrottledStore(WrapperStore):
         ledger = self._ledger(len(sizes), WRITES, deadline_s, count)
         inner = self.inner.submit_put(requests, priority=priority, deadline_s=deadline_s)
         if self._throttle_puts:
-            return self._over_link(inner, ledger, sizes, priority)
+            return self._over_link(inner, ledger, sizes, priority, written=[request.key for request in requests])
         return self._held(inner, ledger, FixedGate((float("-inf"),) * len(sizes)))
 
-    def _over_link(self, inner: Handle[O], ledger: Ledger[O], sizes: Sequence[int], priority: int) -> HeldHandle[O]:
+    def _over_link(
+        self,
+        inner: Handle[O],
+        ledger: Ledger[O],
+        sizes: Sequence[int],
+        priority: int,
+        written: Sequence[ObjectKey] = (),
+    ) -> HeldHandle[O]:
         with self._changed:
             now_s = self._clock()
+            tickets = tuple(self._link.submit(size, now_s=now_s, priority=priority) for size in sizes)
+            unknown = dict(enumerate(written))
+
+            def note_done(index: int) -> None:
+                """What was written is as long as it lies in the store: known from now on."""
+                if (key := unknown.pop(index, None)) is not None:
+                    (num_stored,) = self.inner.stored_bytes([(key, sizes[index])])
+                    self._link.shorten(tickets[index], sizes[index] - num_stored, now_s=self._clock())
+                    self._changed.notify_all()
+
             gate = _LinkGate(
                 link=self._link,
-                tickets=tuple(self._link.submit(size, now_s=now_s, priority=priority) for size in sizes),
+                tickets=tickets,
                 submitted_at_s=now_s,
                 latencies_s=tuple(self._latency_s + self._jitter_s * self._random.random() for _ in sizes),
+                note_done=note_done,
             )
             self._changed.notify_all()  # a larger priority moves the others back
         return self._held(inner, ledger, gate)

@@ -8,10 +8,11 @@ from pathlib import Path
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.directory import is_record_directory
 from cacheflow.stores.keys import key_of, namespace_of
-from cacheflow.stores.opening import StoreUrl, open_store
+from cacheflow.stores.opening import open_store
 from cacheflow.stores.record import HEADER_BYTES, verify
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.stores.shm import shm_folder
+from cacheflow.stores.url import StoreUrl
 from cacheflow.types import LoadOutcome
 
 
@@ -19,7 +20,7 @@ def open_existing(url: str, *, only_look: bool) -> SharedStore:
     """Open a store whose records outlive a process.
 
     Args:
-        url: See ``stores.opening``.
+        url: See ``stores.url``.
         only_look: Closing it leaves the store; otherwise a shared-memory store goes with its last user.
 
     Raises:

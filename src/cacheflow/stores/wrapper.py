@@ -43,6 +43,10 @@ class WrapperStore(Store):
         """See ``Store.locate``."""
         return self.inner.locate(keys)
 
+    def tier_rates(self) -> tuple[float | None, ...]:
+        """See ``Store.tier_rates``."""
+        return self.inner.tier_rates()
+
     def prefetch(self, requests: Sequence[PrefetchRequest], *, within_s: float, keep_s: float = 0.0) -> int:
         """See ``Store.prefetch``; what it moves does not pass through this wrapper."""
         return self.inner.prefetch(requests, within_s=within_s, keep_s=keep_s)

@@ -31,7 +31,7 @@ class EngineFacts:
         costs: Measured costs; None when this engine only loads.
         load_only_reason: Why it only loads; empty when it recomputes too.
         link: The store as this rank reads it; of one with several tiers the fastest.
-        tier_rates: Bytes per second that each tier was measured to deliver; empty where there is one.
+        tier_rates: Bytes per second that each tier was measured to deliver; empty where plans know one link.
         first_layer: The model's layer that is this stage's first.
         weights: Digests of its weights, by layer.
         boundary_token_bytes: Bytes of one token's boundary states, the input of the stage's first layer; 0 where they

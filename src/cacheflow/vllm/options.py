@@ -17,8 +17,9 @@ from cacheflow.errors import ConfigError
 from cacheflow.plan.batch import STARVATION_S
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
 from cacheflow.policies.registry import RESTORE_POLICIES
-from cacheflow.stores.opening import StoreUrl, check_store_url, file_url, shown_url
+from cacheflow.stores.opening import check_store_url
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
+from cacheflow.stores.url import StoreUrl, file_url, shown_url
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "policy": tuple(RESTORE_POLICIES),

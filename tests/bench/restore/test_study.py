@@ -8,7 +8,7 @@ import pytest
 
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
-from cacheflow.stores.opening import file_url
+from cacheflow.stores.url import file_url
 
 pytestmark = pytest.mark.torch
 

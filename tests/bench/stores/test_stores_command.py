@@ -16,8 +16,9 @@ from cacheflow.bench.stores.ways import StoreWay
 from cacheflow.errors import StoreError
 from cacheflow.stores.base import GetRequest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
-from cacheflow.stores.opening import StoreUrl, file_url, open_store
+from cacheflow.stores.opening import open_store
 from cacheflow.stores.shm import shm_folder
+from cacheflow.stores.url import StoreUrl, file_url
 from cacheflow.types import LoadOutcome
 from support.damage import flip_a_bit
 from support.servers import PASSWORD, running_redis

@@ -9,6 +9,7 @@ pytest.importorskip("torch")
 from cacheflow.stores.base import PrefetchRequest
 from cacheflow.stores.keys import RankKeys, chain_root
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.prefetches import ANNOUNCED_S, RENEW_S
@@ -26,10 +27,11 @@ def options(**changes):
     return ConnectorOptions(**{"chunk_tokens": CHUNK, "lookup_timeout_s": 20.0, "explain": True, **changes})
 
 
-def tiered_case(*, salt="", num_prompts=1, clock_s=0.0, **changes):
+def tiered_case(*, salt="", num_prompts=1, clock_s=0.0, throttled=False, **changes):
     """A case whose store holds prompts in the slow tier alone; the last token of each is computed in any case."""
     fast, slow = (MemoryStore(capacity_bytes=1 << 28) for _ in range(2))
-    store = TieredStore({"fast": fast, "slow": slow})
+    tiers = TieredStore({"fast": fast, "slow": slow})
+    store = ThrottledStore(tiers, 1e12) if throttled else tiers
     case = Case(options=options(**changes), store=store, now_s=clock_s)
     prompts = []
     for seed in range(num_prompts):
@@ -38,7 +40,7 @@ def tiered_case(*, salt="", num_prompts=1, clock_s=0.0, **changes):
         assert case.matched("earlier") == 0
         case.hold("earlier", NUM_CHUNKS)
         names = case.side.requests["earlier"]
-        assert store.drain(20.0)
+        assert tiers.drain(20.0)
         keys = [
             RankKeys().kv(names.name.namespace, each, (layer, layer + 1))
             for each in names.prefix.chain_hashes(0, NUM_CHUNKS)
@@ -105,6 +107,14 @@ def test_a_request_that_queues_is_brought_and_one_that_begins_is_not():
     answered(case, "b")
     assert case.begin("b") == NUM_CHUNKS * CHUNK
     assert not case.step().prefetches, "it was begun in the step in which it came"
+
+
+def test_over_a_throttled_link_it_is_brought_too():
+    case, (prompt,) = tiered_case(throttled=True)
+    case.arrive("a", prompt)
+    answered(case, "a")
+    (work,) = case.step().prefetches
+    assert work.chain_hashes == hashes_of(case, prompt)
 
 
 def test_one_that_waits_for_the_stores_answer_alone_does_not_queue():

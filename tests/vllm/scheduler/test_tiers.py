@@ -5,6 +5,7 @@ import pytest
 
 from cacheflow.stores.keys import RankKeys
 from cacheflow.stores.memory import MemoryStore
+from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.stores.tiered import TieredStore
 from support.scheduler_cases import CHUNK, LAYERS, Case, Worker, facts
 
@@ -16,14 +17,15 @@ IN_SLOW = [1] * 4 + [0] * 4
 def begun():
     """Begins a restoration of eight chunks, the first four of which are in the slow tier alone."""
 
-    def begin(*, slowness, measured=True):
+    def begin(*, slowness, measured=True, throttled=False):
         fast, slow = (MemoryStore(capacity_bytes=1 << 28) for _ in range(2))
-        store = TieredStore({"fast": fast, "slow": slow})
+        tiers = TieredStore({"fast": fast, "slow": slow})
+        store = ThrottledStore(tiers, 1e12) if throttled else tiers
         link = facts().link.bytes_per_s
         rates = (link, link / slowness) if measured else ()
         case = Case(facts_by_rank=(facts(tier_rates=rates),), store=store)
         prompt = case.saved_prompt(NUM_CHUNKS * CHUNK + 1, NUM_CHUNKS)
-        assert store.drain(20.0)
+        assert tiers.drain(20.0)
         case.arrive("a", prompt)
         request = case.side.requests["a"]
         hashes = request.prefix.chain_hashes(0, IN_SLOW.count(1))
@@ -55,6 +57,13 @@ def test_the_slower_the_tier_the_more_is_recomputed(begun):
 def test_what_was_never_measured_counts_as_equally_fast(begun):
     _, stage = begun(slowness=5.0, measured=False)
     assert stage.problem.tier_KB[:, 0].tolist() == IN_SLOW
+    assert len(set(stage.problem.load_bytes_KB.ravel().tolist())) == 1
+
+
+def test_tiers_behind_one_link_are_planned_as_one(begun):
+    case, stage = begun(slowness=5.0, throttled=True)
+    assert case.side.requests["b"].question.tiers == tuple(IN_SLOW)
+    assert stage.problem.num_tiers == 1
     assert len(set(stage.problem.load_bytes_KB.ravel().tolist())) == 1
 
 

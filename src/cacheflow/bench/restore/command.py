@@ -20,7 +20,8 @@ from cacheflow.bench.timeline import Timeline, draw_timelines, read_timelines, w
 from cacheflow.errors import ConfigError
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.shapes.hardware import find_model
-from cacheflow.stores.opening import check_store_url, file_url
+from cacheflow.stores.opening import check_store_url
+from cacheflow.stores.url import file_url
 
 if TYPE_CHECKING:
     from cacheflow.bench.restore.rounds import Round, RoundRun

@@ -77,7 +77,7 @@ class StoreStudyLink:
     """
 
     def __init__(self, namespace: Namespace, *, urls: Sequence[str] = ("memory",)) -> None:
-        """Save into the store that ``urls`` name by tier (see ``stores.opening``)."""
+        """Save into the store that ``urls`` name by tier (see ``stores.url``)."""
         self._namespace, self._urls = namespace, urls
         parsed = check_store_url(urls)
         self.store = " over ".join(f"{each.scheme}+{each.codec.name}" if each.codec else each.scheme for each in parsed)

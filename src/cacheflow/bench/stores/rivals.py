@@ -16,9 +16,9 @@ from cacheflow.bench.stores.objects import Objects
 from cacheflow.bench.stores.ways import ReadWay, ThreadsWay
 from cacheflow.stores.base import ByteBuffer, byte_view
 from cacheflow.stores.directory import RecordDirectory, drop_front
-from cacheflow.stores.opening import StoreUrl
 from cacheflow.stores.record import HEADER_BYTES
 from cacheflow.stores.shm import shm_folder
+from cacheflow.stores.url import StoreUrl
 
 _REDIS_PORT = 6379
 _TIMEOUT_S = 30.0

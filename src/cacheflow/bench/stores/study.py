@@ -15,9 +15,9 @@ from cacheflow.bench.stores.ways import ChecksumWay, ReadWay, StoreWay
 from cacheflow.bench.suite import OnRun, rotated
 from cacheflow.errors import StoreError
 from cacheflow.stores.base import Store
-from cacheflow.stores.opening import StoreUrl
 from cacheflow.stores.threaded import ThreadedStore
 from cacheflow.stores.throttled import ThrottledStore
+from cacheflow.stores.url import StoreUrl
 
 OURS = "cacheflow"
 UNVERIFIED = "unverified"

@@ -177,9 +177,9 @@ class Decider:
         can_compute = self.can_compute and (num_text_tokens is None or end <= num_text_tokens) and has_start_states
         policy = self.policy if can_compute and params.mode is not Mode.LOAD else Load()
         span = self._span(start, end, num_tokens)
-        if stored.tiers:
+        if rates := stored.tiers and self._rates_of_tiers():
             chunks = slice(start // span.chunk_tokens, end // span.chunk_tokens)
-            span = replace(span, tiers=stored.tiers[chunks], tier_rates=self._rates_of_tiers())
+            span = replace(span, tiers=stored.tiers[chunks], tier_rates=rates)
         stages = self._plans(policy, span, self._sources(stored.num_boundaries, span))
         if self._guarded and params.mode is Mode.AUTO and (reason := self._why_prefill(stages)):
             # vLLM's own prefill recomputes at least as fast, and batches with what else there is.

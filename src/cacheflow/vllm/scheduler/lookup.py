@@ -72,10 +72,6 @@ class PrefixLookup:
         """Ask in which of the store's tiers each of these objects is; None of a store that has none."""
         return self._ask(partial(self._store.locate, keys), ()) if self._store.stats().tiers else None
 
-    def tier_rates(self) -> tuple[float | None, ...]:
-        """Bandwidth of each of the store's tiers now; asks no medium."""
-        return tuple(tier.bytes_per_s for tier in self._store.stats().tiers)
-
     def _ask(self, question: Callable[[], T], nothing: T) -> Lookup[T]:
         future = self._asker.ask(question, nothing)
         return Lookup(future, nothing, deadline_at_s=self._clock() + self._timeout_s, clock=self._clock)

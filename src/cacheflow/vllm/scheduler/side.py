@@ -90,7 +90,7 @@ class SchedulerSide:
         self._prefetches = Prefetches(
             store, facts_by_rank, options, questions=self._questions, keeps=self._keeps, clock=clock
         )
-        self.decider = Decider(by_stage, options, clock=clock, tier_rates=self._lookup.tier_rates)
+        self.decider = Decider(by_stage, options, clock=clock, tier_rates=store.tier_rates)
         self.restorations = Restorations(
             options,
             self.decider,

@@ -97,7 +97,7 @@ def find_engine(
         costs=costs,
         load_only_reason=handle.refusal,
         link=link,
-        tier_rates=tuple(tier.bytes_per_s for tier in store.stats().tiers),
+        tier_rates=store.tier_rates(),
         first_layer=handle.start_layer,
         weights=weights,
         linked=can_link(handle),
