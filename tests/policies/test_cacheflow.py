@@ -58,7 +58,8 @@ def test_compute_and_the_link_of_a_hybrid_meet_among_cells_without_states(bytes_
 
     truth = replace(problem, compute_KB=problem.compute_KB * slower, kv_only_KB=problem.kv_only_KB * slower)
     run = run_virtual(problem, plan, Conditions(truth=truth))
-    assert run.state.letters()[-1].count("l") <= num_blocks - whole, "only of the highest row a state more than planned"
+    letters = run.state.board.letters()
+    assert letters[-1].count("l") <= num_blocks - whole, "only of the highest row a state more than planned"
     assert run.restore_s <= 1.03 * bound(truth).restore_s
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Tile, block_layers
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.tensors.streams import StreamEvent
 from cacheflow.vllm.adapters import Adapter
@@ -17,7 +17,6 @@ from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import Carry
 from cacheflow.vllm.models.partial_forward import PartialForward, Segment
 from cacheflow.vllm.worker.checkpoint import Checkpoint
-from cacheflow.vllm.worker.layout import block_layers
 from cacheflow.vllm.worker.stage_link import StageLink
 
 

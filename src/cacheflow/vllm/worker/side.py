@@ -127,7 +127,7 @@ class WorkerSide:
         )
         self._prefetch = PrefixPrefetch(store, facts, engine.layout, engine.states, chunk_tokens=chunk_tokens)
         self._keeper, self._keeps = PrefixKeeper(store), list[KeepWork]()
-        self._carrier = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
+        self._executor = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
         self._request_of: dict[int, str] = {}
         self._adapter_of: dict[int, Adapter] = {}
         self._report = NOTHING_DONE
@@ -155,7 +155,7 @@ class WorkerSide:
     @property
     def idle(self) -> bool:
         """Whether nothing is left of any restoration."""
-        return self._carrier.idle and not (self._request_of or self._failed_blocks)
+        return self._executor.idle and not (self._request_of or self._failed_blocks)
 
     def expect(self, work: StepWork) -> None:
         """Get ready for the forward that is about to run, and keep boundary states of it; call before every forward."""
@@ -220,19 +220,19 @@ class WorkerSide:
             self._link.begin_step()
         for target in work.targets:
             self._request_of[target.restore_id] = target.request_id
-            claim = work.adapters.get(target.restore_id)
-            if claim is not None and claim.adapter is not None:
-                self._adapter_of[target.restore_id] = claim.adapter
+            version = work.adapters.get(target.restore_id)
+            if version is not None and version.adapter is not None:
+                self._adapter_of[target.restore_id] = version.adapter
             self._copy_shared(target)
             if target.start_states:
                 assert self._engine.states is not None, "running states are copied of models that have any"
                 self._engine.states.copy(target.start_states, target.state_blocks)
             self._state.begin(target, work)
-            self._carrier.begin(target)
+            self._executor.begin(target)
         for restore_id, block_ids in work.failed_blocks.items():
             self._failed_blocks.update(block_ids)
             self._failing.add(restore_id)
-        self._carrier.carry_out(work.of_stage(self._engine.handle.shard.pp_rank), wait_s=work.wait_s)
+        self._executor.carry_out(work.of_stage(self._engine.handle.shard.pp_rank), wait_s=work.wait_s)
 
     def _copy_shared(self, target: RestoreTarget) -> None:
         """Copy what another restoration has restored; its blocks are held at least until the end of this step."""
@@ -249,7 +249,7 @@ class WorkerSide:
 
     def take_finished(self) -> set[str]:
         """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""
-        self._report = report = self._carrier.take_report()
+        self._report = report = self._executor.take_report()
         if report.finished:
             self._engine.layout.see_placed()  # also of what was given up: its blocks are others' from now on
             refused = self._state.end(report.finished)
@@ -283,7 +283,7 @@ class WorkerSide:
 
     def close(self) -> None:
         """End the threads; nothing touches the KV blocks any more."""
-        self._carrier.close()
+        self._executor.close()
         self.saver.close()
         self._keeper.close()
         self._prefetch.close()
