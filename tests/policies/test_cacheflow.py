@@ -21,7 +21,7 @@ def test_equal_blocks_keep_the_meeting_point_free():
     assert plan.load_sequence[:8] == tuple(replace(tile, block_lo=1) for tile in tail_first)
     assert plan.load_sequence[8:] == tuple(replace(tile, block_hi=1) for tile in tail_first)
     assert plan.bottom_row_by_compute
-    assert plan.suffix_start is SuffixStart.BEHIND_LOAD
+    assert plan.suffix_start is SuffixStart.BLOCK_BY_BLOCK
     assert plan.balance_suffix
     assert plan.guard.choice is Choice.HYBRID
     assert plan.predicted.ttft_s <= bound(problem).ttft_s * 1.04

@@ -182,7 +182,7 @@ def test_layerwise_load_climbs_behind_the_load():
         compute_sequence=(),
         load_sequence=rows,
         share=Share.NONE,
-        suffix_start=SuffixStart.BEHIND_LOAD,
+        suffix_start=SuffixStart.BLOCK_BY_BLOCK,
     )
     run = run_virtual(problem, plan)
     expected = problem.load_s + problem.suffix_B[-1] + problem.head_s

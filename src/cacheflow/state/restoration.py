@@ -197,7 +197,8 @@ class RestoreState:
         else:
             self._failed_in_row = 0
             self.outcomes[LoadOutcome.OK] += 1
-            wanted = self._wants(piece)
+            still_open = self.board.state(*piece) in (CellState.LOADING, CellState.OPEN)
+            wanted = still_open and not self.compute.must_pass(piece)
             if wanted:
                 self.board.set(*piece, CellState.PLACING)
             else:
@@ -206,23 +207,13 @@ class RestoreState:
             self.link.begin_place()
         return wanted
 
-    def _wants(self, cell: Cell) -> bool:
-        """Whether a cell that was read is still of use: compute has not begun it."""
-        if self._starts_over(cell):
-            return False
-        return self.board.state(*cell) in (CellState.LOADING, CellState.OPEN)
-
-    def _starts_over(self, cell: Cell) -> bool:
-        """Whether compute must pass a cell for the running state of a recurrent block, whatever the link brings."""
-        return cell.block < self.board.recurrent_blocks(self.compute.demand_K[cell.chunk])
-
     def complete_load(self, piece: Piece, now_s: float) -> None:
         """Note that a placed read is where compute finds it."""
         self.link.end_place()
         if isinstance(piece, Boundary):
             self.boundaries.complete(piece.chunk, now_s)
             return
-        self.board.set(*piece, CellState.OPEN if self._starts_over(piece) else CellState.LOADED)
+        self.board.set(*piece, CellState.OPEN if self.compute.must_pass(piece) else CellState.LOADED)
 
     def fail_load(self, piece: Piece, outcome: LoadOutcome) -> None:
         """Note that a read gave nothing usable.

@@ -228,3 +228,31 @@ class VllmComputePort:
             next_token=self._target.token_after(chunk),
             adapter=self._adapter,
         )
+
+
+class NoComputePort:
+    """The compute side of an engine that only loads: nobody asks it to compute."""
+
+    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
+        """``checkpoint`` takes the running states that are read; None of a model without recurrent layers."""
+        self._checkpoint = checkpoint
+
+    def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
+        """Never called.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"an engine that only loads was asked to recompute {tile}, keys only: {kv_only_top}")
+
+    def restart(self, chunk: int) -> None:
+        """Nothing to forget."""
+
+    def run_suffix(self, block_lo: int, block_hi: int) -> None:
+        """Never called: vLLM runs the new tokens."""
+        raise ValueError(f"an engine that only loads was asked to run blocks [{block_lo}, {block_hi})")
+
+    def finish(self) -> None:
+        """Write the running states that were read."""
+        if self._checkpoint is not None:
+            self._checkpoint.write()

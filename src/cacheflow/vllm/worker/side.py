@@ -6,7 +6,6 @@ import itertools
 import time
 from dataclasses import dataclass
 
-from cacheflow.plan.grid import Tile
 from cacheflow.restore.ports import ComputePort
 from cacheflow.restore.step_executor import Ports, StepExecutor
 from cacheflow.restore.work import RankReport, RestoreTarget, StepReport
@@ -24,7 +23,7 @@ from cacheflow.vllm.worker.keeper import PrefixKeeper
 from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.model_state import ModelState
 from cacheflow.vllm.worker.prefetch import PrefixPrefetch
-from cacheflow.vllm.worker.recompute import VllmComputePort
+from cacheflow.vllm.worker.recompute import NoComputePort, VllmComputePort
 from cacheflow.vllm.worker.saver import ChunkSaver
 from cacheflow.vllm.worker.stage_link import StageAnswers, link_stages
 from cacheflow.vllm.worker.state_blocks import StateBlocks
@@ -50,34 +49,6 @@ class FoundEngine:
     states: StateBlocks | None
     forward: PartialForward | None
     facts: EngineFacts
-
-
-class NoComputePort:
-    """The compute side of an engine that only loads: nobody asks it to compute."""
-
-    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
-        """``checkpoint`` takes the running states that are read; None of a model without recurrent layers."""
-        self._checkpoint = checkpoint
-
-    def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
-        """Never called.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(f"an engine that only loads was asked to recompute {tile}, keys only: {kv_only_top}")
-
-    def restart(self, chunk: int) -> None:
-        """Nothing to forget."""
-
-    def run_suffix(self, block_lo: int, block_hi: int) -> None:
-        """Never called: vLLM runs the new tokens."""
-        raise ValueError(f"an engine that only loads was asked to run blocks [{block_lo}, {block_hi})")
-
-    def finish(self) -> None:
-        """Write the running states that were read."""
-        if self._checkpoint is not None:
-            self._checkpoint.write()
 
 
 class WorkerSide:
