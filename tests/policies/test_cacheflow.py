@@ -21,7 +21,7 @@ def test_equal_blocks_keep_the_meeting_point_free():
     assert plan.load_sequence[:8] == tuple(replace(tile, block_lo=1) for tile in tail_first)
     assert plan.load_sequence[8:] == tuple(replace(tile, block_hi=1) for tile in tail_first)
     assert plan.bottom_row_by_compute
-    assert plan.suffix_start is SuffixStart.BEHIND_LOAD
+    assert plan.suffix_start is SuffixStart.BLOCK_BY_BLOCK
     assert plan.balance_suffix
     assert plan.guard.choice is Choice.HYBRID
     assert plan.predicted.ttft_s <= bound(problem).ttft_s * 1.04
@@ -58,7 +58,8 @@ def test_compute_and_the_link_of_a_hybrid_meet_among_cells_without_states(bytes_
 
     truth = replace(problem, compute_KB=problem.compute_KB * slower, kv_only_KB=problem.kv_only_KB * slower)
     run = run_virtual(problem, plan, Conditions(truth=truth))
-    assert run.state.letters()[-1].count("l") <= num_blocks - whole, "only of the highest row a state more than planned"
+    letters = run.state.board.letters()
+    assert letters[-1].count("l") <= num_blocks - whole, "only of the highest row a state more than planned"
     assert run.restore_s <= 1.03 * bound(truth).restore_s
 
 

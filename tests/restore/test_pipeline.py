@@ -58,7 +58,7 @@ class Scheduler:
         self.staged.apply(StepReport({rank: RankReport(computes=(report,))}), self.now_s)
 
     def boundary(self, stage, chunk):
-        return self.staged.stages[stage].state.boundary(chunk)
+        return self.staged.stages[stage].state.boundaries.state(chunk)
 
 
 def reads_of(orders):
@@ -96,7 +96,7 @@ def test_a_lost_boundary_leaves_its_chunk_and_all_later_ones_to_the_link(outcome
     scheduler.next_work()
     scheduler.loaded(1, Boundary(0))
     scheduler.loaded(1, Boundary(1), outcome=outcome)
-    assert not any(scheduler.staged.stages[1].state.computable(chunk) for chunk in (1, 2, 3))
+    assert not any(scheduler.staged.stages[1].state.boundaries.computable(chunk) for chunk in (1, 2, 3))
     chunks, reads = set(), set()
     for _ in range(20):
         orders = scheduler.next_work(compute_budget_s=math.inf, read_ahead_s=math.inf)[1]
@@ -301,9 +301,9 @@ def test_a_chunk_that_the_stage_above_has_loaded_is_not_sent():
     upper = scheduler.staged.stages[1].state
     for block in (2, 1, 0):
         for chunk in (3, 2, 1):
-            while upper.cell(chunk, block).name == "OPEN":
+            while upper.board.state(chunk, block).name == "OPEN":
                 upper.claim_load(0.0)
-    assert upper.cell(1, 0).name == "LOADING"
+    assert upper.board.state(1, 0).name == "LOADING"
     sent = [o.tile.chunk_lo for orders in run_steps(scheduler, 9) for o in orders[0].compute if o.sends]
     assert sent == [0]
 
@@ -320,7 +320,7 @@ def test_what_the_stage_below_loads_is_left_to_the_link_once_it_is_through():
     above = scheduler.staged.stages[1].state
     loaded = [chunk for chunk in range(4) if scheduler.boundary(1, chunk) is not BoundaryState.RESIDENT]
     assert loaded
-    assert not any(above.computable(chunk) for chunk in loaded)
+    assert not any(above.boundaries.computable(chunk) for chunk in loaded)
 
 
 @pytest.mark.parametrize("last", ["cancel", "finish"])

@@ -68,7 +68,7 @@ class Scheduler:
         return LoadReport(restore_id=restore_id, piece=piece, outcome=outcome, num_bytes=512 * 768, busy_s=busy_s)
 
     def cell(self, chunk, block):
-        return self.stepped.state.cell(chunk, block)
+        return self.stepped.state.board.state(chunk, block)
 
     @property
     def rates(self):
@@ -251,7 +251,7 @@ def test_compute_that_takes_over_a_read_drops_it_and_that_is_no_failure():
     before = scheduler.stepped.state._failed_in_row  # noqa: SLF001 -- a streak that shows only when it closes the link
     scheduler.loaded(*drops, outcome=LoadOutcome.CANCELLED)
     assert scheduler.stepped.state._failed_in_row == before == 1  # noqa: SLF001
-    assert not scheduler.stepped.state.in_flight_bytes
+    assert not scheduler.stepped.state.link.in_flight_bytes
     report = scheduler.stepped.report(1.0)
     assert report.cells_KB == ("cccc",)
     assert report.failed_loads["miss"] == 1
@@ -512,5 +512,5 @@ def test_any_plan_budget_and_delay_restores_every_cell(
     stepped = stepped_for(planned, make_policy(policy).plan(planned))
     VirtualSteps(truth, stepped, budget_s=budget_s, read_ahead_s=read_ahead_s, delay=delay).run()
     grid = truth.grid
-    assert {stepped.state.cell(k, b) for k in range(grid.num_chunks) for b in range(num_blocks)} <= set(RESIDENT)
+    assert {stepped.state.board.state(k, b) for k in range(grid.num_chunks) for b in range(num_blocks)} <= set(RESIDENT)
     assert stepped.resident_tokens() == num_tokens

@@ -157,7 +157,7 @@ class World:
             assert claim.block_lo == self.suffix_next < claim.block_hi
             self.suffix_next = claim.block_hi
             needed = Tile(0, grid.num_chunks, claim.block_lo, claim.block_hi).cells() if grid.num_chunks else ()
-            assert all(self.state.cell(*cell) in RESIDENT for cell in needed)
+            assert all(self.state.board.state(*cell) in RESIDENT for cell in needed)
             return
         tile = claim.tile
         for chunk in range(tile.chunk_lo, tile.chunk_hi):
@@ -168,7 +168,7 @@ class World:
                 assert chunk in (0, self.passed.get(block, 0)), "the running state is not that of the chunks before"
                 self.passed[block] = chunk + 1
         for head in range(tile.chunk_lo):
-            assert all(self.state.cell(head, block) in RESIDENT for block in range(tile.block_lo, tile.block_hi))
+            assert all(self.state.board.state(head, block) in RESIDENT for block in range(tile.block_lo, tile.block_hi))
 
 
 def run_seed(seed: int, *, recurrent: bool = False) -> None:
@@ -190,11 +190,11 @@ def run_seed(seed: int, *, recurrent: bool = False) -> None:
     )
     state = world.run()
     assert state.restored
-    assert state.in_flight_bytes == 0
+    assert state.link.in_flight_bytes == 0
     assert recurrent or all(count == 1 for count in world.loaded.values())
     for block in np.flatnonzero(problem.recurrent_B):
         last = problem.grid.num_chunks - 1
-        brought = state.cell(last, block) is CellState.LOADED
+        brought = state.board.state(last, block) is CellState.LOADED
         assert brought or world.passed[block] == last + 1, "the state at the end is neither loaded nor recomputed"
     assert world.suffix_next == (problem.grid.num_blocks if problem.grid.suffix_ends else 0)
     board = state.board

@@ -65,8 +65,8 @@ def test_without_the_checkpoint_of_a_row_it_and_all_below_are_recomputed_to_the_
         found, witness = run(problem, make_policy(policy).plan(problem), fails=fails)
         assert not witness.broken
         assert not witness.lacks_end_states(found.state)
-        assert {letters[: row + 1] for letters in found.state.letters()} == {"c" * (row + 1)}, policy
-        assert any("l" in letters[row + 1 :] for letters in found.state.letters()) or row == 9
+        assert {letters[: row + 1] for letters in found.state.board.letters()} == {"c" * (row + 1)}, policy
+        assert any("l" in letters[row + 1 :] for letters in found.state.board.letters()) or row == 9
 
 
 def test_lost_keys_and_values_are_recomputed_from_the_front_over_cells_that_are_there():
@@ -77,10 +77,10 @@ def test_lost_keys_and_values_are_recomputed_from_the_front_over_cells_that_are_
 
     found, witness = run(problem, make_policy("load").plan(problem), fails=fails)
     assert not witness.broken
-    letters = found.state.letters()
+    letters = found.state.board.letters()
     assert {each[:4] for each in letters[:6]} == {"cccc"}
     assert all(set(each) == {"l"} for each in letters[6:])
-    assert found.state.cell(len(letters) - 1, 3) is CellState.LOADED
+    assert found.state.board.state(len(letters) - 1, 3) is CellState.LOADED
 
 
 def test_a_short_prefix_is_split_by_layers_because_a_row_recomputed_to_the_end_needs_no_checkpoint():

@@ -25,7 +25,7 @@ from support.virtual_driver import Conditions, run_virtual
 
 def assert_complete(state: RestoreState) -> None:
     grid = state.problem.grid
-    cells = [state.cell(k, b) for k in range(grid.num_chunks) for b in range(grid.num_blocks)]
+    cells = [state.board.state(k, b) for k in range(grid.num_chunks) for b in range(grid.num_blocks)]
     assert set(cells) <= {CellState.COMPUTED, CellState.LOADED}
     assert state.restored
 
@@ -43,7 +43,7 @@ class StaircaseCheck:
             self.suffix_next = claim.block_hi
             for block in range(claim.block_lo, claim.block_hi):
                 for chunk in range(state.problem.grid.num_chunks):
-                    assert state.cell(chunk, block) in (CellState.COMPUTED, CellState.LOADED)
+                    assert state.board.state(chunk, block) in (CellState.COMPUTED, CellState.LOADED)
         if claim.tile is None:
             return
         tile: Tile = claim.tile
@@ -53,7 +53,7 @@ class StaircaseCheck:
             assert self.height.get(chunk, 0) == tile.block_lo, "activations of the block below are missing"
             for block in range(tile.block_lo, tile.block_hi):
                 for earlier in range(tile.chunk_lo):
-                    assert state.cell(earlier, block) in (CellState.COMPUTED, CellState.LOADED)
+                    assert state.board.state(earlier, block) in (CellState.COMPUTED, CellState.LOADED)
             self.height[chunk] = -1 if claim.kv_only_top else tile.block_hi
 
 
@@ -99,7 +99,7 @@ def test_failed_reads_are_recomputed_and_counted(failing, outcome, suffix_tokens
     )
     assert_complete(run.state)
     for cell in failing:
-        assert run.state.cell(*cell) is CellState.COMPUTED
+        assert run.state.board.state(*cell) is CellState.COMPUTED
     assert run.state.outcomes[outcome] <= len(failing)
 
 
@@ -138,7 +138,7 @@ def test_a_slow_link_is_relieved_of_a_chunk_when_the_suffix_waits_for_it():
     run = run_virtual(
         problem, shared_plan(problem), Conditions(bandwidth_at=lambda now: full if now < 0.8 * unit_s else full / 20)
     )
-    assert run.state.num_repaired > 0
+    assert run.state.compute.num_repaired > 0
     assert run.ttft_s < 2 * unit_s
 
 
@@ -182,7 +182,7 @@ def test_layerwise_load_climbs_behind_the_load():
         compute_sequence=(),
         load_sequence=rows,
         share=Share.NONE,
-        suffix_start=SuffixStart.BEHIND_LOAD,
+        suffix_start=SuffixStart.BLOCK_BY_BLOCK,
     )
     run = run_virtual(problem, plan)
     expected = problem.load_s + problem.suffix_B[-1] + problem.head_s

@@ -53,7 +53,7 @@ def test_compute_goes_on_through_cells_the_link_has_brought_instead_of_starting_
             restarts.append(claim.tile.chunk_lo)
 
     run = run_over_falling_link(problem, 0.5 * run_virtual(problem, shared_plan(problem)).ttft_s, check)
-    recomputed_in_vain = run.state.num_repaired
+    recomputed_in_vain = run.state.compute.num_repaired
     assert recomputed_in_vain > 0, "the link falls far enough that its cells are taken"
     assert len(restarts) <= 1, "at most the chunk that the link had begun from its bottom"
 
@@ -66,14 +66,14 @@ def waiting_state() -> RestoreState:
 def test_a_read_that_is_overdue_counts_before_it_ends_and_no_longer_once_it_has():
     state = waiting_state()
     cell = state.claim_load(0.0)
-    expected_s = state.expected_load_s()
+    expected_s = state.link.expected_s()
     state.claim_compute(0.0)
-    assert state.expected_load_s() == pytest.approx(expected_s), "not overdue"
+    assert state.link.expected_s() == pytest.approx(expected_s), "not overdue"
     state.claim_compute(4 * expected_s)
-    assert state.expected_load_s() > 1.5 * expected_s
+    assert state.link.expected_s() > 1.5 * expected_s
     state.begin_place(cell)
     state.claim_load(4 * expected_s)
-    assert state.expected_load_s() == pytest.approx(expected_s)
+    assert state.link.expected_s() == pytest.approx(expected_s)
 
 
 def test_an_overdue_read_only_ever_slows_the_known_bandwidth():
@@ -99,7 +99,7 @@ def test_a_cell_taken_back_is_placed_all_the_same_when_its_read_comes_first():
     state.board.set(*reads[0], CellState.OPEN)
     assert state.begin_place(reads[0])
     state.complete_load(reads[0], 0.0)
-    assert state.cell(*reads[0]) is CellState.LOADED
+    assert state.board.state(*reads[0]) is CellState.LOADED
 
 
 def test_a_taken_read_that_fails_is_not_asked_for_again():
@@ -116,4 +116,4 @@ def test_a_taken_read_that_fails_is_not_asked_for_again():
         if claim.kind is not ClaimKind.WAIT:
             state.complete_compute(claim, actual_s=claim.predicted_s)
         now_s += 0.01
-    assert state.cell(*cell) is CellState.COMPUTED
+    assert state.board.state(*cell) is CellState.COMPUTED

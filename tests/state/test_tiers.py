@@ -39,7 +39,7 @@ def claim_all(state, under_way, now_s):
         tier = state.board.tier(*cell)
         assert tier not in busy
         under_way[tier].append(cell)
-        assert state.reads_of(tier) == len(under_way[tier])
+        assert state.link.reads_by_tier[tier] == len(under_way[tier])
 
 
 def end_read(state, cell, now_s):
@@ -56,7 +56,7 @@ def test_a_fast_tier_goes_on_while_a_slow_one_has_not_answered():
         end_read(state, under_way[0].popleft(), step * 0.01)
     claim_all(state, under_way, 1.0)
     assert not under_way[0]
-    assert all(state.is_resident(chunk, block) for chunk in (3, 4, 5) for block in range(6))
+    assert all(state.board.is_resident(chunk, block) for chunk in (3, 4, 5) for block in range(6))
     assert not state.restored
 
 
@@ -103,7 +103,7 @@ def test_every_cell_is_restored_whichever_tier_is_ahead(tiers, plan, suffix_toke
             end_read(state, under_way[side].popleft(), now_s)
     assert state.restored
     num_blocks = state.problem.grid.num_blocks
-    cells = {state.cell(chunk, block) for chunk in range(len(tiers)) for block in range(num_blocks)}
+    cells = {state.board.state(chunk, block) for chunk in range(len(tiers)) for block in range(num_blocks)}
     assert cells <= {CellState.COMPUTED, CellState.LOADED}
 
 

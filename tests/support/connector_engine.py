@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cacheflow.vllm.options import ConnectorOptions, ServingOptions
 from cacheflow.vllm.plugin import CONNECTORS
 from support import kv_bytes
 from support.vllm_models import TINY, attention_of
@@ -73,6 +74,7 @@ class ServingEngine:
     groups: object
     kv_caches: dict[str, torch.Tensor]
     num_requests: int = 0
+    options: ServingOptions | None = None
     keeps_kv: bool = True
     answers: dict[str, Answer] = field(default_factory=dict)
     _prompts: dict[str, list[int]] = field(default_factory=dict)
@@ -92,17 +94,15 @@ class ServingEngine:
 
     @property
     def connector(self):
-        """The scheduler's half."""
         return ours(self.scheduler.connector)
 
     @property
     def side(self):
-        return self.connector.half
+        return self.connector.scheduler_side
 
     @property
     def worker(self):
-        """The worker's half."""
-        return self.worker_connector.half
+        return self.worker_connector.worker_side
 
     @property
     def worker_connector(self):
@@ -300,24 +300,23 @@ class ServingEngine:
         return kv_bytes.gather(self.layout, block_ids)
 
     def configure(self, **changes) -> None:
-        """Start the connector's two halves anew with other options, on the same store, as an engine start would."""
+        """Start the connector's two sides anew with other options, on the same store, as vLLM does when it starts."""
+        from cacheflow.vllm.connector import CacheFlowHandshake
         from cacheflow.vllm.starting import Starting
 
-        self.evict()  # the worker's half tries things out in the KV cache
-        connector = self.connector
-        options, store = dataclasses.replace(connector.options, **changes), self.store
+        self.evict()  # the worker side tries things out in the KV cache
+        connector, worker_connector, store = self.connector, self.worker_connector, self.store
+        self.options = options = dataclasses.replace(self.options, **changes)
         self.worker.close()
         self.side.close()
-        worker_connector, runner = self.worker_connector, self.core.model_executor.driver_worker.worker.model_runner
-        fresh = Starting(
-            options=options, store=store, vllm_config=runner.vllm_config, kv_cache_config=runner.kv_cache_config,
-            kv_caches=self.kv_caches,
-        )  # fmt: skip
-        worker_connector.half, connector.options = fresh.worker(), options
-        facts = worker_connector.half.facts
+        configs = {"vllm_config": self.runner.vllm_config, "kv_cache_config": self.runner.kv_cache_config}
+        worker_connector.begin(Starting(options=options, store=store, **configs))
+        worker_connector.register_kv_caches(self.kv_caches)
+        facts = worker_connector.get_handshake_metadata().facts
         if facts.costs is not None:  # the scheduler is held to chunks, whatever pass was measured
             facts = dataclasses.replace(facts, costs=dataclasses.replace(facts.costs, engine_pass=None))
-        connector.half = fresh.scheduler([facts])
+        connector.begin(Starting(options=options, store=store, **configs))
+        connector.set_xfer_handshake_metadata_pp_aware({(0, 0): CacheFlowHandshake(facts)})
         if "chunk_tokens" in changes:
             self.scheduler.max_num_scheduled_tokens = options.chunk_tokens
 
@@ -327,13 +326,13 @@ class ServingEngine:
         from cacheflow.vllm.scheduler.stage_planner import PlanSpan
 
         decider = self.side.decider
-        chunk_tokens = self.connector.options.chunk_tokens
+        chunk_tokens = self.options.chunk_tokens
         span = PlanSpan(start=0, end=num_tokens // chunk_tokens * chunk_tokens, chunk_tokens=chunk_tokens)
         problem = decider.stages[0].problem(span, stored=False)
         compute_s = float(problem.compute_KB.sum()) * decider.rates.compute_factor
         bytes_per_s = float(problem.load_bytes_KB.sum()) / (ratio * compute_s)
         self.throttled.set_bandwidth(bytes_per_s)
-        decider.rates = LiveRates(bytes_per_s=bytes_per_s, compute_factor=decider.rates.compute_factor)
+        decider.stages[0].rates = LiveRates(bytes_per_s=bytes_per_s, compute_factor=decider.rates.compute_factor)
 
     @property
     def throttled(self):
@@ -350,7 +349,7 @@ class ServingEngine:
         from cacheflow.plan.rates import LiveRates
 
         self.throttled.set_bandwidth(bytes_per_s)
-        self.side.decider.rates = LiveRates(bytes_per_s=bytes_per_s)
+        self.side.decider.stages[0].rates = LiveRates(bytes_per_s=bytes_per_s)
 
 
 def ours(connector):
@@ -453,9 +452,10 @@ def serving_engine(
     from cacheflow.vllm.models.kv_groups import KvGroups
     from cacheflow.vllm.worker.layout import BlockLayout
 
-    transfer = None
+    transfer = own = None
     if options is not None:
         transfer = kv_transfer_config(folder / "profiles", {"chunk_tokens": chunk_tokens, **options}, connector)
+        own = ConnectorOptions.parse(transfer["kv_connector_extra_config"]).for_engine(chunk_tokens)
         transfer = transfer if around is None else around(transfer)
     with registered_caches() as caches:
         llm = new_llm(folder, dtype=dtype, chunk_tokens=chunk_tokens, transfer=transfer, **overrides)
@@ -465,7 +465,7 @@ def serving_engine(
         attention = kv_caches_of(runner)
         caches = caches or attention
         layout = BlockLayout.from_kv_caches(caches, runner.kv_cache_config, layer_names=list(attention))
-        serving = ServingEngine(llm, layout, KvGroups.of(runner.kv_cache_config), caches)
+        serving = ServingEngine(llm, layout, KvGroups.of(runner.kv_cache_config), caches, options=own)
         del core, runner, caches, attention
         yield serving
         serving.llm = None

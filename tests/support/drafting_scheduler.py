@@ -181,6 +181,8 @@ def drafting_engine(config: Any, *, seed: int, luck: float, overlap: int, num_bl
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
+    from cacheflow.vllm.connector import CacheFlowHandshake
+
     config.cache_config.num_gpu_blocks = num_blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=4, dtype=torch.bfloat16)
     caches = KVCacheConfig(
@@ -191,7 +193,7 @@ def drafting_engine(config: Any, *, seed: int, luck: float, overlap: int, num_bl
         vllm_config=config, kv_cache_config=caches, block_size=BLOCK, hash_block_size=BLOCK,
         structured_output_manager=StructuredOutputManager(config),
     )  # fmt: skip
-    scheduler.connector.half = scheduler.connector.half.scheduler([facts(block_size=BLOCK)])
+    scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): CacheFlowHandshake(facts(block_size=BLOCK))})
     return DraftingEngine(scheduler, luck, overlap, random.Random(seed))
 
 

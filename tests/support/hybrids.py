@@ -105,7 +105,7 @@ class Witness:
                 if chunk not in (0, self._passed.get(block, 0)):
                     self.broken.append(f"{claim}: the state of row {block} is at {self._passed.get(block, 0)}")
                 self._passed[block] = chunk + 1
-                before = [state.cell(head, block) for head in range(tile.chunk_lo)]
+                before = [state.board.state(head, block) for head in range(tile.chunk_lo)]
                 if not all(each in RESIDENT for each in before):
                     self.broken.append(f"{claim}: row {block} lacks keys and values before it")
 
@@ -115,5 +115,5 @@ class Witness:
         return [
             block
             for block in range(self.problem.grid.num_blocks)
-            if state.cell(last, block) is not CellState.LOADED and self._passed.get(block) != last + 1
+            if state.board.state(last, block) is not CellState.LOADED and self._passed.get(block) != last + 1
         ]

@@ -59,7 +59,7 @@ def shared_plan(problem: RestoreProblem, *, bottom_row: bool = False) -> Restore
         compute_sequence=columns,
         load_sequence=load_sequence,
         share=Share.LAYERS,
-        suffix_start=SuffixStart.BEHIND_LOAD if has_suffix else SuffixStart.AFTER_RESTORE,
+        suffix_start=SuffixStart.BLOCK_BY_BLOCK if has_suffix else SuffixStart.AFTER_RESTORE,
         levels_K=(0,) * grid.num_chunks,
         predicted=Prediction(restore_s=0.0, ttft_s=0.0, compute_s=0.0, load_s=0.0),
         balance_suffix=has_suffix,

@@ -300,7 +300,7 @@ class Session:
 
     def scheduler_side(self, function: Any, args: tuple = ()) -> Any:
         """Run a function on the connector's scheduler side."""
-        return function(self.core.scheduler.connector.half, *args)
+        return function(self.core.scheduler.connector.scheduler_side, *args)
 
 
 def runner_of(worker: Any) -> Any:
@@ -346,10 +346,10 @@ def process_id(_: Any) -> int:
 
 
 def our_side(worker: Any) -> Any:
-    """The connector's worker half on this rank."""
+    """This rank's worker side."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return get_kv_transfer_group().half
+    return get_kv_transfer_group().worker_side
 
 
 def settled(worker: Any) -> dict:

@@ -32,18 +32,18 @@ def make_old(folder):
 
 def test_content_decides_and_nothing_else(tmp_path):
     files = AdapterFiles()
-    one = files.claim(adapter(write(tmp_path / "one")))
-    assert files.claim(adapter(write(tmp_path / "two"), number=7, name="other")).digest == one.digest
-    assert files.claim(adapter(write(tmp_path / "two"), number=7)).number == 7
+    one = files.version(adapter(write(tmp_path / "one")))
+    assert files.version(adapter(write(tmp_path / "two"), number=7, name="other")).digest == one.digest
+    assert files.version(adapter(write(tmp_path / "two"), number=7)).number == 7
     others = [
         adapter(write(tmp_path / "weights", "others")),
         adapter(write(tmp_path / "config", config='{"r": 8}')),
         adapter(tmp_path / "one", stacked_experts=True),
     ]
-    assert len({one.digest, *(files.claim(each).digest for each in others)}) == 4
+    assert len({one.digest, *(files.version(each).digest for each in others)}) == 4
     (tmp_path / "one" / "optimizer.pt").write_text("anything")
     (tmp_path / "one" / "README.md").write_text("anything")
-    assert files.claim(adapter(tmp_path / "one")) == one
+    assert files.version(adapter(tmp_path / "one")) == one
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -51,13 +51,13 @@ def test_files_that_change_are_read_again_also_where_times_and_sizes_stay(tmp_pa
     files, folder = AdapterFiles(), write(tmp_path / "ad")
     if old:
         make_old(folder)
-    before = files.claim(adapter(folder))
+    before = files.version(adapter(folder))
     write(folder, "WEIGHTS")  # as long as before, within the same tick of the clock
     if old:
         make_old(folder)  # ... and as old: the inode's own time tells
-    assert files.claim(adapter(folder)).digest != before.digest
+    assert files.version(adapter(folder)).digest != before.digest
     write(folder)
-    assert files.claim(adapter(folder)) == before
+    assert files.version(adapter(folder)) == before
 
 
 def test_files_that_did_not_change_are_read_once(tmp_path, monkeypatch):
@@ -65,16 +65,16 @@ def test_files_that_did_not_change_are_read_once(tmp_path, monkeypatch):
     make_old(folder)
     time_ns = time.time_ns
     monkeypatch.setattr("time.time_ns", lambda: time_ns() + 10_000_000_000)  # the inodes have settled
-    before = files.claim(adapter(folder))
+    before = files.version(adapter(folder))
     monkeypatch.setattr("hashlib.file_digest", None)
-    assert files.claim(adapter(folder)) == before
+    assert files.version(adapter(folder)) == before
 
 
 def test_what_cannot_be_read_has_no_claim(tmp_path):
     files = AdapterFiles()
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "missing", tmp_path / "empty", "no-such-owner/no-such-adapter", "not a name: at all"):
-        assert files.claim(adapter(path)) is None
+        assert files.version(adapter(path)) is None
 
 
 def runner_of(load):
@@ -93,13 +93,13 @@ def test_a_worker_knows_what_it_loaded_whatever_the_files_are_now(tmp_path, capl
     folder, files = write(tmp_path / "ad"), AdapterFiles()
     runner = runner_of(lambda request: "loaded")
     loaded = LoadedAdapters(runner)
-    first = files.claim(adapter(folder))
+    first = files.version(adapter(folder))
     assert not loaded.contradicts(first)  # not loaded yet
     assert load(runner, folder) == "loaded"
     assert not loaded.contradicts(first)
     assert not loaded.contradicts(None)
     write(folder, "retrained")
-    second = files.claim(adapter(folder))
+    second = files.version(adapter(folder))
     assert loaded.contradicts(second)
     assert loaded.contradicts(second)
     assert len(caplog.records) == 1
@@ -116,13 +116,13 @@ def test_files_written_while_they_were_loaded_are_nobodys(tmp_path):
     folder = write(tmp_path / "ad")
     runner = runner_of(lambda request: write(folder, "half of the old, half of the new"))
     loaded = LoadedAdapters(runner)
-    before = AdapterFiles().claim(adapter(folder))
+    before = AdapterFiles().version(adapter(folder))
     load(runner, folder)
     assert loaded.contradicts(before)
-    assert loaded.contradicts(AdapterFiles().claim(adapter(folder)))
+    assert loaded.contradicts(AdapterFiles().version(adapter(folder)))
 
 
 def test_without_a_view_of_loading_no_adapter_is_trusted(tmp_path):
     loaded = LoadedAdapters(SimpleNamespace())
-    assert loaded.contradicts(AdapterFiles().claim(adapter(write(tmp_path / "ad"))))
+    assert loaded.contradicts(AdapterFiles().version(adapter(write(tmp_path / "ad"))))
     assert not loaded.contradicts(None)

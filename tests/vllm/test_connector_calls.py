@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 from cacheflow.vllm.worker.side import WorkerSide
+from support.side_start import SideStart
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("_single_process_vllm")]
 
@@ -17,6 +18,7 @@ class Recorder(WorkerSide):
     """A worker side that notes what it is asked and when."""
 
     drafts = False
+    facts = None
 
     def __init__(self):
         self.now, self.calls = "", []
@@ -42,7 +44,8 @@ def connector():
     from cacheflow.vllm.connector import CacheFlowConnector
 
     made = CacheFlowConnector.__new__(CacheFlowConnector)
-    made.half = Recorder()
+    made.begin(SideStart(Recorder()))
+    made.get_handshake_metadata()
     return made
 
 
@@ -51,7 +54,7 @@ def step(connector, *, loads_first=False, saves_late=False, never_saves=False):
     from cacheflow.vllm.connector import CacheFlowMetadata
     from cacheflow.vllm.step import StepWork
 
-    worker = connector.half
+    worker = connector.worker_side
     worker.now, worker.calls = BEFORE, []
     connector.bind_connector_metadata(CacheFlowMetadata(StepWork(), loads_first=loads_first))
     if loads_first:
@@ -79,7 +82,7 @@ def test_orders_are_carried_out_and_saved_once_after_the_forward(connector, how)
 
 
 def test_what_a_drafter_writes_after_the_forward_is_saved_with_the_rest(connector):
-    connector.half.drafts = True
+    connector.worker_side.drafts = True
     calls = step(connector, saves_late=True)
     assert sorted(calls) == [("carry out", AFTER), ("expect", BEFORE), ("save", AFTER_DRAFTING)]
 
@@ -99,10 +102,9 @@ def scheduler_output(**changes):
 
 
 def test_drafts_are_no_tokens_of_a_request():
-    from cacheflow.vllm.connector import _scheduled
     from cacheflow.vllm.scheduler.view import ScheduledRequest
 
-    assert list(_scheduled(scheduler_output())) == [
+    assert list(ScheduledRequest.of_step(scheduler_output())) == [
         ScheduledRequest("new", 64, 64),
         ScheduledRequest("runs", 101, 1),
         ScheduledRequest("drafts", 201, 1),
@@ -111,10 +113,10 @@ def test_drafts_are_no_tokens_of_a_request():
 
 
 def test_who_begins_beside_another_connectors_loads_is_unproven():
-    from cacheflow.vllm.connector import _scheduled
+    from cacheflow.vllm.scheduler.view import ScheduledRequest
 
-    unproven = [each.request_id for each in _scheduled(scheduler_output(has_sync_kv_loads=True)) if each.unproven]
-    assert unproven == ["new", "resumed"]
+    scheduled = ScheduledRequest.of_step(scheduler_output(has_sync_kv_loads=True))
+    assert [each.request_id for each in scheduled if each.unproven] == ["new", "resumed"]
 
 
 def test_sleep_mode_is_declined_however_vllm_asks():

@@ -124,7 +124,7 @@ def replaced(engine, prompt, chunk, layer, change):
     from cacheflow.stores.keys import RankKeys, chain_hashes
     from cacheflow.types import LoadOutcome
 
-    chunk_tokens = engine.connector.options.chunk_tokens
+    chunk_tokens = engine.options.chunk_tokens
     hashes = chain_hashes(prompt, list(range(chunk_tokens, (chunk + 1) * chunk_tokens + 1, chunk_tokens)))
     key = RankKeys().kv(engine.side.identity.namespace(None), hashes[chunk].hex(), (layer, layer + 1))
     num_bytes = engine.layout.num_bytes(layer, layer + 1, chunk_tokens // engine.layout.block_size)

@@ -112,14 +112,16 @@ def test_the_connector_takes_facts_once():
     from cacheflow.vllm.starting import Starting
     from support.scheduler_cases import CHUNK as SHORT
     from support.scheduler_cases import Case, Worker
+    from support.side_start import SideStart
 
     case = Case()
     handshakes = {(0, 0): CacheFlowHandshake(*case.facts_by_rank)}
     connector = CacheFlowConnector.__new__(CacheFlowConnector)
-    connector.half = Starting(options=case.options, store=case.store, vllm_config=None, kv_cache_config=None)
+    connector.begin(Starting(options=case.options, store=case.store, vllm_config=None, kv_cache_config=None))
     connector.set_xfer_handshake_metadata_pp_aware(handshakes)
-    connector.half.close()
-    connector.half = case.side  # the same, with a clock of the test's
+    connector.scheduler_side.close()
+    connector.begin(SideStart(case.side))  # the same, with a clock of the test's
+    connector.set_xfer_handshake_metadata_pp_aware(handshakes)
     worker = Worker(case)
     prompt = case.saved_prompt(4 * SHORT + 10, 4)
     case.arrive("a", prompt)
@@ -127,7 +129,7 @@ def test_the_connector_takes_facts_once():
     worker.carry_out(case.step())
     case.arrive("b", prompt[: 2 * SHORT + 5])
     connector.set_xfer_handshake_metadata_pp_aware(pickle.loads(pickle.dumps(handshakes)))
-    assert connector.half is case.side
+    assert connector.scheduler_side is case.side
     assert case.side.knows("b")
     assert case.side.has_work
     worker.run()

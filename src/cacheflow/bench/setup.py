@@ -1,10 +1,9 @@
-"""What benchmarks of the embedded engine start from: the model, the prompt, the saved prefix, costs on a slower day."""
+"""What benchmarks of the embedded engine start from: the model, the prompt, the saved prefix."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 from cacheflow.bench.environment import available_memory
 from cacheflow.bench.options import DEFAULT_MODEL, EmbeddedFlags
@@ -16,7 +15,6 @@ from cacheflow.engine.random_models import random_weights
 from cacheflow.engine.saver import PrefixSaver
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.model_shape import ModelShape
-from cacheflow.plan.problem import RestoreProblem
 from cacheflow.shapes.hardware import find_model
 from cacheflow.stores.base import Store
 from cacheflow.stores.keys import Namespace
@@ -110,14 +108,3 @@ def save_prefix(
     if not report.complete:
         grid = geometry.grid
         raise StoreError(f"{report.num_failed} of {grid.num_chunks * grid.num_blocks} cells could not be saved")
-
-
-def slowed(problem: RestoreProblem, factor: float) -> RestoreProblem:
-    """The same restoration where compute takes ``factor`` times as long."""
-    return replace(
-        problem,
-        compute_KB=problem.compute_KB * factor,
-        kv_only_KB=problem.kv_only_KB * factor,
-        suffix_B=problem.suffix_B * factor,
-        head_s=problem.head_s * factor,
-    )

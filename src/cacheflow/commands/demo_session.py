@@ -11,7 +11,6 @@ import torch
 from cacheflow.bench.environment import environment
 from cacheflow.bench.make_record import make_record, of_model, recompute_seconds
 from cacheflow.bench.records.restore import RestoreRecord
-from cacheflow.bench.setup import slowed
 from cacheflow.bench.suite import rotated
 from cacheflow.bench.timeline import Timeline
 from cacheflow.embedded.engine import Engine, EngineOptions
@@ -171,7 +170,7 @@ class Demo:
     ) -> list[RestoreRecord]:
         grid = self._with_suffix(prefix, turn) if with_suffix else prefix
         problem = self._engine.problem(grid)
-        least = bound(slowed(problem, self._drift(runs, problem)))
+        least = bound(problem.slowed(self._drift(runs, problem)))
         if with_suffix and repeat == 0:
             self.timelines = [Timeline.of(runs[name][0], bound_s=least.ttft_s) for name in self.policies]
         context = {

@@ -42,7 +42,6 @@ class WorkloadSize:
     """
 
     num_requests: int
-    last_arrival_s: float
     input_tokens: int
     reusable_tokens: int
     fingerprint: str
@@ -155,7 +154,6 @@ def measure(workload: Workload, config: ClusterConfig, costs: ChunkCosts) -> Wor
     _require_costs(costs, longest)
     return WorkloadSize(
         num_requests=count,
-        last_arrival_s=last_s,
         input_tokens=reuse.input_tokens,
         reusable_tokens=reuse.reusable_tokens,
         fingerprint=digest.hexdigest(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cacheflow.errors import ConfigError
 from cacheflow.model_shape import ModelShape
-from cacheflow.plan.grid import Cell, Grid, num_layer_blocks
+from cacheflow.plan.grid import Cell, Grid, block_layers, num_layer_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +46,7 @@ class CellGeometry:
 
     def layers(self, block: int) -> tuple[int, int]:
         """Layers ``[lo, hi)`` of a block."""
-        lo = block * self.layers_per_block
-        return lo, min(lo + self.layers_per_block, self.shape.num_layers)
+        return block_layers(block, self.layers_per_block, self.shape.num_layers)
 
     def extent(self, cell: Cell) -> tuple[int, int, int, int]:
         """``(layer_lo, layer_hi, token_lo, token_hi)`` of a cell."""

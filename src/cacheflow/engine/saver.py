@@ -59,19 +59,6 @@ class PrefixSaver:
         self._handles: list[PutHandle] = []
         self._states: list[PutRequest] = []
 
-    def save_chunk(self, kv: KVBuffer, chunk: int) -> None:
-        """Start writing every cell of a chunk that is wholly in ``kv``."""
-        self._save(kv, [chunk])
-
-    def _save(self, kv: KVBuffer, chunks: Sequence[int]) -> None:
-        copies = self._host_copies(kv, chunks) if kv.lane is None else self._device_copies(kv, kv.lane, chunks)
-        for chunk, payloads in zip(chunks, copies, strict=True):
-            requests = []
-            for block, payload in enumerate(payloads):
-                key = cell_key(self._namespace, self._chain[chunk], self._geometry, Cell(chunk, block))
-                requests.append(self._request(key, payload))
-            self._handles.append(self._store.submit_put(requests, priority=Priority.SAVE))
-
     def _host_copies(self, kv: KVBuffer, chunks: Sequence[int]) -> Iterator[list[torch.Tensor]]:
         """Each chunk's cells, block after block, in memory of their own."""
         for chunk in chunks:
@@ -107,12 +94,19 @@ class PrefixSaver:
 
     def save_prefix(self, kv: KVBuffer, *, first_chunk: int = 0) -> None:
         """Start writing every chunk of the grid from ``first_chunk`` on, and after them the checkpoint at its end."""
-        self._save(kv, range(first_chunk, self._geometry.grid.num_chunks))
+        chunks = range(first_chunk, self._geometry.grid.num_chunks)
+        copies = self._host_copies(kv, chunks) if kv.lane is None else self._device_copies(kv, kv.lane, chunks)
+        for chunk, payloads in zip(chunks, copies, strict=True):
+            requests = []
+            for block, payload in enumerate(payloads):
+                key = cell_key(self._namespace, self._chain[chunk], self._geometry, Cell(chunk, block))
+                requests.append(self._request(key, payload))
+            self._handles.append(self._store.submit_put(requests, priority=Priority.SAVE))
         if kv.checkpoint is not None and self._chain:
             for block in self._blocks:
                 key = state_key(self._namespace, self._chain[-1], self._geometry, block)
-                payload = kv.checkpoint.payload(self._geometry.layers(block))
-                self._states.append(PutRequest(key, [payload], shape=payload.shape, dtype="uint8"))
+                states = kv.checkpoint.payload(self._geometry.layers(block))
+                self._states.append(PutRequest(key, [states], shape=states.shape, dtype="uint8"))
 
     def wait(self, timeout_s: float | None = None) -> SaveReport:
         """Wait for every write started so far; those still pending after ``timeout_s`` in all count as failed.

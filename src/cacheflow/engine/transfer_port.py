@@ -56,7 +56,7 @@ class StoreTransferPort:
             store: Where the cells are.
             geometry: The grid laid over the model.
             namespace: ``Namespace.digest`` of the save.
-            chain_hashes: ``plan.keys.chain_hashes`` of the prefix.
+            chain_hashes: ``stores.keys.chain_hashes`` of the prefix.
             kv: Where they go.
         """
         self._store = store

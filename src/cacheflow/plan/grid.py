@@ -144,6 +144,17 @@ def num_layer_blocks(num_layers: int, layers_per_block: int) -> int:
     return -(-num_layers // layers_per_block)
 
 
+def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[int, int]:
+    """Layers ``[lo, hi)`` of a layer block; the top one holds what is left."""
+    return block * layers_per_block, min((block + 1) * layers_per_block, num_layers)
+
+
+def layers_of_blocks(layers_per_block: int, num_layers: int) -> list[tuple[int, int]]:
+    """Layers ``[lo, hi)`` of every layer block, bottom first."""
+    num_blocks = num_layer_blocks(num_layers, layers_per_block)
+    return [block_layers(block, layers_per_block, num_layers) for block in range(num_blocks)]
+
+
 def regular_ends(start: int, end: int, chunk_tokens: int) -> tuple[int, ...]:
     """Chunk ends of ``[start, end)`` cut every ``chunk_tokens`` from ``start``; the last chunk may be partial."""
     if end <= start:

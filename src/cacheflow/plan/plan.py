@@ -26,7 +26,7 @@ class SuffixStart(Enum):
 
     AFTER_RESTORE = "after_restore"
     """Once every prefix cell is there."""
-    BEHIND_LOAD = "behind_load"
+    BLOCK_BY_BLOCK = "block_by_block"
     """Block by block, as soon as the prefix cells of that block are there."""
 
 

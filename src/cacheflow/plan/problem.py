@@ -6,7 +6,7 @@ Shapes: ``K`` prefix chunks, ``B`` layer blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
@@ -153,6 +153,17 @@ class RestoreProblem:
     def load_s(self) -> float:
         """Seconds to load the whole prefix."""
         return self.link.load_s(float(self.load_bytes_KB.sum()))
+
+    def slowed(self, factor: float) -> RestoreProblem:
+        """The same restoration where whatever computes takes ``factor`` times as long."""
+        return replace(
+            self,
+            compute_KB=self.compute_KB * factor,
+            kv_only_KB=self.kv_only_KB * factor,
+            suffix_B=self.suffix_B * factor,
+            head_s=self.head_s * factor,
+            prefill_s=None if self.prefill_s is None else self.prefill_s * factor,
+        )
 
 
 def cell_bytes_KB(shape: ModelShape, grid: Grid, *, layers_per_block: int) -> Bytes:

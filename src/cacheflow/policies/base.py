@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 from cacheflow.plan.plan import Prediction, RestorePlan, Share, SuffixStart
@@ -21,6 +22,18 @@ class RestorePolicy(Protocol):
         is a staircase. A grid without chunks gets a plan without tiles.
         """
         ...
+
+
+class PlansEachAlone:
+    """A batch policy's plans that are its restore policy's: where pointers meet is decided live."""
+
+    def __init__(self, restore: RestorePolicy) -> None:
+        """Take the policy that plans each restoration."""
+        self._restore = restore
+
+    def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
+        """See ``BatchPolicy.plans``; as if the request were alone."""
+        return {request_id: self._restore.plan(problems[request_id])}
 
 
 def empty_plan(policy: str, problem: RestoreProblem) -> RestorePlan:

@@ -194,7 +194,7 @@ def _shared_plan(policy: str, problem: RestoreProblem, hybrid: _Candidate, guard
         compute_sequence=order,
         load_sequence=load_sequence,
         share=Share.LAYERS,
-        suffix_start=SuffixStart.BEHIND_LOAD if has_suffix else SuffixStart.AFTER_RESTORE,
+        suffix_start=SuffixStart.BLOCK_BY_BLOCK if has_suffix else SuffixStart.AFTER_RESTORE,
         levels_K=tuple(hybrid.levels_K.tolist()),
         predicted=hybrid.predicted,
         balance_suffix=has_suffix,

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cacheflow.plan.batch import Ranking, WaitingRequest
+from cacheflow.plan.batch import Arrival
 from cacheflow.plan.plan import RestorePlan, Share, SuffixStart
 from cacheflow.plan.problem import RestoreProblem, Seconds
 from cacheflow.plan.staircase import (
@@ -46,18 +46,13 @@ class Splits:
     load_s: Seconds
 
 
-class DynamicProgram:
+class DynamicProgram(Arrival):
     """Requests in the order of arrival, each with the fixed split that brings the last end of all forward."""
 
     name: ClassVar[str] = "dp"
 
     def __init__(self, restore: RestorePolicy) -> None:
         """Take a restore policy as every batch policy does; the program decides every split itself."""
-
-    def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
-        """The oldest first."""
-        arrived = tuple(request.request_id for request in waiting)
-        return Ranking(compute=arrived, link=arrived)
 
     def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
         """One program over all that have not started."""

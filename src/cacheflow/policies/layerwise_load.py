@@ -28,7 +28,7 @@ class LayerwiseLoad:
             compute_sequence=(),
             load_sequence=tuple(Tile(0, grid.num_chunks, block, block + 1) for block in range(grid.num_blocks)),
             share=Share.NONE,
-            suffix_start=SuffixStart.BEHIND_LOAD,
+            suffix_start=SuffixStart.BLOCK_BY_BLOCK,
             levels_K=(0,) * grid.num_chunks,
             predicted=climb(problem, np.zeros(grid.num_chunks, dtype=np.int64)),
             kv_only_top=False,

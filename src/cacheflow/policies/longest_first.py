@@ -6,23 +6,17 @@ marginal recompute saving. Where attention makes later tokens dearer that is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from cacheflow.plan.batch import Ranking, WaitingRequest
-from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.problem import RestoreProblem
-from cacheflow.policies.base import RestorePolicy
+from cacheflow.policies.base import PlansEachAlone
 
 
-class LongestFirst:
+class LongestFirst(PlansEachAlone):
     """The link goes to the request that still has most to recompute for each second of loading."""
 
     name: ClassVar[str] = "longest_first"
-
-    def __init__(self, restore: RestorePolicy) -> None:
-        """Take the policy that plans each restoration."""
-        self._restore = restore
 
     def rank(self, now_s: float, waiting: Sequence[WaitingRequest]) -> Ranking:
         """Compute by arrival, the link by saving; of equal savings the one with more left to recompute."""
@@ -31,10 +25,6 @@ class LongestFirst:
             compute=tuple(request.request_id for request in waiting),
             link=tuple(request.request_id for request in by_saving),
         )
-
-    def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
-        """As if it were alone."""
-        return {request_id: self._restore.plan(problems[request_id])}
 
 
 def _saving(request: WaitingRequest) -> tuple[float, float]:

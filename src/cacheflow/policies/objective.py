@@ -16,9 +16,7 @@ from typing import ClassVar
 
 from cacheflow.errors import ConfigError
 from cacheflow.plan.batch import Ranking, WaitingRequest, predict_ends
-from cacheflow.plan.plan import RestorePlan
-from cacheflow.plan.problem import RestoreProblem
-from cacheflow.policies.base import RestorePolicy
+from cacheflow.policies.base import PlansEachAlone, RestorePolicy
 
 MAX_COMPARED = 16
 """Requests, the first of each order, over which candidates are compared; later ones are not served yet."""
@@ -38,7 +36,7 @@ class BatchObjective(Enum):
     """As many first tokens as possible by their deadlines."""
 
 
-class ObjectivePolicy:
+class ObjectivePolicy(PlansEachAlone):
     """Minimises one objective over the requests that wait."""
 
     name: ClassVar[str] = "objective"
@@ -49,7 +47,7 @@ class ObjectivePolicy:
         Raises:
             ConfigError: ``objective`` is not known; lists the known ones.
         """
-        self._restore = restore
+        super().__init__(restore)
         try:
             self.objective = BatchObjective(objective)
         except ValueError as error:
@@ -66,10 +64,6 @@ class ObjectivePolicy:
         best = orders[0] if len(orders) == 1 else min(orders, key=lambda order: score(_ends(order), now_s))
         ids = tuple(request.request_id for request in _swapped(best, lambda ends: score(ends, now_s)))
         return Ranking(compute=ids, link=ids)
-
-    def plans(self, request_id: int, problems: Mapping[int, RestoreProblem]) -> Mapping[int, RestorePlan]:
-        """As if it were alone: where the pointers meet is decided live, by what else the resources have to do."""
-        return {request_id: self._restore.plan(problems[request_id])}
 
     def _orders(self, now_s: float, waiting: Sequence[WaitingRequest]) -> list[Sequence[WaitingRequest]]:
         shortest = sorted(waiting, key=lambda request: request.remaining.alone_s)

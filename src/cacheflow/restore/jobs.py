@@ -306,7 +306,7 @@ class Jobs(Generic[T]):
         state = self.restoration_of(leader).state
         num_blocks = state.problem.grid.num_blocks
         num_cells = follow.num_chunks * num_blocks
-        while job.seen_cells < num_cells and state.is_resident(*divmod(job.seen_cells, num_blocks)):
+        while job.seen_cells < num_cells and state.board.is_resident(*divmod(job.seen_cells, num_blocks)):
             job.seen_cells += 1
         return job.seen_cells == num_cells
 

@@ -72,7 +72,7 @@ class PipelineRestoration:
             ConfigError: There is no stage, or the bottom stage or one above a stage that only loads takes its
                 activations from another.
         """
-        sources = [state.source for state in states]
+        sources = [state.boundaries.source for state in states]
         if not states or sources[0] in (BoundarySource.HANDED_OVER, BoundarySource.STORED):
             raise ConfigError(f"a staged restoration needs a first stage, and no boundary below it: {sources}")
         for below, source in pairwise(sources):
@@ -81,12 +81,12 @@ class PipelineRestoration:
         self.target, self._tp = target, ranks_per_stage
         stages: list[StageRestoration] = []
         for state in reversed(states):
-            handed = bool(stages) and stages[0].state.source is BoundarySource.HANDED_OVER
+            handed = bool(stages) and stages[0].state.boundaries.source is BoundarySource.HANDED_OVER
             stage = StageRestoration(
                 target,
                 state,
                 num_ranks=ranks_per_stage,
-                can_compute=can_compute and state.source is not BoundarySource.NONE,
+                can_compute=can_compute and state.boundaries.source is not BoundarySource.NONE,
                 deadline=deadline,
                 wanted_above=partial(_wants, stages[0]) if handed else lambda chunk: False,
             )
@@ -186,7 +186,7 @@ class PipelineRestoration:
                 must_progress=must_progress or compute_budget_s > 0,
                 others_settled=all(each for other, each in enumerate(settled) if other != index),
             )
-            awaited_s = None if stage.settled else stage.state.boundary_awaited_s(now_s)
+            awaited_s = None if stage.settled else stage.state.boundaries.awaited_s(now_s)
             if awaited_s is not None:
                 until_s = awaited_s if until_s is None else min(until_s, awaited_s)
                 work = replace(work, wait_s=self._wait_s(index, now_s, min(awaited_s, compute_budget_s)))
@@ -205,7 +205,7 @@ class PipelineRestoration:
             for chunk in sent:
                 stage.state.take_activations(chunk)
         for below, above in pairwise(self.stages):
-            if above.state.source is not BoundarySource.HANDED_OVER:
+            if above.state.boundaries.source is not BoundarySource.HANDED_OVER:
                 continue
             below.state.keep_whole(not above.settled)
             if below.settled:
@@ -227,7 +227,7 @@ class PipelineRestoration:
 
     def _needs_boundary(self, index: int) -> bool:
         state = self.stages[index].state
-        return state.source is BoundarySource.STORED and not state.any_boundary_ready
+        return state.boundaries.source is BoundarySource.STORED and not state.boundaries.any_ready
 
     def _share_the_end(self) -> None:
         if len(self.stages) == 1:
@@ -274,16 +274,16 @@ class PipelineRestoration:
 
 
 def _read_ahead_factor(stage: StageRestoration) -> float:
-    return HANDED_READ_AHEAD if stage.state.source is BoundarySource.HANDED_OVER else 1.0
+    return HANDED_READ_AHEAD if stage.state.boundaries.source is BoundarySource.HANDED_OVER else 1.0
 
 
 def _until(stage: StageRestoration, now_s: float, budget_s: float, until_s: float | None) -> float:
     """A stage's budget for a step that should end in ``until_s``, what the stage was given before included."""
     if until_s is None or budget_s <= 0:
         return budget_s
-    left_s = AWAITED_MARGIN * until_s - stage.state.compute_left_s(now_s)
+    left_s = AWAITED_MARGIN * until_s - stage.state.compute.left_s(now_s)
     return min(budget_s, max(0.0, left_s))
 
 
 def _wants(above: StageRestoration, chunk: int) -> bool:
-    return not (above.end_was_sent or above.giving_up) and above.state.wants_activations(chunk)
+    return not (above.end_was_sent or above.giving_up) and above.state.boundaries.wants_activations(chunk)

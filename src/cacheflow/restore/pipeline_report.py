@@ -27,7 +27,7 @@ class PipelineReport:
     @classmethod
     def of(cls, reports: Sequence[RestoreReport], states: Sequence[RestoreState]) -> PipelineReport:
         """Join the stages' reports with their bounds."""
-        bounds_s = tuple(stage_bound(state.problem, state.source).restore_s for state in states)
+        bounds_s = tuple(stage_bound(state.problem, state.boundaries.source).restore_s for state in states)
         return cls(stages=tuple(reports), bounds_s=bounds_s)
 
     @property

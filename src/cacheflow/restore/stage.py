@@ -153,17 +153,17 @@ class StageRestoration:
     @property
     def loads_under_way_s(self) -> float:
         """Seconds of the link that its reads under way take."""
-        return self.state.expected_load_s()
+        return self.state.link.expected_s()
 
     @property
     def only_compute_left(self) -> bool:
         """Whether what is missing can only be recomputed: no read is under way, and none will be asked for."""
-        return not (self._reads or self.state.loads_possible or self.state.boundaries_possible)
+        return not (self._reads or self.state.loads_possible or self.state.boundaries.reads_possible)
 
     @property
     def limit(self) -> int:
         """From this chunk on nothing is restored any more; the number of chunks while nothing is lost."""
-        return self._reads.chunk_limit
+        return self._reads.limit
 
     @property
     def settled(self) -> bool:
@@ -181,7 +181,7 @@ class StageRestoration:
             return reached
         for chunk, end in enumerate(self.target.chunk_ends):
             cells = [(chunk, block) for block in range(self.state.problem.grid.num_blocks)]
-            if any(cell in pending or not self.state.is_resident(*cell) for cell in cells):
+            if any(cell in pending or not self.state.board.is_resident(*cell) for cell in cells):
                 break
             reached = end
         return reached
@@ -201,7 +201,7 @@ class StageRestoration:
     def stop_before(self, chunk: int) -> None:
         """Restore nothing from a chunk on: another stage has lost it."""
         self.state.stop_before(chunk)
-        self._reads.limit(chunk)
+        self._reads.stop_before(chunk)
 
     def close_link(self) -> None:
         """Ask for no more reads; what is under way may still arrive, compute restores the rest."""
@@ -270,7 +270,8 @@ class StageRestoration:
         grid, limit = self.state.problem.grid, self.limit
         if limit == grid.num_chunks or self._units or self._computes.under_way:
             return False
-        return all(self.state.is_resident(chunk, block) for chunk in range(limit) for block in range(grid.num_blocks))
+        is_resident, num_blocks = self.state.board.is_resident, grid.num_blocks
+        return all(is_resident(chunk, block) for chunk in range(limit) for block in range(num_blocks))
 
     def _next_compute(self, now_s: float, budget_s: float, *, must_progress: bool) -> tuple[ComputeWork, ...]:
         if not (budget_s > 0 or must_progress) or not self._can_compute:

@@ -38,21 +38,21 @@ class StageReads:
         self._deadline = deadline or ReadDeadline()
         self._ledger = ReadLedger(num_ranks)
         self._drops: list[Piece] = []
-        self._chunk_limit = state.problem.grid.num_chunks
+        self._own_limit = state.problem.grid.num_chunks
 
     def __len__(self) -> int:
         """Reads under way that were not dropped."""
         return len(self._ledger)
 
     @property
-    def chunk_limit(self) -> int:
+    def limit(self) -> int:
         """From this chunk on nothing is restored any more; the number of chunks while nothing is lost."""
-        return min(self._chunk_limit, self._state.limit)
+        return min(self._own_limit, self._state.board.limit)
 
-    def limit(self, chunk: int) -> None:
+    def stop_before(self, chunk: int) -> None:
         """Restore nothing from a chunk on: reads of what comes after it are dropped."""
-        self._chunk_limit = min(self._chunk_limit, chunk)
-        self.drop([piece for piece in self._ledger.wanted if piece.chunk >= self._chunk_limit])
+        self._own_limit = min(self._own_limit, chunk)
+        self.drop([piece for piece in self._ledger.wanted if piece.chunk >= self._own_limit])
 
     def next_reads(self, now_s: float, read_ahead_s: float) -> tuple[ReadWork, ...]:
         """Reads to start in this step; boundary states first, because compute waits for them.
@@ -73,25 +73,25 @@ class StageReads:
                 cell = state.claim_load(now_s, busy)
                 if cell is None:
                     break
-                if state.cell(*cell) is not CellState.LOADING or cell.chunk >= self.chunk_limit:
+                if state.board.state(*cell) is not CellState.LOADING or cell.chunk >= self.limit:
                     state.drop_load(cell)
                     continue
                 piece = cell
             self._ledger.add(piece)
-            allowed_s = self._deadline.allowed_s(state.in_flight_bytes, state.rates)
+            allowed_s = self._deadline.allowed_s(state.link.in_flight_bytes, state.rates)
             reads.append(ReadWork(piece, allowed_s, tier=state.tier(piece)))
         return tuple(reads)
 
     def _busy_tiers(self, read_ahead_s: float) -> frozenset[int]:
         """Tiers that have enough to do."""
-        state, num_tiers = self._state, self._state.problem.num_tiers
+        link, num_tiers = self._state.link, self._state.problem.num_tiers
         if num_tiers == 1:  # the link as a whole, with boundary states
-            enough = len(self._ledger) >= MIN_READS and state.expected_load_s() >= self._ahead_s(0, read_ahead_s)
+            enough = len(self._ledger) >= MIN_READS and link.expected_s() >= self._ahead_s(0, read_ahead_s)
             return frozenset([0]) if enough else frozenset()
         return frozenset(
             tier
             for tier in range(num_tiers)
-            if state.reads_of(tier) >= MIN_READS and state.expected_load_s(tier) >= self._ahead_s(tier, read_ahead_s)
+            if link.reads_by_tier[tier] >= MIN_READS and link.expected_s(tier) >= self._ahead_s(tier, read_ahead_s)
         )
 
     def _ahead_s(self, tier: int, read_ahead_s: float) -> float:
@@ -99,7 +99,7 @@ class StageReads:
 
         Here reads are asked for a step at a time, so more of them are under way than the tier's latency calls for.
         """
-        if self._state.in_flight_bytes >= MAX_BYTES:
+        if self._state.link.in_flight_bytes >= MAX_BYTES:
             return read_ahead_s
         return read_ahead_s + self._state.rates.windows[tier].ahead_s
 
@@ -135,7 +135,7 @@ class StageReads:
             span = _span(SpanKind.FAILED, report)
         # Without compute nothing after a hole is of use: only the chunks before it are still read.
         hole = isinstance(piece, Cell) and not self._can_compute
-        self.limit(piece.chunk if hole else state.limit)
+        self.stop_before(piece.chunk if hole else state.board.limit)
         return span
 
 

@@ -119,7 +119,7 @@ def read_published(folder: Path, *, gpu: str, shape: ModelShape, extrapolate: bo
         contexts, attention_NC = _continued(contexts, attention_NC)
     dense_Q = _dense_s(parts, LAYER_PARTS, chunks, dense_path)
     tokens = tuple(each for each, _ in parts["qkv_proj"])
-    head_s = _head_s(parts, shape, dense_path)
+    head_s = _head_s(parts, shape)
     full_QP = attention_QP + dense_Q[:, None]
     identity = CostIdentity(
         model=shape.name, fingerprint=attention_path.stem, num_layers=shape.num_layers, device_type="cuda", device=gpu,
@@ -275,7 +275,7 @@ def _kv_only_s(
     return projection_s + _dense_s(parts, {"layernorm": 1, "qk_norm": 1, "rotary_emb": 1}, tokens, path)
 
 
-def _head_s(parts: Mapping[str, Sequence[tuple[int, float]]], shape: ModelShape, path: Path) -> float:
+def _head_s(parts: Mapping[str, Sequence[tuple[int, float]]], shape: ModelShape) -> float:
     """Final norm, and the LM head at the rate at which the widest projection read its weights for the fewest tokens."""
     item_bytes = DTYPE_BYTES[shape.dtype]
     gate_up_bytes = 2 * shape.intermediate_size * shape.hidden_size * item_bytes

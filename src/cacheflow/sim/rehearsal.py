@@ -61,7 +61,7 @@ def rehearse(problem: RestoreProblem, plan: RestorePlan) -> Rehearsal:
         plan=plan,
         restore_s=completion.restored_at_s,
         ttft_s=completion.first_token_at_s,
-        cells_KB=state.letters(),
+        cells_KB=state.board.letters(),
         loaded_bytes=completion.moved_bytes,
         spans=completion.spans,
     )

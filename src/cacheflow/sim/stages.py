@@ -152,7 +152,7 @@ class _Stage(RecordingDevice):
             plan=self.state.plan,
             source=self.source,
             restore_s=completion.restored_at_s,
-            cells_KB=self.state.letters(),
+            cells_KB=self.state.board.letters(),
             loaded_bytes=completion.moved_bytes,
             boundary_bytes=self.state.boundary_bytes,
             spans=completion.spans,
@@ -180,7 +180,7 @@ class _Stage(RecordingDevice):
 
     def take(self, chunk: int) -> None:
         """Take a chunk's activations from the stage below, if there is anything left to recompute from them."""
-        if self.state.wants_activations(chunk):
+        if self.state.boundaries.wants_activations(chunk):
             self.state.take_activations(chunk)
             self.pump()
 

@@ -169,7 +169,7 @@ class BatchScheduler:
             return frozenset()
         states = [entry.state for entry in self._entries.values() if entry.state is not None]
         return frozenset(
-            tier for tier in range(num_tiers) if sum(state.reads_of(tier) for state in states) >= wanted[tier]
+            tier for tier in range(num_tiers) if sum(state.link.reads_by_tier[tier] for state in states) >= wanted[tier]
         )
 
     def claim_read(self, now_s: float, busy: Container[int] = ()) -> BatchRead | None:

@@ -83,6 +83,10 @@ class Board:
         """State of one cell."""
         return CELL_STATES[self._rows_BK[block][chunk]]
 
+    def is_resident(self, chunk: int, block: int) -> bool:
+        """Whether a cell's keys and values are where compute finds them."""
+        return self.state(chunk, block) in RESIDENT
+
     def is_open(self, chunk: int, block: int) -> bool:
         """Whether nobody has claimed the cell."""
         return self._rows_BK[block][chunk] == CellState.OPEN
@@ -197,6 +201,14 @@ class Board:
         """Number of cells in a state."""
         return sum(row.count(state) for row in self._rows_BK)
 
+    def letters(self) -> tuple[str, ...]:
+        """How each cell was restored, a string per chunk, a letter per block: ``c``, ``l``, or ``.`` when missing."""
+        letters = {CellState.COMPUTED: "c", CellState.LOADED: "l"}
+        return tuple(
+            "".join(letters.get(self.state(chunk, block), ".") for block in range(self.num_blocks))
+            for chunk in range(self.num_chunks)
+        )
+
     def last_open_chunk(self, block: int, *, chunk_lo: int = 0) -> int | None:
         """Highest open chunk of a block at or above ``chunk_lo``; None when there is none."""
         chunk = self._rows_BK[block].rfind(0, chunk_lo)
@@ -232,11 +244,11 @@ class Boundaries:
             commands and reports were seen to take.
     """
 
-    def __init__(self, source: BoundarySource, bytes_K: list[int]) -> None:
+    def __init__(self, board: Board, problem: RestoreProblem, source: BoundarySource) -> None:
         """Nothing is read yet; a first stage needs nothing."""
-        num_chunks = len(bytes_K)
-        self.source = source
-        self._bytes_K = bytes_K
+        num_chunks = board.num_chunks
+        self.source, self._board = source, board
+        self._bytes_K: list[int] = problem.boundary_bytes_K.tolist()
         first = BoundaryState.RESIDENT if source is BoundarySource.FIRST_STAGE else BoundaryState.UNREAD
         self._state_K = [first] * num_chunks
         self._due_K = [math.inf] * num_chunks
@@ -268,6 +280,38 @@ class Boundaries:
         """Whether a chunk can be recomputed now or later."""
         return self._state_K[chunk] is not BoundaryState.LOST and chunk < self._lost_from
 
+    def computable(self, chunk: int) -> bool:
+        """Whether compute may restore cells of a chunk, now or later."""
+        return chunk < self._board.limit and self.possible(chunk)
+
+    def wanted(self, chunk: int) -> bool:
+        """Whether a chunk's boundary states are still to be had, and there are cells to recompute from them."""
+        unread = self._state_K[chunk] is BoundaryState.UNREAD
+        return unread and self.computable(chunk) and self._board.num_open_K[chunk] > 0
+
+    def wants_activations(self, chunk: int) -> bool:
+        """Whether the stage below is to hand a chunk's activations over: it has not, and there are cells left."""
+        return self.source is BoundarySource.HANDED_OVER and self.wanted(chunk)
+
+    @property
+    def reads_possible(self) -> bool:
+        """Whether boundary states may still be claimed for the link, now or later."""
+        return self.source is BoundarySource.STORED and any(map(self.wanted, range(self._board.num_chunks)))
+
+    @property
+    def any_ready(self) -> bool:
+        """Whether a chunk with open cells is ready to be recomputed, as far as its boundary states are concerned."""
+        board = self._board
+        return any(board.num_open_K[chunk] > 0 and self.ready(chunk) for chunk in range(board.num_chunks))
+
+    def awaited_s(self, now_s: float) -> float | None:
+        """Seconds until the first read under way should end; None when compute waits for none.
+
+        Compute waits while no chunk with open cells is ready to be recomputed.
+        """
+        due = [self._due_K[chunk] for chunk, state in enumerate(self._state_K) if state is BoundaryState.READING]
+        return None if not due or self.any_ready else max(0.0, min(due) - now_s)
+
     def expect(self, chunk: int, due_s: float) -> None:
         """Note when a chunk that is handed over is expected; infinite for never."""
         self._due_K[chunk] = due_s
@@ -275,11 +319,6 @@ class Boundaries:
     def due_s(self, chunk: int) -> float:
         """When a chunk's boundary states were last expected."""
         return self._due_K[chunk]
-
-    def next_due_s(self) -> float | None:
-        """When the link alone would end the first read under way; None without one."""
-        due = [self._due_K[chunk] for chunk, state in enumerate(self._state_K) if state is BoundaryState.READING]
-        return min(due, default=None)
 
     def begin(self, chunk: int, *, due_s: float) -> None:
         """Note a read under way, which the link alone would end at ``due_s``."""

@@ -98,10 +98,6 @@ class ComputePointer:
         levels_K = self._expected_levels_K(now_s)
         return bool(levels_K) and levels_K[tile.chunk_lo] <= tile.block_hi
 
-    def _computable(self, chunk: int) -> bool:
-        """Whether compute may restore cells of a chunk, now or later."""
-        return chunk < self._board.limit and self._boundaries.possible(chunk)
-
     def _ready(self, tile: Tile) -> bool:
         return all(map(self._boundaries.ready, range(tile.chunk_lo, tile.chunk_hi))) and all(
             self._board.head_ready(tile.chunk_lo, b) for b in range(tile.block_lo, tile.block_hi)
@@ -125,7 +121,7 @@ class ComputePointer:
         sequence, share = self._compute.plan.compute_sequence, self._compute.plan.share
         while self._tile_index < len(sequence):
             tile = sequence[self._tile_index]
-            if not all(map(self._computable, range(tile.chunk_lo, tile.chunk_hi))):
+            if not all(map(self._boundaries.computable, range(tile.chunk_lo, tile.chunk_hi))):
                 self._tile_index += 1
                 continue
             if share is Share.LAYERS:
@@ -189,7 +185,8 @@ class ComputePointer:
         if not bottom_row_pays(self._board, self._boundaries, self._link, self._compute):
             return None
         for chunk in range(self._board.num_chunks):
-            if self._compute.climbed(chunk) == 0 and self._board.is_open(chunk, 0) and self._computable(chunk):
+            is_open = self._compute.climbed(chunk) == 0 and self._board.is_open(chunk, 0)
+            if is_open and self._boundaries.computable(chunk):
                 tile = Tile(chunk, chunk + 1, 0, 1)
                 return tile if self._ready(tile) else None
         return None
@@ -201,7 +198,7 @@ class ComputePointer:
             (
                 chunk
                 for chunk in range(self._board.num_chunks)
-                if compute.demanded_open_block(chunk) is not None and self._computable(chunk)
+                if compute.demanded_open_block(chunk) is not None and self._boundaries.computable(chunk)
             ),
             None,
         )

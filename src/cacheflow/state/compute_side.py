@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Cell, Tile
 from cacheflow.plan.plan import RestorePlan
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.rates import LiveRates
@@ -212,6 +212,10 @@ class ComputeSide:
                 if board.is_open(chunk, block)
             )
         )
+
+    def must_pass(self, cell: Cell) -> bool:
+        """Whether compute must pass a cell for the running state of a recurrent block, whatever the link brings."""
+        return cell.block < self._board.recurrent_blocks(self.demand_K[cell.chunk])
 
     def repair_left_s(self) -> float:
         """Corrected seconds to recompute the chunks demanded of compute."""

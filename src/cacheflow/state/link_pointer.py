@@ -21,7 +21,7 @@ from cacheflow.plan.grid import Boundary, Cell, Tile
 from cacheflow.plan.plan import Share
 from cacheflow.plan.problem import BoundarySource, RestoreProblem
 from cacheflow.plan.staircase import Mask, marginal_compute_KB
-from cacheflow.state.board import Board, Boundaries, BoundaryState, CellState
+from cacheflow.state.board import Board, Boundaries, CellState
 from cacheflow.state.compute_pointer import bottom_row_pays
 from cacheflow.state.compute_side import ComputeSide
 from cacheflow.state.link_side import LinkSide
@@ -135,7 +135,7 @@ class LinkPointer:
             return None
         if (queued := self._next_queued()) is not None:
             return queued
-        cell = self._behind_suffix(now_s) if self._plan.balance_suffix else self._in_sequence(now_s)
+        cell = self._with_suffix(now_s) if self._plan.balance_suffix else self._in_sequence(now_s)
         if cell is not None:
             self._board.set(*cell, CellState.LOADING)
         return cell
@@ -232,7 +232,7 @@ class LinkPointer:
             open_s -= float(compute.problem.compute_KB[cell] - compute.problem.kv_only_KB[cell])
         return link_s <= compute.left_s(now_s) + open_s * factor
 
-    def _behind_suffix(self, now_s: float) -> Cell | None:
+    def _with_suffix(self, now_s: float) -> Cell | None:
         meeting = self._meeting_point(now_s, doubt=1.0)
         far_s = CLIMB_MARGIN * self._compute.suffix_left_s() + self._chunk_bytes / self._link.bytes_per_s
         in_sequence = self._tile_index < len(self._sequence)
@@ -362,26 +362,11 @@ class LinkPointer:
         self._boundaries.begin(chunk, due_s=now_s + self._link.load_s(num_bytes) - self._link.others_s)
         return Boundary(chunk)
 
-    def boundaries_possible(self) -> bool:
-        """Whether boundary states may still be claimed, now or later."""
-        return self._boundaries.source is BoundarySource.STORED and any(
-            map(self._is_unread, range(self._board.num_chunks))
-        )
-
-    def _is_unread(self, chunk: int) -> bool:
-        board, boundaries = self._board, self._boundaries
-        return (
-            boundaries.state(chunk) is BoundaryState.UNREAD
-            and chunk < board.limit
-            and boundaries.possible(chunk)
-            and board.num_open_K[chunk] > 0
-        )
-
     def _next_boundary(self, now_s: float) -> int | None:
         """The first chunk that compute will want to start: demanded of it, or ahead of where the link will meet it."""
         reaches = bool(self._plan.compute_sequence)
         for chunk in range(self._board.num_chunks):
-            if not self._is_unread(chunk):
+            if not self._boundaries.wanted(chunk):
                 continue
             if self._compute.demanded_open_block(chunk) is not None:
                 return chunk

@@ -66,6 +66,12 @@ class LinkSide:
         """Seconds for ``num_bytes`` more, after what is already in flight and what comes first."""
         return (self.in_flight_bytes + num_bytes) / self.bytes_per_s + self.others_s
 
+    def expected_s(self, tier: int | None = None) -> float:
+        """Seconds until everything in flight, or all that comes from one store, should have arrived."""
+        if tier is not None:
+            return self.bytes_by_tier[tier] / self.bytes_per_s
+        return self.load_s(0) - self.others_s
+
     def oldest_read_s(self) -> float:
         """Seconds of the link that the oldest read has had already, as far as it can be expected to be read."""
         return min(self._oldest_age_s, self._reads[0] / self.bytes_per_s) if self._reads else 0.0

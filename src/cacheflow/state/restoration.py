@@ -19,7 +19,7 @@ from cacheflow.plan.rates import LiveRates
 from cacheflow.plan.read_window import ReadSample
 from cacheflow.plan.remaining import NO_LINK_S, Remaining
 from cacheflow.plan.report import RestoreReport, Span
-from cacheflow.state.board import RESIDENT, Board, Boundaries, BoundaryState, CellState
+from cacheflow.state.board import Board, Boundaries, BoundaryState, CellState
 from cacheflow.state.compute_pointer import ComputePointer
 from cacheflow.state.compute_side import ClaimKind, ComputeClaim, ComputeSide
 from cacheflow.state.link_pointer import LinkPointer
@@ -36,14 +36,19 @@ otherwise is put right as soon as the link has a cell of it."""
 class RestoreState:
     """Which cells are claimed, under way, done or failed, by whom; answers what each side does next.
 
+    Its parts (board, boundaries, link, compute) are to be asked by anybody, and changed by it and its pointers alone.
+
     Attributes:
         problem: What the restoration costs.
         plan: Sequences and rules.
         rates: How fast compute and the link really are.
+        board: Where every cell stands.
+        boundaries: Where the boundary states of every chunk stand.
+        link: What the link has under way, and has failed to bring.
+        compute: What compute has under way, and what is left to it alone.
         outcomes: Number of reads of cells by outcome.
         wasted_bytes: Bytes that were read but not used.
         boundary_bytes: Bytes of boundary states that arrived.
-        num_failed_boundaries: Reads of boundary states that gave nothing usable.
     """
 
     def __init__(
@@ -68,86 +73,39 @@ class RestoreState:
         self.outcomes: Counter[LoadOutcome] = Counter()
         self.wasted_bytes = 0
         self.boundary_bytes = 0
-        self.num_failed_boundaries = 0
-        self._board = Board(problem)
-        self._boundaries = Boundaries(source, problem.boundary_bytes_K.tolist())
-        self._link = LinkSide(plan, rates, problem.grid.num_chunks)
-        self._compute = ComputeSide(problem, plan, rates, self._board, min_claim_s=min_claim_s)
-        sides = (self._board, self._boundaries, self._link, self._compute)
+        self.board = Board(problem)
+        self.boundaries = Boundaries(self.board, problem, source)
+        self.link = LinkSide(plan, rates, problem.grid.num_chunks)
+        self.compute = ComputeSide(problem, plan, rates, self.board, min_claim_s=min_claim_s)
+        sides = (self.board, self.boundaries, self.link, self.compute)
         self._link_pointer = LinkPointer(*sides)
         self._compute_pointer = ComputePointer(*sides, expected_levels_K=self._link_pointer.expected_levels_K)
         self._failed_in_row = 0
         self._given_to_link: set[int] = set()
-        if self._link.down:
+        if self.link.down:
             self._demand_all()
 
     # What there is.
 
     @property
-    def board(self) -> Board:
-        """The state of every cell; written by this object and its two sides."""
-        return self._board
-
-    @property
-    def source(self) -> BoundarySource:
-        """Where the activations below the bottom block come from."""
-        return self._boundaries.source
-
-    @property
     def restored(self) -> bool:
         """Whether every prefix cell is resident."""
-        return self._board.num_missing == 0
-
-    @property
-    def limit(self) -> int:
-        """From this chunk on nothing is restored any more: a cell of it can neither be loaded nor recomputed."""
-        return self._board.limit
-
-    @property
-    def num_repaired(self) -> int:
-        """Cells recomputed because the link did not bring them."""
-        return self._compute.num_repaired
-
-    @property
-    def in_flight_bytes(self) -> int:
-        """Bytes of reads under way."""
-        return self._link.in_flight_bytes
-
-    def cell(self, chunk: int, block: int) -> CellState:
-        """State of one cell."""
-        return self._board.state(chunk, block)
-
-    def is_resident(self, chunk: int, block: int) -> bool:
-        """Whether a cell's keys and values are where compute finds them."""
-        return self._board.state(chunk, block) in RESIDENT
-
-    def boundary(self, chunk: int) -> BoundaryState:
-        """Where a chunk's boundary states are."""
-        return self._boundaries.state(chunk)
+        return self.board.num_missing == 0
 
     def num_bytes(self, piece: Piece) -> int:
         """Bytes that a read of a piece takes of the link."""
         if isinstance(piece, Boundary):
-            return self._boundaries.num_bytes(piece.chunk)
-        return self._board.load_bytes(*piece)
-
-    def reads_of(self, tier: int) -> int:
-        """Reads of cells under way from one store."""
-        return self._link.reads_by_tier[tier]
+            return self.boundaries.num_bytes(piece.chunk)
+        return self.board.load_bytes(*piece)
 
     def tier(self, piece: Piece) -> int | None:
         """Number of the store that a piece comes from; boundary states come from no tier."""
-        return None if isinstance(piece, Boundary) else self._board.tier(*piece)
+        return None if isinstance(piece, Boundary) else self.board.tier(*piece)
 
     @property
     def loads_possible(self) -> bool:
         """Whether a cell may still be claimed for the link, now or later."""
-        return not self._link.down and not self.restored
-
-    @property
-    def boundaries_possible(self) -> bool:
-        """Whether boundary states may still be claimed for the link, now or later."""
-        return self._link_pointer.boundaries_possible()
+        return not self.link.down and not self.restored
 
     # Compute.
 
@@ -157,31 +115,31 @@ class RestoreState:
         Args:
             now_s: Seconds on the driver's clock, the same one for every call.
         """
-        self._link.note_time(now_s)
+        self.link.note_time(now_s)
         claim = self._compute_pointer.claim(now_s)
-        if claim.kind is ClaimKind.WAIT and not (self._link.in_flight_bytes or self._link.num_placing):
+        if claim.kind is ClaimKind.WAIT and not (self.link.in_flight_bytes or self.link.num_placing):
             # Compute waits and nothing is under way: one side must be made to move, whatever the rates say.
-            self._compute.stop()
-            if self._link.down:
+            self.compute.stop()
+            if self.link.down:
                 self._demand_all()
         return claim
 
     def complete_compute(self, claim: ComputeClaim, *, actual_s: float) -> None:
         """Note that compute did what it claimed; its cells become resident."""
         self.rates.observe_compute(predicted_s=claim.predicted_s, actual_s=actual_s)
-        self._compute.end(claim)
+        self.compute.end(claim)
 
     def assume_compute(self, claim: ComputeClaim, now_s: float) -> None:
         """Count a claim as done that workers were only given, because they carry out their work strictly in sequence.
 
         Whatever compute claims next may build on its cells. Its seconds stay ahead of compute until ``note_computed``.
         """
-        self._compute.ask(claim.predicted_s, now_s)
-        self._compute.end(claim)
+        self.compute.ask(claim.predicted_s, now_s)
+        self.compute.end(claim)
 
     def note_computed(self, now_s: float, *, predicted_s: float, actual_s: float) -> None:
         """Note that assumed work, or a part of it, was done after all; the cells were resident already."""
-        self._compute.note_done(predicted_s, now_s)
+        self.compute.note_done(predicted_s, now_s)
         self.rates.observe_compute(predicted_s=predicted_s, actual_s=actual_s)
 
     # Reads.
@@ -193,10 +151,10 @@ class RestoreState:
             now_s: Seconds on the driver's clock, the same one for every call.
             busy: Tiers that have enough to do: their cells are passed over.
         """
-        self._link.note_time(now_s)
+        self.link.note_time(now_s)
         cell = self._link_pointer.claim(now_s, busy)
         if cell is not None:
-            self._link.begin_read(self._board.load_bytes(*cell), tier=self.tier(cell))
+            self.link.begin_read(self.board.load_bytes(*cell), tier=self.tier(cell))
         return cell
 
     def claim_boundary(self, now_s: float) -> Boundary | None:
@@ -207,10 +165,10 @@ class RestoreState:
         Args:
             now_s: Seconds on the driver's clock, the same one for every call.
         """
-        self._link.note_time(now_s)
+        self.link.note_time(now_s)
         boundary = self._link_pointer.claim_boundary(now_s)
         if boundary is not None:
-            self._link.begin_read(self._boundaries.num_bytes(boundary.chunk))
+            self.link.begin_read(self.boundaries.num_bytes(boundary.chunk))
         return boundary
 
     def claim_read(self, now_s: float, busy: Container[int] = ()) -> Piece | None:
@@ -226,45 +184,36 @@ class RestoreState:
         if sample is not None and tier is not None:
             self.rates.windows[tier].learn(sample)
         if not isinstance(piece, Boundary):
-            num_bytes = round(num_bytes * self._board.load_bytes(*piece) / max(1, self._board.moved_bytes(*piece)))
+            num_bytes = round(num_bytes * self.board.load_bytes(*piece) / max(1, self.board.moved_bytes(*piece)))
         self.rates.observe_load(num_bytes=num_bytes, busy_s=busy_s)
 
     def begin_place(self, piece: Piece) -> bool:
         """Take a verified read on to where compute finds it; False when it is not wanted any more: drop the bytes."""
         num_bytes = self.num_bytes(piece)
-        self._link.end_read(num_bytes, tier=self.tier(piece))
+        self.link.end_read(num_bytes, tier=self.tier(piece))
         if isinstance(piece, Boundary):
             self.boundary_bytes += num_bytes
-            wanted = self._boundaries.state(piece.chunk) is BoundaryState.READING
+            wanted = self.boundaries.state(piece.chunk) is BoundaryState.READING
         else:
             self._failed_in_row = 0
             self.outcomes[LoadOutcome.OK] += 1
-            wanted = self._wants(piece)
+            still_open = self.board.state(*piece) in (CellState.LOADING, CellState.OPEN)
+            wanted = still_open and not self.compute.must_pass(piece)
             if wanted:
-                self._board.set(*piece, CellState.PLACING)
+                self.board.set(*piece, CellState.PLACING)
             else:
-                self.wasted_bytes += self._board.moved_bytes(*piece)
+                self.wasted_bytes += self.board.moved_bytes(*piece)
         if wanted:
-            self._link.begin_place()
+            self.link.begin_place()
         return wanted
-
-    def _wants(self, cell: Cell) -> bool:
-        """Whether a cell that was read is still of use: compute has not begun it."""
-        if self._starts_over(cell):
-            return False
-        return self._board.state(*cell) in (CellState.LOADING, CellState.OPEN)
-
-    def _starts_over(self, cell: Cell) -> bool:
-        """Whether compute must pass a cell for the running state of a recurrent block, whatever the link brings."""
-        return cell.block < self._board.recurrent_blocks(self._compute.demand_K[cell.chunk])
 
     def complete_load(self, piece: Piece, now_s: float) -> None:
         """Note that a placed read is where compute finds it."""
-        self._link.end_place()
+        self.link.end_place()
         if isinstance(piece, Boundary):
-            self._boundaries.complete(piece.chunk, now_s)
+            self.boundaries.complete(piece.chunk, now_s)
             return
-        self._board.set(*piece, CellState.OPEN if self._starts_over(piece) else CellState.LOADED)
+        self.board.set(*piece, CellState.OPEN if self.compute.must_pass(piece) else CellState.LOADED)
 
     def fail_load(self, piece: Piece, outcome: LoadOutcome) -> None:
         """Note that a read gave nothing usable.
@@ -273,16 +222,15 @@ class RestoreState:
         left to the link.
         """
         if isinstance(piece, Boundary):
-            self.num_failed_boundaries += 1
             self.drop_load(piece)
             return
-        self._link.end_read(self._board.load_bytes(*piece), tier=self.tier(piece))
+        self.link.end_read(self.board.load_bytes(*piece), tier=self.tier(piece))
         self.outcomes[outcome] += 1
         if outcome is LoadOutcome.CORRUPT:
-            self.wasted_bytes += self._board.moved_bytes(*piece)
+            self.wasted_bytes += self.board.moved_bytes(*piece)
         self._failed_in_row += 1
         # Open: demanded of compute, which has not got there.
-        if self._board.state(*piece) in (CellState.LOADING, CellState.OPEN):
+        if self.board.state(*piece) in (CellState.LOADING, CellState.OPEN):
             self._leave_to_compute(piece)
         if self._failed_in_row >= MAX_FAILED_IN_ROW:
             self.close_link()
@@ -292,13 +240,13 @@ class RestoreState:
 
         A cell that nobody has taken over falls to compute.
         """
-        self._link.end_read(self.num_bytes(piece), tier=self.tier(piece))
+        self.link.end_read(self.num_bytes(piece), tier=self.tier(piece))
         if isinstance(piece, Boundary):
-            if self._boundaries.state(piece.chunk) is BoundaryState.READING:
+            if self.boundaries.state(piece.chunk) is BoundaryState.READING:
                 self._lose(piece.chunk)
             return
         self.outcomes[LoadOutcome.CANCELLED] += 1
-        if self._board.state(*piece) is CellState.LOADING:
+        if self.board.state(*piece) is CellState.LOADING:
             self._leave_to_compute(piece)
 
     def waste_load(self, piece: Piece) -> None:
@@ -306,14 +254,13 @@ class RestoreState:
         if isinstance(piece, Boundary):
             self.drop_load(piece)
             return
-        self._link.end_read(self._board.load_bytes(*piece), tier=self.tier(piece))
-        self.wasted_bytes += self._board.moved_bytes(*piece)
+        self.link.end_read(self.board.load_bytes(*piece), tier=self.tier(piece))
+        self.wasted_bytes += self.board.moved_bytes(*piece)
 
     def fail_place(self, piece: Piece) -> None:
         """Note that a verified read could not be placed; what that means is as in ``fail_load``."""
-        self._link.end_place()
+        self.link.end_place()
         if isinstance(piece, Boundary):
-            self.num_failed_boundaries += 1
             self._lose(piece.chunk)
             return
         self.outcomes[LoadOutcome.ERROR] += 1
@@ -321,150 +268,116 @@ class RestoreState:
 
     def close_link(self) -> None:
         """Stop loading; what is in flight may still arrive, compute restores the rest."""
-        self._link.close()
+        self.link.close()
         self._link_pointer.release()
         self._demand_all()
         self._find_limit()
 
     def _leave_to_compute(self, cell: Cell) -> None:
-        self._board.set(*cell, CellState.OPEN)
+        self.board.set(*cell, CellState.OPEN)
         self._demand(cell.chunk, cell.block + 1)
         self._find_limit()
 
     def _demand_all(self) -> None:
-        for chunk in range(self._board.num_chunks):
-            top = self._board.top_open_block(chunk, 0, self._board.num_blocks)
+        for chunk in range(self.board.num_chunks):
+            top = self.board.top_open_block(chunk, 0, self.board.num_blocks)
             if top is not None:
                 self._demand(chunk, top + 1)
 
     def _demand(self, chunk: int, num_blocks: int) -> None:
         """Leave a chunk's first blocks to compute alone, because the link has failed to bring one of them."""
-        self._compute.demand(chunk, num_blocks)
-        self._link.note_failed(chunk, num_blocks)
-        recurrent = self._board.recurrent_blocks(num_blocks)
+        self.compute.demand(chunk, num_blocks)
+        self.link.note_failed(chunk, num_blocks)
+        recurrent = self.board.recurrent_blocks(num_blocks)
         if recurrent:
             # Their running state is that of all chunks before: those are recomputed too, even if they are resident.
             for before in range(chunk):
-                self._compute.demand(before, recurrent)
-            self._board.reopen(chunk + 1, num_blocks, (CellState.LOADING, CellState.LOADED))
+                self.compute.demand(before, recurrent)
+            self.board.reopen(chunk + 1, num_blocks, (CellState.LOADING, CellState.LOADED))
 
     # Boundary states and the end of what can be restored.
 
-    def computable(self, chunk: int) -> bool:
-        """Whether compute may restore cells of a chunk, now or later."""
-        return chunk < self._board.limit and self._boundaries.possible(chunk)
-
-    @property
-    def any_boundary_ready(self) -> bool:
-        """Whether a chunk with open cells is ready to be recomputed, as far as its boundary states are concerned."""
-        return any(
-            self._board.num_open_K[chunk] > 0 and self._boundaries.ready(chunk)
-            for chunk in range(self._board.num_chunks)
-        )
-
-    def boundary_awaited_s(self, now_s: float) -> float | None:
-        """Seconds until the first boundary read under way should end; None when compute waits for none.
-
-        Compute waits while no chunk with open cells is ready to be recomputed.
-        """
-        due_s = None if self.any_boundary_ready else self._boundaries.next_due_s()
-        return None if due_s is None else max(0.0, due_s - now_s)
-
-    def wants_activations(self, chunk: int) -> bool:
-        """Whether the stage below is to hand a chunk's activations over: it has not, and there are cells left."""
-        unread = self.source is BoundarySource.HANDED_OVER and self.boundary(chunk) is BoundaryState.UNREAD
-        return unread and self.computable(chunk) and self._board.num_open_K[chunk] > 0
-
     def take_activations(self, chunk: int) -> None:
         """Note that the stage below hands a chunk's activations over before compute comes to it."""
-        assert self.source is BoundarySource.HANDED_OVER, f"a stage whose boundary source is {self.source}"
-        self._boundaries.complete(chunk)
+        source = self.boundaries.source
+        assert source is BoundarySource.HANDED_OVER, f"a stage whose boundary source is {source}"
+        self.boundaries.complete(chunk)
 
     def expect_activations(self, seconds: Sequence[float], now_s: float) -> None:
         """Note in how many seconds the stage below is expected to have each chunk it hands over."""
         for chunk, left_s in enumerate(seconds):
-            if self.wants_activations(chunk):
-                self._boundaries.expect(chunk, now_s + left_s)
+            if self.boundaries.wants_activations(chunk):
+                self.boundaries.expect(chunk, now_s + left_s)
 
     def end_activations(self) -> None:
         """Leave to the link what was neither stored nor handed over: it will not come any more."""
-        for chunk in range(self._board.num_chunks):
-            if self.boundary(chunk) is BoundaryState.UNREAD and self._boundaries.possible(chunk):
+        for chunk in range(self.board.num_chunks):
+            if self.boundaries.state(chunk) is BoundaryState.UNREAD and self.boundaries.possible(chunk):
                 self._lose(chunk)
 
     def stop_before(self, chunk: int) -> None:
         """Restore nothing from a chunk on: what lies after a hole is of no use."""
-        self._board.stop_before(chunk)
+        self.board.stop_before(chunk)
 
     def _lose(self, chunk: int) -> None:
         """Leave a chunk, and all later ones if it still has open cells, to the link."""
         # Without open cells nobody needs the states, unless a read under way fails: later chunks are as good as before.
-        self._boundaries.lose(chunk, and_later=self._board.num_open_K[chunk] > 0)
-        lost = [each for each in range(self._board.num_chunks) if not self._boundaries.possible(each)]
+        self.boundaries.lose(chunk, and_later=self.board.num_open_K[chunk] > 0)
+        lost = [each for each in range(self.board.num_chunks) if not self.boundaries.possible(each)]
         # A plan that leaves nothing to a link that is well.
-        opens = not self.plan.load_sequence and self._link.phase is not LinkPhase.CLOSED
+        opens = not self.plan.load_sequence and self.link.phase is not LinkPhase.CLOSED
         for each in lost:
             if each < chunk:
                 continue
             if opens and each not in self._given_to_link:
                 self._given_to_link.add(each)
-                self._link.forgive(each)
-            self._compute.release(each, self._link.failed_K[each])
+                self.link.forgive(each)
+            self.compute.release(each, self.link.failed_K[each])
         if opens:
-            self._link.open()
+            self.link.open()
         self._link_pointer.take_over(min(lost))
         self._find_limit()
 
     def _find_limit(self) -> None:
         """Find the first chunk with a cell that can neither be recomputed nor loaded."""
-        board = self._board
+        board = self.board
         for chunk in range(board.limit):
-            if not self._boundaries.possible(chunk):
-                num_blocks = board.num_blocks if self._link.down else self._link.failed_K[chunk]
+            if not self.boundaries.possible(chunk):
+                num_blocks = board.num_blocks if self.link.down else self.link.failed_K[chunk]
                 if board.top_open_block(chunk, 0, num_blocks) is not None:
                     board.stop_before(chunk)
                     return
 
     # Estimates, and other restorations.
 
-    def compute_left_s(self, now_s: float) -> float:
-        """Corrected seconds until compute has done what it works on and what workers were given."""
-        return self._compute.left_s(now_s)
-
-    def expected_load_s(self, tier: int | None = None) -> float:
-        """Seconds until everything in flight, or all that comes from one store, should have arrived."""
-        if tier is not None:
-            return self._link.bytes_by_tier[tier] / self._link.bytes_per_s
-        return self._link.load_s(0) - self._link.others_s
-
     def expected_left_s(self, now_s: float) -> float:
         """Seconds to the end of the restoration if compute and link shared what is open so as to end together."""
-        link, compute_s = self._link, self._compute.left_s(now_s)
-        open_s = self._board.open_compute_s * self.rates.compute_factor
+        link, compute_s = self.link, self.compute.left_s(now_s)
+        open_s = self.board.open_compute_s * self.rates.compute_factor
         if link.down:
             return max(link.load_s(0), compute_s + open_s)
-        link_s = link.load_s(self._board.open_bytes)
+        link_s = link.load_s(self.board.open_bytes)
         total_s = open_s + link_s - link.load_s(0)
         share = min(1.0, max(0.0, (link_s - compute_s) / total_s)) if total_s > 0 else 0.0
         return max(link.load_s(0), compute_s + share * open_s)
 
     def keep_whole(self, wanted: bool) -> None:
         """Recompute chunks whole or not at all from now on, because the stage above is handed them; False: any part."""
-        self._compute.keep_whole(wanted)
+        self.compute.keep_whole(wanted)
 
     def whole_chunks_s(self, now_s: float) -> list[float]:
         """Seconds until compute should have each chunk up to its top block; infinite where the link has a part of it.
 
         A chunk whose activations are still to come waits for them.
         """
-        board, factor = self._board, self.rates.compute_factor
-        end_s, latest_s = self._compute.left_s(now_s), WHOLE_MARGIN * self.expected_left_s(now_s)
+        board, factor = self.board, self.rates.compute_factor
+        end_s, latest_s = self.compute.left_s(now_s), WHOLE_MARGIN * self.expected_left_s(now_s)
         seconds, top = [], board.num_blocks - 1
         for chunk in range(board.num_chunks):
             of_compute = board.state(chunk, top) in (CellState.OPEN, CellState.COMPUTING, CellState.COMPUTED)
-            whole = self.computable(chunk) and of_compute
-            if whole and self.boundary(chunk) is BoundaryState.UNREAD:
-                end_s = max(end_s, self._boundaries.due_s(chunk) - now_s)
+            whole = self.boundaries.computable(chunk) and of_compute
+            if whole and self.boundaries.state(chunk) is BoundaryState.UNREAD:
+                end_s = max(end_s, self.boundaries.due_s(chunk) - now_s)
             end_s += float(board.open_compute_K[chunk]) * factor
             late_s = 2.0 * board.compute_s(chunk, top) * factor
             seconds.append(end_s if whole and end_s <= latest_s + late_s else math.inf)
@@ -472,28 +385,19 @@ class RestoreState:
 
     def remaining(self, now_s: float) -> Remaining:
         """What is left to do, for a scheduler of several restorations."""
-        open_s = self._board.open_compute_s * self.rates.compute_factor
-        compute_s = self._compute.left_s(now_s) - self._compute.others_s + open_s
-        load_s = NO_LINK_S if self._link.down else self._link.load_s(self._board.open_bytes) - self._link.others_s
+        open_s = self.board.open_compute_s * self.rates.compute_factor
+        compute_s = self.compute.left_s(now_s) - self.compute.others_s + open_s
+        load_s = NO_LINK_S if self.link.down else self.link.load_s(self.board.open_bytes) - self.link.others_s
         if self.restored:
             compute_s = load_s = 0.0
-        return Remaining(compute_s=compute_s, load_s=load_s, suffix_s=self._compute.suffix_left_s())
+        return Remaining(compute_s=compute_s, load_s=load_s, suffix_s=self.compute.suffix_left_s())
 
     def yield_to(self, *, compute_s: float, link_s: float) -> None:
         """Note how many seconds of compute and of the link other restorations come first with."""
-        self._compute.yield_to(compute_s)
-        self._link.yield_to(link_s)
+        self.compute.yield_to(compute_s)
+        self.link.yield_to(link_s)
 
     # What came of it.
-
-    def letters(self) -> tuple[str, ...]:
-        """How each cell was restored, a string per chunk, a letter per block: ``c``, ``l``, or ``.`` when missing."""
-        letters = {CellState.COMPUTED: "c", CellState.LOADED: "l"}
-        grid = self.problem.grid
-        return tuple(
-            "".join(letters.get(self._board.state(chunk, block), ".") for block in range(grid.num_blocks))
-            for chunk in range(grid.num_chunks)
-        )
 
     def report(
         self,
@@ -505,7 +409,7 @@ class RestoreState:
         overhead_s: float = 0.0,
     ) -> RestoreReport:
         """The record of the restoration; what is not resident counts as neither loaded nor recomputed."""
-        letters = self.letters()
+        letters = self.board.letters()
         loaded = [(chunk, block) for chunk, row in enumerate(letters) for block, cell in enumerate(row) if cell == "l"]
         return RestoreReport(
             plan=self.plan,
@@ -514,13 +418,13 @@ class RestoreState:
             ttft_s=ttft_s,
             recomputed_cells=sum(row.count("c") for row in letters),
             loaded_cells=len(loaded),
-            repaired_cells=self.num_repaired,
+            repaired_cells=self.compute.num_repaired,
             failed_loads={outcome.value: n for outcome, n in self.outcomes.items() if outcome is not LoadOutcome.OK},
-            loaded_bytes=sum(self._board.moved_bytes(*cell) for cell in loaded),
+            loaded_bytes=sum(self.board.moved_bytes(*cell) for cell in loaded),
             wasted_bytes=self.wasted_bytes,
             planning_s=planning_s,
             overhead_s=overhead_s,
             spans=tuple(spans),
-            boundary_source=self.source,
+            boundary_source=self.boundaries.source,
             boundary_bytes=self.boundary_bytes,
         )

@@ -59,8 +59,8 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterClaim:
-    """Under which adapter KV was, or is to be, computed.
+class AdapterVersion:
+    """An adapter by the content of its files: the one with which KV was, or is to be, computed.
 
     Attributes:
         number: vLLM's ``lora_int_id``.
@@ -79,7 +79,7 @@ class AdapterFiles:
     def __init__(self) -> None:
         self._known: dict[tuple[str, bool], tuple[_Signature, str]] = {}
 
-    def claim(self, adapter: Adapter) -> AdapterClaim | None:
+    def version(self, adapter: Adapter) -> AdapterVersion | None:
         """The adapter by the content of its files as they are now; None where they cannot be read.
 
         Reads all of an adapter that is new or has changed, about a second a GB; otherwise asks for its files' times.
@@ -91,7 +91,7 @@ class AdapterFiles:
             signature = _signature(folder)
             known = self._known.get((adapter.path, adapter.stacked_experts))
             if known is not None and known[0] == signature:
-                return AdapterClaim(adapter.number, known[1], adapter)
+                return AdapterVersion(adapter.number, known[1], adapter)
             hashed_ns = time.time_ns()
             digest = _digest(folder, stacked_experts=adapter.stacked_experts)
             if not signature or _signature(folder) != signature:
@@ -100,7 +100,7 @@ class AdapterFiles:
             return None
         if max(max(times_ns) for _, _, _, *times_ns in signature) < hashed_ns - SETTLED_S * 1e9:
             self._known[adapter.path, adapter.stacked_experts] = signature, digest
-        return AdapterClaim(adapter.number, digest, adapter)
+        return AdapterVersion(adapter.number, digest, adapter)
 
 
 class LoadedAdapters:
@@ -124,11 +124,11 @@ class LoadedAdapters:
 
     def _load(self, load: Any, request: Any) -> Any:  # noqa: ANN401 -- vLLM's LoRARequest in, its LoRAModel out
         adapter = Adapter.of(request)
-        before = self._files.claim(adapter)
+        before = self._files.version(adapter)
         loaded = load(request)
-        after = self._files.claim(adapter)
+        after = self._files.version(adapter)
         same = before is not None and before == after
-        # Files that changed while they were read, or cannot be hashed: an identity that nobody claims.
+        # Files that changed while they were read, or cannot be hashed: a version that nobody asks for.
         digest = after.digest if same and after is not None else secrets.token_hex(16)
         if self._loaded.setdefault(adapter.number, digest) != digest:
             self._loaded[adapter.number] = digest
@@ -141,18 +141,18 @@ class LoadedAdapters:
         replaced, self._replaced = tuple(sorted(self._replaced)), set()
         return replaced
 
-    def contradicts(self, claim: AdapterClaim | None) -> bool:
-        """Whether what is loaded under the claim's number is something else; an adapter not loaded yet is not."""
-        if claim is None:
+    def contradicts(self, version: AdapterVersion | None) -> bool:
+        """Whether what is loaded under the adapter's number is another version; an adapter not loaded yet is not."""
+        if version is None:
             return False
-        loaded = self._loaded.get(claim.number)
-        if self.known and loaded in (None, claim.digest):
+        loaded = self._loaded.get(version.number)
+        if self.known and loaded in (None, version.digest):
             return False
-        if claim.number not in self._warned:
-            self._warned.add(claim.number)
+        if version.number not in self._warned:
+            self._warned.add(version.number)
             logger.warning(
                 "adapter %d is loaded from files that have changed since, or that cannot be read: its KV is neither "
-                "saved nor restored until it is loaded again (load_inplace, or a restart)", claim.number,
+                "saved nor restored until it is loaded again (load_inplace, or a restart)", version.number,
             )  # fmt: skip
         return True
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from cacheflow.errors import ConfigError
 from cacheflow.restore.work import StepReport
-from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.child_handshakes import keep_handshakes_apart
 from cacheflow.vllm.compat import check_version
 from cacheflow.vllm.facts import EngineFacts
@@ -39,7 +38,7 @@ from cacheflow.vllm.options import DEFAULT_CHUNK_TOKENS, ConnectorOptions
 from cacheflow.vllm.plugin import register
 from cacheflow.vllm.prometheus import CacheFlowPromMetrics, CacheFlowStats
 from cacheflow.vllm.scheduler.side import SchedulerSide
-from cacheflow.vllm.scheduler.view import NO_STATES, MediaSpan, RequestView, ScheduledRequest, TargetStates
+from cacheflow.vllm.scheduler.view import NO_STATES, RequestView, ScheduledRequest, TargetStates
 from cacheflow.vllm.starting import Starting
 from cacheflow.vllm.startup.open_store import acquire_store, release_store
 from cacheflow.vllm.step import NOTHING, ModelNews, StepWork
@@ -94,9 +93,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     Alone or as a child of vLLM's ``MultiConnector``; also as a base class in a module of the user's.
 
-    Attributes:
-        options: What was asked for, as it is for this engine.
-        half: What it is: starting, then the scheduler's side or a worker's.
+    vLLM makes one for its scheduler and one in each worker. Each hands vLLM's calls on: at first to ``Starting``, then
+    to the ``SchedulerSide`` or the ``WorkerSide`` that comes of it.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -116,22 +114,27 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
+        asked = ConnectorOptions.parse(transfer.kv_connector_extra_config)
         if role is KVConnectorRole.WORKER:  # which vLLM makes first
             _check_transfer(worker_of(vllm_config).vllm_config.kv_transfer_config)
         log_beside_vllm()
         check_version()
         require_loadable(load_refusals(vllm_config, kv_cache_config))
         self._groups = KvGroups.of(kv_cache_config)
-        self.options = options.for_engine(self._default_chunk_tokens)
-        self.options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
-        self.options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
-        self.options.require_block_size(self._groups.block_size)
+        options = asked.for_engine(self._default_chunk_tokens)
+        options.require_chunk_in_prompt(int(vllm_config.model_config.max_model_len))
+        options.require_reachable_store(str(vllm_config.parallel_config.distributed_executor_backend))
+        options.require_block_size(self._groups.block_size)
         self._engine_id = str(transfer.engine_id)
-        store = acquire_store(self._engine_id, self.options)
-        self.half: Starting | SchedulerSide | WorkerSide = Starting(
-            options=self.options, store=store, vllm_config=vllm_config, kv_cache_config=kv_cache_config
-        )
+        store = acquire_store(self._engine_id, options)
+        self.begin(Starting(options=options, store=store, vllm_config=vllm_config, kv_cache_config=kv_cache_config))
+
+    def begin(self, starting: Starting) -> None:
+        """Serve, from the handshake on, with the side that ``starting`` makes of what the workers found out.
+
+        The constructor calls it. To start anew with other options or another store, close the side that served before.
+        """
+        self._side: Starting | SchedulerSide | WorkerSide = starting
         self._to_carry_out: StepWork | None = None
         self._to_save: StepWork | None = None
 
@@ -167,18 +170,18 @@ class CacheFlowConnector(KVConnectorBase_V1):
                 f"none of {len(metadata)} workers handed over what CacheFlow found out at start: without that nothing "
                 "is restored. Another connector stands between them that passes on its own handshake only"
             )
-        if isinstance(self.half, Starting):
-            self.half = self.half.scheduler([each.facts for each in ours])
+        if isinstance(self._side, Starting):
+            self._side = self._side.scheduler([each.facts for each in ours])
 
     def on_new_request(self, request: Any) -> None:
         """Start the lookup as soon as a request arrives."""
-        self._scheduler.new_request(_view(request))
+        self.scheduler_side.new_request(RequestView.of(request))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens to restore beyond vLLM's own prefix cache."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler_side
         if not scheduler.knows(request.request_id):  # where vLLM has no on_new_request
-            scheduler.new_request(_view(request))
+            scheduler.new_request(RequestView.of(request))
         matched = scheduler.num_matched(
             request.request_id,
             num_computed_tokens,
@@ -197,10 +200,10 @@ class CacheFlowConnector(KVConnectorBase_V1):
             kv_blocks = self._groups.kv_blocks(blocks.get_block_ids())
             end = len(kv_blocks) * self._groups.block_size
             states = self._target_states(request.request_id, blocks, end)
-            self._scheduler.allocated(request.request_id, kv_blocks, num_external_tokens, states)
+            self.scheduler_side.allocated(request.request_id, kv_blocks, num_external_tokens, states)
         elif not request.skip_reading_prefix_cache:
             stats = request.prefill_stats
-            self._scheduler.passed_over(
+            self.scheduler_side.passed_over(
                 request.request_id, num_loaded=None if stats is None else stats.num_external_cached_tokens
             )
 
@@ -211,8 +214,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> CacheFlowMetadata:
         """This step's work for the workers."""
         groups = self._groups
-        work = self._scheduler.step(
-            _scheduled(scheduler_output),
+        work = self.scheduler_side.step(
+            ScheduledRequest.of_step(scheduler_output),
             lambda name: groups.kv_blocks(self._block_ids(scheduler_output, name)),
             num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
             state_blocks_of=lambda name, end: groups.state_blocks(self._block_ids(scheduler_output, name), end),
@@ -233,10 +236,10 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """Take in what the workers did."""
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, CacheFlowWorkerMetadata):
-            self._scheduler.take_news(meta.news)
-            self._scheduler.take_report(meta.report)
+            self.scheduler_side.take_news(meta.news)
+            self.scheduler_side.take_report(meta.report)
         if connector_output.invalid_block_ids:
-            self._scheduler.load_failed()
+            self.scheduler_side.load_failed()
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """Learn whenever vLLM empties its own prefix cache, which after a change of weights may hold old KV."""
@@ -245,42 +248,42 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
         def reporting() -> bool:
             was_reset = bool(reset())
-            if was_reset and isinstance(self.half, SchedulerSide):
-                self.half.local_cache_was_reset()
+            if was_reset and isinstance(self._side, SchedulerSide):
+                self._side.local_cache_was_reset()
             return was_reset
 
         kv_cache_manager.reset_prefix_cache = reporting
 
     def reset_cache(self) -> bool:
         """Restore nothing that was saved so far; what others share in the store stays."""
-        if isinstance(self.half, SchedulerSide):
-            self.half.reset()
+        if isinstance(self._side, SchedulerSide):
+            self._side.reset()
         return True
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; vLLM keeps the blocks of one that is being restored until the worker has finished."""
-        return False, self._scheduler.finished(request.request_id)
+        return False, self.scheduler_side.finished(request.request_id)
 
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn where the KV blocks are."""
-        if isinstance(self.half, Starting):
-            self.half.kv_caches = kv_caches
+        if isinstance(self._side, Starting):
+            self._side.kv_caches = kv_caches
 
     @reason_left()
     def get_handshake_metadata(self) -> CacheFlowHandshake:
         """Self-test and calibration, before the first request; what they found when vLLM asks again."""
-        if isinstance(self.half, Starting):
-            self.half = self.half.worker()
-        return CacheFlowHandshake(self._worker.facts)
+        if isinstance(self._side, Starting):
+            self._side = self._side.worker()
+        return CacheFlowHandshake(self.worker_side.facts)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Take this step's work; vLLM calls it right before the forward."""
         super().bind_connector_metadata(connector_metadata)
         work = connector_metadata.work if isinstance(connector_metadata, CacheFlowMetadata) else NOTHING
         self._to_carry_out = self._to_save = work
-        self._worker.expect(work)
+        self.worker_side.expect(work)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Do this step's work; vLLM calls it every step, after the forward unless a connector loads for it."""
@@ -306,18 +309,18 @@ class CacheFlowConnector(KVConnectorBase_V1):
         or, on a pipeline stage before the last, never. A drafter with a KV cache writes it in between.
         """
         self._carry_out()
-        if not self._worker.drafts:
+        if not self.worker_side.drafts:
             self._save()
-        self._worker.forget(finished_req_ids)
-        return None, self._worker.take_finished() or None
+        self.worker_side.forget(finished_req_ids)
+        return None, self.worker_side.take_finished() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """KV blocks of restorations that could not be completed."""
-        return self._worker.take_failed_blocks()
+        return self.worker_side.take_failed_blocks()
 
     def build_connector_worker_meta(self) -> CacheFlowWorkerMetadata | None:
         """What this rank did in this step."""
-        report, news = self._worker.take_report(), self._worker.take_news()
+        report, news = self.worker_side.take_report(), self.worker_side.take_news()
         if report is None and news is None:
             return None
         return CacheFlowWorkerMetadata(report or StepReport(), {} if news is None else dict([news]))
@@ -325,20 +328,20 @@ class CacheFlowConnector(KVConnectorBase_V1):
     def _carry_out(self) -> None:
         work, self._to_carry_out = self._to_carry_out, None
         if work is not None:
-            self._worker.carry_out(work)
+            self.worker_side.carry_out(work)
 
     def _save(self) -> None:
         work, self._to_save = self._to_save, None
         if work is not None:
-            self._worker.save(work)
+            self.worker_side.save(work)
 
     # Both
 
     def get_kv_connector_stats(self) -> CacheFlowStats | None:
         """Counts of this side since the last call."""
-        if isinstance(self.half, WorkerSide):
-            self.half.note_tiers()
-        data = self.half.counts.take()
+        if isinstance(self._side, WorkerSide):
+            self._side.note_tiers()
+        data = self._side.counts.take()
         return CacheFlowStats(data) if data else None
 
     @classmethod
@@ -359,53 +362,22 @@ class CacheFlowConnector(KVConnectorBase_V1):
 
     def shutdown(self) -> None:
         """End threads and give the store back; what is under way is given up."""
-        self.half.close()
+        self._side.close()
         if self._engine_id:
             release_store(self._engine_id)
             self._engine_id = ""
 
     @property
-    def _scheduler(self) -> SchedulerSide:
-        assert isinstance(self.half, SchedulerSide), "a scheduler's call on a worker's half, or before the handshake"
-        return self.half
+    def scheduler_side(self) -> SchedulerSide:
+        """What decides, on the scheduler's connector, once the handshake has been made."""
+        assert isinstance(self._side, SchedulerSide), "called on a worker's connector, or before the handshake"
+        return self._side
 
     @property
-    def _worker(self) -> WorkerSide:
-        assert isinstance(self.half, WorkerSide), "a worker's call on a scheduler's half, or before the handshake"
-        return self.half
-
-
-def _view(request: Any) -> RequestView:
-    lora, media = request.lora_request, [_media(feature) for feature in request.mm_features]
-    return RequestView(
-        request_id=request.request_id,
-        tokens=request.all_token_ids,
-        num_prompt_tokens=request.num_prompt_tokens,
-        salt=request.cache_salt or "",
-        adapter=Adapter.of(lora) if lora else None,
-        media=media,
-        params=request.kv_transfer_params,
-        hashable=request.prompt_embeds is None
-        and request.pooling_params is None
-        and all(each.is_hash for each in media),
-        computes_all=bool(request.skip_reading_prefix_cache),
-    )
-
-
-def _media(feature: Any) -> MediaSpan:
-    start = feature.mm_position.offset
-    return MediaSpan(start=start, end=start + feature.mm_position.length, content_id=feature.identifier)
-
-
-def _scheduled(scheduler_output: Any) -> Iterator[ScheduledRequest]:
-    """The step's requests without their drafts: tokens that may be rejected are no request's tokens yet."""
-    drafts, sync_loads = scheduler_output.scheduled_spec_decode_tokens, scheduler_output.has_sync_kv_loads
-    cached = scheduler_output.scheduled_cached_reqs
-    new = [(each.req_id, each.num_computed_tokens) for each in scheduler_output.scheduled_new_reqs]
-    for request_id, num_computed in [*new, *zip(cached.req_ids, cached.num_computed_tokens, strict=True)]:
-        count = scheduler_output.num_scheduled_tokens[request_id] - len(drafts.get(request_id, ()))
-        begins = request_id not in cached.req_ids or request_id in cached.resumed_req_ids
-        yield ScheduledRequest(request_id, num_computed + count, count, unproven=sync_loads and begins)
+    def worker_side(self) -> WorkerSide:
+        """What carries work out, on a worker's connector, once the handshake has been made."""
+        assert isinstance(self._side, WorkerSide), "called on the scheduler's connector, or before the handshake"
+        return self._side
 
 
 def _check_transfer(transfer: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cacheflow.errors import ConfigError
 from cacheflow.model_shape import ModelShape
 from cacheflow.plan.costs import CostTable
-from cacheflow.plan.grid import num_layer_blocks
+from cacheflow.plan.grid import layers_of_blocks, num_layer_blocks
 from cacheflow.plan.problem import LinkCost
 from cacheflow.stores.keys import RankKeys, RankObjects, Shard
 
@@ -87,8 +87,7 @@ class EngineFacts:
     @property
     def rows_of_blocks(self) -> list[tuple[int, int]]:
         """Layers ``[lo, hi)`` of ``shape`` in each row of the grid, bottom first."""
-        layers, step = self.shape.num_layers, self.layers_per_block
-        return [(lo, min(lo + step, layers)) for lo in range(0, layers, step)]
+        return layers_of_blocks(self.layers_per_block, self.shape.num_layers)
 
     @property
     def state_bytes_B(self) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ class CacheFlowHybridConnector(CacheFlowConnector, SupportsHMA):
         own_stop = getattr(request, "shared_prefix_boundary", None)
         if matched is not None and own_stop is not None:
             end = num_computed_tokens + matched
-            request.shared_prefix_boundary = self._scheduler.stop_at(
+            request.shared_prefix_boundary = self.scheduler_side.stop_at(
                 request.request_id, end, vllm_stop=own_stop, kept_within_passes=self._groups.kept_within_passes
             )
         return matched, loads
@@ -63,7 +63,7 @@ class CacheFlowHybridConnector(CacheFlowConnector, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> CacheFlowMetadata:
         """See ``CacheFlowConnector``."""
-        self._local_states.release_unless(self._scheduler.restorations.restoring)
+        self._local_states.release_unless(self.scheduler_side.restorations.restoring)
         return super().build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -83,9 +83,9 @@ class CacheFlowHybridConnector(CacheFlowConnector, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Requests whose restoration ended; of one that did not get all it promised vLLM computes everything."""
         _, finished = self.get_finished(finished_req_ids)
-        self._worker.take_failed_blocks()
+        self.worker_side.take_failed_blocks()
         return KVConnectorTransferResults(
-            finished_recving=set(finished or ()), failed_recving=self._worker.take_failed_requests()
+            finished_recving=set(finished or ()), failed_recving=self.worker_side.take_failed_requests()
         )
 
     def get_block_ids_with_load_errors(self) -> set[int]:

@@ -1,7 +1,7 @@
-"""A connector's half before the workers' facts are known, and how it begins to serve.
+"""What a connector has before the workers' facts are known, and how the side that serves is made of it.
 
 vLLM hands the KV caches over, asks the workers for a handshake and gives that to the scheduler, all before the first
-request. From then on a half is a ``SchedulerSide`` or a ``WorkerSide``.
+request. From then on a connector has a ``SchedulerSide`` or a ``WorkerSide``.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from cacheflow.vllm.worker.weights_watch import watch_weights
 
 @dataclass(slots=True, kw_only=True)
 class Starting:
-    """What a half is made of.
+    """What a side is made of.
 
     Attributes:
         options: The connector's.
         store: The engine's.
         vllm_config: vLLM's ``VllmConfig``.
         kv_cache_config: vLLM's ``KVCacheConfig``.
-        kv_caches: The tensors that vLLM registered, by layer; empty on the scheduler's half.
-        counts: Nothing is counted before the half serves.
+        kv_caches: The tensors that vLLM registered, by layer; empty on the scheduler's connector.
+        counts: A worker side goes on with them.
     """
 
     options: ServingOptions
@@ -51,11 +51,11 @@ class Starting:
     counts: Counts = field(default_factory=Counts)
 
     def scheduler(self, facts_by_rank: Sequence[EngineFacts]) -> SchedulerSide:
-        """The scheduler's half, given what every worker found out."""
+        """The scheduler side, given what every worker found out."""
         return SchedulerSide(self.options, self.store, facts_by_rank, clock=time.perf_counter)
 
     def worker(self) -> WorkerSide:
-        """The worker's half: checks the model, tests restoration and measures costs.
+        """This rank's worker side: checks the model, tests restoration and measures costs.
 
         Raises:
             UnsupportedModelError: The model cannot be recomputed and the user did not ask for ``load_only``.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cacheflow.restore.work import RestoreTarget, StageWork
 from cacheflow.stores.keys import RankObjects
-from cacheflow.vllm.adapters import AdapterClaim
+from cacheflow.vllm.adapters import AdapterVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class SaveWork:
     block_ids: tuple[int, ...]
     request_id: str = ""
     chunk: int = 0
-    adapter: AdapterClaim | None = None
+    adapter: AdapterVersion | None = None
     state_blocks: tuple[int, ...] = ()
     keep: bool = False
 
@@ -113,7 +113,7 @@ class StepWork:
     saves: tuple[SaveWork, ...] = ()
     wait_s: float = 0.0
     weights_versions: Mapping[int, int] = field(default_factory=dict)
-    adapters: Mapping[int, AdapterClaim] = field(default_factory=dict)
+    adapters: Mapping[int, AdapterVersion] = field(default_factory=dict)
     preempted: tuple[str, ...] = ()
     keeps: tuple[KeepWork, ...] = ()
     prefetches: tuple[PrefetchWork, ...] = ()

@@ -169,7 +169,7 @@ def test_states_are_saved_at_the_prompt_s_last_chunk_and_of_a_reply_at_its_last(
     found = {chunk: made.due(chunk * CHUNK) for chunk in range(1, 8)}
     assert {chunk: each for chunk, each in found.items() if each is not None} == due
     assert all(made.due(chunk * CHUNK + BLOCK) is None for chunk in range(8))
-    made.stored = frozenset(chunk - 1 for chunk in due)
+    made.note_stored(frozenset(chunk - 1 for chunk in due))
     assert all(made.due(chunk * CHUNK) is None for chunk in range(1, 8))
 
 
@@ -197,7 +197,7 @@ def test_vllm_is_asked_to_stop_where_states_are_wanted(asked, stop):
 
 def test_vllm_does_not_stop_for_states_that_are_stored():
     made = positions()
-    made.stored = frozenset({2})
+    made.note_stored(frozenset({2}))
     assert made.stop_at(num_stored=3, end=0, stops_itself=True, vllm_stop=0) == 0
 
 

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cacheflow.plan.grid import Cell
+from cacheflow.plan.grid import Cell, block_layers
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import PutRequest
 from cacheflow.stores.keys import RankKeys
 from cacheflow.stores.opening import open_store
 from cacheflow.tensors.copy_lane import MAX_QUEUED, CopyLane
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm.worker.layout import BlockLayout, LayerView, block_layers
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView
 from cacheflow.vllm.worker.transfer import VllmTransferPort, staging_pool
 from support.examples import examples
 from support.fake_device import NONE_GOES_ON, FakeDevice

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cacheflow.plan.grid import block_layers
 from cacheflow.stores.base import GetRequest
 from cacheflow.stores.keys import RankKeys
 from cacheflow.stores.memory import MemoryStore
@@ -16,7 +17,7 @@ from cacheflow.types import LoadOutcome
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import SaveWork
 from cacheflow.vllm.worker import saver as saver_module
-from cacheflow.vllm.worker.layout import BlockLayout, LayerView, block_layers
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView
 from cacheflow.vllm.worker.saver import ChunkSaver, snapshot_room
 from cacheflow.vllm.worker.state_blocks import StateBlocks
 from support.examples import examples

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cacheflow.plan.grid import block_layers
 from cacheflow.stores.base import GetRequest, PutOutcome
 from cacheflow.stores.keys import RankKeys
 from cacheflow.stores.memory import MemoryStore
@@ -14,7 +15,7 @@ from cacheflow.types import LoadOutcome
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import SaveWork
 from cacheflow.vllm.worker import saver as saver_module
-from cacheflow.vllm.worker.layout import BlockLayout, LayerView, block_layers
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView
 from cacheflow.vllm.worker.saver import ChunkSaver
 
 pytestmark = pytest.mark.torch

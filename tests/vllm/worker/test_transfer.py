@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from cacheflow.plan.grid import Boundary, Cell
+from cacheflow.plan.grid import Boundary, Cell, block_layers
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import Priority, PutRequest
 from cacheflow.stores.keys import RankKeys, Shard
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.types import LoadOutcome
-from cacheflow.vllm.worker.layout import BlockLayout, LayerView, block_layers
+from cacheflow.vllm.worker.layout import BlockLayout, LayerView
 from cacheflow.vllm.worker.transfer import BoundaryReads, VllmTransferPort, boundary_pool, staging_pool
 
 pytestmark = pytest.mark.torch

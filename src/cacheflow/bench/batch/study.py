@@ -15,7 +15,7 @@ import torch
 
 from cacheflow.bench.batch.simulate import BatchCase
 from cacheflow.bench.contender import Contender
-from cacheflow.bench.setup import room_bytes, save_prefix, slowed
+from cacheflow.bench.setup import room_bytes, save_prefix
 from cacheflow.embedded.restorer import CUDA_CLAIM_S
 from cacheflow.engine.cells import CellGeometry
 from cacheflow.engine.compute_port import EngineComputePort
@@ -151,7 +151,7 @@ class BatchStudy:
         assert self._costs is not None, "prepare comes first"
         link = LinkCost(bytes_per_s=bytes_per_s)
         problems = [build_problem(self._costs, each.grid, self.model.shape, link=link) for each in self.prompts]
-        return [slowed(problem, drift) for problem in problems]
+        return [problem.slowed(drift) for problem in problems]
 
     def bytes_per_s(self, ratio: float) -> float:
         """Bandwidth at which loading all prefixes takes ``ratio`` times as long as recomputing them."""

@@ -24,18 +24,18 @@ class CheckpointDue(Enum):
 
 
 class RequestCheckpoints:
-    """Where one request's running states are saved. Scheduler's thread alone.
-
-    Attributes:
-        stored: Chunks at whose end the store held them when it was asked.
-    """
+    """Where one request's running states are saved. Scheduler's thread alone."""
 
     def __init__(self, view: RequestView, *, chunk_tokens: int, every_chunks: int | None, decode_too: bool) -> None:
         """``every_chunks``: also where a step ends at a multiple of so many chunks; ``decode_too``: of replies too."""
         self._view, self._chunk_tokens = view, chunk_tokens
         self._every_chunks, self._decode_too = every_chunks, decode_too
         self._stop_at = 0
-        self.stored: frozenset[int] = frozenset()
+        self._stored: frozenset[int] = frozenset()
+
+    def note_stored(self, chunks: frozenset[int]) -> None:
+        """Note the chunks at whose end the store holds the states."""
+        self._stored = chunks
 
     @property
     def prompt_end(self) -> int:
@@ -53,7 +53,7 @@ class RequestCheckpoints:
         """
         last = self.prompt_end
         parts_at = min(num_stored * self._chunk_tokens, last)
-        if end < parts_at < last and num_stored - 1 not in self.stored:
+        if end < parts_at < last and num_stored - 1 not in self._stored:
             chosen = parts_at
         elif end < last and not stops_itself:
             chosen = last
@@ -66,7 +66,7 @@ class RequestCheckpoints:
     def due(self, num_computed: int) -> CheckpointDue | None:
         """Whether to save the states after a step that ends with so many tokens computed."""
         chunk, rest = divmod(num_computed, self._chunk_tokens)
-        if rest or not chunk or chunk - 1 in self.stored:
+        if rest or not chunk or chunk - 1 in self._stored:
             return None
         if num_computed in (self.prompt_end, self._stop_at):
             return CheckpointDue.NOW

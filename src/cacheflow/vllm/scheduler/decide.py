@@ -103,10 +103,6 @@ class Decider:
         """What compute and the link of the first stage were seen to do."""
         return self.stages[0].rates
 
-    @rates.setter
-    def rates(self, rates: LiveRates) -> None:
-        self.stages[0].rates = rates
-
     @property
     def recurrent(self) -> bool:
         """Whether the model has recurrent layers."""

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from cacheflow.vllm.adapters import Adapter, AdapterClaim, AdapterFiles
+from cacheflow.vllm.adapters import Adapter, AdapterFiles, AdapterVersion
 from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.step import WeightsChange
+
+logger = logging.getLogger(__name__)
 
 MIXED = -1
 """Generation of KV that is of more than one state of the weights or of its adapter: it is not saved."""
@@ -30,13 +34,13 @@ class KvName:
 
     Attributes:
         namespace: ``Namespace.digest`` of its objects.
-        claim: Its adapter by the content of its files; None without one, or where they cannot be read.
+        adapter: Its adapter, in the version that its files hold; None without one, or where they cannot be read.
         generation: The engine's generation in which the KV is computed; ``MIXED`` where it is of more than one, or of
             an adapter that cannot be read.
     """
 
     namespace: str
-    claim: AdapterClaim | None
+    adapter: AdapterVersion | None
     generation: int
 
 
@@ -85,10 +89,27 @@ class KvIdentity:
         self._token = secrets.token_hex(16)
         self.generation += 1
 
-    def weights_changed(self, *, stop: str = "") -> None:
-        """Begin a generation because a worker's weights changed; ``stop`` says why nothing goes on until a reset."""
+    def weights_changed(self, change: WeightsChange) -> None:
+        """Begin a generation because weights changed; unless that was announced, nothing goes on until a reset."""
+        if change.announced:
+            self._begin_with_other_weights()
+            logger.warning(
+                "the model's weights were changed (%s): nothing saved so far is restored any more, and KV is saved for "
+                "this engine alone. Reset vLLM's prefix cache too (reset_prefix_cache): it holds KV of the old weights",
+                change.how,
+            )  # fmt: skip
+        elif not self.stopped:
+            self._begin_with_other_weights()
+            without_notice = f"the model's weights were changed without notice ({change.how})"
+            self.stopped = f"{without_notice}; reset the connector to go on"
+            logger.error(
+                "%s: nothing is saved or restored until the connector is reset (POST "
+                "/reset_prefix_cache?reset_external=true, or reset_prefix_cache(reset_connector=True))", without_notice,
+            )  # fmt: skip
+
+    def _begin_with_other_weights(self) -> None:
         self._begin()
-        self.stopped = stop
+        self.stopped = ""
         self._local.everything = self._others.everything = True
 
     def local_cache_was_reset(self) -> None:
@@ -97,29 +118,29 @@ class KvIdentity:
 
     def name(self, adapter: Adapter | None) -> KvName:
         """The present name of KV of the base model, or of an adapter by the files that its path holds now."""
-        claim = None if adapter is None else self._claim(adapter)
-        generation = MIXED if claim is None and adapter is not None else self.generation
-        return KvName(namespace=self.namespace(claim), claim=claim, generation=generation)
+        version = None if adapter is None else self._version(adapter)
+        generation = MIXED if version is None and adapter is not None else self.generation
+        return KvName(namespace=self.namespace(version), adapter=version, generation=generation)
 
-    def _claim(self, adapter: Adapter) -> AdapterClaim | None:
-        claim = self._files.claim(adapter)
-        if claim is not None:
+    def _version(self, adapter: Adapter) -> AdapterVersion | None:
+        version = self._files.version(adapter)
+        if version is not None:
             key = adapter.name, adapter.path
-            if self._digests.setdefault(key, claim.digest) != claim.digest:
-                self._digests[key] = claim.digest
+            if self._digests.setdefault(key, version.digest) != version.digest:
+                self._digests[key] = version.digest
                 self._local.adapters.add(key)
                 self._others.adapters.add(key)
-        return claim
+        return version
 
-    def namespace(self, claim: AdapterClaim | None) -> str:
+    def namespace(self, adapter: AdapterVersion | None) -> str:
         """Digest for keys, of the base model or of an adapter."""
         own = generation_namespace(self._shared, token=self._token)
-        return own if claim is None else adapter_namespace(own, digest=claim.digest)
+        return own if adapter is None else adapter_namespace(own, digest=adapter.digest)
 
-    def parts(self, claim: AdapterClaim | None) -> dict[str, str]:
+    def parts(self, adapter: AdapterVersion | None) -> dict[str, str]:
         """What tells ``namespace`` from the one that all engines with the weights as loaded share; for people."""
         own = {"generation": self._token} if self._token else {}
-        return own if claim is None else own | {"lora": claim.digest}
+        return own if adapter is None else own | {"lora": adapter.digest}
 
     def may_be_old(self, adapter: Adapter | None, *, num_local: int, num_loaded: int) -> bool:
         """Whether a request may have KV of other weights, or of its adapter's files before.

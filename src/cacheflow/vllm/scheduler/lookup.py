@@ -140,6 +140,10 @@ class StoreQuestions:
     ) -> None:
         """Ask for the objects of these ranks; ``num_saves`` is ``SaveLog.num_saves``."""
         self._lookup, self._ranks, self._num_saves, self._clock = lookup, tuple(facts_by_rank), num_saves, clock
+        self._ends_by_rank = [
+            (facts.keys, tuple(dict.fromkeys((facts.rows_of_blocks[0], facts.rows_of_blocks[-1]))))
+            for facts in facts_by_rank
+        ]
         self._recurrent = any(facts.recurrent for facts in facts_by_rank)
         self._boundary_stages = [
             facts for facts in slowest_rank_of_each_stage(facts_by_rank)[1:] if facts.boundary_token_bytes
@@ -211,13 +215,7 @@ class StoreQuestions:
 
     def _ends(self, namespace: str, chain_hash: str) -> list[ObjectKey]:
         """The bottom and the top object of a chunk on every rank: the first and the last that a save writes."""
-        keys = []
-        for facts in self._ranks:
-            layers, step = facts.shape.num_layers, facts.layers_per_block
-            top_lo = (layers - 1) // step * step
-            ends = [(0, min(step, layers)), (top_lo, layers)] if top_lo else [(0, layers)]
-            keys += [facts.keys.kv(namespace, chain_hash, each) for each in ends]
-        return keys
+        return [keys.kv(namespace, chain_hash, rows) for keys, ends in self._ends_by_rank for rows in ends]
 
     def _states(self, namespace: str, chain_hash: str) -> list[ObjectKey]:
         """The objects of running states at the end of a chunk, of every row on every rank."""

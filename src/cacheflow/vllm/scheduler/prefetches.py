@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from itertools import islice
 
 from cacheflow.stores.base import Store
-from cacheflow.stores.keys import TokenIds, chain_hashes, chain_root
+from cacheflow.stores.keys import chain_hashes, chain_root
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.keeps import Keeps
-from cacheflow.vllm.scheduler.kv_identity import KvName
+from cacheflow.vllm.scheduler.kv_identity import KvIdentity, KvName
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
 from cacheflow.vllm.scheduler.request import TrackedRequest
 from cacheflow.vllm.scheduler.request_params import Keep, Mode
@@ -53,18 +53,20 @@ class _Announced:
 class Prefetches:
     """What comes next, and what workers are to be told of it. Scheduler's thread alone."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- one engine's, keyword-only but for the first three
         self,
         store: Store,
         facts_by_rank: Sequence[EngineFacts],
         options: ServingOptions,
         *,
+        identity: KvIdentity,
         questions: StoreQuestions,
         keeps: Keeps,
         clock: Clock,
     ) -> None:
         """Look announced prefixes up in ``store``; ``questions`` has the answers about requests."""
-        self._options, self._questions, self._keeps, self._clock = options, questions, keeps, clock
+        self._options, self._identity, self._questions = options, identity, questions
+        self._keeps, self._clock = keeps, clock
         # Of its own: the question of a request, which has a deadline, does not queue after these.
         self._lookup = PrefixLookup(store, timeout_s=LOOKUP_S, clock=clock, num_threads=1)
         self._own_questions = StoreQuestions(self._lookup, facts_by_rank, num_saves=lambda: 0, clock=clock)
@@ -74,27 +76,34 @@ class Prefetches:
         self._has_tiers = bool(store.stats().tiers)
 
     def arrived(self, request: TrackedRequest) -> None:
-        """A request waits in vLLM's queue from now on."""
+        """A request waits in vLLM's queue from now on; those that it announces come after it."""
         loads = self._options.policy != "recompute" and request.params.mode in (Mode.AUTO, Mode.LOAD)
         if self._has_tiers and self._options.prefetch_queued and loads:
             self._queued[request.view.request_id] = _Queued(request)
+        if request.params.prefetch and not self._identity.stopped and self._is_current(request.name):
+            self._announce(request)
+
+    def _is_current(self, name: KvName) -> bool:
+        """Whether KV of that name can still be found."""
+        return name.generation == self._identity.generation
 
     def left(self, request_id: str) -> None:
         """It has left the queue: it begins, or it has ended. Another, or again, does nothing."""
         self._queued.pop(request_id, None)
 
-    def look_anew(self, request_id: str) -> None:
-        """Have it decided anew how a request is to be restored, where its chunks may be in another tier by now.
+    def look_anew(self, request: TrackedRequest) -> bool:
+        """Ask where a request's chunks are by now, if they were to be brought; whether it is to be decided anew for it.
 
         Call before vLLM's question about it is answered.
         """
-        queued, now_s = self._queued.get(request_id), self._clock()
-        if queued is None or queued.sent_at_s == float("-inf") or now_s < queued.looked_at_s + LOOK_S:
-            return
-        if queued.request.question is not None:
-            queued.looked_at_s = now_s
-            self._questions.locate_anew(queued.request.question)
-            queued.request.decision = None
+        queued, now_s = self._queued.get(request.view.request_id), self._clock()
+        if queued is None or request.question is None or queued.sent_at_s == float("-inf"):
+            return False
+        if now_s < queued.looked_at_s + LOOK_S:
+            return False
+        queued.looked_at_s = now_s
+        self._questions.locate_anew(request.question)
+        return True
 
     def asked(self, request_id: str, *, answered: bool) -> None:
         """In this step vLLM has asked about a request; one that it would begin but for our answer does not queue."""
@@ -103,25 +112,23 @@ class Prefetches:
         else:
             self._awaiting.add(request_id)
 
-    def announce(self, name: KvName, prefixes: Sequence[TokenIds], *, salt: str, keep: Keep) -> None:
-        """Requests with these prefixes come next; their KV goes by ``name`` and is kept as ``keep`` says."""
-        size = self._options.chunk_tokens
-        for tokens in prefixes:
+    def _announce(self, request: TrackedRequest) -> None:
+        """Look up the prefixes that a request announces; their KV goes by its name, and is kept as long as its own."""
+        size, name, salt = self._options.chunk_tokens, request.name, request.view.salt
+        keep = request.params.keep or Keep(keep_s=self._options.keep_tool_s, until_next=True)
+        for tokens in request.params.prefetch:
             ends = range(size, len(tokens) // size * size + 1, size)
             hashes = tuple(each.hex() for each in chain_hashes(tokens, ends, salt))
             if hashes:
                 question = self._own_questions.ask(name.namespace, hashes)
                 self._announced.append(_Announced(name, question, chain_root(salt).hex(), keep))
 
-    def due(self, generation: int) -> tuple[list[PrefetchWork], list[KeepWork]]:
-        """What workers are to bring, and to pin, from the step on that is being made.
-
-        ``generation`` is that of ``KvIdentity``: what has the name of an earlier one is of no use.
-        """
-        works, keeps = self._of_queued(generation), list[KeepWork]()
+    def due(self) -> tuple[list[PrefetchWork], list[KeepWork]]:
+        """What workers are to bring, and to pin, from the step on that is being made."""
+        works, keeps = self._of_queued(), list[KeepWork]()
         for _ in range(len(self._announced)):
             announced = self._announced.popleft()
-            if announced.name.generation != generation:
+            if not self._is_current(announced.name):
                 continue
             if not (
                 self._own_questions.is_answered(announced.question) and self._own_questions.poll(announced.question)
@@ -136,11 +143,11 @@ class Prefetches:
             )
         return works, keeps
 
-    def _of_queued(self, generation: int) -> list[PrefetchWork]:
+    def _of_queued(self) -> list[PrefetchWork]:
         works, now_s = list[PrefetchWork](), self._clock()
         for request_id, queued in islice(self._queued.items(), self._options.prefetch_queued):
             request, question = queued.request, queued.request.question
-            if question is None or request.name.generation != generation or request_id in self._awaiting:
+            if question is None or not self._is_current(request.name) or request_id in self._awaiting:
                 continue
             if now_s < queued.sent_at_s + RENEW_S or not self._questions.is_answered(question):
                 continue

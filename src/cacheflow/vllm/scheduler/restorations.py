@@ -17,7 +17,7 @@ from cacheflow.restore.work import RestoreTarget, StageWork, StepReport
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.state.restoration import RestoreState
 from cacheflow.types import Clock, LoadOutcome
-from cacheflow.vllm.adapters import AdapterClaim
+from cacheflow.vllm.adapters import AdapterVersion
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.decide import Decider, Decision
@@ -66,7 +66,7 @@ class _Active:
     Attributes:
         restoration: The restoration.
         request_id: The request it serves.
-        claim: The request's adapter.
+        adapter: The request's; None without one.
         decision: What was decided.
         began_s: When.
         abandoned: The request has ended; nobody waits for it any more.
@@ -77,7 +77,7 @@ class _Active:
 
     restoration: PipelineRestoration
     request_id: str
-    claim: AdapterClaim | None
+    adapter: AdapterVersion | None
     decision: Decision
     began_s: float
     abandoned: bool = False
@@ -136,7 +136,9 @@ class Restorations:
             copies=not self._decider.recurrent,
         )  # fmt: skip
 
-    def start(self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int], where: TargetStates) -> None:
+    def start(
+        self, request: TrackedRequest, decision: Decision, block_ids: Sequence[int], target_states: TargetStates
+    ) -> None:
         """Begin a restoration into blocks that vLLM has set aside."""
         slowest = decision.slowest_stage
         assert slowest is not None, "a decision to restore has a plan for every stage"
@@ -156,8 +158,8 @@ class Restorations:
             chain_hashes=request.prefix.chain_hashes(first, decision.end // chunk_tokens),
             layers_per_block=self._decider.layers_per_block,
             copied_from=decision.copied_from,
-            state_blocks=where.blocks,
-            start_states=where.start if decision.can_compute else (),
+            state_blocks=target_states.blocks,
+            start_states=target_states.start if decision.can_compute else (),
         )
         states = [
             RestoreState(stage.problem, stage.plan, planner.rates, source=stage.source)
@@ -170,7 +172,7 @@ class Restorations:
         active = _Active(
             restoration=restoration,
             request_id=request.view.request_id,
-            claim=request.name.claim,
+            adapter=request.name.adapter,
             decision=decision,
             began_s=now_s,
         )
@@ -263,7 +265,7 @@ class Restorations:
             failed_blocks=failed_blocks,
             saves=saves,
             wait_s=budget.wait_s,
-            adapters={each.restoration.target.restore_id: each.claim for each in new if each.claim is not None},
+            adapters={each.restoration.target.restore_id: each.adapter for each in new if each.adapter is not None},
         )
 
     def _budget(self, now_s: float, *, busy: bool) -> StepBudget:

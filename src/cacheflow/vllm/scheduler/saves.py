@@ -98,7 +98,7 @@ class RequestSaves:
             block_ids=tuple(block_ids[chunk * num_blocks : (chunk + 1) * num_blocks]),
             request_id=self._view.request_id,
             chunk=chunk,
-            adapter=name.claim,
+            adapter=name.adapter,
         )
 
 

@@ -28,7 +28,7 @@ from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, sh
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
 from cacheflow.vllm.scheduler.prefetches import Prefetches
 from cacheflow.vllm.scheduler.request import TrackedRequest
-from cacheflow.vllm.scheduler.request_params import Keep, KeepLimits, Mode, RequestParams
+from cacheflow.vllm.scheduler.request_params import KeepLimits, Mode, RequestParams
 from cacheflow.vllm.scheduler.request_prefix import RequestPrefix
 from cacheflow.vllm.scheduler.restorations import EndedRestoration, RestorationOutcome, Restorations
 from cacheflow.vllm.scheduler.saves import RequestSaves
@@ -45,7 +45,7 @@ from cacheflow.vllm.scheduler.view import (
     TargetStates,
     no_state_blocks,
 )
-from cacheflow.vllm.step import NOTHING, CaptureWork, KeepWork, ModelNews, SaveWork, StepWork, WeightsChange
+from cacheflow.vllm.step import NOTHING, CaptureWork, KeepWork, ModelNews, SaveWork, StepWork
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,13 @@ class SchedulerSide:
             self._lookup, facts_by_rank, num_saves=lambda: self._saves.num_saves, clock=clock
         )
         self._prefetches = Prefetches(
-            store, facts_by_rank, options, questions=self._questions, keeps=self._keeps, clock=clock
+            store,
+            facts_by_rank,
+            options,
+            identity=self.identity,
+            questions=self._questions,
+            keeps=self._keeps,
+            clock=clock,
         )
         self.decider = Decider(by_stage, options, clock=clock, tier_rates=store.tier_rates)
         self.restorations = Restorations(
@@ -129,9 +135,6 @@ class SchedulerSide:
             request.reason = "the request asked for 'off'" if view.hashable else UNNAMED
         self._begin_name(request)
         self._prefetches.arrived(request)
-        if params.prefetch and not self.identity.stopped and request.name.generation == self.identity.generation:
-            keep = params.keep or Keep(keep_s=self._keep_limits.tool_s, until_next=True)
-            self._prefetches.announce(request.name, params.prefetch, salt=view.salt, keep=keep)
 
     def _checkpoints(self, view: RequestView) -> RequestCheckpoints | None:
         if not self.decider.recurrent:
@@ -147,12 +150,12 @@ class SchedulerSide:
     def _begin_name(self, request: TrackedRequest) -> None:
         """Forget what was known of a request's KV, and ask the store for what has its present name."""
         name, adapter = request.name, request.view.adapter
-        self._census.describe(name.namespace, self._parts | self.identity.parts(name.claim))
+        self._census.describe(name.namespace, self._parts | self.identity.parts(name.adapter))
         request.question = request.decision = None
         request.saves.forget()
         if request.params.mode is Mode.OFF:
             return
-        if adapter is not None and name.claim is None:
+        if adapter is not None and name.adapter is None:
             request.reason = f"the files of its adapter {adapter.name!r} in {adapter.path} cannot be read"
         elif self.identity.stopped:
             request.reason = self.identity.stopped
@@ -185,22 +188,18 @@ class SchedulerSide:
 
         ``has_start_states``: in a model with recurrent layers their states at ``num_computed`` are there.
         """
-        self._prefetches.look_anew(request_id)
-        matched = self._num_matched(
-            request_id, num_computed, num_preemptions=num_preemptions, has_start_states=has_start_states
-        )
-        self._prefetches.asked(request_id, answered=matched is not None)
-        return matched
-
-    def _num_matched(
-        self, request_id: str, num_computed: int, *, num_preemptions: int, has_start_states: bool
-    ) -> int | None:
         request = self.requests.get(request_id)
         if request is None:
             return 0
-        request.asked_by_vllm = True
-        request.num_local, request.num_loaded = num_computed, 0
+        request.asked_by_vllm, request.num_local, request.num_loaded = True, num_computed, 0
+        if self._prefetches.look_anew(request):
+            request.decision = None
         self._ask_anew(request, num_preemptions)
+        matched = self._num_matched(request, num_computed, has_start_states=has_start_states)
+        self._prefetches.asked(request_id, answered=matched is not None)
+        return matched
+
+    def _num_matched(self, request: TrackedRequest, num_computed: int, *, has_start_states: bool) -> int | None:
         question = request.question
         if question is None or not question.chain_hashes or request.given_up:
             return 0
@@ -209,7 +208,7 @@ class SchedulerSide:
         request.saves.note_stored(question.num_stored)
         request.offered = None
         if request.checkpoints is not None and question.checkpoints is not None:
-            request.checkpoints.stored = question.checkpoints
+            request.checkpoints.note_stored(question.checkpoints)
             if self._under_way.awaited(question):
                 request.question = self._ask(request)
                 return None
@@ -323,7 +322,7 @@ class SchedulerSide:
         if self._options.save:
             saves, captures = self._saves.of_step(self.requests, scheduled, block_ids_of, state_blocks_of)
         generation, preempted = self.identity.generation, preempted if self.decider.recurrent else ()
-        prefetches, announced = self._prefetches.due(generation)
+        prefetches, announced = self._prefetches.due()
         keeps, self._keep_works = (*self._keep_works, *announced), []
         if not any((saves, captures, preempted, keeps, prefetches, self.has_work)):
             return StepWork(generation=generation) if generation else NOTHING
@@ -368,31 +367,13 @@ class SchedulerSide:
             for restore_id, reason in each.refused.items():
                 self.restorations.discard(reason, restore_id)
             for request in self.requests.values():
-                if request.name.claim is not None and request.name.claim.number in each.replaced_adapters:
+                if request.name.adapter is not None and request.name.adapter.number in each.replaced_adapters:
                     request.name = replace(request.name, generation=MIXED)
         changes = {rank: each.weights for rank, each in news.items() if each.weights is not None}
         self._weights_versions |= {rank: change.version for rank, change in changes.items()}
         if changes:
-            self._weights_changed(min(changes.values(), key=lambda change: change.announced))
-
-    def _weights_changed(self, change: WeightsChange) -> None:
-        if change.announced:
-            self.identity.weights_changed()
-            logger.warning(
-                "the model's weights were changed (%s): nothing saved so far is restored any more, and KV is saved for "
-                "this engine alone. Reset vLLM's prefix cache too (reset_prefix_cache): it holds KV of the old weights",
-                change.how,
-            )  # fmt: skip
-        elif not self.identity.stopped:
-            self.identity.weights_changed(
-                stop=f"the model's weights were changed without notice ({change.how}); reset the connector to go on"
-            )
-            logger.error(
-                "the model's weights were changed without notice (%s): nothing is saved or restored until the "
-                "connector is reset (POST /reset_prefix_cache?reset_external=true, or "
-                "reset_prefix_cache(reset_connector=True))", change.how,
-            )  # fmt: skip
-        self.restorations.discard("the model's weights have changed")
+            self.identity.weights_changed(min(changes.values(), key=lambda change: change.announced))
+            self.restorations.discard("the model's weights have changed")
 
     def take_report(self, report: StepReport) -> None:
         """Take in what the workers did."""

@@ -119,13 +119,7 @@ class StagePlanner:
 
     def corrected(self, problem: RestoreProblem) -> RestoreProblem:
         """The problem by what compute was seen to take."""
-        factor = self.rates.compute_factor
-        return dataclasses.replace(
-            problem,
-            compute_KB=problem.compute_KB * factor,
-            kv_only_KB=problem.kv_only_KB * factor,
-            prefill_s=None if problem.prefill_s is None else problem.prefill_s * factor,
-        )
+        return problem.slowed(self.rates.compute_factor)
 
     @property
     def measured_tokens(self) -> int:

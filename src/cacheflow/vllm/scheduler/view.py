@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,12 @@ class MediaSpan:
     start: int
     end: int
     content_id: str
+
+    @classmethod
+    def of(cls, feature: Any) -> MediaSpan:  # noqa: ANN401 -- vLLM's MultiModalFeatureSpec
+        """What vLLM passes with a request."""
+        start = feature.mm_position.offset
+        return cls(start=start, end=start + feature.mm_position.length, content_id=feature.identifier)
 
     @property
     def is_hash(self) -> bool:
@@ -77,6 +83,23 @@ class RequestView:
     hashable: bool = True
     computes_all: bool = False
 
+    @classmethod
+    def of(cls, request: Any) -> RequestView:  # noqa: ANN401 -- vLLM's Request
+        """VLLM's request."""
+        lora, media = request.lora_request, [MediaSpan.of(feature) for feature in request.mm_features]
+        plain = request.prompt_embeds is None and request.pooling_params is None
+        return cls(
+            request_id=request.request_id,
+            tokens=request.all_token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            salt=request.cache_salt or "",
+            adapter=Adapter.of(lora) if lora else None,
+            media=media,
+            params=request.kv_transfer_params,
+            hashable=plain and all(each.is_hash for each in media),
+            computes_all=bool(request.skip_reading_prefix_cache),
+        )
+
     @property
     def num_text_tokens(self) -> int | None:
         """Leading tokens before the first image or sound, which alone can be recomputed; None where all can."""
@@ -98,3 +121,14 @@ class ScheduledRequest:
     num_computed: int
     num_scheduled: int = 0
     unproven: bool = False
+
+    @classmethod
+    def of_step(cls, scheduler_output: Any) -> Iterator[ScheduledRequest]:  # noqa: ANN401 -- vLLM's SchedulerOutput
+        """A step's requests without their drafts: tokens that may be rejected are no request's tokens yet."""
+        drafts, sync_loads = scheduler_output.scheduled_spec_decode_tokens, scheduler_output.has_sync_kv_loads
+        cached = scheduler_output.scheduled_cached_reqs
+        new = [(each.req_id, each.num_computed_tokens) for each in scheduler_output.scheduled_new_reqs]
+        for request_id, num_computed in [*new, *zip(cached.req_ids, cached.num_computed_tokens, strict=True)]:
+            count = scheduler_output.num_scheduled_tokens[request_id] - len(drafts.get(request_id, ()))
+            begins = request_id not in cached.req_ids or request_id in cached.resumed_req_ids
+            yield cls(request_id, num_computed + count, count, unproven=sync_loads and begins)

@@ -1,4 +1,4 @@
-"""The store of a connector; the scheduler's and the worker's half share one where they share a process."""
+"""The store of a connector; the scheduler's and the worker's side share one where they share a process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _by_engine: dict[str, _Shared] = {}
 
 
 def acquire_store(engine_id: str, options: ConnectorOptions) -> Store:
-    """The store of an engine in this process, opened by the first half that asks; give it back with ``release_store``.
+    """The store of an engine in this process, opened for whoever asks first; give it back with ``release_store``.
 
     Raises:
         ConfigError, StoreError: See ``open_store``.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cacheflow.errors import SelfTestError, UnsupportedModelError
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Tile, block_layers
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import Carry, mapped
@@ -36,7 +36,7 @@ from cacheflow.vllm.startup.probe import (
     step_by_engine,
     wipe,
 )
-from cacheflow.vllm.worker.layout import BlockLayout, Payload, block_layers
+from cacheflow.vllm.worker.layout import BlockLayout, Payload
 from cacheflow.vllm.worker.recompute import VllmComputePort
 from cacheflow.vllm.worker.state_blocks import StateBlocks
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from cacheflow.errors import ConfigError
-from cacheflow.plan.grid import num_layer_blocks
+from cacheflow.plan.grid import layers_of_blocks
 from cacheflow.tensors.block_copy import DeviceCopies, HostCopies
 from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.streams import StreamEvent
@@ -275,17 +275,6 @@ class BlockLayout:
         expected = self.num_bytes(layer_lo, layer_hi, len(ids))
         if num_bytes != expected:
             raise ValueError(f"payload of {num_bytes} bytes, must be {expected}")
-
-
-def block_layers(block: int, layers_per_block: int, num_layers: int) -> tuple[int, int]:
-    """Layers ``[lo, hi)`` of a layer block; the top one holds what is left."""
-    return block * layers_per_block, min((block + 1) * layers_per_block, num_layers)
-
-
-def layers_of_blocks(layers_per_block: int, num_layers: int) -> list[tuple[int, int]]:
-    """Layers ``[lo, hi)`` of every layer block, bottom first."""
-    num_blocks = num_layer_blocks(num_layers, layers_per_block)
-    return [block_layers(block, layers_per_block, num_layers) for block in range(num_blocks)]
 
 
 def blocks_first(kv_cache: torch.Tensor, num_blocks: int, *, name: str, layout_name: str = "") -> torch.Tensor:

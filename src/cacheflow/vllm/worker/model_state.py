@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.vllm.adapters import AdapterClaim, LoadedAdapters
+from cacheflow.vllm.adapters import AdapterVersion, LoadedAdapters
 from cacheflow.vllm.step import ModelNews, SaveWork, StepWork
 from cacheflow.vllm.worker.weights_watch import WeightsWatch
 
@@ -21,7 +21,7 @@ class _Begun:
     """A restoration under way: what it rests on, and the KV blocks that it writes."""
 
     weights_version: int
-    adapter: AdapterClaim | None
+    adapter: AdapterVersion | None
     block_ids: tuple[int, ...]
 
 
@@ -77,7 +77,7 @@ class ModelState:
         version = work.weights_versions.get(self._rank, 0)
         return tuple(save for save in work.saves if not self._contradiction(version, save.adapter))
 
-    def _contradiction(self, weights_version: int, adapter: AdapterClaim | None) -> str:
+    def _contradiction(self, weights_version: int, adapter: AdapterVersion | None) -> str:
         if self._first_version + weights_version != self._weights.version:
             return "the weights have changed"
         return "its adapter was loaded again from other files" if self._adapters.contradicts(adapter) else ""

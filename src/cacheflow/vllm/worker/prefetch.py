@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+from cacheflow.plan.grid import layers_of_blocks
 from cacheflow.stores.asker import Asker
 from cacheflow.stores.base import PrefetchRequest, Store
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.step import PrefetchWork
-from cacheflow.vllm.worker.layout import BlockLayout, layers_of_blocks
+from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 

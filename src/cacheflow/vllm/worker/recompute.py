@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cacheflow.plan.grid import Tile
+from cacheflow.plan.grid import Tile, block_layers
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.tensors.streams import StreamEvent
 from cacheflow.vllm.adapters import Adapter
@@ -17,7 +17,6 @@ from cacheflow.vllm.models.boundary_states import States
 from cacheflow.vllm.models.layers import Carry
 from cacheflow.vllm.models.partial_forward import PartialForward, Segment
 from cacheflow.vllm.worker.checkpoint import Checkpoint
-from cacheflow.vllm.worker.layout import block_layers
 from cacheflow.vllm.worker.stage_link import StageLink
 
 
@@ -229,3 +228,31 @@ class VllmComputePort:
             next_token=self._target.token_after(chunk),
             adapter=self._adapter,
         )
+
+
+class NoComputePort:
+    """The compute side of an engine that only loads: nobody asks it to compute."""
+
+    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
+        """``checkpoint`` takes the running states that are read; None of a model without recurrent layers."""
+        self._checkpoint = checkpoint
+
+    def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
+        """Never called.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"an engine that only loads was asked to recompute {tile}, keys only: {kv_only_top}")
+
+    def restart(self, chunk: int) -> None:
+        """Nothing to forget."""
+
+    def run_suffix(self, block_lo: int, block_hi: int) -> None:
+        """Never called: vLLM runs the new tokens."""
+        raise ValueError(f"an engine that only loads was asked to run blocks [{block_lo}, {block_hi})")
+
+    def finish(self) -> None:
+        """Write the running states that were read."""
+        if self._checkpoint is not None:
+            self._checkpoint.write()

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from cacheflow.errors import ConfigError
+from cacheflow.plan.grid import layers_of_blocks
 from cacheflow.stores.base import Priority, PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys
 from cacheflow.tensors.snapshot_room import Snapshot, SnapshotRoom
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import SaveWork
-from cacheflow.vllm.worker.layout import BlockLayout, Payload, layers_of_blocks
+from cacheflow.vllm.worker.layout import BlockLayout, Payload
 from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 logger = logging.getLogger(__name__)

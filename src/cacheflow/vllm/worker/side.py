@@ -6,7 +6,6 @@ import itertools
 import time
 from dataclasses import dataclass
 
-from cacheflow.plan.grid import Tile
 from cacheflow.restore.ports import ComputePort
 from cacheflow.restore.step_executor import Ports, StepExecutor
 from cacheflow.restore.work import RankReport, RestoreTarget, StepReport
@@ -24,7 +23,7 @@ from cacheflow.vllm.worker.keeper import PrefixKeeper
 from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.model_state import ModelState
 from cacheflow.vllm.worker.prefetch import PrefixPrefetch
-from cacheflow.vllm.worker.recompute import VllmComputePort
+from cacheflow.vllm.worker.recompute import NoComputePort, VllmComputePort
 from cacheflow.vllm.worker.saver import ChunkSaver
 from cacheflow.vllm.worker.stage_link import StageAnswers, link_stages
 from cacheflow.vllm.worker.state_blocks import StateBlocks
@@ -50,34 +49,6 @@ class FoundEngine:
     states: StateBlocks | None
     forward: PartialForward | None
     facts: EngineFacts
-
-
-class NoComputePort:
-    """The compute side of an engine that only loads: nobody asks it to compute."""
-
-    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
-        """``checkpoint`` takes the running states that are read; None of a model without recurrent layers."""
-        self._checkpoint = checkpoint
-
-    def recompute(self, tile: Tile, *, kv_only_top: bool) -> None:
-        """Never called.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(f"an engine that only loads was asked to recompute {tile}, keys only: {kv_only_top}")
-
-    def restart(self, chunk: int) -> None:
-        """Nothing to forget."""
-
-    def run_suffix(self, block_lo: int, block_hi: int) -> None:
-        """Never called: vLLM runs the new tokens."""
-        raise ValueError(f"an engine that only loads was asked to run blocks [{block_lo}, {block_hi})")
-
-    def finish(self) -> None:
-        """Write the running states that were read."""
-        if self._checkpoint is not None:
-            self._checkpoint.write()
 
 
 class WorkerSide:
@@ -127,7 +98,7 @@ class WorkerSide:
         )
         self._prefetch = PrefixPrefetch(store, facts, engine.layout, engine.states, chunk_tokens=chunk_tokens)
         self._keeper, self._keeps = PrefixKeeper(store), list[KeepWork]()
-        self._carrier = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
+        self._executor = StepExecutor(self._ports, clock=time.perf_counter, make_answers=self._answers)
         self._request_of: dict[int, str] = {}
         self._adapter_of: dict[int, Adapter] = {}
         self._report = NOTHING_DONE
@@ -155,7 +126,7 @@ class WorkerSide:
     @property
     def idle(self) -> bool:
         """Whether nothing is left of any restoration."""
-        return self._carrier.idle and not (self._request_of or self._failed_blocks)
+        return self._executor.idle and not (self._request_of or self._failed_blocks)
 
     def expect(self, work: StepWork) -> None:
         """Get ready for the forward that is about to run, and keep boundary states of it; call before every forward."""
@@ -220,19 +191,19 @@ class WorkerSide:
             self._link.begin_step()
         for target in work.targets:
             self._request_of[target.restore_id] = target.request_id
-            claim = work.adapters.get(target.restore_id)
-            if claim is not None and claim.adapter is not None:
-                self._adapter_of[target.restore_id] = claim.adapter
+            version = work.adapters.get(target.restore_id)
+            if version is not None and version.adapter is not None:
+                self._adapter_of[target.restore_id] = version.adapter
             self._copy_shared(target)
             if target.start_states:
                 assert self._engine.states is not None, "running states are copied of models that have any"
                 self._engine.states.copy(target.start_states, target.state_blocks)
             self._state.begin(target, work)
-            self._carrier.begin(target)
+            self._executor.begin(target)
         for restore_id, block_ids in work.failed_blocks.items():
             self._failed_blocks.update(block_ids)
             self._failing.add(restore_id)
-        self._carrier.carry_out(work.of_stage(self._engine.handle.shard.pp_rank), wait_s=work.wait_s)
+        self._executor.carry_out(work.of_stage(self._engine.handle.shard.pp_rank), wait_s=work.wait_s)
 
     def _copy_shared(self, target: RestoreTarget) -> None:
         """Copy what another restoration has restored; its blocks are held at least until the end of this step."""
@@ -249,7 +220,7 @@ class WorkerSide:
 
     def take_finished(self) -> set[str]:
         """Requests whose restoration ended since the last call; vLLM asks this before it asks for the report."""
-        self._report = report = self._carrier.take_report()
+        self._report = report = self._executor.take_report()
         if report.finished:
             self._engine.layout.see_placed()  # also of what was given up: its blocks are others' from now on
             refused = self._state.end(report.finished)
@@ -283,7 +254,7 @@ class WorkerSide:
 
     def close(self) -> None:
         """End the threads; nothing touches the KV blocks any more."""
-        self._carrier.close()
+        self._executor.close()
         self.saver.close()
         self._keeper.close()
         self._prefetch.close()

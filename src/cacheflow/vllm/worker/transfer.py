@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cacheflow.plan.grid import Boundary, Cell, Piece
+from cacheflow.plan.grid import Boundary, Cell, Piece, block_layers, layers_of_blocks
 from cacheflow.restore.work import RestoreTarget
 from cacheflow.stores.base import GetHandle, GetRequest, Priority, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys
@@ -23,7 +23,7 @@ from cacheflow.tensors.staging import StagingBuffer, StagingPool
 from cacheflow.tensors.streams import StreamEvent
 from cacheflow.types import LoadOutcome
 from cacheflow.vllm.worker.checkpoint import Checkpoint
-from cacheflow.vllm.worker.layout import BlockLayout, block_layers, layers_of_blocks
+from cacheflow.vllm.worker.layout import BlockLayout
 from cacheflow.vllm.worker.state_blocks import StateBlocks
 
 BOUNDARY_BUFFERS = 4
