@@ -10,6 +10,7 @@ import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -233,6 +234,40 @@ def mooncake_client(mooncake_server):
     """To look behind a store; one, since closing it takes a second."""
     with new_mooncake_client(mooncake_server) as client:
         yield client
+
+
+class LeavingClient:
+    """Mooncake's client, whose end nobody waits for: it takes a second, and a store has one each time it is opened."""
+
+    def __init__(self, client, leaving):
+        self._client, self._leaving = client, leaving
+
+    def __getattr__(self, name):
+        return getattr(self._client, name)
+
+    def close(self):
+        self._leaving.append(Thread(target=self._client.close, name="leaving"))
+        self._leaving[-1].start()
+
+
+@pytest.fixture(scope="session")
+def leaving_mooncake(mooncake_server):
+    """Threads in which clients end, before their server does."""
+    threads = []
+    yield threads
+    for each in threads:
+        each.join()
+
+
+@pytest.fixture
+def mooncake_url(mooncake_server, mooncake_client, leaving_mooncake, monkeypatch):
+    """The URL of a store in an empty pool; how long a store takes to leave it is ``test_mooncake_store.py``'s."""
+    from cacheflow.stores.mooncake import MooncakePool
+
+    join = MooncakePool.open
+    monkeypatch.setattr(MooncakePool, "open", lambda pool: LeavingClient(join(pool), leaving_mooncake))
+    mooncake_client.remove_all(True)
+    return mooncake_server.url
 
 
 @pytest.fixture(scope="session")
