@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, settings
 from cacheflow import cli
 from support.servers import (
     bucket_url,
-    leaving_mooncake,
     mooncake_client,
     mooncake_server,
     mooncake_url,
@@ -22,8 +21,8 @@ from support.servers import (
 )
 
 __all__ = [
-    "bucket_url", "leaving_mooncake", "mooncake_client", "mooncake_server", "mooncake_url", "redis_password",
-    "redis_server", "s3_endpoint", "s3_environment", "tls_redis_server",
+    "bucket_url", "mooncake_client", "mooncake_server", "mooncake_url", "redis_password", "redis_server", "s3_endpoint",
+    "s3_environment", "tls_redis_server",
 ]  # fmt: skip
 
 TESTS = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""vLLM collects garbage a dozen times as an engine starts and ends: half a second each, of all that a suite has loaded."""
+"""vLLM collects garbage a dozen times as an engine starts and ends: half a second each, where a suite is loaded."""
 
 from __future__ import annotations
 

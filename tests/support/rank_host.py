@@ -16,8 +16,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from support.ray_cluster import announce
 from support.rank_engine import Script
+from support.ray_cluster import announce
 
 PATIENCE_S = 150.0
 END_PATIENCE_S = 60.0
@@ -55,7 +55,9 @@ class RankHost:
             process.stdin.flush()
             ends_s = time.monotonic() + patience_s
             while not answers.exists():
-                assert process.poll() is None, f"the process ended with {process.returncode}:\n{self._said(said_before)}"
+                assert process.poll() is None, (
+                    f"the process ended with {process.returncode}:\n{self._said(said_before)}"
+                )
                 assert time.monotonic() < ends_s, f"not done in {patience_s:.0f} s:\n{self._said(said_before)}"
                 time.sleep(0.02)
         except BaseException:

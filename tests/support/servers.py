@@ -10,7 +10,6 @@ import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -236,36 +235,43 @@ def mooncake_client(mooncake_server):
         yield client
 
 
-class LeavingClient:
-    """Mooncake's client, whose end nobody waits for: it takes a second, and a store has one each time it is opened."""
+class LentClient:
+    """Mooncake's client as a store's own, which goes on when the store is closed."""
 
-    def __init__(self, client, leaving):
-        self._client, self._leaving = client, leaving
+    def __init__(self, client):
+        self._client, self._registered = client, set()
 
     def __getattr__(self, name):
         return getattr(self._client, name)
 
+    def register_buffer(self, address, num_bytes):
+        self._registered.add(address)
+        return self._client.register_buffer(address, num_bytes)
+
+    def unregister_buffer(self, address):
+        self._registered.discard(address)
+        return self._client.unregister_buffer(address)
+
     def close(self):
-        self._leaving.append(Thread(target=self._client.close, name="leaving"))
-        self._leaving[-1].start()
-
-
-@pytest.fixture(scope="session")
-def leaving_mooncake(mooncake_server):
-    """Threads in which clients end, before their server does."""
-    threads = []
-    yield threads
-    for each in threads:
-        each.join()
+        for address in sorted(self._registered):
+            self.unregister_buffer(address)
 
 
 @pytest.fixture
-def mooncake_url(mooncake_server, mooncake_client, leaving_mooncake, monkeypatch):
-    """The URL of a store in an empty pool; how long a store takes to leave it is ``test_mooncake_store.py``'s."""
+def mooncake_url(mooncake_server, mooncake_client, monkeypatch):
+    """The URL of a store in an empty pool, which every opening of it reaches by one client: to end one takes a second.
+
+    In ``test_mooncake_store.py`` each has its own.
+    """
     from cacheflow.stores.mooncake import MooncakePool
 
     join = MooncakePool.open
-    monkeypatch.setattr(MooncakePool, "open", lambda pool: LeavingClient(join(pool), leaving_mooncake))
+
+    def lend(pool):
+        is_there = mooncake_server.url.startswith(f"{pool}?") and not pool.segment_bytes
+        return LentClient(mooncake_client) if is_there else join(pool)
+
+    monkeypatch.setattr(MooncakePool, "open", lend)
     mooncake_client.remove_all(True)
     return mooncake_server.url
 
