@@ -12,6 +12,7 @@ from support.servers import (
     bucket_url,
     mooncake_client,
     mooncake_server,
+    mooncake_url,
     redis_password,
     redis_server,
     s3_endpoint,
@@ -20,7 +21,7 @@ from support.servers import (
 )
 
 __all__ = [
-    "bucket_url", "mooncake_client", "mooncake_server", "redis_password", "redis_server", "s3_endpoint",
+    "bucket_url", "mooncake_client", "mooncake_server", "mooncake_url", "redis_password", "redis_server", "s3_endpoint",
     "s3_environment", "tls_redis_server",
 ]  # fmt: skip
 
@@ -42,6 +43,12 @@ LONG_FILES_S = {
 }
 """Roughly the seconds of the files that take longest, on one of two cores. Side by side they begin first: one that
 began last would keep one core waiting for the other."""
+
+TOGETHER = {
+    "vllm/test_identity_and_costs.py": "vllm/test_recompute.py",
+    "vllm/startup/test_selftest.py": "vllm/test_recompute.py",
+}
+"""Files that go where another one goes, whose engines they share."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,6 +96,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
     if hasattr(config, "workerinput"):  # one of several processes that files are dealt out to
         items.sort(key=lambda item: -LONG_FILES_S.get(item.path.relative_to(TESTS).as_posix(), 0))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """Of ``--dist loadfile``: deals files out, those of ``TOGETHER`` to one process."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid).removeprefix(f"{TESTS.name}/")
+            return TOGETHER.get(file, file)
+
+    return FilesTogether(config, log)
 
 
 @pytest.fixture

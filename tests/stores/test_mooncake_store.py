@@ -18,7 +18,6 @@ from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.types import LoadOutcome
 from support.servers import free_port, mooncake_master, new_mooncake_client, require_mooncake, running_mooncake
-from support.store_kinds import url_of
 from support.store_objects import TIMEOUT_S, get, key, payload, put
 
 CAPACITY = 64 << 20
@@ -30,8 +29,10 @@ BEGUN = -703
 
 
 @pytest.fixture
-def url(request, tmp_path):
-    return url_of("mooncake", request, tmp_path)
+def url(mooncake_server, mooncake_client):
+    """Of an empty pool, in which every store takes part by a client of its own."""
+    mooncake_client.remove_all(True)
+    return mooncake_server.url
 
 
 def object_name(number):

@@ -17,9 +17,10 @@ import torch
 from cacheflow.vllm.options import ConnectorOptions, ServingOptions
 from cacheflow.vllm.plugin import CONNECTORS
 from support import kv_bytes
-from support.vllm_models import TINY, attention_of
+from support.garbage import uncollected
+from support.v2_runner import NUM_TOKENS
+from support.vllm_models import NUM_KV_BLOCKS, TINY, attention_of
 
-NUM_KV_BLOCKS = 64
 POISON = 0x42
 """48.5 in bf16 and in fp32: wrong, but finite. vLLM's attention on the CPU multiplies what a block holds behind the
 last token by zero, so NaN there would show although nobody may have written it."""
@@ -130,7 +131,7 @@ class ServingEngine:
         self,
         tokens: Sequence[int],
         *,
-        num_tokens: int = 32,
+        num_tokens: int = NUM_TOKENS,
         params: dict | None = None,
         salt: str | None = None,
         lora: object = None,
@@ -457,7 +458,7 @@ def serving_engine(
         transfer = kv_transfer_config(folder / "profiles", {"chunk_tokens": chunk_tokens, **options}, connector)
         own = ConnectorOptions.parse(transfer["kv_connector_extra_config"]).for_engine(chunk_tokens)
         transfer = transfer if around is None else around(transfer)
-    with registered_caches() as caches:
+    with registered_caches() as caches, uncollected():
         llm = new_llm(folder, dtype=dtype, chunk_tokens=chunk_tokens, transfer=transfer, **overrides)
     try:
         core = llm.llm_engine.engine_core.engine_core
@@ -470,8 +471,9 @@ def serving_engine(
         yield serving
         serving.llm = None
     finally:
-        llm.llm_engine.engine_core.engine_core.shutdown()
+        with uncollected():
+            llm.llm_engine.engine_core.engine_core.shutdown()
+            cleanup_dist_env_and_memory()
         # Now, not when the collector comes by: an engine's end takes vLLM's process groups with it, the next one's too.
         del llm
         gc.collect()
-        cleanup_dist_env_and_memory()

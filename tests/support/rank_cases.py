@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from support.v2_runner import NUM_TOKENS
+
 CHUNK = 256
 NUM_CHUNKS = 8
 LAYERS = 6
@@ -20,16 +22,20 @@ def prompt(seed, count=TOKENS):
     return random_tokens(count, seed=seed)
 
 
-def request(seed, params, *, count=TOKENS, num_tokens=32):
+def request(seed, params, *, count=TOKENS, num_tokens=NUM_TOKENS):
     return {"tokens": prompt(seed, count), "num_tokens": num_tokens, "params": params}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, a folder and the store that all engines share; ``patience_s`` turns a hang into a failure."""
+    """A model, a folder and the store that all engines share; ``patience_s`` turns a hang into a failure.
+
+    ``host`` is the ``RankHost`` that serves them.
+    """
 
     model: str
     folder: object
+    host: object
     patience_s: float
 
     @property
@@ -50,15 +56,13 @@ class Setting:
         )  # fmt: skip
 
     def run(self, script, name):
-        from support.rank_engine import run
-
-        return run(script, self.folder / name, patience_s=self.patience_s)
+        return self.host.run(script, self.folder / name, patience_s=self.patience_s)
 
 
-def llama_setting(folder, *, patience_s):
+def llama_setting(folder, host, *, patience_s):
     from support.vllm_models import write_model
 
-    return Setting(str(write_model(folder / "model", "llama", num_hidden_layers=LAYERS)), folder, patience_s)
+    return Setting(str(write_model(folder / "model", "llama", num_hidden_layers=LAYERS)), folder, host, patience_s)
 
 
 def saved(script, seed, **kwargs):

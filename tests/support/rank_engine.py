@@ -1,19 +1,19 @@
 """A vLLM engine of several ranks on the CPU (pipeline stages, tensor-parallel ranks), in processes of its own.
 
-``python -m support.rank_engine`` reads a script from standard input and pickles what came of each step to the file it
-names. The workers are processes of the engine's, or Ray's; what a test wants of them is sent to them as functions.
+``python -m support.rank_engine`` reads the names of folders from standard input, carries out the script in each and
+pickles what came of its steps; ``rank_host.RankHost`` starts it. Ranks are processes of the engine's, or Ray's, and one
+alone is in its process; what a test wants of them is sent to them as functions.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,14 @@ import numpy as np
 
 from cacheflow.plan.problem import BoundarySource
 from support import kv_bytes, v2_runner
-from support.ray_cluster import announce, ray_cluster
+from support.garbage import uncollected
+from support.ray_cluster import ray_cluster
 from support.vllm_models import attention_of
 
 BLOCK = 128
 """Tokens of a KV block on the CPU, but for latent attention; vLLM keeps one block for itself."""
 POISON = 0x42
-PATIENCE_S = 150.0
 KILL_PATIENCE_S = 60.0
-TESTS = Path(__file__).parents[1]
 
 if v2_runner.WANTED:
     v2_runner.interpret_triton()  # here, because the workers import this module too
@@ -64,57 +63,40 @@ class Script:
     connector: str = "CacheFlowConnector"
     steps: list[tuple[str, str, dict]] = field(default_factory=list)
 
+    @property
+    def kills(self) -> bool:
+        """Whether its last step leaves an engine that cannot be ended any more."""
+        return self.steps[-1][0] == "killed"
+
     def do(self, name: str, label: str = "", /, **arguments: Any) -> Script:
         """Add a step; what it returns is kept under its label."""
         self.steps.append((name, label, arguments))
         return self
 
 
-def run(script: Script, folder: Path, *, patience_s: float = PATIENCE_S) -> dict[str, Any]:
-    """Start an engine, carry the script out, end it; what each step with a label returned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    cores = sorted(os.sched_getaffinity(0))
-    binds = [str(cores[rank % len(cores)]) for rank in range(script.ranks.total)]
-    places = [TESTS, TESTS.parent / "src", *([announce(folder / "platform")] if script.executor == "ray" else [])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")]),
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(binds), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }  # fmt: skip
-    answers, log = folder / "answers", folder / "log"
-    answers.unlink(missing_ok=True)
-    # Ray's files are not below the test's folder: its sockets have long names, of which the system allows 107 bytes.
-    with log.open("w") as out, tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder:
-        engine = subprocess.Popen(
-            [sys.executable, "-m", "support.rank_engine", str(answers)], env=environment | {"RAY_TMPDIR": ray_folder},
-            stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True,
-        )  # fmt: skip
-        try:
-            engine.communicate(pickle.dumps(script), timeout=patience_s)
-        finally:
-            with suppress(ProcessLookupError):  # nothing is left of an engine that ended by itself
-                os.killpg(engine.pid, signal.SIGKILL)
-            engine.wait()
-    text = log.read_text(errors="replace")
-    assert engine.returncode == 0, f"the engine ended with {engine.returncode}:\n{text[-6000:]}"
-    return pickle.loads(answers.read_bytes())
-
-
 def main() -> None:
-    """Carry one script out."""
+    """Carry out one script after the other."""
     from support import rank_engine  # so that what is pickled by name is found in the workers
 
-    script = pickle.loads(sys.stdin.buffer.read())
+    for line in sys.stdin:
+        rank_engine.carry_out(Path(line.removesuffix("\n")))
+
+
+def carry_out(folder: Path) -> None:
+    """Start an engine, do what the script in a folder says, end the engine, and only then write what came of it."""
+    script = pickle.loads((folder / "script").read_bytes())
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[n % len(cores)]) for n in range(script.ranks.total))
     with ray_cluster(script.ranks.total) if script.executor == "ray" else nullcontext():
-        session = rank_engine.Session(script, Path(sys.argv[1]).parent)
+        session = Session(script, folder)
         try:
             answers = {label: getattr(session, name)(**arguments) for name, label, arguments in script.steps}
-            Path(sys.argv[1]).write_bytes(pickle.dumps(answers))
         finally:
-            if script.steps[-1][0] != "killed":
-                session.core.shutdown()  # before Ray ends, which takes the process with it where the engine still asks
+            if not script.kills:
+                session.close()  # before Ray ends, which takes the process with it where the engine still asks
+    written = folder / "answers.part"
+    written.write_bytes(pickle.dumps(answers))
+    written.rename(folder / "answers")
 
 
 class Session:
@@ -135,7 +117,8 @@ class Session:
         self.llm = LLM(
             model=script.model, dtype=script.dtype, skip_tokenizer_init=True, enforce_eager=script.eager, seed=0,
             tensor_parallel_size=script.ranks.tensor, pipeline_parallel_size=script.ranks.pipeline,
-            distributed_executor_backend=script.executor, max_num_seqs=8, enable_prefix_caching=True,
+            distributed_executor_backend="uni" if script.ranks.total == 1 else script.executor, max_num_seqs=8,
+            enable_prefix_caching=True,
             max_model_len=script.max_tokens,
             num_gpu_blocks_override=script.num_kv_blocks or script.max_tokens // BLOCK + 2,
             max_num_batched_tokens=script.chunk_tokens, kv_transfer_config=transfer,
@@ -146,6 +129,16 @@ class Session:
     @property
     def core(self) -> Any:
         return self.llm.llm_engine.engine_core.engine_core
+
+    def close(self) -> None:
+        """End the engine; nothing of it is left for the next one of this process."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        with uncollected():
+            self.core.shutdown()
+            cleanup_dist_env_and_memory()
+        del self.llm
+        gc.collect()
 
     def on_ranks(self, function: Any, *args: Any) -> list[Any]:
         """Run a function of this module on every rank's worker."""

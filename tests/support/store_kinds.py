@@ -34,8 +34,7 @@ def url_of(kind, request, folder):
     if kind in ("lmcache fs_native", "lmcache fs"):
         return lmcache_url(kind.split()[1], base_path=str(folder))
     if kind == "mooncake":
-        fixture("mooncake_client").remove_all(True)
-        return fixture("mooncake_server").url
+        return fixture("mooncake_url")
     if kind == "rediss":
         fixture("redis_password")
     server = fixture("tls_redis_server" if kind == "rediss" else "redis_server")

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 WANTED = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+NUM_TOKENS = 8 if WANTED else 32
+"""Of an answer, unless a test asks for more: each takes a step, in which a dozen kernels are interpreted."""
 first_runner = pytest.mark.skipif(WANTED, reason="the second runner's kernels are interpreted: a few tests show it")
 
 

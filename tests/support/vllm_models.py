@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from support import kv_bytes
+from support.garbage import uncollected
 from support.random_weights import slow_decay
 
 TINY = {
@@ -28,6 +29,8 @@ TINY = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+NUM_KV_BLOCKS = 64
+"""Far fewer than vLLM would make room for: tests fill them all."""
 TINY_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 POISON = 0xFF
 
@@ -140,11 +143,12 @@ def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overr
     from cacheflow.vllm.worker.layout import BlockLayout
     from vllm import LLM
 
-    llm = LLM(
-        model=str(folder), dtype=dtype, skip_tokenizer_init=True, enforce_eager=enforce_eager, max_model_len=2048,
-        max_num_batched_tokens=512, max_num_seqs=4, enable_prefix_caching=False, seed=0,
-        **attention_of(folder), **overrides,
-    )  # fmt: skip
+    with uncollected():
+        llm = LLM(
+            model=str(folder), dtype=dtype, skip_tokenizer_init=True, enforce_eager=enforce_eager, max_model_len=2048,
+            max_num_batched_tokens=512, max_num_seqs=4, enable_prefix_caching=False, seed=0,
+            num_gpu_blocks_override=NUM_KV_BLOCKS, **attention_of(folder), **overrides,
+        )  # fmt: skip
     core = llm.llm_engine.engine_core.engine_core
     worker = core.model_executor.driver_worker.worker
     remember(worker)
@@ -156,7 +160,8 @@ def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overr
     try:
         yield TinyEngine(llm, handle, layout)
     finally:
-        core.shutdown()
+        with uncollected():
+            core.shutdown()
+            cleanup_dist_env_and_memory()
         del llm, core, worker, runner, handle, context, caches, layout
-        cleanup_dist_env_and_memory()
         gc.collect()

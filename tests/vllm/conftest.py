@@ -52,6 +52,15 @@ def _single_process_vllm():
         os.environ.setdefault(key, value)
 
 
+@pytest.fixture(scope="module")
+def rank_host(tmp_path_factory):
+    """Serves the engines of several ranks of a file."""
+    from support.rank_host import RankHost
+
+    with RankHost(tmp_path_factory.mktemp("host")) as host:
+        yield host
+
+
 @pytest.fixture(scope="session", params=SECOND_RUNNER if v2_runner.WANTED else EAGER)
 def tiny(request, tmp_path_factory, _single_process_vllm):
     """One engine; pytest runs all tests of one before it starts the next. Ask for a certain one indirectly."""

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from support.v2_runner import first_runner
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 CHUNK = 256
@@ -67,7 +69,7 @@ def test_a_part_is_still_in_the_prefix_cache(engine, num_local, policy):
         assert again.record["recomputed_cells"] > 0
 
 
-@pytest.mark.parametrize("save_decode_kv", [True, False])
+@pytest.mark.parametrize("save_decode_kv", [True, pytest.param(False, marks=first_runner)])
 def test_the_second_turn_of_a_chat(engine, save_decode_kv):
     """Its prefix ends in tokens that decode steps made."""
     engine.configure(policy="cake", save_decode_kv=save_decode_kv)
@@ -220,6 +222,10 @@ def test_a_prompt_of_which_all_is_cached_but_the_last_chunk_is_computed(engine):
     assert again.tokens == own.tokens
 
 
+# What a request asks for is answered by the scheduler's side, whatever runs the model.
+
+
+@first_runner
 def test_what_a_request_may_ask_for(engine):
     engine.configure(policy="cake")
     prompt = tokens(4 * CHUNK + 9, seed=90)
@@ -242,6 +248,7 @@ def test_what_a_request_may_ask_for(engine):
     assert again.record["recomputed_cells"] == 0
 
 
+@first_runner
 def test_max_load_tokens_counts_what_is_loaded_not_what_was_there(engine):
     prompt = tokens(5 * CHUNK + 9, seed=95)
     own = engine.saved(prompt)
@@ -251,6 +258,7 @@ def test_max_load_tokens_counts_what_is_loaded_not_what_was_there(engine):
     assert again.tokens == own.tokens
 
 
+@first_runner
 def test_off_saves_nothing_and_recompute_saves(engine):
     prompt = tokens(2 * CHUNK + 9, seed=100)
     engine.own(prompt)
@@ -261,6 +269,7 @@ def test_off_saves_nothing_and_recompute_saves(engine):
     assert engine.ask(prompt, num_tokens=2).record["end"] == 2 * CHUNK
 
 
+@first_runner
 def test_what_a_request_asks_wrongly_is_answered(engine):
     prompt = tokens(CHUNK + 9, seed=110)
     own = engine.own(prompt)
@@ -271,6 +280,7 @@ def test_what_a_request_asks_wrongly_is_answered(engine):
         assert part in error
 
 
+@first_runner
 @pytest.mark.parametrize("mode", [["load"], {"a": 1}, 7, None])
 def test_parameters_of_any_type_do_not_hurt_the_engine(engine, mode):
     """They come from the network as JSON."""
@@ -280,6 +290,7 @@ def test_parameters_of_any_type_do_not_hurt_the_engine(engine, mode):
     assert "max_load_tokens" in again.params["cacheflow_error"]
 
 
+@first_runner
 def test_a_salt_keeps_tenants_apart(engine):
     prompt = tokens(3 * CHUNK + 9, seed=120)
     own = engine.saved(prompt, salt="one")

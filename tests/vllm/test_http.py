@@ -314,20 +314,33 @@ def moe(tmp_path_factory):
     return folder
 
 
+def answers_without_cacheflow(folder, turns) -> list[list[int]]:
+    """To a session of token ids, of an engine in this process: far sooner there than a server's three are."""
+    from support.connector_engine import serving_engine
+
+    answers, prompt = [], []
+    with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK) as plain:
+        for turn in turns:
+            prompt = [*prompt, *turn]
+            answers.append(plain.ask(prompt, num_tokens=ANSWER_TOKENS).tokens)
+            prompt += answers[-1]
+    return answers
+
+
+@pytest.mark.usefixtures("_single_process_vllm")
 def test_a_server_killed_in_mid_save_and_in_mid_restore_leaves_nothing_that_harms_the_next(moe, tmp_path):
     from support.connector_engine import random_tokens
-    from support.vllm_http import cacheflow_server, stock_server, torn, wait_for
+    from support.vllm_http import cacheflow_server, torn, wait_for
 
     turns = [random_tokens(count, seed=count) for count in SESSION]
-    with stock_server(str(moe), tmp_path) as plain:
-        stock = complete(plain.wait_ready(), turns)
+    answers = answers_without_cacheflow(moe, turns)
     tmp_path = next(filter(None, (killed_in_mid_save(moe, tmp_path / f"{attempt}", turns) for attempt in range(4))))
     store = tmp_path / "store"
     assert torn(store) == []
 
     # 2,048 tokens are 4 MB: many seconds of this link.
     with cacheflow_server(str(moe), tmp_path, "--throttle-bytes-per-s", "1e5", name="restoring") as restoring:
-        assert complete(restoring.wait_ready(), turns).answers == stock.answers
+        assert complete(restoring.wait_ready(), turns).answers == answers
         restoring.reset()
         asking = in_background(restoring, turns, extra={"kv_transfer_params": {"cacheflow": "load"}})
         wait_for(lambda: restoring.metrics()["vllm:num_requests_waiting", ""], "the request to be parked")
@@ -342,7 +355,7 @@ def test_a_server_killed_in_mid_save_and_in_mid_restore_leaves_nothing_that_harm
     make_old(old)
     with cacheflow_server(str(moe), tmp_path, name="after") as after:
         again = complete(after.wait_ready(), turns, extra=EXPLAIN)
-        assert again.answers == stock.answers
+        assert again.answers == answers
         assert again.restored_tokens[0] == (SESSION[0] - 1) // CHUNK * CHUNK
         (record,) = again.params[0]["cacheflow"]
         assert record["loaded_cells"] > 0

@@ -127,7 +127,7 @@ def test_in_other_engines(other):
     ("qwen3_next", 1, 2, 8), ("qwen3_next", 2, 1, 8), ("qwen3_next", 2, 1, 12),
     ("nemotron_h", 1, 2, 13), ("nemotron_h", 2, 1, 13),
 ])  # fmt: skip
-def test_ranks(tmp_path, name, pipeline, tensor, layers):
+def test_ranks(tmp_path, rank_host, name, pipeline, tensor, layers):
     """Tensor-parallel ranks have states of their own heads, pipeline stages those of their own rows.
 
     Two stages of twelve layers are cut within a row: the first ends with two recurrent layers.
@@ -141,7 +141,7 @@ def test_ranks(tmp_path, name, pipeline, tensor, layers):
     # vLLM wants experts on every stage of Qwen3-Next.
     changes = {"num_hidden_layers": layers, "decoder_sparse_step": 4} if name == "qwen3_next" else {}
     config = AutoConfig.from_pretrained(model_folder(tmp_path / "config", name, **changes))
-    setting = Setting(str(write_weights(tmp_path / "model", config)), tmp_path, 400.0)
+    setting = Setting(str(write_weights(tmp_path / "model", config)), tmp_path, rank_host, 400.0)
     script = setting.script(pipeline=pipeline, tensor=tensor)
     script.connector, script.dtype, script.num_kv_blocks = "CacheFlowHybridConnector", "bfloat16", 80
     if name == "nemotron_h":

@@ -106,6 +106,7 @@ def test_a_namespace_is_the_same_for_every_split_into_stages_and_another_for_eve
     assert len({whole, *map(shared_namespace, others)}) == 5
 
 
+@v2_runner.first_runner  # costs are those of a model's layers, which the runners share
 @ONE
 def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_path):
     from cacheflow.vllm.startup.calibration import Lengths, calibrate
@@ -144,6 +145,7 @@ def test_costs_cover_every_offset_and_come_back_from_a_file(tiny, forward, tmp_p
         load_costs(path, identity)
 
 
+@v2_runner.first_runner  # costs are those of a model's layers, which the runners share
 @ONE
 def test_a_spent_budget_extends_the_far_end(tiny, forward):
     from cacheflow.vllm.startup.calibration import Lengths, calibrate
@@ -163,6 +165,7 @@ def test_a_spent_budget_extends_the_far_end(tiny, forward):
     assert costs.engine_pass is None, "passes no longer than a chunk"
 
 
+@v2_runner.first_runner  # costs are those of a model's layers, which the runners share
 @ONE
 def test_on_a_device_layers_are_timed_in_one_call_and_by_its_clock(tiny, monkeypatch):
     """A wait for each point's ends and for each segment's numbers, none for a layer."""

@@ -12,8 +12,8 @@ PATIENCE_S = 450.0
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE_S)]
 
 
-def test_every_stage_brings_what_it_will_read(tmp_path, request_url):
-    from support.rank_engine import Ranks, Script, drained, leave_fast_tier, prefetched, read_by_tier, run
+def test_every_stage_brings_what_it_will_read(tmp_path, rank_host, request_url):
+    from support.rank_engine import Ranks, Script, drained, leave_fast_tier, prefetched, read_by_tier
     from support.vllm_models import write_model
 
     model = str(write_model(tmp_path / "model", "llama", num_hidden_layers=LAYERS))
@@ -33,7 +33,7 @@ def test_every_stage_brings_what_it_will_read(tmp_path, request_url):
     script.do("call", "before", function=read_by_tier)
     asked(script, "restored", request(1, LOAD))
     script.do("call", "after", function=read_by_tier)
-    answers = run(script, tmp_path / "ranks", patience_s=PATIENCE_S)
+    answers = rank_host.run(script, tmp_path / "ranks", patience_s=PATIENCE_S)
     assert sum(answers["left"]) >= 2 * cells + NUM_CHUNKS
     assert answers["brought"] == [wanted[0], wanted[1]]
     read = np.subtract(answers["after"], answers["before"])

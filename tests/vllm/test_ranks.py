@@ -27,6 +27,7 @@ from support.rank_cases import (
     request,
     saved,
 )
+from support.v2_runner import first_runner
 
 BYTES_PER_LAYER = NUM_CHUNKS * CHUNK * 2 * 2 * 32 * 4  # two KV heads, keys and values, float32
 NUM_RESTORATIONS = int(os.environ.get("CACHEFLOW_SOAK_REQUESTS", "60"))
@@ -42,8 +43,8 @@ SOAKED = (request(1, AUTO, num_tokens=8), *(request(10 + i, AUTO, count=n, num_t
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    return llama_setting(tmp_path_factory.mktemp("ranks"), patience_s=PATIENCE_S)
+def setting(tmp_path_factory, rank_host):
+    return llama_setting(tmp_path_factory.mktemp("ranks"), rank_host, patience_s=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +281,7 @@ def test_more_ranks_and_compiled_stages(setting, name, pipeline, tensor, eager):
     equal(answers["load"], answers["own"])
 
 
+@first_runner  # what stages hand over is the model's
 @pytest.mark.parametrize("source", ["stored", "handed_over"])
 def test_stages_that_hand_over_one_tensor(one_tensor, source):
     """Granite's stages hand over no residual."""
@@ -291,13 +293,13 @@ def test_stages_that_hand_over_one_tensor(one_tensor, source):
 
 
 @pytest.fixture(scope="module")
-def one_tensor(tmp_path_factory):
+def one_tensor(tmp_path_factory, rank_host):
     from support.rank_engine import take_only
     from support.vllm_models import write_model
 
     folder = tmp_path_factory.mktemp("granite")
     model = write_model(folder / "model", "granite", num_hidden_layers=LAYERS, embedding_multiplier=3.0, pad_token_id=0)
-    setting = Setting(str(model), folder, PATIENCE_S)
+    setting = Setting(str(model), folder, rank_host, PATIENCE_S)
     script = setting.script(pipeline=2)
     saved(script, 1)
     asked(script, "own", request(1, OFF))
@@ -307,7 +309,7 @@ def one_tensor(tmp_path_factory):
     return setting.run(script, "granite")
 
 
-def with_other_heads(folder):
+def with_other_heads(folder, host):
     """A model whose layers without a window have fewer and wider heads; the lower half of the layers are alike."""
     from support.vllm_models import write_model
 
@@ -317,16 +319,16 @@ def with_other_heads(folder):
         num_attention_heads=8, num_key_value_heads=4, head_dim=32, global_head_dim=64, num_global_key_value_heads=1,
         attention_k_eq_v=True, hidden_size_per_layer_input=0, vocab_size_per_layer_input=512, pad_token_id=0,
     )  # fmt: skip
-    return Setting(str(model), folder)
+    return Setting(str(model), folder, host, PATIENCE_S)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("pipeline", "tensor"), [(2, 1), (1, 2)])
-def test_ranks_of_layers_with_other_heads(tmp_path, pipeline, tensor):
+def test_ranks_of_layers_with_other_heads(tmp_path, rank_host, pipeline, tensor):
     """Two tensor-parallel ranks share four heads of some layers, and each have the one head of the others."""
     from support.rank_engine import take_only
 
-    setting = with_other_heads(tmp_path)
+    setting = with_other_heads(tmp_path, rank_host)
     script = setting.script(pipeline=pipeline, tensor=tensor)
     saved(script, 1)
     asked(script, "own", request(1, OFF))
@@ -351,7 +353,7 @@ LATENT_BYTES = CHUNK * (512 + 64) * 4  # of a chunk in a layer: latents and rota
 
 
 @pytest.fixture(scope="module")
-def latent(tmp_path_factory):
+def latent(tmp_path_factory, rank_host):
     """What two tensor-parallel ranks of latent attention answered, and what an engine that started after them did."""
     from transformers import AutoConfig
 
@@ -361,7 +363,7 @@ def latent(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("latent")
     config = AutoConfig.from_pretrained(model_folder(folder / "config", "deepseek_v3", num_hidden_layers=LAYERS))
-    setting = Setting(str(write_weights(folder / "model", config)), folder, PATIENCE_S)
+    setting = Setting(str(write_weights(folder / "model", config)), folder, rank_host, PATIENCE_S)
     first, later = (setting.script(tensor=2, throttle_bytes_per_s=9 * BYTES_PER_S) for _ in range(2))
     for script in (first, later):
         script.num_kv_blocks = 40 * 128 // 16  # KV blocks of latent attention hold 16 tokens
@@ -377,6 +379,7 @@ def latent(tmp_path_factory):
     return setting.run(first, "first"), setting.run(later, "later")
 
 
+@first_runner  # who stores what all ranks keep is decided by the kind of cache
 def test_of_latents_that_all_ranks_keep_one_object_is_stored(latent):
     from cacheflow.stores.record import HEADER_BYTES
 
@@ -390,6 +393,7 @@ def test_of_latents_that_all_ranks_keep_one_object_is_stored(latent):
     assert later["stored"] == first["stored"]
 
 
+@first_runner
 @pytest.mark.parametrize("engine", ["the one that saved", "one that started later"])
 def test_all_ranks_restore_from_the_one_object_of_latents(latent, engine):
     answers = latent[engine == "one that started later"]

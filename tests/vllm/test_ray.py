@@ -27,10 +27,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(3 * PATIEN
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
+def setting(tmp_path_factory, rank_host):
     if importlib.util.find_spec("ray") is None:
         lacking("needs Ray, which `make setup-vllm` installs")
-    return llama_setting(tmp_path_factory.mktemp("ray"), patience_s=PATIENCE_S)
+    return llama_setting(tmp_path_factory.mktemp("ray"), rank_host, patience_s=PATIENCE_S)
 
 
 def ray_script(setting, **ranks):
