@@ -45,7 +45,7 @@ from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.record import HEADER_BYTES
 from cacheflow.stores.tiered import TieredStore
 from support.embedded_cases import CHUNK, NEW_TOKENS, make_engine, random_tokens, sampling_of
-from support.growth import Watch, held, resident_bytes
+from support.growth import Watch, give_back, held, resident_bytes
 from support.soak import SEED
 from support.store_objects import put
 from support.waiting import eventually
@@ -295,6 +295,19 @@ def test_whatever_an_object_of_ours_keeps_is_counted():
     assert grown["LruIndex._held"] == 7
     assert grown["MemoryStore._records"] == 7
     assert grown["HeldObject"] == 7
+
+
+def test_what_was_freed_is_no_growth_and_what_is_kept_is():
+    give_back()
+    before = resident_bytes()
+    pieces = [bytes(2000) for _ in range(30_000)]
+    give_back()
+    assert resident_bytes() - before > 50_000_000
+    kept = pieces[::100]  # all over what they lie in
+    pieces.clear()
+    give_back()
+    assert resident_bytes() - before < 20_000_000
+    assert len(kept) == 300
 
 
 @pytest.mark.parametrize("kind", ["file", "tiers"])

@@ -7,12 +7,14 @@ fails there.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,16 @@ SIZED = (dict, list, set, deque, WeakSet)
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Have glibc give the system what it keeps of freed memory, in pieces between what is in use; elsewhere nothing.
+
+    Measured under 32 chats: what is in use stays the same, while those pieces grow by up to 1 MiB a minute for half an
+    hour, the more the busier the machine is.
+    """
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def num_open_files() -> int:
@@ -121,6 +133,7 @@ class Watch:
                 self.series[name] = array("q", [0] * len(self.samples))
             for name, counts in self.series.items():
                 counts.append(found[name])
+            give_back()
             self.samples.append(
                 Sample(
                     at_s=time.monotonic(),
@@ -142,7 +155,7 @@ class Watch:
 
     @property
     def slope_bytes_per_s(self) -> float:
-        """Of the resident memory in the last third, by least squares."""
+        """Of the resident memory in the last third, by least squares; see ``give_back``."""
         end = self.samples[self.third(2)]
         times_s = np.array([each.at_s - end[0].at_s for each in end])
         return float(np.polyfit(times_s, np.array([each.resident_bytes for each in end], np.float64), 1)[0])
