@@ -104,6 +104,61 @@ def test_a_slow_read_is_asked_of_the_next_tier_which_waits_for_the_buffer(opened
     assert both.store.stats().tiers[0].num_promoted == 0, "the fast tier has it"
 
 
+def test_a_read_that_cannot_be_begun_takes_back_those_before_it(opened, monkeypatch):
+    """Nobody gets a handle: so nobody may write into a buffer any more once that is said."""
+    both, raised = opened(), []
+    buffers = [np.full(1000, UNTOUCHED, np.uint8) for _ in range(2)]
+    submit, read_record = both.fast.submit_get, both.fast.read_record
+    is_second, begun = iter((False, True)), threading.Event()
+
+    def submit_or_not(*args, **options):
+        if next(is_second):
+            assert begun.wait(TIMEOUT_S)
+            raise MemoryError("no buffer")
+        return submit(*args, **options)
+
+    def note_and_read(*args):
+        begun.set()
+        return read_record(*args)
+
+    def read():
+        try:
+            both.store.submit_get([GetRequest(key(number), buffers[number]) for number in range(2)])
+        except MemoryError as error:
+            raised.append(error)
+
+    both.fast.reads.clear()
+    monkeypatch.setattr(both.fast, "submit_get", submit_or_not)
+    monkeypatch.setattr(both.fast, "read_record", note_and_read)
+    reader = threading.Thread(target=read)
+    reader.start()
+    reader.join(0.2)
+    assert reader.is_alive(), "the first one still may be written to"
+    both.fast.open_gates()
+    reader.join(TIMEOUT_S)
+    assert len(raised) == 1
+    assert both.store.tiers[0].wait_until_unread(0.0)
+
+
+def test_who_waits_hears_of_it_when_the_next_tier_cannot_be_asked(opened, monkeypatch, caplog):
+    both, outcomes = opened(), []
+    handle, _ = both.begin(1)
+
+    def fail(*args, **options):
+        raise RuntimeError("no thread")
+
+    monkeypatch.setattr(both.slow, "submit_get", fail)
+    monkeypatch.setattr(both.store.tiers[0], "begin_race", lambda: False)
+    both.clock.sleep(1e6)
+    assert handle.poll() == (None,), "it is left, and its store has not let go"
+    waiter = threading.Thread(target=lambda: outcomes.append(handle.wait()))
+    waiter.start()
+    both.fast.open_gates()
+    waiter.join(TIMEOUT_S)
+    assert outcomes == [(LoadOutcome.LATE,)]
+    assert "could not go on to the next tier" in caplog.text
+
+
 def test_a_tier_that_was_slow_is_read_apart_and_holds_up_nobody(opened):
     both = opened()
     both.become_apart()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,15 +94,16 @@ def _play(demo: Demo, repeats: int, results: Path, progress: Progress, console: 
 
     demo.calibrate(on_step)
     last = len(TURN_CHARS) - 1
-    for index, turn in enumerate(demo.turns(TURN_CHARS)):
-        reply = demo.answer_resident(turn)
-        console.print(
-            f"[bold]turn {index + 1}[/bold]: {len(turn.tokens)} new tokens after {turn.history_tokens}; "
-            f"the model answers: {demo.text(reply.tokens)!r}"
-        )
-        if index:
-            alone = index == last  # the last turn is also restored without its new tokens
-            for record in demo.restore_everywhere(turn, repeats=repeats, alone=alone, on_step=on_step):
-                append_record(results, record)
-        demo.save()
-        console.print(f"turn {index + 1}: KV saved, then evicted")
+    with closing(demo):
+        for index, turn in enumerate(demo.turns(TURN_CHARS)):
+            reply = demo.answer_resident(turn)
+            console.print(
+                f"[bold]turn {index + 1}[/bold]: {len(turn.tokens)} new tokens after {turn.history_tokens}; "
+                f"the model answers: {demo.text(reply.tokens)!r}"
+            )
+            if index:
+                alone = index == last  # the last turn is also restored without its new tokens
+                for record in demo.restore_everywhere(turn, repeats=repeats, alone=alone, on_step=on_step):
+                    append_record(results, record)
+            demo.save()
+            console.print(f"turn {index + 1}: KV saved, then evicted")

@@ -89,6 +89,10 @@ class Demo:
         )
         self._session = self._engine.session()
 
+    def close(self) -> None:
+        """Close the store that ``calibrate`` opened."""
+        self._store.close()
+
     def turns(self, chars_per_turn: tuple[int, ...]) -> Iterator[DemoTurn]:
         """The user's turns as tokens of the model's chat format; each needs the answer to the one before."""
         for index, turn in enumerate(coding_session(chars_per_turn)):

@@ -13,6 +13,7 @@ given up a thread waits for its store, which may hang, to let go.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from cacheflow.stores.loan import Bytes, Loan
 from cacheflow.stores.record import RecordHeader
 from cacheflow.stores.tier import Tier
 from cacheflow.types import Clock
+
+logger = logging.getLogger(__name__)
 
 SLICE_S = 0.002
 """Longest wait for one leg of several, before the others are looked at."""
@@ -137,7 +140,7 @@ class RoutedHandle(Generic[O]):
         try:
             with self._changed:
                 self._update()
-        except ValueError:
+        except BaseException:  # nobody gets the handle, to wait or to cancel
             with self._changed:
                 self._settle_pending(ledger.verdicts.cancelled, clock())
             self.cancel()
@@ -246,11 +249,12 @@ class RoutedHandle(Generic[O]):
         """Wait for a leg of a pending item no longer; whether its outcome settles the item."""
         route = self._routes[index]
         route.legs.remove(leg)
+        settles = route.end(leg, outcome)
         if outcome in self._unsaid:
             self._leave(index, leg)
         elif route.holder is leg:
             route.holder = None
-        return route.end(leg, outcome)
+        return settles
 
     def _settle_pending(self, outcome: O, now_s: float) -> None:
         for index in self._pending():
@@ -259,12 +263,14 @@ class RoutedHandle(Generic[O]):
     def _settle(self, index: int, outcome: O, now_s: float) -> None:
         """Settle an item that is late or cancelled; whoever holds the caller's buffer is left to ``cancel``."""
         route = self._routes[index]
-        while route.legs:
-            leg = route.legs.pop()
+        legs = tuple(route.legs)
+        route.legs.clear()
+        for leg in legs:
             route.end(leg, outcome)
+        self._ledger.settle(index, outcome, now_s)
+        for leg in legs:
             if leg is not route.holder:
                 self._leave(index, leg)
-        self._ledger.settle(index, outcome, now_s)
 
     def _leave(self, index: int, leg: Leg[O]) -> None:
         """Have a thread wait until the store of a leg that was given up has let go of it."""
@@ -273,9 +279,12 @@ class RoutedHandle(Generic[O]):
     def _let_go(self, index: int, leg: Leg[O]) -> None:
         leg.handle.cancel()
         with self._changed:
-            if leg.loan is not None:
-                leg.loan.end()
-            if self._routes[index].holder is leg:
-                self._routes[index].holder = None
-                self._update()
+            try:
+                if leg.loan is not None:
+                    leg.loan.end()
+                if self._routes[index].holder is leg:
+                    self._routes[index].holder = None
+                    self._update()
+            except Exception:  # a bug in a store must not leave those waiting who wait
+                logger.exception("bug in a store: an item could not go on to the next tier")
             self._changed.notify_all()

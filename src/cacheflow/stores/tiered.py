@@ -155,7 +155,7 @@ class TieredStore(Store):
     ) -> PutHandle:
         """See ``Store.submit_put``; ``EXISTS`` says that the fastest tier has it.
 
-        The slower tiers get what was stored once the handle was asked.
+        What the slower tiers get afterwards waits in their queues from now on.
         """
         sizes = [sum(byte_view(buffer).nbytes for buffer in request.buffers) for request in requests]
 

@@ -40,6 +40,11 @@ class CodecsFlags(EmbeddedFlags):
         super().__post_init__()
         if self.device != "cpu":
             raise ConfigError(f"--device {self.device}: codecs run on CPUs, and this measures there alone")
+        if self.tokens <= 3 * self.chunk_tokens // 4:
+            raise ConfigError(
+                f"--tokens is {self.tokens}, must be above three quarters of a chunk of {self.chunk_tokens} tokens: "
+                "other chunks are as long"
+            )
         if self.chunk_tokens < 2:
             raise ConfigError(f"--chunk is {self.chunk_tokens}, must be at least 2: it is compared with shorter ones")
         for name in self.codecs:

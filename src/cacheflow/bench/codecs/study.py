@@ -139,7 +139,10 @@ class CodecStudy:
                 stored_bytes += sum(each.nbytes for each in parts)
                 decoded = payload
                 if encoding is not None:
-                    encoded, decoded = np.concatenate([np.frombuffer(each, np.uint8) for each in parts]), payload.copy()
+                    encoded, decoded = (
+                        np.concatenate([np.frombuffer(each, np.uint8) for each in parts]),
+                        np.zeros_like(payload),
+                    )
                     began_s = time.thread_time()
                     codec.decode(encoded, form, decoded)
                     decode_s += time.thread_time() - began_s
