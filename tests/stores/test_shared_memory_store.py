@@ -94,6 +94,27 @@ def test_what_was_killed_while_it_removed_the_store_is_removed(url):
         shutil.rmtree(left, ignore_errors=True)
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_a_store_that_is_removed_while_it_is_opened_is_made_anew(url, found, monkeypatch):
+    mkdir, left = Path.mkdir, [1]
+
+    def make_and_lose(self, *args, **options):
+        if self == folder_of(url) and left:
+            left.pop()
+            mkdir(self, *args, **options)
+            self.rmdir()  # by its last user, before anybody holds its lock
+            if found:
+                raise FileExistsError(self)
+            return
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", make_and_lose)
+    with opened(url) as store:
+        put(store, 1)
+        assert get(store, 1)[0] is OK
+    assert not left
+
+
 def test_many_processes_open_and_close_at_once(url):
     program = (
         "store.close()\n"

@@ -129,13 +129,14 @@ def _join(folder: Path) -> int:
     """Make the folder ours and hold its lock with the others; returns the descriptor that holds it."""
     try:
         for _ in range(_MAX_TRIES):
-            folder.mkdir(mode=0o700, exist_ok=True)
-            status = folder.lstat()
-            if status.st_uid != os.geteuid() or status.st_mode & 0o077 or folder.is_symlink():
-                raise StoreError(
-                    f"store {folder} is not a folder that this user alone may open: remove it or take another name"
-                )
+            with suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
             with suppress(FileNotFoundError):  # the last user has just removed the folder
+                status = folder.lstat()
+                if status.st_uid != os.geteuid() or status.st_mode & 0o077 or folder.is_symlink():
+                    raise StoreError(
+                        f"store {folder} is not a folder that this user alone may open: remove it or take another name"
+                    )
                 users = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 fcntl.flock(users, fcntl.LOCK_SH)
                 if _is_at(users, folder / _LOCK):
