@@ -189,3 +189,8 @@ def test_the_parts_of_a_url():
         StoreUrl.parse("tape://host?x=-1").seconds("x", 1.0)
     assert url.seconds("x", 9.0) == 1.0
     assert url.seconds("z", 9.0) == 9.0
+
+
+def test_a_capacity_beyond_every_number_is_refused():
+    with pytest.raises(ConfigError, match="capacity is '999"):
+        check_store_url(f"memory?capacity={'9' * 400}")

@@ -160,10 +160,10 @@ class StoreUrl:
         if text is None:
             return default
         found = _SIZE.fullmatch(text)
-        num_bytes = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
-        if num_bytes < 1:
+        size = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+        if not 1 <= size < float("inf"):
             raise ConfigError(f"store: {name} is {text!r}, must be a size such as 4GiB, 500MB or 1000000, above 0")
-        return num_bytes
+        return int(size)
 
     @property
     def codec(self) -> Codec | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cacheflow.bench.codecs.report import codec_tables
+from cacheflow.bench.codecs.report import CodecSetting, codec_tables
 from cacheflow.bench.environment import environment
 from cacheflow.bench.options import EmbeddedFlags, option
 from cacheflow.bench.records.codecs import CodecRecord
@@ -86,15 +86,13 @@ def _work(flags: CodecsFlags, suite: SuiteRun[CodecRecord]) -> bool:
 
 def _done(model: LoadedModel, options: CodecOptions, excerpt: int, records: Sequence[CodecRecord]) -> set[str]:
     """Codecs that an excerpt is on record with."""
-    wanted = (
-        model.fingerprint, model.shape.dtype, options.prefix_tokens, options.suffix_tokens, options.chunk_tokens,
-        options.layers_per_block, excerpt,
-    )  # fmt: skip
-    return {
-        each.codec
-        for each in records
-        if (
-            each.fingerprint, each.dtype, each.prefix_tokens, each.suffix_tokens, each.chunk_tokens,
-            each.layers_per_block, each.excerpt,
-        ) == wanted
-    }  # fmt: skip
+    wanted = CodecSetting(
+        model=model.shape.name,
+        dtype=model.shape.dtype,
+        fingerprint=model.fingerprint,
+        prefix_tokens=options.prefix_tokens,
+        suffix_tokens=options.suffix_tokens,
+        chunk_tokens=options.chunk_tokens,
+        layers_per_block=options.layers_per_block,
+    )
+    return {each.codec for each in records if each.excerpt == excerpt and CodecSetting.of(each) == wanted}
