@@ -227,8 +227,12 @@ def test_swapped_files_are_not_taken_for_each_other(model, tmp_path, between):
         other.write_bytes(mine)
         session.evict()
         played = answer(session, turns()[1], sampling=sampling_of(1))
-    assert_same(played, never_evicted(model)[1])
-    assert played.reply.report.failed_loads == {"corrupt": 2}
+        assert_same(played, never_evicted(model)[1])
+        failed = played.reply.report.failed_loads
+        # The one that fails first has its chunk recomputed; a read of the other that has not ended by then is let go.
+        assert failed in ({"corrupt": 1}, {"corrupt": 2})
+        session.evict()
+        assert_same(answer(session, turns()[2]), never_evicted(model)[2])
 
 
 def test_a_damaged_note_on_disk_costs_the_partial_chunk(model, tmp_path):

@@ -311,6 +311,7 @@ def seen_by(salt, *, announced):
     asked, contains = [], case.store.contains
     case.store.contains = lambda keys: asked.append((len(keys), sum(contains(keys)))) or contains(keys)
     case.arrive("a", tokens(CHUNK + 1, seed=9), salt=salt, params={"prefetch": [prompt]})
+    answered(case, "a")
     announced_is_answered(case)
     work = case.step()
     answer = case.side.finished("a")
