@@ -80,7 +80,7 @@ PARTS = 6
 """After each part of its time it says how far it is; at least as many samples."""
 SLOPE_BYTES_PER_S = (1 << 20) / 60
 NOISE_BYTES = 8 << 20
-"""By so much resident memory may differ from one moment to the next."""
+"""By so much resident memory may differ from one rest to the next."""
 WARM_MINUTES, WARMING_BYTES = 5.0, 64 << 20
 """Before, everything still takes the memory that it keeps: in the last third of a shorter run so much at most."""
 MOST = 2 * SESSIONS * CHAT_TOKENS
@@ -202,6 +202,12 @@ class Traffic:
             lambda: all(self._look(chat) for chat in self.chats if chat.pending is not None), patience_s=PATIENCE_S
         )
 
+    def rest(self) -> None:
+        """Until the next turn nothing runs, and no chat has anything in memory: how much is cached is chance."""
+        self.finish()
+        for chat in self.chats:
+            chat.session.evict()
+
     def _ask(self, chat: Chat) -> None:
         if chat.turn == len(TURN_TOKENS):
             if self.chance.random() < NEW:
@@ -276,10 +282,10 @@ def in_words(traffic: Traffic, watch: Watch, faulty: list[FaultyStore]) -> str:
     for each in faulty:
         struck.update({fault.value: count for fault, count in each.injected().items()})
     last, mib = watch.samples[-1], 1 << 20
-    sizes = [watch.samples[watch.third(number)][0].resident_bytes // mib for number in (0, 1, 2)]
+    sizes = [each.resident_bytes // mib for each in watch.rests]
     return (
         f"\n{dict(traffic.counts)}, all right; {struck.total()} faults {dict(struck)}"
-        f"\nresident {sizes} and {last.resident_bytes // mib} MiB, {watch.slope_bytes_per_s * 60 / mib:+.2f} MiB "
+        f"\nresident at rest {sizes} MiB, {watch.slope_bytes_per_s * 60 / mib:+.2f} MiB "
         f"a minute in the last {watch.end_s / 60:.1f}"
         f"\n{max(each.num_threads for each in watch.samples)} threads at most, {last.num_threads} at the end; "
         f"{max(each.num_files for each in watch.samples)} files at most, {last.num_files} at the end"
@@ -316,6 +322,7 @@ def test_chats_go_on_and_nothing_grows(kind, request, tmp_path, capsys, caplog):
     minutes = float(MINUTES or (LONG_MINUTES if request.config.getoption("--long") else SHORT_MINUTES))
     model, chance = wide_model(), random.Random(SEED)
     period_s = min(10.0, max(0.5, minutes * 60 / 180))
+    work_s = max(0.5, minutes)  # from one rest to the next
     with failing_store(kind, tmp_path, capacity_bytes=capacity_of(model)) as (store, faulty):
         engine = make_engine(model, store, executor=READS, lookup_deadline_s=0.5)
         with (
@@ -325,8 +332,17 @@ def test_chats_go_on_and_nothing_grows(kind, request, tmp_path, capsys, caplog):
             traffic = Traffic(engine, batch, Scripts(wide_model(), chance), chance)
             until_s = time.monotonic() + minutes * 60
             parts_left = PARTS
-            while (left_s := until_s - time.monotonic()) > 0 or not traffic.is_enough or len(watch.samples) < PARTS:
+            rest_at_s = time.monotonic() + work_s
+            while (
+                (left_s := until_s - time.monotonic()) > 0
+                or not traffic.is_enough
+                or min(len(watch.samples), len(watch.rests)) < PARTS
+            ):
                 traffic.step()
+                if time.monotonic() > rest_at_s:
+                    traffic.rest()
+                    watch.rest()
+                    rest_at_s = time.monotonic() + work_s
                 if left_s < minutes * 60 * (parts_left - 1) / PARTS:
                     parts_left -= 1
                     with capsys.disabled():

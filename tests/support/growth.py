@@ -94,10 +94,16 @@ def _attributes(owner: object) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    at_s: float
-    resident_bytes: int
     num_threads: int
     num_files: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rest:
+    """Resident memory at a moment at which nothing ran: all of it is kept for what is still to come."""
+
+    at_s: float
+    resident_bytes: int
 
 
 class Watch:
@@ -105,12 +111,14 @@ class Watch:
 
     Attributes:
         samples: What the process held.
+        rests: Its resident memory, whenever the test let it rest.
         series: What ``held`` found in each sample, by name; numbers alone, so that next to nothing is kept of it.
     """
 
     def __init__(self, *roots: object, period_s: float) -> None:
         self._roots = roots
         self.samples: list[Sample] = []
+        self.rests: list[Rest] = []
         self.series: dict[str, array[int]] = {}
         self._period_s = period_s
         self._left = threading.Event()
@@ -133,32 +141,33 @@ class Watch:
                 self.series[name] = array("q", [0] * len(self.samples))
             for name, counts in self.series.items():
                 counts.append(found[name])
-            give_back()
-            self.samples.append(
-                Sample(
-                    at_s=time.monotonic(),
-                    resident_bytes=resident_bytes(),
-                    num_threads=threading.active_count(),
-                    num_files=num_open_files(),
-                )
-            )
+            self.samples.append(Sample(num_threads=threading.active_count(), num_files=num_open_files()))
+
+    def rest(self) -> None:
+        """Note the resident memory; call while nothing runs and nothing is cached."""
+        give_back()
+        self.rests.append(Rest(at_s=time.monotonic(), resident_bytes=resident_bytes()))
 
     def third(self, number: int) -> slice:
         """Which samples are the first, second or last third of them: 0, 1, 2."""
         return slice(len(self.samples) * number // 3, len(self.samples) * (number + 1) // 3)
 
     @property
+    def last_rests(self) -> list[Rest]:
+        """The last third of them."""
+        return self.rests[len(self.rests) * 2 // 3 :]
+
+    @property
     def end_s(self) -> float:
-        """How long the last third was."""
-        end = self.samples[self.third(2)]
-        return end[-1].at_s - end[0].at_s
+        """From the first to the last of ``last_rests``."""
+        return self.last_rests[-1].at_s - self.last_rests[0].at_s
 
     @property
     def slope_bytes_per_s(self) -> float:
-        """Of the resident memory in the last third, by least squares; see ``give_back``."""
-        end = self.samples[self.third(2)]
-        times_s = np.array([each.at_s - end[0].at_s for each in end])
-        return float(np.polyfit(times_s, np.array([each.resident_bytes for each in end], np.float64), 1)[0])
+        """Of the resident memory over ``last_rests``, by least squares."""
+        times_s = np.array([each.at_s - self.last_rests[0].at_s for each in self.last_rests])
+        resident = np.array([each.resident_bytes for each in self.last_rests], np.float64)
+        return float(np.polyfit(times_s, resident, 1)[0])
 
     def most(self) -> Counter[str]:
         """The most of everything that any sample found."""
