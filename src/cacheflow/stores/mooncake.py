@@ -144,7 +144,7 @@ class MooncakeStore(SharedStore):
             register=self._register, unregister=lambda each: self._client.unregister_buffer(each.ctypes.data)
         )
         self._calls = TimedCalls(
-            str(pool), num_threads=2 * self._num_threads, timeout_s=pool.timeout_s, clock=self._clock
+            "Mooncake", num_threads=2 * self._num_threads, timeout_s=pool.timeout_s, clock=self._clock
         )
         with self.opening(
             f"is mooncake_master running, and are its rpc_port ({pool.port}) and metrics_port ({pool.metrics_port}) "
@@ -208,12 +208,10 @@ class MooncakeStore(SharedStore):
                 partial(self._client.put_from, PREFIX + name, staging.ctypes.data, num_bytes), given_up=give_back
             )
         if written == _NO_ROOM and not self._room()[1]:  # not full: where a master starts anew, for a moment
-            raise OSError(
-                errno.EIO, f"nobody gives memory to the pool {self._pool}: start mooncake_client, or give a segment"
-            )
+            raise OSError(errno.EIO, "nobody gives memory to the pool: start mooncake_client, or give a segment")
         self._checked(written, "write")
         if not self.are_there([name])[0]:  # Mooncake says nothing of a writer that began this object and died
-            raise OSError(errno.EBUSY, f"{self._pool}: an object is not there after it was written")
+            raise OSError(errno.EBUSY, "an object is not there after it was written")
         return PutOutcome.STORED
 
     def erase(self, name: str) -> bool:
@@ -281,4 +279,4 @@ class MooncakeStore(SharedStore):
         if code == _MASTER_GONE:
             self._calls.trip()
         number = errno.ENOSPC if code == _NO_ROOM else errno.EIO
-        raise OSError(number, f"{self._pool}: Mooncake could not {what}, code {code}")
+        raise OSError(number, f"Mooncake could not {what}, code {code}")
