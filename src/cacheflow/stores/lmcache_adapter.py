@@ -27,9 +27,8 @@ from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 
-from cacheflow.stores.staging import Staging
 from cacheflow.stores.timed_calls import GivenUpError, TimedCalls
-from cacheflow.types import Clock
+from cacheflow.types import Bytes, Clock
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ class LmcacheAdapter:
             self._adapter.submit_unlock(there)
         return found
 
-    def store(self, key: ObjectKey, staging: Staging, give_back: Callable[[], None]) -> None:
+    def store(self, key: ObjectKey, staging: Bytes, give_back: Callable[[], None]) -> None:
         """Store an object; what was under its key may stay.
 
         Raises:
@@ -139,7 +138,7 @@ class LmcacheAdapter:
         if not (stored.is_successful() if hasattr(stored, "is_successful") else stored):
             raise OSError(errno.EIO, f"{self} could not store an object of {staging.nbytes} bytes")
 
-    def load(self, key: ObjectKey, staging: Staging, give_back: Callable[[], None]) -> bool:
+    def load(self, key: ObjectKey, staging: Bytes, give_back: Callable[[], None]) -> bool:
         """Fill a buffer from an object of its length; whether that worked.
 
         Only what is there may be loaded: some adapters never end otherwise.
@@ -270,7 +269,7 @@ def _created(parsed: Any) -> Any:  # noqa: ANN401 - an untyped package
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from None
 
 
-def _memory(staging: Staging) -> TensorMemoryObj:
+def _memory(staging: Bytes) -> TensorMemoryObj:
     """A buffer as LMCache takes it."""
     metadata = MemoryObjMetadata(
         shape=torch.Size([staging.nbytes]), dtype=torch.uint8, address=0, phy_size=staging.nbytes, ref_count=1,

@@ -21,8 +21,9 @@ from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
-from cacheflow.stores.staging import Staging, StagingBuffers, copy_record, gather
+from cacheflow.stores.staging import StagingBuffers, copy_record, gather
 from cacheflow.stores.timed_calls import TimedCalls
+from cacheflow.types import Bytes
 
 os.environ.setdefault("GLOG_minloglevel", "1")  # or Mooncake writes a page to stderr for each client
 from mooncake.store import MooncakeDistributedStore  # reads that when it is loaded
@@ -263,7 +264,7 @@ class MooncakeStore(SharedStore):
                 copy_record(staging[:found], header, payload)
         return found
 
-    def _register(self, staging: Staging) -> None:
+    def _register(self, staging: Bytes) -> None:
         code = self._client.register_buffer(staging.ctypes.data, staging.nbytes)
         if code != 0:
             raise OSError(errno.ENOMEM, f"Mooncake does not register a buffer of {staging.nbytes} bytes, code {code}")

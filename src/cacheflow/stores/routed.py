@@ -22,10 +22,10 @@ from typing import Generic
 
 from cacheflow.stores.base import Handle
 from cacheflow.stores.handle import Ledger, O, wait_s
-from cacheflow.stores.loan import Bytes, Loan
+from cacheflow.stores.loan import Loan
 from cacheflow.stores.record import RecordHeader
 from cacheflow.stores.tier import Tier
-from cacheflow.types import Clock
+from cacheflow.types import Bytes, Clock
 
 logger = logging.getLogger(__name__)
 
