@@ -27,12 +27,11 @@ from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 
-from cacheflow.stores.timed_calls import GivenUpError, TimedCalls
+from cacheflow.stores.timed_calls import GivenUpError, TimedCalls, closes_in_time
 from cacheflow.types import Bytes, Clock
 
 logger = logging.getLogger(__name__)
 
-_JOIN_TIMEOUT_S = 5.0
 _PAGE = 500
 """Keys of a listing asked for at once."""
 
@@ -192,13 +191,10 @@ class LmcacheAdapter:
         os.eventfd_write(self._wake_fd, 1)
         self._collector.join()
         self._calls.close()
-        closing = Thread(target=self._adapter.close, name="cacheflow-close", daemon=True)
-        closing.start()
-        closing.join(_JOIN_TIMEOUT_S)
-        if closing.is_alive():
-            logger.warning("%s hangs and was left behind", self)
-        else:
+        if closes_in_time(self._adapter.close):
             os.close(self._wake_fd)
+        else:
+            logger.warning("%s hangs and was left behind", self)
 
     def _run(self, kind: str, submit: Callable[[], int], late: Callable[[Any], object]) -> Any:  # noqa: ANN401
         """Submit a task and return its result; one that is given up calls ``late`` with it at its end."""

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from threading import Thread
 from typing import Any, Unpack
 
 from cacheflow.stores.base import PutOutcome
@@ -22,7 +21,7 @@ from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.stores.staging import StagingBuffers, copy_record, gather
-from cacheflow.stores.timed_calls import TimedCalls
+from cacheflow.stores.timed_calls import TimedCalls, closes_in_time
 from cacheflow.types import Bytes
 
 os.environ.setdefault("GLOG_minloglevel", "1")  # or Mooncake writes a page to stderr for each client
@@ -41,8 +40,6 @@ _BATCH = 256
 
 _LOCAL_BUFFER_BYTES = 16 << 20
 """Of Mooncake's own; records go through ours."""
-
-_CLOSE_TIMEOUT_S = 5.0
 
 _GAUGE = re.compile(rb"^(master_allocated_bytes|master_total_capacity_bytes) ([0-9.e+]+)", re.MULTILINE)
 
@@ -229,12 +226,8 @@ class MooncakeStore(SharedStore):
         """See ``Store.close``; what this process gave to the pool goes with it."""
         super().close()
         client, self._client = self._client, None
-        if not self._calls.close():
+        if not self._calls.close() or not (client is None or closes_in_time(client.close)):
             logger.warning("%s: a call is hung in Mooncake, so that its client was left behind", self)
-        elif client is not None:
-            closing = Thread(target=client.close, name="cacheflow-close", daemon=True)
-            closing.start()
-            closing.join(_CLOSE_TIMEOUT_S)
 
     def _room(self) -> tuple[int, int]:
         """Bytes used of the whole pool, by whomever, and its size."""
