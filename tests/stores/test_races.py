@@ -50,13 +50,20 @@ class Tiers:
         assert handle.poll() == (None,)
         return handle, buffer
 
-    def become_apart(self):
-        """Have the fast tier be slow once, and forgive it the race."""
-        handle, _ = self.begin(0)
+    def begin_overtaken(self, number):
+        """A read of which the slow tier has brought the object; the fast one still holds the buffer."""
+        seen, num_before = self.seen, num_ok(self.slow)
+        handle, buffer = self.begin(number)
+        assert self.seen == seen, "it is not slow yet"
         self.clock.sleep(SLOW_S)
         handle.poll()
-        eventually(lambda: num_ok(self.slow) == 1)
+        eventually(lambda: num_ok(self.slow) == num_before + 1)
         assert handle.poll() == (None,)
+        return handle, buffer
+
+    def become_apart(self):
+        """Have the fast tier be slow once, and forgive it the race."""
+        handle, _ = self.begin_overtaken(0)
         self.fast.open_gates()
         eventually(lambda: handle.poll() == (OK,))
         self.read_quickly(round(1 / RACE_SHARE))
@@ -89,11 +96,7 @@ def num_ok(store):
 
 def test_a_slow_read_is_asked_of_the_next_tier_which_waits_for_the_buffer(opened):
     both = opened()
-    handle, buffer = both.begin(1)
-    assert both.seen == (0, 0)
-    both.clock.sleep(SLOW_S)
-    handle.poll()
-    eventually(lambda: num_ok(both.slow) == 1)
+    handle, buffer = both.begin_overtaken(1)
     for _ in range(5):
         assert handle.poll() == (None,), "the fast tier may still write into the buffer"
     assert (buffer == UNTOUCHED).all()
@@ -245,10 +248,7 @@ def test_a_rival_that_brings_nothing_changes_nothing(opened, fault):
 
 def test_what_the_first_one_turns_out_to_lack_is_promoted_from_its_rival(opened):
     both = opened()
-    handle, buffer = both.begin(6)
-    both.clock.sleep(SLOW_S)
-    handle.poll()
-    eventually(lambda: num_ok(both.slow) == 1)
+    handle, buffer = both.begin_overtaken(6)
     both.fast.delete([key(6)])
     both.fast.open_gates()
     eventually(lambda: handle.poll() == (OK,))
@@ -286,11 +286,7 @@ def test_a_tier_that_hangs_is_left_for_the_rival_that_is_under_way(opened):
 def test_a_tier_that_hangs_and_was_overtaken_is_not_left_a_second_time(opened):
     """Nor is anybody else asked: the rival has what is wanted, and waits for the buffer alone."""
     both = opened(GatedStore())
-    handle, buffer = both.begin(1)
-    both.clock.sleep(SLOW_S)
-    handle.poll()
-    eventually(lambda: num_ok(both.slow) == 1)
-    assert handle.poll() == (None,)
+    handle, buffer = both.begin_overtaken(1)
     both.clock.sleep(30.0)
     assert handle.poll() == (None,)
     assert sum(each.name == "cacheflow-tier-leave" for each in threading.enumerate()) == 1
@@ -303,11 +299,7 @@ def test_a_tier_that_hangs_and_was_overtaken_is_not_left_a_second_time(opened):
 
 def test_who_waits_hears_of_it_when_a_slow_tier_lets_go(opened):
     both = opened()
-    handle, buffer = both.begin(1)
-    both.clock.sleep(SLOW_S)
-    handle.poll()
-    eventually(lambda: num_ok(both.slow) == 1)
-    assert handle.poll() == (None,)
+    handle, buffer = both.begin_overtaken(1)
     found = []
     waiter = threading.Thread(target=lambda: found.append(handle.wait()), daemon=True)
     waiter.start()
