@@ -438,25 +438,26 @@ def test_whoever_wins_bytes_are_right_and_nobody_writes_afterwards(seed, monkeyp
         monkeypatch.setattr(tiers, name, value)
     rules = (FaultRule(fault=Fault.CORRUPT, probability=0.05), FaultRule(fault=Fault.MISS, probability=0.05))
     fast, slow = (FaultyStore(JitteryStore(seed + n), FaultPlan(rules=rules, seed=seed + n)) for n in (0, 7))
-    chosen, held, outcomes = random.Random(seed), [], []
+    chosen, held, patient = random.Random(seed), [], []
     with TieredStore({"fast": fast, "slow": slow}, drain_s=1.0) as store:
         put(store, *range(20))
         assert store.drain(TIMEOUT_S)
         for _ in range(150):
             numbers = chosen.sample(range(20), 3)
             buffers = [np.full(1000, UNTOUCHED, np.uint8) for _ in numbers]
+            deadline_s = chosen.choice((0.003, TIMEOUT_S))
             handle = store.submit_get(
                 [GetRequest(key(number), buffer) for number, buffer in zip(numbers, buffers, strict=True)],
-                deadline_s=chosen.choice((0.003, 5.0)),
+                deadline_s=deadline_s,
             )
             found = handle.wait(TIMEOUT_S)
             handle.cancel()
             for number, buffer, outcome in zip(numbers, buffers, found, strict=True):
                 assert outcome is not OK or np.array_equal(buffer, payload(number))
                 held.append((buffer, buffer.copy()))
-            outcomes += found
+            patient += found if deadline_s == TIMEOUT_S else ()
         stats = store.stats().tiers[0]
     assert all(np.array_equal(buffer, copy) for buffer, copy in held)
-    assert outcomes.count(OK) > 200
+    assert patient.count(OK) > 0.95 * len(patient), "what one tier does not bring the other one does"
     assert stats.num_raced > 20
     assert 0 < stats.num_overtaken < stats.num_raced
