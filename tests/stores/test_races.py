@@ -158,8 +158,30 @@ def test_who_waits_hears_of_it_when_the_next_tier_cannot_be_asked(opened, monkey
     waiter.start()
     both.fast.open_gates()
     waiter.join(TIMEOUT_S)
-    assert outcomes == [(LoadOutcome.LATE,)]
+    assert outcomes == [(LoadOutcome.ERROR,)], "worse than that the first one was given up"
     assert "could not go on to the next tier" in caplog.text
+
+
+def test_a_lender_that_fails_to_take_back_what_it_lent_too_late_holds_up_nobody(opened, monkeypatch, caplog):
+    class Lender(GatedStore):
+        def lend_record(self, key, num_bytes):
+            lent = super().lend_record(key, num_bytes)
+            return None if lent is None else replace(lent, end=self.fail)
+
+        def fail(self, after):
+            raise RuntimeError("no such slab")
+
+    fast = Lender()
+    fast.lend_to(Reader())
+    both = opened(fast=fast)
+    handle, buffer = both.begin(1, loan=Loan())
+    monkeypatch.setattr(both.store.tiers[0], "begin_race", lambda: False)
+    both.clock.sleep(1e6)
+    assert handle.poll() == (None,), "it is left, and its store has not let go"
+    both.fast.open_gates()
+    eventually(lambda: handle.poll() == (OK,))
+    assert np.array_equal(buffer, payload(1))
+    assert "no such slab" in caplog.text
 
 
 def test_a_tier_that_was_slow_is_read_apart_and_holds_up_nobody(opened):
