@@ -8,6 +8,12 @@ from __future__ import annotations
 from enum import Enum
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+"""Plain bytes in contiguous memory, of one dimension where nothing else is said."""
+
 
 class Clock(Protocol):
     """A monotonic clock; live code passes ``time.perf_counter``, the simulator a virtual one."""

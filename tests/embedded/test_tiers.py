@@ -182,7 +182,7 @@ def test_a_tier_that_hangs_is_left_out_of_the_next_restorations(model, tier, tmp
     ("store", "said"),
     [
         ([], "no URL was given"),
-        (["memory", "memory?capacity=1GiB"], "two tiers are memory"),
+        (["memory", "memory?capacity=1GiB"], "'memory' and 'memory.capacity=1GiB' are one store"),
         (["memory", "kv"], "store is 'kv', must be a URL"),
     ],
 )

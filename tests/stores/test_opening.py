@@ -71,7 +71,7 @@ def test_a_relative_folder_is_one_of_the_current_directory(tmp_path, monkeypatch
         ("memory?capacity=much", "capacity is 'much', must be a size such as 4GiB"),
         ("file:///kv?capacity=0", "capacity is '0', must be a size"),
         ([], "no URL was given"),
-        (["memory", "file:///kv", "file:///kv?fsync=yes"], "two tiers are file:///kv"),
+        (["memory", "file:///kv", "file:///kv?fsync=yes"], "'file:///kv' and 'file:///kv?fsync=yes' are one store"),
         (["memory", "disk"], "store is 'disk', must be a URL"),
         ("tape://drive/1", "no store is called 'tape'; known are memory, file:///folder"),
         ("http://[::1/kv", "not a URL"),
@@ -83,6 +83,43 @@ def test_a_bad_url_is_refused_with_what_is_allowed(url, said):
         with pytest.raises(ConfigError) as raised:
             check(url)
         assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("memory", "memory?capacity=1GiB"),
+        ("file:///kv", "file:///kv/"),
+        ("file:///kv", "FILE:////./kv/sub/..?fsync=yes"),
+        ("file:///k%76", "file:///kv"),
+        ("shm://kv", "shm://kv/"),
+        ("redis://host", "redis://me@HOST:6379/0?timeout_s=1"),
+        ("redis://[::1]/", "redis://[::1]:6379/00"),
+        ("mooncake://host", "mooncake://host:50051"),
+        ("s3://bucket/kv", "s3://bucket/kv/"),
+    ],
+)
+def test_one_store_written_in_two_ways_is_refused_as_two_tiers(one, other):
+    for pair in ((one, other), (other, one)):
+        with pytest.raises(ConfigError) as raised:
+            check_store_url(["shm://else", *pair])
+        first, second = map(StoreUrl.parse, pair)
+        assert f"'{first}' and '{second}' are one store; each tier must be a store of its own" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("file:///kv", "file:///KV"),
+        ("file:///kv", "file:///kv/kv"),
+        ("shm://kv", "file:///kv"),
+        ("redis://host", "redis://host/1"),
+        ("redis://host", "rediss://host:6380"),
+        ("s3://bucket/kv", "s3://bucket/KV"),
+    ],
+)
+def test_what_looks_alike_and_is_not_one_store_is_two_tiers(one, other):
+    assert [str(url) for url in check_store_url([one, other])] == [one, other]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +220,7 @@ def test_a_broken_package_is_named(package, source, error, said):
 
 def test_the_parts_of_a_url():
     url = StoreUrl.parse("Tape://some%20one@Host:99/a%2Fb/c?x=1&y=%20")
-    assert (url.scheme, url.username, url.host, url.port) == ("tape", "some one", "host", 99)
+    assert (url.scheme, url.username, url.host, url.port) == ("tape", "some one", "Host", 99)
     assert (url.path, dict(url.options)) == ("/a/b/c", {"x": "1", "y": " "})
     with pytest.raises(ConfigError, match="x is '-1', must be seconds"):
         StoreUrl.parse("tape://host?x=-1").seconds("x", 1.0)

@@ -50,13 +50,20 @@ class Tiers:
         assert handle.poll() == (None,)
         return handle, buffer
 
-    def become_apart(self):
-        """Have the fast tier be slow once, and forgive it the race."""
-        handle, _ = self.begin(0)
+    def begin_overtaken(self, number):
+        """A read of which the slow tier has brought the object; the fast one still holds the buffer."""
+        seen, num_before = self.seen, num_ok(self.slow)
+        handle, buffer = self.begin(number)
+        assert self.seen == seen, "it is not slow yet"
         self.clock.sleep(SLOW_S)
         handle.poll()
-        eventually(lambda: num_ok(self.slow) == 1)
+        eventually(lambda: num_ok(self.slow) == num_before + 1)
         assert handle.poll() == (None,)
+        return handle, buffer
+
+    def become_apart(self):
+        """Have the fast tier be slow once, and forgive it the race."""
+        handle, _ = self.begin_overtaken(0)
         self.fast.open_gates()
         eventually(lambda: handle.poll() == (OK,))
         self.read_quickly(round(1 / RACE_SHARE))
@@ -89,11 +96,7 @@ def num_ok(store):
 
 def test_a_slow_read_is_asked_of_the_next_tier_which_waits_for_the_buffer(opened):
     both = opened()
-    handle, buffer = both.begin(1)
-    assert both.seen == (0, 0)
-    both.clock.sleep(SLOW_S)
-    handle.poll()
-    eventually(lambda: num_ok(both.slow) == 1)
+    handle, buffer = both.begin_overtaken(1)
     for _ in range(5):
         assert handle.poll() == (None,), "the fast tier may still write into the buffer"
     assert (buffer == UNTOUCHED).all()
@@ -155,8 +158,30 @@ def test_who_waits_hears_of_it_when_the_next_tier_cannot_be_asked(opened, monkey
     waiter.start()
     both.fast.open_gates()
     waiter.join(TIMEOUT_S)
-    assert outcomes == [(LoadOutcome.LATE,)]
+    assert outcomes == [(LoadOutcome.ERROR,)], "worse than that the first one was given up"
     assert "could not go on to the next tier" in caplog.text
+
+
+def test_a_lender_that_fails_to_take_back_what_it_lent_too_late_holds_up_nobody(opened, monkeypatch, caplog):
+    class Lender(GatedStore):
+        def lend_record(self, key, num_bytes):
+            lent = super().lend_record(key, num_bytes)
+            return None if lent is None else replace(lent, end=self.fail)
+
+        def fail(self, after):
+            raise RuntimeError("no such slab")
+
+    fast = Lender()
+    fast.lend_to(Reader())
+    both = opened(fast=fast)
+    handle, buffer = both.begin(1, loan=Loan())
+    monkeypatch.setattr(both.store.tiers[0], "begin_race", lambda: False)
+    both.clock.sleep(1e6)
+    assert handle.poll() == (None,), "it is left, and its store has not let go"
+    both.fast.open_gates()
+    eventually(lambda: handle.poll() == (OK,))
+    assert np.array_equal(buffer, payload(1))
+    assert "no such slab" in caplog.text
 
 
 def test_a_tier_that_was_slow_is_read_apart_and_holds_up_nobody(opened):
@@ -245,10 +270,7 @@ def test_a_rival_that_brings_nothing_changes_nothing(opened, fault):
 
 def test_what_the_first_one_turns_out_to_lack_is_promoted_from_its_rival(opened):
     both = opened()
-    handle, buffer = both.begin(6)
-    both.clock.sleep(SLOW_S)
-    handle.poll()
-    eventually(lambda: num_ok(both.slow) == 1)
+    handle, buffer = both.begin_overtaken(6)
     both.fast.delete([key(6)])
     both.fast.open_gates()
     eventually(lambda: handle.poll() == (OK,))
@@ -286,11 +308,7 @@ def test_a_tier_that_hangs_is_left_for_the_rival_that_is_under_way(opened):
 def test_a_tier_that_hangs_and_was_overtaken_is_not_left_a_second_time(opened):
     """Nor is anybody else asked: the rival has what is wanted, and waits for the buffer alone."""
     both = opened(GatedStore())
-    handle, buffer = both.begin(1)
-    both.clock.sleep(SLOW_S)
-    handle.poll()
-    eventually(lambda: num_ok(both.slow) == 1)
-    assert handle.poll() == (None,)
+    handle, buffer = both.begin_overtaken(1)
     both.clock.sleep(30.0)
     assert handle.poll() == (None,)
     assert sum(each.name == "cacheflow-tier-leave" for each in threading.enumerate()) == 1
@@ -303,11 +321,7 @@ def test_a_tier_that_hangs_and_was_overtaken_is_not_left_a_second_time(opened):
 
 def test_who_waits_hears_of_it_when_a_slow_tier_lets_go(opened):
     both = opened()
-    handle, buffer = both.begin(1)
-    both.clock.sleep(SLOW_S)
-    handle.poll()
-    eventually(lambda: num_ok(both.slow) == 1)
-    assert handle.poll() == (None,)
+    handle, buffer = both.begin_overtaken(1)
     found = []
     waiter = threading.Thread(target=lambda: found.append(handle.wait()), daemon=True)
     waiter.start()
@@ -446,25 +460,26 @@ def test_whoever_wins_bytes_are_right_and_nobody_writes_afterwards(seed, monkeyp
         monkeypatch.setattr(tiers, name, value)
     rules = (FaultRule(fault=Fault.CORRUPT, probability=0.05), FaultRule(fault=Fault.MISS, probability=0.05))
     fast, slow = (FaultyStore(JitteryStore(seed + n), FaultPlan(rules=rules, seed=seed + n)) for n in (0, 7))
-    chosen, held, outcomes = random.Random(seed), [], []
+    chosen, held, patient = random.Random(seed), [], []
     with TieredStore({"fast": fast, "slow": slow}, drain_s=1.0) as store:
         put(store, *range(20))
         assert store.drain(TIMEOUT_S)
         for _ in range(150):
             numbers = chosen.sample(range(20), 3)
             buffers = [np.full(1000, UNTOUCHED, np.uint8) for _ in numbers]
+            deadline_s = chosen.choice((0.003, TIMEOUT_S))
             handle = store.submit_get(
                 [GetRequest(key(number), buffer) for number, buffer in zip(numbers, buffers, strict=True)],
-                deadline_s=chosen.choice((0.003, 5.0)),
+                deadline_s=deadline_s,
             )
             found = handle.wait(TIMEOUT_S)
             handle.cancel()
             for number, buffer, outcome in zip(numbers, buffers, found, strict=True):
                 assert outcome is not OK or np.array_equal(buffer, payload(number))
                 held.append((buffer, buffer.copy()))
-            outcomes += found
+            patient += found if deadline_s == TIMEOUT_S else ()
         stats = store.stats().tiers[0]
     assert all(np.array_equal(buffer, copy) for buffer, copy in held)
-    assert outcomes.count(OK) > 200
+    assert patient.count(OK) > 0.95 * len(patient), "what one tier does not bring the other one does"
     assert stats.num_raced > 20
     assert 0 < stats.num_overtaken < stats.num_raced

@@ -159,7 +159,7 @@ def test_a_link_to_another_folder_is_refused(url, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", ["shm://", "shm:///name", "shm://a/b", "shm://a.b", "shm://..", "shm://a%2Fb", "shm://a:1"]
+    "bad", ["shm://", "shm:///name", "shm://a/b", "shm://a.b", "shm://..", "shm://a%2Fb", "shm://a:1", "shm://A"]
 )
 def test_a_name_that_is_none_is_refused(bad):
     with pytest.raises(ConfigError, match="must be shm://name"):

@@ -6,8 +6,9 @@ import threading
 import numpy as np
 import pytest
 
+import cacheflow.stores.timed_calls as timed_calls
 from cacheflow.stores.staging import StagingBuffers, copy_record, gather
-from cacheflow.stores.timed_calls import GivenUpError, TimedCalls
+from cacheflow.stores.timed_calls import GivenUpError, TimedCalls, closes_in_time
 from support.manual_clock import ManualClock
 from support.store_objects import TIMEOUT_S
 
@@ -51,6 +52,12 @@ def test_a_call_that_hangs_is_given_up_and_says_when_it_ends(open_calls, clock):
     assert not ended.is_set()
     open_calls.release.set()
     assert ended.wait(TIMEOUT_S)
+
+
+def test_what_hangs_while_it_closes_is_left_behind(open_calls, monkeypatch):
+    assert closes_in_time(lambda: None)
+    monkeypatch.setattr(timed_calls, "CLOSE_TIMEOUT_S", 0.01)
+    assert not closes_in_time(open_calls.release.wait)
 
 
 def test_after_one_that_hangs_others_fail_at_once_for_a_second(open_calls, clock):

@@ -132,7 +132,7 @@ def test_several_stores_are_tiers():
         (["memory", "file"], "store is 'file', must be a URL"),
         (["memory", 7], "store is .* must be str or list of str"),
         (7, "store is 7, must be str or list of str"),
-        (["file:///kv", "file:///kv"], "two tiers are file:///kv"),
+        (["file:///kv", "file:///kv"], "'file:///kv' and 'file:///kv' are one store"),
         (["memory", "redis://me:hunter2@host"], "holds a password"),
         (["memory?capacity=0", "file:///kv"], "capacity is '0'"),
     ],

@@ -21,8 +21,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from cacheflow.stores.codec import Bytes, Codec, TensorForm
+from cacheflow.stores.codec import Codec, TensorForm
 from cacheflow.stores.floats import ITEM_BYTES, Floats, numbers_of, round_into, to_float32
+from cacheflow.types import Bytes
 
 _SLAB_ITEMS = 1 << 16
 """Numbers at a time, so that what is made of them stays in the cache of a core."""

@@ -12,13 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
 from cacheflow.stores.floats import ITEM_BYTES
-
-Bytes = npt.NDArray[np.uint8]
-"""One dimension, contiguous."""
+from cacheflow.types import Bytes
 
 
 @dataclass(frozen=True, slots=True)

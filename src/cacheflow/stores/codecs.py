@@ -11,11 +11,11 @@ import numpy as np
 from cacheflow.errors import ConfigError
 from cacheflow.stores.base import byte_view
 from cacheflow.stores.channel_codec import Fp8Codec, Int8Codec
-from cacheflow.stores.codec import Bytes, Codec, TensorForm
+from cacheflow.stores.codec import Codec, TensorForm
 from cacheflow.stores.keys import ObjectKind
 from cacheflow.stores.record import Encoding, RecordHeader
 from cacheflow.stores.zstd_codec import ZstdCodec
-from cacheflow.types import LoadOutcome
+from cacheflow.types import Bytes, LoadOutcome
 
 logger = logging.getLogger(__name__)
 

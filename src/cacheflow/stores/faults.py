@@ -22,7 +22,6 @@ from cacheflow.stores.base import (
     StoreStats,
     byte_view,
 )
-from cacheflow.stores.handle import READS, WRITES
 from cacheflow.stores.held import FixedGate, Held, HeldHandle
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.wrapper import WrapperStore
@@ -139,13 +138,8 @@ class FaultyStore(WrapperStore):
     ) -> GetHandle:
         """See ``Store.submit_get``."""
         sizes = [byte_view(request.buffer, writable=True).nbytes for request in requests]
-        start_s = self._clock()
-
-        def count(index: int, outcome: LoadOutcome, end_s: float) -> None:
-            self._meter.record_get(outcome, sizes[index], start_s=start_s, end_s=end_s)
-
-        ledger = self._ledger(len(sizes), READS, deadline_s, count)
-        late_at_s = start_s + self._plan.late_s if deadline_s is None else _NEVER_S
+        ledger = self._batches.reads(sizes, deadline_s)
+        late_at_s = self._clock() + self._plan.late_s if deadline_s is None else _NEVER_S
         passed: list[GetRequest] = []
         items: list[Held[LoadOutcome]] = []
         releases_s: list[float] = []
@@ -160,7 +154,7 @@ class FaultyStore(WrapperStore):
             passed.append(self._tapped(request) if fault is Fault.CORRUPT else request)
         inner = self.inner.submit_get(passed, priority=priority, deadline_s=deadline_s)
         gate = FixedGate(tuple(releases_s))
-        return self._track(
+        return self._batches.track(
             HeldHandle(inner, items, gate, ledger=ledger, condition=Condition(), clock=self._clock)
         )  # fmt: skip
 
@@ -169,11 +163,7 @@ class FaultyStore(WrapperStore):
     ) -> PutHandle:
         """See ``Store.submit_put``."""
         sizes = [sum(byte_view(buffer).nbytes for buffer in request.buffers) for request in requests]
-
-        def count(index: int, outcome: PutOutcome, _end_s: float) -> None:
-            self._meter.record_put(outcome, sizes[index])
-
-        ledger = self._ledger(len(sizes), WRITES, deadline_s, count)
+        ledger = self._batches.writes(sizes, deadline_s)
         passed: list[PutRequest] = []
         items: list[Held[PutOutcome]] = []
         for request in requests:
@@ -184,7 +174,7 @@ class FaultyStore(WrapperStore):
                 items.append(Held(outcome=PutOutcome.ERROR))
         inner = self.inner.submit_put(passed, priority=priority, deadline_s=deadline_s)
         gate = FixedGate((_NOW_S,) * len(items))
-        return self._track(
+        return self._batches.track(
             HeldHandle(inner, items, gate, ledger=ledger, condition=Condition(), clock=self._clock)
         )  # fmt: skip
 

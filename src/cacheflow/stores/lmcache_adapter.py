@@ -27,13 +27,11 @@ from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 
-from cacheflow.stores.staging import Staging
-from cacheflow.stores.timed_calls import GivenUpError, TimedCalls
-from cacheflow.types import Clock
+from cacheflow.stores.timed_calls import GivenUpError, TimedCalls, closes_in_time
+from cacheflow.types import Bytes, Clock
 
 logger = logging.getLogger(__name__)
 
-_JOIN_TIMEOUT_S = 5.0
 _PAGE = 500
 """Keys of a listing asked for at once."""
 
@@ -127,7 +125,7 @@ class LmcacheAdapter:
             self._adapter.submit_unlock(there)
         return found
 
-    def store(self, key: ObjectKey, staging: Staging, give_back: Callable[[], None]) -> None:
+    def store(self, key: ObjectKey, staging: Bytes, give_back: Callable[[], None]) -> None:
         """Store an object; what was under its key may stay.
 
         Raises:
@@ -139,7 +137,7 @@ class LmcacheAdapter:
         if not (stored.is_successful() if hasattr(stored, "is_successful") else stored):
             raise OSError(errno.EIO, f"{self} could not store an object of {staging.nbytes} bytes")
 
-    def load(self, key: ObjectKey, staging: Staging, give_back: Callable[[], None]) -> bool:
+    def load(self, key: ObjectKey, staging: Bytes, give_back: Callable[[], None]) -> bool:
         """Fill a buffer from an object of its length; whether that worked.
 
         Only what is there may be loaded: some adapters never end otherwise.
@@ -193,13 +191,10 @@ class LmcacheAdapter:
         os.eventfd_write(self._wake_fd, 1)
         self._collector.join()
         self._calls.close()
-        closing = Thread(target=self._adapter.close, name="cacheflow-close", daemon=True)
-        closing.start()
-        closing.join(_JOIN_TIMEOUT_S)
-        if closing.is_alive():
-            logger.warning("%s hangs and was left behind", self)
-        else:
+        if closes_in_time(self._adapter.close):
             os.close(self._wake_fd)
+        else:
+            logger.warning("%s hangs and was left behind", self)
 
     def _run(self, kind: str, submit: Callable[[], int], late: Callable[[Any], object]) -> Any:  # noqa: ANN401
         """Submit a task and return its result; one that is given up calls ``late`` with it at its end."""
@@ -270,7 +265,7 @@ def _created(parsed: Any) -> Any:  # noqa: ANN401 - an untyped package
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from None
 
 
-def _memory(staging: Staging) -> TensorMemoryObj:
+def _memory(staging: Bytes) -> TensorMemoryObj:
     """A buffer as LMCache takes it."""
     metadata = MemoryObjMetadata(
         shape=torch.Size([staging.nbytes]), dtype=torch.uint8, address=0, phy_size=staging.nbytes, ref_count=1,

@@ -11,12 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from cacheflow.types import Passing
-
-Bytes = npt.NDArray[np.uint8]
+from cacheflow.types import Bytes, Passing
 
 _POLL_S = 1e-3
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cacheflow.stores.loan import Bytes, DeviceReader, LentRecord, wait_until_passed
+from cacheflow.stores.loan import DeviceReader, LentRecord, wait_until_passed
 from cacheflow.stores.record import HEADER_BYTES
-from cacheflow.types import Passing
+from cacheflow.types import Bytes, Passing
 
 logger = logging.getLogger(__name__)
 

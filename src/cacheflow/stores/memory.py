@@ -17,11 +17,11 @@ from cacheflow.errors import ConfigError
 from cacheflow.stores.base import PutOutcome, byte_view
 from cacheflow.stores.bounded import BoundedStore, Bounds
 from cacheflow.stores.keys import ObjectKey
-from cacheflow.stores.loan import Bytes, DeviceReader, LentRecord, wait_until_passed
+from cacheflow.stores.loan import DeviceReader, LentRecord, wait_until_passed
 from cacheflow.stores.record import HEADER_BYTES, verify
 from cacheflow.stores.slabs import Allocation, OrdinaryMemory, RecordMemory, SlabMemory
 from cacheflow.stores.staging import copy_record, gather
-from cacheflow.types import LoadOutcome, Passing
+from cacheflow.types import Bytes, LoadOutcome, Passing
 
 logger = logging.getLogger(__name__)
 

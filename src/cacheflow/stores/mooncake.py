@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from threading import Thread
 from typing import Any, Unpack
 
 from cacheflow.stores.base import PutOutcome
@@ -21,8 +20,9 @@ from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
-from cacheflow.stores.staging import Staging, StagingBuffers, copy_record, gather
-from cacheflow.stores.timed_calls import TimedCalls
+from cacheflow.stores.staging import StagingBuffers, copy_record, gather
+from cacheflow.stores.timed_calls import TimedCalls, closes_in_time
+from cacheflow.types import Bytes
 
 os.environ.setdefault("GLOG_minloglevel", "1")  # or Mooncake writes a page to stderr for each client
 from mooncake.store import MooncakeDistributedStore  # reads that when it is loaded
@@ -40,8 +40,6 @@ _BATCH = 256
 
 _LOCAL_BUFFER_BYTES = 16 << 20
 """Of Mooncake's own; records go through ours."""
-
-_CLOSE_TIMEOUT_S = 5.0
 
 _GAUGE = re.compile(rb"^(master_allocated_bytes|master_total_capacity_bytes) ([0-9.e+]+)", re.MULTILINE)
 
@@ -144,7 +142,7 @@ class MooncakeStore(SharedStore):
             register=self._register, unregister=lambda each: self._client.unregister_buffer(each.ctypes.data)
         )
         self._calls = TimedCalls(
-            str(pool), num_threads=2 * self._num_threads, timeout_s=pool.timeout_s, clock=self._clock
+            "Mooncake", num_threads=2 * self._num_threads, timeout_s=pool.timeout_s, clock=self._clock
         )
         with self.opening(
             f"is mooncake_master running, and are its rpc_port ({pool.port}) and metrics_port ({pool.metrics_port}) "
@@ -208,12 +206,10 @@ class MooncakeStore(SharedStore):
                 partial(self._client.put_from, PREFIX + name, staging.ctypes.data, num_bytes), given_up=give_back
             )
         if written == _NO_ROOM and not self._room()[1]:  # not full: where a master starts anew, for a moment
-            raise OSError(
-                errno.EIO, f"nobody gives memory to the pool {self._pool}: start mooncake_client, or give a segment"
-            )
+            raise OSError(errno.EIO, "nobody gives memory to the pool: start mooncake_client, or give a segment")
         self._checked(written, "write")
         if not self.are_there([name])[0]:  # Mooncake says nothing of a writer that began this object and died
-            raise OSError(errno.EBUSY, f"{self._pool}: an object is not there after it was written")
+            raise OSError(errno.EBUSY, "an object is not there after it was written")
         return PutOutcome.STORED
 
     def erase(self, name: str) -> bool:
@@ -230,12 +226,8 @@ class MooncakeStore(SharedStore):
         """See ``Store.close``; what this process gave to the pool goes with it."""
         super().close()
         client, self._client = self._client, None
-        if not self._calls.close():
+        if not self._calls.close() or not (client is None or closes_in_time(client.close)):
             logger.warning("%s: a call is hung in Mooncake, so that its client was left behind", self)
-        elif client is not None:
-            closing = Thread(target=client.close, name="cacheflow-close", daemon=True)
-            closing.start()
-            closing.join(_CLOSE_TIMEOUT_S)
 
     def _room(self) -> tuple[int, int]:
         """Bytes used of the whole pool, by whomever, and its size."""
@@ -265,7 +257,7 @@ class MooncakeStore(SharedStore):
                 copy_record(staging[:found], header, payload)
         return found
 
-    def _register(self, staging: Staging) -> None:
+    def _register(self, staging: Bytes) -> None:
         code = self._client.register_buffer(staging.ctypes.data, staging.nbytes)
         if code != 0:
             raise OSError(errno.ENOMEM, f"Mooncake does not register a buffer of {staging.nbytes} bytes, code {code}")
@@ -281,4 +273,4 @@ class MooncakeStore(SharedStore):
         if code == _MASTER_GONE:
             self._calls.trip()
         number = errno.ENOSPC if code == _NO_ROOM else errno.EIO
-        raise OSError(number, f"{self._pool}: Mooncake could not {what}, code {code}")
+        raise OSError(number, f"Mooncake could not {what}, code {code}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "cacheflow.stores"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _DATABASE = re.compile(r"[0-9]{1,9}")
+_PORTS = {"redis": 6379, "rediss": 6379, "mooncake": 50051}
+"""Of those stores whose URL names a server, where it says none."""
 
 
 class StoreOpener(Protocol):
@@ -138,8 +141,9 @@ def check_store_url(urls: str | Sequence[str]) -> tuple[StoreUrl, ...]:
         opener_of(url.scheme)(url)
         url.capacity_bytes(1)
         _ = url.codec  # check it
-        if url.address in (other.address for other in parsed[:number]):
-            raise ConfigError(f"store: two tiers are {url.address}; each must be a store of its own")
+        for other in parsed[:number]:
+            if _place(other) == _place(url):
+                raise ConfigError(f"store: '{other}' and '{url}' are one store; each tier must be a store of its own")
     lossy = [codec.name if (codec := url.codec) is not None and codec.lossy else "" for url in parsed]
     if len(set(lossy)) > 1:
         named = ", ".join(f"{url.address} {name or 'none'}" for url, name in zip(parsed, lossy, strict=True))
@@ -147,6 +151,33 @@ def check_store_url(urls: str | Sequence[str]) -> tuple[StoreUrl, ...]:
             f"store: tiers must have the same lossy codec or none, these have {named}: give all of them it"
         )
     return parsed
+
+
+def _place(url: StoreUrl) -> tuple[object, ...]:
+    """Where a store is, however its URL is written, as far as that shows without a look: a link is not followed.
+
+    Whatever two URLs of one ``address`` have after the ``?``, they have one place.
+    """
+    is_server = url.scheme in _PORTS
+    path = _database(url) if url.scheme in ("redis", "rediss") else posixpath.normpath("/" + url.path.lstrip("/"))
+    return url.scheme, url.host.lower() if is_server else url.host, _port(url), path, url.settings
+
+
+def _port(url: StoreUrl) -> int:
+    """The port of the server that a URL names; 0 where it names none."""
+    return _PORTS.get(url.scheme, 0) if url.port is None else url.port
+
+
+def _database(url: StoreUrl) -> int:
+    """The database of a Redis server that a URL names.
+
+    Raises:
+        ConfigError: That is no number, or there is no server.
+    """
+    database = url.path.strip("/") or "0"
+    if not url.host or not _DATABASE.fullmatch(database):
+        raise ConfigError(f"store is '{url}', must be {url.scheme}://host:6379/0, the last a database's number")
+    return int(database)
 
 
 def _memory(url: StoreUrl) -> Callable[..., Store]:
@@ -176,9 +207,7 @@ def _redis(url: StoreUrl) -> Callable[..., Store]:
     files = ("ca_certs", "certfile", "keyfile")
     url.require_options("timeout_s", *(files if tls else ()))
     timeout_s = url.seconds("timeout_s", 2.0)
-    database = url.path.strip("/") or "0"
-    if not url.host or not _DATABASE.fullmatch(database):
-        raise ConfigError(f"store is '{url}', must be {url.scheme}://host:6379/0, the last a database's number")
+    database = _database(url)
     for name in files:
         if name in url.options and not Path(url.options[name]).is_file():
             raise ConfigError(f"store: {name} is {url.options[name]!r}, which is no file")
@@ -189,8 +218,8 @@ def _redis(url: StoreUrl) -> Callable[..., Store]:
 
     server = RedisServer(
         host=url.host,
-        port=6379 if url.port is None else url.port,
-        database=int(database),
+        port=_port(url),
+        database=database,
         username=url.username,
         password=os.environ.get("CACHEFLOW_REDIS_PASSWORD"),
         tls=tls,
@@ -247,7 +276,7 @@ def _mooncake(url: StoreUrl) -> Callable[..., Store]:
 
     pool = MooncakePool(
         host=url.host,
-        port=50051 if url.port is None else url.port,
+        port=_port(url),
         metrics_port=metrics_port,
         segment_bytes=segment_bytes,
         protocol=protocol,

@@ -21,11 +21,11 @@ from cacheflow.errors import StoreError
 from cacheflow.plan.problem import LinkCost
 from cacheflow.plan.read_window import MAX_BYTES, Flight, ReadMeter, ReadWindow
 from cacheflow.stores.base import GetHandle, GetRequest, PutOutcome, PutRequest, Store
-from cacheflow.stores.codec import Bytes, TensorForm
+from cacheflow.stores.codec import TensorForm
 from cacheflow.stores.floats import ITEM_BYTES, numbers_of, round_into
 from cacheflow.stores.keys import ObjectKey, RankKeys, chain_hash, chain_root
 from cacheflow.stores.tiered import TieredStore
-from cacheflow.types import LoadOutcome
+from cacheflow.types import Bytes, LoadOutcome
 
 _NAMESPACE = "0" * 32
 _SMALL_BYTES = 4096

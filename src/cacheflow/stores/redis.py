@@ -111,11 +111,10 @@ class RedisStore(SharedStore):
             StoreError: The server cannot be reached, refuses the user or a command, or is one of a cluster.
         """
         super().__init__(str(server), **bounds)
-        self._server = server
         self._limit_s = _LIMITS * server.timeout_s
         self._pool = server.pool()
         self._client = redis.Redis(connection_pool=self._pool)
-        self._breaker = Breaker(str(server), clock=self._clock)
+        self._breaker = Breaker("the server", clock=self._clock)
         with self.opening("is it running, and are user, password (CACHEFLOW_REDIS_PASSWORD) and certificates right?"):
             self._ask(self._client.ping)
             self.learn()
@@ -301,7 +300,15 @@ class RedisStore(SharedStore):
             raise RefusedCommand(errno.EIO, str(error)) from error
         except (redis.RedisError, OSError) as error:
             self._breaker.trip()
-            raise OSError(errno.EIO, f"{self._server}: {error}") from error
+            raise OSError(errno.EIO, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the address that redis-py puts into it: the messages that quote it begin with that."""
+    for each in (error, error.__context__):
+        if isinstance(each, OSError) and each.strerror:
+            return each.strerror
+    return str(error)
 
 
 def _key(name: str) -> bytes:

@@ -22,10 +22,10 @@ from typing import Generic
 
 from cacheflow.stores.base import Handle
 from cacheflow.stores.handle import Ledger, O, wait_s
-from cacheflow.stores.loan import Bytes, Loan
+from cacheflow.stores.loan import Loan
 from cacheflow.stores.record import RecordHeader
 from cacheflow.stores.tier import Tier
-from cacheflow.types import Clock
+from cacheflow.types import Bytes, Clock
 
 logger = logging.getLogger(__name__)
 
@@ -279,12 +279,15 @@ class RoutedHandle(Generic[O]):
     def _let_go(self, index: int, leg: Leg[O]) -> None:
         leg.handle.cancel()
         with self._changed:
+            route = self._routes[index]
+            held = route.holder is leg
+            if held:
+                route.holder = None
             try:
                 if leg.loan is not None:
                     leg.loan.end()
-                if self._routes[index].holder is leg:
-                    self._routes[index].holder = None
+                if held:
                     self._update()
-            except Exception:  # a bug in a store must not leave those waiting who wait
+            except Exception:  # a bug in a store must not leave those waiting who wait: each of them goes on by himself
                 logger.exception("bug in a store: an item could not go on to the next tier")
             self._changed.notify_all()

@@ -24,7 +24,7 @@ from cacheflow.types import Clock, LoadOutcome
 _WORSE = (
     None, LoadOutcome.MISS, LoadOutcome.CANCELLED, LoadOutcome.LATE, LoadOutcome.ERROR, LoadOutcome.CORRUPT,
 )  # fmt: skip
-"""What a read says where no tier had the object: the last of these that a tier said."""
+"""What a read says where no tier had the object: the last of these that a tier said, LATE for one that was given up."""
 
 
 class ReadRoute(Route[LoadOutcome]):
@@ -118,7 +118,11 @@ class ReadRoute(Route[LoadOutcome]):
         buffer = self._request.buffer if own is None else own
         request = replace(self._request, buffer=buffer, loan=loan, tell=headers.append)
         deadline_s = None if left_s == float("inf") else left_s
-        handle = tier.store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
+        try:
+            handle = tier.store.submit_get([request], priority=self._priority, deadline_s=deadline_s)
+        except BaseException:
+            self._note(LoadOutcome.ERROR)  # for whoever goes on with the item after that
+            raise
         patience_s = tier.begin_read(self._target.nbytes)
         return Leg(
             tier=tier,

@@ -12,8 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cacheflow.stores.loan import Bytes
-from cacheflow.types import Passing
+from cacheflow.types import Bytes, Passing
 
 logger = logging.getLogger(__name__)
 

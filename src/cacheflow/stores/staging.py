@@ -8,13 +8,10 @@ from functools import partial
 from threading import Lock
 
 import numpy as np
-import numpy.typing as npt
 
 from cacheflow.stores.record import HEADER_BYTES
 from cacheflow.stores.timed_calls import GivenUpError
-
-Staging = npt.NDArray[np.uint8]
-"""One dimension, contiguous."""
+from cacheflow.types import Bytes
 
 _STEP_BYTES = 1 << 20
 """What a buffer's size is a multiple of."""
@@ -29,8 +26,8 @@ class StagingBuffers:
     def __init__(
         self,
         *,
-        register: Callable[[Staging], None] = lambda _: None,
-        unregister: Callable[[Staging], None] = lambda _: None,
+        register: Callable[[Bytes], None] = lambda _: None,
+        unregister: Callable[[Bytes], None] = lambda _: None,
     ) -> None:
         """Make no buffer yet.
 
@@ -39,11 +36,11 @@ class StagingBuffers:
             unregister: Called with a buffer that is dropped, when a larger one takes its place.
         """
         self._register, self._unregister = register, unregister
-        self._idle: list[Staging] = []
+        self._idle: list[Bytes] = []
         self._lock = Lock()
 
     @contextmanager
-    def lend(self, num_bytes: int) -> Iterator[tuple[Staging, Callable[[], None]]]:
+    def lend(self, num_bytes: int) -> Iterator[tuple[Bytes, Callable[[], None]]]:
         """A buffer of exactly so many bytes, and what gives it back.
 
         It is given back at the end, but after ``GivenUpError``: then by the transfer, by calling the second value.
@@ -63,7 +60,7 @@ class StagingBuffers:
         else:
             give_back()
 
-    def _take(self, num_bytes: int) -> Staging:
+    def _take(self, num_bytes: int) -> Bytes:
         with self._lock:
             fitting = [number for number, each in enumerate(self._idle) if each.nbytes >= num_bytes]
             if fitting:
@@ -75,12 +72,12 @@ class StagingBuffers:
         self._register(whole)
         return whole
 
-    def _give_back(self, whole: Staging) -> None:
+    def _give_back(self, whole: Bytes) -> None:
         with self._lock:
             self._idle.append(whole)
 
 
-def gather(parts: Sequence[memoryview], staging: Staging) -> None:
+def gather(parts: Sequence[memoryview], staging: Bytes) -> None:
     """Copy parts into a buffer of their length, one after the other; without the GIL."""
     start = 0
     for part in parts:
@@ -88,12 +85,12 @@ def gather(parts: Sequence[memoryview], staging: Staging) -> None:
         start += part.nbytes
 
 
-def copy_out(staging: Staging, buffer: memoryview) -> None:
+def copy_out(staging: Bytes, buffer: memoryview) -> None:
     """Copy bytes to the start of a buffer that is as long or longer; without the GIL."""
     np.copyto(np.frombuffer(buffer, np.uint8)[: staging.nbytes], staging)
 
 
-def copy_record(record: Staging, header: memoryview, payload: memoryview) -> int:
+def copy_record(record: Bytes, header: memoryview, payload: memoryview) -> int:
     """Copy a record as ``ThreadedStore.read_record`` promises, and return what it returns."""
     num_payload = record.nbytes - HEADER_BYTES
     if num_payload >= 0:

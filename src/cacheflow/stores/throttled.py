@@ -14,17 +14,15 @@ from cacheflow.stores.base import (
     GetRequest,
     Handle,
     PutHandle,
-    PutOutcome,
     PutRequest,
     Store,
     byte_view,
 )
-from cacheflow.stores.handle import READS, WRITES, Ledger, O
+from cacheflow.stores.handle import Ledger, O
 from cacheflow.stores.held import FixedGate, Gate, Held, HeldHandle
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.link import LinkSchedule
 from cacheflow.stores.wrapper import WrapperStore
-from cacheflow.types import LoadOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,12 +123,7 @@ class ThrottledStore(WrapperStore):
     ) -> GetHandle:
         """See ``Store.submit_get``."""
         sizes = [byte_view(request.buffer).nbytes for request in requests]
-        start_s = self._clock()
-
-        def count(index: int, outcome: LoadOutcome, end_s: float) -> None:
-            self._meter.record_get(outcome, sizes[index], start_s=start_s, end_s=end_s)
-
-        ledger = self._ledger(len(sizes), READS, deadline_s, count)
+        ledger = self._batches.reads(sizes, deadline_s)
         on_link = self.inner.stored_bytes([(each.key, size) for each, size in zip(requests, sizes, strict=True)])
         inner = self.inner.submit_get(requests, priority=priority, deadline_s=deadline_s)
         return self._over_link(inner, ledger, on_link, priority)
@@ -140,11 +133,7 @@ class ThrottledStore(WrapperStore):
     ) -> PutHandle:
         """See ``Store.submit_put``; at the inner store's speed unless writes are throttled."""
         sizes = [sum(byte_view(buffer).nbytes for buffer in request.buffers) for request in requests]
-
-        def count(index: int, outcome: PutOutcome, _end_s: float) -> None:
-            self._meter.record_put(outcome, sizes[index])
-
-        ledger = self._ledger(len(sizes), WRITES, deadline_s, count)
+        ledger = self._batches.writes(sizes, deadline_s)
         inner = self.inner.submit_put(requests, priority=priority, deadline_s=deadline_s)
         if self._throttle_puts:
             return self._over_link(inner, ledger, sizes, priority, written=[request.key for request in requests])
@@ -183,4 +172,4 @@ class ThrottledStore(WrapperStore):
     def _held(self, inner: Handle[O], ledger: Ledger[O], gate: Gate) -> HeldHandle[O]:
         items: list[Held[O]] = [Held(index) for index in range(len(ledger.outcomes))]
         handle = HeldHandle(inner, items, gate, ledger=ledger, condition=self._changed, clock=self._clock)
-        return self._track(handle)
+        return self._batches.track(handle)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,22 +27,20 @@ from cacheflow.stores.base import (
     PinOutcome,
     PrefetchRequest,
     PutHandle,
-    PutOutcome,
     PutRequest,
     Store,
     StoreStats,
     byte_view,
 )
+from cacheflow.stores.batches import Batches
 from cacheflow.stores.breaker import SILENCE_S
-from cacheflow.stores.handle import READS, WRITES, Ledger
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import DeviceReader
-from cacheflow.stores.meter import Meter
 from cacheflow.stores.prefetcher import Prefetcher
 from cacheflow.stores.routed import RoutedHandle
 from cacheflow.stores.routes import ReadRoute, WriteRoute
 from cacheflow.stores.tier import CHANGING, Tier
-from cacheflow.types import Clock, LoadOutcome
+from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +86,7 @@ class TieredStore(Store):
         )
         self._prefetcher = Prefetcher(self.tiers, clock=clock)
         self._drain_s, self._clock = drain_s, clock
-        self._meter = Meter()
-        self._open: weakref.WeakSet[RoutedHandle[Any]] = weakref.WeakSet()
+        self._batches: Batches[RoutedHandle[Any]] = Batches(clock)
         self._lock = Lock()
         self._closed = False
         logger.info(
@@ -138,17 +134,12 @@ class TieredStore(Store):
         """See ``Store.submit_get``; an item goes on to the next tier when its handle is asked."""
         sizes = [byte_view(request.buffer, writable=True).nbytes for request in requests]
         self._prefetcher.note_read(request.key for request in requests)
-        start_s = self._clock()
-
-        def count(index: int, outcome: LoadOutcome, end_s: float) -> None:
-            self._meter.record_get(outcome, sizes[index], start_s=start_s, end_s=end_s)
-
         routes = [
             ReadRoute(request, self._tiers_of(request.key), priority=priority, clock=self._clock)
             for request in requests
         ]
-        ledger = Ledger(len(sizes), READS, deadline_at_s=self._deadline_at_s(deadline_s), on_outcome=count)
-        return self._track(RoutedHandle(routes, ledger=ledger, clock=self._clock))
+        ledger = self._batches.reads(sizes, deadline_s)
+        return self._batches.track(RoutedHandle(routes, ledger=ledger, clock=self._clock))
 
     def submit_put(
         self, requests: Sequence[PutRequest], *, priority: int = 0, deadline_s: float | None = None
@@ -158,28 +149,15 @@ class TieredStore(Store):
         What the slower tiers get afterwards waits in their queues from now on.
         """
         sizes = [sum(byte_view(buffer).nbytes for buffer in request.buffers) for request in requests]
-
-        def count(index: int, outcome: PutOutcome, _end_s: float) -> None:
-            self._meter.record_put(outcome, sizes[index])
-
         routes = [WriteRoute(request, self._tiers_of(request.key), priority=priority) for request in requests]
-        ledger = Ledger(len(sizes), WRITES, deadline_at_s=self._deadline_at_s(deadline_s), on_outcome=count)
-        return self._track(RoutedHandle(routes, ledger=ledger, clock=self._clock))
+        ledger = self._batches.writes(sizes, deadline_s)
+        return self._batches.track(RoutedHandle(routes, ledger=ledger, clock=self._clock))
 
     def _tiers_of(self, key: ObjectKey) -> Sequence[Tier]:
         """Where an object is looked for and put, in this order."""
         if self._closed:
             return ()
         return self.tiers[::-1] if key.kind in CHANGING else self.tiers
-
-    def _deadline_at_s(self, deadline_s: float | None) -> float:
-        return float("inf") if deadline_s is None else self._clock() + deadline_s
-
-    def _track(self, handle: RoutedHandle[Any]) -> RoutedHandle[Any]:
-        """Remember a handle for ``close``."""
-        with self._lock:
-            self._open.add(handle)
-        return handle
 
     def pin(self, keys: Sequence[ObjectKey], *, ttl_s: float) -> tuple[PinOutcome, ...]:
         """See ``Store.pin``; in every tier that has the object, and ``PINNED`` where one of them keeps it.
@@ -246,7 +224,7 @@ class TieredStore(Store):
         """
         tiers = tuple(tier.stats() for tier in self.tiers)
         fullest = max((each.store for each in tiers), key=lambda each: each.num_objects)
-        seen = self._meter.snapshot(
+        seen = self._batches.meter.snapshot(
             num_objects=fullest.num_objects, used_bytes=fullest.used_bytes, num_evicted=fullest.num_evicted
         )
         return replace(
@@ -278,8 +256,7 @@ class TieredStore(Store):
         """See ``Store.close``; waits a bounded time for what is still to be written to the slower tiers."""
         with self._lock:
             was_closed, self._closed = self._closed, True
-            still_open = tuple(self._open)
-        for handle in still_open:
+        for handle in self._batches.still_open():
             handle.abandon()
         self._prefetcher.close()
         self.drain(0.0 if was_closed else self._drain_s)

@@ -13,6 +13,9 @@ from cacheflow.types import Clock
 
 T = TypeVar("T")
 
+CLOSE_TIMEOUT_S = 5.0
+"""Longest time for which closing a store waits until its library has closed."""
+
 
 class GivenUpError(TimeoutError):
     """A call took too long; it may still end, on its own thread."""
@@ -107,3 +110,11 @@ class TimedCalls:
             idle = self._num_running == 0
         self._asker.close()
         return idle
+
+
+def closes_in_time(close: Callable[[], object]) -> bool:
+    """Have a library close on a thread of its own, which is left behind where it hangs; whether it has ended."""
+    closing = threading.Thread(target=close, name="cacheflow-close", daemon=True)
+    closing.start()
+    closing.join(CLOSE_TIMEOUT_S)
+    return not closing.is_alive()

@@ -55,7 +55,7 @@ class StoreUrl:
     Attributes:
         text: As it was given.
         scheme: Which store, such as ``file``.
-        host: Between ``//`` and the path, without user and port; empty where there is none.
+        host: Between ``//`` and the path, without user and port, as it is written; empty where there is none.
         port: None where there is none.
         username: None where there is none.
         path: With its leading ``/``, unquoted; empty where there is none.
@@ -106,7 +106,7 @@ class StoreUrl:
         return cls(
             text=text,
             scheme=parts.scheme,
-            host=unquote(parts.hostname or ""),
+            host=unquote(_host(parts)),
             port=port,
             username=None if parts.username is None else unquote(parts.username),
             path=_path(parts.path),
@@ -115,7 +115,7 @@ class StoreUrl:
 
     @property
     def address(self) -> str:
-        """The URL without options, for messages: what tells one store from another."""
+        """The URL without options, for messages and as a tier's name."""
         if self.settings:
             return shown_url(f"{self.scheme}:{json.dumps(self.settings, sort_keys=True)}")
         return shown_url(self.text.partition("?")[0])
@@ -234,6 +234,12 @@ def file_url(folder: Path) -> str:
         return f"file://{quote(str(folder.absolute()))}"
     except UnicodeEncodeError:
         raise ConfigError(f"store is {str(folder)!r}, must be a folder whose name is UTF-8") from None
+
+
+def _host(parts: SplitResult) -> str:
+    """Not ``SplitResult.hostname``, which is in small letters: that of a bucket or of shared memory is no DNS name."""
+    plain, is_bracketed, address = parts.netloc.rpartition("@")[2].partition("[")
+    return address.partition("]")[0] if is_bracketed else plain.partition(":")[0]
 
 
 def _path(quoted: str) -> str:

@@ -1,21 +1,18 @@
-"""What wrappers around a store share: the methods that only pass through, and the handles to cancel at the end."""
+"""What wrappers around a store share: the methods that only pass through, and the batches to cancel at the end."""
 
 from __future__ import annotations
 
 import time
-import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from threading import Lock
 from typing import Any
 
 from cacheflow.stores.base import Capabilities, PinOutcome, PrefetchRequest, Store, StoreStats
-from cacheflow.stores.handle import Ledger, O, Verdicts
+from cacheflow.stores.batches import Batches
 from cacheflow.stores.held import HeldHandle
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import DeviceReader
-from cacheflow.stores.meter import Meter
 from cacheflow.types import Clock
 
 
@@ -26,9 +23,7 @@ class WrapperStore(Store):
         """Wrap ``inner``."""
         self.inner = inner
         self._clock = clock
-        self._meter = Meter()
-        self._open: weakref.WeakSet[HeldHandle[Any]] = weakref.WeakSet()
-        self._open_lock = Lock()
+        self._batches: Batches[HeldHandle[Any]] = Batches(clock)
         self._closed = False
 
     @abstractmethod
@@ -85,7 +80,7 @@ class WrapperStore(Store):
         An operation counts once its handle was asked (``poll``, ``wait`` or ``cancel``) after its end.
         """
         inner = self.inner.stats()
-        seen = self._meter.snapshot(
+        seen = self._batches.meter.snapshot(
             num_objects=inner.num_objects,
             used_bytes=inner.used_bytes,
             num_evicted=inner.num_evicted,
@@ -102,24 +97,6 @@ class WrapperStore(Store):
     def close(self) -> None:
         """See ``Store.close``."""
         self._closed = True
-        with self._open_lock:
-            still_open = tuple(self._open)
-        for handle in still_open:
+        for handle in self._batches.still_open():
             handle.cancel()
         self.inner.close()
-
-    def _track(self, handle: HeldHandle[O]) -> HeldHandle[O]:
-        """Remember a handle for ``close``."""
-        with self._open_lock:
-            self._open.add(handle)
-        return handle
-
-    def _ledger(
-        self,
-        num_items: int,
-        verdicts: Verdicts[O],
-        deadline_s: float | None,
-        on_outcome: Callable[[int, O, float], None],
-    ) -> Ledger[O]:
-        deadline_at_s = float("inf") if deadline_s is None else self._clock() + deadline_s
-        return Ledger(num_items, verdicts, deadline_at_s=deadline_at_s, on_outcome=on_outcome)

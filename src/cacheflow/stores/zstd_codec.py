@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cacheflow.stores.codec import Bytes, Codec, TensorForm
+from cacheflow.stores.codec import Codec, TensorForm
+from cacheflow.types import Bytes
 
 _LEVEL = 1
 _WORDS: dict[int, npt.DTypeLike] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}

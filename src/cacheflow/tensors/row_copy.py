@@ -9,11 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-Bytes = npt.NDArray[np.uint8]
+from cacheflow.types import Bytes
 
 
 class RowsUnderWay(Protocol):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cacheflow.bench.codecs.report import CodecSetting, codec_tables
+from cacheflow.bench.codecs.report import codec_tables
+from cacheflow.bench.codecs.setting import CodecOptions, CodecSetting
 from cacheflow.bench.environment import environment
 from cacheflow.bench.options import EmbeddedFlags, option
 from cacheflow.bench.records.codecs import CodecRecord
@@ -17,7 +18,6 @@ from cacheflow.errors import ConfigError
 from cacheflow.stores.codecs import CODECS, codec_named
 
 if TYPE_CHECKING:
-    from cacheflow.bench.codecs.study import CodecOptions
     from cacheflow.engine.model import LoadedModel
 
 NAMES = tuple(each.name for each in CODECS)
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _work(flags: CodecsFlags, suite: SuiteRun[CodecRecord]) -> bool:
-    from cacheflow.bench.codecs.study import OTHER_CHUNKS, CodecOptions, CodecStudy, Excerpt
+    from cacheflow.bench.codecs.study import OTHER_CHUNKS, CodecStudy, Excerpt
     from cacheflow.bench.setup import open_model
 
     options = CodecOptions(
@@ -74,10 +74,9 @@ def _work(flags: CodecsFlags, suite: SuiteRun[CodecRecord]) -> bool:
         suffix_tokens=flags.suffix,
         chunk_tokens=flags.chunk_tokens,
         layers_per_block=flags.layers_per_block,
-        num_excerpts=flags.repeats,
     )
     model = open_model(flags)
-    study = CodecStudy(model, options, environment())
+    study = CodecStudy(model, options, environment(), num_excerpts=flags.repeats)
     wanted = [Excerpt(number, (OTHER_CHUNKS, *flags.codecs)) for number in range(flags.repeats)]
     left = [each for each in wanted if not set(each.policies) <= _done(model, options, each.number, suite.done)]
     with new_progress(suite.console) as progress:
@@ -86,13 +85,5 @@ def _work(flags: CodecsFlags, suite: SuiteRun[CodecRecord]) -> bool:
 
 def _done(model: LoadedModel, options: CodecOptions, excerpt: int, records: Sequence[CodecRecord]) -> set[str]:
     """Codecs that an excerpt is on record with."""
-    wanted = CodecSetting(
-        model=model.shape.name,
-        dtype=model.shape.dtype,
-        fingerprint=model.fingerprint,
-        prefix_tokens=options.prefix_tokens,
-        suffix_tokens=options.suffix_tokens,
-        chunk_tokens=options.chunk_tokens,
-        layers_per_block=options.layers_per_block,
-    )
+    wanted = CodecSetting(model.shape.name, model.shape.dtype, model.fingerprint, options)
     return {each.codec for each in records if each.excerpt == excerpt and CodecSetting.of(each) == wanted}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from cacheflow.bench.codecs.setting import CodecSetting
 from cacheflow.bench.records.codecs import CodecRecord
 from cacheflow.bench.table import WRONG, markdown_table, median_of, text_table
 
@@ -18,30 +18,6 @@ EXPLAINED = (
     "share of the next tokens, each fed with the text as it goes on, that are the ones after exact keys and values. "
     "KL: Kullback-Leibler divergence of their distributions, in nats."
 )
-
-
-class CodecSetting(NamedTuple):
-    """What all excerpts of a table have in common."""
-
-    model: str
-    dtype: str
-    fingerprint: str
-    prefix_tokens: int
-    suffix_tokens: int
-    chunk_tokens: int
-    layers_per_block: int
-
-    @classmethod
-    def of(cls, record: CodecRecord) -> CodecSetting:
-        """The setting of one record."""
-        return cls(*(getattr(record, name) for name in cls._fields))
-
-    def __str__(self) -> str:
-        return (
-            f"{self.model} {self.dtype}: {self.prefix_tokens:,} tokens in chunks of {self.chunk_tokens:,}, "
-            f"{self.layers_per_block} layer{'' if self.layers_per_block == 1 else 's'} an object, "
-            f"{self.suffix_tokens:,} positions after them"
-        )
 
 
 def by_setting(records: Sequence[CodecRecord]) -> dict[CodecSetting, dict[str, dict[int, CodecRecord]]]:

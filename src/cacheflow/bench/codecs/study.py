@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from cacheflow.bench.codecs.setting import CodecOptions
 from cacheflow.bench.records.base import Environment
 from cacheflow.bench.records.codecs import CodecRecord
 from cacheflow.bench.setup import prompt_tokens
@@ -29,17 +30,6 @@ from cacheflow.stores.keys import ObjectKind
 
 OTHER_CHUNKS = "other chunks"
 """For comparison: exact keys and values, computed in chunks three quarters as long."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodecOptions:
-    """What is measured; see ``CodecRecord``."""
-
-    prefix_tokens: int
-    suffix_tokens: int
-    chunk_tokens: int
-    layers_per_block: int
-    num_excerpts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +58,9 @@ class _Stored(NamedTuple):
 class CodecStudy:
     """A model and its excerpts."""
 
-    def __init__(self, model: LoadedModel, options: CodecOptions, environment: Environment) -> None:
+    def __init__(
+        self, model: LoadedModel, options: CodecOptions, environment: Environment, *, num_excerpts: int
+    ) -> None:
         """Read the text.
 
         Raises:
@@ -81,7 +73,7 @@ class CodecStudy:
                 f"--tokens {options.prefix_tokens} and --suffix {options.suffix_tokens} are more than the "
                 f"{model.max_tokens} tokens that {model.name} takes"
             )
-        self._tokens = prompt_tokens(model, self._num_tokens * options.num_excerpts)
+        self._tokens = prompt_tokens(model, self._num_tokens * num_excerpts)
         self._runner = LayerRunner(model)
 
     def run(self, excerpt: Excerpt, on_run: OnRun) -> Iterator[CodecRecord]:
@@ -158,7 +150,7 @@ class CodecStudy:
         other: _Answer,
         stored: _Stored,
     ) -> CodecRecord:
-        options, raw_bytes = self._options, exact.kv_L2NHD.nbytes
+        raw_bytes = exact.kv_L2NHD.nbytes
         keys, values = (_errors(exact.kv_L2NHD[:, each], other.kv_L2NHD[:, each]) for each in (0, 1))
         return CodecRecord(
             codec=name,
@@ -166,10 +158,7 @@ class CodecStudy:
             model=self._model.shape.name,
             dtype=self._model.shape.dtype,
             excerpt=excerpt,
-            prefix_tokens=options.prefix_tokens,
-            suffix_tokens=options.suffix_tokens,
-            chunk_tokens=options.chunk_tokens,
-            layers_per_block=options.layers_per_block,
+            **asdict(self._options),
             raw_bytes=raw_bytes,
             stored_bytes=stored.num_bytes,
             encode_bytes_per_s=raw_bytes / stored.encode_s if stored.encode_s else None,

@@ -7,13 +7,12 @@ import uuid
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from cacheflow.errors import StoreError
 from cacheflow.stores.base import ByteBuffer, PutOutcome, PutRequest, Store, byte_view
 from cacheflow.stores.keys import RankKeys, chain_hashes
+from cacheflow.types import Bytes
 
-Bytes = npt.NDArray[np.uint8]
 OnRead = Callable[[int, ByteBuffer], None]
 """Called with the number of an object and its payload right after it was read, on any thread; the payload is good until
 it returns."""

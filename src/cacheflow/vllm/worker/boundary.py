@@ -22,7 +22,8 @@ import torch
 
 from cacheflow.stores.base import PutRequest
 from cacheflow.stores.keys import RankKeys
-from cacheflow.tensors.row_copy import Bytes, RowsUnderWay, row_copies
+from cacheflow.tensors.row_copy import RowsUnderWay, row_copies
+from cacheflow.types import Bytes
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.models.model_access import ModelHandle
 from cacheflow.vllm.options import ConnectorOptions

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
@@ -29,8 +28,7 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
 from cacheflow.bench.vllm.rivals.pacing import Pacer
 from cacheflow.errors import ConfigError
-
-Bytes = npt.NDArray[np.uint8]
+from cacheflow.types import Bytes
 
 
 @dataclass(frozen=True, slots=True)
