@@ -145,7 +145,8 @@ def test_trouble_costs_time_alone(name, policy, backend, codec, request, tmp_pat
     if policy == "load":  # the others may be through before the trouble
         assert seen == trouble.seen_as
         if trouble.executor is PATIENT:
-            assert failed_loads(after.reply) == set()
+            # Of two that were swapped one was let go unread, where the chunk of the other was recomputed by then.
+            assert failed_loads(after.reply) <= (trouble.seen_as if name == "swapped record" else set())
             assert after.reply.report.loaded_cells > 0
     else:
         assert seen <= trouble.seen_as

@@ -32,6 +32,16 @@ class Setup:
         self.compute = FakeCompute(self.buffer, cell_s=cell_s)
         self.transfer = FakeTransfer(self.buffer, cell_s=load_s)
 
+    def begin_computing_when(self, condition):
+        """Or a busy machine lets compute do it all before the link has begun."""
+        recompute = self.compute.on_recompute
+
+        def waiting(tile):
+            eventually(condition)
+            recompute(tile)
+
+        self.compute.on_recompute = waiting
+
     def run(self, **kwargs):
         report = execute(self.state, self.compute, self.transfer, **kwargs)
         assert self.buffer.is_right()
@@ -44,6 +54,7 @@ class Setup:
 @pytest.mark.parametrize("whole", [False, True])
 def test_both_sides_restore_a_share_and_the_report_adds_up(suffix_tokens, whole):
     setup = Setup(suffix_tokens=suffix_tokens, whole=whole)
+    setup.begin_computing_when(lambda: any(each.freed for each in setup.transfer.tickets))
     report = setup.run(planning_s=0.5)
     assert report.recomputed_cells + report.loaded_cells == 20
     assert report.recomputed_cells > 0
@@ -76,6 +87,7 @@ def test_a_failed_read_is_recomputed_and_counted(outcome):
         return LoadOutcome.OK
 
     setup.transfer.outcome_of = outcome_of
+    setup.begin_computing_when(lambda: any(each.freed and each.outcome is outcome for each in setup.transfer.tickets))
     report = setup.run()
     assert report.failed_loads == {outcome.value: 1}
     assert report.cells_KB[failed[0].chunk][failed[0].block] == "c"
@@ -85,6 +97,7 @@ def test_a_failed_read_is_recomputed_and_counted(outcome):
 def test_a_read_that_hangs_is_late_and_recomputed():
     setup = Setup()
     setup.transfer.outcome_of = lambda piece: None if piece.chunk == 3 else LoadOutcome.OK
+    setup.begin_computing_when(lambda: any(each.freed for each in setup.transfer.tickets))
     report = setup.run(options=ExecutorOptions(deadline=ReadDeadline(floor_s=0.02, factor=0.1)))
     assert report.failed_loads["late"] >= 1
     assert report.cells_KB[3].count("l") == 0
@@ -108,6 +121,7 @@ def test_a_read_whose_cell_compute_has_taken_back_is_given_up_at_once():
             seen.append(tile)
 
     setup.transfer.outcome_of, setup.compute.on_recompute = outcome_of, on_recompute
+    setup.begin_computing_when(lambda: hung)
     report = setup.run(options=ExecutorOptions(deadline=ReadDeadline(floor_s=60.0)))
     assert seen
     assert report.failed_loads == {}
@@ -126,6 +140,7 @@ def test_a_dead_link_leaves_everything_to_compute():
 def test_a_port_that_raises_closes_the_link_and_the_request_is_right(where, caplog):
     setup = Setup(ratio=0.5, whole=True)
     setup.transfer.raise_in = where
+    setup.begin_computing_when(lambda: "transfer port raised" in caplog.text)
     report = setup.run()
     assert report.failed_loads.get("error", 0) >= 1
     assert "transfer port raised" in caplog.text

@@ -102,7 +102,7 @@ def test_a_store_that_takes_long_to_answer_gets_as_many_reads_as_deliver_its_ban
 
 
 def test_a_throttled_link_gets_no_more_than_before():
-    with CountingStore(service_s=0.01, latency_s=0.0) as store:
+    with CountingStore(service_s=0.04, latency_s=0.0) as store:
         assert max(most_under_way(store, times=1)) <= LEAST + 1
 
 

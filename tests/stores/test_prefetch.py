@@ -419,7 +419,7 @@ def test_more_than_may_wait_is_dropped(slow, monkeypatch):
 
 @pytest.mark.parametrize("fault", [Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.HANG, Fault.LATE])
 def test_a_slow_tier_that_fails_costs_prefetches_and_is_not_judged_by_them(slow, fault, monkeypatch):
-    monkeypatch.setattr(prefetcher, "READ_S", 0.05)
+    monkeypatch.setattr(prefetcher, "READ_S", 1.0)
     faulty, fast = FaultyStore(slow, FaultPlan(rules=(FaultRule(fault=fault),))), memory()
     with over(fast, faulty) as store:
         put(slow, *range(8))
@@ -498,7 +498,7 @@ def test_a_bug_in_a_store_costs_prefetches_and_not_their_thread(slow, monkeypatc
 
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_the_tiers_do_what_is_read_is_right(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr(prefetcher, "READ_S", 0.05)
+    monkeypatch.setattr(prefetcher, "READ_S", 1.0)
     rules = tuple(FaultRule(fault=fault, probability=0.1) for fault in Fault)
     fast = FaultyStore(memory(12), FaultPlan())
     file = FaultyStore(FileStore(tmp_path, capacity_bytes=CAPACITY, fsync=False), FaultPlan())
