@@ -15,6 +15,8 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +76,37 @@ class Script:
         return self
 
 
+class ForkedRank(ForkServerProcess):
+    """A rank's process, forked from one that has imported vLLM and nothing else: a spawned one would import it anew.
+
+    It has the environment that its engine had as it started, as a spawned one would.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.environment = dict(os.environ)
+
+    def run(self) -> None:
+        os.environ.update(self.environment)
+        super().run()
+
+
+def fork_ranks() -> None:
+    """Have vLLM fork ranks, and begin with what they are forked from: not bound to a core, as a first rank would be."""
+    from vllm.v1.executor import multiproc_executor
+
+    context = ForkServerContext()
+    context.Process = ForkedRank
+    context.set_forkserver_preload(["support.rank_engine", "vllm.v1.worker.cpu_worker"])
+    ensure_running()
+    multiproc_executor.get_mp_context = lambda: context
+
+
 def main() -> None:
     """Carry out one script after the other."""
     from support import rank_engine  # so that what is pickled by name is found in the workers
 
+    rank_engine.fork_ranks()
     for line in sys.stdin:
         rank_engine.carry_out(Path(line.removesuffix("\n")))
 

@@ -134,7 +134,7 @@ class TinyEngine:
 
 
 @contextmanager
-def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overrides):
+def tiny_engine(folder: Path, *, dtype: str, **overrides):
     """Start an engine on a model folder and open it as the connector would; nothing is left of it afterwards."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -145,7 +145,7 @@ def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overr
 
     with uncollected():
         llm = LLM(
-            model=str(folder), dtype=dtype, skip_tokenizer_init=True, enforce_eager=enforce_eager, max_model_len=2048,
+            model=str(folder), dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, max_model_len=2048,
             max_num_batched_tokens=512, max_num_seqs=4, enable_prefix_caching=False, seed=0,
             num_gpu_blocks_override=NUM_KV_BLOCKS, **attention_of(folder), **overrides,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The engine of this folder's tests: vLLM starts once, and each file starts the connector anew on a store of its own."""
+"""The engine of this folder's tests: vLLM starts once, each file starts the connector anew, on a store of its own."""
 
 import pytest
 

@@ -20,7 +20,7 @@ def tokens(seed):
 def serving(llama):
     options = {"store": "memory", "policy": "load", "throttle_bytes_per_s": 1e9}
     llama.restart(options)
-    yield llama
+    return llama
 
 
 @pytest.fixture

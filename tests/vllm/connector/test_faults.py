@@ -30,7 +30,7 @@ def started(llama):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty_store)
         llama.restart(options)
-        yield llama
+    return llama
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def started(llama, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cacheflow.vllm.startup.open_store.open_store", open_tiers)
         llama.restart(options)
-        yield llama
+    return llama
 
 
 @pytest.mark.parametrize("policy", ["cake", "load"])
