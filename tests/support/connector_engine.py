@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -507,9 +506,10 @@ def serving_engine(
         yield serving
         serving.llm = None
     finally:
-        with uncollected():
+        with uncollected() as collect:
             llm.llm_engine.engine_core.engine_core.shutdown()
             cleanup_dist_env_and_memory()
-        # Now, not when the collector comes by: an engine's end takes vLLM's process groups with it, the next one's too.
-        del llm
-        gc.collect()
+            # Now, not when the collector comes by: an engine's end takes vLLM's process groups with it, the next one's
+            # too. As it is collected it shuts down once more, which would collect twice more.
+            del llm
+            collect()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Nobody collects meanwhile, whoever asks; the collector that comes by itself does."""
+def uncollected() -> Iterator[Callable[[], int]]:
+    """Nobody collects meanwhile, whoever asks, but by the function yielded; the collector that comes by itself does."""
     collect = gc.collect
     gc.collect = lambda generation=2: 0
     try:
-        yield
+        yield collect
     finally:
         gc.collect = collect

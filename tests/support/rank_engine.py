@@ -7,7 +7,6 @@ alone is in its process; what a test wants of them is sent to them as functions.
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import signal
@@ -163,11 +162,11 @@ class Session:
         """End the engine; nothing of it is left for the next one of this process."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        with uncollected():
+        with uncollected() as collect:
             self.core.shutdown()
             cleanup_dist_env_and_memory()
-        del self.llm
-        gc.collect()
+            del self.llm
+            collect()
 
     def on_ranks(self, function: Any, *args: Any) -> list[Any]:
         """Run a function of this module on every rank's worker."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -160,8 +159,8 @@ def tiny_engine(folder: Path, *, dtype: str, **overrides):
     try:
         yield TinyEngine(llm, handle, layout)
     finally:
-        with uncollected():
+        with uncollected() as collect:
             core.shutdown()
             cleanup_dist_env_and_memory()
-        del llm, core, worker, runner, handle, context, caches, layout
-        gc.collect()
+            del llm, core, worker, runner, handle, context, caches, layout
+            collect()
