@@ -8,11 +8,19 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[Callable[[], int]]:
-    """Nobody collects meanwhile, whoever asks, but by the function yielded; the collector that comes by itself does."""
-    collect = gc.collect
-    gc.collect = lambda generation=2: 0
+def uncollected() -> Iterator[Callable[[], None]]:
+    """Nobody collects meanwhile, whoever asks, but by the function yielded; the collector that comes by itself does.
+
+    What that leaves, which is mostly modules, it does not look through again; vLLM would have it do so.
+    """
+    collect, freeze, unfreeze = gc.collect, gc.freeze, gc.unfreeze
+
+    def once() -> None:
+        collect()
+        freeze()
+
+    gc.collect, gc.freeze, gc.unfreeze = (lambda generation=2: 0), (lambda: None), (lambda: None)
     try:
-        yield collect
+        yield once
     finally:
-        gc.collect = collect
+        gc.collect, gc.freeze, gc.unfreeze = collect, freeze, unfreeze
