@@ -33,14 +33,15 @@ settings.register_profile("long", settings.get_profile("cacheflow"), derandomize
 
 
 LONG_FILES_S = {
-    "vllm/ranks": 240,
+    "vllm/ranks": 200,
     "vllm/test_http.py": 194,
-    "vllm/test_ray.py": 169,
-    "vllm/connector": 140,
-    "vllm/test_models.py": 110,
+    "vllm/test_ray.py": 160,
+    "vllm/connector": 130,
     "vllm/test_hybrids.py": 100,
-    "vllm/test_hybrid_servers.py": 100,
+    "vllm/test_models.py": 90,
     "vllm/test_free_running.py": 71,
+    "vllm/test_connector_compiled.py": 60,
+    "vllm/test_drafters.py": 60,
 }
 """Roughly the seconds of the files and folders that take longest, on one of two cores. Side by side they begin first:
 one that began last would keep one core waiting for the other."""

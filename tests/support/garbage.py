@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+atexit.register(gc.unfreeze)  # the interpreter's own end looks through everything, or libraries report leaks
 
 
 @contextmanager

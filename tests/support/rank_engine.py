@@ -91,13 +91,13 @@ class ForkedRank(ForkServerProcess):
 
 
 def fork_ranks() -> None:
-    """Have vLLM fork ranks, and begin with what they are forked from: not bound to a core, as a first rank would be."""
-    from vllm.v1.executor import multiproc_executor
-
+    """Have vLLM fork ranks; what they are forked from begins before vLLM binds a rank, and it with it, to a core."""
     context = ForkServerContext()
     context.Process = ForkedRank
     context.set_forkserver_preload(["support.rank_engine", "vllm.v1.worker.cpu_worker"])
     ensure_running()
+    from vllm.v1.executor import multiproc_executor  # takes seconds, in which that one imports the same
+
     multiproc_executor.get_mp_context = lambda: context
 
 
@@ -105,7 +105,6 @@ def main() -> None:
     """Carry out one script after the other."""
     from support import rank_engine  # so that what is pickled by name is found in the workers
 
-    rank_engine.fork_ranks()
     for line in sys.stdin:
         rank_engine.carry_out(Path(line.removesuffix("\n")))
 
@@ -115,7 +114,10 @@ def carry_out(folder: Path) -> None:
     script = pickle.loads((folder / "script").read_bytes())
     cores = sorted(os.sched_getaffinity(0))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[n % len(cores)]) for n in range(script.ranks.total))
-    with ray_cluster(script.ranks.total) if script.executor == "ray" else nullcontext():
+    on_ray = script.executor == "ray"
+    if script.ranks.total > 1 and not on_ray:
+        fork_ranks()
+    with ray_cluster(script.ranks.total) if on_ray else nullcontext():
         session = Session(script, folder)
         try:
             answers = {label: getattr(session, name)(**arguments) for name, label, arguments in script.steps}

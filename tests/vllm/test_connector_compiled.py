@@ -42,7 +42,7 @@ def test_token_wise(engine, policy):
 
 
 def test_the_forward_itself_goes_in_whole_passes(engine, monkeypatch):
-    """Between the self-test's cuts there is nothing to compare; two chunks, into poisoned blocks."""
+    """The self-test finds no cuts between layers to compare; two chunks are recomputed into poisoned blocks."""
     from cacheflow.plan.grid import Tile
     from cacheflow.restore.work import RestoreTarget
     from cacheflow.vllm.models.model_access import open_model
