@@ -17,7 +17,7 @@ PURELIB := import sysconfig; print(sysconfig.get_paths()["purelib"])
 TORCH_TESTS := engine embedded
 # Run on vLLM's second-generation runner too, whose kernels Triton interprets on the CPU (tests/support/v2_runner.py).
 V2_TESTS := $(addprefix tests/vllm/,test_identity_and_costs.py test_models.py test_recompute.py test_connector_requests.py \
-	test_ranks.py test_drafters.py test_images.py test_hybrids.py test_hybrid_kinds.py)
+	ranks/test_ranks.py test_drafters.py test_images.py test_hybrids.py test_hybrid_kinds.py)
 OUT ?= out
 # Options for every pytest of a target.
 PYTEST_OPTIONS ?=

@@ -33,22 +33,26 @@ settings.register_profile("long", settings.get_profile("cacheflow"), derandomize
 
 
 LONG_FILES_S = {
-    "vllm/test_ranks.py": 240,
+    "vllm/ranks": 200,
     "vllm/test_http.py": 194,
-    "vllm/test_ray.py": 169,
-    "vllm/test_models.py": 110,
+    "vllm/test_ray.py": 160,
+    "vllm/connector": 130,
     "vllm/test_hybrids.py": 100,
-    "vllm/test_hybrid_servers.py": 100,
+    "vllm/test_models.py": 90,
     "vllm/test_free_running.py": 71,
+    "vllm/test_connector_compiled.py": 60,
+    "vllm/test_drafters.py": 60,
 }
-"""Roughly the seconds of the files that take longest, on one of two cores. Side by side they begin first: one that
-began last would keep one core waiting for the other."""
+"""Roughly the seconds of the files and folders that take longest, on one of two cores. Side by side they begin first:
+one that began last would keep one core waiting for the other."""
 
 TOGETHER = {
+    "vllm/connector": "vllm/connector",
+    "vllm/ranks": "vllm/ranks",
     "vllm/test_identity_and_costs.py": "vllm/test_recompute.py",
     "vllm/startup/test_selftest.py": "vllm/test_recompute.py",
 }
-"""Files that go where another one goes, whose engines they share."""
+"""Files, and all files of a folder, that go where others go, whose engines they share."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,13 +93,18 @@ def _skip_reason(item: pytest.Item) -> str | None:
     return None
 
 
+def _of_file(table: dict, file: str, otherwise: object) -> object:
+    """What a table says of a file, or of the folder it lies in."""
+    return table.get(file, table.get(file.rpartition("/")[0], otherwise))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if (reason := _skip_reason(item)) is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
     if hasattr(config, "workerinput"):  # one of several processes that files are dealt out to
-        items.sort(key=lambda item: -LONG_FILES_S.get(item.path.relative_to(TESTS).as_posix(), 0))
+        items.sort(key=lambda item: -_of_file(LONG_FILES_S, item.path.relative_to(TESTS).as_posix(), 0))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -108,7 +117,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
     class FilesTogether(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid).removeprefix(f"{TESTS.name}/")
-            return TOGETHER.get(file, file)
+            return _of_file(TOGETHER, file, file)
 
     return FilesTogether(config, log)
 

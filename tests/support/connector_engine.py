@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -212,6 +212,11 @@ class ServingEngine:
             self.step()
 
     @property
+    def unfinished(self) -> list[str]:
+        """Names of the requests that have been asked and not been answered."""
+        return [name for name, answer in self.answers.items() if answer.finish_reason is None]
+
+    @property
     def busy(self) -> bool:
         return self.engine.has_unfinished_requests() or bool(self.scheduler.requests)
 
@@ -302,24 +307,54 @@ class ServingEngine:
 
     def configure(self, **changes) -> None:
         """Start the connector's two sides anew with other options, on the same store, as vLLM does when it starts."""
-        from cacheflow.vllm.connector import CacheFlowHandshake
         from cacheflow.vllm.starting import Starting
 
         self.evict()  # the worker side tries things out in the KV cache
-        connector, worker_connector, store = self.connector, self.worker_connector, self.store
+        connectors, store = (self.worker_connector, self.connector), self.store
         self.options = options = dataclasses.replace(self.options, **changes)
         self.worker.close()
         self.side.close()
         configs = {"vllm_config": self.runner.vllm_config, "kv_cache_config": self.runner.kv_cache_config}
-        worker_connector.begin(Starting(options=options, store=store, **configs))
-        worker_connector.register_kv_caches(self.kv_caches)
-        facts = worker_connector.get_handshake_metadata().facts
-        if facts.costs is not None:  # the scheduler is held to chunks, whatever pass was measured
-            facts = dataclasses.replace(facts, costs=dataclasses.replace(facts.costs, engine_pass=None))
-        connector.begin(Starting(options=options, store=store, **configs))
-        connector.set_xfer_handshake_metadata_pp_aware({(0, 0): CacheFlowHandshake(facts)})
+        for each in connectors:
+            each.begin(Starting(options=options, store=store, **configs))
+        self._shake_hands()
         if "chunk_tokens" in changes:
             self.scheduler.max_num_scheduled_tokens = options.chunk_tokens
+
+    def restart(self, options: dict) -> None:
+        """End the connector's two sides and their store, and make them anew as an engine that starts with ``options``.
+
+        Whatever was under way is given up, also by a test that failed; nothing is cached, nothing is known.
+        """
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+        for name in self.unfinished:
+            self.abort(name)
+        self.run()
+        connectors = {KVConnectorRole.WORKER: self.worker_connector, KVConnectorRole.SCHEDULER: self.connector}
+        for each in connectors.values():
+            each.shutdown()
+        assert self.scheduler.reset_prefix_cache()
+        self.poison()
+        config = copy.copy(self.runner.vllm_config)
+        chunk_tokens = config.scheduler_config.max_num_batched_tokens
+        transfer = kv_transfer_config(Path(self.options.profile_dir), {"chunk_tokens": chunk_tokens, **options})
+        extra = transfer["kv_connector_extra_config"]
+        config.kv_transfer_config = dataclasses.replace(config.kv_transfer_config, kv_connector_extra_config=extra)
+        self.options = ConnectorOptions.parse(extra).for_engine(chunk_tokens)
+        for role, each in connectors.items():
+            each.__init__(config, role, self.runner.kv_cache_config)
+        self._shake_hands()
+
+    def _shake_hands(self) -> None:
+        """Worker to scheduler; from then on both serve."""
+        from cacheflow.vllm.connector import CacheFlowHandshake
+
+        self.worker_connector.register_kv_caches(self.kv_caches)
+        facts = self.worker_connector.get_handshake_metadata().facts
+        if facts.costs is not None:  # the scheduler is held to chunks, whatever pass was measured
+            facts = dataclasses.replace(facts, costs=dataclasses.replace(facts.costs, engine_pass=None))
+        self.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): CacheFlowHandshake(facts)})
 
     def balance_link(self, num_tokens: int, *, ratio: float = 1.0) -> None:
         """Throttle the link so that loading so many tokens takes ``ratio`` times what recomputing them takes."""
@@ -471,9 +506,10 @@ def serving_engine(
         yield serving
         serving.llm = None
     finally:
-        with uncollected():
+        with uncollected() as collect:
             llm.llm_engine.engine_core.engine_core.shutdown()
             cleanup_dist_env_and_memory()
-        # Now, not when the collector comes by: an engine's end takes vLLM's process groups with it, the next one's too.
-        del llm
-        gc.collect()
+            # Now, not when the collector comes by: an engine's end takes vLLM's process groups with it, the next one's
+            # too. As it is collected it shuts down once more, which would collect twice more.
+            del llm
+            collect()

@@ -7,7 +7,6 @@ alone is in its process; what a test wants of them is sent to them as functions.
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import signal
@@ -15,6 +14,8 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,32 @@ class Script:
         return self
 
 
+class ForkedRank(ForkServerProcess):
+    """A rank's process, forked from one that has imported vLLM and nothing else: a spawned one would import it anew.
+
+    It has the environment that its engine had as it started, as a spawned one would.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.environment = dict(os.environ)
+
+    def run(self) -> None:
+        os.environ.update(self.environment)
+        super().run()
+
+
+def fork_ranks() -> None:
+    """Have vLLM fork ranks; what they are forked from begins before vLLM binds a rank, and it with it, to a core."""
+    context = ForkServerContext()
+    context.Process = ForkedRank
+    context.set_forkserver_preload(["support.rank_engine", "vllm.v1.worker.cpu_worker"])
+    ensure_running()
+    from vllm.v1.executor import multiproc_executor  # takes seconds, in which that one imports the same
+
+    multiproc_executor.get_mp_context = lambda: context
+
+
 def main() -> None:
     """Carry out one script after the other."""
     from support import rank_engine  # so that what is pickled by name is found in the workers
@@ -87,7 +114,10 @@ def carry_out(folder: Path) -> None:
     script = pickle.loads((folder / "script").read_bytes())
     cores = sorted(os.sched_getaffinity(0))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[n % len(cores)]) for n in range(script.ranks.total))
-    with ray_cluster(script.ranks.total) if script.executor == "ray" else nullcontext():
+    on_ray = script.executor == "ray"
+    if script.ranks.total > 1 and not on_ray:
+        fork_ranks()
+    with ray_cluster(script.ranks.total) if on_ray else nullcontext():
         session = Session(script, folder)
         try:
             answers = {label: getattr(session, name)(**arguments) for name, label, arguments in script.steps}
@@ -134,11 +164,11 @@ class Session:
         """End the engine; nothing of it is left for the next one of this process."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        with uncollected():
+        with uncollected() as collect:
             self.core.shutdown()
             cleanup_dist_env_and_memory()
-        del self.llm
-        gc.collect()
+            del self.llm
+            collect()
 
     def on_ranks(self, function: Any, *args: Any) -> list[Any]:
         """Run a function of this module on every rank's worker."""

@@ -25,12 +25,13 @@ TESTS = Path(__file__).parents[1]
 
 
 class RankHost:
-    """Begins with the first script, and anew after one that failed or killed a rank; Ray's have a process each."""
+    """Begins with the first script, and anew after one that failed or killed a rank; Ray's have one of their own."""
 
     def __init__(self, folder: Path, *, on_ray: bool = False) -> None:
         """Write the log into ``folder``."""
         self._folder, self._log, self._on_ray = folder, folder / "log", on_ray
         self._process: subprocess.Popen | None = None
+        self._of_ray: RankHost | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> RankHost:
@@ -43,8 +44,8 @@ class RankHost:
         """Start an engine, carry the script out, end the engine; what each step with a label returned."""
         folder.mkdir(parents=True, exist_ok=True)
         if script.executor == "ray" and not self._on_ray:
-            with RankHost(folder, on_ray=True) as own:
-                return own.run(script, folder, patience_s=patience_s)
+            self._of_ray = self._of_ray or RankHost(folder, on_ray=True)
+            return self._of_ray.run(script, folder, patience_s=patience_s)
         (folder / "script").write_bytes(pickle.dumps(script))
         answers = folder / "answers"
         answers.unlink(missing_ok=True)
@@ -68,7 +69,9 @@ class RankHost:
         return pickle.loads(answers.read_bytes())
 
     def close(self) -> None:
-        """End the process, and whatever is left of its engines."""
+        """End the process, and whatever is left of its engines; Ray's too."""
+        if self._of_ray is not None:
+            self._of_ray.close()
         if self._process is not None:
             self._process.stdin.close()
             with suppress(subprocess.TimeoutExpired):

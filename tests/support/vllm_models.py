@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,7 +133,7 @@ class TinyEngine:
 
 
 @contextmanager
-def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overrides):
+def tiny_engine(folder: Path, *, dtype: str, **overrides):
     """Start an engine on a model folder and open it as the connector would; nothing is left of it afterwards."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -145,7 +144,7 @@ def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overr
 
     with uncollected():
         llm = LLM(
-            model=str(folder), dtype=dtype, skip_tokenizer_init=True, enforce_eager=enforce_eager, max_model_len=2048,
+            model=str(folder), dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, max_model_len=2048,
             max_num_batched_tokens=512, max_num_seqs=4, enable_prefix_caching=False, seed=0,
             num_gpu_blocks_override=NUM_KV_BLOCKS, **attention_of(folder), **overrides,
         )  # fmt: skip
@@ -160,8 +159,8 @@ def tiny_engine(folder: Path, *, dtype: str, enforce_eager: bool = True, **overr
     try:
         yield TinyEngine(llm, handle, layout)
     finally:
-        with uncollected():
+        with uncollected() as collect:
             core.shutdown()
             cleanup_dist_env_and_memory()
-        del llm, core, worker, runner, handle, context, caches, layout
-        gc.collect()
+            del llm, core, worker, runner, handle, context, caches, layout
+            collect()

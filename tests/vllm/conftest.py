@@ -11,15 +11,13 @@ if v2_runner.WANTED:
     v2_runner.interpret_triton()
 
 ENGINES = {
-    "qwen3-bf16": ("qwen3", "bfloat16", True),
-    "llama-fp32": ("llama", "float32", True),
-    "qwen2-bf16": ("qwen2", "bfloat16", True),
-    "mistral-fp32": ("mistral", "float32", True),
-    "qwen3_moe-bf16": ("qwen3_moe", "bfloat16", True),
-    "llama-bf16-compiled": ("llama", "bfloat16", False),
+    "qwen3-bf16": ("qwen3", "bfloat16"),
+    "llama-fp32": ("llama", "float32"),
+    "qwen2-bf16": ("qwen2", "bfloat16"),
+    "mistral-fp32": ("mistral", "float32"),
+    "qwen3_moe-bf16": ("qwen3_moe", "bfloat16"),
 }
-EAGER = [name for name, (_, _, eager) in ENGINES.items() if eager]
-SECOND_RUNNER = EAGER[:2]
+SECOND_RUNNER = list(ENGINES)[:2]
 """Of both dtypes. Partial forwards are of a model's layers, which the runners share: one family shows that they equal
 what the second one's prefill leaves. ``test_models.py`` has more families on it."""
 
@@ -61,12 +59,12 @@ def rank_host(tmp_path_factory):
         yield host
 
 
-@pytest.fixture(scope="session", params=SECOND_RUNNER if v2_runner.WANTED else EAGER)
+@pytest.fixture(scope="session", params=SECOND_RUNNER if v2_runner.WANTED else list(ENGINES))
 def tiny(request, tmp_path_factory, _single_process_vllm):
     """One engine; pytest runs all tests of one before it starts the next. Ask for a certain one indirectly."""
     from support.vllm_models import tiny_engine, write_model
 
-    family, dtype, eager = ENGINES[request.param]
+    family, dtype = ENGINES[request.param]
     folder = write_model(tmp_path_factory.mktemp(request.param), family)
-    with tiny_engine(folder, dtype=dtype, enforce_eager=eager) as engine:
+    with tiny_engine(folder, dtype=dtype) as engine:
         yield engine

@@ -1,5 +1,7 @@
 """A compiled engine: restored in whole passes, equal in every bit to what it computes itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,39 @@ def test_token_wise(engine, policy):
     assert (again.record["recomputed_cells"] > 0) == (policy != "load")
     assert np.array_equal(again.kv, own.kv)
     assert again.tokens == own.tokens
+
+
+def test_the_forward_itself_goes_in_whole_passes(engine, monkeypatch):
+    """The self-test finds no cuts between layers to compare; two chunks are recomputed into poisoned blocks."""
+    from cacheflow.plan.grid import Tile
+    from cacheflow.restore.work import RestoreTarget
+    from cacheflow.vllm.models.model_access import open_model
+    from cacheflow.vllm.models.partial_forward import PartialForward
+    from cacheflow.vllm.startup.selftest import self_test
+    from cacheflow.vllm.worker.recompute import VllmComputePort
+    from support.connector_engine import random_tokens
+
+    handle = open_model(engine.runner.vllm_config, engine.runner.kv_cache_config)
+    assert handle.compiled
+    forward = PartialForward(handle)
+    report = self_test(engine.layout, forward, chunk_tokens=CHUNK)
+    assert (report.difference, report.num_cuts) == (None, 0)
+    monkeypatch.setattr(engine.scheduler, "max_num_scheduled_tokens", 128)
+    tokens = random_tokens(256 + 9)
+    own = engine.own(tokens)
+    block_ids = [engine.layout.num_blocks - 1, engine.layout.num_blocks - 2]
+    target = RestoreTarget(
+        restore_id=1, request_id="r", start=0, object_start=0, chunk_ends=(128, 256), tokens=tuple(tokens[:256]),
+        block_ids=tuple(block_ids), namespace="n", chain_hashes=("h",) * 2, layers_per_block=engine.layout.num_layers,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="whole passes"):
+        VllmComputePort(forward, replace(target, layers_per_block=1))
+    port = VllmComputePort(forward, target)
+    assert not np.array_equal(engine.gather(block_ids), own.kv)
+    for chunk in range(2):
+        port.recompute(Tile(chunk, chunk + 1, 0, 1), kv_only_top=False)
+    port.finish()
+    assert np.array_equal(engine.gather(block_ids), own.kv)
 
 
 def test_layer_blocks_are_refused(engine):

@@ -143,30 +143,3 @@ def test_a_small_kv_cache_is_named(tiny):
     too_many = tiny.layout.num_blocks * tiny.size
     with pytest.raises(ConfigError, match=f"{too_many} tokens need"), scratch_blocks(tiny.layout, too_many):
         pass
-
-
-@pytest.mark.parametrize("tiny", ["llama-bf16-compiled"], indirect=True, scope="session")
-def test_a_compiled_engine_is_restored_in_whole_passes(tiny):
-    from cacheflow.plan.grid import Tile
-    from cacheflow.restore.work import RestoreTarget
-    from cacheflow.vllm.startup.selftest import self_test
-    from cacheflow.vllm.worker.recompute import VllmComputePort
-
-    assert tiny.handle.compiled
-    forward = new_forward(tiny)
-    report = self_test(tiny.layout, forward, chunk_tokens=512)
-    assert (report.difference, report.num_cuts) == (None, 0)
-    tokens = tiny.tokens(256 + 9)
-    kv = tiny.prefill(tokens, chunk_tokens=128)
-    block_ids = tiny.poisoned(2)
-    target = RestoreTarget(
-        restore_id=1, request_id="r", start=0, object_start=0, chunk_ends=(128, 256), tokens=tuple(tokens[:256]),
-        block_ids=tuple(block_ids), namespace="n", chain_hashes=("h",) * 2, layers_per_block=tiny.layout.num_layers,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="whole passes"):
-        VllmComputePort(forward, dataclasses.replace(target, layers_per_block=1))
-    port = VllmComputePort(forward, target)
-    for chunk in range(2):
-        port.recompute(Tile(chunk, chunk + 1, 0, 1), kv_only_top=False)
-    port.finish()
-    assert tiny.differing(kv, block_ids) == 0

@@ -23,12 +23,8 @@ ALL = NUM_CHUNKS * LAYERS
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory, _single_process_vllm):
+def started(llama, tmp_path_factory):
     """Two requests run at once; tiers that tests can look into."""
-    from support.connector_engine import serving_engine
-    from support.vllm_models import write_model
-
-    folder = write_model(tmp_path_factory.mktemp("prefetch"), "llama", num_hidden_layers=LAYERS)
 
     def open_tiers(options):
         file = FileStore(tmp_path_factory.mktemp("kv"), capacity_bytes=1 << 30, fsync=False)
@@ -37,10 +33,11 @@ def started(tmp_path_factory, _single_process_vllm):
     options = {"policy": "load", "cpu_bytes_to_use": 64 << 20, "keep_tool_s": 600.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cacheflow.vllm.startup.open_store.open_store", open_tiers)
-        with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options, max_num_seqs=2) as engine:
-            for tier in engine.store.tiers:  # measured a moment ago, perhaps on a machine that was idle then
-                tier.promise(bytes_per_s=1e6, latency_s=1e-3)
-            yield engine
+        patch.setattr(llama.scheduler, "max_num_active_reqs", 2)
+        llama.restart(options)
+        for tier in llama.store.tiers:  # measured a moment ago, perhaps on a machine that was idle then
+            tier.promise(bytes_per_s=1e6, latency_s=1e-3)
+        yield llama
 
 
 @pytest.fixture

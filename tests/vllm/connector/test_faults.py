@@ -25,16 +25,12 @@ READ_FAULTS = [Fault.MISS, Fault.CORRUPT, Fault.ERROR, Fault.LATE, Fault.HANG]
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory, _single_process_vllm):
-    from support.connector_engine import serving_engine
-    from support.vllm_models import write_model
-
-    folder = write_model(tmp_path_factory.mktemp("faults"), "llama", num_hidden_layers=LAYERS)
+def started(llama):
     options = {"throttle_bytes_per_s": 1e8, "policy": "cake"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cacheflow.vllm.startup.open_store.open_store", faulty_store)
-        with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
-            yield engine
+        llama.restart(options)
+    return llama
 
 
 @pytest.fixture

@@ -15,39 +15,32 @@ NUM_CHUNKS = 4
 NUM_TOKENS = NUM_CHUNKS * CHUNK + 21
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, _single_process_vllm):
-    from support.vllm_models import write_model
-
-    return write_model(tmp_path_factory.mktemp("codecs"), "llama", num_hidden_layers=LAYERS)
-
-
 def floats(kv):
     """KV bytes ``[L, blocks, P]`` of float32 caches as numbers."""
     return np.ascontiguousarray(kv).view(np.float32)
 
 
-def test_engines_with_and_without_codecs_on_one_folder(folder, tmp_path):
+def test_engines_with_and_without_codecs_on_one_folder(llama, tmp_path):
     """Each in turn; exact ones share, lossy ones have a namespace of their own."""
-    from support.connector_engine import random_tokens, serving_engine
+    from support.connector_engine import random_tokens
 
     codec_of("zstd")
     prompt, url = random_tokens(NUM_TOKENS, seed=1), file_url(tmp_path / "kv")
-    found, namespaces, sizes = {}, {}, {}
+    engine, found, namespaces, sizes = llama, {}, {}, {}
     for name in ("", "zstd", "int8", "fp8"):
         options = {"store": f"{url}?codec={name}" if name else url, "policy": "load", "throttle_bytes_per_s": 1e9}
-        with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
-            # An exact engine finds what the one before it saved; a lossy one nothing, and saves its own.
-            own = engine.ask(prompt) if name == "zstd" else engine.saved(prompt)
-            assert bool(own.records) == (name == "zstd")
-            engine.evict()
-            again = engine.ask(prompt)
-            assert again.record["outcome"] == "done"
-            assert again.record["loaded_cells"] > 0
-            found[name], namespaces[name] = again, engine.side.identity.namespace(None)
-            sizes[name] = engine.worker.facts.link.bytes_per_s / 1e9
-            stats = engine.store.stats()
-            assert stats.num_objects > 0
+        engine.restart(options)
+        # An exact engine finds what the one before it saved; a lossy one nothing, and saves its own.
+        own = engine.ask(prompt) if name == "zstd" else engine.saved(prompt)
+        assert bool(own.records) == (name == "zstd")
+        engine.evict()
+        again = engine.ask(prompt)
+        assert again.record["outcome"] == "done"
+        assert again.record["loaded_cells"] > 0
+        found[name], namespaces[name] = again, engine.side.identity.namespace(None)
+        sizes[name] = engine.worker.facts.link.bytes_per_s / 1e9
+        stats = engine.store.stats()
+        assert stats.num_objects > 0
     exact = found[""]
     assert found["zstd"].tokens == exact.tokens
     assert np.array_equal(found["zstd"].kv, exact.kv)

@@ -20,13 +20,6 @@ NUM_CHUNKS = 6
 TIMEOUT_S = 20.0
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, _single_process_vllm):
-    from support.vllm_models import write_model
-
-    return write_model(tmp_path_factory.mktemp("tiers"), "llama", num_hidden_layers=LAYERS)
-
-
 def tokens(seed):
     from support.connector_engine import random_tokens
 
@@ -37,34 +30,32 @@ def num_read(store):
     return [tier.store.get_outcomes[LoadOutcome.OK] for tier in store.stats().tiers]
 
 
-def test_the_next_engine_reads_what_the_last_one_had_in_memory(folder, tmp_path):
+def test_the_next_engine_reads_what_the_last_one_had_in_memory(llama, tmp_path):
     """From the file, then from memory, into which it was promoted; measured at start, tier by tier."""
-    from support.connector_engine import serving_engine
-
+    engine = llama
     options = {"store": ["memory?capacity=64MiB", file_url(tmp_path / "kv")], "policy": "load"}
     prompt = tokens(seed=1)
-    with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
-        own = engine.saved(prompt)
-        assert all(rate > 0 for rate in engine.worker.facts.tier_rates)
-    with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
-        for tier in (1, 0):
-            before = num_read(engine.store)
-            again = engine.ask(prompt)
-            assert again.record["outcome"] == "done"
-            assert again.record["loaded_cells"] > 0
-            assert again.tokens == own.tokens
-            assert np.array_equal(again.kv, own.kv)
-            read = [after - earlier for after, earlier in zip(num_read(engine.store), before, strict=True)]
-            assert read[tier] > 0
-            assert read[1 - tier] == 0
-            assert engine.store.drain(TIMEOUT_S)
-            engine.evict()
+    engine.restart(options)
+    own = engine.saved(prompt)
+    assert all(rate > 0 for rate in engine.worker.facts.tier_rates)
+    engine.restart(options)
+    for tier in (1, 0):
+        before = num_read(engine.store)
+        again = engine.ask(prompt)
+        assert again.record["outcome"] == "done"
+        assert again.record["loaded_cells"] > 0
+        assert again.tokens == own.tokens
+        assert np.array_equal(again.kv, own.kv)
+        read = [after - earlier for after, earlier in zip(num_read(engine.store), before, strict=True)]
+        assert read[tier] > 0
+        assert read[1 - tier] == 0
+        assert engine.store.drain(TIMEOUT_S)
+        engine.evict()
 
 
 @pytest.fixture(scope="module")
-def started(folder, tmp_path_factory):
+def started(llama, tmp_path_factory):
     """Memory too small for a prompt over a file, both of which a test makes fail."""
-    from support.connector_engine import serving_engine
 
     def open_tiers(options):
         memory = FaultyStore(MemoryStore(capacity_bytes=options.cpu_bytes_to_use), FaultPlan())
@@ -75,8 +66,8 @@ def started(folder, tmp_path_factory):
     options = {"throttle_bytes_per_s": 1e8, "policy": "cake", "cpu_bytes_to_use": 1 << 20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cacheflow.vllm.startup.open_store.open_store", open_tiers)
-        with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
-            yield engine
+        llama.restart(options)
+    return llama
 
 
 @pytest.mark.parametrize("policy", ["cake", "load"])

@@ -22,13 +22,6 @@ SLOW = 2e5
 """Bytes per second at which a restoration takes seconds: time to strike in the middle of it."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, _single_process_vllm):
-    from support.vllm_models import write_model
-
-    return write_model(tmp_path_factory.mktemp("stores"), "llama", num_hidden_layers=LAYERS)
-
-
 @pytest.fixture(params=["redis", "redis that hangs", "s3", "shm"])
 def store(request, tmp_path, s3_environment):
     """The URL of an empty store, and what makes an end of the store."""
@@ -51,41 +44,39 @@ def tokens(seed):
     return random_tokens(NUM_CHUNKS * CHUNK + 21, seed=seed)
 
 
-def test_the_next_engine_restores_and_outlives_the_store(folder, store):
+def test_the_next_engine_restores_and_outlives_the_store(llama, store):
     """Equal tokens and KV from the store, half from it, and without it."""
-    from support.connector_engine import serving_engine
-
-    url, end_of_store = store
+    engine, (url, end_of_store) = llama, store
     options = {"store": url, "policy": "load", "throttle_bytes_per_s": 1e9}
     prompts = [tokens(seed) for seed in range(3)]
-    with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
-        own = [engine.saved(prompt) for prompt in prompts]
+    engine.restart(options)
+    own = [engine.saved(prompt) for prompt in prompts]
 
-    with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
-        for policy in ("load", "cacheflow"):
-            engine.configure(policy=policy)
-            engine.balance_link(len(prompts[0]), ratio=0.2 if policy == "load" else 1.0)
-            again = engine.ask(prompts[0])
-            assert again.record["outcome"] == "done"
-            assert again.record["end"] == NUM_CHUNKS * CHUNK
-            assert again.record["loaded_cells"] > 0
-            assert again.tokens == own[0].tokens
-            assert np.array_equal(again.kv, own[0].kv)
-        engine.configure(policy="load", lookup_timeout_s=1.0)
-        engine.evict()
-        engine.set_rate(SLOW)
-        reads_before = num_reads(engine, LoadOutcome.OK)
-        name = engine.submit(prompts[1])
-        engine.run(until=lambda: num_reads(engine, LoadOutcome.OK) > reads_before + 2)
-        assert engine.answers[name].tokens == []
-        end_of_store()
-        engine.run()
-        assert sum(engine.answers[name].record["failed_loads"].values()) > 0
-        assert engine.answers[name].tokens == own[1].tokens
-        assert np.array_equal(engine.answers[name].kv, own[1].kv)
-        engine.evict()
-        assert engine.ask(prompts[2]).tokens == own[2].tokens
-        assert engine.ask(tokens(seed=7)).finish_reason == "length"
+    engine.restart(options)
+    for policy in ("load", "cacheflow"):
+        engine.configure(policy=policy)
+        engine.balance_link(len(prompts[0]), ratio=0.2 if policy == "load" else 1.0)
+        again = engine.ask(prompts[0])
+        assert again.record["outcome"] == "done"
+        assert again.record["end"] == NUM_CHUNKS * CHUNK
+        assert again.record["loaded_cells"] > 0
+        assert again.tokens == own[0].tokens
+        assert np.array_equal(again.kv, own[0].kv)
+    engine.configure(policy="load", lookup_timeout_s=1.0)
+    engine.evict()
+    engine.set_rate(SLOW)
+    reads_before = num_reads(engine, LoadOutcome.OK)
+    name = engine.submit(prompts[1])
+    engine.run(until=lambda: num_reads(engine, LoadOutcome.OK) > reads_before + 2)
+    assert engine.answers[name].tokens == []
+    end_of_store()
+    engine.run()
+    assert sum(engine.answers[name].record["failed_loads"].values()) > 0
+    assert engine.answers[name].tokens == own[1].tokens
+    assert np.array_equal(engine.answers[name].kv, own[1].kv)
+    engine.evict()
+    assert engine.ask(prompts[2]).tokens == own[2].tokens
+    assert engine.ask(tokens(seed=7)).finish_reason == "length"
 
 
 def num_reads(engine, outcome):

@@ -17,14 +17,10 @@ def tokens(seed):
 
 
 @pytest.fixture(scope="module")
-def serving(tmp_path_factory, _single_process_vllm):
-    from support.connector_engine import serving_engine
-    from support.vllm_models import write_model
-
-    folder = write_model(tmp_path_factory.mktemp("changes"), "llama")
+def serving(llama):
     options = {"store": "memory", "policy": "load", "throttle_bytes_per_s": 1e9}
-    with serving_engine(folder, dtype="float32", chunk_tokens=CHUNK, options=options) as engine:
-        yield engine
+    llama.restart(options)
+    return llama
 
 
 @pytest.fixture
