@@ -131,6 +131,7 @@ def test_a_read_whose_cell_compute_has_taken_back_is_given_up_at_once():
 def test_a_dead_link_leaves_everything_to_compute():
     setup = Setup(ratio=0.2)
     setup.transfer.outcome_of = lambda tile: LoadOutcome.ERROR
+    setup.begin_computing_when(lambda: any(each.freed for each in setup.transfer.tickets))
     report = setup.run()
     assert report.loaded_cells == 0
     assert report.failed_loads["error"] <= 4 + 3
