@@ -75,6 +75,10 @@ def test_a_relative_folder_is_one_of_the_current_directory(tmp_path, monkeypatch
         (["memory", "disk"], "store is 'disk', must be a URL"),
         ("tape://drive/1", "no store is called 'tape'; known are memory, file:///folder"),
         ("http://[::1/kv", "not a URL"),
+        ("redis://a..b:1", "host is no name of a server"),
+        ("redis://b%ffx", "host is no name of a server"),
+        (f"mooncake://{'a' * 70}", "host is no name of a server"),
+        (["file:///a@x", "file:///b@x"], "two tiers are shown as file:...@x"),
         ("http://host:port/kv", "not a URL (Port could not be cast"),
     ],
 )
@@ -90,7 +94,7 @@ def test_a_bad_url_is_refused_with_what_is_allowed(url, said):
     [
         ("memory", "memory?capacity=1GiB"),
         ("file:///kv", "file:///kv/"),
-        ("file:///kv", "FILE:////./kv/sub/..?fsync=yes"),
+        ("file:///kv", "FILE:////./kv//?fsync=yes"),
         ("file:///k%76", "file:///kv"),
         ("shm://kv", "shm://kv/"),
         ("redis://host", "redis://me@HOST:6379/0?timeout_s=1"),
@@ -116,6 +120,9 @@ def test_one_store_written_in_two_ways_is_refused_as_two_tiers(one, other):
         ("redis://host", "redis://host/1"),
         ("redis://host", "rediss://host:6380"),
         ("s3://bucket/kv", "s3://bucket/KV"),
+        ("s3://bucket/kv", "s3://Bucket/kv"),
+        ("file:///link/../kv", "file:///kv"),  # what the link leads to may have another parent
+        ("file:///a%40x", "file:///b%40x"),
     ],
 )
 def test_what_looks_alike_and_is_not_one_store_is_two_tiers(one, other):

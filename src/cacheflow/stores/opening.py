@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -144,6 +143,10 @@ def check_store_url(urls: str | Sequence[str]) -> tuple[StoreUrl, ...]:
         for other in parsed[:number]:
             if _place(other) == _place(url):
                 raise ConfigError(f"store: '{other}' and '{url}' are one store; each tier must be a store of its own")
+            if other.address == url.address:  # tiers go by it
+                raise ConfigError(
+                    f"store: two tiers are shown as {url.address}, since what is before an @ may be a secret; write %40"
+                )
     lossy = [codec.name if (codec := url.codec) is not None and codec.lossy else "" for url in parsed]
     if len(set(lossy)) > 1:
         named = ", ".join(f"{url.address} {name or 'none'}" for url, name in zip(parsed, lossy, strict=True))
@@ -154,18 +157,31 @@ def check_store_url(urls: str | Sequence[str]) -> tuple[StoreUrl, ...]:
 
 
 def _place(url: StoreUrl) -> tuple[object, ...]:
-    """Where a store is, however its URL is written, as far as that shows without a look: a link is not followed.
+    """Where a store is, as far as that shows without a look: what tells it from another, whatever is after the ``?``.
 
-    Whatever two URLs of one ``address`` have after the ``?``, they have one place.
+    Of somebody else's scheme only the URL as it is written says that.
     """
-    is_server = url.scheme in _PORTS
-    path = _database(url) if url.scheme in ("redis", "rediss") else posixpath.normpath("/" + url.path.lstrip("/"))
-    return url.scheme, url.host.lower() if is_server else url.host, _port(url), path, url.settings
+    if url.scheme in _PORTS:
+        database = 0 if url.scheme == "mooncake" else _database(url)
+        return url.scheme, url.host.lower(), _port(url), database
+    if url.scheme == "file":  # no .. is taken away: what is before it may be a link
+        return url.scheme, url.host, *(part for part in url.path.split("/") if part not in ("", "."))
+    if url.scheme in ("s3", "shm"):
+        return url.scheme, url.host, url.path.strip("/")
+    return url.scheme, url.settings or url.text.partition("?")[0]
 
 
 def _port(url: StoreUrl) -> int:
-    """The port of the server that a URL names; 0 where it names none."""
-    return _PORTS.get(url.scheme, 0) if url.port is None else url.port
+    """The port of the server that a URL of ``_PORTS`` names."""
+    return _PORTS[url.scheme] if url.port is None else url.port
+
+
+def _check_host(url: StoreUrl) -> None:
+    """Pass if the host can be looked up: sockets raise no ``OSError`` for one that cannot."""
+    try:
+        url.host.encode("idna")
+    except UnicodeError as error:
+        raise ConfigError(f"store is '{url}', whose host is no name of a server: {error}") from None
 
 
 def _database(url: StoreUrl) -> int:
@@ -208,6 +224,7 @@ def _redis(url: StoreUrl) -> Callable[..., Store]:
     url.require_options("timeout_s", *(files if tls else ()))
     timeout_s = url.seconds("timeout_s", 2.0)
     database = _database(url)
+    _check_host(url)
     for name in files:
         if name in url.options and not Path(url.options[name]).is_file():
             raise ConfigError(f"store: {name} is {url.options[name]!r}, which is no file")
@@ -259,6 +276,7 @@ def _mooncake(url: StoreUrl) -> Callable[..., Store]:
     url.require_options("segment", "protocol", "device", "host", "metrics", "timeout_s")
     if not url.host or url.username is not None or url.path not in ("", "/"):
         raise ConfigError(f"store is '{url}', must be mooncake://host:50051, where mooncake_master listens")
+    _check_host(url)
     protocol = url.options.get("protocol", "tcp")
     if protocol not in ("tcp", "rdma"):
         raise ConfigError(f"store: protocol is {protocol!r}, must be tcp or rdma")

@@ -71,6 +71,7 @@ class Usage:
 class _Transfer(Generic[O]):
     """One item of a batch; ``carry_out`` takes the index and the thread's header scratch."""
 
+    store: ThreadedStore
     handle: OperationHandle[O]
     index: int
     carry_out: Callable[[int, memoryview], O]
@@ -78,18 +79,18 @@ class _Transfer(Generic[O]):
 
     def run(self, header: memoryview) -> None:
         if self.handle.begin(self.index):
-            outcome = _guarded(lambda: self.carry_out(self.index, header), self.verdicts.error)
+            outcome = _guarded(self.store, lambda: self.carry_out(self.index, header), self.verdicts.error)
             self.handle.finish(self.index, outcome)
 
 
-def _guarded(call: Callable[[], T], failed: T) -> T:
+def _guarded(store: ThreadedStore, call: Callable[[], T], failed: T) -> T:
     """The door between a backend and its callers: a failure of the backend is a value."""
     try:
         return call()
     except OSError as error:
-        logger.debug("store operation failed: %s", error)
+        logger.debug("%s: an operation failed: %s", store, error)
     except Exception:  # a bug in a backend must not kill the pool or a request
-        logger.exception("bug in a store backend")
+        logger.exception("%s: bug in a store backend", store)
     return failed
 
 
@@ -174,14 +175,14 @@ class ThreadedStore(Store):
     def contains(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
         """See ``Store.contains``; an object whose last read was ``CORRUPT`` counts as absent."""
         nothing = (False,) * len(keys)
-        found = _guarded(partial(self.holds, keys), nothing) if keys else nothing
+        found = _guarded(self, partial(self.holds, keys), nothing) if keys else nothing
         return tuple(there and key not in self._suspects for key, there in zip(keys, found, strict=True))
 
     def delete(self, keys: Sequence[ObjectKey]) -> int:
         """See ``Store.delete``."""
         for key in keys:
             self._suspects.discard(key)
-        return sum(_guarded(partial(self.remove, key), False) for key in keys)
+        return sum(_guarded(self, partial(self.remove, key), False) for key in keys)
 
     def stats(self) -> StoreStats:
         """See ``Store.stats``."""
@@ -258,7 +259,7 @@ class ThreadedStore(Store):
             closed = self._closed
             if not closed:
                 for index in range(num_items):
-                    transfer = _Transfer(handle, index, carry_out, verdicts)
+                    transfer = _Transfer(self, handle, index, carry_out, verdicts)
                     heapq.heappush(self._queue, (-priority, next(self._sequence), transfer))
                 self._start_threads()
                 self._queue_changed.notify(num_items)
