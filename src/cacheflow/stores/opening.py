@@ -157,9 +157,9 @@ def check_store_url(urls: str | Sequence[str]) -> tuple[StoreUrl, ...]:
 
 
 def _place(url: StoreUrl) -> tuple[object, ...]:
-    """Where a store is, as far as that shows without a look: what tells it from another, whatever is after the ``?``.
+    """What tells a store from another, as far as its URL shows: options, after the ``?``, do not.
 
-    Of somebody else's scheme only the URL as it is written says that.
+    URLs of other packages' schemes are compared as they are written.
     """
     if url.scheme in _PORTS:
         database = 0 if url.scheme == "mooncake" else _database(url)

@@ -288,6 +288,6 @@ class RoutedHandle(Generic[O]):
                     leg.loan.end()
                 if held:
                     self._update()
-            except Exception:  # a bug in a store must not leave those waiting who wait: each of them goes on by himself
+            except Exception:  # nobody is above this thread: a caller who waits asks the next tier himself
                 logger.exception("bug in a store: an item could not go on to the next tier")
             self._changed.notify_all()
