@@ -82,8 +82,8 @@ def test_nonsense_is_refused(values):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "longest"),
-    [(16, 2048), (160, 1920), (1056, 1056), (4096, 512)],
+    ("block_size", "max_tokens", "longest"),
+    [(16, 8192, 2048), (160, 8192, 1920), (1056, 8192, 1056), (4096, 8192, 512), (16, 1024, 1008), (16, 1025, 1024)],
 )
-def test_the_longest_chunk_is_of_whole_blocks(block_size, longest):
-    assert OWN.longest_chunk(block_size) == longest
+def test_the_longest_chunk_is_of_whole_blocks_and_fits_a_prompt(block_size, max_tokens, longest):
+    assert OWN.longest_chunk(block_size, max_tokens=max_tokens) == longest

@@ -43,9 +43,10 @@ class EnginePass:
         num_chunks, num_passes = -(-num_tokens // self.chunk_tokens), -(-num_tokens // self.pass_tokens)
         return max(0, num_chunks - num_passes) * self.saved_s
 
-    def longest_chunk(self, block_size: int) -> int:
-        """Tokens of the longest chunk that a pass takes, in whole KV blocks of ``block_size`` tokens."""
-        return max(self.chunk_tokens, self.pass_tokens // block_size * block_size)
+    def longest_chunk(self, block_size: int, *, max_tokens: int) -> int:
+        """Tokens of the longest chunk that a pass takes and a prompt of ``max_tokens`` can have, in whole KV blocks."""
+        most = min(self.pass_tokens, max_tokens - 1)
+        return max(self.chunk_tokens, most // block_size * block_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""

@@ -82,6 +82,8 @@ def test_a_hybrid_s_chunk_is_a_block_unless_another_size_is_given(model, vllm, w
     path = model(model_type=model_type, layer_types=kinds[model_type])
     passes(path, FILE, words, vllm)
     assert "chunk_tokens is 1024" in refused(path, replace(FILE, chunk_tokens=1024), words, vllm)
+    too_long = ["--block-size", "1088", "--max-model-len", "1088"]
+    assert "chunk_tokens is 1088, must be below vLLM's max_model_len of 1088" in refused(path, FILE, too_long, vllm)
 
 
 @pytest.mark.parametrize(

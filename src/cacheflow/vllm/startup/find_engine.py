@@ -217,6 +217,7 @@ def _costs(
                 f"no cost profile for this engine in {options.profile_path} ({error}); leave calibrate on"
             ) from error
     logger.info("measuring what recomputation costs in this engine, about %.0f s", options.calibrate_budget_s)
+    max_tokens = int(handle.vllm_config.model_config.max_model_len)
     costs = calibrate(
         forward,
         layout,
@@ -225,11 +226,11 @@ def _costs(
         lengths=Lengths(
             chunk_tokens=options.chunk_tokens,
             pass_tokens=pass_tokens,
-            max_tokens=int(handle.vllm_config.model_config.max_model_len),
+            max_tokens=max_tokens,
         ),
         budget_s=options.calibrate_budget_s,
     )
-    _advise_chunk(costs, block_size=handle.block_size)
+    _advise_chunk(costs, block_size=handle.block_size, max_tokens=max_tokens)
     try:
         save_costs(costs, path)
     except OSError as error:
@@ -237,13 +238,13 @@ def _costs(
     return costs
 
 
-def _advise_chunk(costs: CostTable, *, block_size: int) -> None:
+def _advise_chunk(costs: CostTable, *, block_size: int, max_tokens: int) -> None:
     """Say when chunks of the save cost much more than the engine's own passes, as with a mixture of experts."""
     own = costs.engine_pass
     if own is None:
         return
     chunk_s = sum(costs.kinds[kind].full_s(own.chunk_tokens, 0) for kind in costs.layer_kinds)
-    longest = own.longest_chunk(block_size)
+    longest = own.longest_chunk(block_size, max_tokens=max_tokens)
     if own.saved_s > _COSTLY_CHUNK * chunk_s and longest > own.chunk_tokens:
         logger.warning(
             "recomputing in chunks of %d tokens costs %.0f %% more than in this engine's passes of %d: restoration "

@@ -82,9 +82,11 @@ def _state_refusals(flags: ServerFlags) -> Iterator[str]:
 
 
 def _check_chunks(options: ConnectorOptions, flags: ServerFlags, *, max_tokens: int | None, recurrent: bool) -> None:
-    if recurrent and options.chunk_tokens is None:
-        return  # a chunk will be a block, whose size vLLM works out
     block_size, serving = flags.number("--block-size"), options.for_engine()
+    if recurrent and options.chunk_tokens is None:
+        if not block_size:
+            return  # a chunk will be a block, whose size vLLM works out
+        serving = options.for_engine(block_size)  # or larger
     if max_tokens is not None:
         serving.require_chunk_in_prompt(max_tokens)
     if block_size:
