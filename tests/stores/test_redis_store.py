@@ -187,6 +187,8 @@ def test_a_server_that_is_not_there_is_refused_at_open():
     with pytest.raises(StoreError, match="cannot be used: Connection refused; is it running") as raised:
         open_store(f"redis://127.0.0.1:{port}", capacity_bytes=CAPACITY)
     assert str(raised.value).count(str(port)) == 1, "it says twice where"
+    with pytest.raises(StoreError, match=rf"redis://\[::1\]:{port}/0 cannot be used"):
+        open_store(f"redis://[::1]:{port}", capacity_bytes=CAPACITY)
 
 
 def test_a_writer_killed_in_mid_write_leaves_nothing_visible(redis_server):

@@ -22,6 +22,7 @@ from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
 from cacheflow.stores.staging import StagingBuffers, copy_record, gather
 from cacheflow.stores.timed_calls import TimedCalls, closes_in_time
+from cacheflow.stores.url import host_and_port
 from cacheflow.types import Bytes
 
 os.environ.setdefault("GLOG_minloglevel", "1")  # or Mooncake writes a page to stderr for each client
@@ -77,7 +78,7 @@ class MooncakePool:
 
     def __str__(self) -> str:
         """The pool's URL."""
-        return f"mooncake://{self.host}:{self.port}"
+        return f"mooncake://{host_and_port(self.host, self.port)}"
 
     def open(self) -> Any:  # noqa: ANN401 - an untyped package
         """Take part in the pool.
@@ -90,7 +91,7 @@ class MooncakePool:
         client = MooncakeDistributedStore()
         code = client.setup(
             address, PEER_TO_PEER, self.segment_bytes, _LOCAL_BUFFER_BYTES, self.protocol, self.device,
-            f"{self.host}:{self.port}",
+            host_and_port(self.host, self.port),
         )  # fmt: skip
         if code != 0:
             raise OSError(errno.EIO, f"Mooncake refuses to set up a client, code {code}")
@@ -102,17 +103,18 @@ class MooncakePool:
         Raises:
             OSError: It does not answer, or not what was asked for.
         """
+        url = f"http://{host_and_port(self.host, self.metrics_port)}{path}"
         connection = http.client.HTTPConnection(self.host, self.metrics_port, timeout=self.timeout_s)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()
             body = answer.read()
         except http.client.HTTPException as error:
-            raise OSError(errno.EPROTO, f"http://{self.host}:{self.metrics_port}{path}: {error!r}") from error
+            raise OSError(errno.EPROTO, f"{url}: {error!r}") from error
         finally:
             connection.close()
         if answer.status != http.client.OK:
-            raise OSError(errno.EPROTO, f"http://{self.host}:{self.metrics_port}{path} answered {answer.status}")
+            raise OSError(errno.EPROTO, f"{url} answered {answer.status}")
         return body
 
 

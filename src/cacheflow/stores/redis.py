@@ -23,6 +23,7 @@ from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION
 from cacheflow.stores.redis_connection import PlainConnection, RecordTransfers, RefusedCommand, TlsConnection
 from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
+from cacheflow.stores.url import host_and_port
 
 PREFIX = f"cacheflow{RECORD_VERSION}:"
 """Of our keys in the server, so that it may hold others, and records of another version."""
@@ -66,7 +67,7 @@ class RedisServer:
 
     def __str__(self) -> str:
         """The server's URL, without user and password."""
-        return f"redis{'s' * self.tls}://{self.host}:{self.port}/{self.database}"
+        return f"redis{'s' * self.tls}://{host_and_port(self.host, self.port)}/{self.database}"
 
     def pool(self) -> Any:  # noqa: ANN401 - redis-py's types are not those of any one version
         """A pool of connections, none of which is open yet."""

@@ -236,6 +236,11 @@ def file_url(folder: Path) -> str:
         raise ConfigError(f"store is {str(folder)!r}, must be a folder whose name is UTF-8") from None
 
 
+def host_and_port(host: str, port: int) -> str:
+    """As a URL has them: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _host(parts: SplitResult) -> str:
     """Not ``SplitResult.hostname``, which is in small letters: that of a bucket or of shared memory is no DNS name."""
     plain, is_bracketed, address = parts.netloc.rpartition("@")[2].partition("[")
