@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
+from cacheflow.stores import tier
 from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome, PutRequest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
@@ -267,6 +268,59 @@ def test_a_tier_that_does_not_say_what_it_holds_is_out(slow):
         eventually(lambda: store.stats().tiers[1].delivers)
 
 
+def test_a_tier_has_longer_for_a_question_about_many_objects(slow, monkeypatch):
+    monkeypatch.setattr(tier, "QUESTION_S", 0.001)
+    monkeypatch.setattr(tier, "QUESTION_KEY_S", 2 * TIMEOUT_S)
+    with over(memory(), slow) as store:
+        slow.questions.clear()
+        opened = threading.Timer(0.1, slow.questions.set)
+        opened.start()
+        assert store.contains([key(1)]) == (False,)
+        assert store.stats().tiers[1].delivers
+        opened.join()
+
+
+def test_a_tier_that_deletes_slowly_stays_in_service_and_ends_it(slow, monkeypatch):
+    monkeypatch.setattr(tier, "QUESTION_S", 0.01)
+    with over(memory(), slow) as store:
+        put(store, 1)
+        assert store.drain(TIMEOUT_S)
+        erasable, remove = threading.Event(), slow.remove
+        slow.remove = lambda key: erasable.wait(TIMEOUT_S) and remove(key)
+        assert store.delete([key(1)]) == 1, "that of the fast tier"
+        assert store.stats().tiers[1].delivers
+        erasable.set()
+        eventually(lambda: not slow.contains([key(1)])[0])
+
+
+def test_a_store_that_raises_when_it_is_written_to_costs_the_copies_alone(slow, caplog):
+    with over(memory(), slow) as store:
+        submit, slow.submit_put = slow.submit_put, _raises
+        put(store, 1)
+        assert store.drain(TIMEOUT_S)
+        slow.submit_put = submit
+        put(store, 2)
+        assert store.drain(TIMEOUT_S)
+        assert slow.contains([key(1), key(2)]) == (False, True)
+        assert store.stats().tiers[1].num_dropped == 1
+    assert "1 objects could not be written to it" in caplog.text
+
+
+def test_a_store_that_raises_when_it_is_probed_is_probed_again(slow, caplog):
+    with over(memory(), slow, probe_after_s=0.01) as store:
+        put(slow, *range(5))
+        read, slow.read_record = slow.read_record, _fails
+        for number in range(3):
+            get(store, number)
+        submit, slow.submit_get = slow.submit_get, _raises
+        slow.read_record = read
+        eventually(lambda: "could not be probed" in caplog.text)
+        slow.submit_get = submit
+        eventually(lambda: store.stats().tiers[1].delivers)
+        assert store.tiers[1].wait_until_unread(0.0)
+        assert get(store, 4)[0] is OK
+
+
 def test_a_tier_far_below_what_was_measured_is_out_until_it_delivers():
     num_bytes = 1_000_000
     link = ThrottledStore(memory(), 1e7)
@@ -387,3 +441,11 @@ def test_a_pin_does_not_wait_for_a_slow_tier_that_hangs_a_second_time(slow):
         slow.writes.set()
         assert store.drain(TIMEOUT_S)
         assert copies.settle([key(1), key(2)], 3600.0)
+
+
+def _raises(*_, **__):
+    raise RuntimeError("can't start new thread")
+
+
+def _fails(*_):
+    raise OSError("it fails")

@@ -19,11 +19,13 @@ class GatedStore(MemoryStore):
         for gate, is_closed in ((self.reads, reads), (self.writes, writes), (self.questions, questions)):
             if not is_closed:
                 gate.set()
+        self.num_reads_begun = 0
 
     def capabilities(self):
         return replace(super().capabilities(), shared=True)
 
     def read_record(self, key, header, payload):
+        self.num_reads_begun += 1
         assert self.reads.wait(LONG_S)
         return super().read_record(key, header, payload)
 

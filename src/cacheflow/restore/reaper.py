@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from cacheflow.restore.ports import TransferPort
+from cacheflow.threads import start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ class TicketReaper:
         with self._lock:
             self._num_busy += 1
             if self._num_busy > len(self._threads) < MAX_THREADS:
-                self._threads.append(threading.Thread(target=self._run, name="cacheflow-reaper", daemon=True))
-                self._threads[-1].start()
+                thread = start_thread(self._run, name="cacheflow-reaper")
+                if thread is not None:
+                    self._threads.append(thread)
         self._queue.put((transfer, ticket))
 
     @staticmethod

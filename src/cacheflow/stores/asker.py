@@ -9,6 +9,8 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import TypeVar
 
+from cacheflow.threads import start_thread
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -26,10 +28,15 @@ class Asker:
         self._closed = False
 
     def ask(self, question: Callable[[], T], nothing: T) -> Future[T]:
-        """Ask; the answer is ``nothing`` where the question raises, and once the asker is closed."""
+        """Ask; the answer is ``nothing`` where the question raises, and once the asker is closed.
+
+        A question is not asked any more once its future was cancelled.
+        """
         future: Future[T] = Future()
 
         def answer() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(nothing if self._closed else question())
             except Exception:  # a bug in a store must cost a hit, not a request
@@ -37,14 +44,16 @@ class Asker:
                 future.set_result(nothing)
 
         with self._lock:
-            closed = self._closed
-            while not closed and len(self._threads) < self._num_threads:
-                self._threads.append(Thread(target=self._work, name=self._name, daemon=True))
-                self._threads[-1].start()
-        if closed:
-            future.set_result(nothing)
-        else:
+            while not self._closed and len(self._threads) < self._num_threads:
+                thread = start_thread(self._work, name=self._name)
+                if thread is None:
+                    break
+                self._threads.append(thread)
+            answered = bool(self._threads)
+        if answered:
             self._questions.put(answer)
+        else:
+            future.set_result(nothing)
         return future
 
     def _work(self) -> None:

@@ -17,6 +17,7 @@ from cacheflow.stores.lru import LruIndex
 from cacheflow.stores.record import HEADER_BYTES, ChecksumAlgorithm, best_algorithm
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
 from cacheflow.stores.threaded import ThreadedStore, Usage
+from cacheflow.threads import start_thread
 from cacheflow.types import Clock
 
 logger = logging.getLogger(__name__)
@@ -173,8 +174,7 @@ class BoundedStore(ThreadedStore):
     def _start_threads(self) -> None:
         super()._start_threads()
         if self._retention.ttl_s is not None and self._sweeper is None:
-            self._sweeper = Thread(target=self._keep_sweeping, name="cacheflow-expiry", daemon=True)
-            self._sweeper.start()
+            self._sweeper = start_thread(self._keep_sweeping, name="cacheflow-expiry")
 
     def _keep_sweeping(self) -> None:
         assert self._retention.ttl_s is not None, "without a time to live nothing expires"

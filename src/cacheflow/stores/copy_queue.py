@@ -14,6 +14,7 @@ import numpy.typing as npt
 from cacheflow.stores.base import ByteBuffer, Priority, PutOutcome, PutRequest, Store, byte_view
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.record import RecordHeader
+from cacheflow.threads import start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,14 @@ class CopyQueue:
         num_bytes = sum(part.nbytes for part in parts)
         with self._changed:
             fits = not self._closed and self._used_bytes + num_bytes <= self._capacity_bytes
-            if fits:
-                self._used_bytes += num_bytes
-                buffer = self._take(num_bytes)
-            else:
+            buffer = self._take(num_bytes) if fits else None
+            if buffer is None:
                 self._count(promotes=promotes, written=False)
-        if not fits:
-            self._warn_once(f"{self._used_bytes} bytes are waiting, {self._capacity_bytes} may")
+            else:
+                self._used_bytes += num_bytes
+        if buffer is None:
+            lacks = "there is no memory for a copy" if fits else f"{self._capacity_bytes} may"
+            self._warn_once(f"{self._used_bytes} bytes are waiting, {lacks}")
             return
         np.concatenate(parts, out=buffer)
         copy = _Copy(replace(request, buffers=[buffer]), buffer, promotes)
@@ -108,8 +110,7 @@ class CopyQueue:
                 self._give(replaced.buffer)
             self._waiting[request.key] = copy
             if self._thread is None:
-                self._thread = Thread(target=self._work, name="cacheflow-tier-copies", daemon=True)
-                self._thread.start()
+                self._thread = start_thread(self._work, name="cacheflow-tier-copies")
             self._changed.notify_all()
 
     def forget(self, keys: Collection[ObjectKey]) -> None:
@@ -156,15 +157,19 @@ class CopyQueue:
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            if self._delivers():
-                handle = self._store.submit_put(
-                    [copy.request for copy in batch], priority=Priority.SAVE, deadline_s=WRITE_S
-                )  # fmt: skip
-                outcomes = handle.wait()
-                handle.cancel()  # a write that is late has its buffer still
-            else:
-                outcomes = (None,) * len(batch)
-            self._end(batch, outcomes)
+            self._end(batch, self._write(batch) if self._delivers() else (None,) * len(batch))
+
+    def _write(self, batch: Sequence[_Copy]) -> tuple[PutOutcome | None, ...]:
+        try:
+            handle = self._store.submit_put(
+                [copy.request for copy in batch], priority=Priority.SAVE, deadline_s=WRITE_S
+            )  # fmt: skip
+            outcomes = handle.wait()
+            handle.cancel()  # a write that is late has its buffer still
+        except Exception:  # a bug in a store must cost copies, not their thread
+            logger.exception("tier %s: %d objects could not be written to it", self._name, len(batch))
+            return (None,) * len(batch)
+        return outcomes
 
     def _next_batch(self) -> list[_Copy]:
         with self._changed:
@@ -181,11 +186,14 @@ class CopyQueue:
                 written = outcome in (PutOutcome.STORED, PutOutcome.EXISTS)
                 failed += not written and not copy.promotes
                 self._count(promotes=copy.promotes, written=written)
-                self._give(copy.buffer)
+                self._give(copy.buffer, reusable=outcome is not None)  # or it may be written still
             doomed = self._doomed
             self._doomed = set()
-        if doomed:
-            self._store.delete(list(doomed))
+        try:
+            if doomed:
+                self._store.delete(list(doomed))
+        except Exception:
+            logger.exception("tier %s: %d objects could not be deleted from it", self._name, len(doomed))
         with self._changed:
             self._under_way = frozenset()
             self._changed.notify_all()
@@ -201,17 +209,20 @@ class CopyQueue:
             num_unpromoted=old.num_unpromoted + (not written and promotes),
         )
 
-    def _take(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """A buffer, one that was used before where it fits: new memory costs as much as the copy."""
+    def _take(self, num_bytes: int) -> npt.NDArray[np.uint8] | None:
+        """A buffer, one that was used before where it fits: new memory costs as much as the copy; None without any."""
         for index, buffer in enumerate(self._free):
             if buffer.nbytes == num_bytes:
                 return self._free.pop(index)
         del self._free[: max(0, len(self._free) - BATCH)]  # of sizes that are not asked for any more
-        return np.empty(num_bytes, np.uint8)
+        try:
+            return np.empty(num_bytes, np.uint8)
+        except MemoryError:
+            return None
 
-    def _give(self, buffer: npt.NDArray[np.uint8]) -> None:
+    def _give(self, buffer: npt.NDArray[np.uint8], *, reusable: bool = True) -> None:
         self._used_bytes -= buffer.nbytes
-        if len(self._free) < 2 * BATCH:
+        if reusable and len(self._free) < 2 * BATCH:
             self._free.append(buffer)
 
     def _warn_once(self, why: str) -> None:

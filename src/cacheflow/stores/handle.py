@@ -144,6 +144,10 @@ class OperationHandle(Generic[O]):
             self._ledger.settle_all(outcome, self._clock())
             self._condition.notify_all()
 
+    def is_pending(self, index: int) -> bool:
+        """Whether an item has no outcome, so far as anybody has looked; takes no lock."""
+        return self._ledger.outcomes[index] is None
+
     def begin(self, index: int) -> bool:
         """A worker takes an item; False when it already has an outcome and must not be touched."""
         with self._condition:

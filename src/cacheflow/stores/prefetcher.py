@@ -24,6 +24,7 @@ from cacheflow.stores.copy_queue import copy_of
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.record import HEADER_BYTES, RecordHeader
 from cacheflow.stores.tier import Tier
+from cacheflow.threads import start_thread
 from cacheflow.types import Clock, LoadOutcome
 
 logger = logging.getLogger(__name__)
@@ -123,8 +124,7 @@ class Prefetcher:
                 num_taken += 1
             self._counts[PrefetchOutcome.DROPPED] += len(requests) - num_taken
             if self._wanted and self._thread is None:
-                self._thread = Thread(target=self._work, name="cacheflow-tier-prefetch", daemon=True)
-                self._thread.start()
+                self._thread = start_thread(self._work, name="cacheflow-tier-prefetch")
             self._changed.notify_all()
         return num_taken
 
@@ -222,7 +222,7 @@ class Prefetcher:
     def _split(self, tier: Tier, items: Sequence[_Item]) -> tuple[list[_Item], list[_Item]]:
         """What a tier holds, and what it does not."""
         keys = [key for key, _ in items]
-        held = tier.ask(partial(tier.store.contains, keys), (False,) * len(keys)) if keys else ()
+        held = tier.ask(partial(tier.store.contains, keys), (False,) * len(keys), num_keys=len(keys)) if keys else ()
         pairs = list(zip(items, held, strict=True))
         return [item for item, is_held in pairs if is_held], [item for item, is_held in pairs if not is_held]
 
@@ -308,7 +308,11 @@ class Prefetcher:
             for key in [key for key, each in self._unread.items() if each.until_s <= now_s]:
                 self._forget_unread(key)
             keys = list(self._unread)
-        held = self._fast.ask(partial(self._fast.store.contains, keys), (True,) * len(keys)) if keys else ()
+        held = (
+            self._fast.ask(partial(self._fast.store.contains, keys), (True,) * len(keys), num_keys=len(keys))
+            if keys
+            else ()
+        )
         with self._changed:
             for key, is_held in zip(keys, held, strict=True):
                 if not is_held and self._forget_unread(key):
@@ -342,7 +346,7 @@ class Prefetcher:
             left_s = each.keep_until_s - self._clock()
             if left_s > 0:
                 pin, nothing = partial(self._fast.store.pin, [key], ttl_s=left_s), tuple[PinOutcome, ...]()
-                self._note_pinned(key, each, is_pinned=PinOutcome.PINNED in self._fast.ask(pin, nothing))
+                self._note_pinned(key, each, is_pinned=PinOutcome.PINNED in self._fast.ask(pin, nothing, num_keys=1))
         self._end(items, None)
 
     def _note_pinned(self, key: ObjectKey, wanted: _Wanted, *, is_pinned: bool) -> None:

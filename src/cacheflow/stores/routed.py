@@ -17,7 +17,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from threading import Condition, Thread
+from threading import Condition
 from typing import Generic
 
 from cacheflow.stores.base import Handle
@@ -25,12 +25,15 @@ from cacheflow.stores.handle import Ledger, O, wait_s
 from cacheflow.stores.loan import Loan
 from cacheflow.stores.record import RecordHeader
 from cacheflow.stores.tier import Tier
+from cacheflow.threads import start_thread
 from cacheflow.types import Bytes, Clock
 
 logger = logging.getLogger(__name__)
 
 SLICE_S = 0.002
 """Longest wait for one leg of several, before the others are looked at."""
+UNLEFT_S = 0.1
+"""Time after which a thread is asked for again that could not be started."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -137,6 +140,7 @@ class RoutedHandle(Generic[O]):
         self._routes, self._ledger, self._clock = routes, ledger, clock
         self._unsaid = (ledger.verdicts.late, ledger.verdicts.cancelled)
         self._changed = Condition()
+        self._unleft: list[tuple[int, Leg[O]]] = []
         try:
             with self._changed:
                 self._update()
@@ -166,6 +170,7 @@ class RoutedHandle(Generic[O]):
                     until_s,
                     self._ledger.deadline_at_s,
                     now_s + SLICE_S if max(len(routes), len(legs)) > 1 else float("inf"),
+                    now_s + UNLEFT_S if self._unleft else float("inf"),
                     *(route.race_at_s for route in routes),
                     *(leg.hangs_at_s for leg in legs),
                 )
@@ -196,6 +201,9 @@ class RoutedHandle(Generic[O]):
     def _update(self) -> float:
         """Send on what has to go on, and settle what is late; returns the time."""
         now_s = self._clock()
+        unleft, self._unleft = self._unleft, []
+        for index, leg in unleft:
+            self._leave(index, leg)
         for index in self._pending():
             self._take_in(index, now_s)
             if self._ledger.outcomes[index] is None:
@@ -274,7 +282,8 @@ class RoutedHandle(Generic[O]):
 
     def _leave(self, index: int, leg: Leg[O]) -> None:
         """Have a thread wait until the store of a leg that was given up has let go of it."""
-        Thread(target=self._let_go, args=(index, leg), name="cacheflow-tier-leave", daemon=True).start()
+        if start_thread(self._let_go, args=(index, leg), name="cacheflow-tier-leave") is None:
+            self._unleft.append((index, leg))
 
     def _let_go(self, index: int, leg: Leg[O]) -> None:
         leg.handle.cancel()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -46,11 +47,14 @@ from cacheflow.stores.record import (
     verify,
 )
 from cacheflow.stores.suspects import Suspects
+from cacheflow.threads import start_thread
 from cacheflow.types import Clock, LoadOutcome
 
 logger = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 5.0
+_PURGE_LENGTH = 1024
+"""Operations that wait, from which on those are looked for that nobody waits for any more."""
 
 T = TypeVar("T")
 _Queued = tuple[int, int, "_Transfer[Any]"]
@@ -76,6 +80,11 @@ class _Transfer(Generic[O]):
     index: int
     carry_out: Callable[[int, memoryview], O]
     verdicts: Verdicts[O]
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether somebody waits for it still."""
+        return self.handle.is_pending(self.index)
 
     def run(self, header: memoryview) -> None:
         if self.handle.begin(self.index):
@@ -120,9 +129,12 @@ class ThreadedStore(Store):
         self._meter = Meter()
         self._coding = Coding()
         self._queue: list[_Queued] = []
+        self._purge_length = _PURGE_LENGTH
+        self._under_way: set[_Transfer[Any]] = set()
         self._queue_changed = Condition()
         self._sequence = itertools.count()
         self._threads: list[Thread] = []
+        self._process = os.getpid()
         self._num_idle = 0
         self._closed = False
         self._suspects = Suspects()
@@ -232,18 +244,21 @@ class ThreadedStore(Store):
         return handle
 
     def close(self) -> None:
-        """See ``Store.close``; a thread hung in the backend is abandoned after 5 s, with a warning."""
+        """See ``Store.close``; threads hung in the backend are abandoned after 5 s, with a warning."""
         with self._queue_changed:
             was_closed, self._closed = self._closed, True
             abandoned, self._queue = self._queue, []
             self._queue_changed.notify_all()
         for _, _, transfer in abandoned:
             transfer.handle.abandon(transfer.verdicts.cancelled)
+        until_s = time.monotonic() + _JOIN_TIMEOUT_S
         for thread in self._threads:
-            thread.join(_JOIN_TIMEOUT_S)
+            thread.join(max(0.0, until_s - time.monotonic()))
             if thread.is_alive():
                 logger.warning("%s: a thread is hung in the backend and was left behind", self)
         self._threads = []
+        for transfer in tuple(self._under_way):
+            transfer.handle.abandon(transfer.verdicts.cancelled)
         if self._num_damaged > 1 and not was_closed:
             logger.warning("%s: %d reads found a damaged record since it was opened", self, self._num_damaged)
 
@@ -255,23 +270,38 @@ class ThreadedStore(Store):
         verdicts: Verdicts[O],
         priority: int,
     ) -> None:
+        if os.getpid() != self._process:  # a fork has none of the threads, and its locks may be held for ever
+            handle.abandon(verdicts.error)
+            return
         with self._queue_changed:
-            closed = self._closed
-            if not closed:
+            carried_out = not self._closed
+            if carried_out:
+                self._purge()
                 for index in range(num_items):
                     transfer = _Transfer(self, handle, index, carry_out, verdicts)
                     heapq.heappush(self._queue, (-priority, next(self._sequence), transfer))
                 self._start_threads()
                 self._queue_changed.notify(num_items)
-        if closed:
+                carried_out = bool(self._threads)
+                if not carried_out:
+                    self._queue.clear()
+        if not carried_out:
             handle.abandon(verdicts.error)
+
+    def _purge(self) -> None:
+        """Drop what nobody waits for any more, where the threads hang and much of it has come together."""
+        if len(self._queue) >= self._purge_length:
+            self._queue = [each for each in self._queue if each[2].is_pending]
+            heapq.heapify(self._queue)
+            self._purge_length = max(_PURGE_LENGTH, 2 * len(self._queue))
 
     def _start_threads(self) -> None:
         num_wanted = min(self._num_threads, len(self._threads) + len(self._queue) - self._num_idle)
         while len(self._threads) < num_wanted:
-            thread = Thread(target=self._work, name=f"cacheflow-store-{len(self._threads)}", daemon=True)
+            thread = start_thread(self._work, name=f"cacheflow-store-{len(self._threads)}")
+            if thread is None:
+                return
             self._threads.append(thread)
-            thread.start()
 
     def _work(self) -> None:
         header = memoryview(bytearray(HEADER_BYTES))
@@ -284,7 +314,9 @@ class ThreadedStore(Store):
                 if self._closed:
                     return
                 _, _, transfer = heapq.heappop(self._queue)
+                self._under_way.add(transfer)
             transfer.run(header)
+            self._under_way.discard(transfer)
             del transfer  # or the buffers of the last transfer would live until the next one
 
     def _get(self, request: GetRequest, payload: memoryview, header: memoryview) -> LoadOutcome:

@@ -22,6 +22,7 @@ from cacheflow.stores.breaker import SILENCE_S, Breaker
 from cacheflow.stores.copy_queue import CopyQueue
 from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.meter import Meter
+from cacheflow.threads import start_thread
 from cacheflow.types import Clock, LoadOutcome
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ NUM_READS = 8
 TRUST_READS = 3
 """Reads before their bandwidth counts instead of the one that was measured at the start."""
 QUESTION_S = 2.0
-"""Longest wait for what a tier says without a deadline of the caller's: which objects it holds."""
+"""Longest wait for what a tier says without a deadline of the caller's, such as which objects it holds ..."""
+QUESTION_KEY_S = 0.005
+"""... and so much longer for each object that is asked for: a bucket is asked for one after the other."""
 LONGEST_SILENCE_S = 60.0
 """Longest time between two probes of a tier that is out."""
 UNKNOWN_BYTES_PER_S = 100e6
@@ -141,24 +144,34 @@ class Tier:
 
     # What it holds.
 
-    def ask(self, question: Callable[[], T], nothing: T) -> T:
+    def ask(self, question: Callable[[], T], nothing: T, *, num_keys: int) -> T:
         """Ask its store something without a deadline; ``nothing`` while it is out, or where the answer is late."""
         if not self.delivers:
             return nothing
         if self._asker is None:
             return question()
+        future = self._asker.ask(question, nothing)
+        patience_s = QUESTION_S + num_keys * QUESTION_KEY_S
         try:
-            return self._asker.ask(question, nothing).result(QUESTION_S)
+            return future.result(patience_s)
         except TimeoutError:
-            self._take_out(f"a question was not answered for {QUESTION_S:g} s")
+            future.cancel()
+            self._take_out(f"a question about {num_keys} objects was not answered for {patience_s:.3g} s")
             return nothing
 
     def tell(self, order: Callable[[], T], nothing: T) -> T:
-        """As ``ask``, but carried out later where it cannot be now: what is deleted must not come back."""
-        if self.delivers or self._asker is None:
-            return self.ask(order, nothing)
-        self._asker.ask(order, nothing)
-        return nothing
+        """Have its store do something, later where it cannot be now: what is deleted must not come back.
+
+        Returns:
+            What came of it; ``nothing`` while the tier is out, or where that takes long, which is no failure.
+        """
+        if self._asker is None:
+            return order()
+        future = self._asker.ask(order, nothing)
+        try:
+            return future.result(QUESTION_S) if self.delivers else nothing
+        except TimeoutError:
+            return nothing
 
     # Reads.
 
@@ -262,12 +275,19 @@ class Tier:
             self._out_since_s = self._clock()
             self._num_outages += 1
             self._breaker.trip()
+        if start_thread(self._probe, name="cacheflow-tier-probe") is None:
+            self._out_since_s = None  # nobody would bring it back
+            return
         logger.warning("tier %s is taken out of service: %s. It is probed until it delivers", self.name, why)
-        threading.Thread(target=self._probe, name="cacheflow-tier-probe", daemon=True).start()
 
     def _probe(self) -> None:
         while not self._closed.wait(self._breaker.left_s):
-            if self._is_back():
+            try:
+                is_back = self._is_back()
+            except Exception:  # a bug in the store, or no memory: it must not end the probes
+                logger.exception("tier %s could not be probed", self.name)
+                is_back = False
+            if is_back:
                 with self._lock:
                     out_s = self._clock() - (self._out_since_s or 0.0)
                     self._meter, self._num_reads, self._strikes = Meter(), 0, 0
@@ -283,13 +303,15 @@ class Tier:
         self.store.contains([key])
         buffer = np.empty(num_bytes, np.uint8)
         patience_s, start_s = self.begin_read(num_bytes), self._clock()
-        handle = self.store.submit_get([GetRequest(key, buffer)], priority=Priority.AWAITED, deadline_s=patience_s)
-        (outcome,) = handle.wait()
-        took_s = self._clock() - start_s
-        handle.cancel()
-        with self._lock:
-            self._in_flight_bytes -= num_bytes
-            promised = self._promised_bytes_per_s
+        try:
+            handle = self.store.submit_get([GetRequest(key, buffer)], priority=Priority.AWAITED, deadline_s=patience_s)
+            (outcome,) = handle.wait()
+            took_s = self._clock() - start_s
+            handle.cancel()
+        finally:
+            with self._lock:
+                self._in_flight_bytes -= num_bytes
+                promised = self._promised_bytes_per_s
         if outcome is LoadOutcome.OK and promised is not None:
             # Half of what takes it out: or it would go in and out.
             return num_bytes / max(took_s - self._promised_latency_s, 1e-9) * FAR_BELOW >= 2 * promised

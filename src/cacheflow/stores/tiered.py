@@ -124,7 +124,7 @@ class TieredStore(Store):
             if not left:
                 break
             question = partial(tier.store.contains, [keys[index] for index in left])
-            for index, there in zip(left, tier.ask(question, (False,) * len(left)), strict=True):
+            for index, there in zip(left, tier.ask(question, (False,) * len(left), num_keys=len(left)), strict=True):
                 found[index] = number if there else None
         return found
 
@@ -173,7 +173,9 @@ class TieredStore(Store):
         for tier in self.tiers:
             tier.copies.settle(keys, max(0.0, until_s - time.monotonic()))
         nothing = (PinOutcome.MISSING,) * len(keys)
-        pinned = [tier.ask(partial(tier.store.pin, keys, ttl_s=ttl_s), nothing) for tier in self.tiers]
+        pinned = [
+            tier.ask(partial(tier.store.pin, keys, ttl_s=ttl_s), nothing, num_keys=len(keys)) for tier in self.tiers
+        ]
         return tuple(min(outcomes, key=_BEST_PIN.index) for outcomes in zip(*pinned, strict=True))
 
     def prefetch(self, requests: Sequence[PrefetchRequest], *, within_s: float, keep_s: float = 0.0) -> int:

@@ -49,6 +49,8 @@ class Lookup(Generic[T]):
             return self._future.result(wait_s)
         except TimeoutError:
             self.timed_out = self._clock() >= self._deadline_at_s
+            if self.timed_out:
+                self._future.cancel()  # a store that hangs now is not to be asked all that once it answers again
             return self._nothing if self.timed_out else None
 
 

@@ -13,6 +13,7 @@ from threading import Thread
 
 from cacheflow.stores.base import Store
 from cacheflow.stores.identity_record import differing_parts, read_identities, write_identity
+from cacheflow.threads import start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,7 @@ class StoreCensus:
         self._described.add(namespace)
         self._namespaces.put((namespace, dict(parts)))
         if self._thread is None:
-            # A daemon: a store that hangs must not keep the process from ending.
-            self._thread = Thread(target=self._work, name="cacheflow-census", daemon=True)
-            self._thread.start()
+            self._thread = start_thread(self._work, name="cacheflow-census")
 
     def close(self) -> None:
         """End the thread; without waiting for a store that hangs."""

@@ -11,6 +11,7 @@ from threading import Event, Lock, Thread
 
 from cacheflow.stores.base import PinOutcome, Store
 from cacheflow.stores.keys import ObjectKey
+from cacheflow.threads import start_thread
 from cacheflow.vllm.step import KeepWork
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,7 @@ class PrefixKeeper:
     def carry_out(self, work: KeepWork, *, written: WaitForWrites) -> None:
         """Pin a prefix, or end that, once what is under way of it is ``written``."""
         if self._thread is None:
-            # A daemon: a store that hangs must not keep the process from ending.
-            self._thread = Thread(target=self._work, name="cacheflow-keep", daemon=True)
-            self._thread.start()
+            self._thread = start_thread(self._work, name="cacheflow-keep")
         began_s = time.monotonic()
         self._to_do.put(lambda: self._carry_out(work, written, began_s))
 

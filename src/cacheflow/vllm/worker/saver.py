@@ -20,6 +20,7 @@ from cacheflow.plan.grid import layers_of_blocks
 from cacheflow.stores.base import Priority, PutHandle, PutOutcome, PutRequest, Store
 from cacheflow.stores.keys import ObjectKey, RankKeys
 from cacheflow.tensors.snapshot_room import Snapshot, SnapshotRoom
+from cacheflow.threads import start_thread
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.step import SaveWork
 from cacheflow.vllm.worker.layout import BlockLayout, Payload
@@ -187,9 +188,7 @@ class ChunkSaver:
     def _do(self, work: Callable[[], None]) -> None:
         """Give work to the background thread, which does it in sequence."""
         if self._thread is None:
-            # A daemon: a store that hangs must not keep the process from ending.
-            self._thread = Thread(target=self._work, name="cacheflow-save", daemon=True)
-            self._thread.start()
+            self._thread = start_thread(self._work, name="cacheflow-save")
         self._to_do.put(work)
 
     def _has_room(self, save: SaveWork) -> bool:
