@@ -133,3 +133,17 @@ def test_parts_are_gathered_one_after_the_other():
     staging = np.zeros(6, np.uint8)
     gather([memoryview(b"ab"), memoryview(b"cdef")], staging)
     assert staging.tobytes() == b"abcdef"
+
+
+def test_without_a_thread_a_call_fails_and_holds_up_no_closing(open_calls, clock, monkeypatch):
+    calls = open_calls(clock)
+    with monkeypatch.context() as lacking:
+        lacking.setattr(threading.Thread, "start", _refuse)
+        with pytest.raises(OSError, match="the server was not called: no thread could be started"):
+            calls.call(lambda: 7)
+    assert calls.call(lambda: 7) == 7
+    assert calls.close()
+
+
+def _refuse(_thread):
+    raise RuntimeError("can't start new thread")

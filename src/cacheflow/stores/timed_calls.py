@@ -54,8 +54,8 @@ class TimedCalls:
 
         Raises:
             GivenUpError: It took too long.
-            OSError: A call was given up a moment ago (``EHOSTDOWN``), or the calls are closed (``ESHUTDOWN``); the
-                function was not called.
+            OSError: A call was given up a moment ago (``EHOSTDOWN``), the calls are closed (``ESHUTDOWN``), or no
+                thread could be started (``EAGAIN``); the function was not called.
         """
         self._breaker.check()
         with self._lock:
@@ -87,8 +87,12 @@ class TimedCalls:
             future.result()  # it ended just now
         if errors:
             raise errors[0]
-        if not answers:  # closed meanwhile, and not carried out
-            raise ConnectionError(errno.ESHUTDOWN, f"{self._server} is closed")
+        if not answers:  # not carried out
+            with self._lock:
+                self._num_running -= 1
+            if self._closed:
+                raise ConnectionError(errno.ESHUTDOWN, f"{self._server} is closed")
+            raise BlockingIOError(errno.EAGAIN, f"{self._server} was not called: no thread could be started")
         return answers[0]
 
     def check(self) -> None:
