@@ -2,12 +2,16 @@
 
 import json
 import logging
+import os
 import signal
+import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
+import cacheflow.stores.timed_calls as timed_calls
 from cacheflow import cli
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome
@@ -217,6 +221,117 @@ def test_a_lookup_that_was_given_up_leaves_nothing_locked_once_it_has_ended(file
     assert adapter.lookup([name]) == (True,)
     eventually(lambda: quiet.num_locks() == 0)
     adapter.close()
+
+
+class TellsCollector:
+    """An adapter that says what has ended to no thread but the collector's, and there does what a test wants first."""
+
+    def __init__(self, adapter, before=lambda what: None):
+        self.adapter, self.before, self.is_closed = adapter, before, threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.adapter, name)
+
+    def pop_completed_store_tasks(self):
+        return self._told("store", self.adapter.pop_completed_store_tasks, {})
+
+    def query_lookup_and_lock_result(self, task):
+        return self._told("lookup", lambda: self.adapter.query_lookup_and_lock_result(task), None)
+
+    def query_load_result(self, task):
+        return self._told("load", lambda: self.adapter.query_load_result(task), None)
+
+    def _told(self, what, tell, nothing):
+        if threading.current_thread().name != "cacheflow-lmcache":
+            return nothing
+        self.before(what)
+        return tell()
+
+    def close(self):
+        self.adapter.close()
+        self.is_closed.set()
+
+
+class FailsOnce:
+    """Raises the first time that the collector asks for one kind of task."""
+
+    def __init__(self, kind):
+        self.kind, self.has_failed = kind, threading.Event()
+
+    def __call__(self, what):
+        if what == self.kind and not self.has_failed.is_set():
+            self.has_failed.set()
+            raise RuntimeError("a failure of the library")
+
+
+@needs_lmcache
+@pytest.mark.parametrize("kind", ["store", "lookup", "load"])
+def test_one_failure_of_the_library_costs_what_was_asked_and_no_more(files, kind, caplog):
+    from cacheflow.stores.lmcache import LmcacheStore
+    from cacheflow.stores.lmcache_adapter import AdapterSource
+
+    with open_store(files, capacity_bytes=CAPACITY) as store:
+        put(store, 1)
+    adapter = TellsCollector(AdapterSource.of(StoreUrl.parse(files).settings, timeout_s=1.0).create())
+    with LmcacheStore(AdapterSource("fs_native", lambda: adapter, timeout_s=1.0), capacity_bytes=CAPACITY) as store:
+        adapter.before = FailsOnce(kind)
+        assert get(store, 1)[0] in (OK, ERROR)
+        outcome, buffer = until_not_error(store, 1)
+        assert outcome is OK
+        assert adapter.before.has_failed.is_set()
+        assert np.array_equal(buffer, payload(1))
+    assert caplog.text.count("raised on the question what has ended") == 1
+
+
+@needs_lmcache
+def test_an_event_that_cannot_be_read_any_more_ends_no_others(files, caplog):
+    from cacheflow.stores.lmcache_adapter import AdapterSource, LmcacheAdapter, key_of_part
+
+    adapter = TellsCollector(AdapterSource.of(StoreUrl.parse(files).settings, timeout_s=TIMEOUT_S).create())
+    read_fd, adapter.broken_fd = os.pipe()
+    os.close(read_fd)
+    adapter.get_store_event_fd = lambda: adapter.broken_fd
+    alone = LmcacheAdapter(
+        AdapterSource("fs_native", lambda: adapter, timeout_s=TIMEOUT_S), num_threads=1, clock=time.monotonic
+    )
+    assert alone.lookup([key_of_part("none", 0)]) == (False,)
+    alone.close()
+    os.close(adapter.broken_fd)
+    assert caplog.text.count("one of its three events cannot be read any more (Bad file descriptor)") == 1
+
+
+@needs_lmcache
+def test_closing_an_adapter_that_hangs_over_what_has_ended_returns(files, monkeypatch, caplog):
+    from cacheflow.stores.lmcache_adapter import AdapterSource, LmcacheAdapter, key_of_part
+
+    hangs, lets_go = threading.Event(), threading.Event()
+
+    def hang(what):
+        hangs.set()
+        lets_go.wait()
+
+    monkeypatch.setattr(timed_calls, "CLOSE_TIMEOUT_S", 0.01)
+    adapter = TellsCollector(AdapterSource.of(StoreUrl.parse(files).settings, timeout_s=TIMEOUT_S).create(), hang)
+    alone = LmcacheAdapter(
+        AdapterSource("fs_native", lambda: adapter, timeout_s=1.0), num_threads=1, clock=time.monotonic
+    )
+
+    def look_up():
+        with suppress(GivenUpError):  # or the answer comes before it sees that the adapter is closed
+            alone.lookup([key_of_part("none", 0)])
+
+    threads = [threading.Thread(target=each, daemon=True) for each in (look_up, alone.close)]
+    threads[0].start()
+    assert hangs.wait(TIMEOUT_S)
+    threads[1].start()
+    threads[1].join(TIMEOUT_S)
+    has_returned = not threads[1].is_alive()
+    lets_go.set()
+    assert has_returned
+    assert "hangs and was left behind" in caplog.text
+    assert adapter.is_closed.wait(TIMEOUT_S), "once it answers again"
+    threads[0].join(TIMEOUT_S)
+    alone.close()
 
 
 # What lies where

@@ -1,14 +1,20 @@
 """Measuring a store's link; no torch."""
 
+import threading
+
 import pytest
 
+import cacheflow.stores.probe as probe
 from cacheflow.errors import StoreError
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
-from cacheflow.stores.probe import measure_link
+from cacheflow.stores.probe import measure_link, stored_share
 from cacheflow.stores.throttled import ThrottledStore
+from cacheflow.types import LoadOutcome
+from support.gated_store import GatedStore
 from support.store_kinds import ALL, LMCACHE, url_of
+from support.waiting import eventually
 
 OBJECT_BYTES = 20_000
 CAPACITY = 8 << 20
@@ -64,3 +70,47 @@ def test_a_store_too_small_for_a_probe_is_an_error():
         pytest.raises(StoreError, match="1 objects of 20000 bytes could not be written"),
     ):
         measure_link(store, object_bytes=OBJECT_BYTES, num_objects=1, rounds=1)
+
+
+@pytest.mark.parametrize("num_good", [0, 4], ids=["the small one", "one of several under way"])
+def test_a_read_that_hangs_is_an_error_and_nobody_waits_until_it_ends(num_good, monkeypatch):
+    class HangsLater(GatedStore):
+        num_begun = 0
+
+        def read_record(self, key, header, payload):
+            self.num_begun += 1
+            if self.num_begun > num_good:
+                return super().read_record(key, header, payload)
+            return MemoryStore.read_record(self, key, header, payload)
+
+    with HangsLater(reads=True) as store:
+        monkeypatch.setattr(probe, "READ_TIMEOUT_S", 1.0)
+        with pytest.raises(StoreError, match="a read is still pending after 1 s: the store hangs"):
+            measure_link(store, object_bytes=OBJECT_BYTES, num_objects=8, rounds=1)
+        assert not store.stats().get_outcomes[LoadOutcome.CANCELLED], "it was not waited for to let go of its buffer"
+        assert store.stats().num_objects == 0
+        store.open_gates()
+
+
+def hangs_in_delete():
+    """A store in memory, and what lets it delete."""
+
+    class HangsInDelete(MemoryStore):
+        def delete(self, keys):
+            lets_go.wait()
+            return super().delete(keys)
+
+    lets_go = threading.Event()
+    return HangsInDelete(capacity_bytes=CAPACITY), lets_go
+
+
+@pytest.mark.parametrize("measure", [measure_link, stored_share])
+def test_probes_that_the_store_hangs_over_deleting_are_left_behind_with_a_warning(measure, monkeypatch, caplog):
+    monkeypatch.setattr(probe, "DELETE_TIMEOUT_S", 0.01)
+    store, lets_go = hangs_in_delete()
+    with store:
+        assert measure(store, object_bytes=OBJECT_BYTES, dtype="bfloat16")
+        assert store.stats().num_objects > 0
+        assert f"did not delete {store.stats().num_objects} probes in 0.01 s, and some may stay" in caplog.text
+        lets_go.set()
+        eventually(lambda: store.stats().num_objects == 0)

@@ -1,5 +1,6 @@
 """Shared memory: one tier for all processes of a host, gone with the last of them, closed to other users."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,70 @@ def test_a_store_that_is_removed_while_it_is_opened_is_made_anew(url, found, mon
         put(store, 1)
         assert get(store, 1)[0] is OK
     assert not left
+
+
+def delete_under(store, url):
+    """The folder of an open store, as its user may."""
+    put(store, 1)
+    shutil.rmtree(folder_of(url))
+    assert get(store, 1)[0] is LoadOutcome.MISS
+
+
+def test_a_folder_deleted_while_it_is_used_is_made_anew_closed_to_others_and_removed_by_the_last(url):
+    umask = os.umask(0o022)
+    try:
+        with opened(url) as store:
+            delete_under(store, url)
+            assert put(store, 2) == (PutOutcome.STORED,)
+            assert folder_of(url).stat().st_mode & 0o777 == 0o700
+            with opened(url) as other:
+                assert get(other, 2)[0] is OK
+            assert get(store, 2)[0] is OK, "the first has it open still"
+    finally:
+        os.umask(umask)
+    assert not folder_of(url).exists()
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["writes", "only had it open"])
+def test_who_had_a_folder_that_was_deleted_leaves_the_new_one_to_those_who_use_it(url, writes):
+    first = opened(url)
+    delete_under(first, url)
+    if writes:
+        assert put(first, 2) == (PutOutcome.STORED,)
+    with opened(url) as second:
+        assert put(second, 3) == (PutOutcome.STORED,)
+        first.close()
+        assert get(second, 3)[0] is OK
+    assert not folder_of(url).exists()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_a_folder_open_to_others_in_place_of_a_deleted_one_is_not_written_to(url, mode, caplog):
+    with opened(url) as store:
+        delete_under(store, url)
+        folder_of(url).mkdir()
+        folder_of(url).chmod(mode)
+        assert put(store, 2, 3) == (PutOutcome.ERROR,) * 2
+        assert caplog.text.count("is not a folder that this user alone may open") == 1
+        assert not list(folder_of(url).iterdir())
+        folder_of(url).rmdir()
+        assert put(store, 2) == (PutOutcome.STORED,)
+
+
+def test_a_folder_deleted_in_the_middle_of_a_write_is_not_made_anew_by_it(url, monkeypatch):
+    pwritev = os.pwritev
+
+    def write_and_delete(descriptor, *parts):
+        monkeypatch.undo()
+        shutil.rmtree(folder_of(url))
+        return pwritev(descriptor, *parts)
+
+    with opened(url) as store:
+        monkeypatch.setattr(os, "pwritev", write_and_delete)
+        assert put(store, 1) == (PutOutcome.ERROR,)
+        assert not folder_of(url).exists()
+        assert put(store, 1) == (PutOutcome.STORED,)
+        assert folder_of(url).stat().st_mode & 0o777 == 0o700
 
 
 def test_many_processes_open_and_close_at_once(url):

@@ -13,8 +13,9 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from cacheflow.errors import StoreError
@@ -39,19 +40,28 @@ def is_record_directory(folder: Path) -> bool:
 class RecordDirectory:
     """One directory of records, shared by any number of processes of one record version."""
 
-    def __init__(self, root: Path, *, algorithm: ChecksumAlgorithm | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        algorithm: ChecksumAlgorithm | None = None,
+        make_root: Callable[[], object] | None = None,
+    ) -> None:
         """Open or create the directory and remove stale staging files.
 
         Args:
             root: Created if it does not exist.
             algorithm: Checksum for a new directory; None for the fastest this process has. An existing directory
                 keeps its own.
+            make_root: Makes the root where it is not there, now and after somebody deleted it; raises ``OSError``. It
+                alone does, whatever is deleted. None for a folder as the process makes them by default.
 
         Raises:
             StoreError: The directory cannot be created or written, is marked for another record version, or has
                 checksums this process cannot compute.
         """
         self.root = root
+        self._make_root = make_root or partial(root.mkdir, parents=True, exist_ok=True)
         self._objects = f"{root}/objects"
         self._staging = f"{root}/staging"
         try:
@@ -101,7 +111,8 @@ class RecordDirectory:
             try:
                 staged.replace(target)
             except FileNotFoundError:
-                target.parent.mkdir(parents=True, exist_ok=True)
+                for folder in (Path(self._objects), target.parent.parent, target.parent):
+                    folder.mkdir(exist_ok=True)  # not with its parents: the root may just have been deleted
                 staged.replace(target)
         except BaseException:
             with suppress(OSError):
@@ -121,8 +132,9 @@ class RecordDirectory:
             return os.open(staged, flags, 0o644)
 
     def _make_folders(self) -> None:
+        self._make_root()
         for folder in (self._objects, self._staging):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder).mkdir(exist_ok=True)
 
     def remove(self, name: str) -> bool:
         """Remove a record; whether it was there.

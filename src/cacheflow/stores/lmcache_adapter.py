@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from typing import Any
 
 import torch
@@ -75,7 +75,8 @@ class LmcacheAdapter:
 
     A task that does not end in time is given up: its buffer is not used again before it ends, what it locks is unlocked
     when it has ended, and for a second further ones fail at once. What has been given up and never ends is kept in
-    memory.
+    memory. An adapter that raises where it should say what has ended costs the tasks that it says nothing of, which are
+    given up in their time.
     """
 
     def __init__(self, source: AdapterSource, *, num_threads: int, clock: Clock) -> None:
@@ -95,11 +96,18 @@ class LmcacheAdapter:
         self._running: dict[tuple[str, int], Callable[[Any], object]] = {}  # and what takes the result of a late one
         self._ended: dict[tuple[str, int], Any] = {}
         self._given_up: set[tuple[str, int]] = set()
-        self._closed = False
+        self._closed = self._has_raised = False
+        self._closing = Lock()
         self._adapter = self._calls.call(source.create)
         words = inspect.signature(self._adapter.submit_lookup_and_lock_task).parameters
         self._lookup_words: tuple[Any, ...] = (_LAYOUT,) if len(words) > 1 else ()
         self._wake_fd = os.eventfd(0)
+        self._events = select.poll()
+        for fd in (
+            self._wake_fd, self._adapter.get_store_event_fd(), self._adapter.get_lookup_and_lock_event_fd(),
+            self._adapter.get_load_event_fd(),
+        ):  # fmt: skip
+            self._events.register(fd, select.POLLIN)
         self._collector = Thread(target=self._collect, name="cacheflow-lmcache", daemon=True)
         self._collector.start()
 
@@ -183,18 +191,21 @@ class LmcacheAdapter:
 
     def close(self) -> None:
         """Give up what runs and close the adapter; one that hangs is left behind with a warning."""
-        with self._changed:
-            if self._closed:
-                return
-            self._closed = True
-            self._changed.notify_all()
+        if not self._closing.acquire(blocking=False):
+            return
+        self._closed = True
         os.eventfd_write(self._wake_fd, 1)
-        self._collector.join()
         self._calls.close()
-        if closes_in_time(self._adapter.close):
+        if closes_in_time(self._end):
             os.close(self._wake_fd)
         else:
             logger.warning("%s hangs and was left behind", self)
+
+    def _end(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        self._collector.join()
+        self._adapter.close()
 
     def _run(self, kind: str, submit: Callable[[], int], late: Callable[[Any], object]) -> Any:  # noqa: ANN401
         """Submit a task and return its result; one that is given up calls ``late`` with it at its end."""
@@ -217,15 +228,9 @@ class LmcacheAdapter:
             return self._ended.pop(task)
 
     def _collect(self) -> None:
-        poller = select.poll()
-        for fd in (
-            self._wake_fd, self._adapter.get_store_event_fd(), self._adapter.get_lookup_and_lock_event_fd(),
-            self._adapter.get_load_event_fd(),
-        ):  # fmt: skip
-            poller.register(fd, select.POLLIN)
         while not self._closed:
-            for fd, _ in poller.poll():
-                os.read(fd, 8)
+            for fd, _ in self._events.poll():
+                self._take_event(fd)
             with self._changed:
                 self._take_ended()
                 given_up = [each for each in self._given_up if each in self._ended]
@@ -238,15 +243,44 @@ class LmcacheAdapter:
                 except Exception:
                     logger.exception("%s: a task that was given up has ended, and its result could not be taken", self)
 
+    def _take_event(self, fd: int) -> None:
+        try:
+            if os.read(fd, 8):
+                return
+        except BlockingIOError:  # somebody else has taken it
+            return
+        except OSError as error:
+            reason = error.strerror
+        else:
+            reason = "its other end is closed"
+        self._events.unregister(fd)  # or it would be read again and again
+        logger.warning(
+            "%s: one of its three events cannot be read any more (%s): tasks of which it alone tells are given up "
+            "after %g s; open the store anew", self, reason, self._timeout_s,
+        )  # fmt: skip
+
     def _take_ended(self) -> None:
         """Note the results of tasks that have ended; with ``_changed`` held."""
-        for number, result in self._adapter.pop_completed_store_tasks().items():
+        for number, result in self._asked(lambda: dict(self._adapter.pop_completed_store_tasks()), {}).items():
             self._ended["store", number] = result
         queries = {"lookup": self._adapter.query_lookup_and_lock_result, "load": self._adapter.query_load_result}
         for task in [each for each in self._running if each[0] in queries and each not in self._ended]:
-            result = queries[task[0]](task[1])
+            result = self._asked(partial(queries[task[0]], task[1]), None)
             if result is not None:
                 self._ended[task] = result
+
+    def _asked(self, question: Callable[[], Any], nothing: Any) -> Any:  # noqa: ANN401 - LMCache's results
+        """What the adapter answers, or ``nothing`` where it raises: it is asked again after the next event."""
+        try:
+            return question()
+        except Exception as error:  # noqa: BLE001 - somebody else's module, which must not end the collector
+            logger.log(
+                logging.DEBUG if self._has_raised else logging.WARNING,
+                "%s raised on the question what has ended; what it does not say is given up after %g s, and further "
+                "failures are logged for debugging only: %r", self, self._timeout_s, error,
+            )  # fmt: skip
+            self._has_raised = True
+            return nothing
 
 
 def _parsed(settings: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an untyped package

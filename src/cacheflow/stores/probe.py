@@ -6,6 +6,7 @@ restoration would have, so that a store far away is measured as it will be used.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -13,6 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +27,16 @@ from cacheflow.stores.codec import TensorForm
 from cacheflow.stores.floats import ITEM_BYTES, numbers_of, round_into
 from cacheflow.stores.keys import ObjectKey, RankKeys, chain_hash, chain_root
 from cacheflow.stores.tiered import TieredStore
+from cacheflow.stores.timed_calls import ends_in_time
 from cacheflow.types import Bytes, LoadOutcome
+
+logger = logging.getLogger(__name__)
+
+READ_TIMEOUT_S = 60.0
+"""Longest wait for one read."""
+
+DELETE_TIMEOUT_S = 60.0
+"""Longest wait until the probes are deleted; what has not gone by then may stay."""
 
 _NAMESPACE = "0" * 32
 _SMALL_BYTES = 4096
@@ -77,7 +88,7 @@ def stored_share(store: Store, *, object_bytes: int, dtype: str) -> float:
         _write(store, [KvLike.draw(object_bytes, dtype=dtype).request(key)], f"an object of {object_bytes} bytes")
         return store.stored_bytes([(key, object_bytes)])[0] / object_bytes
     finally:
-        store.delete([key])
+        _delete(store, [key])
 
 
 def measure_link(
@@ -97,7 +108,7 @@ def measure_link(
         dtype: Of keys and values, on which depends what a codec makes of them.
 
     Raises:
-        StoreError: A probe could not be written or read back.
+        StoreError: A probe could not be written, or not be read back in a minute.
     """
     if isinstance(store, TieredStore):
         links = []
@@ -117,13 +128,21 @@ def measure_link(
         reads = _Reads(store, object_bytes)
         busy_s = min(reads.all_s(keys[:-1]) for _ in range(rounds))
     finally:
-        store.delete(keys)
+        _delete(store, keys)
     return LinkCost(bytes_per_s=num_objects * object_bytes / busy_s, latency_s=latency_s)
 
 
 def _write(store: Store, requests: list[PutRequest], what: str) -> None:
     if not set(store.submit_put(requests).wait(120.0)) <= {PutOutcome.STORED, PutOutcome.EXISTS}:
         raise StoreError(f"link probe: {what} could not be written")
+
+
+def _delete(store: Store, keys: Sequence[ObjectKey]) -> None:
+    if not ends_in_time(partial(store.delete, keys), timeout_s=DELETE_TIMEOUT_S):
+        logger.warning(
+            "link probe: the store did not delete %d probes in %g s, and some may stay: it hangs, or is very slow",
+            len(keys), DELETE_TIMEOUT_S,
+        )  # fmt: skip
 
 
 def _probe_key(index: int, salt: str) -> ObjectKey:
@@ -149,18 +168,14 @@ class _Reads:
         """Seconds that it takes to read all of these."""
         under_way: deque[tuple[GetHandle, Flight, npt.NDArray[np.uint8]]] = deque()
         started_s = time.perf_counter()
-        try:
-            for key in keys:
-                while len(under_way) >= self._wanted:
-                    self._end(under_way)
-                buffer = self._buffers.pop() if self._buffers else np.empty(self._num_bytes, np.uint8)
-                flight = self._meter.begin(time.perf_counter())
-                under_way.append((self._store.submit_get([GetRequest(key, buffer)]), flight, buffer))
-            while under_way:
+        for key in keys:
+            while len(under_way) >= self._wanted:
                 self._end(under_way)
-        finally:
-            for handle, _, _ in under_way:
-                handle.cancel()
+            buffer = self._buffers.pop() if self._buffers else np.empty(self._num_bytes, np.uint8)
+            flight = self._meter.begin(time.perf_counter())
+            under_way.append((self._store.submit_get([GetRequest(key, buffer)]), flight, buffer))
+        while under_way:
+            self._end(under_way)
         return time.perf_counter() - started_s
 
     @property
@@ -178,7 +193,12 @@ class _Reads:
 
 
 def _finish(handle: GetHandle) -> None:
-    (outcome,) = handle.wait(60.0)
+    """Wait for a read; one that failed or hangs leaves the others as they are, in buffers that nobody else uses.
+
+    ``cancel`` would wait until a store that hangs lets go of its buffer.
+    """
+    (outcome,) = handle.wait(READ_TIMEOUT_S)
+    if outcome is None:
+        raise StoreError(f"link probe: a read is still pending after {READ_TIMEOUT_S:g} s: the store hangs")
     if outcome is not LoadOutcome.OK:
-        handle.cancel()
-        raise StoreError(f"link probe: a read ended as {outcome.value if outcome else 'still pending after 60 s'}")
+        raise StoreError(f"link probe: a read ended as {outcome.value}")

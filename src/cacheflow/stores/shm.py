@@ -6,6 +6,7 @@ since other processes of the user can reach it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -14,10 +15,12 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Unpack
 
 from cacheflow.errors import StoreError
 from cacheflow.stores.bounded import Bounds
+from cacheflow.stores.directory import RecordDirectory
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import DeviceReader, LentRecord
@@ -44,6 +47,8 @@ class SharedMemoryStore(FileStore):
     Every process that has it open holds a shared lock, which ends with the process however that ends. The last one to
     close it removes the folder, and so frees the memory. What killed processes leave is taken up by the next one that
     opens the store; where none will, ``cacheflow store clear`` removes it.
+
+    A folder that somebody deletes meanwhile is made anew by the next write, which joins it as opening the store does.
     """
 
     name, persistent = "shm", False
@@ -63,8 +68,10 @@ class SharedMemoryStore(FileStore):
         self._folder, self._keep = shm_folder(name), keep
         self._mapped: MappedRecords | None = None
         self._users = _join(self._folder)
+        self._users_lock = Lock()
         try:
-            super().__init__(self._folder, fsync=False, **bounds)
+            directory = RecordDirectory(self._folder, make_root=self._join_anew)
+            super().__init__(directory, fsync=False, **bounds)
         except BaseException:
             self._leave()
             raise
@@ -112,16 +119,33 @@ class SharedMemoryStore(FileStore):
             self._mapped.close()
         self._leave()
 
+    def _join_anew(self) -> None:
+        """Make the folder again and hold its lock, where it was deleted; on a store's thread.
+
+        Raises:
+            OSError: The store is closed, or the folder is somebody else's by now.
+        """
+        with self._users_lock:
+            if self._users < 0:
+                raise ConnectionError(errno.ESHUTDOWN, f"store {self._folder} is closed")
+            if not _is_at(self._users, self._folder / _LOCK):
+                users = _join(self._folder)
+                os.close(self._users)
+                self._users = users
+
     def _leave(self) -> None:
-        users, self._users = self._users, -1
+        with self._users_lock:
+            users, self._users = self._users, -1
         if users < 0:
             return
         with suppress(OSError):  # others have it open, and the last of them removes it
             if not self._keep:
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Renamed first, so that nobody opens what is being removed.
-                removed = self._folder.rename(f"{self._folder}{_REMOVED}{uuid.uuid4().hex}")
-                shutil.rmtree(removed, ignore_errors=True)
+                # What was made in place of a folder that somebody deleted is for those to remove who have joined it.
+                if _is_at(users, self._folder / _LOCK):
+                    # Renamed first, so that nobody opens what is being removed.
+                    removed = self._folder.rename(f"{self._folder}{_REMOVED}{uuid.uuid4().hex}")
+                    shutil.rmtree(removed, ignore_errors=True)
         os.close(users)
 
 

@@ -118,7 +118,12 @@ class TimedCalls:
 
 def closes_in_time(close: Callable[[], object]) -> bool:
     """Have a library close on a thread of its own, which is left behind where it hangs; whether it has ended."""
-    closing = threading.Thread(target=close, name="cacheflow-close", daemon=True)
-    closing.start()
-    closing.join(CLOSE_TIMEOUT_S)
-    return not closing.is_alive()
+    return ends_in_time(close, timeout_s=CLOSE_TIMEOUT_S)
+
+
+def ends_in_time(call: Callable[[], object], *, timeout_s: float) -> bool:
+    """Carry out a call on a thread of its own, which is left behind where it hangs; whether it has ended."""
+    thread = threading.Thread(target=call, name="cacheflow-ending", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return not thread.is_alive()
