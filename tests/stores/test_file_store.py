@@ -169,6 +169,28 @@ def test_capacity_is_logged_at_start(root, caplog):
     assert "54321" in caplog.text
 
 
+def test_a_folder_that_is_made_is_closed_to_other_users_and_records_are_as_open_as_the_folder(root):
+    umask = os.umask(0o022)
+    try:
+        with opened(root) as store:
+            put(store, 1)
+        assert root.stat().st_mode & 0o777 == 0o700
+        assert file_of(root, 1).stat().st_mode & 0o777 == 0o600
+        root.chmod(0o750)
+        with opened(root) as store:
+            put(store, 2)
+        assert root.stat().st_mode & 0o777 == 0o750
+        assert file_of(root, 2).stat().st_mode & 0o777 == 0o640
+        shutil.rmtree(root)
+        with opened(root) as store:
+            shutil.rmtree(root)
+            put(store, 3)
+        assert root.stat().st_mode & 0o777 == 0o700
+        assert file_of(root, 3).stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(umask)
+
+
 # Directories that cannot be used.
 
 

@@ -50,18 +50,18 @@ class RecordDirectory:
         """Open or create the directory and remove stale staging files.
 
         Args:
-            root: Created if it does not exist.
+            root: Created if it does not exist, closed to other users; records are as open as it is.
             algorithm: Checksum for a new directory; None for the fastest this process has. An existing directory
                 keeps its own.
             make_root: Makes the root where it is not there, now and after somebody deleted it; raises ``OSError``. It
-                alone does, whatever is deleted. None for a folder as the process makes them by default.
+                alone does, whatever is deleted. None for a folder that this user alone may open.
 
         Raises:
             StoreError: The directory cannot be created or written, is marked for another record version, or has
                 checksums this process cannot compute.
         """
         self.root = root
-        self._make_root = make_root or partial(root.mkdir, parents=True, exist_ok=True)
+        self._make_root = make_root or partial(root.mkdir, mode=0o700, parents=True, exist_ok=True)
         self._objects = f"{root}/objects"
         self._staging = f"{root}/staging"
         try:
@@ -122,19 +122,20 @@ class RecordDirectory:
     def _open_staged(self, staged: Path) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            return os.open(staged, flags, 0o644)
+            return os.open(staged, flags, self._record_mode)
         except FileNotFoundError as missing:  # somebody deleted the directory: a cache may be emptied while it serves
             self._make_folders()
             agreed = self._agree(self.algorithm)
             if agreed is not self.algorithm:
                 text = f"store directory {self.root} was made anew, with {agreed.name} checksums: restart to use it"
                 raise StoreError(text) from missing
-            return os.open(staged, flags, 0o644)
+            return os.open(staged, flags, self._record_mode)
 
     def _make_folders(self) -> None:
         self._make_root()
         for folder in (self._objects, self._staging):
             Path(folder).mkdir(exist_ok=True)
+        self._record_mode = self.root.stat().st_mode & 0o666
 
     def remove(self, name: str) -> bool:
         """Remove a record; whether it was there.
