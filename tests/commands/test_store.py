@@ -1,5 +1,6 @@
 """``cacheflow store``: what an operator sees of a store, and what is left of it."""
 
+import errno
 import os
 import re
 import time
@@ -8,6 +9,7 @@ import pytest
 
 from cacheflow import cli
 from cacheflow.errors import ConfigError
+from cacheflow.stores.file import FileStore
 from cacheflow.stores.identity_record import write_identity
 from cacheflow.stores.keys import ObjectKey, ObjectKind, Shard, key_of
 from cacheflow.stores.opening import open_store
@@ -159,6 +161,27 @@ def test_bench_leaves_no_store_where_there_was_none(said, request):
     url = shm_url(request)
     assert "MiB" in said("bench", url, "--mib", "0.1", "--objects", 2)
     assert not shm_folder(url.removeprefix("shm://")).exists()
+
+
+def test_bench_throws_nothing_out(file_url_of_ten, said, refused, monkeypatch):
+    words = ("--mib", "0.1", "--objects", 4, "--rounds", 1)
+    said("bench", f"{file_url_of_ten}?capacity=20KB", *words)
+    assert held(file_url_of_ten) == list(range(10))
+    monkeypatch.setattr(FileStore, "free_bytes", lambda store: 300_000)
+    message = refused("store", "bench", file_url_of_ten, *map(str, words))
+    assert "the probes need 0.6 MB, 0.3 MB are free" in message
+    assert held(file_url_of_ten) == list(range(10))
+
+
+def test_verify_says_why_records_cannot_be_read(file_url_of_ten, said, monkeypatch):
+    monkeypatch.setattr(FileStore, "read_record", _fails)
+    shown = said("verify", file_url_of_ten, code=1)
+    assert "0 damaged, 10 could not be read" in shown
+    assert "10 could not be read: Stale file handle" in shown
+
+
+def _fails(*_):
+    raise OSError(errno.ESTALE, "Stale file handle")
 
 
 def test_bench_of_memory(said):

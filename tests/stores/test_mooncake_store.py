@@ -211,6 +211,14 @@ def test_a_pool_that_hangs_costs_time_and_no_buffer_is_touched_after_cancel(part
         assert not any(buffer.any() for buffer in buffers)
 
 
+def test_a_master_that_hangs_is_refused_at_open():
+    with running_mooncake() as server:
+        stop(server.master)
+        with pytest.raises(StoreError, match=r"cannot be used: .*is mooncake_master running"):
+            open_store(f"{server.url}&timeout_s=0.5", capacity_bytes=CAPACITY)
+        server.master.send_signal(signal.SIGCONT)
+
+
 def test_closing_while_the_master_hangs_returns(caplog):
     with running_mooncake() as server:
         store = open_store(f"{server.url}&timeout_s=1", capacity_bytes=CAPACITY)

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from cacheflow import cli
-from cacheflow.errors import StoreError
+from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.stores.retention import Retention
 from support.servers import PASSWORD
@@ -65,3 +65,20 @@ def test_a_url_with_a_secret_is_refused_without_repeating_it(scheme, form, caplo
     output = capsys.readouterr()
     for text in (str(raised.value), caplog.text, output.out, output.err):
         assert "hunter2" not in text
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
+@pytest.mark.parametrize("value", ["http://me:hunter2@127.0.0.1:1", "hunter2"])
+def test_a_server_of_the_environment_is_refused_like_one_of_the_url(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"{variable} must be http://host:port or https://host:port") as raised:
+        check_store_url("s3://bucket")
+    assert "hunter2" not in str(raised.value)
+    check_store_url("file:///kv")
+
+
+def test_a_password_that_is_no_text_is_refused(monkeypatch):
+    monkeypatch.setenv("CACHEFLOW_REDIS_PASSWORD", "hunter2\udcff")
+    with pytest.raises(ConfigError, match="CACHEFLOW_REDIS_PASSWORD is no UTF-8 text") as raised:
+        check_store_url("redis://host")
+    assert "hunter2" not in str(raised.value)

@@ -26,6 +26,7 @@ from cacheflow.stores.url import host_and_port
 from cacheflow.types import Bytes
 
 os.environ.setdefault("GLOG_minloglevel", "1")  # or Mooncake writes a page to stderr for each client
+os.environ.setdefault("MC_LOG_LEVEL", "WARNING")
 from mooncake.store import MooncakeDistributedStore  # reads that when it is loaded
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class MooncakePool:
         """
         with socket.create_connection((self.host, self.port), timeout=self.timeout_s) as probe:
             address = self.local_host or probe.getsockname()[0]
+        self.ask_master("/metrics")  # a master that hangs: setting up would try for minutes, and hold the GIL
         client = MooncakeDistributedStore()
         code = client.setup(
             address, PEER_TO_PEER, self.segment_bytes, _LOCAL_BUFFER_BYTES, self.protocol, self.device,

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "cacheflow.stores"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _DATABASE = re.compile(r"[0-9]{1,9}")
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+"""Variables that name a server of buckets which is not Amazon's."""
 _PORTS = {"redis": 6379, "rediss": 6379, "mooncake": 50051}
 """Of those stores whose URL names a server, where it says none."""
 
@@ -75,7 +77,8 @@ def open_store(
         capacity_bytes: Bound on the records held, headers (4,096 bytes each) included, of each store whose URL has no
             ``capacity`` of its own.
         retention: What goes first, and what goes by itself; the same in every tier.
-        only_look: Not to serve from it, so that closing it leaves a store that was there.
+        only_look: Not to serve from it, so that it stays as it was: closing it leaves a store that was there, and no
+            ``capacity`` of a URL throws anything out.
 
     Raises:
         ConfigError: A URL is wrong, its scheme unknown, or a package is missing.
@@ -85,7 +88,8 @@ def open_store(
     stores: dict[str, Store] = {}
     try:
         for url in parsed:
-            capacity = url.capacity_bytes(capacity_bytes)
+            own_bytes = url.capacity_bytes(capacity_bytes)
+            capacity = capacity_bytes if only_look else own_bytes
             stores[url.address] = _open(url, capacity_bytes=capacity, retention=retention, only_look=only_look)
     except BaseException:
         for store in stores.values():
@@ -238,12 +242,21 @@ def _redis(url: StoreUrl) -> Callable[..., Store]:
         port=_port(url),
         database=database,
         username=url.username,
-        password=os.environ.get("CACHEFLOW_REDIS_PASSWORD"),
+        password=_password("CACHEFLOW_REDIS_PASSWORD"),
         tls=tls,
         timeout_s=timeout_s,
         **{name: url.options[name] for name in files if name in url.options},
     )
     return partial(RedisStore, server)
+
+
+def _password(variable: str) -> str | None:
+    password = os.environ.get(variable)
+    try:
+        _ = (password or "").encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{variable} is no UTF-8 text") from None
+    return password
 
 
 def _s3(url: StoreUrl) -> Callable[..., Store]:
@@ -257,8 +270,9 @@ def _s3(url: StoreUrl) -> Callable[..., Store]:
     if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
         raise ConfigError(f"store is '{url}': between two / of a prefix must be a name, and not . or ..")
     endpoint = url.options.get("endpoint")
-    if endpoint is not None and not _is_endpoint(endpoint):
-        raise ConfigError("store: endpoint must be http://host:port or https://host:port")
+    for name, value in (("endpoint", endpoint), *((each, os.environ.get(each)) for each in _ENDPOINTS)):
+        if value and not _is_endpoint(value):  # not shown: it may hold a password
+            raise ConfigError(f"store: {name} must be http://host:port or https://host:port, without user and password")
     _require_package("obstore", extra="s3", url=url)
     from cacheflow.stores.s3 import Bucket, BucketStore
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cacheflow.errors import ConfigError, StoreError
@@ -74,8 +74,8 @@ def lives_of(store: SharedStore, records: Sequence[FoundRecord]) -> dict[str, fl
     return {name: life_s for name, life_s in zip(names, lives_s, strict=True) if life_s is not None}
 
 
-def check_record(store: SharedStore, record: FoundRecord) -> LoadOutcome:
-    """Read a record and verify it, on this thread; ``ERROR`` where the store does not give it out."""
+def check_record(store: SharedStore, record: FoundRecord, *, on_error: Callable[[str], None]) -> LoadOutcome:
+    """Read a record and verify it, on this thread; ``ERROR`` where the store does not give it out, which says why."""
     header = memoryview(bytearray(HEADER_BYTES))
     payload = memoryview(bytearray(max(1, record.num_bytes - HEADER_BYTES)))
     try:
@@ -86,7 +86,8 @@ def check_record(store: SharedStore, record: FoundRecord) -> LoadOutcome:
             num_found = store.read_record(key, header, payload)
     except ConfigError:
         return LoadOutcome.CORRUPT
-    except OSError:
+    except OSError as error:
+        on_error(str(error.strerror or error))
         return LoadOutcome.ERROR
     if num_found is None:
         return LoadOutcome.MISS

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     left_bytes = sum(each.num_bytes for each in records) - chosen_bytes
     console.print(
         f"{'would remove' if flags.dry_run else 'removed'} {len(chosen)} of {len(records)} objects, "
-        f"{size(chosen_bytes)}; {size(left_bytes)} left",
+        f"{size(chosen_bytes)}; {size(left_bytes)} left{' of these namespaces' if flags.namespace else ''}",
         soft_wrap=True,
     )
     return 0

@@ -37,11 +37,12 @@ def run(args: argparse.Namespace) -> int:
     flags, console = VerifyFlags.of(args), Console()
     outcomes: Counter[LoadOutcome] = Counter()
     damaged = []
+    errors: Counter[str] = Counter()
     with open_existing(flags.url, only_look=True) as store:
         records = records_of(store, flags.namespace)
         with new_progress(console) as progress:
             for each in progress.track(records, description="checking"):
-                outcome = check_record(store, each)
+                outcome = check_record(store, each, on_error=lambda why: errors.update([why]))
                 outcomes[outcome] += 1
                 if outcome is LoadOutcome.CORRUPT:
                     damaged.append(each)
@@ -52,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
         f"not be read, {outcomes[LoadOutcome.MISS]} went meanwhile",
         soft_wrap=True,
     )
+    for why, count in errors.most_common():
+        console.print(f"{count} could not be read: {why}", markup=False, soft_wrap=True)
     if freed_bytes:
         console.print(f"removed the damaged ones, {size(freed_bytes)}")
+    elif damaged:
+        console.print("--delete removes the damaged ones; each counts as absent", soft_wrap=True)
     return EXIT_DAMAGED if damaged or outcomes[LoadOutcome.ERROR] else 0
