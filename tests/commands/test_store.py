@@ -9,6 +9,7 @@ import pytest
 
 from cacheflow import cli
 from cacheflow.errors import ConfigError
+from cacheflow.stores import probe
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.identity_record import write_identity
 from cacheflow.stores.keys import ObjectKey, ObjectKind, Shard, key_of
@@ -77,6 +78,15 @@ def test_stat_shows_objects_by_namespace_and_what_it_stands_for(url, said):
     assert re.search(r"all +11 ", shown)
     assert held(url) == list(range(10))
     assert re.search(r"all +0 ", said("stat", url, "--namespace", "beef"))
+
+
+def test_stat_says_what_a_killed_measurement_left(file_url_of_ten, said, monkeypatch):
+    monkeypatch.setattr(probe, "_delete", lambda store, keys: None)
+    said("bench", file_url_of_ten, "--mib", "0.1", "--objects", 2, "--rounds", 1)
+    assert re.search(rf"{probe.PROBES} +4 .* probes of a measurement", said("stat", file_url_of_ten))
+    said("gc", file_url_of_ten, "--namespace", probe.PROBES)
+    assert held(file_url_of_ten) == list(range(10))
+    assert probe.PROBES not in said("stat", file_url_of_ten)
 
 
 @pytest.mark.parametrize("kind", SHARED)

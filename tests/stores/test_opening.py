@@ -205,6 +205,8 @@ def test_the_documented_store_of_another_package(package, tmp_path):
     (tmp_path / "kv.txt").write_text("no database, but long enough to be taken for one" * 100)
     with pytest.raises(StoreError, match=r"sqlite store .*kv.txt cannot be used: .*; is it a database of SQLite that"):
         open_store(f"sqlite://{tmp_path}/kv.txt", capacity_bytes=CAPACITY)
+    with pytest.raises(StoreError, match=r"kv.db cannot be used: unable to open database file; is it a database"):
+        open_store(f"sqlite://{tmp_path}/no-such-folder/kv.db", capacity_bytes=CAPACITY)
     with pytest.raises(ConfigError, match="unknown option wheel of a sqlite store; known: capacity"):
         check_store_url(url + "?wheel=7")
     with pytest.raises(ConfigError, match="and sqlite of other packages"):

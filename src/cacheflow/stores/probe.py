@@ -38,7 +38,8 @@ READ_TIMEOUT_S = 60.0
 DELETE_TIMEOUT_S = 60.0
 """Longest wait until the probes are deleted; what has not gone by then may stay."""
 
-_NAMESPACE = "0" * 32
+PROBES = "0" * 32
+"""The namespace of what is written to be measured; what is left of it was left by a process that was killed."""
 _SMALL_BYTES = 4096
 _LEAST_READS = 3
 _CHANNELS = 128
@@ -140,14 +141,14 @@ def _write(store: Store, requests: list[PutRequest], what: str) -> None:
 def _delete(store: Store, keys: Sequence[ObjectKey]) -> None:
     if not ends_in_time(partial(store.delete, keys), timeout_s=DELETE_TIMEOUT_S):
         logger.warning(
-            "link probe: the store did not delete %d probes in %g s, and some may stay: it hangs, or is very slow",
-            len(keys), DELETE_TIMEOUT_S,
+            "link probe: the store did not delete %d probes in %g s, and some may stay, in namespace %s: it hangs, or "
+            "is very slow", len(keys), DELETE_TIMEOUT_S, PROBES,
         )  # fmt: skip
 
 
 def _probe_key(index: int, salt: str) -> ObjectKey:
     chain = chain_hash(chain_root(f"cacheflow link probe {salt}"), [index])
-    return RankKeys().kv(_NAMESPACE, chain.hex(), (0, 1))
+    return RankKeys().kv(PROBES, chain.hex(), (0, 1))
 
 
 def _read_one_s(store: Store, key: ObjectKey, num_bytes: int) -> float:

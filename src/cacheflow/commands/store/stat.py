@@ -14,6 +14,7 @@ from cacheflow.bench.table import Row, size, text_table
 from cacheflow.commands.store.flags import SomeRecordsFlags, duration
 from cacheflow.stores.identity_record import read_identities
 from cacheflow.stores.opening import check_store_url
+from cacheflow.stores.probe import PROBES
 from cacheflow.stores.shared import FoundRecord
 from cacheflow.stores.upkeep import lives_of, open_existing, records_of, space_of
 
@@ -71,6 +72,8 @@ def _print(url: str, flags: StatFlags) -> None:
         stands_for = " ".join(
             f"{name}={parts[name][:16]}" for name in ("dtype", "chunk_tokens", "codec") if name in parts
         )
+        if space == PROBES:
+            stands_for = "probes of a measurement"
         kept = sum(at_s > now_s for at_s in used_s)
         left_s = [lives_s[each.name] for each in held if each.name in lives_s]
         goes = duration(min(left_s)) if left_s else ""
