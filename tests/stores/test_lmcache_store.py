@@ -14,6 +14,7 @@ import pytest
 import cacheflow.stores.timed_calls as timed_calls
 from cacheflow import cli
 from cacheflow.errors import ConfigError, StoreError
+from cacheflow.stores import lmcache_url as urls
 from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome
 from cacheflow.stores.opening import check_store_url, open_store
 from cacheflow.stores.timed_calls import GivenUpError
@@ -30,6 +31,7 @@ RECORD = 4096 + 1000
 OK, MISS, ERROR, CORRUPT = LoadOutcome.OK, LoadOutcome.MISS, LoadOutcome.ERROR, LoadOutcome.CORRUPT
 STORED = PutOutcome.STORED
 needs_lmcache = pytest.mark.lmcache
+ODD = "a\\b'\n\"ü"  # a secret that Python and JSON write otherwise
 
 
 @pytest.fixture
@@ -403,6 +405,32 @@ def test_a_bad_url_is_refused_and_no_secret_repeated(url, said):
     assert "hunter2" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("secrets", "text", "left"),
+    [
+        ({"password": "hunter2"}, "bad value 'hunter2' for password", "bad value '...' for password"),
+        ({"auth": {"token": "hunter2"}}, "'hunter2' in {'token': 'hunter2'}", "'...' in {'token': '...'}"),
+        ({"auth": [["a-key", {"of": "hunter2"}]]}, "a-key:hunter2", "...:..."),
+        ({"user": "hunter", "password": "hunter2"}, "hunter and hunter2", "... and ..."),
+        ({"password": 31337}, "password must be a string, is 31337", "password must be a string, is ..."),
+        ({"password": ODD}, f"{ODD!r} is bad", "'...' is bad"),
+        ({"password": ODD}, json.dumps({"password": ODD}), '{"password": "..."}'),
+        ({"password": ODD}, f"{ODD} is bad", "... is bad"),
+        ({"password": "two  words"}, "two  words is bad", "... is bad"),
+        ({"password": "a.b*c"}, "a.b*c is bad, axbbc is not", "... is bad, axbbc is not"),
+        ({"password": "pas"}, "password 'pas' is bad", "password '...' is bad"),
+        (
+            {"tls": True, "user": "", "ca": None, "db": 0},
+            "True, None, 0: a line\n  and another",
+            "True, None, 0: a line and another",
+        ),
+    ],
+)
+def test_what_lmcache_says_is_said_on_one_line_without_any_secret(secrets, text, left, monkeypatch):
+    monkeypatch.setenv(urls.SECRETS, json.dumps(secrets))
+    assert urls.cleared(text) == left
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr("cacheflow.stores.opening.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package lmcache, .*pip install 'cacheflow-kv\[lmcache\]'"):
@@ -461,3 +489,17 @@ def test_secrets_come_from_the_environment_and_are_never_said(tmp_path, monkeypa
     monkeypatch.setenv("CACHEFLOW_LMCACHE_SECRETS", "not json")
     with pytest.raises(ConfigError, match="CACHEFLOW_LMCACHE_SECRETS must be a JSON object"):
         check_store_url(url)
+
+
+@needs_lmcache
+def test_a_secret_is_not_said_where_lmcache_refuses_it_or_fails_with_it(files, monkeypatch):
+    def fail(config):
+        raise RuntimeError("cannot connect as ['me', 'hunter2']")
+
+    monkeypatch.setenv("CACHEFLOW_LMCACHE_SECRETS", json.dumps({"port": "hunter2", "auth": {"token": "hunter2"}}))
+    with pytest.raises(ConfigError, match=r"LMCache refuses its configuration 'resp': .*port") as refused:
+        check_store_url('lmcache:{"type": "resp", "host": "h", "port": "", "password": ""}')
+    monkeypatch.setattr("cacheflow.stores.lmcache_adapter.create_l2_adapter", fail)
+    with pytest.raises(StoreError, match=r"RuntimeError: cannot connect as \['me', '\.\.\.'\]") as failed:
+        open_store(files, capacity_bytes=CAPACITY)
+    assert "hunter2" not in f"{refused.value!r} {failed.value!r} {failed.value.__cause__!r}"

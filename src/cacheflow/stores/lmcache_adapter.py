@@ -27,6 +27,7 @@ from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 
+from cacheflow.stores.lmcache_url import cleared
 from cacheflow.stores.timed_calls import GivenUpError, TimedCalls, closes_in_time
 from cacheflow.types import Bytes, Clock
 
@@ -277,7 +278,7 @@ class LmcacheAdapter:
             logger.log(
                 logging.DEBUG if self._has_raised else logging.WARNING,
                 "%s raised on the question what has ended; what it does not say is given up after %g s, and further "
-                "failures are logged for debugging only: %r", self, self._timeout_s, error,
+                "failures are logged for debugging only: %s", self, self._timeout_s, cleared(repr(error)),
             )  # fmt: skip
             self._has_raised = True
             return nothing
@@ -296,7 +297,7 @@ def _created(parsed: Any) -> Any:  # noqa: ANN401 - an untyped package
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - somebody else's module
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from None
+        raise OSError(errno.EIO, f"{type(error).__name__}: {cleared(str(error))}") from None
 
 
 def _memory(staging: Bytes) -> TensorMemoryObj:

@@ -16,6 +16,7 @@ SECRETS = "CACHEFLOW_LMCACHE_SECRETS"
 
 FORM = 'lmcache:{"type": "fs_native", "base_path": "/var/cache/kv"}'
 _SECRET = re.compile(r"password|passwd|secret|token|credential|access_key|api_key", re.IGNORECASE)
+_LONG = 4
 _NOT_OURS = ("serde", "eviction")
 """Parts of a configuration that LMCache's storage manager heeds, and an adapter alone does not."""
 
@@ -52,6 +53,10 @@ def with_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: They are no JSON object.
     """
+    return {**settings, **_secrets()}
+
+
+def _secrets() -> dict[str, Any]:
     text = os.environ.get(SECRETS, "{}")
     try:
         secrets = json.loads(text)
@@ -59,14 +64,22 @@ def with_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
         secrets = None
     if not isinstance(secrets, dict):
         raise ConfigError(f"store: the environment variable {SECRETS} must be a JSON object")
-    return {**settings, **secrets}
+    return secrets
 
 
-def cleared(text: str, settings: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
-    """A text of LMCache's without the secrets: what ``settings`` has and ``shown`` has not."""
-    for name, value in settings.items():
-        if name not in shown and value:
-            text = text.replace(str(value), "...")
+def cleared(text: str) -> str:
+    """A text of LMCache's, on one line, without the secrets of the environment.
+
+    Each string and number in them is taken out, however deep it lies, as it is and as Python and JSON write it. One of
+    fewer than ``_LONG`` characters is taken out where it stands alone, and not of the middle of words.
+
+    Raises:
+        ConfigError: They are no JSON object.
+    """
+    written = {form for leaf in _leaves(_secrets()) for form in (leaf, repr(leaf)[1:-1], json.dumps(leaf)[1:-1])}
+    for secret in sorted(written, key=len, reverse=True):  # one may be a part of another
+        part = re.escape(secret)
+        text = re.sub(part if len(secret) >= _LONG else rf"(?<!\w){part}(?!\w)", "...", text)
     return " ".join(text.split())
 
 
@@ -79,3 +92,12 @@ def _named(value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - JSON
     elif isinstance(value, list):
         for inner in value:
             yield from _named(inner)
+
+
+def _leaves(value: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
+    """All strings and numbers, however deep, but for empty ones."""
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    elif value and value is not True:
+        yield str(value)

@@ -330,7 +330,7 @@ def _lmcache(url: StoreUrl) -> Callable[..., Store]:
     try:
         source = AdapterSource.of(settings, timeout_s=timeout_s)
     except Exception as error:  # noqa: BLE001 - somebody else's module
-        said = lmcache_url.cleared(str(error), settings, url.settings)
+        said = lmcache_url.cleared(str(error))
         raise ConfigError(f"store: LMCache refuses its configuration {url.settings['type']!r}: {said}") from None
     return partial(LmcacheStore, source)
 
