@@ -157,6 +157,10 @@ def _read_one_s(store: Store, key: ObjectKey, num_bytes: int) -> float:
     return time.perf_counter() - started_s
 
 
+class _HangsError(StoreError):
+    """A read is under way still."""
+
+
 class _Reads:
     """Pipelined reads of one store; what they tell is kept from one round to the next."""
 
@@ -169,14 +173,21 @@ class _Reads:
         """Seconds that it takes to read all of these."""
         under_way: deque[tuple[GetHandle, Flight, npt.NDArray[np.uint8]]] = deque()
         started_s = time.perf_counter()
-        for key in keys:
-            while len(under_way) >= self._wanted:
+        try:
+            for key in keys:
+                while len(under_way) >= self._wanted:
+                    self._end(under_way)
+                buffer = self._buffers.pop() if self._buffers else np.empty(self._num_bytes, np.uint8)
+                flight = self._meter.begin(time.perf_counter())
+                under_way.append((self._store.submit_get([GetRequest(key, buffer)]), flight, buffer))
+            while under_way:
                 self._end(under_way)
-            buffer = self._buffers.pop() if self._buffers else np.empty(self._num_bytes, np.uint8)
-            flight = self._meter.begin(time.perf_counter())
-            under_way.append((self._store.submit_get([GetRequest(key, buffer)]), flight, buffer))
-        while under_way:
-            self._end(under_way)
+        except _HangsError:
+            raise  # ``cancel`` would wait until the store lets go of the buffers, which nobody else uses
+        except StoreError:
+            for handle, _, _ in under_way:
+                handle.cancel()
+            raise
         return time.perf_counter() - started_s
 
     @property
@@ -194,12 +205,8 @@ class _Reads:
 
 
 def _finish(handle: GetHandle) -> None:
-    """Wait for a read; one that failed or hangs leaves the others as they are, in buffers that nobody else uses.
-
-    ``cancel`` would wait until a store that hangs lets go of its buffer.
-    """
     (outcome,) = handle.wait(READ_TIMEOUT_S)
     if outcome is None:
-        raise StoreError(f"link probe: a read is still pending after {READ_TIMEOUT_S:g} s: the store hangs")
+        raise _HangsError(f"link probe: a read is still pending after {READ_TIMEOUT_S:g} s: the store hangs")
     if outcome is not LoadOutcome.OK:
         raise StoreError(f"link probe: a read ended as {outcome.value}")
