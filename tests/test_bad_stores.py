@@ -24,6 +24,8 @@ def test_a_store_directory_that_is_not_writable_on_the_command_line(
     assert f"store directory {unwritable} cannot be used" in refused("calibrate", model_folder, *quick,
                                                                      "--store", file_url(unwritable))  # fmt: skip
     assert not (tmp_path / "p.json").exists()
+    dead = ("--store", "redis://127.0.0.1:1/0")  # said before the model, which is not there, is looked for
+    assert "redis://127.0.0.1:1/0 cannot be used" in refused(*bench(tmp_path / "no model", tmp_path / "o", *dead))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "store").write_text("kept")
     assert "cannot be used" in refused(*bench(model_folder, tmp_path / "out", "--store", "file"))
