@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from cacheflow.stores.asker import Asker
 from cacheflow.stores.breaker import Breaker
+from cacheflow.threads import start_thread
 from cacheflow.types import Clock
 
 T = TypeVar("T")
@@ -123,7 +124,8 @@ def closes_in_time(close: Callable[[], object]) -> bool:
 
 def ends_in_time(call: Callable[[], object], *, timeout_s: float) -> bool:
     """Carry out a call on a thread of its own, which is left behind where it hangs; whether it has ended."""
-    thread = threading.Thread(target=call, name="cacheflow-ending", daemon=True)
-    thread.start()
+    thread = start_thread(call, name="cacheflow-ending")
+    if thread is None:
+        return False
     thread.join(timeout_s)
     return not thread.is_alive()
