@@ -66,7 +66,9 @@ class Session:
         Its chunks' ends are kept: what the store has lost meanwhile is prefilled in the same chunks, to the same bits.
         """
         self._kv = None
-        self._evicted_ends, self._chunk_ends = self._chunk_ends or self._evicted_ends, ()
+        if self._evicted_ends[: len(self._chunk_ends)] != self._chunk_ends:  # not merely what ``warm`` found of them
+            self._evicted_ends = self._chunk_ends
+        self._chunk_ends = ()
 
     def warm(self, *, cancel: threading.Event | None = None) -> RestoreReport | None:
         """Bring back what the store has of the conversation before its next turn comes.
