@@ -130,7 +130,7 @@ class ConcurrentBatch:
             asked = session.ask(
                 tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, save=save
             )
-            turn = Turn(self._engine, session, asked, exact_kv=self._options.kv_capacity_tokens is not None)
+            turn = Turn(self._engine, session, asked, kv_capacity_tokens=self._options.kv_capacity_tokens)
             reply: Future[Reply] = Future()
             reply.set_running_or_notify_cancel()  # a future's own cancel would not end the restoration
             request = replace(

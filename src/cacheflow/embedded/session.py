@@ -193,17 +193,18 @@ class Session:
         self._engine.runner.token_tensor(prompt)
         return prompt
 
-    def buffer(self, num_tokens: int, *, spare: bool = True) -> KVBuffer:
+    def buffer(self, num_tokens: int, *, most_tokens: int | None = None) -> KVBuffer:
         """A buffer long enough that holds what is resident: the one in use, or a new one.
 
         Args:
             num_tokens: What it must hold.
-            spare: Make a new one longer than that, so that later turns fit too.
+            most_tokens: The one in use is left where it has room for more than so many, and a new one is no longer than
+                it must be; None: a new one is longer, so that later turns fit too.
         """
-        if self._kv is not None and self._kv.capacity >= num_tokens:
+        if self._kv is not None and num_tokens <= self._kv.capacity <= (most_tokens or self._kv.capacity):
             return self._kv
         roomy = min(self._engine.model.max_tokens, max(2 * num_tokens, 1024))
-        grown = self._engine.runner.new_kv(roomy if spare else num_tokens)
+        grown = self._engine.runner.new_kv(roomy if most_tokens is None else num_tokens)
         if self._kv is not None:
             grown.copy_from(self._kv, self.resident_tokens)
         return grown
