@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from cacheflow.embedded.batch_options import BatchOptions
 from cacheflow.embedded.concurrent import ConcurrentBatch
 from cacheflow.embedded.host import Chunking
+from cacheflow.embedded.lookup import StoreLookup
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.arguments import flag, number, require_instance, whole
@@ -50,7 +52,7 @@ class EngineOptions:
             as many as from one attention layer to the next, and on CUDA for as many as keep the link busy
             (``cell_sizes``).
         crossover_tokens: Length from which ``cacheflow_v1`` restores token-wise, measured by calibration.
-        lookup_deadline_s: Longest time to ask the store what it holds.
+        lookup_deadline_s: Longest time to ask the store what it holds; one that hangs costs a turn no more than that.
         executor: Depth and deadlines of reads; None for what suits the device.
         self_test: Check the model against its own forward pass at load.
     """
@@ -122,6 +124,8 @@ class Engine:
         _check_parts(store, costs, link)
         self.model, self.store, self.costs, self.link = model, store, costs, link
         self._closes_store = flag("closes_store", closes_store)
+        self.lookup = StoreLookup(store)
+        weakref.finalize(self, self.lookup.close)  # its threads end with an engine that nobody closes too
         costs.identity.require(model_identity(model))
         device_type = model.device.type
         chunk_tokens = chunk_tokens_of(device_type, self.options.chunk_tokens)
@@ -234,7 +238,11 @@ class Engine:
         return load_model(model, device=identity.device_type, dtype=identity.dtype, flash3=flash3)
 
     def close(self) -> None:
-        """End what the engine opened: the store, where ``open`` was given its URL. Closing again does nothing."""
+        """End what the engine opened: the store, where ``open`` was given its URL. Closing again does nothing.
+
+        A closed engine finds nothing in a store that other processes share.
+        """
+        self.lookup.close()
         if self._closes_store:
             self.store.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from cacheflow.embedded.lookup import StoreLookup
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
@@ -30,6 +31,11 @@ class SessionHost(Protocol):
     @property
     def store(self) -> Store:
         """Where KV is saved."""
+        ...
+
+    @property
+    def lookup(self) -> StoreLookup:
+        """Asks the store what it holds."""
         ...
 
     @property

@@ -84,7 +84,7 @@ class Session:
         check_cancel(cancel)
         if self._chunk_ends or not self.tokens:
             return None
-        match = self._lookup(self.tokens)
+        match = self._lookup(self.tokens, cancel)
         if not match.chunk_ends:
             return None
         kv = self.buffer(len(self.tokens))
@@ -135,7 +135,14 @@ class Session:
         turn = Turn(
             self._engine,
             self,
-            self.ask(tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, save=save),
+            self.ask(
+                tokens,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop_tokens=stop_tokens,
+                save=save,
+                cancel=cancel,
+            ),
         )
         outcome = self._engine.restorer.serve(turn.request(), cancel=cancel)
         return turn.reply(outcome, turn.end(outcome))
@@ -148,18 +155,20 @@ class Session:
         sampling: Sampling | None = None,
         stop_tokens: frozenset[int] = frozenset(),
         save: bool = True,
+        cancel: threading.Event | None = None,
     ) -> TurnPrompt:
         """Check what is asked and look for its prefix; asks the store, computes nothing. Arguments as ``generate``'s.
 
         Raises:
             PromptError: See ``generate``.
             ConfigError: See ``generate``.
+            RestoreCancelled: See ``generate``.
         """
         started_s = time.perf_counter()
         stop_tokens = checked_answer(sampling, stop_tokens, save)
         prompt = self._checked_prompt(tokens, max_new_tokens)
         resident_ends = self._chunk_ends
-        match = self._lookup(prompt) if not resident_ends else PrefixMatch(chunk_ends=(), chain_hashes=())
+        match = self._lookup(prompt, cancel) if not resident_ends else PrefixMatch(chunk_ends=(), chain_hashes=())
         return TurnPrompt(
             started_s=started_s,
             prompt=prompt,
@@ -219,8 +228,8 @@ class Session:
         """What the store has of this conversation."""
         return self._archive
 
-    def _lookup(self, prompt: list[int]) -> PrefixMatch:
-        match = self._archive.find(prompt)
+    def _lookup(self, prompt: list[int], cancel: threading.Event | None) -> PrefixMatch:
+        match = self._archive.find(prompt, cancel=cancel)
         if not match.chunk_ends or self._is_priced(match, len(prompt)):
             return match
         self._evicted_ends = self._evicted_ends or match.chunk_ends  # prefilled in the chunks it was saved in
