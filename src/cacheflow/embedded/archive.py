@@ -37,13 +37,26 @@ class PendingSave:
         """Wait for the writes, then note the partial chunks for later lookups.
 
         Args:
-            timeout_s: Longest wait for the writes; what is still pending counts as failed and goes on.
+            timeout_s: Longest wait for the writes; what is still pending counts as failed and goes on. None: until
+                their deadlines.
         """
         report = self._saver.wait(timeout_s)
         note_s = NOTE_TIMEOUT_S if timeout_s is None else min(timeout_s, NOTE_TIMEOUT_S)
         for parent, length in self._partial:
-            note_partial_chunk(self._engine.store, self._engine.namespace, parent, length, timeout_s=note_s)
+            if not self._note(parent, length, note_s):
+                break
         return report
+
+    def _note(self, parent: bytes, length: int, note_s: float) -> bool:
+        """Note one partial chunk; False where the store hangs, and would in the next note too."""
+        engine, until_s = self._engine, time.monotonic() + note_s
+        if not engine.noting.acquire(timeout=note_s):
+            return False
+        try:
+            noted = note_partial_chunk(engine.store, engine.namespace, parent, length, timeout_s=note_s)
+        finally:
+            engine.noting.release()
+        return noted or time.monotonic() < until_s
 
 
 class PrefixArchive:
@@ -175,7 +188,13 @@ class PrefixArchive:
         hashes = chain_hashes(prompt, ends, salt=self._salt)
         self._claim(hashes)
         geometry = self._geometry(Grid(chunk_ends=ends, num_blocks=engine.num_blocks))
-        saver = PrefixSaver(engine.store, geometry=geometry, namespace=engine.namespace.digest, chain_hashes=hashes)
+        saver = PrefixSaver(
+            engine.store,
+            geometry=geometry,
+            namespace=engine.namespace.digest,
+            chain_hashes=hashes,
+            deadline_s=engine.chunking.save_deadline_s,
+        )
         saver.save_prefix(kv, first_chunk=first_chunk)
         parents, starts = (chain_root(self._salt), *hashes), (0, *ends)
         lengths = [(parents[chunk], ends[chunk] - starts[chunk]) for chunk in range(first_chunk, len(ends))]

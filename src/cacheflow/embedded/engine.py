@@ -53,6 +53,8 @@ class EngineOptions:
             (``cell_sizes``).
         crossover_tokens: Length from which ``cacheflow_v1`` restores token-wise, measured by calibration.
         lookup_deadline_s: Longest time to ask the store what it holds; one that hangs costs a turn no more than that.
+        save_deadline_s: Longest time that a write to the store may take, beside a second for each 10 MB of its save so
+            far. What takes longer counts as failed, and no reply waits for it.
         executor: Depth and deadlines of reads; None for what suits the device.
         self_test: Check the model against its own forward pass at load.
     """
@@ -62,6 +64,7 @@ class EngineOptions:
     layers_per_block: int | None = None
     crossover_tokens: int | None = None
     lookup_deadline_s: float = 1.0
+    save_deadline_s: float = 10.0
     executor: ExecutorOptions | None = None
     self_test: bool = True
 
@@ -77,7 +80,8 @@ class EngineOptions:
             object.__setattr__(self, "layers_per_block", whole("layers_per_block", self.layers_per_block, least=1))
         if self.crossover_tokens is not None:
             object.__setattr__(self, "crossover_tokens", whole("crossover_tokens", self.crossover_tokens))
-        object.__setattr__(self, "lookup_deadline_s", number("lookup_deadline_s", self.lookup_deadline_s, above=0))
+        for key in ("lookup_deadline_s", "save_deadline_s"):
+            object.__setattr__(self, key, number(key, getattr(self, key), above=0))
         if self.executor is not None:
             require_instance("executor", self.executor, ExecutorOptions)
         flag("self_test", self.self_test)
@@ -153,11 +157,12 @@ class Engine:
                 *store.codec_identity(),
             ),
         )
-        self._in_batch = threading.Lock()
+        self._in_batch, self.noting = threading.Lock(), threading.Lock()
         self.chunking = Chunking(
             chunk_tokens=chunk_tokens,
             layers_per_block=layers_per_block,
             lookup_deadline_s=self.options.lookup_deadline_s,
+            save_deadline_s=self.options.save_deadline_s,
         )
         self.num_blocks = num_layer_blocks(model.shape.num_layers, layers_per_block)
         if self.runner.lane is not None:

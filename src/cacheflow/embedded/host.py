@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +60,11 @@ class SessionHost(Protocol):
         ...
 
     @property
+    def noting(self) -> threading.Lock:
+        """Held while a note of a partial chunk is changed: of two changes at once one would be lost."""
+        ...
+
+    @property
     def in_batch(self) -> bool:
         """Whether a batch has the engine to itself."""
         ...
@@ -70,8 +76,9 @@ class SessionHost(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunking:
-    """How prompts are cut into objects, and how long a lookup of them may take."""
+    """How prompts are cut into objects, and how long a lookup of them and a write may take."""
 
     chunk_tokens: int
     layers_per_block: int
     lookup_deadline_s: float
+    save_deadline_s: float

@@ -122,7 +122,8 @@ class Session:
             max_new_tokens: Longest answer.
             sampling: Greedy unless given.
             stop_tokens: The answer ends after one of these.
-            save: Write what this turn prefilled to the store, after the answer; else ``save`` does it later.
+            save: Write what this turn prefilled to the store, after the answer; else ``save`` does it later. The reply
+                waits for the writes, and for none beyond its deadline (``EngineOptions.save_deadline_s``).
             cancel: Set from any thread to give up before the first token; the session stays as it was.
 
         Raises:
@@ -261,7 +262,8 @@ class Session:
 
         Args:
             first_chunk: Skip the chunks before this one.
-            timeout_s: Longest wait, about; writes still pending then are reported as failed and go on. None waits.
+            timeout_s: Longest wait, about; writes still pending then are reported as failed and go on. None waits until
+                their deadlines (``EngineOptions.save_deadline_s``).
 
         Raises:
             ConfigError: ``timeout_s`` or ``first_chunk`` is no number of 0 or more.

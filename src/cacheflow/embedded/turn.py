@@ -242,8 +242,8 @@ class Turn:
         lost = {LoadOutcome.MISS.value, LoadOutcome.CORRUPT.value}
         return 0 if report is not None and lost & report.failed_loads.keys() else self.asked.grid.num_chunks
 
-    def reply(self, outcome: BatchOutcome, pending: PendingSave | None) -> Reply:
-        """The reply, once the save has ended."""
+    def reply(self, outcome: BatchOutcome, pending: PendingSave | None, *, timeout_s: float | None = None) -> Reply:
+        """The reply, once the save has ended; see ``PendingSave.wait``."""
         assert self._port is not None, "answered turns have ports"
         assert self._port.logits is not None, "the prompt always has a suffix"
         asked = self.asked
@@ -255,7 +255,7 @@ class Turn:
             restored_tokens=asked.match.num_tokens,
             suffix_tokens=asked.grid.suffix_tokens,
             report=self._report(outcome),
-            saved=SaveReport() if pending is None else pending.wait(None),
+            saved=SaveReport() if pending is None else pending.wait(timeout_s),
             lookup_timed_out=asked.match.timed_out,
             shared_tokens=self.grid.start if asked.match.chunk_ends else 0,
             itl_s=outcome.itl_s,
