@@ -4,9 +4,13 @@ import threading
 from contextlib import closing, suppress
 
 import pytest
+import torch
 
 from cacheflow.embedded import archive, concurrent
 from cacheflow.errors import RestoreCancelled
+from cacheflow.restore import reaper
+from cacheflow.restore.options import ExecutorOptions
+from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.keys import ObjectKind
 from support.embedded_cases import (
@@ -196,3 +200,48 @@ def test_notes_of_partial_chunks_that_are_saved_at_once_are_all_kept(model, monk
         for prompt in prompts:
             reply = engine.session(history=prompt).generate([1], max_new_tokens=1, save=False)
             assert reply.restored_tokens == len(prompt)
+
+
+# Reads
+
+HASTY = ExecutorOptions(deadline=ReadDeadline(floor_s=0.05))
+
+
+def reapers():
+    return {each for each in threading.enumerate() if each.name == "cacheflow-reaper"}
+
+
+def test_a_turn_is_answered_though_its_reads_hang_and_what_comes_late_harms_nobody(store, model, monkeypatch, caplog):
+    monkeypatch.setattr(reaper, "CLOSE_S", 0.05)
+    reference, before = never_evicted(model), reapers()
+    session = make_engine(model, store, policy="load", executor=HASTY).session()
+    answer(session, turns()[0])
+    for turn in range(1, 3):
+        session.evict()
+        store.reads.clear()
+        played = answer(session, turns()[turn], sampling=sampling_of(turn), save=False)
+        assert reapers() - before, "the reads still hang"
+        assert "has not let go of the buffers" in caplog.text
+        assert set(played.reply.report.failed_loads) == {"late"}
+        store.open_gates()  # what was given up writes into its buffers now
+        assert_same(played, reference[turn])
+        assert torch.equal(session.resident_kv(), reference[turn].kv)
+    eventually(lambda: not reapers() - before)
+    session.evict()
+    assert_same(answer(session, turns()[3], sampling=sampling_of(3)), reference[3])
+
+
+def test_a_batch_ends_though_reads_hang(store, model, monkeypatch):
+    monkeypatch.setattr(reaper, "CLOSE_S", 0.05)
+    before = reapers()
+    engine = make_engine(model, store, policy="load", executor=HASTY)
+    session = engine.session()
+    answer(session, turns()[0])
+    session.evict()
+    store.reads.clear()
+    with engine.concurrent() as batch:
+        pending = batch.submit(session, turns()[1], max_new_tokens=2, save=False)
+    assert reapers() - before, "the reads still hang"
+    assert len(pending.result(0).tokens) == 2
+    store.open_gates()
+    eventually(lambda: not reapers() - before)

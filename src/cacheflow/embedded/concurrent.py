@@ -147,7 +147,8 @@ class ConcurrentBatch:
     def close(self) -> None:
         """Give up what has no answer and end every thread; on return no read is under way. Closing again is harmless.
 
-        Replies whose answers are being saved are waited for, until the deadlines of the writes at most.
+        Replies whose answers are being saved are waited for, until the deadlines of the writes at most. A store that
+        hangs in a read is waited for as ``Session.generate`` does.
         """
         self._executor.close()
         for thread in self._saving:

@@ -117,6 +117,8 @@ class Session:
     ) -> Reply:
         """Answer the conversation so far plus ``tokens``, restoring what was evicted.
 
+        On return no read is under way; a store that hangs in one is given two seconds to let go, then left to itself.
+
         Args:
             tokens: New prompt tokens, at least one.
             max_new_tokens: Longest answer.
