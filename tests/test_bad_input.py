@@ -166,6 +166,7 @@ def test_an_unknown_policy_on_the_command_line(argv, refused, tmp_path, monkeypa
         ({"layers_per_block": -1}, "layers_per_block is -1, must be a whole number of at least 1"),
         ({"lookup_deadline_s": 0.0}, "lookup_deadline_s is 0.0"),
         ({"lookup_deadline_s": float("nan")}, "lookup_deadline_s is nan"),
+        ({"save_deadline_s": 0}, "save_deadline_s is 0"),
     ],
 )
 def test_engine_options_out_of_range(bad, message):

@@ -60,4 +60,4 @@ class SelfTestError(CacheFlowError, RuntimeError):
 
 
 class RestoreCancelled(CacheFlowError):
-    """The caller cancelled a restoration; nothing of it is still running."""
+    """The caller cancelled a restoration; nothing of it is still running, unless a store hangs."""

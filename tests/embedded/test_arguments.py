@@ -226,6 +226,7 @@ ENGINE_OPTIONS = {
     "half a chunk": ({"chunk_tokens": 0.5}, "chunk_tokens is 0.5"),
     "layers true": ({"layers_per_block": True}, "layers_per_block is True"),
     "deadline of text": ({"lookup_deadline_s": "1"}, "lookup_deadline_s is '1'"),
+    "save of text": ({"save_deadline_s": "1"}, "save_deadline_s is '1'"),
     "no policy": ({"policy": None}, "policy is of type NoneType, must be of str"),
     "crossover of text": ({"crossover_tokens": "1"}, "crossover_tokens is '1'"),
     "executor": ({"executor": {}}, "executor is of type dict, must be of ExecutorOptions"),

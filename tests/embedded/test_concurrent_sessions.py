@@ -239,6 +239,20 @@ def test_requests_wait_for_memory_and_all_are_served(store):
     assert_equal_replies(replies, kvs, *expected)
 
 
+def test_a_deadline_counts_from_the_submission_not_from_the_end_of_the_lookup(store):
+    from dataclasses import replace
+
+    from cacheflow.embedded.turn import Turn
+    from support.embedded_cases import make_engine, tiny
+
+    engine = make_engine(tiny(), store)
+    session = engine.session()
+    asked = session.ask([1, 2, 3], max_new_tokens=1)
+    long_ago = replace(asked, started_s=asked.started_s - 45)
+    assert Turn(engine, session, long_ago).request(first_token_within_s=60.0).first_token_within_s <= 15
+    assert Turn(engine, session, long_ago).request().first_token_within_s is None
+
+
 def test_what_can_never_fit_is_refused_with_the_numbers(store):
     from support.embedded_cases import make_engine, tiny
 
@@ -248,6 +262,23 @@ def test_what_can_never_fit_is_refused_with_the_numbers(store):
         with pytest.raises(PromptError, match="84 tokens, memory holds 64"):
             batch.submit(session, list(range(80)), max_new_tokens=4)
         assert len(batch.submit(session, list(range(20)), max_new_tokens=4).result(30).tokens) == 4
+
+
+def test_a_conversation_that_fits_is_served_whatever_room_its_buffer_has(store):
+    from support.embedded_cases import make_engine, tiny
+
+    (first,), (asked,) = prompts_of((100,)), asked_of(1)
+    engine = make_engine(tiny(), store)
+    reference, session = engine.session(), engine.session()
+    for each in (reference, session):
+        each.generate(first, max_new_tokens=2, save=False)
+    expected = reference.generate(asked, max_new_tokens=NEW, save=False)
+    assert session.kv_capacity_tokens == 1024
+    with engine.concurrent(kv_capacity_tokens=400) as batch:
+        reply = batch.submit(session, asked, max_new_tokens=NEW, save=False).result(60)
+    assert reply.resident_tokens == 100  # what is in memory moved to a buffer of its length
+    assert session.kv_capacity_tokens == 102 + len(asked) + NEW
+    assert_equal_replies([reply], [session.resident_kv()], [expected], [reference.resident_kv()])
 
 
 @pytest.mark.parametrize("options", [{"recompute_budget_ms": 1.0}, {"itl_slo_ms": 5.0}])

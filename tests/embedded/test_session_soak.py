@@ -324,8 +324,10 @@ def test_chats_go_on_and_nothing_grows(kind, request, tmp_path, capsys, caplog):
     model, chance = wide_model(), random.Random(SEED)
     period_s = min(10.0, max(0.5, minutes * 60 / 180))
     work_s = max(0.5, minutes)  # from one rest to the next
-    with failing_store(kind, tmp_path, capacity_bytes=capacity_of(model)) as (store, faulty):
-        engine = make_engine(model, store, executor=READS, lookup_deadline_s=0.5)
+    with (
+        failing_store(kind, tmp_path, capacity_bytes=capacity_of(model)) as (store, faulty),
+        make_engine(model, store, executor=READS, lookup_deadline_s=0.5) as engine,
+    ):
         with (
             engine.concurrent(kv_capacity_tokens=KV_TOKENS) as batch,
             Watch(engine, batch, store, period_s=period_s) as watch,

@@ -191,6 +191,18 @@ def test_warm_restores_before_the_turn_comes(store, model):
         assert_same(played, reference[turn])
 
 
+def test_what_warm_did_not_find_is_prefilled_in_its_chunks_after_another_evict(store, model):
+    reference = never_evicted(model)
+    session = make_engine(model, store).session()
+    for turn in range(3):
+        answer(session, turns()[turn], sampling=sampling_of(turn), save=turn == 0)
+    session.evict()
+    assert session.warm() is not None
+    assert session.chunk_ends == reference[0].chunk_ends  # the others were never saved
+    session.evict()
+    assert_same(answer(session, turns()[3], sampling=sampling_of(3)), reference[3])
+
+
 def test_warm_finds_nothing_in_an_empty_store(store, model):
     session = make_engine(model, store).session(history=PROMPT)
     assert session.warm() is None

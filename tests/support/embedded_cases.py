@@ -38,8 +38,9 @@ TURN_TOKENS = (118, 45, 3, 40)
 """Turns end inside a chunk, fill several, are shorter than one."""
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=5)
-PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=30.0))
-"""No read is late on a machine that does other things."""
+PATIENCE_S = 30.0
+PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=PATIENCE_S))
+"""No read is late on a machine that does other things, and no write."""
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def balanced_bytes_per_s(model: LoadedModel, *, cell_s: float = 1e-3) -> float:
 
 def make_engine(model: LoadedModel, store: Store, *, cell_s: float = 1e-3, **options: Any) -> Engine:
     """An engine that expects load and compute to be worth the same."""
-    values = {"chunk_tokens": CHUNK, "executor": PATIENT, "self_test": False, **options}
+    values = {"chunk_tokens": CHUNK, "executor": PATIENT, "self_test": False, "save_deadline_s": PATIENCE_S, **options}
     return Engine(
         model,
         store=store,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from cacheflow.embedded.host import SessionHost
 from cacheflow.engine.cells import CellGeometry
@@ -15,7 +18,7 @@ from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.tiers import over_tiers
 from cacheflow.stores.base import PinOutcome, PrefetchRequest
 from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root, next_key
-from cacheflow.stores.prefix_index import PrefixMatch, find_prefix, note_partial_chunk
+from cacheflow.stores.prefix_index import Contains, PrefixMatch, find_prefix, note_partial_chunk
 
 NOTE_TIMEOUT_S = 1.0
 """For reading and for writing the note of a partial chunk, each."""
@@ -34,13 +37,26 @@ class PendingSave:
         """Wait for the writes, then note the partial chunks for later lookups.
 
         Args:
-            timeout_s: Longest wait for the writes; what is still pending counts as failed and goes on.
+            timeout_s: Longest wait for the writes; what is still pending counts as failed and goes on. None: until
+                their deadlines.
         """
         report = self._saver.wait(timeout_s)
         note_s = NOTE_TIMEOUT_S if timeout_s is None else min(timeout_s, NOTE_TIMEOUT_S)
         for parent, length in self._partial:
-            note_partial_chunk(self._engine.store, self._engine.namespace, parent, length, timeout_s=note_s)
+            if not self._note(parent, length, note_s):
+                break
         return report
+
+    def _note(self, parent: bytes, length: int, note_s: float) -> bool:
+        """Note one partial chunk; False where the store hangs, and would in the next note too."""
+        engine, until_s = self._engine, time.monotonic() + note_s
+        if not engine.noting.acquire(timeout=note_s):
+            return False
+        try:
+            noted = note_partial_chunk(engine.store, engine.namespace, parent, length, timeout_s=note_s)
+        finally:
+            engine.noting.release()
+        return noted or time.monotonic() < until_s
 
 
 class PrefixArchive:
@@ -50,12 +66,16 @@ class PrefixArchive:
         """Look at the engine's store under a salt."""
         self._engine, self._salt = engine, salt
 
-    def find(self, prompt: list[int]) -> PrefixMatch:
+    def find(self, prompt: list[int], *, cancel: threading.Event | None = None) -> PrefixMatch:
         """The longest saved prefix of a prompt, its last token left out; within the engine's lookup deadline.
 
         Of a hybrid model it ends where a checkpoint was saved.
+
+        Raises:
+            RestoreCancelled: ``cancel`` was set while the store was waited for.
         """
-        engine = self._engine
+        engine, deadline_s = self._engine, self._engine.chunking.lookup_deadline_s
+        contains = partial(engine.lookup.contains, until_s=time.perf_counter() + deadline_s, cancel=cancel)
         match = find_prefix(
             engine.store,
             engine.namespace,
@@ -64,9 +84,10 @@ class PrefixArchive:
             salt=self._salt,
             max_tokens=len(prompt) - 1,
             required_keys=self._chunk_keys,
-            deadline_s=engine.chunking.lookup_deadline_s,
+            deadline_s=deadline_s,
+            contains=contains,
         )
-        found = match if engine.model.shape.row_layers == 1 else self._to_checkpoint(match)
+        found = match if engine.model.shape.row_layers == 1 else self._to_checkpoint(match, contains)
         self._claim(found.chain_hashes)
         return found
 
@@ -110,13 +131,16 @@ class PrefixArchive:
         if chunks:
             self._engine.store.claim([each.hex() for each in chunks], tenant=chain_root(self._salt).hex())
 
-    def _to_checkpoint(self, match: PrefixMatch) -> PrefixMatch:
+    def _to_checkpoint(self, match: PrefixMatch, contains: Contains) -> PrefixMatch:
         """As much of a match as ends in a checkpoint whose every object is there."""
         engine, geometry = self._engine, self._one_chunk()
         for length in range(len(match.chain_hashes), 0, -1):
             name = match.chain_hashes[length - 1].hex()
             keys = [state_key(engine.namespace.digest, name, geometry, block) for block in range(engine.num_blocks)]
-            if all(engine.store.contains(keys)):
+            found = contains(keys)
+            if found is None:
+                return PrefixMatch(chunk_ends=(), chain_hashes=(), timed_out=True)
+            if all(found):
                 return replace(match, chunk_ends=match.chunk_ends[:length], chain_hashes=match.chain_hashes[:length])
         return PrefixMatch(chunk_ends=(), chain_hashes=(), timed_out=match.timed_out)
 
@@ -164,7 +188,13 @@ class PrefixArchive:
         hashes = chain_hashes(prompt, ends, salt=self._salt)
         self._claim(hashes)
         geometry = self._geometry(Grid(chunk_ends=ends, num_blocks=engine.num_blocks))
-        saver = PrefixSaver(engine.store, geometry=geometry, namespace=engine.namespace.digest, chain_hashes=hashes)
+        saver = PrefixSaver(
+            engine.store,
+            geometry=geometry,
+            namespace=engine.namespace.digest,
+            chain_hashes=hashes,
+            deadline_s=engine.chunking.save_deadline_s,
+        )
         saver.save_prefix(kv, first_chunk=first_chunk)
         parents, starts = (chain_root(self._salt), *hashes), (0, *ends)
         lengths = [(parents[chunk], ends[chunk] - starts[chunk]) for chunk in range(first_chunk, len(ends))]

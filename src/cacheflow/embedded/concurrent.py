@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -29,6 +29,7 @@ from cacheflow.restore.batch import BatchHandle, BatchOutcome
 from cacheflow.restore.decode_pace import DecodePace
 from cacheflow.restore.executor import BatchExecutor
 from cacheflow.state.batch import Admission, BatchScheduler
+from cacheflow.threads import start_thread
 
 
 class PendingReply:
@@ -90,7 +91,7 @@ class ConcurrentBatch:
             admission=Admission(options.kv_capacity_tokens, starvation_s=options.starvation_s),
             pace=DecodePace(budget_s=options.recompute_budget_ms / 1e3, itl_slo_s=itl_slo_s),
         )
-        self._savers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheflow-save")
+        self._saving: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._busy: set[Conversation] = set()
 
@@ -113,7 +114,7 @@ class ConcurrentBatch:
             max_new_tokens: Longest answer.
             sampling: Greedy unless given.
             stop_tokens: The answer ends after one of these.
-            save: Write what this turn prefilled to the store; the reply waits for it, other requests do not.
+            save: Write what this turn prefilled to the store; this reply waits for it, other requests and replies not.
             deadline_s: Seconds from now until which the first token should be there, for objective ``slo``.
 
         Raises:
@@ -130,7 +131,7 @@ class ConcurrentBatch:
             asked = session.ask(
                 tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, save=save
             )
-            turn = Turn(self._engine, session, asked, exact_kv=self._options.kv_capacity_tokens is not None)
+            turn = Turn(self._engine, session, asked, kv_capacity_tokens=self._options.kv_capacity_tokens)
             reply: Future[Reply] = Future()
             reply.set_running_or_notify_cancel()  # a future's own cancel would not end the restoration
             request = replace(
@@ -144,9 +145,14 @@ class ConcurrentBatch:
         return PendingReply(handle, reply)
 
     def close(self) -> None:
-        """Give up what has no reply and end every thread; on return no read is under way. Closing again is harmless."""
+        """Give up what has no answer and end every thread; on return no read is under way. Closing again is harmless.
+
+        Replies whose answers are being saved are waited for, until the deadlines of the writes at most. A store that
+        hangs in a read is waited for as ``Session.generate`` does.
+        """
         self._executor.close()
-        self._savers.shutdown()
+        for thread in self._saving:
+            thread.join()
         with self._lock:
             on_close, self._on_close = self._on_close, lambda: None
         on_close()
@@ -166,7 +172,7 @@ class ConcurrentBatch:
             self.close()
 
     def _answered(self, reply: Future[Reply], turn: Turn, ended: Future[BatchOutcome]) -> None:
-        """Note the turn in its session and start its save, on the compute thread; the reply comes from another."""
+        """Note the turn in its session and start its save, on the compute thread; another thread waits for that."""
         error = ended.exception()
         pending: PendingSave | None = None
         if error is None:
@@ -177,14 +183,30 @@ class ConcurrentBatch:
         if error is not None:
             self._free(turn.session)
             reply.set_exception(error)
+        elif pending is None:
+            self._reply(reply, turn, ended.result(), None)
         else:
-            self._savers.submit(self._reply, reply, turn, ended.result(), pending)
+            work = (reply, turn, ended.result(), pending)
+            thread = start_thread(self._reply, name="cacheflow-save", args=work)
+            self._saving = [each for each in self._saving if each.is_alive()]
+            if thread is not None:
+                self._saving.append(thread)
+            else:  # the writes go on, but nobody can wait for them
+                self._reply(*work, timeout_s=0.0)
 
-    def _reply(self, reply: Future[Reply], turn: Turn, outcome: BatchOutcome, pending: PendingSave | None) -> None:
-        """Wait for the save, then reply; on the savers' thread."""
+    def _reply(
+        self,
+        reply: Future[Reply],
+        turn: Turn,
+        outcome: BatchOutcome,
+        pending: PendingSave | None,
+        *,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Wait for the save, then reply; on a thread of its own where there is something to wait for."""
         answered: Reply | Exception
         try:
-            answered = turn.reply(outcome, pending)
+            answered = turn.reply(outcome, pending, timeout_s=timeout_s)
         except Exception as failed:  # noqa: BLE001 -- the reply fails with it
             answered = failed
         self._free(turn.session)

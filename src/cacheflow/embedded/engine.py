@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from cacheflow.embedded.batch_options import BatchOptions
 from cacheflow.embedded.concurrent import ConcurrentBatch
 from cacheflow.embedded.host import Chunking
+from cacheflow.embedded.lookup import StoreLookup
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.embedded.session import Session
 from cacheflow.engine.arguments import flag, number, require_instance, whole
@@ -50,7 +52,9 @@ class EngineOptions:
             as many as from one attention layer to the next, and on CUDA for as many as keep the link busy
             (``cell_sizes``).
         crossover_tokens: Length from which ``cacheflow_v1`` restores token-wise, measured by calibration.
-        lookup_deadline_s: Longest time to ask the store what it holds.
+        lookup_deadline_s: Longest time to ask the store what it holds; one that hangs costs a turn no more than that.
+        save_deadline_s: Longest time that a write to the store may take, beside a second for each 10 MB of its save so
+            far. What takes longer counts as failed, and no reply waits for it.
         executor: Depth and deadlines of reads; None for what suits the device.
         self_test: Check the model against its own forward pass at load.
     """
@@ -60,6 +64,7 @@ class EngineOptions:
     layers_per_block: int | None = None
     crossover_tokens: int | None = None
     lookup_deadline_s: float = 1.0
+    save_deadline_s: float = 10.0
     executor: ExecutorOptions | None = None
     self_test: bool = True
 
@@ -75,7 +80,8 @@ class EngineOptions:
             object.__setattr__(self, "layers_per_block", whole("layers_per_block", self.layers_per_block, least=1))
         if self.crossover_tokens is not None:
             object.__setattr__(self, "crossover_tokens", whole("crossover_tokens", self.crossover_tokens))
-        object.__setattr__(self, "lookup_deadline_s", number("lookup_deadline_s", self.lookup_deadline_s, above=0))
+        for key in ("lookup_deadline_s", "save_deadline_s"):
+            object.__setattr__(self, key, number(key, getattr(self, key), above=0))
         if self.executor is not None:
             require_instance("executor", self.executor, ExecutorOptions)
         flag("self_test", self.self_test)
@@ -122,6 +128,8 @@ class Engine:
         _check_parts(store, costs, link)
         self.model, self.store, self.costs, self.link = model, store, costs, link
         self._closes_store = flag("closes_store", closes_store)
+        self.lookup = StoreLookup(store)
+        weakref.finalize(self, self.lookup.close)  # its threads end with an engine that nobody closes too
         costs.identity.require(model_identity(model))
         device_type = model.device.type
         chunk_tokens = chunk_tokens_of(device_type, self.options.chunk_tokens)
@@ -149,11 +157,12 @@ class Engine:
                 *store.codec_identity(),
             ),
         )
-        self._in_batch = threading.Lock()
+        self._in_batch, self.noting = threading.Lock(), threading.Lock()
         self.chunking = Chunking(
             chunk_tokens=chunk_tokens,
             layers_per_block=layers_per_block,
             lookup_deadline_s=self.options.lookup_deadline_s,
+            save_deadline_s=self.options.save_deadline_s,
         )
         self.num_blocks = num_layer_blocks(model.shape.num_layers, layers_per_block)
         if self.runner.lane is not None:
@@ -234,7 +243,11 @@ class Engine:
         return load_model(model, device=identity.device_type, dtype=identity.dtype, flash3=flash3)
 
     def close(self) -> None:
-        """End what the engine opened: the store, where ``open`` was given its URL. Closing again does nothing."""
+        """End what the engine opened: the store, where ``open`` was given its URL. Closing again does nothing.
+
+        A closed engine finds nothing in a store that other processes share.
+        """
+        self.lookup.close()
         if self._closes_store:
             self.store.close()
 

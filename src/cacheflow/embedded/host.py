@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Protocol
 
+from cacheflow.embedded.lookup import StoreLookup
 from cacheflow.embedded.restorer import Restorer
 from cacheflow.engine.model import LoadedModel
 from cacheflow.engine.runner import LayerRunner
@@ -33,6 +35,11 @@ class SessionHost(Protocol):
         ...
 
     @property
+    def lookup(self) -> StoreLookup:
+        """Asks the store what it holds."""
+        ...
+
+    @property
     def namespace(self) -> Namespace:
         """What KV of this engine is interchangeable with."""
         ...
@@ -53,6 +60,11 @@ class SessionHost(Protocol):
         ...
 
     @property
+    def noting(self) -> threading.Lock:
+        """Held while a note of a partial chunk is changed: of two changes at once one would be lost."""
+        ...
+
+    @property
     def in_batch(self) -> bool:
         """Whether a batch has the engine to itself."""
         ...
@@ -64,8 +76,9 @@ class SessionHost(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunking:
-    """How prompts are cut into objects, and how long a lookup of them may take."""
+    """How prompts are cut into objects, and how long a lookup of them and a write may take."""
 
     chunk_tokens: int
     layers_per_block: int
     lookup_deadline_s: float
+    save_deadline_s: float

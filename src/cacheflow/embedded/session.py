@@ -66,7 +66,9 @@ class Session:
         Its chunks' ends are kept: what the store has lost meanwhile is prefilled in the same chunks, to the same bits.
         """
         self._kv = None
-        self._evicted_ends, self._chunk_ends = self._chunk_ends or self._evicted_ends, ()
+        if self._evicted_ends[: len(self._chunk_ends)] != self._chunk_ends:  # not merely what ``warm`` found of them
+            self._evicted_ends = self._chunk_ends
+        self._chunk_ends = ()
 
     def warm(self, *, cancel: threading.Event | None = None) -> RestoreReport | None:
         """Bring back what the store has of the conversation before its next turn comes.
@@ -82,7 +84,7 @@ class Session:
         check_cancel(cancel)
         if self._chunk_ends or not self.tokens:
             return None
-        match = self._lookup(self.tokens)
+        match = self._lookup(self.tokens, cancel)
         if not match.chunk_ends:
             return None
         kv = self.buffer(len(self.tokens))
@@ -115,12 +117,15 @@ class Session:
     ) -> Reply:
         """Answer the conversation so far plus ``tokens``, restoring what was evicted.
 
+        On return no read is under way; a store that hangs in one is given two seconds to let go, then left to itself.
+
         Args:
             tokens: New prompt tokens, at least one.
             max_new_tokens: Longest answer.
             sampling: Greedy unless given.
             stop_tokens: The answer ends after one of these.
-            save: Write what this turn prefilled to the store, after the answer; else ``save`` does it later.
+            save: Write what this turn prefilled to the store, after the answer; else ``save`` does it later. The reply
+                waits for the writes, and for none beyond its deadline (``EngineOptions.save_deadline_s``).
             cancel: Set from any thread to give up before the first token; the session stays as it was.
 
         Raises:
@@ -133,7 +138,14 @@ class Session:
         turn = Turn(
             self._engine,
             self,
-            self.ask(tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, save=save),
+            self.ask(
+                tokens,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop_tokens=stop_tokens,
+                save=save,
+                cancel=cancel,
+            ),
         )
         outcome = self._engine.restorer.serve(turn.request(), cancel=cancel)
         return turn.reply(outcome, turn.end(outcome))
@@ -146,18 +158,20 @@ class Session:
         sampling: Sampling | None = None,
         stop_tokens: frozenset[int] = frozenset(),
         save: bool = True,
+        cancel: threading.Event | None = None,
     ) -> TurnPrompt:
         """Check what is asked and look for its prefix; asks the store, computes nothing. Arguments as ``generate``'s.
 
         Raises:
             PromptError: See ``generate``.
             ConfigError: See ``generate``.
+            RestoreCancelled: See ``generate``.
         """
         started_s = time.perf_counter()
         stop_tokens = checked_answer(sampling, stop_tokens, save)
         prompt = self._checked_prompt(tokens, max_new_tokens)
         resident_ends = self._chunk_ends
-        match = self._lookup(prompt) if not resident_ends else PrefixMatch(chunk_ends=(), chain_hashes=())
+        match = self._lookup(prompt, cancel) if not resident_ends else PrefixMatch(chunk_ends=(), chain_hashes=())
         return TurnPrompt(
             started_s=started_s,
             prompt=prompt,
@@ -191,17 +205,18 @@ class Session:
         self._engine.runner.token_tensor(prompt)
         return prompt
 
-    def buffer(self, num_tokens: int, *, spare: bool = True) -> KVBuffer:
+    def buffer(self, num_tokens: int, *, most_tokens: int | None = None) -> KVBuffer:
         """A buffer long enough that holds what is resident: the one in use, or a new one.
 
         Args:
             num_tokens: What it must hold.
-            spare: Make a new one longer than that, so that later turns fit too.
+            most_tokens: The one in use is left where it has room for more than so many, and a new one is no longer than
+                it must be; None: a new one is longer, so that later turns fit too.
         """
-        if self._kv is not None and self._kv.capacity >= num_tokens:
+        if self._kv is not None and num_tokens <= self._kv.capacity <= (most_tokens or self._kv.capacity):
             return self._kv
         roomy = min(self._engine.model.max_tokens, max(2 * num_tokens, 1024))
-        grown = self._engine.runner.new_kv(roomy if spare else num_tokens)
+        grown = self._engine.runner.new_kv(roomy if most_tokens is None else num_tokens)
         if self._kv is not None:
             grown.copy_from(self._kv, self.resident_tokens)
         return grown
@@ -216,8 +231,8 @@ class Session:
         """What the store has of this conversation."""
         return self._archive
 
-    def _lookup(self, prompt: list[int]) -> PrefixMatch:
-        match = self._archive.find(prompt)
+    def _lookup(self, prompt: list[int], cancel: threading.Event | None) -> PrefixMatch:
+        match = self._archive.find(prompt, cancel=cancel)
         if not match.chunk_ends or self._is_priced(match, len(prompt)):
             return match
         self._evicted_ends = self._evicted_ends or match.chunk_ends  # prefilled in the chunks it was saved in
@@ -249,7 +264,8 @@ class Session:
 
         Args:
             first_chunk: Skip the chunks before this one.
-            timeout_s: Longest wait, about; writes still pending then are reported as failed and go on. None waits.
+            timeout_s: Longest wait, about; writes still pending then are reported as failed and go on. None waits until
+                their deadlines (``EngineOptions.save_deadline_s``).
 
         Raises:
             ConfigError: ``timeout_s`` or ``first_chunk`` is no number of 0 or more.

@@ -82,8 +82,8 @@ class Conversation(Protocol):
         """Tokens that the buffer in memory has room for; 0 without one."""
         ...
 
-    def buffer(self, num_tokens: int, *, spare: bool = True) -> KVBuffer:
-        """A buffer long enough that holds what is resident."""
+    def buffer(self, num_tokens: int, *, most_tokens: int | None = None) -> KVBuffer:
+        """A buffer long enough, and with room for ``most_tokens`` at most, that holds what is resident."""
         ...
 
     def note_turn(self, prompt: list[int], chunk_ends: tuple[int, ...], kv: KVBuffer, answer: Sequence[int]) -> None:
@@ -107,13 +107,13 @@ class Turn:
     """
 
     def __init__(
-        self, engine: SessionHost, session: Conversation, asked: TurnPrompt, *, exact_kv: bool = False
+        self, engine: SessionHost, session: Conversation, asked: TurnPrompt, *, kv_capacity_tokens: int | None = None
     ) -> None:
-        """Allocate nothing yet; ``exact_kv`` for a buffer no longer than the turn needs."""
+        """Allocate nothing yet; within ``kv_capacity_tokens``, which it shares with others, where that is given."""
         self.session, self.asked, self.grid = session, asked, asked.restore_grid
         self.kv: KVBuffer | None = None
         self.tokens: list[int] = []
-        self._engine, self._exact_kv = engine, exact_kv
+        self._engine, self._kv_capacity_tokens = engine, kv_capacity_tokens
         self._port: EngineComputePort | None = None
         self._decoded: RunningStates | None = None
         self._sampler = TokenSampler(asked.sampling)
@@ -123,15 +123,24 @@ class Turn:
         """The turn as an executor takes it.
 
         Args:
-            first_token_within_s: Seconds from now until which the first token should be there.
+            first_token_within_s: Seconds from when it was asked until which the first token should be there; None for
+                no matter when.
         """
+        if first_token_within_s is not None:
+            first_token_within_s -= time.perf_counter() - self.asked.started_s  # the lookup's are gone
         return BatchRequest(
             problem=self._problem(),
             prepare=self._prepare,
-            num_tokens=max(self.asked.num_tokens, self.session.kv_capacity_tokens),
+            num_tokens=self._kv_tokens(),
             first_token_within_s=first_token_within_s,
             tag=self,
         )
+
+    def _kv_tokens(self) -> int:
+        """Tokens of the buffer that ``_prepare`` takes: the session's, or a new one where that is too short or long."""
+        needed, held = self.asked.num_tokens, self.session.kv_capacity_tokens
+        most = self._kv_capacity_tokens
+        return max(needed, held) if most is None or held <= most else needed
 
     def _problem(self) -> RestoreProblem:
         """What ``grid`` costs. New tokens alone are served outside the measured range too, at a guess."""
@@ -149,7 +158,7 @@ class Turn:
         """Allocate the buffer and open the ports; shares the longest prefix that another turn restores."""
         engine, asked = self._engine, self.asked
         if self.kv is None:
-            self.kv = self.session.buffer(asked.num_tokens, spare=not self._exact_kv)
+            self.kv = self.session.buffer(asked.num_tokens, most_tokens=self._kv_capacity_tokens)
         self.grid = asked.restore_grid
         follow = self._find_leader(running)
         layers_per_block = engine.chunking.layers_per_block
@@ -233,8 +242,8 @@ class Turn:
         lost = {LoadOutcome.MISS.value, LoadOutcome.CORRUPT.value}
         return 0 if report is not None and lost & report.failed_loads.keys() else self.asked.grid.num_chunks
 
-    def reply(self, outcome: BatchOutcome, pending: PendingSave | None) -> Reply:
-        """The reply, once the save has ended."""
+    def reply(self, outcome: BatchOutcome, pending: PendingSave | None, *, timeout_s: float | None = None) -> Reply:
+        """The reply, once the save has ended; see ``PendingSave.wait``."""
         assert self._port is not None, "answered turns have ports"
         assert self._port.logits is not None, "the prompt always has a suffix"
         asked = self.asked
@@ -246,7 +255,7 @@ class Turn:
             restored_tokens=asked.match.num_tokens,
             suffix_tokens=asked.grid.suffix_tokens,
             report=self._report(outcome),
-            saved=SaveReport() if pending is None else pending.wait(None),
+            saved=SaveReport() if pending is None else pending.wait(timeout_s),
             lookup_timed_out=asked.match.timed_out,
             shared_tokens=self.grid.start if asked.match.chunk_ends else 0,
             itl_s=outcome.itl_s,

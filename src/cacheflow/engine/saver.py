@@ -10,6 +10,7 @@ copies the next one.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.staging import StagingBuffer
 from cacheflow.tensors.streams import StreamEvent
 
+SLOWEST_BYTES_PER_S = 10e6
+"""A save may take as long as this link would; one below it is not worth restoring from."""
 TOKEN_AXES = (2,)
 """Axes of an object's shape along which its tokens lie."""
 
@@ -50,9 +53,22 @@ class SaveReport:
 class PrefixSaver:
     """Saves one prefix; call from one thread. Writes run on the store's threads."""
 
-    def __init__(self, store: Store, *, geometry: CellGeometry, namespace: str, chain_hashes: Sequence[bytes]) -> None:
-        """Save under ``namespace`` (``Namespace.digest``) and one chain hash per chunk of the geometry's grid."""
+    def __init__(
+        self,
+        store: Store,
+        *,
+        geometry: CellGeometry,
+        namespace: str,
+        chain_hashes: Sequence[bytes],
+        deadline_s: float | None = None,
+    ) -> None:
+        """Save under ``namespace`` (``Namespace.digest``) and one chain hash per chunk of the geometry's grid.
+
+        A write is late, and counts as failed, ``deadline_s`` after what it and all before it take at
+        ``SLOWEST_BYTES_PER_S``; None: never. What is late may go on: the store has its bytes to itself.
+        """
         self._store = store
+        self._deadline_s, self._num_bytes = deadline_s, 0
         self._geometry = geometry
         self._namespace = namespace
         self._chain = [each.hex() for each in chain_hashes]
@@ -101,7 +117,7 @@ class PrefixSaver:
             for block, payload in enumerate(payloads):
                 key = cell_key(self._namespace, self._chain[chunk], self._geometry, Cell(chunk, block))
                 requests.append(self._request(key, payload))
-            self._handles.append(self._store.submit_put(requests, priority=Priority.SAVE))
+            self._submit(requests, sum(payload.nbytes for payload in payloads))
         if kv.checkpoint is not None and self._chain:
             for block in self._blocks:
                 key = state_key(self._namespace, self._chain[-1], self._geometry, block)
@@ -116,11 +132,17 @@ class PrefixSaver:
         ends_s = None if timeout_s is None else time.monotonic() + timeout_s
         outcomes = self._outcomes(ends_s)
         if self._states and all(each in (PutOutcome.STORED, PutOutcome.EXISTS) for each in outcomes):
-            self._handles.append(self._store.submit_put(self._states, priority=Priority.SAVE))
+            self._num_bytes = 0  # what came before has been written
+            self._submit(self._states, sum(math.prod(request.shape) for request in self._states))
             self._states = []
             outcomes = self._outcomes(ends_s)
         written, existing = outcomes.count(PutOutcome.STORED), outcomes.count(PutOutcome.EXISTS)
         return SaveReport(num_written=written, num_existing=existing, num_failed=len(outcomes) - written - existing)
+
+    def _submit(self, requests: Sequence[PutRequest], num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        deadline_s = None if self._deadline_s is None else self._deadline_s + self._num_bytes / SLOWEST_BYTES_PER_S
+        self._handles.append(self._store.submit_put(requests, priority=Priority.SAVE, deadline_s=deadline_s))
 
     def _outcomes(self, ends_s: float | None) -> list[PutOutcome | None]:
         outcomes: list[PutOutcome | None] = []

@@ -38,7 +38,8 @@ def execute(
 ) -> RestoreReport:
     """Restore every cell of ``state``'s grid, run the suffix, and report what happened; computes on this thread.
 
-    On return nothing of the restoration is running: no thread, no read that touches a buffer.
+    On return nothing of the restoration is running: no thread, no read that touches a buffer. Of a store that hangs in
+    a read for longer than ``reaper.CLOSE_S`` the read is left, with a staging buffer that is given to nobody else.
 
     Args:
         state: A fresh state machine; its plan decides who does what.
@@ -65,7 +66,7 @@ def serve(
 ) -> BatchOutcome:
     """Serve one request alone: restore its prefix and make its answer, on this thread.
 
-    On return nothing of it is running: no thread, no read that touches a buffer.
+    On return nothing of it is running, but for what ``execute`` says of a store that hangs.
 
     Args:
         request: What is asked for.
@@ -141,8 +142,9 @@ class BatchExecutor(Generic[T]):
                 self._jobs.changed.wait()
 
     def close(self) -> None:
-        """Give up what has not ended and end both threads; on return no read is under way. Closing again is harmless.
+        """Give up what has not ended and end both threads; on return no read is under way, but see ``execute``.
 
+        Closing again is harmless.
         Not for callbacks of handles: it waits for the thread that they run on.
         """
         self._jobs.close()

@@ -178,7 +178,8 @@ class Reads(Generic[T]):
         """End the I/O thread and give every read up; owners are not notified.
 
         Args:
-            wait: Return only once no store touches a buffer any more; without it a store that hangs holds up nobody.
+            wait: Give stores ``reaper.CLOSE_S`` to let go of the staging buffers. A store that hangs for longer keeps
+                those; they are staging buffers of its reads alone.
         """
         with self._changed:
             self._closed = True

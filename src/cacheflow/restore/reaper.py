@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from typing import Any
 
 from cacheflow.restore.ports import TransferPort
@@ -12,6 +13,8 @@ from cacheflow.threads import start_thread
 
 logger = logging.getLogger(__name__)
 
+CLOSE_S = 2.0
+"""A store that hangs is waited for so long at the end, then it keeps the buffers of its reads until it lets go."""
 MAX_THREADS = 4
 """A store that hangs in one read need not hang in the next: so many may hang before tickets queue up."""
 
@@ -45,13 +48,26 @@ class TicketReaper:
             logger.exception("transfer port raised on cancel")
 
     def close(self, *, wait: bool) -> None:
-        """Let every thread end once it has nothing left to cancel; ``wait`` for that."""
+        """Let every thread end once it has nothing left to cancel; ``wait`` for that, for ``CLOSE_S`` at most.
+
+        A thread that is left hands its ticket back when the store has let go of the buffer: nobody else has it before.
+        """
         with self._lock:
             threads = list(self._threads)
         for _ in threads:
             self._queue.put(None)
-        for thread in threads if wait else ():
-            thread.join()
+        if not wait:
+            return
+        until_s = time.monotonic() + CLOSE_S
+        for thread in threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
+        if num_left := sum(thread.is_alive() for thread in threads):
+            logger.warning(
+                "a store has not let go of the buffers of reads that were given up %g s ago: %d threads wait for it, "
+                "and nothing else does",
+                CLOSE_S,
+                num_left,
+            )
 
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:

@@ -32,6 +32,9 @@ PROBE_CHUNKS = 64
 RequiredKeys = Callable[[bytes], Sequence[ObjectKey]]
 """From the chain hash at the end of a chunk to every object a restoration of that chunk needs."""
 
+Contains = Callable[[Sequence[ObjectKey]], Sequence[bool] | None]
+"""Whether each object is there; None where the store did not say so in time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixMatch:
@@ -98,6 +101,7 @@ def find_prefix(  # noqa: PLR0913 - a question of many parts, all but three by k
     max_tokens: int | None = None,
     deadline_s: float | None = None,
     clock: Clock = time.perf_counter,
+    contains: Contains | None = None,
 ) -> PrefixMatch:
     """Find the longest run of saved chunks from the start of a prompt; blocks the caller.
 
@@ -116,6 +120,8 @@ def find_prefix(  # noqa: PLR0913 - a question of many parts, all but three by k
         deadline_s: Seconds from now after which the search ends with what it has; None for no deadline. It is
             looked at between questions to the store.
         clock: Monotonic clock.
+        contains: Asks the store, such as one that may hang; an answer of None ends the search as the deadline does.
+            None: ``store.contains``.
 
     Raises:
         ConfigError: ``chunk_tokens`` is below 1 or ``max_tokens`` below 0.
@@ -132,6 +138,7 @@ def find_prefix(  # noqa: PLR0913 - a question of many parts, all but three by k
         salt=salt,
         end_s=float("inf") if deadline_s is None else clock() + deadline_s,
         clock=clock,
+        contains=contains or store.contains,
     )
     ends: list[int] = []
     hashes: list[bytes] = []
@@ -157,6 +164,7 @@ class _Search:
     salt: str
     end_s: float
     clock: Clock
+    contains: Contains
     timed_out: bool = False
 
     def full_chunks(self, start: int, parent: bytes) -> list[tuple[int, bytes]]:
@@ -168,7 +176,7 @@ class _Search:
         """``(end, chain hash)`` of the longest noted chunk after ``start`` that is there, or nothing."""
         room = len(self.tokens) - start
         key = next_key(self.namespace.digest, parent)
-        if room < 1 or self._is_over() or not self.store.contains([key])[0]:
+        if room < 1 or self._is_over() or not self._contained([key])[0]:
             return []
         left_s = self.end_s - self.clock()
         noted = _read_noted(self.store, key, timeout_s=None if left_s == float("inf") else max(left_s, 0.0))
@@ -183,13 +191,18 @@ class _Search:
             return []
         hashes = chain_hashes(self.tokens[start : start + ends[-1]], ends, self.salt, parent=parent)
         required = [self.required_keys(chain) for chain in hashes]
-        contained = iter(self.store.contains([key for keys in required for key in keys]))
+        contained = iter(self._contained([key for keys in required for key in keys]))
         found = []
         for end, chain, keys in zip(ends, hashes, required, strict=True):
             if not all(list(itertools.islice(contained, len(keys)))):  # takes one answer per key
                 break
             found.append((start + end, chain))
         return found
+
+    def _contained(self, keys: Sequence[ObjectKey]) -> Sequence[bool]:
+        found = self.contains(keys)
+        self.timed_out = self.timed_out or found is None
+        return (False,) * len(keys) if found is None else found
 
     def _is_over(self) -> bool:
         self.timed_out = self.timed_out or self.clock() >= self.end_s
