@@ -22,7 +22,7 @@ from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.checkpoints import RequestCheckpoints, StatesUnderWay
 from cacheflow.vllm.scheduler.decide import Decider, Decision
-from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, UNNAMED, Siblings, answer_of
+from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, STREAMS, UNNAMED, Siblings, answer_of
 from cacheflow.vllm.scheduler.keeps import Keeps
 from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
@@ -114,7 +114,7 @@ class SchedulerSide:
         if view.request_id in self.requests:
             return
         params = RequestParams.of(view.params, self._keep_limits)
-        if not view.hashable:
+        if view.streams or not view.hashable:
             params = replace(params, mode=Mode.OFF)
         elif view.computes_all:
             params = replace(params, max_load_tokens=0)
@@ -131,8 +131,10 @@ class SchedulerSide:
         )
         self.requests[view.request_id] = request
         self._siblings.join(view.request_id)
-        if params.mode is Mode.OFF:
-            request.reason = "the request asked for 'off'" if view.hashable else UNNAMED
+        if view.streams or not view.hashable:
+            request.reason = STREAMS if view.streams else UNNAMED
+        elif params.mode is Mode.OFF:
+            request.reason = "the request asked for 'off'"
         self._begin_name(request)
         self._prefetches.arrived(request)
 
