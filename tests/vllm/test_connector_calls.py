@@ -127,6 +127,40 @@ def test_sleep_mode_is_declined_however_vllm_asks():
     assert CacheFlowConnector.__new__(CacheFlowConnector).supports_sleep_mode(SimpleNamespace()) is False
 
 
+class PassesOver(SchedulerSide):
+    """A scheduler side that notes what it is told of loads that are not its own."""
+
+    def __init__(self):
+        self.told = []
+
+    def passed_over(self, request_id, *, num_loaded):
+        self.told.append(num_loaded)
+
+
+@pytest.mark.parametrize(
+    ("num_external", "changes", "told"),
+    [
+        (0, {}, 0),
+        (128, {}, 128),
+        (0, {"num_preemptions": 1}, None),  # what vLLM counted before the preemption
+        (None, {}, None),  # vLLM counts until the first token
+        (None, {"skip_reading_prefix_cache": True}, 0),
+        (0, {"skip_reading_prefix_cache": True}, 0),
+    ],
+)
+def test_that_a_request_begins_is_told_with_what_vllm_knows_to_be_loaded_now(num_external, changes, told):
+    """Also of one that vLLM computes all of: it queues no longer, and its place is another's."""
+    from cacheflow.vllm.connector import CacheFlowConnector, CacheFlowHandshake
+
+    connector, side = CacheFlowConnector.__new__(CacheFlowConnector), PassesOver()
+    connector.begin(SideStart(side))
+    connector.set_xfer_handshake_metadata_pp_aware({(0, 0): CacheFlowHandshake(None)})
+    stats = None if num_external is None else SimpleNamespace(num_external_cached_tokens=num_external)
+    made = {"request_id": "a", "skip_reading_prefix_cache": False, "num_preemptions": 0, "prefill_stats": stats}
+    connector.update_state_after_alloc(SimpleNamespace(**made | changes), None, 0)
+    assert side.told == [told]
+
+
 # Sessions whose input streams
 
 

@@ -201,11 +201,8 @@ class CacheFlowConnector(KVConnectorBase_V1):
             end = len(kv_blocks) * self._groups.block_size
             states = self._target_states(request.request_id, blocks, end)
             self.scheduler_side.allocated(request.request_id, kv_blocks, num_external_tokens, states)
-        elif not request.skip_reading_prefix_cache:
-            stats = request.prefill_stats
-            self.scheduler_side.passed_over(
-                request.request_id, num_loaded=None if stats is None else stats.num_external_cached_tokens
-            )
+        else:
+            self.scheduler_side.passed_over(request.request_id, num_loaded=_num_loaded(request))
 
     def _target_states(self, request_id: str, blocks: Any, end: int) -> TargetStates:
         """Where the running states of a request stand whose blocks were set aside up to token ``end``."""
@@ -378,6 +375,17 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """What carries work out, on a worker's connector, once the handshake has been made."""
         assert isinstance(self._side, WorkerSide), "called on the scheduler's connector, or before the handshake"
         return self._side
+
+
+def _num_loaded(request: Any) -> int | None:
+    """Tokens that some connector loads for a request; None where vLLM does not say.
+
+    It counts them until the request has its first token, and no more once it was preempted: the number stays then.
+    """
+    if request.skip_reading_prefix_cache:
+        return 0
+    stats = request.prefill_stats
+    return None if stats is None or request.num_preemptions else int(stats.num_external_cached_tokens)
 
 
 def _check_transfer(transfer: Any) -> None:

@@ -15,6 +15,7 @@ from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.lookup import QUEUED_S
 from cacheflow.vllm.scheduler.view import ScheduledRequest
+from cacheflow.vllm.step import ModelNews, WeightsChange
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, costs, facts, tokens
 
 pytestmark = pytest.mark.torch
@@ -610,3 +611,23 @@ def test_the_second_call_for_a_restored_request_is_no_pass_over():
     answer = case.side.finished("a")
     assert "cacheflow_reason" not in answer
     assert [record["outcome"] for record in answer["cacheflow"]] == ["done"]
+
+
+@pytest.mark.parametrize("num_saved", [0, 3])
+@pytest.mark.parametrize("num_loaded", [4 * CHUNK, None])
+def test_what_another_connector_loads_after_a_preemption_is_not_saved_under_the_new_weights_name(num_saved, num_loaded):
+    """Whether or not a restoration of ours came before: vLLM resets no other connector when weights change."""
+    case = Case()
+    case.arrive("a", case.saved_prompt(4 * CHUNK + 5, num_saved))
+    if num_saved:
+        case.begin("a")
+        Worker(case).run()
+    else:
+        assert case.matched("a") == 0
+    case.side.passed_over("a", num_loaded=0)
+    change = WeightsChange(version=1, how="reload_weights", announced=True)
+    case.step(ScheduledRequest("a", 4 * CHUNK + 5, 5), busy=5)
+    case.side.take_news({0: ModelNews(weights=change)})
+    assert case.matched("a", num_preemptions=1) == 0
+    case.side.passed_over("a", num_loaded=num_loaded)
+    assert case.step(ScheduledRequest("a", 4 * CHUNK + 5, 5), busy=5).saves == ()

@@ -193,7 +193,7 @@ class SchedulerSide:
         request = self.requests.get(request_id)
         if request is None:
             return 0
-        request.asked_by_vllm, request.num_local, request.num_loaded = True, num_computed, 0
+        request.asked_by_vllm, request.taken_up, request.num_local, request.num_loaded = True, False, num_computed, 0
         if self._prefetches.look_anew(request):
             request.decision = None
         self._ask_anew(request, num_preemptions)
@@ -286,6 +286,7 @@ class SchedulerSide:
         self._prefetches.left(request_id)
         self.restorations.start(request, offered, block_ids, states)
         request.decision = request.offered = None
+        request.taken_up = True
 
     def passed_over(self, request_id: str, *, num_loaded: int | None) -> None:
         """Note that vLLM has set blocks aside without asking for a restoration.
@@ -294,7 +295,7 @@ class SchedulerSide:
         """
         self._prefetches.left(request_id)
         request = self.requests.get(request_id)
-        if request is None or request.records or self.restorations.restoring(request_id):
+        if request is None or request.taken_up:
             return  # vLLM calls again when our own restoration has ended
         request.num_loaded = 1 if num_loaded is None else num_loaded
         if num_loaded or request.offered is not None:
