@@ -148,17 +148,18 @@ class PassesOver(SchedulerSide):
         (0, {"skip_reading_prefix_cache": True}, 0),
     ],
 )
-def test_that_a_request_begins_is_told_with_what_vllm_knows_to_be_loaded_now(num_external, changes, told):
+@pytest.mark.parametrize("alone", [False, True])
+def test_that_a_request_begins_is_told_with_what_vllm_knows_to_be_loaded_now(num_external, changes, told, alone):
     """Also of one that vLLM computes all of: it queues no longer, and its place is another's."""
     from cacheflow.vllm.connector import CacheFlowConnector, CacheFlowHandshake
 
     connector, side = CacheFlowConnector.__new__(CacheFlowConnector), PassesOver()
     connector.begin(SideStart(side))
-    connector.set_xfer_handshake_metadata_pp_aware({(0, 0): CacheFlowHandshake(None)})
+    connector.set_xfer_handshake_metadata_pp_aware({(0, 0): CacheFlowHandshake(None, alone=alone)})
     stats = None if num_external is None else SimpleNamespace(num_external_cached_tokens=num_external)
     made = {"request_id": "a", "skip_reading_prefix_cache": False, "num_preemptions": 0, "prefill_stats": stats}
     connector.update_state_after_alloc(SimpleNamespace(**made | changes), None, 0)
-    assert side.told == [told]
+    assert side.told == [0 if alone else told]
 
 
 # Sessions whose input streams

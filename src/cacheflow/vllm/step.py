@@ -141,11 +141,14 @@ class WeightsChange:
         version: How often they have, by now.
         how: By what, for people.
         announced: By a method that vLLM offers; otherwise a sample differed, and when it happened is not known.
+        before_forward: It was announced before the forward of the step that reports it: that computed nothing with the
+            weights before.
     """
 
     version: int
     how: str
     announced: bool
+    before_forward: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

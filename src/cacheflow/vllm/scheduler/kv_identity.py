@@ -6,7 +6,8 @@ process finds what is saved from now on. What others share in the store stays.
 
 vLLM's own prefix cache is another matter, and so is what another connector loads: they may go on holding KV of the
 weights or the adapter before. Until they are reset too, a request that has tokens from them is not saved, or the old KV
-would get the new name.
+would get the new name. A change is heard of after the first step with it: where they were reset before that step, they
+hold nothing old.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 MIXED = -1
 """Generation of KV that is of more than one state of the weights or of its adapter: it is not saved."""
+_ADVICE = (
+    ". Reset vLLM's prefix cache too, and all connectors with it (POST /reset_prefix_cache?reset_external=true, or "
+    "reset_prefix_cache(reset_connector=True)): it holds KV of the old weights, and other connectors may"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +56,22 @@ class _Stale:
     Attributes:
         everything: All of it, since the weights are other ones.
         adapters: That of these adapters, by name and path.
+        num_steps: Steps that were made since it was reset; None where it never was.
     """
 
     everything: bool = False
     adapters: set[tuple[str, str]] = field(default_factory=set)
+    num_steps: int | None = None
+
+    def step_made(self) -> None:
+        if self.num_steps is not None:
+            self.num_steps += 1
+
+    def weights_changed(self, change: WeightsChange) -> None:
+        # With two steps it is not known which of them reports: the first may have computed with the weights before.
+        in_first_step = self.num_steps is not None and self.num_steps <= 1
+        if not (in_first_step and change.before_forward):
+            self.everything = True
 
     def concerns(self, adapter: Adapter | None) -> bool:
         return self.everything or (adapter is not None and (adapter.name, adapter.path) in self.adapters)
@@ -82,7 +99,18 @@ class KvIdentity:
     def reset(self) -> None:
         """Begin a generation; what was stopped goes on. vLLM resets all connectors at once."""
         self._begin()
-        self.stopped, self._others = "", _Stale()
+        self.stopped, self._others = "", _Stale(num_steps=0)
+
+    def loaded_by_another(self) -> None:
+        """Note that another connector loads a prefix: it comes to be in vLLM's own cache too, and is as old there."""
+        self._local.everything |= self._others.everything
+        self._local.adapters |= self._others.adapters
+        self._local.num_steps = None
+
+    def step_made(self) -> None:
+        """Note that a step goes to the workers, whose KV may come to be in the other caches."""
+        self._local.step_made()
+        self._others.step_made()
 
     def _begin(self) -> None:
         """From now on nothing that was saved so far is found."""
@@ -92,14 +120,13 @@ class KvIdentity:
     def weights_changed(self, change: WeightsChange) -> None:
         """Begin a generation because weights changed; unless that was announced, nothing goes on until a reset."""
         if change.announced:
-            self._begin_with_other_weights()
+            self._begin_with_other_weights(change)
             logger.warning(
                 "the model's weights were changed (%s): nothing saved so far is restored any more, and KV is saved for "
-                "this engine alone. Reset vLLM's prefix cache too (reset_prefix_cache): it holds KV of the old weights",
-                change.how,
+                "this engine alone%s", change.how, _ADVICE if self._local.everything or self._others.everything else "",
             )  # fmt: skip
         elif not self.stopped:
-            self._begin_with_other_weights()
+            self._begin_with_other_weights(change)
             without_notice = f"the model's weights were changed without notice ({change.how})"
             self.stopped = f"{without_notice}; reset the connector to go on"
             logger.error(
@@ -107,14 +134,15 @@ class KvIdentity:
                 "/reset_prefix_cache?reset_external=true, or reset_prefix_cache(reset_connector=True))", without_notice,
             )  # fmt: skip
 
-    def _begin_with_other_weights(self) -> None:
+    def _begin_with_other_weights(self, change: WeightsChange) -> None:
         self._begin()
         self.stopped = ""
-        self._local.everything = self._others.everything = True
+        self._local.weights_changed(change)
+        self._others.weights_changed(change)
 
     def local_cache_was_reset(self) -> None:
         """VLLM's own prefix cache is empty: what is found in it from now on is new."""
-        self._local = _Stale()
+        self._local = _Stale(num_steps=0)
 
     def name(self, adapter: Adapter | None) -> KvName:
         """The present name of KV of the base model, or of an adapter by the files that its path holds now."""

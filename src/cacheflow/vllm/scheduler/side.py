@@ -291,13 +291,15 @@ class SchedulerSide:
     def passed_over(self, request_id: str, *, num_loaded: int | None) -> None:
         """Note that vLLM has set blocks aside without asking for a restoration.
 
-        Some connector loads ``num_loaded`` tokens; None where that is not known.
+        Another connector loads ``num_loaded`` tokens; None where that is not known.
         """
         self._prefetches.left(request_id)
         request = self.requests.get(request_id)
         if request is None or request.taken_up:
             return  # vLLM calls again when our own restoration has ended
         request.num_loaded = 1 if num_loaded is None else num_loaded
+        if request.num_loaded:
+            self.identity.loaded_by_another()
         if num_loaded or request.offered is not None:
             request.offered, request.reason = None, LOADED_BY_ANOTHER
 
@@ -320,6 +322,7 @@ class SchedulerSide:
                 be saved.
             preempted: Requests that lose their KV blocks in this step.
         """
+        self.identity.step_made()
         saves: tuple[SaveWork, ...] = ()
         captures: tuple[CaptureWork, ...] = ()
         if self._options.save:
@@ -375,7 +378,8 @@ class SchedulerSide:
         changes = {rank: each.weights for rank, each in news.items() if each.weights is not None}
         self._weights_versions |= {rank: change.version for rank, change in changes.items()}
         if changes:
-            self.identity.weights_changed(min(changes.values(), key=lambda change: change.announced))
+            worst = min(changes.values(), key=lambda change: (change.announced, change.before_forward))
+            self.identity.weights_changed(worst)
             self.restorations.discard("the model's weights have changed")
 
     def take_report(self, report: StepReport) -> None:

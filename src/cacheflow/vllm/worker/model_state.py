@@ -37,7 +37,7 @@ class ModelState:
         self._weights, self._adapters = weights, adapters
         self._begun: dict[int, _Begun] = {}
         self._generation = 0
-        self._first_version = self._reported_version = weights.version
+        self._first_version = self._reported_version = self._version_before_forward = weights.version
         self._refused: dict[int, str] = {}
 
     def begin_step(self, work: StepWork) -> None:
@@ -45,6 +45,7 @@ class ModelState:
         if work.generation > self._generation:
             self._generation = work.generation
             self._weights.accept()
+        self._version_before_forward = self._weights.version
         self._weights.begin_step()
 
     def begin(self, target: RestoreTarget, work: StepWork) -> None:
@@ -85,10 +86,16 @@ class ModelState:
     def take_news(self) -> ModelNews:
         """What the scheduler side does not know yet."""
         change = self._weights.change if self._weights.version > self._reported_version else None
+        if change is not None:
+            change = replace(
+                change,
+                version=change.version - self._first_version,
+                before_forward=change.announced and change.version == self._version_before_forward,
+            )
         self._reported_version = self._weights.version
         refused, self._refused = self._refused, {}
         return ModelNews(
-            weights=None if change is None else replace(change, version=change.version - self._first_version),
+            weights=change,
             replaced_adapters=self._adapters.take_replaced(),
             refused=refused,
         )
