@@ -190,6 +190,9 @@ SCRIPTS = {
     "retrained and back while it is prefilled": [("ask", 0, P, ADAPTED), ("step", 0, 1), ("load_inplace", 0, "second"),
         ("step", 0, 1), ("load_inplace", 0, "first"), ("step", 0, 4), ("serve", 1, P, ADAPTED, EVICT),
         ("serve", 1, P, ADAPTED, EVICT)],
+    "retrained and asked, then reset, then loaded in place": [("serve", 0, P, ADAPTED, EVICT), ("retrain", "second"),
+        ("serve", 0, P, ADAPTED, EVICT), ("serve", 0, PROMPTS[2], ADAPTED, KEEP), ("load_inplace", 0, "second"),
+        ("serve", 0, P, ADAPTED, EVICT), ("serve", 0, P, ADAPTED, EVICT)],
     "retrained, then a restart": [("serve", 0, P, ADAPTED, EVICT), ("retrain", "second"), ("restart", 0),
         ("serve", 0, P, ADAPTED, EVICT)],
 }  # fmt: skip
@@ -247,6 +250,18 @@ def test_caches_that_were_reset_before_the_first_step_with_other_weights_hold_no
     assert not identity.may_be_old(None, num_local=CHUNK, num_loaded=CHUNK)
     setting.serve(0, PROMPTS[2], BASE, EVICT)  # vLLM has two chunks of it
     restored = setting.serve(0, PROMPTS[2], BASE, EVICT)
+    setting.close()
+    assert restored == 4 * CHUNK
+
+
+def test_a_cache_that_was_reset_before_the_first_step_with_an_adapters_new_files_holds_nothing_old(tmp_path):
+    setting = Setting(tmp_path)
+    setting.serve(0, P, ADAPTED, KEEP)
+    setting.load_inplace(0, "second")
+    setting.reset_local(0)
+    setting.serve(0, P, ADAPTED, KEEP)
+    setting.serve(0, PROMPTS[2], ADAPTED, EVICT)  # vLLM has two chunks of it
+    restored = setting.serve(0, PROMPTS[2], ADAPTED, EVICT)
     setting.close()
     assert restored == 4 * CHUNK
 

@@ -369,11 +369,14 @@ class SchedulerSide:
 
     def take_news(self, news: Mapping[int, ModelNews]) -> None:
         """Take in what became of the workers' weights and adapters, by rank; before the report of the same step."""
-        for each in news.values():
+        for rank, each in news.items():
             for restore_id, reason in each.refused.items():
                 self.restorations.discard(reason, restore_id)
+            for load in each.adapter_loads:
+                self.identity.adapter_loaded(rank, load)
+            replaced = {load.version.number for load in each.adapter_loads if load.replaced}
             for request in self.requests.values():
-                if request.name.adapter is not None and request.name.adapter.number in each.replaced_adapters:
+                if request.name.adapter is not None and request.name.adapter.number in replaced:
                     request.name = replace(request.name, generation=MIXED)
         changes = {rank: each.weights for rank, each in news.items() if each.weights is not None}
         self._weights_versions |= {rank: change.version for rank, change in changes.items()}
