@@ -106,10 +106,10 @@ class Case:
         self.side.finished("earlier")
         return prompt
 
-    def matched(self, request_id: str, num_computed: int = 0) -> int | None:
+    def matched(self, request_id: str, num_computed: int = 0, *, num_preemptions: int = 0) -> int | None:
         """``num_matched`` once the lookup has answered."""
         for _ in range(20_000):
-            matched = self.side.num_matched(request_id, num_computed)
+            matched = self.side.num_matched(request_id, num_computed, num_preemptions=num_preemptions)
             request = self.side.requests.get(request_id)
             if matched is not None or (request is not None and request.decision is not None):
                 return matched

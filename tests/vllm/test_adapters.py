@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from cacheflow.vllm.adapters import Adapter, AdapterFiles, LoadedAdapters
+from cacheflow.vllm.adapters import Adapter, AdapterFiles, AdapterLoad, LoadedAdapters
 
 pytestmark = pytest.mark.torch
 
@@ -85,8 +85,8 @@ def request(folder, number=1):
     return SimpleNamespace(lora_name="ad", lora_int_id=number, lora_path=str(folder), is_3d_lora_weight=False)
 
 
-def load(runner, folder):
-    return runner.lora_manager._load_adapter(request(folder))  # noqa: SLF001 -- vLLM has no other way
+def load(runner, folder, *, number=1):
+    return runner.lora_manager._load_adapter(request(folder, number))  # noqa: SLF001 -- vLLM has no other way
 
 
 def test_a_worker_knows_what_it_loaded_whatever_the_files_are_now(tmp_path, caplog):
@@ -104,12 +104,24 @@ def test_a_worker_knows_what_it_loaded_whatever_the_files_are_now(tmp_path, capl
     assert loaded.contradicts(second)
     assert len(caplog.records) == 1
     assert not loaded.contradicts(first)
-    assert loaded.take_replaced() == ()
+    assert loaded.take_loads() == [AdapterLoad(first, replaced=False)]
     load(runner, folder)
     assert not loaded.contradicts(second)
     assert loaded.contradicts(first)
-    assert loaded.take_replaced() == (1,)
-    assert loaded.take_replaced() == ()
+    assert loaded.take_loads() == [AdapterLoad(second, replaced=True)]
+    assert loaded.take_loads() == []
+
+
+def test_other_files_under_a_name_and_path_replace_those_before_whatever_the_number(tmp_path):
+    """Unloaded, and loaded anew: vLLM gives it another number, and its own prefix cache knows it by name and path."""
+    folder = write(tmp_path / "ad")
+    runner = runner_of(lambda request: "loaded")
+    loaded = LoadedAdapters(runner)
+    load(runner, folder)
+    load(runner, folder, number=2)
+    write(folder, "retrained")
+    load(runner, folder, number=3)
+    assert [each.replaced for each in loaded.take_loads()] == [False, False, True]
 
 
 def test_files_written_while_they_were_loaded_are_nobodys(tmp_path):

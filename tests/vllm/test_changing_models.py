@@ -2,17 +2,22 @@
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("torch")
 
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cacheflow.stores.keys import Shard
-from cacheflow.vllm.step import ModelNews, WeightsChange
+from cacheflow.vllm.adapters import LoadedAdapters
+from cacheflow.vllm.step import NOTHING, ModelNews, SaveWork, StepWork, WeightsChange
+from cacheflow.vllm.worker.model_state import ModelState
+from cacheflow.vllm.worker.weights_watch import WeightsWatch
 from support.changing_engines import ChangingEngine, ListedStore, write_adapter
 from support.examples import examples
 from support.scheduler_cases import BLOCK, CHUNK, Case, facts, tokens
@@ -148,6 +153,9 @@ SCRIPTS = {
         ("edit", 0, 2.0, True), ("step", 0, 9)],
     "announced, and vLLM's own cache still holds the old": [("serve", 0, P, BASE, KEEP), ("edit", 0, 2.0, True),
         ("serve", 0, P, BASE, KEEP), ("serve", 0, P, BASE, EVICT), ("serve", 0, P, BASE, EVICT)],
+    "announced after the first step since vLLM's own cache was emptied": [("reset_local", 0),
+        ("ask", 0, P, BASE), ("step", 0, 1), ("edit", 0, 2.0, True), ("step", 0, 9),
+        ("serve", 0, PROMPTS[2], BASE, EVICT), ("serve", 0, PROMPTS[2], BASE, EVICT)],
     "announced, then the other engine as before": [("edit", 0, 2.0, True), ("serve", 0, P, BASE, EVICT),
         ("serve", 0, P, BASE, EVICT), ("serve", 1, P, BASE, EVICT)],
     "without notice, before a prefill": [("edit", 0, 2.0, False), ("serve", 0, P, BASE, EVICT),
@@ -182,6 +190,9 @@ SCRIPTS = {
     "retrained and back while it is prefilled": [("ask", 0, P, ADAPTED), ("step", 0, 1), ("load_inplace", 0, "second"),
         ("step", 0, 1), ("load_inplace", 0, "first"), ("step", 0, 4), ("serve", 1, P, ADAPTED, EVICT),
         ("serve", 1, P, ADAPTED, EVICT)],
+    "retrained and asked, then reset, then loaded in place": [("serve", 0, P, ADAPTED, EVICT), ("retrain", "second"),
+        ("serve", 0, P, ADAPTED, EVICT), ("serve", 0, PROMPTS[2], ADAPTED, KEEP), ("load_inplace", 0, "second"),
+        ("serve", 0, P, ADAPTED, EVICT), ("serve", 0, P, ADAPTED, EVICT)],
     "retrained, then a restart": [("serve", 0, P, ADAPTED, EVICT), ("retrain", "second"), ("restart", 0),
         ("serve", 0, P, ADAPTED, EVICT)],
 }  # fmt: skip
@@ -219,6 +230,101 @@ def test_once_vllms_own_cache_was_reset_what_builds_on_it_is_saved_again(tmp_pat
     restored = setting.serve(0, P, BASE, EVICT)
     setting.close()
     assert restored == 4 * CHUNK
+
+
+@pytest.mark.parametrize("order", ["change, reset", "reset, change"])
+def test_caches_that_were_reset_before_the_first_step_with_other_weights_hold_nothing_old(tmp_path, order, caplog):
+    """The change is heard of after that step; what builds on these caches is saved as ever."""
+    setting = Setting(tmp_path)
+    setting.serve(0, P, BASE, KEEP)
+    for what in order.split(", "):
+        if what == "reset":
+            setting.reset_connector(0)
+            setting.reset_local(0)
+        else:
+            setting.edit(0, 2.0, True)
+    setting.serve(0, P, BASE, KEEP)
+    assert "weights were changed" in caplog.text
+    assert "KV of the old weights" not in caplog.text
+    identity = setting.engines[0].side.identity
+    assert not identity.may_be_old(None, num_local=CHUNK, num_loaded=CHUNK)
+    setting.serve(0, PROMPTS[2], BASE, EVICT)  # vLLM has two chunks of it
+    restored = setting.serve(0, PROMPTS[2], BASE, EVICT)
+    setting.close()
+    assert restored == 4 * CHUNK
+
+
+def test_a_cache_that_was_reset_before_the_first_step_with_an_adapters_new_files_holds_nothing_old(tmp_path):
+    setting = Setting(tmp_path)
+    setting.serve(0, P, ADAPTED, KEEP)
+    setting.load_inplace(0, "second")
+    setting.reset_local(0)
+    setting.serve(0, P, ADAPTED, KEEP)
+    setting.serve(0, PROMPTS[2], ADAPTED, EVICT)  # vLLM has two chunks of it
+    restored = setting.serve(0, PROMPTS[2], ADAPTED, EVICT)
+    setting.close()
+    assert restored == 4 * CHUNK
+
+
+@pytest.mark.parametrize("empty", ["nothing", "vLLM's own cache", "other connectors"])
+def test_only_what_was_reset_holds_nothing_old(tmp_path, empty):
+    setting = Setting(tmp_path)
+    setting.serve(0, P, BASE, KEEP)
+    if empty == "vLLM's own cache":
+        setting.reset_local(0)
+    elif empty == "other connectors":
+        setting.reset_connector(0)
+    setting.edit(0, 2.0, True)
+    setting.serve(0, P, BASE, KEEP)
+    identity = setting.engines[0].side.identity
+    setting.close()
+    assert identity.may_be_old(None, num_local=CHUNK, num_loaded=0) == (empty != "vLLM's own cache")
+    assert identity.may_be_old(None, num_local=0, num_loaded=CHUNK) == (empty != "other connectors")
+
+
+def test_with_two_steps_on_their_way_nobody_knows_which_of_them_reports_a_change(tmp_path):
+    setting = Setting(tmp_path)
+    side = setting.engines[0].side
+    side.local_cache_was_reset()
+    for _ in range(2):
+        side.step([], lambda _: [], num_scheduled_tokens=0)
+    change = WeightsChange(version=1, how="test", announced=True, before_forward=True)
+    side.take_news({0: ModelNews(weights=change)})
+    setting.close()
+    assert side.identity.may_be_old(None, num_local=CHUNK, num_loaded=0)
+
+
+def test_one_rank_that_heard_of_a_change_in_the_middle_of_a_forward_is_enough(tmp_path):
+    setting = Setting(tmp_path)
+    side = setting.engines[0].side
+    side.local_cache_was_reset()
+    side.step([], lambda _: [], num_scheduled_tokens=0)
+    changes = [WeightsChange(version=1, how="test", announced=True, before_forward=each) for each in (True, False)]
+    side.take_news({rank: ModelNews(weights=change) for rank, change in enumerate(changes)})
+    setting.close()
+    assert side.identity.may_be_old(None, num_local=CHUNK, num_loaded=0)
+
+
+def test_a_worker_says_whether_a_change_was_announced_before_the_forward():
+    model = torch.nn.Linear(3, 3)
+    watch = WeightsWatch(model)
+    adapters = LoadedAdapters(SimpleNamespace(lora_manager=None))
+    state = ModelState(rank=0, block_size=BLOCK, weights=watch, adapters=adapters)
+    watch.announce("before")
+    state.begin_step(NOTHING)
+    assert state.take_news().weights.before_forward
+    state.begin_step(NOTHING)
+    watch.announce("in the middle")
+    assert not state.take_news().weights.before_forward
+    watch.announce("before")
+    state.begin_step(NOTHING)
+    watch.announce("in the middle")
+    assert not state.take_news().weights.before_forward
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    state.begin_step(NOTHING)
+    state.may_save(StepWork(saves=(SaveWork(namespace="", chain_hash="", block_ids=()),)))
+    assert not state.take_news().weights.before_forward, "nobody knows when it happened"
 
 
 def test_after_a_reset_an_engine_restores_what_it_saves_itself(tmp_path):

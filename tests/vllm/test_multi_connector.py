@@ -237,13 +237,17 @@ def test_statistics_reach_the_frontend(setting):
 
 
 def test_handshakes_are_kept_apart(setting):
-    """Both children were given their own; what ours found is there whoever comes first."""
+    """Both children were given their own; what ours found is there whoever comes first, and that it is not alone."""
+    from cacheflow.vllm.connector import CacheFlowHandshake
     from support.keeping_connector import KEPT, KeepingHandshake
 
     name, engine, _ = setting
     if "keeping" in name:
         assert KEPT.handshakes == [{0: KeepingHandshake(engine.layout.num_layers)}]
     assert len(engine.side.decider.stages) == 1
+    (of_worker,) = engine.core.model_executor.get_kv_connector_handshake_metadata()
+    (of_children,) = of_worker.values()
+    assert [each.alone for each in of_children.by_child if isinstance(each, CacheFlowHandshake)] == [False]
 
 
 def test_a_load_of_the_other_that_fails_is_not_saved(setting):

@@ -75,6 +75,14 @@ def test_requests_before_between_and_after(engine):
 
 @pytest.mark.vllm
 @pytest.mark.slow
+def test_it_says_that_no_other_connector_serves_the_engine(engine):
+    """So that what vLLM does not say of a preempted request is known: nobody else loads for it."""
+    of_workers = engine.core.model_executor.get_kv_connector_handshake_metadata()
+    assert [each.alone for of_worker in of_workers for each in of_worker.values()] == [True]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.usefixtures("_measured_once")
 def test_counts_are_neither_lost_nor_doubled(engine):
     """What was counted before the repeated handshake is reported once."""

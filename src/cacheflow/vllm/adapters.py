@@ -73,6 +73,21 @@ class AdapterVersion:
     adapter: Adapter | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterLoad:
+    """That a worker has loaded an adapter.
+
+    Attributes:
+        version: What it has loaded, with the adapter.
+        replaced: Other files were loaded under the adapter's number, or its name and path, before.
+        before_forward: Before the forward of the step that reports it: that computed nothing with the files before.
+    """
+
+    version: AdapterVersion
+    replaced: bool
+    before_forward: bool = False
+
+
 class AdapterFiles:
     """Digests of adapters' files; files that did not change are not read again. One thread."""
 
@@ -114,7 +129,8 @@ class LoadedAdapters:
         """Watch what the runner's adapter manager loads from now on; call before the first adapter is loaded."""
         self._files = AdapterFiles()
         self._loaded: dict[int, str] = {}
-        self._replaced: set[int] = set()
+        self._loaded_from: dict[tuple[str, str], str] = {}
+        self._loads: list[AdapterLoad] = []
         self._warned: set[int] = set()
         manager: Any = getattr(runner, "lora_manager", None)
         load = getattr(manager, "_load_adapter", None)
@@ -130,16 +146,18 @@ class LoadedAdapters:
         same = before is not None and before == after
         # Files that changed while they were read, or cannot be hashed: a version that nobody asks for.
         digest = after.digest if same and after is not None else secrets.token_hex(16)
-        if self._loaded.setdefault(adapter.number, digest) != digest:
-            self._loaded[adapter.number] = digest
-            self._replaced.add(adapter.number)
+        place = adapter.name, adapter.path
+        known = {self._loaded.get(adapter.number, digest), self._loaded_from.get(place, digest)}
+        self._loaded[adapter.number] = self._loaded_from[place] = digest
+        version = AdapterVersion(adapter.number, digest, adapter)
+        self._loads.append(AdapterLoad(version, replaced=known != {digest}))
         self._warned.discard(adapter.number)
         return loaded
 
-    def take_replaced(self) -> tuple[int, ...]:
-        """Numbers that stand for another adapter since the last call: requests under way have KV of both."""
-        replaced, self._replaced = tuple(sorted(self._replaced)), set()
-        return replaced
+    def take_loads(self) -> list[AdapterLoad]:
+        """What was loaded since the last call."""
+        loads, self._loads = self._loads, []
+        return loads
 
     def contradicts(self, version: AdapterVersion | None) -> bool:
         """Whether what is loaded under the adapter's number is another version; an adapter not loaded yet is not."""

@@ -86,6 +86,8 @@ class CacheFlowHandshake(KVConnectorHandshakeMetadata):
     """Worker to scheduler at start, and again whenever vLLM has slept."""
 
     facts: EngineFacts
+    alone: bool = False
+    """Whether no other connector serves the engine."""
 
 
 class CacheFlowConnector(KVConnectorBase_V1):
@@ -96,6 +98,9 @@ class CacheFlowConnector(KVConnectorBase_V1):
     vLLM makes one for its scheduler and one in each worker. Each hands vLLM's calls on: at first to ``Starting``, then
     to the ``SchedulerSide`` or the ``WorkerSide`` that comes of it.
     """
+
+    _alone = False
+    """Whether no other connector serves the engine; the scheduler's learns it by the handshake."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make a subclass known by its name: a ``MultiConnector`` looks its children up by it for statistics."""
@@ -116,7 +121,9 @@ class CacheFlowConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         asked = ConnectorOptions.parse(transfer.kv_connector_extra_config)
         if role is KVConnectorRole.WORKER:  # which vLLM makes first
-            _check_transfer(worker_of(vllm_config).vllm_config.kv_transfer_config)
+            of_engine = worker_of(vllm_config).vllm_config.kv_transfer_config
+            _check_transfer(of_engine)
+            self._alone = issubclass(KVConnectorFactory.get_connector_class(of_engine), CacheFlowConnector)
         log_beside_vllm()
         check_version()
         require_loadable(load_refusals(vllm_config, kv_cache_config))
@@ -172,6 +179,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
             )
         if isinstance(self._side, Starting):
             self._side = self._side.scheduler([each.facts for each in ours])
+            self._alone = all(each.alone for each in ours)
 
     def on_new_request(self, request: Any) -> None:
         """Start the lookup as soon as a request arrives."""
@@ -201,11 +209,18 @@ class CacheFlowConnector(KVConnectorBase_V1):
             end = len(kv_blocks) * self._groups.block_size
             states = self._target_states(request.request_id, blocks, end)
             self.scheduler_side.allocated(request.request_id, kv_blocks, num_external_tokens, states)
-        elif not request.skip_reading_prefix_cache:
-            stats = request.prefill_stats
-            self.scheduler_side.passed_over(
-                request.request_id, num_loaded=None if stats is None else stats.num_external_cached_tokens
-            )
+        else:
+            self.scheduler_side.passed_over(request.request_id, num_loaded=self._num_loaded(request))
+
+    def _num_loaded(self, request: Any) -> int | None:
+        """Tokens that another connector loads for a request; None where vLLM does not say.
+
+        It counts them until the request has its first token, and no more once it was preempted: the number stays then.
+        """
+        if self._alone or request.skip_reading_prefix_cache:
+            return 0
+        stats = request.prefill_stats
+        return None if stats is None or request.num_preemptions else int(stats.num_external_cached_tokens)
 
     def _target_states(self, request_id: str, blocks: Any, end: int) -> TargetStates:
         """Where the running states of a request stand whose blocks were set aside up to token ``end``."""
@@ -276,7 +291,7 @@ class CacheFlowConnector(KVConnectorBase_V1):
         """Self-test and calibration, before the first request; what they found when vLLM asks again."""
         if isinstance(self._side, Starting):
             self._side = self._side.worker()
-        return CacheFlowHandshake(self.worker_side.facts)
+        return CacheFlowHandshake(self.worker_side.facts, alone=self._alone)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Take this step's work; vLLM calls it right before the forward."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cacheflow.restore.work import RestoreTarget, StageWork
 from cacheflow.stores.keys import RankObjects
-from cacheflow.vllm.adapters import AdapterVersion
+from cacheflow.vllm.adapters import AdapterLoad, AdapterVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,11 +141,14 @@ class WeightsChange:
         version: How often they have, by now.
         how: By what, for people.
         announced: By a method that vLLM offers; otherwise a sample differed, and when it happened is not known.
+        before_forward: It was announced before the forward of the step that reports it: that computed nothing with the
+            weights before.
     """
 
     version: int
     how: str
     announced: bool
+    before_forward: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,16 +157,16 @@ class ModelNews:
 
     Attributes:
         weights: Their last change, where the scheduler side has not heard of it.
-        replaced_adapters: Numbers of adapters that were loaded again from other files.
+        adapter_loads: Adapters that were loaded since the last report.
         refused: Restorations whose KV belongs to other weights or another adapter than are loaded now, and why; their
             blocks are reported as failed.
     """
 
     weights: WeightsChange | None = None
-    replaced_adapters: tuple[int, ...] = ()
+    adapter_loads: tuple[AdapterLoad, ...] = ()
     refused: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to report."""
-        return not (self.weights or self.replaced_adapters or self.refused)
+        return not (self.weights or self.adapter_loads or self.refused)

@@ -15,6 +15,7 @@ from cacheflow.vllm.adapters import Adapter
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.lookup import QUEUED_S
 from cacheflow.vllm.scheduler.view import ScheduledRequest
+from cacheflow.vllm.step import ModelNews, WeightsChange
 from support.scheduler_cases import BLOCK, CHUNK, LAYERS, Case, Worker, costs, facts, tokens
 
 pytestmark = pytest.mark.torch
@@ -610,3 +611,43 @@ def test_the_second_call_for_a_restored_request_is_no_pass_over():
     answer = case.side.finished("a")
     assert "cacheflow_reason" not in answer
     assert [record["outcome"] for record in answer["cacheflow"]] == ["done"]
+
+
+@pytest.mark.parametrize("num_saved", [0, 3])
+@pytest.mark.parametrize("num_loaded", [4 * CHUNK, None])
+def test_what_another_connector_loads_after_a_preemption_is_not_saved_under_the_new_weights_name(num_saved, num_loaded):
+    """Whether or not a restoration of ours came before: vLLM resets no other connector when weights change."""
+    case = Case()
+    case.arrive("a", case.saved_prompt(4 * CHUNK + 5, num_saved))
+    if num_saved:
+        case.begin("a")
+        Worker(case).run()
+    else:
+        assert case.matched("a") == 0
+    case.side.passed_over("a", num_loaded=0)
+    change = WeightsChange(version=1, how="reload_weights", announced=True)
+    case.step(ScheduledRequest("a", 4 * CHUNK + 5, 5), busy=5)
+    case.side.take_news({0: ModelNews(weights=change)})
+    assert case.matched("a", num_preemptions=1) == 0
+    case.side.passed_over("a", num_loaded=num_loaded)
+    assert case.step(ScheduledRequest("a", 4 * CHUNK + 5, 5), busy=5).saves == ()
+
+
+@pytest.mark.parametrize("num_loaded", [2 * CHUNK, None])
+@pytest.mark.parametrize("heard", ["before the reset", "after the first step"])
+def test_what_another_connector_loads_is_as_old_in_vllms_own_cache(num_loaded, heard):
+    """VLLM's was reset after the change of weights, the other connector was not."""
+    case, prompt = Case(), tokens(4 * CHUNK + 5)
+    news = {0: ModelNews(weights=WeightsChange(version=1, how="reload_weights", announced=True, before_forward=True))}
+    if heard == "before the reset":
+        case.side.take_news(news)
+    case.side.local_cache_was_reset()
+    for name, num_local in (("brought", 0), ("builds on it", 2 * CHUNK)):
+        case.arrive(name, prompt)
+        assert case.matched(name, num_local) == 0
+        case.side.passed_over(name, num_loaded=0 if num_local else num_loaded)
+        saves = case.step(ScheduledRequest(name, 4 * CHUNK + 5, 5), busy=5).saves
+        if heard == "after the first step" and not num_local:
+            case.side.take_news(news)  # that step's were refused by the worker, which has other weights by then
+        else:
+            assert saves == ()

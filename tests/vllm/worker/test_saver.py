@@ -186,3 +186,22 @@ def test_the_end_does_not_wait_for_a_store_that_hangs(case, monkeypatch, caplog)
     for thread in threads():
         thread.join(20)
     assert case.store.stats().num_objects == 0, "written after the end"
+
+
+def test_nor_for_a_write_that_hangs(case, monkeypatch, caplog):
+    monkeypatch.setattr(saver_module, "CLOSE_S", 0.05)
+    begun, go_on, ended = threading.Event(), threading.Event(), []
+
+    def hangs(key, parts, *, replace):
+        begun.set()
+        go_on.wait(20)
+        ended.append(key)
+        return PutOutcome.STORED
+
+    monkeypatch.setattr(case.store, "write_record", hangs)
+    case.save(0)
+    assert begun.wait(20)
+    case.saver.close()
+    assert not ended, "the end waited until the write came back by itself"
+    assert "1 chunks were not written in time" in caplog.text
+    go_on.set()

@@ -21,6 +21,7 @@ UNNAMED = (
     "what the prompt holds besides tokens has no hash: it is given as embeddings, or an image by a name of its own "
     "(multi_modal_uuids), or vLLM hashes none (no prefix caching and mm_processor_cache_gb 0)"
 )
+STREAMS = "its input streams: vLLM changes the prompt while it is served, so that its chunks have no lasting names"
 LOADED_BY_ANOTHER = "another connector of this engine loaded the prefix"
 COMPUTES_ALL = (
     "vLLM computes all of this prompt, whatever is cached: its log-probabilities are asked for (echo, "

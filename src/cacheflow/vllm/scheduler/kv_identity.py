@@ -6,7 +6,8 @@ process finds what is saved from now on. What others share in the store stays.
 
 vLLM's own prefix cache is another matter, and so is what another connector loads: they may go on holding KV of the
 weights or the adapter before. Until they are reset too, a request that has tokens from them is not saved, or the old KV
-would get the new name.
+would get the new name. A change is heard of after the first step with it: where they were reset before that step, they
+hold nothing old.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from cacheflow.vllm.adapters import Adapter, AdapterFiles, AdapterVersion
+from cacheflow.vllm.adapters import Adapter, AdapterFiles, AdapterLoad, AdapterVersion
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.step import WeightsChange
 
@@ -26,6 +27,14 @@ logger = logging.getLogger(__name__)
 
 MIXED = -1
 """Generation of KV that is of more than one state of the weights or of its adapter: it is not saved."""
+_Place = tuple[str, str]
+"""Name and path of an adapter, by which vLLM's own prefix cache knows it."""
+_NO_RANK = -1
+"""Stands for the workers until one has said what it has loaded: the files that were there first."""
+_ADVICE = (
+    ". Reset vLLM's prefix cache too, and all connectors with it (POST /reset_prefix_cache?reset_external=true, or "
+    "reset_prefix_cache(reset_connector=True)): it holds KV of the old weights, and other connectors may"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +60,25 @@ class _Stale:
     Attributes:
         everything: All of it, since the weights are other ones.
         adapters: That of these adapters, by name and path.
+        num_steps: Steps that were made since it was reset; None where it never was.
     """
 
     everything: bool = False
-    adapters: set[tuple[str, str]] = field(default_factory=set)
+    adapters: set[_Place] = field(default_factory=set)
+    num_steps: int | None = None
 
-    def concerns(self, adapter: Adapter | None) -> bool:
-        return self.everything or (adapter is not None and (adapter.name, adapter.path) in self.adapters)
+    def step_made(self) -> None:
+        if self.num_steps is not None:
+            self.num_steps += 1
+
+    def is_older(self, *, before_forward: bool) -> bool:
+        """Whether it may hold KV from before a change that a worker reports, from ``before_forward`` of its step."""
+        # With two steps it is not known which of them reports: the first may have computed with what was before.
+        in_first_step = self.num_steps is not None and self.num_steps <= 1
+        return not (in_first_step and before_forward)
+
+    def concerns(self, place: _Place | None) -> bool:
+        return self.everything or place in self.adapters
 
 
 class KvIdentity:
@@ -76,13 +97,24 @@ class KvIdentity:
         self.generation = 0
         self.stopped = ""
         self._files = AdapterFiles()
-        self._digests: dict[tuple[str, str], str] = {}
+        self._loaded: dict[_Place, dict[int, str]] = {}
         self._local, self._others = _Stale(), _Stale()
 
     def reset(self) -> None:
         """Begin a generation; what was stopped goes on. vLLM resets all connectors at once."""
         self._begin()
-        self.stopped, self._others = "", _Stale()
+        self.stopped, self._others = "", _Stale(num_steps=0)
+
+    def loaded_by_another(self) -> None:
+        """Note that another connector loads a prefix: it comes to be in vLLM's own cache too, and is as old there."""
+        self._local.everything |= self._others.everything
+        self._local.adapters |= self._others.adapters
+        self._local.num_steps = None
+
+    def step_made(self) -> None:
+        """Note that a step goes to the workers, whose KV may come to be in the other caches."""
+        self._local.step_made()
+        self._others.step_made()
 
     def _begin(self) -> None:
         """From now on nothing that was saved so far is found."""
@@ -92,14 +124,13 @@ class KvIdentity:
     def weights_changed(self, change: WeightsChange) -> None:
         """Begin a generation because weights changed; unless that was announced, nothing goes on until a reset."""
         if change.announced:
-            self._begin_with_other_weights()
+            self._begin_with_other_weights(change)
             logger.warning(
                 "the model's weights were changed (%s): nothing saved so far is restored any more, and KV is saved for "
-                "this engine alone. Reset vLLM's prefix cache too (reset_prefix_cache): it holds KV of the old weights",
-                change.how,
+                "this engine alone%s", change.how, _ADVICE if self._local.everything or self._others.everything else "",
             )  # fmt: skip
         elif not self.stopped:
-            self._begin_with_other_weights()
+            self._begin_with_other_weights(change)
             without_notice = f"the model's weights were changed without notice ({change.how})"
             self.stopped = f"{without_notice}; reset the connector to go on"
             logger.error(
@@ -107,30 +138,33 @@ class KvIdentity:
                 "/reset_prefix_cache?reset_external=true, or reset_prefix_cache(reset_connector=True))", without_notice,
             )  # fmt: skip
 
-    def _begin_with_other_weights(self) -> None:
+    def _begin_with_other_weights(self, change: WeightsChange) -> None:
         self._begin()
         self.stopped = ""
-        self._local.everything = self._others.everything = True
+        for cache in (self._local, self._others):
+            cache.everything |= cache.is_older(before_forward=change.before_forward)
+
+    def adapter_loaded(self, rank: int, load: AdapterLoad) -> None:
+        """Take in that a worker has loaded an adapter, perhaps from other files than before."""
+        place = _place(load.version)
+        digests = self._loaded.setdefault(place, {})
+        digests.pop(_NO_RANK, None)
+        digests[rank] = load.version.digest
+        for cache in (self._local, self._others):
+            if load.replaced and cache.is_older(before_forward=load.before_forward):
+                cache.adapters.add(place)
 
     def local_cache_was_reset(self) -> None:
         """VLLM's own prefix cache is empty: what is found in it from now on is new."""
-        self._local = _Stale()
+        self._local = _Stale(num_steps=0)
 
     def name(self, adapter: Adapter | None) -> KvName:
         """The present name of KV of the base model, or of an adapter by the files that its path holds now."""
-        version = None if adapter is None else self._version(adapter)
+        version = None if adapter is None else self._files.version(adapter)
+        if version is not None:
+            self._loaded.setdefault(_place(version), {_NO_RANK: version.digest})
         generation = MIXED if version is None and adapter is not None else self.generation
         return KvName(namespace=self.namespace(version), adapter=version, generation=generation)
-
-    def _version(self, adapter: Adapter) -> AdapterVersion | None:
-        version = self._files.version(adapter)
-        if version is not None:
-            key = adapter.name, adapter.path
-            if self._digests.setdefault(key, version.digest) != version.digest:
-                self._digests[key] = version.digest
-                self._local.adapters.add(key)
-                self._others.adapters.add(key)
-        return version
 
     def namespace(self, adapter: AdapterVersion | None) -> str:
         """Digest for keys, of the base model or of an adapter."""
@@ -142,12 +176,21 @@ class KvIdentity:
         own = {"generation": self._token} if self._token else {}
         return own if adapter is None else own | {"lora": adapter.digest}
 
-    def may_be_old(self, adapter: Adapter | None, *, num_local: int, num_loaded: int) -> bool:
+    def may_be_old(self, adapter: AdapterVersion | None, *, num_local: int, num_loaded: int) -> bool:
         """Whether a request may have KV of other weights, or of its adapter's files before.
 
-        ``num_local`` of its tokens came from vLLM's own prefix cache, ``num_loaded`` by another connector.
+        ``num_local`` of its tokens came from vLLM's own prefix cache, ``num_loaded`` by another connector. As long as a
+        worker is not known to have loaded the files that its adapter has now, these are of the files before.
         """
-        return bool(num_local and self._local.concerns(adapter)) or bool(num_loaded and self._others.concerns(adapter))
+        place = None if adapter is None else _place(adapter)
+        if adapter is not None and set(self._loaded[_place(adapter)].values()) != {adapter.digest}:
+            return bool(num_local or num_loaded)
+        return bool(num_local and self._local.concerns(place)) or bool(num_loaded and self._others.concerns(place))
+
+
+def _place(version: AdapterVersion) -> _Place:
+    assert version.adapter is not None, "files are read, and loaded, of an adapter that is known"
+    return version.adapter.name, version.adapter.path
 
 
 def shared_namespace(ranks: Iterable[EngineFacts]) -> str:

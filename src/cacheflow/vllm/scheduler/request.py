@@ -29,6 +29,7 @@ class TrackedRequest:
         question: What the store was asked of it and has answered; None where it was not asked.
         num_preemptions: How often vLLM had preempted it when the store was last asked.
         asked_by_vllm: vLLM has asked how much can be restored.
+        taken_up: vLLM has taken what it was offered when it last asked.
         num_local: Tokens that vLLM's own prefix cache held when it was scheduled.
         num_loaded: Tokens that another connector loaded.
         decision: The last decision; None before the first.
@@ -49,6 +50,7 @@ class TrackedRequest:
     question: StoreQuestion | None = None
     num_preemptions: int = 0
     asked_by_vllm: bool = False
+    taken_up: bool = False
     num_local: int = 0
     num_loaded: int = 0
     decision: Decision | None = None

@@ -22,7 +22,7 @@ from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.checkpoints import RequestCheckpoints, StatesUnderWay
 from cacheflow.vllm.scheduler.decide import Decider, Decision
-from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, UNNAMED, Siblings, answer_of
+from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, STREAMS, UNNAMED, Siblings, answer_of
 from cacheflow.vllm.scheduler.keeps import Keeps
 from cacheflow.vllm.scheduler.kv_identity import MIXED, KvIdentity, describe, shared_namespace
 from cacheflow.vllm.scheduler.lookup import PrefixLookup, StoreQuestion, StoreQuestions
@@ -114,7 +114,7 @@ class SchedulerSide:
         if view.request_id in self.requests:
             return
         params = RequestParams.of(view.params, self._keep_limits)
-        if not view.hashable:
+        if view.streams or not view.hashable:
             params = replace(params, mode=Mode.OFF)
         elif view.computes_all:
             params = replace(params, max_load_tokens=0)
@@ -131,8 +131,10 @@ class SchedulerSide:
         )
         self.requests[view.request_id] = request
         self._siblings.join(view.request_id)
-        if params.mode is Mode.OFF:
-            request.reason = "the request asked for 'off'" if view.hashable else UNNAMED
+        if view.streams or not view.hashable:
+            request.reason = STREAMS if view.streams else UNNAMED
+        elif params.mode is Mode.OFF:
+            request.reason = "the request asked for 'off'"
         self._begin_name(request)
         self._prefetches.arrived(request)
 
@@ -191,7 +193,7 @@ class SchedulerSide:
         request = self.requests.get(request_id)
         if request is None:
             return 0
-        request.asked_by_vllm, request.num_local, request.num_loaded = True, num_computed, 0
+        request.asked_by_vllm, request.taken_up, request.num_local, request.num_loaded = True, False, num_computed, 0
         if self._prefetches.look_anew(request):
             request.decision = None
         self._ask_anew(request, num_preemptions)
@@ -284,17 +286,20 @@ class SchedulerSide:
         self._prefetches.left(request_id)
         self.restorations.start(request, offered, block_ids, states)
         request.decision = request.offered = None
+        request.taken_up = True
 
     def passed_over(self, request_id: str, *, num_loaded: int | None) -> None:
         """Note that vLLM has set blocks aside without asking for a restoration.
 
-        Some connector loads ``num_loaded`` tokens; None where that is not known.
+        Another connector loads ``num_loaded`` tokens; None where that is not known.
         """
         self._prefetches.left(request_id)
         request = self.requests.get(request_id)
-        if request is None or request.records or self.restorations.restoring(request_id):
+        if request is None or request.taken_up:
             return  # vLLM calls again when our own restoration has ended
         request.num_loaded = 1 if num_loaded is None else num_loaded
+        if request.num_loaded:
+            self.identity.loaded_by_another()
         if num_loaded or request.offered is not None:
             request.offered, request.reason = None, LOADED_BY_ANOTHER
 
@@ -317,6 +322,7 @@ class SchedulerSide:
                 be saved.
             preempted: Requests that lose their KV blocks in this step.
         """
+        self.identity.step_made()
         saves: tuple[SaveWork, ...] = ()
         captures: tuple[CaptureWork, ...] = ()
         if self._options.save:
@@ -363,16 +369,20 @@ class SchedulerSide:
 
     def take_news(self, news: Mapping[int, ModelNews]) -> None:
         """Take in what became of the workers' weights and adapters, by rank; before the report of the same step."""
-        for each in news.values():
+        for rank, each in news.items():
             for restore_id, reason in each.refused.items():
                 self.restorations.discard(reason, restore_id)
+            for load in each.adapter_loads:
+                self.identity.adapter_loaded(rank, load)
+            replaced = {load.version.number for load in each.adapter_loads if load.replaced}
             for request in self.requests.values():
-                if request.name.adapter is not None and request.name.adapter.number in each.replaced_adapters:
+                if request.name.adapter is not None and request.name.adapter.number in replaced:
                     request.name = replace(request.name, generation=MIXED)
         changes = {rank: each.weights for rank, each in news.items() if each.weights is not None}
         self._weights_versions |= {rank: change.version for rank, change in changes.items()}
         if changes:
-            self.identity.weights_changed(min(changes.values(), key=lambda change: change.announced))
+            worst = min(changes.values(), key=lambda change: (change.announced, change.before_forward))
+            self.identity.weights_changed(worst)
             self.restorations.discard("the model's weights have changed")
 
     def take_report(self, report: StepReport) -> None:

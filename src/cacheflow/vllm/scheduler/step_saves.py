@@ -90,5 +90,5 @@ class StepSaves:
         if self._identity.stopped or request.name.generation != self._identity.generation:
             return False
         return not self._identity.may_be_old(
-            request.view.adapter, num_local=request.num_local, num_loaded=request.num_loaded
+            request.name.adapter, num_local=request.num_local, num_loaded=request.num_loaded
         )

@@ -70,6 +70,8 @@ class RequestView:
         media: Images and sounds in the prompt, in order.
         params: ``kv_transfer_params``.
         hashable: Whether the token ids say what the prompt is (not so for prompt embeddings), and ``media`` what else.
+        streams: Whether its prompt goes on while it is served (vLLM's streaming input). Each part takes the last token
+            back that is known by then, and may bring images and sounds that are not in ``media``.
         computes_all: Whether vLLM computes the whole prompt, whatever is cached of it.
     """
 
@@ -81,6 +83,7 @@ class RequestView:
     media: Sequence[MediaSpan] = ()
     params: Mapping[str, Any] | None = None
     hashable: bool = True
+    streams: bool = False
     computes_all: bool = False
 
     @classmethod
@@ -97,6 +100,7 @@ class RequestView:
             media=media,
             params=request.kv_transfer_params,
             hashable=plain and all(each.is_hash for each in media),
+            streams=bool(request.resumable),
             computes_all=bool(request.skip_reading_prefix_cache),
         )
 

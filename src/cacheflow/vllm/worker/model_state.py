@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cacheflow.restore.work import RestoreTarget
-from cacheflow.vllm.adapters import AdapterVersion, LoadedAdapters
+from cacheflow.vllm.adapters import AdapterLoad, AdapterVersion, LoadedAdapters
 from cacheflow.vllm.step import ModelNews, SaveWork, StepWork
 from cacheflow.vllm.worker.weights_watch import WeightsWatch
 
@@ -37,14 +37,17 @@ class ModelState:
         self._weights, self._adapters = weights, adapters
         self._begun: dict[int, _Begun] = {}
         self._generation = 0
-        self._first_version = self._reported_version = weights.version
+        self._first_version = self._reported_version = self._version_before_forward = weights.version
         self._refused: dict[int, str] = {}
+        self._loads: list[AdapterLoad] = []
 
     def begin_step(self, work: StepWork) -> None:
         """Take note of a new generation, before the forward; whatever the weights are now, it begins with them."""
         if work.generation > self._generation:
             self._generation = work.generation
             self._weights.accept()
+        self._version_before_forward = self._weights.version
+        self._loads += [replace(each, before_forward=True) for each in self._adapters.take_loads()]
         self._weights.begin_step()
 
     def begin(self, target: RestoreTarget, work: StepWork) -> None:
@@ -85,10 +88,17 @@ class ModelState:
     def take_news(self) -> ModelNews:
         """What the scheduler side does not know yet."""
         change = self._weights.change if self._weights.version > self._reported_version else None
+        if change is not None:
+            change = replace(
+                change,
+                version=change.version - self._first_version,
+                before_forward=change.announced and change.version == self._version_before_forward,
+            )
         self._reported_version = self._weights.version
         refused, self._refused = self._refused, {}
+        loads, self._loads = (*self._loads, *self._adapters.take_loads()), []
         return ModelNews(
-            weights=None if change is None else replace(change, version=change.version - self._first_version),
-            replaced_adapters=self._adapters.take_replaced(),
+            weights=change,
+            adapter_loads=loads,
             refused=refused,
         )

@@ -104,10 +104,6 @@ class _Copied:
             # Before the KV, so that a chunk whose top layer is there is there with its boundary.
             self.requests[:0] = more()
 
-    def cancel(self) -> None:
-        if self.submitted.done() and not isinstance(handle := self.submitted.result(), PutOutcome):
-            handle.cancel()
-
 
 class ChunkSaver:
     """Copies a chunk out of the KV blocks at once; a thread of its own asks whether the store has it, the store writes.
@@ -319,14 +315,15 @@ class ChunkSaver:
         return not self._pending
 
     def close(self) -> None:
-        """Give a moment to what is pending, then give it up: a chunk that is not written is a later miss."""
+        """Give a moment to what is pending, then leave it to the store: a chunk that is not written is a later miss.
+
+        Writes are not cancelled, which would wait for one that hangs; the bytes are nobody else's.
+        """
         self.write_kept(list(self._kept))
         if not self.wait(timeout_s=CLOSE_S):
             logger.warning("%d chunks were not written in time and are lost", len(self._pending))
         self._closed = True
         self._to_do.put(None)
-        for copied in self._pending:
-            copied.cancel()
         self._pending.clear()
 
 
