@@ -6,8 +6,9 @@ process finds what is saved from now on. What others share in the store stays.
 
 vLLM's own prefix cache is another matter, and so is what another connector loads: they may go on holding KV of the
 weights or the adapter before. Until they are reset too, a request that has tokens from them is not saved, or the old KV
-would get the new name. A change is heard of after the first step with it: where they were reset before that step, they
-hold nothing old.
+would get the new name. A change is heard of after the first step with it: where vLLM's own cache was reset before that
+step, it holds nothing old. Of other connectors nobody knows what was still on its way to them, or comes to them from
+blocks that requests keep: a reset of them counts once the change was heard of, and together with that of vLLM's cache.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ _Place = tuple[str, str]
 """Name and path of an adapter, by which vLLM's own prefix cache knows it."""
 _NO_RANK = -1
 """Stands for the workers until one has said what it has loaded: the files that were there first."""
-_ADVICE = (
-    ". Reset vLLM's prefix cache too, and all connectors with it (POST /reset_prefix_cache?reset_external=true, or "
-    "reset_prefix_cache(reset_connector=True)): it holds KV of the old weights, and other connectors may"
+_RESET = "(POST /reset_prefix_cache?reset_external=true, or reset_prefix_cache(reset_connector=True))"
+_ADVICE = f"Reset vLLM's prefix cache too, {_RESET}: it holds KV of the old weights, and so do other connectors"
+_ADVICE_OF_OTHERS = (
+    f"Where the engine has other connectors, reset all of them {_RESET}: they may hold KV of the old ones"
 )
 
 
@@ -98,12 +100,16 @@ class KvIdentity:
         self.stopped = ""
         self._files = AdapterFiles()
         self._loaded: dict[_Place, dict[int, str]] = {}
+        self._numbers: dict[_Place, set[int]] = {}
+        self._of_several_files: set[_Place] = set()
         self._local, self._others = _Stale(), _Stale()
 
     def reset(self) -> None:
         """Begin a generation; what was stopped goes on. vLLM resets all connectors at once."""
         self._begin()
-        self.stopped, self._others = "", _Stale(num_steps=0)
+        self.stopped = ""
+        if self._local.num_steps == 0:  # or what vLLM itself still holds may come to the others again
+            self._others = self._emptied()
 
     def loaded_by_another(self) -> None:
         """Note that another connector loads a prefix: it comes to be in vLLM's own cache too, and is as old there."""
@@ -127,7 +133,7 @@ class KvIdentity:
             self._begin_with_other_weights(change)
             logger.warning(
                 "the model's weights were changed (%s): nothing saved so far is restored any more, and KV is saved for "
-                "this engine alone%s", change.how, _ADVICE if self._local.everything or self._others.everything else "",
+                "this engine alone. %s", change.how, _ADVICE if self._local.everything else _ADVICE_OF_OTHERS,
             )  # fmt: skip
         elif not self.stopped:
             self._begin_with_other_weights(change)
@@ -141,8 +147,8 @@ class KvIdentity:
     def _begin_with_other_weights(self, change: WeightsChange) -> None:
         self._begin()
         self.stopped = ""
-        for cache in (self._local, self._others):
-            cache.everything |= cache.is_older(before_forward=change.before_forward)
+        self._local.everything |= self._local.is_older(before_forward=change.before_forward)
+        self._others.everything = True
 
     def adapter_loaded(self, rank: int, load: AdapterLoad) -> None:
         """Take in that a worker has loaded an adapter, perhaps from other files than before."""
@@ -150,13 +156,22 @@ class KvIdentity:
         digests = self._loaded.setdefault(place, {})
         digests.pop(_NO_RANK, None)
         digests[rank] = load.version.digest
-        for cache in (self._local, self._others):
-            if load.replaced and cache.is_older(before_forward=load.before_forward):
-                cache.adapters.add(place)
+        numbers = self._numbers.setdefault(place, set())
+        numbers.add(load.version.number)
+        if not load.replaced:
+            return
+        self._others.adapters.add(place)
+        if len(numbers) > 1:  # requests with the other number go on with its files, under the same name in vLLM's cache
+            self._of_several_files.add(place)
+        if place in self._of_several_files or self._local.is_older(before_forward=load.before_forward):
+            self._local.adapters.add(place)
 
     def local_cache_was_reset(self) -> None:
         """VLLM's own prefix cache is empty: what is found in it from now on is new."""
-        self._local = _Stale(num_steps=0)
+        self._local = self._emptied()
+
+    def _emptied(self) -> _Stale:
+        return _Stale(num_steps=0, adapters=set(self._of_several_files))
 
     def name(self, adapter: Adapter | None) -> KvName:
         """The present name of KV of the base model, or of an adapter by the files that its path holds now."""
@@ -176,15 +191,18 @@ class KvIdentity:
         own = {"generation": self._token} if self._token else {}
         return own if adapter is None else own | {"lora": adapter.digest}
 
-    def may_be_old(self, adapter: AdapterVersion | None, *, num_local: int, num_loaded: int) -> bool:
+    def may_be_old(
+        self, adapter: AdapterVersion | None, *, num_local: int, num_loaded: int, num_before: int = 0
+    ) -> bool:
         """Whether a request may have KV of other weights, or of its adapter's files before.
 
-        ``num_local`` of its tokens came from vLLM's own prefix cache, ``num_loaded`` by another connector. As long as a
-        worker is not known to have loaded the files that its adapter has now, these are of the files before.
+        ``num_local`` of its tokens came from vLLM's own prefix cache, ``num_loaded`` by another connector, and
+        ``num_before`` in all were there before the step that is to save. As long as a worker is not known to have
+        loaded the files that its adapter has now, these are of the files before.
         """
         place = None if adapter is None else _place(adapter)
         if adapter is not None and set(self._loaded[_place(adapter)].values()) != {adapter.digest}:
-            return bool(num_local or num_loaded)
+            return bool(num_local or num_loaded or num_before)
         return bool(num_local and self._local.concerns(place)) or bool(num_loaded and self._others.concerns(place))
 
 

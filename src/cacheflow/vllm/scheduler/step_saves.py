@@ -44,7 +44,7 @@ class StepSaves:
         captures: list[CaptureWork] = []
         for each in scheduled:
             request = requests.get(each.request_id)
-            if request is None or request.params.mode is Mode.OFF or not self._is_current(request):
+            if request is None or request.params.mode is Mode.OFF or not self._is_current(request, each):
                 continue
             own, num_computed = request.saves, each.num_computed
             if each.unproven:
@@ -85,10 +85,13 @@ class StepSaves:
             keep=due is CheckpointDue.AT_END,
         )
 
-    def _is_current(self, request: TrackedRequest) -> bool:
+    def _is_current(self, request: TrackedRequest, each: ScheduledRequest) -> bool:
         """Whether all of a request's KV is of the weights and the adapter that its name stands for."""
         if self._identity.stopped or request.name.generation != self._identity.generation:
             return False
         return not self._identity.may_be_old(
-            request.name.adapter, num_local=request.num_local, num_loaded=request.num_loaded
+            request.name.adapter,
+            num_local=request.num_local,
+            num_loaded=request.num_loaded,
+            num_before=each.num_computed - each.num_scheduled,
         )
