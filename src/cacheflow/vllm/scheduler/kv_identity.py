@@ -33,7 +33,7 @@ _Place = tuple[str, str]
 _NO_RANK = -1
 """Stands for the workers until one has said what it has loaded: the files that were there first."""
 _RESET = "(POST /reset_prefix_cache?reset_external=true, or reset_prefix_cache(reset_connector=True))"
-_ADVICE = f"Reset vLLM's prefix cache too, {_RESET}: it holds KV of the old weights, and so do other connectors"
+_ADVICE = f"Reset vLLM's prefix cache too {_RESET}: it holds KV of the old weights, and other connectors may"
 _ADVICE_OF_OTHERS = (
     f"Where the engine has other connectors, reset all of them {_RESET}: they may hold KV of the old ones"
 )
