@@ -64,15 +64,15 @@ def two_stages(setting):
     script = ray_script(setting, pipeline=2)
     saved(script, 1)
     script.do("scheduler_side", function=take_only, args=("stored",))
-    asked(script, "stored", request(1, AUTO))
     asked(script, "load", request(1, LOAD))
     script.do("call", function=break_reads, args=((1, 0), "hang", "kv"))
     asked(script, "hang", request(1, AUTO))
     script.do("call", function=break_reads, args=((1, 0), "", "kv"))
-    script.do("scheduler_side", function=take_only, args=("handed_over",))
     script.do("call", function=set_bandwidth, args=(BYTES_PER_S / 10,))  # so that the links leave something to compute
-    asked(script, "", request(1, AUTO))  # learns how slow the links are now
-    asked(script, "handed_over", request(1, AUTO))
+    for source in ("stored", "handed_over"):
+        script.do("scheduler_side", function=take_only, args=(source,))
+        asked(script, "", request(1, AUTO))  # learns how slow the links are now
+        asked(script, source, request(1, AUTO))
     script.do("evict").do("killed", "killed", rank=1, request=request(1, AUTO))
     return setting.run(script, "two-stages")
 
