@@ -276,7 +276,9 @@ class Tier:
             self._num_outages += 1
             self._breaker.trip()
         if start_thread(self._probe, name="cacheflow-tier-probe") is None:
-            self._out_since_s = None  # nobody would bring it back
+            with self._lock:  # it stays in service: nobody would bring it back
+                self._out_since_s = None
+                self._num_outages -= 1
             return
         logger.warning("tier %s is taken out of service: %s. It is probed until it delivers", self.name, why)
 

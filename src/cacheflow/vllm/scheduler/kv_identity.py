@@ -118,9 +118,8 @@ class KvIdentity:
         self._local.num_steps = None
 
     def step_made(self) -> None:
-        """Note that a step goes to the workers, whose KV may come to be in the other caches."""
+        """Note that a step goes to the workers, whose KV may come to be in vLLM's own cache."""
         self._local.step_made()
-        self._others.step_made()
 
     def _begin(self) -> None:
         """From now on nothing that was saved so far is found."""
