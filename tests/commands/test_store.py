@@ -124,6 +124,32 @@ def test_verify_finds_every_damaged_record_and_removes_it_when_asked(url, said):
     assert "8 records are whole, 0 damaged" in said("verify", url)
 
 
+@pytest.mark.parametrize("kind", ["file", "shm"])
+def test_looking_at_files_leaves_their_age(kind, request, tmp_path, said):
+    url = url_of(kind, request, tmp_path / "store")
+    folder = shm_folder(url.removeprefix("shm://")) if kind == "shm" else tmp_path / "store"
+    with open_store(left_behind(url), capacity_bytes=CAPACITY) as store:
+        put(store, *range(10))
+        write_identity(store, NAMESPACE.digest, NAMESPACE.parts(), timeout_s=20.0)
+    old_s = time.time() - 10 * 86400
+    for path in folder.glob("objects/*/*/*"):
+        os.utime(path, (old_s, old_s))
+    assert "11 records are whole" in said("verify", url)
+    said("bench", url, "--mib", "0.1", "--objects", 2, "--rounds", 1)
+    for _ in range(2):
+        assert re.search(rf"{NAMESPACE.digest} +11 .* 10 d +10 d ", said("stat", url))
+    assert "removed 11 of 11 objects" in said("gc", url, "--older-than", "7d")
+
+
+def test_stat_does_not_take_the_start_of_an_engine_for_a_use(file_url_of_ten, tmp_path, said):
+    old_s = time.time() - 10 * 86400
+    for path in (tmp_path / "store").glob("objects/*/*/*"):
+        os.utime(path, (old_s, old_s))
+    with open_store(file_url_of_ten, capacity_bytes=CAPACITY) as store:
+        write_identity(store, NAMESPACE.digest, NAMESPACE.parts(), timeout_s=20.0)
+    assert re.search(rf"{NAMESPACE.digest} +11 .* 10 d +10 d ", said("stat", file_url_of_ten))
+
+
 def test_gc_by_size_keeps_what_fits(url, said):
     assert "would remove" in said("gc", url, "--max-bytes", "30KB", "--dry-run")
     assert len(held(url)) == 10

@@ -43,7 +43,7 @@ def held(store, numbers):
     return [number for number in numbers if store.contains([key(number)])[0]]
 
 
-def test_a_disk_that_turns_read_only_serves_what_it_holds_and_heals(tmp_path):
+def test_a_disk_that_turns_read_only_serves_what_it_holds_and_heals(tmp_path, capsys):
     with mounted(tmp_path / "mount", num_bytes=4 << 20) as folder:
 
         def remount(how):
@@ -58,6 +58,17 @@ def test_a_disk_that_turns_read_only_serves_what_it_holds_and_heals(tmp_path):
             assert held(store, [1, 2]) == [1]
             with pytest.raises(StoreError, match="choose a directory this process can create and write"):
                 opened(folder / "store")
+            for command in ("stat", "verify"):
+                assert cli.main(["store", command, f"file://{folder}/store"]) == 0
+            refusals = {
+                "gc --max-bytes 0": "Read-only",
+                "clear --yes": "Read-only",
+                "bench --mib 0.1": "not be written",
+            }
+            for words, said in refusals.items():
+                command, *options = words.split()
+                assert cli.main(["store", command, f"file://{folder}/store", *options]) == 2
+                assert said in capsys.readouterr().err
             remount("rw")
             assert put(store, 2) == (STORED,)
             assert held(store, [1, 2]) == [1, 2]

@@ -46,6 +46,7 @@ class RecordDirectory:
         *,
         algorithm: ChecksumAlgorithm | None = None,
         make_root: Callable[[], object] | None = None,
+        only_look: bool = False,
     ) -> None:
         """Open or create the directory and remove stale staging files.
 
@@ -55,6 +56,7 @@ class RecordDirectory:
                 keeps its own.
             make_root: Makes the root where it is not there, now and after somebody deleted it; raises ``OSError``. It
                 alone does, whatever is deleted. None for a folder that this user alone may open.
+            only_look: Where the directory is there already it need not be writable.
 
         Raises:
             StoreError: The directory cannot be created or written, is marked for another record version, or has
@@ -65,8 +67,9 @@ class RecordDirectory:
         self._objects = f"{root}/objects"
         self._staging = f"{root}/staging"
         try:
-            self._make_folders()
-            self._probe_writing()
+            if not (only_look and is_record_directory(root)):
+                self._make_folders()
+                self._probe_writing()
             self.algorithm = self._agree(algorithm or best_algorithm())
         except StoreError:
             raise
@@ -120,22 +123,24 @@ class RecordDirectory:
             raise
 
     def _open_staged(self, staged: Path) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            return os.open(staged, flags, self._record_mode)
+            return self._create(staged)
         except FileNotFoundError as missing:  # somebody deleted the directory: a cache may be emptied while it serves
             self._make_folders()
             agreed = self._agree(self.algorithm)
             if agreed is not self.algorithm:
                 text = f"store directory {self.root} was made anew, with {agreed.name} checksums: restart to use it"
                 raise StoreError(text) from missing
-            return os.open(staged, flags, self._record_mode)
+            return self._create(staged)
+
+    def _create(self, staged: Path) -> int:
+        mode = self.root.stat().st_mode & 0o666
+        return os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
 
     def _make_folders(self) -> None:
         self._make_root()
         for folder in (self._objects, self._staging):
             Path(folder).mkdir(exist_ok=True)
-        self._record_mode = self.root.stat().st_mode & 0o666
 
     def remove(self, name: str) -> bool:
         """Remove a record; whether it was there.

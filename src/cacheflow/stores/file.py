@@ -45,6 +45,7 @@ class FileStore(SharedStore):
         *,
         fsync: bool = True,
         algorithm: ChecksumAlgorithm | None = None,
+        only_look: bool = False,
         **bounds: Unpack[Bounds],
     ) -> None:
         """Open or create a directory of records and scan what it holds.
@@ -53,6 +54,7 @@ class FileStore(SharedStore):
             root: The directory, or one that is open; then ``algorithm`` is its own.
             fsync: Flush each record to the disk before it becomes visible.
             algorithm: Checksum for a new directory; None for the fastest this process has.
+            only_look: Reading does not count as use, and a directory that is there need not be writable.
             **bounds: See ``Bounds``.
 
         Raises:
@@ -61,10 +63,12 @@ class FileStore(SharedStore):
                 package that is not installed.
         """
         self._directory = (
-            root if isinstance(root, RecordDirectory) else RecordDirectory(Path(root), algorithm=algorithm)
+            root
+            if isinstance(root, RecordDirectory)
+            else RecordDirectory(Path(root), algorithm=algorithm, only_look=only_look)
         )
         super().__init__(str(self._directory.root), algorithm=self._directory.algorithm, **bounds)
-        self._fsync = fsync
+        self._fsync, self._only_look = fsync, only_look
         # Others must not take for expired what was read a moment ago.
         ttl_s = self._retention.ttl_s
         self._touch_s = _TOUCH_S if ttl_s is None else min(_TOUCH_S, ttl_s / _TOUCHES_PER_TTL)
@@ -86,7 +90,7 @@ class FileStore(SharedStore):
         try:
             num_read = _read_all(descriptor, [header, payload])
             status = os.fstat(descriptor)
-            if not -_AHEAD_S < time.time() - status.st_mtime <= self._touch_s:
+            if not (self._only_look or -_AHEAD_S < time.time() - status.st_mtime <= self._touch_s):
                 with suppress(OSError):  # a file of another owner keeps its time
                     os.utime(descriptor)
             if status.st_nlink:  # not deleted or replaced since it was opened

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -24,11 +23,10 @@ from cacheflow.errors import ConfigError, StoreError
 from cacheflow.stores import lmcache_url
 from cacheflow.stores.base import Store
 from cacheflow.stores.codec import Codec
-from cacheflow.stores.directory import is_record_directory
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.memory import VERIFIED_SHARE, MemoryStore
 from cacheflow.stores.retention import DEFAULT_RETENTION, Retention
-from cacheflow.stores.shm import SharedMemoryStore, shm_folder
+from cacheflow.stores.shm import SharedMemoryStore
 from cacheflow.stores.threaded import ThreadedStore
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.stores.url import FORMS, StoreUrl
@@ -42,6 +40,8 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 """Variables that name a server of buckets which is not Amazon's."""
 _PORTS = {"redis": 6379, "rediss": 6379, "mooncake": 50051}
 """Of those stores whose URL names a server, where it says none."""
+_LOOKED_AT = ("file", "shm")
+"""Stores that can be read without a trace; the others' media note each read, or none."""
 
 
 class StoreOpener(Protocol):
@@ -77,8 +77,8 @@ def open_store(
         capacity_bytes: Bound on the records held, headers (4,096 bytes each) included, of each store whose URL has no
             ``capacity`` of its own.
         retention: What goes first, and what goes by itself; the same in every tier.
-        only_look: Not to serve from it, so that it stays as it was: closing it leaves a store that was there, and no
-            ``capacity`` of a URL throws anything out.
+        only_look: Not to serve from it, so that it stays as it was: closing it leaves a store that was there, no
+            ``capacity`` of a URL throws anything out, and reading a file does not count as its use.
 
     Raises:
         ConfigError: A URL is wrong, its scheme unknown, or a package is missing.
@@ -99,9 +99,8 @@ def open_store(
 
 
 def _open(url: StoreUrl, *, capacity_bytes: int, retention: Retention, only_look: bool) -> Store:
-    if only_look and url.scheme == "shm" and is_record_directory(shm_folder(url.host)):
-        url = replace(url, options={**url.options, "keep": "yes"})
-    store = opener_of(url.scheme)(url)(capacity_bytes=capacity_bytes, retention=retention)
+    looking = {"only_look": True} if only_look and url.scheme in _LOOKED_AT else {}
+    store = opener_of(url.scheme)(url)(capacity_bytes=capacity_bytes, retention=retention, **looking)
     if not isinstance(store, Store):
         raise StoreError(f"store {url}: the opener of {url.scheme} returned {store!r}, which is no Store")
     if (codec := url.codec) is not None:

@@ -20,7 +20,7 @@ from typing import Unpack
 
 from cacheflow.errors import StoreError
 from cacheflow.stores.bounded import Bounds
-from cacheflow.stores.directory import RecordDirectory
+from cacheflow.stores.directory import RecordDirectory, is_record_directory
 from cacheflow.stores.file import FileStore
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.loan import DeviceReader, LentRecord
@@ -53,25 +53,27 @@ class SharedMemoryStore(FileStore):
 
     name, persistent = "shm", False
 
-    def __init__(self, name: str, *, keep: bool = False, **bounds: Unpack[Bounds]) -> None:
+    def __init__(self, name: str, *, keep: bool = False, only_look: bool = False, **bounds: Unpack[Bounds]) -> None:
         """Open or create the store of that name.
 
         Args:
             name: Part of a file name.
             keep: Leave what it holds to the next process, though this one is the last.
+            only_look: Reading does not count as use, and a store that is there is left to the next process.
             **bounds: See ``Bounds``.
 
         Raises:
             ConfigError: A count is below 1.
             StoreError: There is no shared memory, or the folder belongs to another user.
         """
-        self._folder, self._keep = shm_folder(name), keep
+        self._folder = shm_folder(name)
+        self._keep = keep or (only_look and is_record_directory(self._folder))
         self._mapped: MappedRecords | None = None
         self._users = _join(self._folder)
         self._users_lock = Lock()
         try:
             directory = RecordDirectory(self._folder, make_root=self._join_anew)
-            super().__init__(directory, fsync=False, **bounds)
+            super().__init__(directory, fsync=False, only_look=only_look, **bounds)
         except BaseException:
             self._leave()
             raise

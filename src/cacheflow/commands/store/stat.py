@@ -13,6 +13,7 @@ from cacheflow.bench.options import option
 from cacheflow.bench.table import Row, size, text_table
 from cacheflow.commands.store.flags import SomeRecordsFlags, duration
 from cacheflow.stores.identity_record import read_identities
+from cacheflow.stores.keys import identity_key
 from cacheflow.stores.opening import check_store_url
 from cacheflow.stores.probe import PROBES
 from cacheflow.stores.shared import FoundRecord
@@ -66,7 +67,8 @@ def _print(url: str, flags: StatFlags) -> None:
     now_s = time.time()
     rows: list[Row] = []
     for space, held in sorted(spaces.items()):
-        used_s = [each.used_s for each in held]
+        # An identity's use is that somebody looked or started an engine.
+        used_s = [each.used_s for each in held if each.name != identity_key(space).name] or [held[0].used_s]
         ages = (duration(now_s - max(used_s)), duration(now_s - min(used_s)))
         parts = identities.get(space, {})
         stands_for = " ".join(
