@@ -2,7 +2,7 @@ import pytest
 from rich.console import Console
 
 from cacheflow.bench.summary import console_tables, summarise, sweep_caption, sweep_markdown
-from cacheflow.bench.table import BREAKS, LOSES, seconds
+from cacheflow.bench.table import BREAKS, LOSES, print_whole, seconds, text_table
 from support.sample_records import sample_record, sample_sweep
 
 
@@ -71,3 +71,11 @@ def test_the_caption_says_what_where_and_how_often():
 )
 def test_durations_have_three_digits(time_s: float, text: str):
     assert seconds(time_s) == text
+
+
+def test_a_table_that_is_wider_than_the_terminal_loses_no_cell(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    heads = [f"column {number} of many" for number in range(6)]
+    print_whole(text_table("wide", heads, [([head.upper() for head in heads], None)]))
+    shown = capsys.readouterr().out
+    assert all(head in shown and head.upper() in shown for head in heads)

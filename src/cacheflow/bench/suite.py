@@ -19,6 +19,7 @@ from cacheflow.bench.options import make_folder
 from cacheflow.bench.records.base import BenchRecord
 from cacheflow.bench.records.suites import append_record, read_records
 from cacheflow.bench.results_file import only_run, take_up
+from cacheflow.bench.table import print_whole
 from cacheflow.errors import ConfigError
 
 R = TypeVar("R", bound=BenchRecord)
@@ -150,7 +151,7 @@ class Suite(Generic[R]):
         records = run.added
         if not self.only_added:
             records = read_records(results, self.kind) if results.exists() else []
-        console.print(self.show(records))
+        print_whole(self.show(records))
         print_pictures(partial(self.draw, records), console)
         console.print(f"records in {results}", markup=False)
         if not finished:

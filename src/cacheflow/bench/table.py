@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 from rich import box
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from cacheflow.bench.spread import PolicySummary, R, Spread
@@ -17,6 +18,9 @@ BREAKS = "‼"
 WRONG = "wrong"
 NOTHING = "–"
 DISTURBED = "~: the machine was busy with something else during these runs; measure again on a quiet one"
+
+_WIDTH = 160
+"""Characters that the widest table takes at most."""
 
 Row = tuple[Sequence[str], str | None]
 """Cells from left to right, and a style of rich."""
@@ -44,6 +48,11 @@ def text_table(
         table.add_section()
         table.add_row(*last, style="dim")
     return table
+
+
+def print_whole(tables: RenderableType) -> None:
+    """Print tables for the terminal; one that is narrower than they are wraps lines rather than lose cells."""
+    Console(width=max(Console().width, _WIDTH)).print(tables)
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -22,6 +22,7 @@ from cacheflow.bench.records.restore import RestoreRecord
 from cacheflow.bench.records.suites import append_record, read_records
 from cacheflow.bench.suite import print_pictures
 from cacheflow.bench.summary import console_tables, summarise
+from cacheflow.bench.table import print_whole
 from cacheflow.bench.timeline import draw_timelines
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         results.unlink(missing_ok=True)
         _play(demo, flags.repeats, results, progress, console)
     records = read_records(results, RestoreRecord)
-    console.print(console_tables(summarise(records)))
+    print_whole(console_tables(summarise(records)))
     title = f"{demo.last_prefix_tokens:,} evicted tokens, then the first token, under every policy"
     print_pictures(
         lambda: [

@@ -7,10 +7,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from cacheflow.bench.options import option
-from cacheflow.bench.table import Row, size, text_table
+from cacheflow.bench.table import Row, print_whole, size, text_table
 from cacheflow.commands.store.flags import SomeRecordsFlags, duration
 from cacheflow.stores.identity_record import read_identities
 from cacheflow.stores.keys import identity_key
@@ -20,7 +18,6 @@ from cacheflow.stores.shared import FoundRecord
 from cacheflow.stores.upkeep import lives_of, open_existing, records_of, space_of
 
 IDENTITY_TIMEOUT_S = 5.0
-WIDTH = 160
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(url: str, flags: StatFlags) -> None:
     """Print a table: objects, bytes and last use of each namespace, and what it stands for."""
-    console = Console()
     spaces: defaultdict[str, list[FoundRecord]] = defaultdict(list)
     with open_existing(url, only_look=True) as store:
         records = records_of(store, flags.namespace)
@@ -83,5 +79,4 @@ def _print(url: str, flags: StatFlags) -> None:
         rows.append(((space, str(len(held)), num_bytes, *ages, str(kept or ""), goes, stands_for), None))
     heads = ("namespace", "objects", "bytes", "last used, ago", "oldest, ago", "kept", "first goes in", "stands for")
     total = ("all", str(len(records)), size(sum(each.num_bytes for each in records)), "", "", "", "", "")
-    table = text_table(url, heads, rows, last=total, padding=1)
-    Console(width=max(console.width, WIDTH)).print(table)  # wrapped rather than cut
+    print_whole(text_table(url, heads, rows, last=total, padding=1))
