@@ -334,6 +334,16 @@ def test_a_tier_far_below_what_was_measured_is_out_until_it_delivers():
         assert store.stats().tiers[1].num_outages == 1
 
 
+def test_small_objects_that_take_the_latency_take_no_tier_out():
+    """One after the other, from a store far away that delivers what was measured."""
+    far = ThrottledStore(memory(), 1e9, latency_s=0.01)
+    with over(memory(), far) as store:
+        put(far, *range(12))
+        store.tiers[1].promise(bytes_per_s=1e9, latency_s=0.01)
+        assert [get(store, number)[0] for number in range(12)] == [OK] * 12
+        assert store.stats().tiers[1].num_outages == 0
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_the_tiers_do_what_is_read_is_right(tmp_path, seed):
     """Both tiers flap: reads fail in every way, writes fail."""
