@@ -367,6 +367,19 @@ def test_small_objects_that_take_the_latency_take_no_tier_out():
         assert store.stats().tiers[1].num_outages == 0
 
 
+def test_a_small_object_brings_a_tier_back_that_takes_longer_for_it_than_the_median():
+    far = FaultyStore(ThrottledStore(memory(), 1e9, latency_s=0.02), FaultPlan())
+    with over(memory(), far, probe_after_s=0.05) as store:
+        put(far, *range(3))
+        store.tiers[1].promise(bytes_per_s=1e9, latency_s=0.01)
+        far.set_plan(FaultPlan(rules=(FaultRule(fault=Fault.ERROR, probability=1.0),)))
+        for number in range(3):
+            assert get(store, number)[0] is LoadOutcome.ERROR
+        assert not store.stats().tiers[1].delivers
+        far.set_plan(FaultPlan())
+        eventually(lambda: store.stats().tiers[1].delivers, patience_s=10.0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_the_tiers_do_what_is_read_is_right(tmp_path, seed):
     """Both tiers flap: reads fail in every way, writes fail."""

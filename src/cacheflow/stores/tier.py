@@ -319,7 +319,7 @@ class Tier:
                 promised = self._promised_bytes_per_s
         if outcome is LoadOutcome.OK and promised is not None:
             # Half of what takes it out: or it would go in and out.
-            return num_bytes / max(took_s - self._promised_latency_s, 1e-9) * FAR_BELOW >= 2 * promised
+            return took_s <= FAR_BELOW / 2 * (self._promised_latency_s + num_bytes / promised)
         return outcome in ANSWERS
 
     def stats(self) -> TierStats:
