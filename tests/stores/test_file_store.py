@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cacheflow.stores.file import FileStore
 from cacheflow.stores.record import ChecksumAlgorithm
 from cacheflow.types import LoadOutcome
 from support.store_objects import get, key, payload, put, put_request
+from support.waiting import eventually
 
 CAPACITY = 1 << 20
 RECORD = 4096 + 1000
@@ -317,6 +319,21 @@ def test_two_stores_stay_near_the_capacity_together(root):
                 put(theirs, 1000 + number)
         total = sum(path.stat().st_size for path in root.glob("objects/*/*/*"))
         assert total <= capacity * (1 + 1 / 8)
+
+
+def test_who_only_reads_hears_that_what_it_read_has_gone(root):
+    """Or its next write would remove all that ever went once more, and what others use with it."""
+    capacity = 16 * RECORD
+    with opened(root, capacity_bytes=capacity) as writer, opened(root, capacity_bytes=capacity) as reader:
+        erased, erase = [], reader.erase
+        reader.erase = lambda name: erased.append(name) or erase(name)
+        for number in range(100):
+            put(writer, number)
+            assert get(reader, number)[0] is OK
+            eventually(lambda: "cacheflow-scan" not in {thread.name for thread in threading.enumerate()})
+        assert reader.stats().num_objects <= 16 + 16 // 8
+        assert put(reader, 100) == (PutOutcome.STORED,)
+        assert len(erased) <= 1 + 16 // 8
 
 
 def test_drop_front_takes_bytes_off_a_list_of_buffers():

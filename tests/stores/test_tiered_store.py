@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cacheflow.errors import ConfigError
-from cacheflow.stores import tier
+from cacheflow.stores import copy_queue, tier
 from cacheflow.stores.base import GetRequest, PinOutcome, PutOutcome, PutRequest
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.file import FileStore
@@ -146,6 +146,29 @@ def test_what_is_deleted_does_not_come_back_from_what_waits(slow):
         assert store.delete([key(number) for number in range(8)]) == 8
         assert store.drain(TIMEOUT_S)
         assert store.contains([key(number) for number in range(8)]) == (False,) * 8
+
+
+def test_what_is_deleted_again_while_a_tier_deletes_it_stays_when_it_is_put_anew(slow, monkeypatch):
+    monkeypatch.setattr(copy_queue, "FORGET_S", 0.01)
+    slow.writes.clear()
+    writing, deleting, erasable = (threading.Event() for _ in range(3))
+    write, delete = slow.write_record, slow.delete
+    slow.write_record = lambda *args, **options: writing.set() or write(*args, **options)
+    slow.delete = lambda keys: deleting.set() or (erasable.wait(TIMEOUT_S) and delete(keys))
+    with over(memory(), slow) as store:
+        copies = store.tiers[1].copies
+        put(store, 1)
+        assert writing.wait(TIMEOUT_S)
+        copies.forget([key(1)])
+        slow.writes.set()
+        assert deleting.wait(TIMEOUT_S)
+        copies.forget([key(1)])
+        erasable.set()
+        assert store.drain(TIMEOUT_S)
+        assert store.delete([key(1)]) == 1
+        put(store, 1)
+        assert store.drain(TIMEOUT_S)
+        assert slow.contains([key(1)]) == (True,)
 
 
 def test_what_the_fast_tier_does_not_take_goes_to_the_next(tmp_path):
@@ -332,6 +355,29 @@ def test_a_tier_far_below_what_was_measured_is_out_until_it_delivers():
         link.set_bandwidth(1e12)
         eventually(lambda: store.stats().tiers[1].delivers)
         assert store.stats().tiers[1].num_outages == 1
+
+
+def test_small_objects_that_take_the_latency_take_no_tier_out():
+    """One after the other, from a store far away that delivers what was measured."""
+    far = ThrottledStore(memory(), 1e9, latency_s=0.01)
+    with over(memory(), far) as store:
+        put(far, *range(12))
+        store.tiers[1].promise(bytes_per_s=1e9, latency_s=0.01)
+        assert [get(store, number)[0] for number in range(12)] == [OK] * 12
+        assert store.stats().tiers[1].num_outages == 0
+
+
+def test_a_small_object_brings_a_tier_back_that_takes_longer_for_it_than_the_median():
+    far = FaultyStore(ThrottledStore(memory(), 1e9, latency_s=0.02), FaultPlan())
+    with over(memory(), far, probe_after_s=0.05) as store:
+        put(far, *range(3))
+        store.tiers[1].promise(bytes_per_s=1e9, latency_s=0.01)
+        far.set_plan(FaultPlan(rules=(FaultRule(fault=Fault.ERROR, probability=1.0),)))
+        for number in range(3):
+            assert get(store, number)[0] is LoadOutcome.ERROR
+        assert not store.stats().tiers[1].delivers
+        far.set_plan(FaultPlan())
+        eventually(lambda: store.stats().tiers[1].delivers, patience_s=10.0)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -196,6 +196,9 @@ class CopyQueue:
             logger.exception("tier %s: %d objects could not be deleted from it", self._name, len(doomed))
         with self._changed:
             self._under_way = frozenset()
+            # What was added meanwhile had been written by then, and whoever adds it deletes it himself; it must not go
+            # when it is written again.
+            self._doomed.clear()
             self._changed.notify_all()
         if failed:
             self._warn_once(f"a write ended as {[each.value if each else 'not begun' for each in outcomes]}")

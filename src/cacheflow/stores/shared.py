@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, Thread
 from typing import Unpack
 
 from cacheflow.errors import StoreError
@@ -18,6 +18,7 @@ from cacheflow.stores.bounded import BoundedStore, Bounds
 from cacheflow.stores.keys import ObjectKey
 from cacheflow.stores.lru import HeldObject
 from cacheflow.stores.record import ChecksumAlgorithm
+from cacheflow.threads import start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ FULL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT})
 """The ``errno`` of a write that failed because the medium, or a quota on it, is full."""
 
 _SCANS_PER_CAPACITY = 8
-"""A process looks at the whole medium again each time it has written this fraction of the capacity."""
+"""A process looks at the whole medium again each time it has written, and read of others, this fraction of the
+capacity."""
 
 _MAX_TRIES = 4
 """Times that one record is written to a full medium; others may take the room that was made for it."""
@@ -36,6 +38,8 @@ _MAX_TRIES = 4
 _HEADROOM = 16
 """On a medium that proved too small, one of so many parts stays free: for block sizes and folders, and for what other
 processes write before this one looks again. A scan follows each failed write, so failed writes must be rare."""
+
+_JOIN_TIMEOUT_S = 5.0
 
 _REFIT_S = 60.0
 """Time after which a bound that was lowered to the medium's room is measured anew."""
@@ -54,8 +58,8 @@ class SharedStore(BoundedStore):
     """A bounded store on a medium that processes share; a backend implements five methods on names, and reading.
 
     Capacity: each process evicts the least recently used objects it knows of. What others wrote becomes known by
-    reading it or by a scan of the medium, at open and after every eighth of the capacity written; so ``n``
-    processes may exceed the bound by ``(n - 1) / 8`` of it for a while.
+    reading it or by a scan of the medium, at open and after every eighth of the capacity written, or read of what was
+    not known; so ``n`` processes may exceed the bound by ``(n - 1) / 8`` of it for a while.
 
     A medium, or a quota, that is full before the capacity is used lowers the bound to 15/16 of what fits: what records
     hold, whichever process wrote them, and what is free. The record that found no room is written again after the
@@ -86,6 +90,7 @@ class SharedStore(BoundedStore):
         self._refit_at_s = 0.0
         self._room_lock = Lock()  # held by the one writer who makes room; never while holding _lock
         self._unscanned_bytes = 0
+        self._scanner: Thread | None = None  # the last one
         self._warned = self._warned_full = False
         self._used_s: dict[str, float] = {}  # wall time at which this process last used an object
         self._first_seen_s: dict[str, float] = {}  # of ``first_seen``
@@ -300,10 +305,17 @@ class SharedStore(BoundedStore):
         return [FoundRecord(name, num_bytes, first_seen_s[name]) for name, num_bytes in sizes.items()]
 
     def note_read(self, name: str, num_bytes: int) -> None:
-        """Take a record of ``num_bytes`` that was just read for the most recently used."""
+        """Take a record of ``num_bytes`` that was just read for the most recently used.
+
+        Of what others wrote it is not heard when that goes again: after enough of it the medium is looked at, on a
+        thread of its own, since somebody waits for the read.
+        """
         with self._lock:
+            due = name not in self._index and self._is_scan_due(num_bytes)
             self._index.add(name, num_bytes, now_s=self._clock(), tenant=self.tenant_of(name))
             self._used_s[name] = time.time()
+            if due and not self._closed and (self._scanner is None or not self._scanner.is_alive()):
+                self._scanner = start_thread(self._learn_aside, name="cacheflow-scan")
 
     def last_used_s(self, name: str, default_s: float) -> float:
         """Wall time at which this process last used a record, or ``default_s`` where it has not."""
@@ -337,6 +349,12 @@ class SharedStore(BoundedStore):
                 (name, HeldObject(records[name][1], ahead_s + used_s[name], self.tenant_of(name))) for name in by_use
             )
             self._used_s = {name: at_s for name, at_s in self._used_s.items() if name in records}
+
+    def close(self) -> None:
+        """See ``Store.close``."""
+        super().close()
+        if self._scanner is not None:
+            self._scanner.join(_JOIN_TIMEOUT_S)
 
     def _remove_victims(self, names: Sequence[str]) -> None:
         for name in names:
@@ -404,13 +422,26 @@ class SharedStore(BoundedStore):
     def _scan_if_due(self, num_bytes: int) -> None:
         """Learn what other processes wrote, used and evicted."""
         with self._lock:
-            self._unscanned_bytes += num_bytes
-            due = self._unscanned_bytes * _SCANS_PER_CAPACITY >= self._capacity_bytes  # a full one is scanned anyway
-            if due:
-                self._unscanned_bytes = 0
+            due = self._is_scan_due(num_bytes)
         if due:
             with suppress(OSError):  # the write finds out
                 self.learn()
+
+    def _is_scan_due(self, num_bytes: int) -> bool:
+        """Count bytes that were written, or were not known; whether it is time for a scan. Call with the lock held."""
+        self._unscanned_bytes += num_bytes
+        due = self._unscanned_bytes * _SCANS_PER_CAPACITY >= self._capacity_bytes  # a full one is scanned anyway
+        if due:
+            self._unscanned_bytes = 0
+        return due
+
+    def _learn_aside(self) -> None:
+        try:
+            self.learn()
+        except OSError:  # the medium is gone: the next operation finds out
+            pass
+        except Exception:  # a bug in a backend
+            logger.exception("%s: it could not be looked at", self)
 
     def _warn_once(self, error: OSError) -> None:
         if not self._warned:

@@ -42,8 +42,9 @@ SLOWNESS = 8.0
 LEAST_STRIKE_S = 0.02
 """A read that was given up sooner is no failure of the tier."""
 FAR_BELOW = 32.0
-"""A tier is out that delivers so many times less than was measured. Large, because reads that were measured may have
-come out of a cache. What lies above is for the plans, which know how fast each tier is."""
+"""A tier is out that delivers so many times less than was measured, with a read that took so many times what it should
+have: small objects take the latency, and deliver little wherever they lie. Large, because reads that were measured may
+have come out of a cache. What lies above is for the plans, which know how fast each tier is."""
 NUM_READS = 8
 """Reads before that is judged."""
 TRUST_READS = 3
@@ -264,6 +265,8 @@ class Tier:
         seen, promised = self._seen_bytes_per_s(), self._promised_bytes_per_s
         if self._num_reads < NUM_READS or seen is None or promised is None or seen * FAR_BELOW >= promised:
             return ""
+        if end_s - start_s < FAR_BELOW * (self._promised_latency_s + num_bytes / promised):
+            return ""
         return f"it delivers {seen / 1e6:.3g} MB/s, {promised / 1e6:.3g} MB/s were measured"
 
     # Out of service.
@@ -316,7 +319,7 @@ class Tier:
                 promised = self._promised_bytes_per_s
         if outcome is LoadOutcome.OK and promised is not None:
             # Half of what takes it out: or it would go in and out.
-            return num_bytes / max(took_s - self._promised_latency_s, 1e-9) * FAR_BELOW >= 2 * promised
+            return took_s <= FAR_BELOW / 2 * (self._promised_latency_s + num_bytes / promised)
         return outcome in ANSWERS
 
     def stats(self) -> TierStats:
