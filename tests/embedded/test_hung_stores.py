@@ -1,6 +1,7 @@
 """A store that hangs, in a question, a write or a read: turns go on without it."""
 
 import threading
+import time
 from contextlib import closing, suppress
 
 import pytest
@@ -12,7 +13,9 @@ from cacheflow.restore import reaper
 from cacheflow.restore.options import ExecutorOptions
 from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.stores.base import PutOutcome
+from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.keys import ObjectKind
+from cacheflow.stores.memory import MemoryStore
 from support.embedded_cases import (
     answer,
     assert_same,
@@ -245,3 +248,15 @@ def test_a_batch_ends_though_reads_hang(store, model, monkeypatch):
     assert len(pending.result(0).tokens) == 2
     store.open_gates()
     eventually(lambda: not reapers() - before)
+
+
+def test_a_save_of_many_partial_chunks_waits_once_for_a_store_that_hangs_in_reads_and_takes_writes(model, monkeypatch):
+    monkeypatch.setattr(archive, "NOTE_TIMEOUT_S", 0.2)
+    with closing(FaultyStore(MemoryStore(capacity_bytes=64 << 20), FaultPlan())) as store:
+        session = make_engine(model, store).session()
+        for turn in range(20):
+            session.generate(random_tokens(3, seed=turn), max_new_tokens=1, save=False)
+        store.set_plan(FaultPlan(rules=(FaultRule(fault=Fault.HANG),)))
+        began_s = time.monotonic()
+        assert session.save().complete
+        assert time.monotonic() - began_s < 2.0, "20 notes of 0.2 s would be 4 s"

@@ -118,3 +118,31 @@ def test_adapters_are_recomputed_with_their_own_weights(tmp_path, monkeypatch):
         wrong = engine.ask(prompt, lora=requests[2])
         assert wrong.record["recomputed_cells"] > 0
         assert not (wrong.kv == saved[2].kv).all()
+
+
+@pytest.mark.usefixtures("_single_process_vllm")
+def test_the_base_model_beside_an_adapter_leaves_nothing_wrong_in_the_store(tmp_path):
+    """vLLM's kernels for the CPU compute it with the adapter: a mistake that must not outlive the request."""
+    from support.connector_engine import random_tokens, serving_engine
+    from support.vllm_models import write_model
+
+    folder, prompt = write_model(tmp_path / "model", "llama"), random_tokens(3 * CHUNK + 20, seed=15)
+    write_adapter(tmp_path / "ad", 1)
+    with serving_engine(
+        folder, dtype="float32", chunk_tokens=CHUNK, options={"store": "memory", "policy": "load"},
+        enable_lora=True, max_lora_rank=8, max_loras=1, max_num_batched_tokens=2 * CHUNK,
+    ) as engine:  # fmt: skip
+        own = engine.own(prompt)
+        other = engine.submit(random_tokens(40, seed=16), num_tokens=60, lora=lora(tmp_path / "ad"))
+        engine.run(until=lambda: bool(engine.answers[other].tokens))
+        beside = engine.submit(prompt)
+        engine.run()
+        leaks = not (engine.answers[beside].kv == own.kv).all()
+        engine.evict()
+        again = engine.ask(prompt)
+        assert restored(again) == (0 if leaks else 3 * CHUNK)
+        assert again.tokens == own.tokens
+        engine.evict()
+        again = engine.ask(prompt)
+        assert restored(again) == 3 * CHUNK
+        assert again.tokens == own.tokens

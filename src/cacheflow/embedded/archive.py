@@ -21,7 +21,8 @@ from cacheflow.stores.keys import ObjectKey, chain_hashes, chain_root, next_key
 from cacheflow.stores.prefix_index import Contains, PrefixMatch, find_prefix, note_partial_chunk
 
 NOTE_TIMEOUT_S = 1.0
-"""For reading and for writing the note of a partial chunk, each."""
+"""For reading and for writing the notes of a save's partial chunks, each; of what is not noted in time the first chunks
+are, without which the others are of no use."""
 PREFETCH_S = 300.0
 """What is to be prefetched without being kept is brought within so many seconds, or not at all."""
 
@@ -42,8 +43,10 @@ class PendingSave:
         """
         report = self._saver.wait(timeout_s)
         note_s = NOTE_TIMEOUT_S if timeout_s is None else min(timeout_s, NOTE_TIMEOUT_S)
-        for parent, length in self._partial:
-            if not self._note(parent, length, note_s):
+        until_s = time.monotonic() + 2 * note_s
+        for number, (parent, length) in enumerate(self._partial):
+            left_s = max(0.0, until_s - time.monotonic())
+            if (number and not left_s) or not self._note(parent, length, min(note_s, left_s) if number else note_s):
                 break
         return report
 

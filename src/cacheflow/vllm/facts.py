@@ -41,6 +41,7 @@ class EngineFacts:
         row_state_bytes: In a model with recurrent layers the bytes of their running states at one position, by row, a
             row being a layer of ``shape`` with the recurrent ones below it; empty in other models.
         identity: What its KV is interchangeable with, by name, for people; ``namespace`` is the digest of it.
+        adapters_leak: Whether vLLM computes a request of the base model with an adapter where a step has both.
     """
 
     shard: Shard
@@ -59,6 +60,7 @@ class EngineFacts:
     row_state_bytes: tuple[int, ...] = ()
     identity: tuple[tuple[str, str], ...] = ()
     tier_rates: tuple[float | None, ...] = ()
+    adapters_leak: bool = False
 
     def __post_init__(self) -> None:
         """Check that a load-only engine says why.

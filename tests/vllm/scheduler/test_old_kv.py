@@ -12,7 +12,7 @@ from cacheflow.vllm.adapters import Adapter, LoadedAdapters
 from cacheflow.vllm.worker.model_state import ModelState
 from cacheflow.vllm.worker.weights_watch import WeightsWatch
 from support.changing_engines import write_adapter
-from support.scheduler_cases import BLOCK, CHUNK, Case, ScheduledRequest, tokens
+from support.scheduler_cases import BLOCK, CHUNK, Case, ScheduledRequest, facts, tokens
 
 pytestmark = pytest.mark.torch
 
@@ -23,8 +23,8 @@ END = len(PROMPT)
 class Engine:
     """One worker, whose KV may come to be in vLLM's own cache and in another connector."""
 
-    def __init__(self, folder):
-        self.case, self.folder = Case(), folder
+    def __init__(self, folder, **changes):
+        self.case, self.folder = Case(facts_by_rank=(facts(**changes),)), folder
         self.side = self.case.side
         self.model = torch.nn.Linear(3, 3)
         self.watch = WeightsWatch(self.model)
@@ -148,3 +148,26 @@ def test_what_began_with_an_adapter_s_files_before_is_not_saved_once_the_new_one
     assert engine.step(("long", 2 * CHUNK, 2 * CHUNK)) == [], "computed with the first files"
     engine.load()
     assert engine.step(("long", END, END - 2 * CHUNK)) == []
+
+
+@pytest.mark.parametrize("leaks", [True, False])
+def test_the_base_model_beside_an_adapter_where_vllms_kernels_mix_them_up(tmp_path, leaks, caplog):
+    engine = Engine(tmp_path / "ad", adapters_leak=leaks)
+    write_adapter(engine.folder, "one")
+    engine.ask("adapted", adapter=engine.adapter())
+    engine.load()
+    assert engine.step(("adapted", 2 * CHUNK, 2 * CHUNK)) == [0, 1]
+    engine.ask("base")
+    both = engine.step(("adapted", END, END - 2 * CHUNK), ("base", CHUNK, CHUNK))
+    assert sorted(both) == ([2, 3] if leaks else [0, 2, 3]), "an adapter's KV is its own"
+    assert engine.step(("base", END, END - CHUNK)) == ([] if leaks else [1, 2, 3]), "it builds on the first chunk"
+    engine.side.finished("base")
+    engine.ask("found", local=CHUNK)
+    assert (engine.step(("found", END, END - CHUNK)) == []) or not leaks, "in vLLM's own cache"
+    engine.case.arrive("alone", PROMPT[::-1])
+    engine.ask("alone")
+    assert engine.step(("alone", END, END)) == [0, 1, 2, 3]
+    engine.side.local_cache_was_reset()
+    engine.ask("again", local=CHUNK)
+    assert engine.step(("again", END, END - CHUNK)) == [0, 1, 2, 3]
+    assert caplog.text.count("give it that adapter") == leaks

@@ -4,6 +4,8 @@ An engine starts in the generation that it shares with every engine of the same 
 weights that a worker reports, begins a generation of its own: nothing saved before is found any more, and no other
 process finds what is saved from now on. What others share in the store stays.
 
+KV of the base model that vLLM computes in one step with an adapter's is not saved where its kernels mix the two up.
+
 vLLM's own prefix cache is another matter, and so is what another connector loads: they may go on holding KV of the
 weights or the adapter before. Until they are reset too, a request that has tokens from them is not saved, or the old KV
 would get the new name. A change is heard of after the first step with it: where vLLM's own cache was reset before that
@@ -61,12 +63,12 @@ class _Stale:
 
     Attributes:
         everything: All of it, since the weights are other ones.
-        adapters: That of these adapters, by name and path.
+        adapters: That of these adapters, by name and path; None is the base model.
         num_steps: Steps that were made since it was reset; None where it never was.
     """
 
     everything: bool = False
-    adapters: set[_Place] = field(default_factory=set)
+    adapters: set[_Place | None] = field(default_factory=set)
     num_steps: int | None = None
 
     def step_made(self) -> None:
@@ -103,6 +105,7 @@ class KvIdentity:
         self._numbers: dict[_Place, set[int]] = {}
         self._of_several_files: set[_Place] = set()
         self._local, self._others = _Stale(), _Stale()
+        self._base_leaked = False
 
     def reset(self) -> None:
         """Begin a generation; what was stopped goes on. vLLM resets all connectors at once."""
@@ -164,6 +167,18 @@ class KvIdentity:
             self._of_several_files.add(place)
         if place in self._of_several_files or self._local.is_older(before_forward=load.before_forward):
             self._local.adapters.add(place)
+
+    def base_leaked(self) -> None:
+        """Note that vLLM has computed KV of the base model with an adapter, which all caches but ours may hold now."""
+        if not self._base_leaked:
+            logger.warning(
+                "vLLM has computed a request of the base model in one step with an adapter's: its LoRA kernels for the "
+                "CPU give it that adapter. KV of such requests is not saved, nor of those that find it in vLLM's "
+                "prefix cache, until that is reset"
+            )
+        self._base_leaked = True
+        self._local.adapters.add(None)
+        self._others.adapters.add(None)
 
     def local_cache_was_reset(self) -> None:
         """VLLM's own prefix cache is empty: what is found in it from now on is new."""

@@ -71,6 +71,7 @@ class SchedulerSide:
         self._block_size = by_stage[0].block_size
         self.requests: dict[str, TrackedRequest] = {}
         self._weights_versions: dict[int, int] = {}
+        self._adapters_leak = any(facts.adapters_leak for facts in facts_by_rank)
         self._siblings = Siblings()
         self.counts = Counts()
         self.identity = KvIdentity(shared_namespace(facts_by_rank))
@@ -326,6 +327,8 @@ class SchedulerSide:
         saves: tuple[SaveWork, ...] = ()
         captures: tuple[CaptureWork, ...] = ()
         if self._options.save:
+            scheduled = tuple(scheduled)
+            self._note_leak(scheduled)
             saves, captures = self._saves.of_step(self.requests, scheduled, block_ids_of, state_blocks_of)
         generation, preempted = self.identity.generation, preempted if self.decider.recurrent else ()
         prefetches, announced = self._prefetches.due()
@@ -343,6 +346,17 @@ class SchedulerSide:
             weights_versions=dict(self._weights_versions),
             generation=generation,
         )
+
+    def _note_leak(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        """Save nothing of requests of the base model that vLLM computes in one step with an adapter's."""
+        if not self._adapters_leak:
+            return
+        requests = [self.requests[each.request_id] for each in scheduled if self.knows(each.request_id)]
+        base = [request for request in requests if request.view.adapter is None]
+        if base and len(base) < len(requests):
+            self.identity.base_leaked()
+            for request in base:
+                request.name = replace(request.name, generation=MIXED)
 
     def _claims(self, work: StepWork) -> dict[str, tuple[str, ...]]:
         """The chunks that a step begins to save or restore, by tenant: the root of its chain, which no salt shares."""

@@ -107,6 +107,7 @@ def find_engine(
         ),
         identity=tuple(sorted(namespace.parts().items())),
         boundary_token_bytes=handle.boundary.token_bytes if stores_boundaries(options, handle) else 0,
+        adapters_leak=_adapters_leak(handle),
     )
     _log_stage(facts)
     return FoundEngine(handle, layout, states, forward, facts)
@@ -251,6 +252,22 @@ def _advise_chunk(costs: CostTable, *, block_size: int, max_tokens: int) -> None
             "will seldom pay; set chunk_tokens to %d (prefixes saved so far are then saved anew)",
             own.chunk_tokens, own.saved_s / max(chunk_s - own.saved_s, 1e-9) * 100, own.pass_tokens, longest,
         )  # fmt: skip
+
+
+def _adapters_leak(handle: ModelHandle) -> bool:
+    """Whether vLLM computes a request of the base model with an adapter where a step has both.
+
+    LoRA kernels of vLLM 0.32 for the CPU take the number that stands for no adapter, -1, for that of the last slot.
+    """
+    if handle.device.type != "cpu" or getattr(handle.runner, "lora_manager", None) is None:
+        return False
+    try:
+        from vllm.lora.ops.torch_ops import bgmv_shrink
+    except ImportError:  # another vLLM's, of which that is not known
+        return True
+    out = torch.zeros(1, 1)
+    bgmv_shrink(torch.ones(1, 1), torch.ones(1, 1, 1), out, torch.tensor([-1]))
+    return bool(out.any())
 
 
 def _link(options: ServingOptions, store: Store, *, object_bytes: int, dtype: str) -> LinkCost:
