@@ -34,6 +34,10 @@ def test_a_store_directory_that_is_not_writable_on_the_command_line(
 
 MARKERS = {
     "another version": ('{"record_version": 99, "checksum": "XXH3_128"}', "records of version 99, this is version 1"),
+    "another version, with checksums of its own": (
+        '{"record_version": 2, "checksum": "XXH4"}',
+        "records of version 2, this is version 1",
+    ),
     "no marker": ("something else entirely", "is not a store marker"),
     "half a marker": ('{"record_version": 1}', "is not a store marker"),
     "another checksum": ('{"record_version": 1, "checksum": "CRC32"}', "is not a store marker"),

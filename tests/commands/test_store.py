@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -241,6 +242,16 @@ def test_bench_of_memory(said):
 )
 def test_what_cannot_be_done_is_one_line(refused, words, message):
     assert message in refused("store", *words)
+
+
+def test_a_folder_that_another_user_closed(tmp_path, refused, monkeypatch):
+    def closed(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", closed)  # as root, whom nothing is closed to, the tests may run
+    said = refused("store", "stat", (tmp_path / "kv").as_uri())
+    assert f"store file://{tmp_path}/kv cannot be looked at: [Errno 13] Permission denied" in said
+    assert "run this as the user whose processes write it" in said
 
 
 def test_garbage_is_the_least_recently_used_beyond_the_bound():

@@ -6,6 +6,7 @@ import pytest
 
 import cacheflow.stores.probe as probe
 from cacheflow.errors import StoreError
+from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.faults import Fault, FaultPlan, FaultRule, FaultyStore
 from cacheflow.stores.memory import MemoryStore
 from cacheflow.stores.opening import open_store
@@ -14,6 +15,7 @@ from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.types import LoadOutcome
 from support.gated_store import GatedStore
 from support.store_kinds import ALL, LMCACHE, url_of
+from support.store_objects import put
 from support.waiting import eventually
 
 OBJECT_BYTES = 20_000
@@ -32,6 +34,23 @@ def test_a_link_is_measured_and_the_probes_are_gone(store):
     assert link.latency_s > 0
     assert store.stats().num_objects == 0
     assert store.stats().read_bytes == 2 * 8 * OBJECT_BYTES + 8 * 4096
+
+
+@pytest.mark.parametrize("tiered", [False, True])
+def test_probes_take_no_more_than_their_share_and_throw_out_no_more(tmp_path, tiered):
+    num_kept, record_bytes = 16, OBJECT_BYTES + 4096
+    capacity_bytes = num_kept * record_bytes
+    urls = ["memory", (tmp_path / "below").as_uri()] if tiered else "memory"
+    with open_store(urls, capacity_bytes=capacity_bytes) as store:
+        assert set(put(store, *range(num_kept), num_bytes=OBJECT_BYTES)) == {PutOutcome.STORED}
+        assert measure_link(store, object_bytes=OBJECT_BYTES, rounds=2, most_share=1 / 8).bytes_per_s > 0
+        assert store.stats().num_objects >= num_kept - 3  # two and a small one before them
+
+
+def test_a_store_with_room_for_one_probe_is_measured():
+    with MemoryStore(capacity_bytes=OBJECT_BYTES + 4096) as store:
+        assert measure_link(store, object_bytes=OBJECT_BYTES, rounds=2, most_share=1 / 8).bytes_per_s > 0
+        assert store.stats().num_objects == 0
 
 
 @pytest.mark.parametrize("bytes_per_s", [2e6, 2e7])

@@ -77,6 +77,39 @@ def test_a_server_of_the_environment_is_refused_like_one_of_the_url(monkeypatch,
     check_store_url("file:///kv")
 
 
+def test_a_password_may_stand_in_a_file(tmp_path, monkeypatch, request):
+    url = url_of("rediss", request, tmp_path / "store")
+    file = tmp_path / "password"
+    file.write_text(f"{PASSWORD}\n")
+    monkeypatch.delenv("CACHEFLOW_REDIS_PASSWORD")
+    monkeypatch.setenv("CACHEFLOW_REDIS_PASSWORD_FILE", str(file))
+    open_store(url, capacity_bytes=1 << 16).close()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read: No such file"), (b"\n", "holds no password"), (b"hunter2\xff", "must be a file of UTF-8")],
+)
+def test_a_file_without_a_password_is_refused(tmp_path, monkeypatch, content, message):
+    file = tmp_path / "password"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.delenv("CACHEFLOW_REDIS_PASSWORD", raising=False)
+    monkeypatch.setenv("CACHEFLOW_REDIS_PASSWORD_FILE", str(file))
+    with pytest.raises(ConfigError, match=message) as raised:
+        check_store_url("redis://127.0.0.1:1")
+    assert str(file) in str(raised.value)
+    assert "hunter2" not in str(raised.value)
+
+
+def test_a_password_and_a_file_of_it_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEFLOW_REDIS_PASSWORD", "hunter2")
+    monkeypatch.setenv("CACHEFLOW_REDIS_PASSWORD_FILE", str(tmp_path / "password"))
+    with pytest.raises(ConfigError, match="CACHEFLOW_REDIS_PASSWORD is set too") as raised:
+        check_store_url("redis://127.0.0.1:1")
+    assert "hunter2" not in str(raised.value)
+
+
 def test_a_password_that_is_no_text_is_refused(monkeypatch):
     monkeypatch.setenv("CACHEFLOW_REDIS_PASSWORD", "hunter2\udcff")
     with pytest.raises(ConfigError, match="CACHEFLOW_REDIS_PASSWORD is no UTF-8 text") as raised:

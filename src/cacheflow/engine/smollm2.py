@@ -64,15 +64,21 @@ def smollm2_folder() -> Path:
     Atomic: another process sees the whole folder or none.
 
     Raises:
-        ConfigError: The package is missing, or ``gguf`` or ``accelerate`` is not installed.
+        ConfigError: The package is missing, or ``gguf`` or ``accelerate`` is not installed, or there is no
+            place for the folder.
     """
     folder = cache_root() / "models" / SMOLLM2_NAME
     if (folder / "config.json").is_file():
         return folder
     source = gguf_path()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    except OSError as error:  # of a user without a home, for one
+        raise ConfigError(
+            f"{SMOLLM2_NAME} cannot be kept in {folder}: {error}; set CACHEFLOW_CACHE to a folder that you may write"
+        ) from error
     _log.info("converting %s to %s, once", source.name, folder)
-    staging = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
         _convert(source, staging)
         _publish(staging, folder)

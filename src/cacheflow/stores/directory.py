@@ -199,15 +199,15 @@ class RecordDirectory:
         text = marker.read_text(errors="replace")
         try:
             values = json.loads(text)
-            version, algorithm = values["record_version"], ChecksumAlgorithm[values["checksum"]]
+            version = values["record_version"]
+            if version == RECORD_VERSION:  # another one may have checksums that this one has no name for
+                return ChecksumAlgorithm[values["checksum"]]
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{marker} is not a store marker: {text[:100]!r}; use another directory") from error
-        if version != RECORD_VERSION:
-            raise StoreError(
-                f"store directory {self.root} holds records of version {version}, this is version {RECORD_VERSION}; "
-                f"use another directory, or delete this one (a cache, nothing else is lost)"
-            )
-        return algorithm
+        raise StoreError(
+            f"store directory {self.root} holds records of version {version}, this is version {RECORD_VERSION}; "
+            f"use another directory, or delete this one (a cache, nothing else is lost)"
+        )
 
     def remove_stale_staging(self) -> None:
         """Remove what dead writers left."""

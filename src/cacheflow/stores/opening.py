@@ -250,12 +250,30 @@ def _redis(url: StoreUrl) -> Callable[..., Store]:
 
 
 def _password(variable: str) -> str | None:
-    password = os.environ.get(variable)
+    """A password of the environment, or of the file that ``<variable>_FILE`` names, whose end of line does not count.
+
+    Raises:
+        ConfigError: It is no UTF-8 text, the file cannot be read or holds nothing, or both are given.
+    """
+    password, file = os.environ.get(variable), os.environ.get(f"{variable}_FILE")
+    if file is None:
+        try:
+            _ = (password or "").encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{variable} is no UTF-8 text") from None
+        return password
+    named = f"{variable}_FILE is {file!r}"
+    if password is not None:
+        raise ConfigError(f"{named}, and {variable} is set too: take one of them out")
     try:
-        _ = (password or "").encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"{variable} is no UTF-8 text") from None
-    return password
+        text = Path(file).read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise ConfigError(f"{named}, which cannot be read: {error.strerror or error}") from None
+    except ValueError:  # it holds no UTF-8, which the error would quote, or a zero byte is in its name
+        raise ConfigError(f"{named}, must be a file of UTF-8 text") from None
+    if not text:
+        raise ConfigError(f"{named}, which holds no password")
+    return text
 
 
 def _s3(url: StoreUrl) -> Callable[..., Store]:

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,8 @@ from cacheflow.stores.base import GetHandle, GetRequest, PutOutcome, PutRequest,
 from cacheflow.stores.codec import TensorForm
 from cacheflow.stores.floats import ITEM_BYTES, numbers_of, round_into
 from cacheflow.stores.keys import ObjectKey, RankKeys, chain_hash, chain_root
+from cacheflow.stores.record import HEADER_BYTES
+from cacheflow.stores.shared import SharedStore
 from cacheflow.stores.tiered import TieredStore
 from cacheflow.stores.timed_calls import ends_in_time
 from cacheflow.types import Bytes, LoadOutcome
@@ -93,7 +96,13 @@ def stored_share(store: Store, *, object_bytes: int, dtype: str) -> float:
 
 
 def measure_link(
-    store: Store, *, object_bytes: int, num_objects: int = 64, rounds: int = 3, dtype: str = "bfloat16"
+    store: Store,
+    *,
+    object_bytes: int,
+    num_objects: int = 64,
+    rounds: int = 3,
+    dtype: str = "bfloat16",
+    most_share: float | None = None,
 ) -> LinkCost:
     """Write probe objects, read them back in pipelined rounds, delete them.
 
@@ -105,6 +114,8 @@ def measure_link(
         store: The store to measure; its capacity must hold the probes.
         object_bytes: Size of a probe, that of a cell.
         num_objects: Probes of a round.
+        most_share: Of what the store has room for, the share that the probes may take: fewer of them where they are
+            large, but one. A full store throws out no more for them. None: as many as ``num_objects``.
         rounds: The best round counts, since neighbours only slow a link down; the latency is a median.
         dtype: Of keys and values, on which depends what a codec makes of them.
 
@@ -115,22 +126,44 @@ def measure_link(
         links = []
         for tier in store.tiers:
             links.append(
-                measure_link(tier.store, object_bytes=object_bytes, num_objects=num_objects, rounds=rounds, dtype=dtype)
+                measure_link(
+                    tier.store,
+                    object_bytes=object_bytes,
+                    num_objects=num_objects,
+                    rounds=rounds,
+                    dtype=dtype,
+                    most_share=most_share,
+                )
             )
             tier.promise(bytes_per_s=links[-1].bytes_per_s, latency_s=links[-1].latency_s)
         return links[0]
+    if most_share is not None:
+        num_fit = most_share * _room_bytes(store) / (object_bytes + HEADER_BYTES)
+        num_objects = max(1, int(min(num_objects, num_fit)))
     salt = uuid.uuid4().hex
     keys = [_probe_key(index, salt) for index in range(num_objects + 1)]
     probe, small = (KvLike.draw(num_bytes, dtype=dtype) for num_bytes in (object_bytes, _SMALL_BYTES))
     try:
-        requests = [*(probe.request(key) for key in keys[:-1]), small.request(keys[-1])]
-        _write(store, requests, f"{num_objects} objects of {object_bytes} bytes")
+        # The small one is read before the others are written: there may be no room for all at once.
+        what = f"{num_objects} objects of {object_bytes} bytes"
+        _write(store, [small.request(keys[-1])], what)
         latency_s = statistics.median(_read_one_s(store, keys[-1], _SMALL_BYTES) for _ in range(4 * rounds))
+        _write(store, [probe.request(key) for key in keys[:-1]], what)
         reads = _Reads(store, object_bytes)
         busy_s = min(reads.all_s(keys[:-1]) for _ in range(rounds))
     finally:
         _delete(store, keys)
     return LinkCost(bytes_per_s=num_objects * object_bytes / busy_s, latency_s=latency_s)
+
+
+def _room_bytes(store: Store) -> float:
+    """What the store can hold: its capacity, or less where its medium has less room."""
+    capacity_bytes = store.capabilities().capacity_bytes
+    room_bytes = math.inf if capacity_bytes is None else capacity_bytes
+    if isinstance(store, SharedStore):
+        with suppress(OSError):  # it does not answer, which the first probe finds out
+            room_bytes = min(room_bytes, store.stats().used_bytes + store.free_bytes())
+    return room_bytes
 
 
 def _write(store: Store, requests: list[PutRequest], what: str) -> None:

@@ -31,7 +31,13 @@ def open_existing(url: str, *, only_look: bool) -> SharedStore:
     if parsed.scheme == "memory":
         raise ConfigError("a memory store is its process's own: there is nothing to look after from here")
     folder = {"file": Path(parsed.path), "shm": shm_folder(parsed.host)}.get(parsed.scheme)
-    if folder is not None and not is_record_directory(folder):
+    try:
+        is_there = folder is None or is_record_directory(folder)
+    except OSError as error:  # a folder of records is closed to other users
+        raise StoreError(
+            f"store {url} cannot be looked at: {error}; run this as the user whose processes write it"
+        ) from error
+    if not is_there:
         raise ConfigError(f"there is no store {url}: {folder} is no folder of records")
     store = open_store(url, capacity_bytes=UNBOUNDED, only_look=only_look)
     if not isinstance(store, SharedStore) or not store.can_list:

@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 from cacheflow.stores.keys import Shard
 from cacheflow.vllm.options import ConnectorOptions
 from cacheflow.vllm.scheduler.keeps import MAX_KEPT, Keeps
-from cacheflow.vllm.scheduler.request_params import Keep
+from cacheflow.vllm.scheduler.request_params import Keep, KeepLimits, Mode, RequestParams
 from cacheflow.vllm.scheduler.view import ScheduledRequest
 from cacheflow.vllm.step import NOTHING
 from support.manual_clock import ManualClock
@@ -162,3 +162,17 @@ def test_a_tool_that_answers_ends_the_keep_of_its_own_tenant_alone():
     case.side.finished("d")
     (freed,) = case.step().keeps
     assert (freed.chain_hashes, freed.keep_s) == (kept.chain_hashes, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("keep_s", "keep"), ("max_load_token", "max_load_tokens"), ("explian", "explain")]
+)
+def test_a_key_that_is_nearly_one_is_named(name, meant):
+    params = RequestParams.of({name: 30, "cacheflow": "load"}, KeepLimits())
+    assert params.complaint == f"{name} is no key of CacheFlow's: {meant} is"
+    assert params.mode is Mode.LOAD
+
+
+def test_keys_of_other_connectors_are_left_alone():
+    others = ("do_remote_decode", "do_remote_prefill", "remote_engine_id", "remote_block_ids", "transfer_id", "lmcache")
+    assert RequestParams.of(dict.fromkeys((*others, "keep" * 1000), 1), KeepLimits()).complaint == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
 from reprlib import repr as shortened
 from typing import Any
@@ -32,6 +33,10 @@ MAX_PREFIXES = 16
 """That one request may announce."""
 MAX_ANNOUNCED_TOKENS = 1 << 18
 """Of all of them together: they are hashed on the scheduler's thread, which takes 10 ms for so many."""
+
+_KEYS = ("cacheflow", "max_load_tokens", "keep", "prefetch", "explain")
+_LONGEST_KEY = 32
+"""That is compared with ours."""
 
 TOOL = "tool"
 """The value of ``keep`` that means: until the prefix's next request."""
@@ -92,7 +97,7 @@ class RequestParams:
 
     @classmethod
     def of(cls, params: Any, limits: KeepLimits) -> RequestParams:  # noqa: ANN401 -- JSON from a client
-        """Read ``kv_transfer_params``; keys of other connectors are left alone.
+        """Read ``kv_transfer_params``; keys of other connectors are left alone, but for those that are nearly ours.
 
         A request cannot be refused from inside the engine, so what is wrong is answered, not raised.
         """
@@ -127,6 +132,9 @@ class RequestParams:
         if explain not in (None, True, False):
             complaints.append(f"explain is {shortened(explain)}, must be true or false")
             explain = False
+        complaints += [
+            f"{name} is no key of CacheFlow's: {_meant(name)} is" for name in params if _meant(name) is not None
+        ]
         return cls(
             mode=Mode(mode),
             max_load_tokens=limit,
@@ -135,6 +143,13 @@ class RequestParams:
             explain=bool(explain),
             complaint="; ".join(complaints),
         )
+
+
+def _meant(name: Any) -> str | None:  # noqa: ANN401 -- JSON from a client
+    """The key of ours that was probably meant by another one; None for what is one, or like none."""
+    if not isinstance(name, str) or name in _KEYS or len(name) > _LONGEST_KEY:
+        return None
+    return next(iter(get_close_matches(name, _KEYS, n=1, cutoff=0.75)), None)
 
 
 def _prefixes(value: Any) -> tuple[npt.NDArray[np.int64], ...] | None:  # noqa: ANN401 -- JSON from a client

@@ -41,6 +41,10 @@ logger = logging.getLogger(__name__)
 _COSTLY_CHUNK = 0.2
 """Share of a chunk's cost that a long pass saves, from which on longer chunks are advised."""
 
+_PROBES_SHARE = 1 / 8
+"""Of what the store has room for, the most that measuring it at start may take: objects of a compiled engine are large,
+and what others keep in a full store makes room for them."""
+
 
 def find_engine(
     options: ServingOptions,
@@ -275,7 +279,7 @@ def _link(options: ServingOptions, store: Store, *, object_bytes: int, dtype: st
         # The throttle is the link; probing it would take long and say the same. It carries what a codec leaves.
         share = stored_share(store, object_bytes=object_bytes, dtype=dtype) if options.has_codec else 1.0
         return LinkCost(bytes_per_s=options.throttle_bytes_per_s / share, latency_s=options.throttle_latency_s)
-    link = measure_link(store, object_bytes=object_bytes, dtype=dtype)
+    link = measure_link(store, object_bytes=object_bytes, dtype=dtype, most_share=_PROBES_SHARE)
     return replace(link, latency_s=max(link.latency_s, options.throttle_latency_s))
 
 
