@@ -95,9 +95,10 @@ class BucketStore(SharedStore):
         self._breaker = Breaker(str(bucket), clock=self._clock)
         self._root = "/".join(part for part in (bucket.prefix, f"v{RECORD_VERSION}") if part)
         self._questions = ThreadPoolExecutor(_PARALLEL_QUESTIONS, thread_name_prefix="cacheflow-bucket")
+        server = bucket.endpoint or "that of AWS_ENDPOINT_URL, or Amazon's"
         with self.opening(
-            "is the bucket there, and may the credentials in the environment (AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY) list, read, write and delete in it?"
+            f"is the endpoint right ({server}), is the bucket there, and may the credentials in the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) list, read, write and delete in it?"
         ):
             self._client = self._ask(bucket.open)
             self.learn()
