@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 
 import pytest
 
@@ -118,6 +119,35 @@ def test_adapters_are_recomputed_with_their_own_weights(tmp_path, monkeypatch):
         wrong = engine.ask(prompt, lora=requests[2])
         assert wrong.record["recomputed_cells"] > 0
         assert not (wrong.kv == saved[2].kv).all()
+
+
+@pytest.mark.usefixtures("_single_process_vllm")
+def test_an_adapter_without_room_is_loaded_and_said_in_one_line(tmp_path, caplog):
+    """One slot, in use by a request of another adapter: nothing can be recomputed until that ends."""
+    from support.connector_engine import random_tokens, serving_engine
+    from support.vllm_models import write_model
+
+    folder, prompt = write_model(tmp_path / "model", "llama"), random_tokens(6 * CHUNK + 20, seed=17)
+    for number in (1, 2):
+        write_adapter(tmp_path / f"ad{number}", number)
+    first, second = (lora(tmp_path / f"ad{number}", number=number) for number in (1, 2))
+    options = {"store": "memory", "policy": "cake", "throttle_bytes_per_s": 1e8}
+    with serving_engine(
+        folder, dtype="float32", chunk_tokens=CHUNK, options=options, enable_lora=True, max_lora_rank=8, max_loras=1
+    ) as engine:
+        own = engine.saved(prompt, lora=second)
+        engine.balance_link(len(prompt))
+        other = engine.submit(random_tokens(40, seed=18), num_tokens=60, lora=first)
+        engine.run(until=lambda: bool(engine.answers[other].tokens))
+        caplog.clear()
+        again = engine.submit(prompt, lora=second)
+        engine.run()
+        assert engine.answers[again].tokens == own.tokens
+        assert (engine.answers[again].kv == own.kv).all()
+        said = [each for each in caplog.records if each.name.startswith("cacheflow")]
+        (line,) = [each.message for each in said if "--max-loras" in each.message]
+        assert re.search("vLLM computes the rest .*ad2 has no room beside those in use: raise --max-loras", line)
+        assert not [each for each in said if each.exc_info]
 
 
 @pytest.mark.usefixtures("_single_process_vllm")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
+from cacheflow.errors import CacheFlowError
 from cacheflow.plan.grid import Piece
 from cacheflow.restore.hand_over import forfeit, receive, recompute, take_unwanted
 from cacheflow.restore.launch_queue import LaunchQueue, recorder_of
@@ -271,7 +272,8 @@ class StepExecutor:
             try:
                 seconds += self._carry_out(restoration, port, each)
             except Exception as error:
-                logger.exception("restoration %d: compute failed on %s", work.restore_id, each.tile)
+                if not isinstance(error, CacheFlowError):  # raised on purpose: whoever hears of it says so in one line
+                    logger.exception("restoration %d: compute failed on %s", work.restore_id, each.tile)
                 self._break(restoration, tuple(seconds), error)
                 forfeit(port, work.compute[index + 1 :])
                 return True

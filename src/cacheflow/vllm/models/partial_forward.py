@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cacheflow.errors import CacheFlowError
 from cacheflow.tensors.copy_lane import CopyLane
 from cacheflow.tensors.streams import StreamEvent
 from cacheflow.vllm.adapters import Adapter
@@ -314,7 +315,7 @@ def _adapter_set(runner: Any, adapter: Adapter | None, num_tokens: int) -> Itera
     Before the engine's first batch they are set to nothing: they would index with what the memory happens to hold.
 
     Raises:
-        RuntimeError: The adapter is not loaded, and none that the engine's own batch may use can make room for it.
+        CacheFlowError: The adapter is not loaded, and none that the engine's own batch may use can make room for it.
     """
     manager = getattr(runner, "lora_manager", None)
     if manager is None:
@@ -333,7 +334,7 @@ def _adapter_set(runner: Any, adapter: Adapter | None, num_tokens: int) -> Itera
         loaded = number in manager.list_adapters() or len(adapters) < adapters.capacity
         active = number in adapters._active_adapters or None in adapters.lora_index_to_id  # noqa: SLF001
         if not (loaded and active):
-            raise RuntimeError(f"adapter {adapter.name} has no room beside those in use: raise --max-loras")
+            raise CacheFlowError(f"adapter {adapter.name} has no room beside those in use: raise --max-loras")
         request = LoRARequest(adapter.name, number, adapter.path)
         if adapter.stacked_experts:
             request.is_3d_lora_weight = True
