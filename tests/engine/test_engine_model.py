@@ -80,14 +80,6 @@ def test_a_missing_folder_says_what_to_give(tmp_path):
         load_model(tmp_path / "nothing")
 
 
-def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("CACHEFLOW_CACHE", str(tmp_path / "own"))
-    assert smollm2.cache_root() == tmp_path / "own"
-    monkeypatch.delenv("CACHEFLOW_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert smollm2.cache_root() == tmp_path / "cacheflow"
-
-
 def test_a_missing_package_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("CACHEFLOW_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2, "_PACKAGE", "no_such_package")

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cacheflow.cache_root import cache_root
 from cacheflow.errors import ConfigError
 
 SMOLLM2_NAME = "smollm2-135m"
@@ -34,14 +34,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def cache_root() -> Path:
-    """Folder for what CacheFlow keeps: ``$CACHEFLOW_CACHE``, else ``$XDG_CACHE_HOME/cacheflow``, else in the home."""
-    own = os.environ.get("CACHEFLOW_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cacheflow"
 
 
 def gguf_path() -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacheflow.engine.smollm2 import cache_root
+from cacheflow.cache_root import cache_root
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.json_text import parse_json, read_text
 from cacheflow.plan.costs import CostTable

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from cacheflow.cache_root import cache_root
 from cacheflow.errors import ConfigError
 from cacheflow.plan.batch import STARVATION_S
 from cacheflow.policies.batch_registry import BATCH_POLICY_NAMES
@@ -69,7 +70,7 @@ class ConnectorOptions:
         max_load_tokens: Never restore more than this many tokens of a request; None: no limit.
         lookup_timeout_s: A request waits at most this long for the store to say what it holds, then it is computed.
         restore_timeout_s: After this long a restoration stops loading and recomputes what is missing.
-        profile_dir: Directory of cost profiles measured on this machine; None: ``$XDG_CACHE_HOME/cacheflow/profiles``.
+        profile_dir: Directory of cost profiles measured on this machine; None: ``profiles`` in ``cache_root``.
         calibrate: Measure costs at start where no profile fits (seconds); off: a profile is required.
         calibrate_budget_s: Roughly how long measuring costs may take.
         save: Save computed KV.
@@ -225,11 +226,10 @@ class ConnectorOptions:
 
     @property
     def profile_path(self) -> Path:
-        """Directory of cost profiles: the option, or ``$XDG_CACHE_HOME/cacheflow/profiles``."""
+        """Directory of cost profiles: the option, or ``profiles`` in ``cache_root``."""
         if self.profile_dir is not None:
             return _folder("profile_dir", self.profile_dir)
-        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        return Path(cache) / "cacheflow" / "profiles"
+        return cache_root() / "profiles"
 
     def as_extra_config(self) -> dict[str, Any]:
         """The options that differ from their defaults, as ``kv_connector_extra_config`` would give them."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cacheflow.bench.vllm.costs import PrefixSize
-from cacheflow.engine.smollm2 import SMOLLM2_NAME, cache_root, quiet_transformers, smollm2_folder
+from cacheflow.cache_root import cache_root
+from cacheflow.engine.smollm2 import SMOLLM2_NAME, quiet_transformers, smollm2_folder
 from cacheflow.errors import ConfigError
 from cacheflow.hybrid_shape import DELTA_CHUNK, HybridShape
 from cacheflow.model_shape import ModelShape

@@ -17,7 +17,7 @@ from cacheflow.bench.vllm.policies import CPU_BYTES, RivalMissingError
 from cacheflow.bench.vllm.process_group import group_cpu_s
 from cacheflow.bench.vllm.rivals.relay import Relay
 from cacheflow.bench.vllm.server import free_port, start_process, stop_process
-from cacheflow.engine.smollm2 import cache_root
+from cacheflow.cache_root import cache_root
 
 LMCACHE_VERSION = "0.5.6"
 INSTALL_TIMEOUT_S = 600.0
