@@ -44,9 +44,9 @@ class PendingSave:
         report = self._saver.wait(timeout_s)
         note_s = NOTE_TIMEOUT_S if timeout_s is None else min(timeout_s, NOTE_TIMEOUT_S)
         until_s = time.monotonic() + 2 * note_s
-        for number, (parent, length) in enumerate(self._partial):
+        for parent, length in self._partial:
             left_s = max(0.0, until_s - time.monotonic())
-            if (number and not left_s) or not self._note(parent, length, min(note_s, left_s) if number else note_s):
+            if not self._note(parent, length, min(note_s, left_s)):
                 break
         return report
 

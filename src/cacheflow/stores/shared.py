@@ -315,7 +315,7 @@ class SharedStore(BoundedStore):
             self._index.add(name, num_bytes, now_s=self._clock(), tenant=self.tenant_of(name))
             self._used_s[name] = time.time()
             if due and not self._closed and (self._scanner is None or not self._scanner.is_alive()):
-                self._scanner = start_thread(self._learn_aside, name="cacheflow-scan")
+                self._scanner = start_thread(self._look_again, name="cacheflow-scan")
 
     def last_used_s(self, name: str, default_s: float) -> float:
         """Wall time at which this process last used a record, or ``default_s`` where it has not."""
@@ -424,8 +424,7 @@ class SharedStore(BoundedStore):
         with self._lock:
             due = self._is_scan_due(num_bytes)
         if due:
-            with suppress(OSError):  # the write finds out
-                self.learn()
+            self._look_again()
 
     def _is_scan_due(self, num_bytes: int) -> bool:
         """Count bytes that were written, or were not known; whether it is time for a scan. Call with the lock held."""
@@ -435,13 +434,9 @@ class SharedStore(BoundedStore):
             self._unscanned_bytes = 0
         return due
 
-    def _learn_aside(self) -> None:
-        try:
+    def _look_again(self) -> None:
+        with suppress(OSError):  # the medium is gone: the next operation finds out
             self.learn()
-        except OSError:  # the medium is gone: the next operation finds out
-            pass
-        except Exception:  # a bug in a backend
-            logger.exception("%s: it could not be looked at", self)
 
     def _warn_once(self, error: OSError) -> None:
         if not self._warned:

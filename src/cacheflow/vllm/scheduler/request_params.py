@@ -133,7 +133,7 @@ class RequestParams:
             complaints.append(f"explain is {shortened(explain)}, must be true or false")
             explain = False
         complaints += [
-            f"{name} is no key of CacheFlow's: {_meant(name)} is" for name in params if _meant(name) is not None
+            f"{name} is no key of CacheFlow's: {meant} is" for name in params if (meant := _meant(name)) is not None
         ]
         return cls(
             mode=Mode(mode),

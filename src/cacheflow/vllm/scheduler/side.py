@@ -6,7 +6,6 @@ One object per engine, on the scheduler's thread alone; nothing in here waits fo
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,12 +14,12 @@ from cacheflow.errors import CostRangeError
 from cacheflow.plan.plan import Choice
 from cacheflow.restore.work import StepReport
 from cacheflow.stores.base import Store
-from cacheflow.stores.keys import chain_root
 from cacheflow.types import Clock
 from cacheflow.vllm.facts import EngineFacts
 from cacheflow.vllm.metrics import Counts
 from cacheflow.vllm.options import ServingOptions
 from cacheflow.vllm.scheduler.checkpoints import RequestCheckpoints, StatesUnderWay
+from cacheflow.vllm.scheduler.claims import claims_of
 from cacheflow.vllm.scheduler.decide import Decider, Decision
 from cacheflow.vllm.scheduler.explain import LOADED_BY_ANOTHER, STREAMS, UNNAMED, Siblings, answer_of
 from cacheflow.vllm.scheduler.keeps import Keeps
@@ -342,7 +341,7 @@ class SchedulerSide:
             preempted=tuple(preempted),
             keeps=keeps,
             prefetches=tuple(prefetches),
-            claims=self._claims(work) if self._options.tenant_quota is not None else {},
+            claims=claims_of(work, self.requests) if self._options.tenant_quota is not None else {},
             weights_versions=dict(self._weights_versions),
             generation=generation,
         )
@@ -357,19 +356,6 @@ class SchedulerSide:
             self.identity.base_leaked()
             for request in base:
                 request.name = replace(request.name, generation=MIXED)
-
-    def _claims(self, work: StepWork) -> dict[str, tuple[str, ...]]:
-        """The chunks that a step begins to save or restore, by tenant: the root of its chain, which no salt shares."""
-        claims: defaultdict[str, list[str]] = defaultdict(list)
-        for save in work.saves:
-            claims[self._tenant(save.request_id)].append(save.chain_hash)
-        for target in work.targets:
-            if self.knows(target.request_id):
-                claims[self._tenant(target.request_id)] += target.chain_hashes
-        return {tenant: tuple(chain_hashes) for tenant, chain_hashes in claims.items()}
-
-    def _tenant(self, request_id: str) -> str:
-        return chain_root(self.requests[request_id].view.salt).hex()
 
     def reset(self) -> None:
         """Restore nothing that was saved so far; what is being restored is given up. The store keeps it for others."""
