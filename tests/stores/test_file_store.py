@@ -17,7 +17,7 @@ import pytest
 import cacheflow
 from cacheflow import cli
 from cacheflow.errors import StoreError
-from cacheflow.stores import record
+from cacheflow.stores import record, threaded
 from cacheflow.stores.base import PinOutcome, PutOutcome
 from cacheflow.stores.directory import STALE_STAGING_S, drop_front
 from cacheflow.stores.file import FileStore
@@ -334,6 +334,20 @@ def test_who_only_reads_hears_that_what_it_read_has_gone(root):
         assert reader.stats().num_objects <= 16 + 16 // 8
         assert put(reader, 100) == (PutOutcome.STORED,)
         assert len(erased) <= 1 + 16 // 8
+
+
+def test_a_scan_that_hangs_is_left_behind_with_the_other_threads(root, monkeypatch, caplog):
+    """In the time that closing takes in all."""
+    monkeypatch.setattr(threaded, "_JOIN_TIMEOUT_S", 0.01)
+    capacity, gate = 16 * RECORD, threading.Event()
+    with opened(root, capacity_bytes=capacity) as writer:
+        reader = opened(root, capacity_bytes=capacity)
+        reader.scan = lambda known: gate.wait(60) and []
+        put(writer, *range(4))
+        assert [get(reader, number)[0] for number in range(4)] == [OK] * 4
+        reader.close()
+        assert "is hung in the backend and was left behind" in caplog.text
+        gate.set()
 
 
 def test_drop_front_takes_bytes_off_a_list_of_buffers():

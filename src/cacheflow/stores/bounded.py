@@ -28,8 +28,6 @@ MAX_CLAIMS = 1 << 17
 _SWEEPS_PER_TTL = 10
 """What expires goes at most this part of the ``ttl_s`` late."""
 
-_JOIN_TIMEOUT_S = 5.0
-
 
 class Bounds(TypedDict, total=False):
     """What every bounded store is opened with, by keyword; all but the capacity may be left out.
@@ -168,8 +166,9 @@ class BoundedStore(ThreadedStore):
         """See ``Store.close``."""
         self._stopped.set()
         super().close()
-        if self._sweeper is not None:
-            self._sweeper.join(_JOIN_TIMEOUT_S)
+
+    def _threads_to_join(self) -> list[Thread]:
+        return [*super()._threads_to_join(), *([] if self._sweeper is None else [self._sweeper])]
 
     def _start_threads(self) -> None:
         super()._start_threads()

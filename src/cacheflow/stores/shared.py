@@ -39,8 +39,6 @@ _HEADROOM = 16
 """On a medium that proved too small, one of so many parts stays free: for block sizes and folders, and for what other
 processes write before this one looks again. A scan follows each failed write, so failed writes must be rare."""
 
-_JOIN_TIMEOUT_S = 5.0
-
 _REFIT_S = 60.0
 """Time after which a bound that was lowered to the medium's room is measured anew."""
 
@@ -350,11 +348,8 @@ class SharedStore(BoundedStore):
             )
             self._used_s = {name: at_s for name, at_s in self._used_s.items() if name in records}
 
-    def close(self) -> None:
-        """See ``Store.close``."""
-        super().close()
-        if self._scanner is not None:
-            self._scanner.join(_JOIN_TIMEOUT_S)
+    def _threads_to_join(self) -> list[Thread]:
+        return [*super()._threads_to_join(), *([] if self._scanner is None else [self._scanner])]
 
     def _remove_victims(self, names: Sequence[str]) -> None:
         for name in names:

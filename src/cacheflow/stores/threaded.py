@@ -252,7 +252,7 @@ class ThreadedStore(Store):
         for _, _, transfer in abandoned:
             transfer.handle.abandon(transfer.verdicts.cancelled)
         until_s = time.monotonic() + _JOIN_TIMEOUT_S
-        for thread in self._threads:
+        for thread in self._threads_to_join():
             thread.join(max(0.0, until_s - time.monotonic()))
             if thread.is_alive():
                 logger.warning("%s: a thread is hung in the backend and was left behind", self)
@@ -261,6 +261,10 @@ class ThreadedStore(Store):
             transfer.handle.abandon(transfer.verdicts.cancelled)
         if self._num_damaged > 1 and not was_closed:
             logger.warning("%s: %d reads found a damaged record since it was opened", self, self._num_damaged)
+
+    def _threads_to_join(self) -> list[Thread]:
+        """Those that end because the store is closed; a subclass adds its own."""
+        return self._threads
 
     def _enqueue(
         self,
