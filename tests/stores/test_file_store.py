@@ -350,6 +350,23 @@ def test_a_scan_that_hangs_is_left_behind_with_the_other_threads(root, monkeypat
         gate.set()
 
 
+def test_a_record_that_a_scan_finds_before_its_write_has_ended_counts_once(root):
+    """Or the next write would evict one too many: two writers fill a store to its last byte."""
+    with opened(root, capacity_bytes=8 * RECORD, num_threads=1) as store:
+        write, counted = store.write_whole, []
+
+        def scanned(*args, **options):
+            outcome = write(*args, **options)
+            store.learn()
+            counted.append(store.stats().used_bytes)
+            return outcome
+
+        store.write_whole = scanned
+        put(store, *range(8))
+        assert counted == [number * RECORD for number in range(8)], "its bytes are reserved until it has ended"
+        assert store.contains([key(number) for number in range(8)]) == (True,) * 8
+
+
 def test_drop_front_takes_bytes_off_a_list_of_buffers():
     parts = [memoryview(b"abc"), memoryview(b"de"), memoryview(b"f")]
     for count in range(7):

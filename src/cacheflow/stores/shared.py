@@ -88,6 +88,7 @@ class SharedStore(BoundedStore):
         self._refit_at_s = 0.0
         self._room_lock = Lock()  # held by the one writer who makes room; never while holding _lock
         self._unscanned_bytes = 0
+        self._writing: set[str] = set()  # counted as reserved, wherever a scan finds it already
         self._scanner: Thread | None = None  # the last one
         self._warned = self._warned_full = False
         self._used_s: dict[str, float] = {}  # wall time at which this process last used an object
@@ -183,14 +184,16 @@ class SharedStore(BoundedStore):
             with self._lock:
                 num_fits, tenant = self._num_fits, self.tenant_of(key.name)
                 victims = self._index.reserve(num_bytes, now_s=self._clock(), tenant=tenant)
-            if victims is None:
-                return PutOutcome.FULL
+                if victims is None:
+                    return PutOutcome.FULL
+                self._writing.add(key.name)
             try:
                 self._remove_victims(victims)
                 outcome = self.write_whole(key.name, parts, replace=replace)
             except OSError as error:
                 with self._lock:
                     self._index.release(num_bytes)
+                    self._writing.discard(key.name)
                 if error.errno not in FULL_ERRORS:
                     self._warn_once(error)
                     return PutOutcome.ERROR
@@ -198,11 +201,13 @@ class SharedStore(BoundedStore):
             except BaseException:
                 with self._lock:
                     self._index.release(num_bytes)
+                    self._writing.discard(key.name)
                 raise
             else:
                 with self._lock:
                     self._index.commit(key.name, num_bytes, now_s=self._clock(), tenant=tenant)
                     self._used_s[key.name] = time.time()
+                    self._writing.discard(key.name)
                 return outcome
         return PutOutcome.FULL
 
@@ -336,7 +341,8 @@ class SharedStore(BoundedStore):
             known = self._index.sizes()
         found = self.scan(known)  # not under the lock: reads go on meanwhile
         with self._lock:
-            records = {each.name: (each.used_s, each.num_bytes) for each in found}
+            underway = {name for name in self._writing if name not in self._index}
+            records = {each.name: (each.used_s, each.num_bytes) for each in found if each.name not in underway}
             for name, num_bytes in self._index.sizes().items():
                 if name not in records and self._used_s.get(name, 0.0) >= began_s:
                     records[name] = (self._used_s[name], num_bytes)  # written since the scan
