@@ -190,6 +190,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_the_documented_store_of_another_package(package, tmp_path):
+    assert sum(bool(line.strip()) for line in documented_source().splitlines()) <= 40
     package(documented_source(), "sqlite")
     url = f"sqlite://{tmp_path}/kv.db"
     with open_store(url, capacity_bytes=CAPACITY) as store:

@@ -73,8 +73,8 @@ class FileStore(SharedStore):
         ttl_s = self._retention.ttl_s
         self._touch_s = _TOUCH_S if ttl_s is None else min(_TOUCH_S, ttl_s / _TOUCHES_PER_TTL)
         with self.opening():
-            self.learn()
-            self.log_opened(f"{self._directory.free_bytes()} bytes free on the disk, {self._algorithm.name} checksums")
+            free_bytes = self.free_bytes()
+        self.log_opened(f"{free_bytes} bytes free on the disk, {self._algorithm.name} checksums")
 
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
         """See ``ThreadedStore.read_record``.

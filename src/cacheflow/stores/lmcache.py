@@ -14,7 +14,7 @@ from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.lmcache_adapter import AdapterSource, LmcacheAdapter, key_of_part
 from cacheflow.stores.record import HEADER_BYTES, RECORD_VERSION, decode_header
-from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
+from cacheflow.stores.shared import FoundRecord, SharedStore
 from cacheflow.stores.staging import StagingBuffers, copy_out, gather
 
 PREFIX = f"cacheflow{RECORD_VERSION}."
@@ -56,7 +56,6 @@ class LmcacheStore(SharedStore):
             self._adapter = LmcacheAdapter(source, num_threads=self._num_threads, clock=self._clock)
             self._adapter.lookup([key_of_part(PREFIX, _HEADER)])
             self.can_list = self._adapter.listing() is not None
-            self.learn()
         self.log_opened(
             "" if self.can_list else "the adapter cannot list what it holds, so that this is of this process alone"
         )
@@ -147,10 +146,6 @@ class LmcacheStore(SharedStore):
             if any(adapter.lookup(there)):
                 raise OSError(errno.EOPNOTSUPP, f"{adapter} does not remove what it holds")
         return len(there) == len(keys)
-
-    def free_bytes(self) -> int:
-        """See ``SharedStore.free_bytes``; adapters do not say."""
-        return UNBOUNDED
 
     def close(self) -> None:
         """See ``Store.close``."""

@@ -153,7 +153,6 @@ class MooncakeStore(SharedStore):
             "those of the URL?"
         ):
             self._client = self._calls.call(pool.open)
-            self.learn()
         self.log_opened(f"this process gives {pool.segment_bytes} bytes to the pool, whose size is {self._room()[1]}")
 
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:

@@ -118,7 +118,6 @@ class RedisStore(SharedStore):
         self._breaker = Breaker("the server", clock=self._clock)
         with self.opening("is it running, and are user, password (CACHEFLOW_REDIS_PASSWORD) and certificates right?"):
             self._ask(self._client.ping)
-            self.learn()
             memory, cluster = self._info("memory"), self._info("cluster")
         if cluster.get("cluster_enabled"):
             self.close()

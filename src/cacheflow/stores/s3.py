@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, Unpack
 
-import numpy as np
 import obstore
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import S3Store
@@ -21,7 +20,7 @@ from cacheflow.stores.bounded import Bounds
 from cacheflow.stores.breaker import Breaker
 from cacheflow.stores.keys import ObjectKey, namespace_of
 from cacheflow.stores.record import RECORD_VERSION
-from cacheflow.stores.shared import UNBOUNDED, FoundRecord, SharedStore
+from cacheflow.stores.shared import FoundRecord, SharedStore
 from cacheflow.stores.staging import copy_record
 
 _LISTED = 1000
@@ -101,7 +100,6 @@ class BucketStore(SharedStore):
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) list, read, write and delete in it?"
         ):
             self._client = self._ask(bucket.open)
-            self.learn()
         self.log_opened()
 
     def read_record(self, key: ObjectKey, header: memoryview, payload: memoryview) -> int | None:
@@ -115,10 +113,8 @@ class BucketStore(SharedStore):
         except FileNotFoundError:
             self.note_gone(key.name)
             return None
-        data = np.frombuffer(record, np.uint8)
-        num_found = copy_record(data, header, payload)
-        self.note_read(key.name, data.nbytes)
-        return num_found
+        self.note_read(key.name, len(record))
+        return copy_record(record, header, payload)
 
     def holds(self, keys: Sequence[ObjectKey]) -> tuple[bool, ...]:
         """See ``ThreadedStore.holds``; what this process knows of is not asked for."""
@@ -163,10 +159,6 @@ class BucketStore(SharedStore):
         if was_there:
             self._ask(lambda: obstore.delete(self._client, self._path(name)))
         return was_there
-
-    def free_bytes(self) -> int:
-        """See ``SharedStore.free_bytes``; a bucket is never full."""
-        return UNBOUNDED
 
     def close(self) -> None:
         """See ``Store.close``."""

@@ -53,7 +53,7 @@ class FoundRecord:
 
 
 class SharedStore(BoundedStore):
-    """A bounded store on a medium that processes share; a backend implements five methods on names, and reading.
+    """A bounded store on a medium that processes share; a backend implements four methods on names, and reading.
 
     Capacity: each process evicts the least recently used objects it knows of. What others wrote becomes known by
     reading it or by a scan of the medium, at open and after every eighth of the capacity written, or read of what was
@@ -71,7 +71,7 @@ class SharedStore(BoundedStore):
     """Whether a scan finds what other processes wrote; where it does not, an operator cannot look after the store."""
 
     def __init__(self, address: str, *, algorithm: ChecksumAlgorithm | None = None, **bounds: Unpack[Bounds]) -> None:
-        """Prepare an empty index and the pool; the backend then calls ``learn``, inside ``opening``.
+        """Prepare an empty index and the pool; the backend then reaches its medium inside ``opening``.
 
         Args:
             address: What messages call the medium, such as its URL.
@@ -100,7 +100,7 @@ class SharedStore(BoundedStore):
 
     @contextmanager
     def opening(self, hint: str = "") -> Iterator[None]:
-        """Around a backend's first exchange with its medium, ``learn`` included: closes the store where that fails.
+        """Around a backend's first exchange with its medium; then learns what is there. Closes the store on failure.
 
         Args:
             hint: What the user should look at then.
@@ -110,6 +110,7 @@ class SharedStore(BoundedStore):
         """
         try:
             yield
+            self.learn()
         except OSError as error:
             self.close()
             raise StoreError(f"{self} cannot be used: {error.strerror or error}{hint and '; '}{hint}") from error
@@ -167,13 +168,13 @@ class SharedStore(BoundedStore):
             OSError: It is there and cannot be removed.
         """
 
-    @abstractmethod
     def free_bytes(self) -> int:
-        """Bytes free on the medium.
+        """Bytes free on the medium; ``UNBOUNDED`` unless a backend knows better.
 
         Raises:
             OSError: The medium does not answer.
         """
+        return UNBOUNDED
 
     def write_record(self, key: ObjectKey, parts: Sequence[memoryview], *, replace: bool) -> PutOutcome:
         """See ``ThreadedStore.write_record``; two writers of one key write the same bytes."""

@@ -9,6 +9,7 @@ from threading import Lock
 
 import numpy as np
 
+from cacheflow.stores.base import ByteBuffer
 from cacheflow.stores.record import HEADER_BYTES
 from cacheflow.stores.timed_calls import GivenUpError
 from cacheflow.types import Bytes
@@ -90,11 +91,12 @@ def copy_out(staging: Bytes, buffer: memoryview) -> None:
     np.copyto(np.frombuffer(buffer, np.uint8)[: staging.nbytes], staging)
 
 
-def copy_record(record: Bytes, header: memoryview, payload: memoryview) -> int:
-    """Copy a record as ``ThreadedStore.read_record`` promises, and return what it returns."""
-    num_payload = record.nbytes - HEADER_BYTES
+def copy_record(record: ByteBuffer, header: memoryview, payload: memoryview) -> int:
+    """Copy a record as ``ThreadedStore.read_record`` promises, and return what it returns; without the GIL."""
+    found = np.frombuffer(record, np.uint8)
+    num_payload = found.nbytes - HEADER_BYTES
     if num_payload >= 0:
-        copy_out(record[:HEADER_BYTES], header)
+        copy_out(found[:HEADER_BYTES], header)
     if 0 < num_payload <= payload.nbytes:
-        copy_out(record[HEADER_BYTES:], payload)
+        copy_out(found[HEADER_BYTES:], payload)
     return num_payload
