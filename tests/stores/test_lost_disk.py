@@ -61,7 +61,7 @@ def test_a_disk_that_turns_read_only_serves_what_it_holds_and_heals(tmp_path, ca
             for command in ("stat", "verify"):
                 assert cli.main(["store", command, f"file://{folder}/store"]) == 0
             refusals = {
-                "gc --max-bytes 0": "Read-only",
+                "gc --max-bytes 1": "Read-only",
                 "clear --yes": "Read-only",
                 "bench --mib 0.1": "not be written",
             }

@@ -203,6 +203,7 @@ def test_folders_in_the_printed_line_do_not_depend_on_where_it_is_pasted(monkeyp
         (["m", "--policy", "fastest"], "must be one of recompute, load"),
         (["m", "--chunk-tokens", "0"], "chunk_tokens is 0, must be above 0"),
         (["m", "--chunk-tokens", "many"], "--chunk-tokens: invalid int value"),
+        (["m", "--cpu-bytes-to-use", "0"], "--cpu-bytes-to-use: '0' is no size such as 4GiB, 500MB or 1000000"),
         (["m", "--max-model-len", "4096"], "known are --print-config, --store, --store-path"),
         (["m", "--max-model-len", "4096"], "options of vLLM go after `--`"),
         (["m", "--boundary-states", "maybe"], "maybe; known are"),

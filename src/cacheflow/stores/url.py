@@ -28,6 +28,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from cacheflow.errors import ConfigError
+from cacheflow.sizes import EXAMPLES, bytes_of
 from cacheflow.stores import lmcache_url
 from cacheflow.stores.codec import Codec
 from cacheflow.stores.codecs import codec_named
@@ -39,12 +40,6 @@ FORMS = (
 """What the URLs of our own stores look like, for messages."""
 CAPACITY, CODEC = "capacity", "codec"
 """The options that every store takes."""
-_UNITS = {"": 1} | {
-    f"{letter}{binary}B": (1024 if binary else 1000) ** (1 + power)
-    for power, letter in enumerate("KMGT")
-    for binary in ("", "I")
-}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)((?:[kmgt]i?b)?)", re.IGNORECASE)
 _PORT = re.compile(r"[0-9]{1,5}")
 
 
@@ -159,11 +154,10 @@ class StoreUrl:
         text = self.options.get(name)
         if text is None:
             return default
-        found = _SIZE.fullmatch(text)
-        size = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
-        if not 1 <= size < float("inf"):
-            raise ConfigError(f"store: {name} is {text!r}, must be a size such as 4GiB, 500MB or 1000000, above 0")
-        return int(size)
+        size = bytes_of(text)
+        if size is None:
+            raise ConfigError(f"store: {name} is {text!r}, must be a size such as {EXAMPLES}, above 0")
+        return size
 
     @property
     def codec(self) -> Codec | None:

@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from cacheflow.errors import ConfigError
 from cacheflow.shapes.hf_config import CacheKind
+from cacheflow.sizes import EXAMPLES, bytes_of
 from cacheflow.stores.opening import open_store
 from cacheflow.vllm.last_line import environment_for_reason
 from cacheflow.vllm.options import CHOICES, ConnectorOptions
@@ -70,7 +71,19 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
             metavar = "DIR" if folder else "NAME" if kind is str else kind.__name__.upper()
             if lists:
                 shared |= {"action": "append"}
-            group.add_argument(flag(field.name), type=kind, metavar="URL" if lists else metavar, **shared)
+            group.add_argument(
+                flag(field.name),
+                type=_size if field.name == "cpu_bytes_to_use" else kind,
+                metavar="URL" if lists else metavar,
+                **shared,
+            )
+
+
+def _size(text: str) -> int:
+    size = bytes_of(text)
+    if size is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as {EXAMPLES}, above 0")
+    return size
 
 
 def _help(text: str, default: object, allowed: Sequence[str]) -> str:

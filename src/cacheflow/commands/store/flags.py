@@ -9,7 +9,6 @@ from cacheflow.bench.options import Flags, option
 from cacheflow.errors import ConfigError
 from cacheflow.stores.opening import check_store_url
 
-_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -47,18 +46,6 @@ class SomeRecordsFlags(StoreFlags):
         for name in self.namespace:
             if not re.fullmatch(r"[0-9a-f]+", name):
                 raise ConfigError(f"--namespace {name!r} must be the beginning of a namespace, small hex digits")
-
-
-def bytes_of(text: str) -> int:
-    """``500``, ``10MB``, ``1.5G`` in bytes, by powers of ten.
-
-    Raises:
-        ConfigError: It is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
-    if found is None:
-        raise ConfigError(f"--max-bytes {text!r} is no size, such as 500MB or 10GB")
-    return int(float(found[1]) * _BYTES[found[2]])
 
 
 def seconds_of(text: str) -> float:

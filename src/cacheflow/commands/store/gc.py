@@ -10,8 +10,9 @@ from rich.console import Console
 
 from cacheflow.bench.options import option
 from cacheflow.bench.table import size
-from cacheflow.commands.store.flags import SomeRecordsFlags, bytes_of, seconds_of
+from cacheflow.commands.store.flags import SomeRecordsFlags, seconds_of
 from cacheflow.errors import ConfigError
+from cacheflow.sizes import EXAMPLES, bytes_of
 from cacheflow.stores.upkeep import garbage, open_existing, records_of, remove_records
 
 
@@ -38,8 +39,11 @@ class GcFlags(SomeRecordsFlags):
             )
         if self.older_than is not None:
             seconds_of(self.older_than)
-        if self.max_bytes is not None:
-            bytes_of(self.max_bytes)
+        if self.max_bytes is not None and bytes_of(self.max_bytes) is None:
+            raise ConfigError(
+                f"--max-bytes {self.max_bytes!r} must be a size such as {EXAMPLES}, above 0; `cacheflow store clear` "
+                "removes all"
+            )
 
 
 add_arguments = GcFlags.add_flags
