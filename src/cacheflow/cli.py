@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +165,14 @@ def build_parser(argv: Sequence[str], commands: Sequence[Command] = COMMANDS) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user's error, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 the user's error, 130 interrupted.
+
+    Args:
+        argv: Its words; None for those of this process, which SIGTERM then ends as an exception does, with code 143: a
+            command that started servers ends them, and one that wrote probes into a store removes them.
+    """
+    if argv is None:
+        signal.signal(signal.SIGTERM, _leave)
     words = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries below would tear ours
     try:
@@ -198,6 +206,10 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'unknown_hint', '')}")
     args.passed_on = passed_on
     return args
+
+
+def _leave(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _fail(message: str) -> int:

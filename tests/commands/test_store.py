@@ -3,6 +3,9 @@
 import errno
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,10 +21,10 @@ from cacheflow.stores.opening import open_store
 from cacheflow.stores.retention import Retention
 from cacheflow.stores.shared import FoundRecord
 from cacheflow.stores.shm import shm_folder
-from cacheflow.stores.upkeep import garbage
+from cacheflow.stores.upkeep import garbage, open_existing, records_of
 from cacheflow.types import LoadOutcome
 from support.store_kinds import SHARED, left_behind, shm_url, url_of
-from support.store_objects import NAMESPACE, get, key, put
+from support.store_objects import NAMESPACE, TIMEOUT_S, get, key, put
 
 CAPACITY = 1 << 24
 
@@ -219,6 +222,27 @@ def test_verify_says_why_records_cannot_be_read(file_url_of_ten, said, monkeypat
 
 def _fails(*_):
     raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def test_a_bench_that_is_terminated_leaves_nothing(file_url_of_ten):
+    words = ["store", "bench", file_url_of_ten, "--mib", "0.1", "--rounds", "2000"]
+    with subprocess.Popen([sys.executable, "-m", "cacheflow.cli", *words]) as process:
+        try:
+            until_s = time.monotonic() + TIMEOUT_S
+            while _num_records(file_url_of_ten) < 40:
+                assert process.poll() is None
+                assert time.monotonic() < until_s, "it writes nothing"
+            process.terminate()
+            assert process.wait(TIMEOUT_S) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert held(file_url_of_ten) == list(range(10))
+    assert _num_records(file_url_of_ten) == 10
+
+
+def _num_records(url):
+    with open_existing(url, only_look=True) as store:
+        return len(records_of(store))
 
 
 def test_bench_of_memory(said):

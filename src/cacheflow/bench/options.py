@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Collection
@@ -297,12 +296,3 @@ def make_folder(flag: str, folder: Path) -> None:
             probe.write(b"-")
     except OSError as error:
         raise ConfigError(f"{flag} {folder} cannot be used: {error}") from error
-
-
-def exit_on_sigterm() -> None:
-    """Let SIGTERM end this process as an exception does, so that servers are ended by what started them."""
-
-    def leave(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from cacheflow.bench.environment import available_memory, environment
-from cacheflow.bench.options import ServedFlags, exit_on_sigterm, option
+from cacheflow.bench.options import ServedFlags, option
 from cacheflow.bench.ranks.report import draw_ranks, ranks_tables
 from cacheflow.bench.ranks.study import ANSWER_TOKENS, RanksOptions, RankSplit, RanksStudy, splits_of
 from cacheflow.bench.records.ranks import RanksRecord
@@ -46,7 +46,6 @@ add_arguments = RanksFlags.add_flags
 def run(args: argparse.Namespace) -> int:
     """Run the study; prints the table and draws the figure."""
     flags = RanksFlags.of(args)
-    exit_on_sigterm()
     where = probe(flags.vllm_python)
     if where["accelerator"]:
         raise ConfigError(

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from cacheflow.bench.environment import environment
-from cacheflow.bench.options import DEFAULT_MODEL, ServedFlags, exit_on_sigterm, option
+from cacheflow.bench.options import DEFAULT_MODEL, ServedFlags, option
 from cacheflow.bench.records.vllm import LoadRecord, VllmRecord
 from cacheflow.bench.suite import Suite, SuiteRun, new_progress
 from cacheflow.bench.vllm.costs import PrefixSize, measure_costs, prefix_bytes
@@ -144,7 +144,6 @@ add_arguments = VllmFlags.add_flags
 def run(args: argparse.Namespace) -> int:
     """Run the study; prints the table and draws the figure."""
     flags = VllmFlags.of(args)
-    exit_on_sigterm()
     where = probe(flags.vllm_python)
     with tempfile.TemporaryDirectory(prefix="cacheflow-vllm-") as folder:
         model = open_model(flags.model) if flags.shape is None else open_shape(flags.shape, Path(folder) / "model")
