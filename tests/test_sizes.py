@@ -23,7 +23,8 @@ def test_sizes(text, num_bytes):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "0.5", "-1", "much", "4 bytes", "4iB", "4PB", "1e9", "inf", "nan", "9" * 400]
+    "text",
+    ["", "0", "0.5", "-1", "much", "4 bytes", "4iB", "4PB", "1e9", "inf", "nan", "9" * 400, "4\u212ab", "\u0664MB"],
 )
 def test_what_is_no_size(text):
     assert bytes_of(text) is None

@@ -6,7 +6,7 @@ import re
 
 EXAMPLES = "4GiB, 500MB or 1000000"
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
 
 
 def bytes_of(text: str) -> int | None:
