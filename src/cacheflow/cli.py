@@ -209,6 +209,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def _leave(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would end what the first one began: removing, ending servers
     raise SystemExit(128 + number)
 
 

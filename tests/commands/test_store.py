@@ -224,7 +224,8 @@ def _fails(*_):
     raise OSError(errno.ESTALE, "Stale file handle")
 
 
-def test_a_bench_that_is_terminated_leaves_nothing(file_url_of_ten):
+@pytest.mark.parametrize("num_signals", [1, 200])
+def test_a_bench_that_is_terminated_leaves_nothing(file_url_of_ten, num_signals):
     words = ["store", "bench", file_url_of_ten, "--mib", "0.1", "--rounds", "2000"]
     with subprocess.Popen([sys.executable, "-m", "cacheflow.cli", *words]) as process:
         try:
@@ -232,7 +233,9 @@ def test_a_bench_that_is_terminated_leaves_nothing(file_url_of_ten):
             while _num_records(file_url_of_ten) < 40:
                 assert process.poll() is None
                 assert time.monotonic() < until_s, "it writes nothing"
-            process.terminate()
+            for _ in range(num_signals):  # some send it to the process, and to its group as well
+                process.terminate()
+                time.sleep(0 if num_signals == 1 else 1e-4)
             assert process.wait(TIMEOUT_S) == 128 + signal.SIGTERM
         finally:
             process.kill()
