@@ -75,6 +75,15 @@ def asked(script, label, one):
     return script.do("evict").do("ask", label, requests=[one])
 
 
+def loaded(script, label, one):
+    """Ask where no read is late before the restoration is: a rank that gets no core for a second is no failure."""
+    from support.rank_engine import allow_reads
+
+    script.do("scheduler_side", function=allow_reads, args=(RESTORE_TIMEOUT_S,))
+    asked(script, label, one)
+    return script.do("scheduler_side", function=allow_reads, args=(None,))
+
+
 def record_of(answers):
     (record,) = answers[0]["params"]["cacheflow"]
     return record

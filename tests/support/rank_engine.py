@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from cacheflow.plan.problem import BoundarySource
+from cacheflow.restore import stage_reads
+from cacheflow.restore.read_deadline import ReadDeadline
 from support import kv_bytes, v2_runner
 from support.garbage import uncollected
 from support.ray_cluster import ray_cluster
@@ -451,6 +454,11 @@ def take_only(side: Any, way: str) -> None:
     """Let stages above the first start from stored boundary states only, or only from what is handed over."""
     for planner in side.decider.stages[1:]:
         planner.sources = lambda *, num_boundaries, below: [BoundarySource(way)]
+
+
+def allow_reads(side: Any, seconds: float | None) -> None:
+    """Let reads of restorations from now on take so long before they are late; None: as always."""
+    stage_reads.ReadDeadline = ReadDeadline if seconds is None else partial(ReadDeadline, floor_s=seconds)
 
 
 def objects(store: Path, kind: str) -> list[Path]:

@@ -16,6 +16,7 @@ from support.rank_cases import (
     both_ways,
     equal,
     llama_setting,
+    loaded,
     record_of,
     request,
     saved,
@@ -48,7 +49,7 @@ def two_tensor_ranks(setting):
     saved(script, 1)
     script.do("free_blocks", "free before")
     asked(script, "restored", request(1, AUTO))
-    asked(script, "load", request(1, LOAD))
+    loaded(script, "load", request(1, LOAD))
     for fault in ("hang", "error"):
         script.do("call", function=break_reads, args=((0, 1), fault, "kv"))
         asked(script, fault, request(1, AUTO))
@@ -64,7 +65,7 @@ def two_stages(setting):
     script = ray_script(setting, pipeline=2)
     saved(script, 1)
     script.do("scheduler_side", function=take_only, args=("stored",))
-    asked(script, "load", request(1, LOAD))
+    loaded(script, "load", request(1, LOAD))
     script.do("call", function=break_reads, args=((1, 0), "hang", "kv"))
     asked(script, "hang", request(1, AUTO))
     script.do("call", function=break_reads, args=((1, 0), "", "kv"))

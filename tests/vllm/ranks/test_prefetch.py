@@ -4,7 +4,20 @@ import numpy as np
 import pytest
 
 from cacheflow.stores.url import file_url
-from support.rank_cases import CHUNK, LAYERS, LOAD, MAX_TOKENS, NUM_CHUNKS, OFF, asked, equal, prompt, request, saved
+from support.rank_cases import (
+    CHUNK,
+    LAYERS,
+    LOAD,
+    MAX_TOKENS,
+    NUM_CHUNKS,
+    OFF,
+    asked,
+    equal,
+    loaded,
+    prompt,
+    request,
+    saved,
+)
 from support.store_kinds import shm_url
 
 PATIENCE_S = 450.0
@@ -31,7 +44,7 @@ def test_every_stage_brings_what_it_will_read(tmp_path, rank_host, request_url):
     script.do("ask", requests=[announcing], kv=False)
     script.do("call", "brought", function=prefetched, args=(wanted,)).do("evict")
     script.do("call", "before", function=read_by_tier)
-    asked(script, "restored", request(1, LOAD))
+    loaded(script, "restored", request(1, LOAD))
     script.do("call", "after", function=read_by_tier)
     answers = rank_host.run(script, tmp_path / "ranks", patience_s=PATIENCE_S)
     assert sum(answers["left"]) >= 2 * cells + NUM_CHUNKS

@@ -23,6 +23,7 @@ from support.rank_cases import (
     both_ways,
     equal,
     llama_setting,
+    loaded,
     record_of,
     request,
     saved,
@@ -64,7 +65,7 @@ def two_stages(setting, soaks):
     asked(script, "sooner way", request(1, AUTO))
     script.do("scheduler_side", function=take_only, args=("stored",))
     asked(script, "both pointers", request(1, AUTO))
-    asked(script, "load", request(1, LOAD))
+    loaded(script, "load", request(1, LOAD))
     mixed = [request(10 + index, SAVE, count=count) for index, count in enumerate(MIXED)]
     script.do("evict").do("ask", requests=[request(20, OFF, count=40, num_tokens=60), *mixed], kv=False).do("settle")
     for index, count in enumerate(MIXED[:2]):
@@ -99,7 +100,7 @@ def two_tensor_ranks(setting, two_stages, soaks):
     asked(script, "first", request(1, AUTO))
     script.do("settle")
     asked(script, "restored", request(1, AUTO))
-    asked(script, "load", request(1, LOAD))
+    loaded(script, "load", request(1, LOAD))
     script.do("call", function=break_reads, args=((0, 1), "hang", "kv"))
     asked(script, "hang", request(1, AUTO))
     script.do("call", function=break_reads, args=((0, 1), "", "kv"))
@@ -270,7 +271,7 @@ def test_more_ranks_and_compiled_stages(setting, name, pipeline, tensor, eager):
     for source in ("stored", "handed_over"):
         script.do("scheduler_side", function=take_only, args=(source,))
         asked(script, source, request(1, AUTO))
-    asked(script, "load", request(1, LOAD))
+    loaded(script, "load", request(1, LOAD))
     answers = setting.run(script, name)
     for source in ("stored", "handed_over"):
         record = record_of(answers[source])
@@ -334,7 +335,7 @@ def test_ranks_of_layers_with_other_heads(tmp_path, rank_host, pipeline, tensor)
     asked(script, "own", request(1, OFF))
     script.do("scheduler_side", function=take_only, args=("stored",))
     asked(script, "restored", request(1, AUTO))
-    asked(script, "load", request(1, LOAD))
+    loaded(script, "load", request(1, LOAD))
     answers = setting.run(script, "ranks")
     assert record_of(answers["restored"])["recomputed_cells"] > 0
     restored = [answers["restored"], answers["load"]]
@@ -373,7 +374,7 @@ def latent(tmp_path_factory, rank_host):
     first.do("call", "written", function=written_bytes).do("stored", "stored", kind="kv", store=str(setting.store))
     for script in (first, later):
         asked(script, "restored", request(1, AUTO))
-        asked(script, "load", request(1, LOAD))
+        loaded(script, "load", request(1, LOAD))
     later.do("settle").do("stored", "stored", kind="kv", store=str(setting.store))
     asked(later, "own", request(1, OFF))
     return setting.run(first, "first"), setting.run(later, "later")
