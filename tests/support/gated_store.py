@@ -20,6 +20,7 @@ class GatedStore(MemoryStore):
             if not is_closed:
                 gate.set()
         self.num_reads_begun = 0
+        self.lending = threading.Event()
 
     def capabilities(self):
         return replace(super().capabilities(), shared=True)
@@ -30,6 +31,7 @@ class GatedStore(MemoryStore):
         return super().read_record(key, header, payload)
 
     def lend_record(self, key, num_bytes):
+        self.lending.set()
         assert self.reads.wait(LONG_S)
         return super().lend_record(key, num_bytes)
 
