@@ -458,6 +458,7 @@ def take_only(side: Any, way: str) -> None:
 
 def allow_reads(side: Any, seconds: float | None) -> None:
     """Let reads of restorations from now on take so long before they are late; None: as always."""
+    assert stage_reads.ReadDeadline  # fails where it is not made from there any more
     stage_reads.ReadDeadline = ReadDeadline if seconds is None else partial(ReadDeadline, floor_s=seconds)
 
 
