@@ -86,21 +86,6 @@ def test_recompute_counts_its_top_row_for_keys_and_values_only_on_both_sides_of_
     assert problem.recompute_s < problem.compute_KB.sum()
 
 
-@pytest.mark.parametrize("load_ratio", [0.3, 1.0, 3.0])
-@pytest.mark.parametrize("suffix_s", [0.0, 0.05])
-def test_interference_makes_the_hybrid_less_attractive(load_ratio, suffix_s):
-    problem = equal_blocks(load_ratio=load_ratio, suffix_s=suffix_s)
-    hybrids = [CacheFlow(interference=factor).plan(problem).guard.hybrid_s for factor in (1.0, 1.3, 2.0)]
-    assert hybrids == sorted(hybrids)
-    assert hybrids[0] < hybrids[-1]
-
-
-def test_interference_slows_compute_only_while_the_link_is_busy():
-    problem = equal_blocks(load_ratio=1e-6, suffix_s=0.5)
-    idle, busy = (CacheFlow(interference=factor).plan(problem).predicted.ttft_s for factor in (1.0, 3.0))
-    assert busy == pytest.approx(idle, rel=1e-3)
-
-
 def test_the_guard_leaves_a_prompt_to_the_engines_own_prefill_where_nothing_is_sooner():
     problem = equal_blocks(load_ratio=1.0, suffix_s=0.05)
     hybrid_s = CacheFlow().plan(problem).predicted.ttft_s

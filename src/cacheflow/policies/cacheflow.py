@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from cacheflow.errors import ConfigError
 from cacheflow.plan.grid import Tile
 from cacheflow.plan.plan import Choice, GuardDecision, Prediction, RestorePlan, Share, SuffixStart
 from cacheflow.plan.planner import Objective, plan_levels, plan_token_wise
@@ -43,19 +42,6 @@ class CacheFlow:
 
     name: ClassVar[str] = "cacheflow"
 
-    def __init__(self, *, interference: float = 1.0) -> None:
-        """Take what was measured of compute and link together.
-
-        Args:
-            interference: How many times as long compute takes while the link is busy; at least 1.
-
-        Raises:
-            ConfigError: ``interference`` is below 1 or not finite.
-        """
-        if not 1.0 <= interference < float("inf"):
-            raise ConfigError(f"interference is {interference}, must be at least 1 and finite")
-        self._interference = interference
-
     def plan(self, problem: RestoreProblem) -> RestorePlan:
         """Plan the hybrid, and fall back to a pure way where the hybrid promises nothing over it."""
         if problem.grid.num_chunks == 0:
@@ -69,22 +55,21 @@ class CacheFlow:
         return _shared_plan(self.name, problem, hybrid, guard)
 
     def _candidate(self, problem: RestoreProblem, levels_K: Levels, *, wide: bool = False) -> _Candidate:
-        predicted = climb(problem, levels_K, interference=self._interference)
+        predicted = climb(problem, levels_K)
         return _Candidate(levels_K=levels_K, predicted=predicted, wide=wide)
 
     def _best_mixed(self, problem: RestoreProblem) -> _Candidate:
         """The best staircase; a split by tokens when that is about as good and no fixed staircase is better."""
-        slowed = _slowed(problem, self._interference)
-        if np.ptp(slowed.compute_KB, axis=1).max() == 0 and _even_to_load(problem):
+        if np.ptp(problem.compute_KB, axis=1).max() == 0 and _even_to_load(problem):
             # Equal blocks: a split by tokens, and the bottom row for keys and values, is the best staircase there is.
             objective = Objective.TTFT if problem.suffix_s else Objective.RESTORE
-            return self._candidate(problem, np.array(plan_levels(slowed, objective).levels_K))
+            return self._candidate(problem, np.array(plan_levels(problem, objective).levels_K))
         objectives = (Objective.TTFT, Objective.RESTORE) if problem.suffix_s else (Objective.RESTORE,)
         narrow = _earliest([
-            self._candidate(problem, np.array(plan_token_wise(slowed, objective).levels_K)) for objective in objectives
+            self._candidate(problem, np.array(plan_token_wise(problem, objective).levels_K)) for objective in objectives
         ])  # fmt: skip
         wide = _earliest([
-            self._candidate(problem, np.array(plan_levels(slowed, objective).levels_K), wide=True)
+            self._candidate(problem, np.array(plan_levels(problem, objective).levels_K), wide=True)
             for objective in objectives
         ])  # fmt: skip
         if narrow.predicted.ttft_s <= wide.predicted.ttft_s:
@@ -92,7 +77,7 @@ class CacheFlow:
         if narrow.predicted.ttft_s > wide.predicted.ttft_s * (1 + WIDE_GAIN):
             return wide
         # The best that a staircase of full cells could do with the suffix after it (CacheFlow v2).
-        fixed_s = plan_levels(slowed, kv_only_top=False).predicted.ttft_s
+        fixed_s = plan_levels(problem, kv_only_top=False).predicted.ttft_s
         return narrow if narrow.predicted.ttft_s <= fixed_s else wide
 
 
@@ -101,12 +86,6 @@ def _even_to_load(problem: RestoreProblem) -> bool:
     tokens_K = np.diff((problem.grid.start, *problem.grid.chunk_ends))
     bytes_K = problem.load_bytes_KB.sum(axis=1)
     return bool((bytes_K * tokens_K[0] == bytes_K[0] * tokens_K).all())
-
-
-def _slowed(problem: RestoreProblem, factor: float) -> RestoreProblem:
-    if factor == 1.0:
-        return problem
-    return replace(problem, compute_KB=problem.compute_KB * factor, kv_only_KB=problem.kv_only_KB * factor)
 
 
 def _earliest(candidates: list[_Candidate]) -> _Candidate:

@@ -63,9 +63,7 @@ def meet(problem: RestoreProblem, compute_tile_s: Seconds, tile_bytes: Seconds) 
     return Meeting(num_computed=front, predicted=predicted)
 
 
-def climb(
-    problem: RestoreProblem, levels_K: Levels, *, kv_only_top: bool = True, interference: float = 1.0
-) -> Prediction:
+def climb(problem: RestoreProblem, levels_K: Levels, *, kv_only_top: bool = True) -> Prediction:
     """A staircase recomputed, the rest loaded, and the suffix climbing block by block after both.
 
     The link takes chunks from the tail, and for the last stretch, about as long as the suffix, bottom rows first; all
@@ -75,25 +73,15 @@ def climb(
         problem: What everything costs.
         levels_K: The staircase.
         kv_only_top: Count the topmost recomputed cell of each chunk for its keys and values only.
-        interference: Compute takes this many times as long while the link is busy; at least 1.
     """
     compute_s = staircase_compute_s(problem, levels_K, kv_only_top=kv_only_top)
     load_s = problem.link.load_s(float(staircase_load_bytes(problem, levels_K)))
-    computed_s = _slowed(0.0, compute_s, load_s, interference)
-    restore_s = max(computed_s, load_s)
-    now_s = computed_s
+    restore_s = max(compute_s, load_s)
+    now_s = compute_s
     for row_s, suffix_s in zip(_rows_loaded_s(problem, levels_K), problem.suffix_B.tolist(), strict=True):
-        now_s = _slowed(max(now_s, row_s), suffix_s, load_s, interference)
+        now_s = max(now_s, row_s) + suffix_s
     ttft_s = max(restore_s, now_s) + problem.head_s if problem.suffix_s else restore_s
-    return Prediction(restore_s=restore_s, ttft_s=ttft_s, compute_s=computed_s, load_s=load_s)
-
-
-def _slowed(start_s: float, work_s: float, load_end_s: float, interference: float) -> float:
-    """When work ends that takes ``interference`` times as long until the load has ended."""
-    if start_s + work_s * interference <= load_end_s:
-        return start_s + work_s * interference
-    overlap_s = max(0.0, load_end_s - start_s)
-    return start_s + overlap_s + work_s - overlap_s / interference
+    return Prediction(restore_s=restore_s, ttft_s=ttft_s, compute_s=compute_s, load_s=load_s)
 
 
 def _rows_loaded_s(problem: RestoreProblem, levels_K: Levels) -> list[float]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from cacheflow.errors import UnknownPolicyError
@@ -16,41 +15,25 @@ from cacheflow.policies.layerwise_load import LayerwiseLoad
 from cacheflow.policies.load import Load
 from cacheflow.policies.recompute import Recompute
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyOptions:
-    """What calibration measured for policies; each takes what it needs.
-
-    Attributes:
-        crossover_tokens: For ``cacheflow_v1``: shorter prefixes go layer-wise; None predicts it.
-        interference: For ``cacheflow``: how many times as long compute takes while the link is busy.
-    """
-
-    crossover_tokens: int | None = None
-    interference: float = 1.0
-
-
-RESTORE_POLICIES: Mapping[str, Callable[[PolicyOptions], RestorePolicy]] = MappingProxyType(
-    {
-        Recompute.name: lambda options: Recompute(),
-        Load.name: lambda options: Load(),
-        LayerwiseLoad.name: lambda options: LayerwiseLoad(),
-        Cake.name: lambda options: Cake(),
-        CacheFlowV1.name: lambda options: CacheFlowV1(crossover_tokens=options.crossover_tokens),
-        CacheFlowV2.name: lambda options: CacheFlowV2(),
-        CacheFlow.name: lambda options: CacheFlow(interference=options.interference),
-    }
+RESTORE_POLICIES: Mapping[str, type[RestorePolicy]] = MappingProxyType(
+    {policy.name: policy for policy in (Recompute, Load, LayerwiseLoad, Cake, CacheFlowV1, CacheFlowV2, CacheFlow)}
 )
-"""Constructors by name, in the order of tables and plots: rivals from simple to strong, ours last."""
+"""By name, in the order of tables and plots: rivals from simple to strong, ours last."""
 
 
-def make_policy(name: str, *, crossover_tokens: int | None = None, interference: float = 1.0) -> RestorePolicy:
+def make_policy(name: str, *, crossover_tokens: int | None = None) -> RestorePolicy:
     """Make the policy of a name.
+
+    Args:
+        name: One of ``RESTORE_POLICIES``.
+        crossover_tokens: For ``cacheflow_v1``: shorter prefixes go layer-wise; None predicts it.
 
     Raises:
         UnknownPolicyError: There is no such policy; lists those there are.
-        ConfigError: An option is out of range.
+        ConfigError: ``crossover_tokens`` is below 0.
     """
     if name not in RESTORE_POLICIES:
         raise UnknownPolicyError(f"policy {name!r} is not known; known are {', '.join(RESTORE_POLICIES)}")
-    return RESTORE_POLICIES[name](PolicyOptions(crossover_tokens=crossover_tokens, interference=interference))
+    if name == CacheFlowV1.name:
+        return CacheFlowV1(crossover_tokens=crossover_tokens)
+    return RESTORE_POLICIES[name]()
