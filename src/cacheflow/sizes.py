@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-EXAMPLES = "4GiB, 500MB or 1000000"
+MUST_BE = "must be a size such as 4GiB, 500MB or 1000000, above 0"
+"""What is said of a text that is none, after it."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
 

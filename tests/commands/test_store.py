@@ -262,7 +262,7 @@ def test_bench_of_memory(said):
         (("stat", "tape://1"), "no store is called 'tape'"),
         (("stat", "file:///x", "--namespace", "XYZ"), "--namespace 'XYZ' must be the beginning of a namespace"),
         (("gc", "file:///x"), "what is to go?"),
-        (("gc", "file:///x", "--older-than", "a week"), "is no duration, such as 12h or 7d"),
+        (("gc", "file:///x", "--older-than", "a week"), "must be a duration such as 90s, 30m, 12h or 7d"),
         (("gc", "file:///x", "--max-bytes", "much"), "must be a size such as 4GiB, 500MB or 1000000, above 0"),
         (("gc", "file:///x", "--max-bytes", "0"), "`cacheflow store clear` removes all"),
         (("bench", "memory", "--mib", "0"), "--mib 0.0 must be above 0"),

@@ -188,6 +188,11 @@ def test_folders_in_the_printed_line_do_not_depend_on_where_it_is_pasted(monkeyp
     assert options.profile_dir == "/home/somebody/profiles"
 
 
+def test_sizes_and_times_are_taken_with_their_units():
+    options = parsed("--cpu-bytes-to-use", "4GiB", "--ttl-s", "7d", "--keep-tool-s", "90")
+    assert (options.cpu_bytes_to_use, options.ttl_s, options.keep_tool_s) == (4 << 30, 604_800.0, 90.0)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -203,7 +208,9 @@ def test_folders_in_the_printed_line_do_not_depend_on_where_it_is_pasted(monkeyp
         (["m", "--policy", "fastest"], "must be one of recompute, load"),
         (["m", "--chunk-tokens", "0"], "chunk_tokens is 0, must be above 0"),
         (["m", "--chunk-tokens", "many"], "--chunk-tokens: invalid int value"),
-        (["m", "--cpu-bytes-to-use", "0"], "--cpu-bytes-to-use: '0' is no size such as 4GiB, 500MB or 1000000"),
+        (["m", "--cpu-bytes-to-use", "0"], "--cpu-bytes-to-use: '0' must be a size such as 4GiB, 500MB or 1000000"),
+        (["m", "--ttl-s", "soon"], "--ttl-s: 'soon' must be a duration such as 90s, 30m, 12h or 7d, or a number of se"),
+        (["m", "--ttl-s", "nan"], "ttl_s is nan, must be at least"),
         (["m", "--max-model-len", "4096"], "known are --print-config, --store, --store-path"),
         (["m", "--max-model-len", "4096"], "options of vLLM go after `--`"),
         (["m", "--boundary-states", "maybe"], "maybe; known are"),

@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from cacheflow.errors import ConfigError
-from cacheflow.sizes import EXAMPLES, bytes_of
+from cacheflow.sizes import MUST_BE, bytes_of
 from cacheflow.stores import lmcache_url
 from cacheflow.stores.codec import Codec
 from cacheflow.stores.codecs import codec_named
@@ -156,7 +156,7 @@ class StoreUrl:
             return default
         size = bytes_of(text)
         if size is None:
-            raise ConfigError(f"store: {name} is {text!r}, must be a size such as {EXAMPLES}, above 0")
+            raise ConfigError(f"store: {name} is {text!r}, {MUST_BE}")
         return size
 
     @property

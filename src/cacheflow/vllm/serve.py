@@ -12,13 +12,14 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from cacheflow import durations, sizes
 from cacheflow.errors import ConfigError
 from cacheflow.shapes.hf_config import CacheKind
-from cacheflow.sizes import EXAMPLES, bytes_of
 from cacheflow.stores.opening import open_store
 from cacheflow.vllm.last_line import environment_for_reason
 from cacheflow.vllm.options import CHOICES, ConnectorOptions
@@ -67,23 +68,37 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **shared)
         else:
-            folder = field.name.endswith(("_path", "_dir"))
-            metavar = "DIR" if folder else "NAME" if kind is str else kind.__name__.upper()
             if lists:
                 shared |= {"action": "append"}
-            group.add_argument(
-                flag(field.name),
-                type=_size if field.name == "cpu_bytes_to_use" else kind,
-                metavar="URL" if lists else metavar,
-                **shared,
-            )
+            metavar, read = ("URL", kind) if lists else _kind_of_value(field.name, kind)
+            group.add_argument(flag(field.name), type=read, metavar=metavar, **shared)
+
+
+def _kind_of_value(name: str, kind: type) -> tuple[str, Callable[[str], object]]:
+    """How a value is shown in the help, and what reads it; an option's name says its unit."""
+    if kind is str:
+        return "DIR" if name.endswith(("_path", "_dir")) else "NAME", str
+    if name == "cpu_bytes_to_use":
+        return "SIZE", _size
+    if name.endswith("_s") and not name.endswith("_per_s"):
+        return "TIME", _seconds
+    return kind.__name__.upper(), kind
 
 
 def _size(text: str) -> int:
-    size = bytes_of(text)
+    size = sizes.bytes_of(text)
     if size is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as {EXAMPLES}, above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} {sizes.MUST_BE}")
     return size
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        return float(text)
+    seconds = durations.seconds_of(text)
+    if seconds is None:
+        raise argparse.ArgumentTypeError(f"{text!r} {durations.MUST_BE}, or a number of seconds")
+    return seconds
 
 
 def _help(text: str, default: object, allowed: Sequence[str]) -> str:

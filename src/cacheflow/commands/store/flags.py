@@ -9,8 +9,6 @@ from cacheflow.bench.options import Flags, option
 from cacheflow.errors import ConfigError
 from cacheflow.stores.opening import check_store_url
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFlags(Flags):
@@ -46,18 +44,6 @@ class SomeRecordsFlags(StoreFlags):
         for name in self.namespace:
             if not re.fullmatch(r"[0-9a-f]+", name):
                 raise ConfigError(f"--namespace {name!r} must be the beginning of a namespace, small hex digits")
-
-
-def seconds_of(text: str) -> float:
-    """``90s``, ``30m``, ``12h``, ``7d`` in seconds.
-
-    Raises:
-        ConfigError: It is no duration.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip().lower())
-    if found is None:
-        raise ConfigError(f"--older-than {text!r} is no duration, such as 12h or 7d")
-    return float(found[1]) * _SECONDS[found[2]]
 
 
 def duration(seconds: float) -> str:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from cacheflow import durations, sizes
 from cacheflow.bench.options import option
 from cacheflow.bench.table import size
-from cacheflow.commands.store.flags import SomeRecordsFlags, seconds_of
+from cacheflow.commands.store.flags import SomeRecordsFlags
 from cacheflow.errors import ConfigError
-from cacheflow.sizes import EXAMPLES, bytes_of
 from cacheflow.stores.upkeep import garbage, open_existing, records_of, remove_records
 
 
@@ -37,13 +37,10 @@ class GcFlags(SomeRecordsFlags):
             raise ConfigError(
                 "what is to go? give --older-than, --max-bytes or --namespace; `cacheflow store clear` removes all"
             )
-        if self.older_than is not None:
-            seconds_of(self.older_than)
-        if self.max_bytes is not None and bytes_of(self.max_bytes) is None:
-            raise ConfigError(
-                f"--max-bytes {self.max_bytes!r} must be a size such as {EXAMPLES}, above 0; `cacheflow store clear` "
-                "removes all"
-            )
+        if self.older_than is not None and durations.seconds_of(self.older_than) is None:
+            raise ConfigError(f"--older-than {self.older_than!r} {durations.MUST_BE}")
+        if self.max_bytes is not None and sizes.bytes_of(self.max_bytes) is None:
+            raise ConfigError(f"--max-bytes {self.max_bytes!r} {sizes.MUST_BE}; `cacheflow store clear` removes all")
 
 
 add_arguments = GcFlags.add_flags
@@ -61,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         chosen = garbage(
             records,
             now_s=time.time(),
-            older_than_s=None if flags.older_than is None else seconds_of(flags.older_than),
-            max_bytes=None if flags.max_bytes is None else bytes_of(flags.max_bytes),
+            older_than_s=None if flags.older_than is None else durations.seconds_of(flags.older_than),
+            max_bytes=None if flags.max_bytes is None else sizes.bytes_of(flags.max_bytes),
         )
         if not flags.dry_run:
             remove_records(store, chosen)
