@@ -11,7 +11,8 @@ from cacheflow.stores.base import PutRequest
 from cacheflow.stores.identity_record import read_identities, write_identity
 from cacheflow.stores.keys import ObjectKey, ObjectKind
 from cacheflow.stores.memory import MemoryStore
-from cacheflow.vllm.scheduler.kv_identity import describe, shared_namespace
+from cacheflow.vllm.facts import BOTTOM
+from cacheflow.vllm.scheduler.kv_identity import WEIGHTS_BY_LAYER, describe, shared_namespace
 from cacheflow.vllm.scheduler.store_census import StoreCensus, census_line
 from support.scheduler_cases import facts
 from support.waiting import eventually
@@ -50,6 +51,37 @@ def test_what_differs_is_named_and_short_values_are_shown(store):
     assert "num_threads (2 here, 4 there), weights_fingerprint differ" in line
     assert "1111" not in line
     assert "dtype" not in line
+
+
+LAYERS_HERE = (BOTTOM, "a"), (0, "b"), (1, "c"), (2, "d")
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ((*LAYERS_HERE[:2], (1, "x"), LAYERS_HERE[3]), ", the weights in 1 of 4 layers: 1"),
+        (((BOTTOM, "x"), *LAYERS_HERE[1:3], (2, "y")), ", the weights in 2 of 4 layers: below the first, 2"),
+        (tuple((layer, "x") for layer, _ in LAYERS_HERE), ", the weights in every layer"),
+        (LAYERS_HERE[:3], ""),
+        (((BOTTOM, "whole"),), ""),
+    ],
+)
+def test_layers_whose_weights_differ_are_named(store, layers, said):
+    """With the digests of one layer of other weights it is those; of another model nothing is said of layers."""
+    parts, others = (describe([facts(weights=weights)]) for weights in (LAYERS_HERE, layers))
+    fill(store, OTHER, 5)
+    write_identity(store, OTHER, others, timeout_s=20)
+    own, other = parts["weights_fingerprint"], others["weights_fingerprint"]
+    expected = f"another's: weights_fingerprint ({own} here, {other} there) differs{said}"
+    assert census_line(store, OWN, parts).endswith(expected)
+
+
+def test_an_identity_of_an_earlier_version_says_nothing_of_layers(store):
+    parts = describe([facts(weights=LAYERS_HERE)])
+    fill(store, OTHER, 5)
+    others = {name: value for name, value in parts.items() if name != WEIGHTS_BY_LAYER} | {"num_threads": "4"}
+    write_identity(store, OTHER, others, timeout_s=20)
+    assert census_line(store, OWN, parts).endswith("another's: num_threads (none here, 4 there) differs")
 
 
 def test_many_others_are_counted_and_the_largest_named(store):

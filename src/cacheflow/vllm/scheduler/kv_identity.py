@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cacheflow.vllm.adapters import Adapter, AdapterFiles, AdapterLoad, AdapterVersion
-from cacheflow.vllm.facts import EngineFacts
+from cacheflow.vllm.facts import BOTTOM, EngineFacts
 from cacheflow.vllm.step import WeightsChange
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,10 @@ _Place = tuple[str, str]
 """Name and path of an adapter, by which vLLM's own prefix cache knows it."""
 _NO_RANK = -1
 """Stands for the workers until one has said what it has loaded: the files that were there first."""
+WEIGHTS_BY_LAYER = "weights_by_layer"
+"""Part of ``describe``: tensor-parallel rank, layer and the beginning of its digest, with colons; split by spaces."""
+_LAYER_DIGITS = 8
+_MAX_LAYERS = 8
 _RESET = "(POST /reset_prefix_cache?reset_external=true, or reset_prefix_cache(reset_connector=True))"
 _ADVICE = f"Reset vLLM's prefix cache too {_RESET}: it holds KV of the old weights, and other connectors may"
 _ADVICE_OF_OTHERS = (
@@ -247,9 +251,25 @@ def describe(ranks: Iterable[EngineFacts]) -> dict[str, str]:
     layers = sorted((each.shard.tp_rank, layer, digest) for each in facts for layer, digest in each.weights)
     return dict(first.identity) | {
         "weights_fingerprint": _digest(json.dumps(layers)),
+        WEIGHTS_BY_LAYER: " ".join(f"{rank}:{layer}:{digest[:_LAYER_DIGITS]}" for rank, layer, digest in layers),
         "shard": f"tensor_parallel_size {first.shard.tp_size}",
         "layers_per_block": str(first.layers_per_block),
     }
+
+
+def differing_layers(own: str, other: str) -> str:
+    """Which layers two values of ``WEIGHTS_BY_LAYER`` differ in, for people; empty where that cannot be said."""
+    digests, others = (dict(each.rsplit(":", 1) for each in text.split() if ":" in each) for text in (own, other))
+    if digests.keys() != others.keys():
+        return ""
+    all_layers = {int(name.partition(":")[2]) for name in digests}
+    layers = sorted({int(name.partition(":")[2]) for name in digests if digests[name] != others[name]})
+    if not layers or len(all_layers) == 1:
+        return ""
+    if len(layers) == len(all_layers):
+        return "in every layer"
+    named = ", ".join("below the first" if layer == BOTTOM else str(layer) for layer in layers[:_MAX_LAYERS])
+    return f"in {len(layers)} of {len(all_layers)} layers: {named}{', ...' if len(layers) > _MAX_LAYERS else ''}"
 
 
 def adapter_namespace(namespace: str, *, digest: str) -> str:

@@ -14,6 +14,7 @@ from threading import Thread
 from cacheflow.stores.base import Store
 from cacheflow.stores.identity_record import differing_parts, read_identities, write_identity
 from cacheflow.threads import start_thread
+from cacheflow.vllm.scheduler.kv_identity import WEIGHTS_BY_LAYER, differing_layers
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def _difference(own: Mapping[str, str], other: Mapping[str, str] | None) -> str:
         return "what it is was not written down (an earlier version, or evicted)"
     if "generation" in other:
         return "an engine saved them after a reset or a change of its weights; once it has ended nobody uses them"
-    names = differing_parts(own, other)
+    names = [name for name in differing_parts(own, other) if name != WEIGHTS_BY_LAYER]
     if not names:
         return "it differs in nothing that was written down"
     shown = []
@@ -88,4 +89,5 @@ def _difference(own: Mapping[str, str], other: Mapping[str, str] | None) -> str:
         here, there = own.get(name, "none"), other.get(name, "none")
         short = len(here) <= MAX_VALUE and len(there) <= MAX_VALUE
         shown.append(f"{name} ({here} here, {there} there)" if short else name)
-    return f"{', '.join(shown)} differ{'s' if len(shown) == 1 else ''}"
+    layers = differing_layers(own.get(WEIGHTS_BY_LAYER, ""), other.get(WEIGHTS_BY_LAYER, ""))
+    return f"{', '.join(shown)} differ{'s' if len(shown) == 1 else ''}{layers and f', the weights {layers}'}"
