@@ -7,9 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pytest
+
 from cacheflow.plan.plan import Prediction, RestorePlan, Share, SuffixStart
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.staircase import compute_tiles, load_tiles
+from cacheflow.restore.read_deadline import ReadDeadline
+
+PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,11 @@ class FixedStaircase:
 
 @contextmanager
 def planned(engine: Any, *levels_K: int, kv_only_top: bool = True) -> Iterator[FixedStaircase]:
-    """An engine whose restorations meanwhile recompute so many blocks of each chunk, and load those above."""
-    decider = engine.side.decider
-    policy = decider.policy
-    decider.policy = FixedStaircase(levels_K, kv_only_top)
-    try:
-        yield decider.policy
-    finally:
-        decider.policy = policy
+    """An engine whose restorations meanwhile recompute so many blocks of each chunk, and load those above.
+
+    No read is late, which would be recomputed: a busy machine may take a second for one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReadDeadline, "allowed_s", lambda *_: PATIENCE_S)
+        patch.setattr(engine.side.decider, "policy", FixedStaircase(levels_K, kv_only_top))
+        yield engine.side.decider.policy
