@@ -46,39 +46,41 @@ class CacheFlow:
         """Plan the hybrid, and fall back to a pure way where the hybrid promises nothing over it."""
         if problem.grid.num_chunks == 0:
             return empty_plan(self.name, problem)
-        load = self._candidate(problem, np.zeros(problem.grid.num_chunks, dtype=np.int64))
-        mixed = self._best_mixed(problem)
+        load = _candidate(problem, np.zeros(problem.grid.num_chunks, dtype=np.int64))
+        mixed = _best_mixed(problem)
         hybrid = mixed if mixed.predicted.ttft_s < load.predicted.ttft_s else load
         guard = _guard(problem, hybrid, load)
         if guard.choice in (Choice.RECOMPUTE, Choice.PREFILL):
             return _recompute_plan(self.name, problem, guard)
         return _shared_plan(self.name, problem, hybrid, guard)
 
-    def _candidate(self, problem: RestoreProblem, levels_K: Levels, *, wide: bool = False) -> _Candidate:
-        predicted = climb(problem, levels_K)
-        return _Candidate(levels_K=levels_K, predicted=predicted, wide=wide)
 
-    def _best_mixed(self, problem: RestoreProblem) -> _Candidate:
-        """The best staircase; a split by tokens when that is about as good and no fixed staircase is better."""
-        if np.ptp(problem.compute_KB, axis=1).max() == 0 and _even_to_load(problem):
-            # Equal blocks: a split by tokens, and the bottom row for keys and values, is the best staircase there is.
-            objective = Objective.TTFT if problem.suffix_s else Objective.RESTORE
-            return self._candidate(problem, np.array(plan_levels(problem, objective).levels_K))
-        objectives = (Objective.TTFT, Objective.RESTORE) if problem.suffix_s else (Objective.RESTORE,)
-        narrow = _earliest([
-            self._candidate(problem, np.array(plan_token_wise(problem, objective).levels_K)) for objective in objectives
-        ])  # fmt: skip
-        wide = _earliest([
-            self._candidate(problem, np.array(plan_levels(problem, objective).levels_K), wide=True)
-            for objective in objectives
-        ])  # fmt: skip
-        if narrow.predicted.ttft_s <= wide.predicted.ttft_s:
-            return narrow
-        if narrow.predicted.ttft_s > wide.predicted.ttft_s * (1 + WIDE_GAIN):
-            return wide
-        # The best that a staircase of full cells could do with the suffix after it (CacheFlow v2).
-        fixed_s = plan_levels(problem, kv_only_top=False).predicted.ttft_s
-        return narrow if narrow.predicted.ttft_s <= fixed_s else wide
+def _candidate(problem: RestoreProblem, levels_K: Levels, *, wide: bool = False) -> _Candidate:
+    predicted = climb(problem, levels_K)
+    return _Candidate(levels_K=levels_K, predicted=predicted, wide=wide)
+
+
+def _best_mixed(problem: RestoreProblem) -> _Candidate:
+    """The best staircase; a split by tokens when that is about as good and no fixed staircase is better."""
+    if np.ptp(problem.compute_KB, axis=1).max() == 0 and _even_to_load(problem):
+        # Equal blocks: a split by tokens, and the bottom row for keys and values, is the best staircase there is.
+        objective = Objective.TTFT if problem.suffix_s else Objective.RESTORE
+        return _candidate(problem, np.array(plan_levels(problem, objective).levels_K))
+    objectives = (Objective.TTFT, Objective.RESTORE) if problem.suffix_s else (Objective.RESTORE,)
+    narrow = _earliest([
+        _candidate(problem, np.array(plan_token_wise(problem, objective).levels_K)) for objective in objectives
+    ])  # fmt: skip
+    wide = _earliest([
+        _candidate(problem, np.array(plan_levels(problem, objective).levels_K), wide=True)
+        for objective in objectives
+    ])  # fmt: skip
+    if narrow.predicted.ttft_s <= wide.predicted.ttft_s:
+        return narrow
+    if narrow.predicted.ttft_s > wide.predicted.ttft_s * (1 + WIDE_GAIN):
+        return wide
+    # The best that a staircase of full cells could do with the suffix after it (CacheFlow v2).
+    fixed_s = plan_levels(problem, kv_only_top=False).predicted.ttft_s
+    return narrow if narrow.predicted.ttft_s <= fixed_s else wide
 
 
 def _even_to_load(problem: RestoreProblem) -> bool:
