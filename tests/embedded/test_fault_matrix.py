@@ -20,7 +20,6 @@ from cacheflow.stores.opening import open_store
 from cacheflow.stores.throttled import ThrottledStore
 from support.damage import DAMAGES, Damage
 from support.embedded_cases import (
-    PATIENT,
     answer,
     assert_nothing_runs,
     assert_same,
@@ -31,6 +30,7 @@ from support.embedded_cases import (
     turns,
 )
 from support.kv_like import codec_of
+from support.patience import PATIENT
 from support.store_kinds import ALL, url_of
 
 CAPACITY = 64 << 20

@@ -3,6 +3,7 @@
 import random
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -20,16 +21,15 @@ from cacheflow.policies.batch_registry import make_batch_policy
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.restore.batch import BatchRequest, Prepared
 from cacheflow.restore.executor import BatchExecutor
-from cacheflow.restore.options import ExecutorOptions
-from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.state.batch import BatchScheduler
 from cacheflow.stores.keys import chain_hashes
 from cacheflow.stores.memory import MemoryStore
 from support.engine_cases import prefilled, same_kv
 from support.fake_device import NONE_GOES_ON, FakeDevice, LateRunner
 from support.lending import lending
+from support.patience import PATIENT
 
-PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=30.0), max_reads_in_flight=8)
+EIGHT_READS = replace(PATIENT, max_reads_in_flight=8)
 CELL_S = 0.002
 
 
@@ -89,7 +89,7 @@ def test_every_policy_is_exact_and_reports_what_the_device_did(name, seed, suffi
         runner=runner,
         policy=make_policy(name),
         rates=LiveRates(bytes_per_s=problem.link.bytes_per_s),
-        options=PATIENT,
+        options=EIGHT_READS,
     )
     request = RestoreRequest(tokens=case.tokens, problem=problem, kv=kv)
     port = PinnedLinkPort(prefix, kv=kv, bytes_per_s=problem.link.bytes_per_s)
@@ -124,7 +124,7 @@ def test_a_restoration_that_is_given_up_leaves_nothing_that_harms_the_next(store
         runner=runner,
         policy=make_policy("load" if seed % 2 else "cacheflow"),
         rates=LiveRates(bytes_per_s=problem.link.bytes_per_s),
-        options=PATIENT,
+        options=EIGHT_READS,
     )
 
     def restore(cancel):
@@ -153,7 +153,7 @@ def test_requests_of_a_batch_share_the_queue_of_one_device(store, seed):
     scheduler = BatchScheduler(make_batch_policy("mean_ttft", make_policy("cacheflow")), rates, min_claim_s=0.002)
     kvs = [runner.new_kv(case.saved.capacity) for _ in range(3)]
     computes = [case.new_port(kv, runner=runner) for kv in kvs]
-    with BatchExecutor(scheduler, options=PATIENT) as executor:
+    with BatchExecutor(scheduler, options=EIGHT_READS) as executor:
         handles = executor.submit_all(
             [
                 BatchRequest(

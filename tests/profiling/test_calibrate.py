@@ -8,6 +8,7 @@ import pytest
 from cacheflow import cli
 from cacheflow.errors import ConfigError, ProfileError
 from cacheflow.stores.opening import open_store
+from support.patience import PATIENT
 from support.store_kinds import SHARED, left_behind, url_of
 from support.store_objects import put
 
@@ -90,7 +91,7 @@ def test_a_session_runs_on_a_calibrated_profile(options):
     from cacheflow.plan.problem import LinkCost
     from cacheflow.profiling.calibrate import Calibration
     from cacheflow.stores.memory import MemoryStore
-    from support.embedded_cases import PATIENT, answer, assert_same, never_evicted, sampling_of, tiny, turns
+    from support.embedded_cases import answer, assert_same, never_evicted, sampling_of, tiny, turns
 
     model = tiny("llama", "bfloat16")
     profile = Calibration(model, options).run(LinkCost(bytes_per_s=1e8))

@@ -29,8 +29,8 @@ from cacheflow.types import LoadOutcome
 from support.batch_cases import OUTCOMES, FakeLink, FakeRequest, new_executor, problem, running_threads
 from support.examples import examples
 from support.manual_clock import ManualClock
+from support.patience import PATIENT
 
-PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=30.0))
 HASTY = ExecutorOptions(deadline=ReadDeadline(floor_s=0.01, factor=0.1), poll_s=0.002)
 
 

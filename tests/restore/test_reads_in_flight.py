@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from cacheflow.plan.read_window import MAX_BYTES, ReadSample, ReadWindow
 from cacheflow.policies.registry import make_policy
 from cacheflow.restore.executor import execute
 from cacheflow.restore.options import ExecutorOptions
-from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.restore.reads import Read, Reads
 from cacheflow.state.restoration import RestoreState
 from cacheflow.stores.base import GetRequest, Priority
@@ -23,12 +23,12 @@ from cacheflow.stores.probe import measure_link
 from cacheflow.stores.throttled import ThrottledStore
 from cacheflow.types import LoadOutcome
 from support.fake_ports import FakeBuffer, FakeCompute, FakeTicket, expected_value
+from support.patience import PATIENT
 from support.problems import transformer_problem
 from support.store_objects import key, payload, put
-from support.waiting import eventually
+from support.waiting import PATIENCE_S, eventually
 
 NUM_BYTES = 1000
-PATIENT = ReadDeadline(floor_s=30.0)
 PROBLEM = transformer_problem(num_tokens=8192, suffix_tokens=0, num_blocks=8, chunk_tokens=512)
 LEAST = 3
 
@@ -87,7 +87,7 @@ def most_under_way(store, *, times, options=None):
         buffer = FakeBuffer(grid)
         state = RestoreState(PROBLEM, make_policy("load").plan(PROBLEM), rates)
         transfer = StoreTransfer(store, buffer)
-        execute(state, FakeCompute(buffer), transfer, options=options or ExecutorOptions(deadline=PATIENT))
+        execute(state, FakeCompute(buffer), transfer, options=options or PATIENT)
         assert buffer.is_right()
         found.append(store.most)
     return found
@@ -107,7 +107,7 @@ def test_a_throttled_link_gets_no_more_than_before():
 
 
 def test_a_number_that_the_user_has_fixed_stays():
-    options = ExecutorOptions(max_reads_in_flight=2, deadline=PATIENT)
+    options = replace(PATIENT, max_reads_in_flight=2)
     with CountingStore(service_s=0.001, latency_s=0.005) as store:
         assert most_under_way(store, times=1, options=options) == [2]
 
@@ -184,7 +184,7 @@ def test_a_read_that_has_ended_is_not_dropped_while_its_ticket_is_handed_back(wa
             forget(self, read)
 
         monkeypatch.setattr(Reads, "_forget", drop_first)
-        source.read = Read(owner, Cell(0, 0), claimed_at_s=time.perf_counter(), allowed_s=30.0)
+        source.read = Read(owner, Cell(0, 0), claimed_at_s=time.perf_counter(), allowed_s=PATIENCE_S)
         reads.wake()
         eventually(lambda: owner.ends and not reads.under_way)
         reads.close(wait=True)

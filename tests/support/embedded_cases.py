@@ -23,10 +23,10 @@ from cacheflow.plan.cost_grid import CostGrid
 from cacheflow.plan.costs import CostTable
 from cacheflow.plan.problem import LinkCost
 from cacheflow.profiling.calibrate import kinds_of_layers
-from cacheflow.restore.options import ExecutorOptions
-from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.stores.base import Store
 from support.engine_cases import WINDOWED
+from support.patience import PATIENT
+from support.waiting import PATIENCE_S
 
 CHUNK = 32
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral")
@@ -38,9 +38,6 @@ TURN_TOKENS = (118, 45, 3, 40)
 """Turns end inside a chunk, fill several, are shorter than one."""
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=5)
-PATIENCE_S = 30.0
-PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=PATIENCE_S))
-"""No read is late on a machine that does other things, and no write."""
 
 
 @contextmanager
@@ -84,7 +81,7 @@ def balanced_bytes_per_s(model: LoadedModel, *, cell_s: float = 1e-3) -> float:
 
 
 def make_engine(model: LoadedModel, store: Store, *, cell_s: float = 1e-3, **options: Any) -> Engine:
-    """An engine that expects load and compute to be worth the same."""
+    """An engine that expects load and compute to be worth the same, and takes no read or write for late."""
     values = {"chunk_tokens": CHUNK, "executor": PATIENT, "self_test": False, "save_deadline_s": PATIENCE_S, **options}
     return Engine(
         model,

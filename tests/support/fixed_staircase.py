@@ -12,9 +12,7 @@ import pytest
 from cacheflow.plan.plan import Prediction, RestorePlan, Share, SuffixStart
 from cacheflow.plan.problem import RestoreProblem
 from cacheflow.plan.staircase import compute_tiles, load_tiles
-from cacheflow.restore.read_deadline import ReadDeadline
-
-PATIENCE_S = 30.0
+from support.patience import no_late_reads
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,8 @@ class FixedStaircase:
 def planned(engine: Any, *levels_K: int, kv_only_top: bool = True) -> Iterator[FixedStaircase]:
     """An engine whose restorations meanwhile recompute so many blocks of each chunk, and load those above.
 
-    No read is late, which would be recomputed: a busy machine may take a second for one.
+    No read is late, which would be recomputed.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReadDeadline, "allowed_s", lambda *_: PATIENCE_S)
+    with no_late_reads(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.side.decider, "policy", FixedStaircase(levels_K, kv_only_top))
         yield engine.side.decider.policy

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from support.faulty_store import faulty_store, inject
+from support.patience import no_late_reads
 from support.v2_runner import WANTED
 
 CONNECTOR = "CacheFlowHybridConnector"
@@ -91,10 +92,11 @@ def asynchronous() -> Iterator[None]:
 
 @contextmanager
 def nothing_lost(engine: Any) -> Iterator[Any]:
-    """The engine with nothing cached and no faults; afterwards no block of it is lost."""
+    """The engine with nothing cached, no faults and no late reads; afterwards no block of it is lost."""
     engine.evict()
     free_blocks = engine.free_blocks
-    yield engine
+    with no_late_reads():
+        yield engine
     inject(engine)
     engine.run()
     engine.evict()

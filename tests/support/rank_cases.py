@@ -77,11 +77,11 @@ def asked(script, label, one):
 
 def loaded(script, label, one):
     """Ask where no read is late before the restoration is: a rank that gets no core for a second is no failure."""
-    from support.rank_engine import allow_reads
+    from support.rank_engine import be_patient
 
-    script.do("scheduler_side", function=allow_reads, args=(RESTORE_TIMEOUT_S,))
+    script.do("scheduler_side", function=be_patient, args=(True,))
     asked(script, label, one)
-    return script.do("scheduler_side", function=allow_reads, args=(None,))
+    return script.do("scheduler_side", function=be_patient, args=(False,))
 
 
 def record_of(answers):

@@ -12,9 +12,8 @@ import pickle
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -23,10 +22,9 @@ from typing import Any
 import numpy as np
 
 from cacheflow.plan.problem import BoundarySource
-from cacheflow.restore import stage_reads
-from cacheflow.restore.read_deadline import ReadDeadline
 from support import kv_bytes, v2_runner
 from support.garbage import uncollected
+from support.patience import no_late_reads
 from support.ray_cluster import ray_cluster
 from support.vllm_models import attention_of
 
@@ -34,6 +32,8 @@ BLOCK = 128
 """Tokens of a KV block on the CPU, but for latent attention; vLLM keeps one block for itself."""
 POISON = 0x42
 KILL_PATIENCE_S = 60.0
+PATIENCE = ExitStack()
+"""Of reads in this process."""
 
 if v2_runner.WANTED:
     v2_runner.interpret_triton()  # here, because the workers import this module too
@@ -456,10 +456,11 @@ def take_only(side: Any, way: str) -> None:
         planner.sources = lambda *, num_boundaries, below: [BoundarySource(way)]
 
 
-def allow_reads(side: Any, seconds: float | None) -> None:
-    """Let reads of restorations from now on take so long before they are late; None: as always."""
-    assert stage_reads.ReadDeadline  # fails where it is not made from there any more
-    stage_reads.ReadDeadline = ReadDeadline if seconds is None else partial(ReadDeadline, floor_s=seconds)
+def be_patient(_: Any, patient: bool) -> None:
+    """Let no read that starts from now on be late; or as usual again."""
+    PATIENCE.close()
+    if patient:
+        PATIENCE.enter_context(no_late_reads())
 
 
 def objects(store: Path, kind: str) -> list[Path]:

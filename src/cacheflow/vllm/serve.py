@@ -78,7 +78,7 @@ def _kind_of_value(name: str, kind: type) -> tuple[str, Callable[[str], object]]
     """How a value is shown in the help, and what reads it; an option's name says its unit."""
     if kind is str:
         return "DIR" if name.endswith(("_path", "_dir")) else "NAME", str
-    if name == "cpu_bytes_to_use":
+    if kind is int and "bytes" in name.split("_"):
         return "SIZE", _size
     if name.endswith("_s") and not name.endswith("_per_s"):
         return "TIME", _seconds

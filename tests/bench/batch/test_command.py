@@ -11,6 +11,7 @@ from cacheflow import cli
 from cacheflow.bench.batch.policies import CONTENDERS
 from cacheflow.bench.records.batch import BatchRecord
 from cacheflow.bench.records.suites import read_records
+from support.patience import PATIENT
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("torch_threads")]
 
@@ -118,7 +119,7 @@ def test_a_wrong_reference_is_found_out(model_folder):
     from cacheflow.bench.batch.policies import find_contender
     from cacheflow.bench.batch.simulate import BatchCase
     from cacheflow.bench.batch.study import BatchStudy, BatchStudyOptions
-    from support.embedded_cases import PATIENT, random_tokens, tiny
+    from support.embedded_cases import random_tokens, tiny
 
     options = BatchStudyOptions(lengths=(64, 96), suffix_tokens=8, chunk_tokens=32, cost_repeats=1, executor=PATIENT)
     study = BatchStudy(tiny(), random_tokens(options.num_tokens), options=options)

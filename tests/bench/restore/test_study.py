@@ -9,6 +9,7 @@ import pytest
 from cacheflow.errors import ConfigError, StoreError
 from cacheflow.policies.registry import RESTORE_POLICIES, make_policy
 from cacheflow.stores.url import file_url
+from support.patience import PATIENT
 
 pytestmark = pytest.mark.torch
 
@@ -33,7 +34,7 @@ def new_link(model, *urls):
 
 def new_study(family="llama", dtype="float32", link=None, **options):
     from cacheflow.bench.restore.study import Study, StudyOptions
-    from support.embedded_cases import PATIENT, random_tokens, tiny
+    from support.embedded_cases import random_tokens, tiny
 
     model = tiny(family, dtype)
     values = {
@@ -402,7 +403,7 @@ def test_a_pinned_prefix_is_a_link_too():
 
 def hybrid_study(**options):
     from cacheflow.bench.restore.study import Study, StudyOptions
-    from support.embedded_cases import PATIENT, random_tokens, tiny
+    from support.embedded_cases import random_tokens, tiny
 
     model, values = tiny("qwen3_5_text", "bfloat16"), {"executor": PATIENT, "cost_repeats": 1, **options}
     options = StudyOptions(num_tokens=320, suffix_tokens=40, chunk_tokens=64, layers_per_block=4, **values)

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from cacheflow.restore.read_deadline import ReadDeadline
 from cacheflow.stores.base import PutOutcome
 from cacheflow.stores.faults import Fault, FaultRule
 from cacheflow.stores.file import FileStore
@@ -14,6 +13,7 @@ from cacheflow.stores.keys import ObjectKind
 from cacheflow.types import LoadOutcome
 from support.damage import DAMAGES
 from support.faulty_store import faulty_store, inject
+from support.patience import no_late_reads
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -248,8 +248,7 @@ def test_an_engine_that_only_loads_gives_the_rest_to_vllm(engine, monkeypatch, f
         engine.configure(unsupported_models="load_only", policy="cacheflow")
     prompt = tokens(seed=9)
     own = engine.saved(prompt)
-    with monkeypatch.context() as patch:
-        patch.setattr(ReadDeadline, "allowed_s", lambda *_: 30.0)  # a busy machine is no failing store
+    with no_late_reads():
         again = engine.ask(prompt)
     assert again.record["loaded_cells"] == NUM_CHUNKS * LAYERS
     assert again.tokens == own.tokens
