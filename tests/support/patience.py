@@ -14,7 +14,7 @@ PATIENT = ExecutorOptions(deadline=ReadDeadline(floor_s=PATIENCE_S))
 
 @contextmanager
 def no_late_reads() -> Iterator[None]:
-    """Reads of this process meanwhile, whatever its engines were made with."""
+    """No read of this process is late meanwhile, whatever deadline its engines were made with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReadDeadline, "allowed_s", lambda *_: PATIENCE_S)
         yield

@@ -77,11 +77,7 @@ def asked(script, label, one):
 
 def loaded(script, label, one):
     """Ask where no read is late before the restoration is: a rank that gets no core for a second is no failure."""
-    from support.rank_engine import be_patient
-
-    script.do("scheduler_side", function=be_patient, args=(True,))
-    asked(script, label, one)
-    return script.do("scheduler_side", function=be_patient, args=(False,))
+    return script.do("evict").do("ask_patiently", label, requests=[one])
 
 
 def record_of(answers):

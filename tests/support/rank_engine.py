@@ -12,7 +12,7 @@ import pickle
 import signal
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
@@ -32,8 +32,6 @@ BLOCK = 128
 """Tokens of a KV block on the CPU, but for latent attention; vLLM keeps one block for itself."""
 POISON = 0x42
 KILL_PATIENCE_S = 60.0
-PATIENCE = ExitStack()
-"""Of reads in this process."""
 
 if v2_runner.WANTED:
     v2_runner.interpret_triton()  # here, because the workers import this module too
@@ -217,6 +215,11 @@ class Session:
                 if output.finished:
                     answer["tokens"], answer["params"] = list(output.outputs[0].token_ids), output.kv_transfer_params
         return list(answers.values())
+
+    def ask_patiently(self, requests: list[dict]) -> list[dict]:
+        """``ask``, and no read is late before the restoration is."""
+        with no_late_reads():
+            return self.ask(requests)
 
     def kv(self, block_ids: list[int]) -> np.ndarray:
         parts = self.on_ranks(gather, block_ids)
@@ -454,13 +457,6 @@ def take_only(side: Any, way: str) -> None:
     """Let stages above the first start from stored boundary states only, or only from what is handed over."""
     for planner in side.decider.stages[1:]:
         planner.sources = lambda *, num_boundaries, below: [BoundarySource(way)]
-
-
-def be_patient(_: Any, patient: bool) -> None:
-    """Let no read that starts from now on be late; or as usual again."""
-    PATIENCE.close()
-    if patient:
-        PATIENCE.enter_context(no_late_reads())
 
 
 def objects(store: Path, kind: str) -> list[Path]:

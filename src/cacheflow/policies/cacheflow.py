@@ -56,8 +56,7 @@ class CacheFlow:
 
 
 def _candidate(problem: RestoreProblem, levels_K: Levels, *, wide: bool = False) -> _Candidate:
-    predicted = climb(problem, levels_K)
-    return _Candidate(levels_K=levels_K, predicted=predicted, wide=wide)
+    return _Candidate(levels_K=levels_K, predicted=climb(problem, levels_K), wide=wide)
 
 
 def _best_mixed(problem: RestoreProblem) -> _Candidate:

@@ -44,11 +44,3 @@ class SomeRecordsFlags(StoreFlags):
         for name in self.namespace:
             if not re.fullmatch(r"[0-9a-f]+", name):
                 raise ConfigError(f"--namespace {name!r} must be the beginning of a namespace, small hex digits")
-
-
-def duration(seconds: float) -> str:
-    """A duration in the largest unit of which it has two."""
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

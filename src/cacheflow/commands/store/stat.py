@@ -7,9 +7,10 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
+from cacheflow import durations
 from cacheflow.bench.options import option
 from cacheflow.bench.table import Row, print_whole, size, text_table
-from cacheflow.commands.store.flags import SomeRecordsFlags, duration
+from cacheflow.commands.store.flags import SomeRecordsFlags
 from cacheflow.stores.identity_record import read_identities
 from cacheflow.stores.keys import identity_key
 from cacheflow.stores.opening import check_store_url
@@ -65,7 +66,7 @@ def _print(url: str, flags: StatFlags) -> None:
     for space, held in sorted(spaces.items()):
         # An identity's use is that somebody looked or started an engine.
         used_s = [each.used_s for each in held if each.name != identity_key(space).name] or [held[0].used_s]
-        ages = (duration(now_s - max(used_s)), duration(now_s - min(used_s)))
+        ages = (durations.text_of(now_s - max(used_s)), durations.text_of(now_s - min(used_s)))
         parts = identities.get(space, {})
         stands_for = " ".join(
             f"{name}={parts[name][:16]}" for name in ("dtype", "chunk_tokens", "codec") if name in parts
@@ -74,7 +75,7 @@ def _print(url: str, flags: StatFlags) -> None:
             stands_for = "probes of a measurement"
         kept = sum(at_s > now_s for at_s in used_s)
         left_s = [lives_s[each.name] for each in held if each.name in lives_s]
-        goes = duration(min(left_s)) if left_s else ""
+        goes = durations.text_of(min(left_s)) if left_s else ""
         num_bytes = size(sum(each.num_bytes for each in held))
         rows.append(((space, str(len(held)), num_bytes, *ages, str(kept or ""), goes, stands_for), None))
     heads = ("namespace", "objects", "bytes", "last used, ago", "oldest, ago", "kept", "first goes in", "stands for")
